@@ -55,7 +55,7 @@ def check_steps(t: Tensor, like: Tensor, num_train_timesteps: int) -> None:
         raise ValueError(f"t must hold whole numbers, got {t.dtype}.")
     if like.ndim == 0 or t.shape != like.shape[:1]:
         raise ValueError(f"t must hold one step per sample, shape {tuple(like.shape[:1])}, got {tuple(t.shape)}.")
-    if t.device.type == "cpu" and t.numel() and not (0 <= int(t.min()) and int(t.max()) < num_train_timesteps):
+    if t.device.type == "cpu" and t.numel() and (int(t.min()) < 0 or int(t.max()) >= num_train_timesteps):
         raise ValueError(f"t must lie in [0, {num_train_timesteps}), got {int(t.min())} to {int(t.max())}.")
 
 
@@ -68,8 +68,8 @@ def at_step(table: Table, t: Tensor, like: Tensor) -> Tensor:
         like: samples, (B, ...), whose device, rank and precision the result takes.
 
     Returns:
-        (B, 1, ..., 1) on ``like``'s device, float32, or float64 where ``like`` is; never a half type, which would round
-        the smallest noise levels to zero.
+        (B, 1, ..., 1) on ``like``'s device, float32, or float64 where ``like`` is; never a half type, which would
+        round the smallest noise levels to zero.
 
     Raises:
         ValueError: ``t`` is not one step per sample.
@@ -102,7 +102,10 @@ def q_sample(schedule: NoiseSchedule, x0: Tensor, eps: Tensor, t: Tensor) -> Ten
         ValueError: shapes differ, or ``t`` is not one step per sample.
     """
     _same_shape(x0=x0, eps=eps)
-    return at_step(schedule.sqrt_alphas_cumprod, t, x0) * x0 + at_step(schedule.sqrt_one_minus_alphas_cumprod, t, x0) * eps
+    return (
+        at_step(schedule.sqrt_alphas_cumprod, t, x0) * x0
+        + at_step(schedule.sqrt_one_minus_alphas_cumprod, t, x0) * eps
+    )
 
 
 def q_mean_variance(schedule: NoiseSchedule, x0: Tensor, t: Tensor) -> Gaussian:

@@ -68,8 +68,8 @@ def make_betas(
     """Betas of a schedule by its name in Diffusers.
 
     Args:
-        beta_schedule: ``linear``; ``scaled_linear`` (linear in the square root of beta); ``squaredcos_cap_v2`` (cosine,
-            [iDDPM] eq. 17, capped at 0.999); ``sigmoid``; ``laplace``; ``sqrt`` (square root of ``linear``).
+        beta_schedule: ``linear``; ``scaled_linear`` (linear in the square root of beta); ``squaredcos_cap_v2``
+            (cosine, [iDDPM] eq. 17, capped at 0.999); ``sigmoid``; ``laplace``; ``sqrt`` (square root of ``linear``).
         num_train_timesteps: T.
         beta_start: first beta, in (0, 1); without effect on the cosine and ``laplace``.
         beta_end: last beta, in (0, 1); likewise.
@@ -97,7 +97,7 @@ def make_betas(
         )
     for name, value in (("beta_start", beta_start), ("beta_end", beta_end)):
         if not 0 < value < 1:
-            raise ValueError(f"{name}={value!r} must lie between 0 and 1, both excluded; usual values: 0.0001 to 0.02.")
+            raise ValueError(f"{name}={value!r} must lie between 0 and 1, both excluded; usual: 0.0001 to 0.02.")
     if beta_schedule == "linear":
         return np.linspace(beta_start, beta_end, num_train_timesteps)
     if beta_schedule == "scaled_linear":
@@ -155,7 +155,7 @@ def _check_choices(v_posterior: Any, prediction_type: str) -> None:
         raise ValueError(f"v_posterior={v_posterior!r} must be a number in [0, 1].")
     if not 0 <= v_posterior <= 1:
         raise ValueError(
-            f"v_posterior={v_posterior!r} must lie in [0, 1]: 0 is the posterior's variance, 1 the forward step's beta."
+            f"v_posterior={v_posterior!r} must lie in [0, 1]: 0 is the posterior's variance, 1 the forward beta."
         )
     if prediction_type not in PREDICTION_TYPES:
         raise ValueError(
@@ -206,6 +206,8 @@ class NoiseSchedule:
     posterior_mean_coef1: Table
     posterior_mean_coef2: Table
     lvlb_weights: Table
+    alphas: Table
+    snr: Table
 
     def __init__(
         self,
@@ -226,12 +228,14 @@ class NoiseSchedule:
         if rescale_betas_zero_snr:
             betas = _checked_betas(rescale_zero_terminal_snr(betas))
         abar = np.cumprod(1 - betas)
-        self._fill(betas, abar, np.arange(len(betas)), float(v_posterior), prediction_type)
+        self._fill(betas, abar, np.arange(len(betas)), v_posterior, prediction_type)
 
-    def _fill(self, betas: Table, abar: Table, timesteps: npt.NDArray[np.int64], v: float, prediction_type: str) -> None:
+    def _fill(
+        self, betas: Table, abar: Table, timesteps: npt.NDArray[np.int64], v: float, prediction_type: str
+    ) -> None:
         _check_choices(v, prediction_type)
         self.num_train_timesteps = len(betas)
-        self.v_posterior = v
+        self.v_posterior = float(v)
         self.prediction_type = prediction_type
         self.zero_terminal_snr = bool(abar[-1] == 0)
         self.timesteps = timesteps
@@ -244,9 +248,6 @@ class NoiseSchedule:
             setattr(self, name, table)
             table.flags.writeable = False
         timesteps.flags.writeable = False
-
-    alphas: Table
-    snr: Table
 
     def __len__(self) -> int:
         return self.num_train_timesteps
@@ -263,7 +264,7 @@ class NoiseSchedule:
         return schedule
 
     def respaced(self, timesteps: Sequence[int] | npt.NDArray[Any]) -> NoiseSchedule:
-        """The chain that keeps only some steps ([iDDPM] section 4): their ``alphas_cumprod``, new betas, new posterior.
+        """The chain that keeps only some steps ([iDDPM] section 4): their ``alphas_cumprod``, betas of their own.
 
         Args:
             timesteps: the steps to keep, in any order: distinct whole numbers in [0, T).
@@ -289,9 +290,7 @@ class NoiseSchedule:
 
     def with_v_posterior(self, v_posterior: float) -> NoiseSchedule:
         """The same chain with another reverse variance."""
-        return self._derived(
-            self.betas, self.alphas_cumprod, self.timesteps, float(v_posterior), self.prediction_type
-        )
+        return self._derived(self.betas, self.alphas_cumprod, self.timesteps, v_posterior, self.prediction_type)
 
 
 def _tables(b: Table, abar: Table, v: float) -> dict[str, Table]:
