@@ -1,0 +1,70 @@
+"""The house: imports go strictly down, and rooms of one floor do not know each other."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "diffusers_ddpm_ext"
+FLOORS: list[set[str]] = [
+    {"_version"},
+    {"schedule", "distance", "logvar", "ema", "lr_lambdas"},
+    {"gaussian", "weighting", "plots"},
+    {"scheduler", "objective"},
+    {"pipeline"},
+    {"training.errors", "training.keys"},
+    {"training.options"},
+    {"training.config"},
+    {"training.sources"},
+    {"training.data", "training.task", "training.optim", "training.records"},
+    {"training.build", "training.preview", "training.evaluate"},
+    {"training.trainer"},
+    {"cli"},
+]
+FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+DOORS = {"", "training"}  # __init__ files: names handed out lazily, imported by nobody inside
+
+
+def rooms() -> list[str]:
+    found = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        found.append(name)
+    return found
+
+
+def imported(room: str) -> set[str]:
+    """Rooms of this package that a module imports anywhere, inside functions too."""
+    base = PACKAGE.joinpath(*room.split("."))
+    tree = ast.parse(base.with_suffix(".py").read_text())
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{room}: relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
+    inside = {name.removeprefix("diffusers_ddpm_ext").lstrip(".") for name in names if name.startswith(PACKAGE.name)}
+    return {name for name in inside if name in set(rooms()) - DOORS}
+
+
+def test_every_room_has_a_floor():
+    assert set(rooms()) - DOORS == set(FLOOR_OF), "a module was added or removed: say on which floor it stands"
+
+
+@pytest.mark.parametrize("room", sorted(FLOOR_OF))
+def test_imports_go_down(room):
+    for other in imported(room):
+        assert FLOOR_OF[other] < FLOOR_OF[room], f"{room} imports {other}, which does not stand below it"
+
+
+def test_training_folder_shadows_nothing():
+    """`accelerate launch training/train.py` puts that folder first on sys.path."""
+    assert {path.name for path in (PACKAGE.parent / "training").glob("*.py")} == {"train.py"}
+
+
+def test_the_check_sees_imports():
+    assert "schedule" in imported("gaussian")
