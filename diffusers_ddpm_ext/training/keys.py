@@ -1,0 +1,131 @@
+"""Randomness as a function of keys, never of process history.
+
+Every draw of a run comes from a generator that is seeded by what the draw is *for*: the stream's name, the run's seed
+and the coordinates inside that stream. The same draw is then found again on another split of the batch, with another
+number of data workers, and after a restart at any step.
+
+Streams and their coordinates (the name goes first, so that two streams never share a key):
+
+======================  ================================================
+``NOISE``               seed, optimizer step, position in the effective batch
+``ORDER``               seed, epoch
+``FLIP``, ``CROP``      seed, epoch, index in the data set
+``DROPOUT``             seed, optimizer step, micro-batch, rank
+``PREVIEW``             seed, what the picture shows, image
+``VALIDATION``          seed, image
+``SPLIT``               name of the image (no seed: runs with different seeds are judged on the same images)
+======================  ================================================
+"""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+from collections.abc import Iterable, Sequence
+from typing import SupportsIndex
+
+import torch
+from torch import Tensor
+
+NOISE = "noise"
+ORDER = "order"
+FLIP = "augment/flip"
+CROP = "augment/crop"
+DROPOUT = "dropout"
+PREVIEW = "preview"
+VALIDATION = "validation"
+SPLIT = "split"
+
+
+def key(*parts: str | SupportsIndex) -> int:
+    """Hash the parts of a key into 32 bits, the same on every machine, process and Python version.
+
+    32 bits, because torch's CPU generator ignores the upper half of a seed: 5 and 5 + 2**32 give the same numbers.
+    Each part is hashed with its kind and its length, so that ``("ab", "c")``, ``("a", "bc")``, ``("a", 1)`` and
+    ``("a", "1")`` are different keys.
+
+    Args:
+        *parts: strings and integers of any size (NumPy's and 0-dim integer tensors too); at least one.
+
+    Returns:
+        An integer in [0, 2**32).
+
+    Raises:
+        ValueError: there is no part, or one is neither a string nor an integer.
+    """
+    if not parts:
+        raise ValueError("key() needs at least one part: a key of nothing would be shared by every caller.")
+    return _number(_hash(parts))
+
+
+def generator(*parts: str | SupportsIndex) -> torch.Generator:
+    """Return a new CPU generator seeded by ``key(*parts)``."""
+    return torch.Generator().manual_seed(key(*parts))
+
+
+def sample_draws(
+    seed: int,
+    step: int,
+    positions: Tensor | Iterable[int],
+    shape: Sequence[int],
+    num_train_timesteps: int,
+    stream: str = NOISE,
+) -> tuple[Tensor, Tensor]:
+    """Draw the timestep and the noise of each sample from its own key.
+
+    Sample ``i`` depends on ``(stream, seed, step, positions[i])`` and on nothing else: neither on its neighbours nor
+    on how the effective batch is cut into ranks and micro-batches.
+
+    Args:
+        seed: the run's seed.
+        step: optimizer step that the samples belong to.
+        positions: positions in the effective batch, (B,) integers.
+        shape: shape of one sample, for images (C, H, W).
+        num_train_timesteps: length T of the chain.
+        stream: name of the stream.
+
+    Returns:
+        Timesteps (B,), int64, uniform in [0, T), and standard normal noise (B, *shape), float32; both on the CPU.
+
+    Raises:
+        ValueError: ``num_train_timesteps`` is below 1.
+    """
+    if num_train_timesteps < 1:
+        raise ValueError(f"num_train_timesteps={num_train_timesteps}: a chain has at least one step.")
+    places = positions.tolist() if isinstance(positions, Tensor) else list(positions)
+    timesteps = torch.empty(len(places), dtype=torch.int64)
+    noise = torch.empty(len(places), *shape, dtype=torch.float32)
+    # The beginning of the keys is hashed once and one generator is seeded again and again: the numbers are those of
+    # ``generator(stream, seed, step, place)``, at half the cost.
+    beginning = _hash((stream, seed, step))
+    draw = torch.Generator()
+    for place, t, eps in zip(places, timesteps.unbind(), noise.unbind(), strict=True):
+        hashed = beginning.copy()
+        hashed.update(_encode(place))
+        draw.manual_seed(_number(hashed))
+        t.random_(0, num_train_timesteps, generator=draw)
+        eps.normal_(generator=draw)
+    return timesteps, noise
+
+
+def _hash(parts: Iterable[str | SupportsIndex]) -> hashlib.blake2b:
+    """Start the hash of a key with some of its parts."""
+    return hashlib.blake2b(b"".join(map(_encode, parts)), digest_size=4)
+
+
+def _number(hashed: hashlib.blake2b) -> int:
+    """Read a hash as the integer that seeds a generator."""
+    return int.from_bytes(hashed.digest(), "little")
+
+
+def _encode(part: str | SupportsIndex) -> bytes:
+    """Write one part as its kind, its length and its text."""
+    if isinstance(part, str):
+        text = part.encode("utf-8", "surrogateescape")  # file names need not be valid unicode
+        return b"s%d:" % len(text) + text
+    try:
+        number = operator.index(part)
+    except TypeError:
+        raise ValueError(f"{part!r} cannot be part of a key: use strings and integers.") from None
+    text = b"%d" % number
+    return b"i%d:" % len(text) + text
