@@ -1,0 +1,175 @@
+"""CompVis' learning-rate lambdas: factors on the optimizer's learning rate, as a function of the step.
+
+Each object is what ``torch.optim.lr_scheduler.LambdaLR`` takes: ``f(step)`` is the factor. Argument names are CompVis'
+(``ldm/lr_scheduler.py``), and so is the value at every step up to the last cycle's end; past it, where the original
+stops training with a TypeError, the last value holds.
+
+Symbols: n the step, w the length of a warm-up, L the length of a cycle with its warm-up.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+
+def _number(name: str, value: Any, low: float = -math.inf) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{name}={value!r} must be a finite number (in YAML write 1.0e-6, since 1e-6 is a text).")
+    if value < low:
+        raise ValueError(f"{name}={value!r} must be at least {low:g}.")
+    return value
+
+
+def _numbers(name: str, values: Any, low: float = -math.inf) -> list[float]:
+    if isinstance(values, (str, bytes)) or not isinstance(values, Sequence) or len(values) == 0:
+        raise ValueError(f"{name}={values!r} must be a list with one number per cycle.")
+    return [_number(f"{name}[{i}]", value, low) for i, value in enumerate(values)]
+
+
+def _report(verbosity_interval: int, step: float, factor: float) -> None:
+    if verbosity_interval > 0 and step % verbosity_interval == 0:
+        logger.info("step %s: learning-rate factor %s", step, factor)
+
+
+def _cosine(high: float, low: float, progress: float) -> float:
+    """From ``high`` at progress 0 to ``low`` at 1 along half a cosine."""
+    return low + 0.5 * (high - low) * (1 + math.cos(progress * math.pi))
+
+
+class LambdaWarmUpCosineScheduler:
+    """Linear warm-up from ``lr_start`` to ``lr_max``, then a cosine to ``lr_min`` at ``max_decay_steps``, then constant.
+
+    Args:
+        warm_up_steps: steps of the warm-up, at least 0.
+        lr_min: factor at the end.
+        lr_max: factor after the warm-up.
+        lr_start: factor at step 0.
+        max_decay_steps: step at which ``lr_min`` is reached, counted from step 0; at least ``warm_up_steps``.
+        verbosity_interval: every how many steps the factor is logged (level INFO); 0 for never.
+
+    Raises:
+        ValueError: an argument is no number or out of its range.
+    """
+
+    def __init__(
+        self,
+        warm_up_steps: int,
+        lr_min: float,
+        lr_max: float,
+        lr_start: float,
+        max_decay_steps: int,
+        verbosity_interval: int = 0,
+    ) -> None:
+        self.warm_up_steps = _number("warm_up_steps", warm_up_steps, 0)
+        self.lr_min, self.lr_max = _number("lr_min", lr_min), _number("lr_max", lr_max)
+        self.lr_start = _number("lr_start", lr_start)
+        self.max_decay_steps = _number("max_decay_steps", max_decay_steps)
+        self.verbosity_interval = int(_number("verbosity_interval", verbosity_interval, 0))
+        self.last_lr = 0.0
+        if max_decay_steps < warm_up_steps:
+            raise ValueError(
+                f"max_decay_steps={max_decay_steps} counts from step 0 and must be at least "
+                f"warm_up_steps={warm_up_steps}."
+            )
+
+    def schedule(self, n: float) -> float:
+        """The factor at step ``n``, 0 or more."""
+        if n < self.warm_up_steps:
+            factor = (self.lr_max - self.lr_start) / self.warm_up_steps * n + self.lr_start
+        else:
+            span = self.max_decay_steps - self.warm_up_steps
+            progress = min((n - self.warm_up_steps) / span, 1.0) if span else float(n > self.warm_up_steps)
+            factor = _cosine(self.lr_max, self.lr_min, progress)
+        self.last_lr = factor
+        _report(self.verbosity_interval, n, factor)
+        return factor
+
+    def __call__(self, n: float) -> float:
+        """The factor at step ``n``, 0 or more."""
+        return self.schedule(n)
+
+
+class LambdaWarmUpCosineScheduler2:
+    """Cycles of a linear warm-up from ``f_start`` to ``f_max`` and a cosine down to ``f_min``; then the last value.
+
+    A step on the border of two cycles belongs to the earlier one, as in the original.
+
+    Args:
+        warm_up_steps: steps of each cycle's warm-up, at least 0; one entry per cycle, as in all lists here.
+        f_min: factor at each cycle's end.
+        f_max: factor after each cycle's warm-up.
+        f_start: factor at each cycle's start.
+        cycle_lengths: steps of each cycle, warm-up included, above 0.
+        verbosity_interval: every how many steps the factor is logged (level INFO); 0 for never.
+
+    Raises:
+        ValueError: the lists differ in length, or an entry is no number or out of its range.
+    """
+
+    def __init__(
+        self,
+        warm_up_steps: Sequence[int],
+        f_min: Sequence[float],
+        f_max: Sequence[float],
+        f_start: Sequence[float],
+        cycle_lengths: Sequence[int],
+        verbosity_interval: int = 0,
+    ) -> None:
+        self.warm_up_steps = _numbers("warm_up_steps", warm_up_steps, 0)
+        self.f_min, self.f_max = _numbers("f_min", f_min), _numbers("f_max", f_max)
+        self.f_start = _numbers("f_start", f_start)
+        self.cycle_lengths = _numbers("cycle_lengths", cycle_lengths)
+        self.verbosity_interval = int(_number("verbosity_interval", verbosity_interval, 0))
+        self.last_f = 0.0
+        names = ("warm_up_steps", "f_min", "f_max", "f_start", "cycle_lengths")
+        lengths = {name: len(getattr(self, name)) for name in names}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(
+                "lists must have one entry per cycle each, got " + ", ".join(f"{n}: {k}" for n, k in lengths.items())
+            )
+        if min(self.cycle_lengths) <= 0:
+            raise ValueError(f"cycle_lengths={list(cycle_lengths)} must all be above 0.")
+        self.ends = list(itertools.accumulate(self.cycle_lengths))
+
+    def _decayed(self, n: float, cycle: int) -> float:
+        """The factor at step ``n`` of the cycle, warm-up done."""
+        span = self.cycle_lengths[cycle] - self.warm_up_steps[cycle]
+        progress = min((n - self.warm_up_steps[cycle]) / span, 1.0) if span else 0.0
+        return _cosine(self.f_max[cycle], self.f_min[cycle], progress)
+
+    def schedule(self, n: float) -> float:
+        """The factor at step ``n``, 0 or more."""
+        within = min(n, self.ends[-1])
+        cycle = next(i for i, end in enumerate(self.ends) if within <= end)
+        local = within - (self.ends[cycle] - self.cycle_lengths[cycle])
+        if local < self.warm_up_steps[cycle]:
+            rise = (self.f_max[cycle] - self.f_start[cycle]) / self.warm_up_steps[cycle]
+            factor = rise * local + self.f_start[cycle]
+        else:
+            factor = self._decayed(local, cycle)
+        self.last_f = factor
+        _report(self.verbosity_interval, n, factor)
+        return factor
+
+    def __call__(self, n: float) -> float:
+        """The factor at step ``n``, 0 or more."""
+        return self.schedule(n)
+
+
+class LambdaLinearScheduler(LambdaWarmUpCosineScheduler2):
+    """Cycles of a linear warm-up and a straight line down to ``f_min``; then the last value.
+
+    The line runs over the whole cycle, ``f_min + (f_max - f_min) (L - n) / L``, so that after a warm-up of w steps it
+    starts at ``(L - w) / L`` of the way and ``f_max`` is never reached, as in the original. Arguments and errors are
+    those of :class:`LambdaWarmUpCosineScheduler2`.
+    """
+
+    def _decayed(self, n: float, cycle: int) -> float:
+        length = self.cycle_lengths[cycle]
+        return self.f_min[cycle] + (self.f_max[cycle] - self.f_min[cycle]) * (length - n) / length
