@@ -1,0 +1,11 @@
+"""What can go wrong for a user, in the two kinds that the command line tells apart."""
+
+from __future__ import annotations
+
+
+class ConfigError(ValueError):
+    """An option, a file or a folder that a person can put right before the run: one ``error:`` line, status 2."""
+
+
+class RunError(RuntimeError):
+    """A run that had started and could not go on (a loss that is not finite, a full disk): one line, status 1."""

@@ -1,0 +1,290 @@
+"""Every option of a training run: one field, whose one sentence is its documentation and its ``--help``.
+
+A field's name is its flag (``--learning_rate``) and its key in a YAML file. Names are those of Diffusers' example
+scripts where they have one, and CompVis' where only CompVis has one. Defaults are those of Diffusers'
+``train_unconditional.py``, but EMA is on. This module imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+T = TypeVar("T")
+
+
+def option(
+    default: T,
+    help: str,
+    *,
+    alias: tuple[str, ...] = (),
+    low: float | None = None,
+    above: float | None = None,
+    high: float | None = None,
+    below: float | None = None,
+    words: Mapping[str, str] | None = None,
+    unset: str = "",
+) -> T:
+    """A dataclass field that carries its own help and limits.
+
+    Args:
+        default: value when nobody says otherwise.
+        help: one or two sentences, units included.
+        alias: other names of the flag.
+        low: smallest value allowed (of every element, for a tuple).
+        above: value must be larger than this.
+        high: largest value allowed.
+        below: value must be smaller than this.
+        words: other people's words for a choice, and what to answer.
+        unset: what `--help` says instead of a default of None.
+
+    Returns:
+        A `dataclasses.Field`, typed as its value.
+    """
+    limits = {"low": low, "above": above, "high": high, "below": below}
+    metadata = {"help": help, "alias": alias, "words": words or {}, "unset": unset}
+    declared: Any = field(default=default, metadata=metadata | {k: v for k, v in limits.items() if v is not None})
+    return declared
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Images. With neither --train_data_dir nor --dataset_name: the digits that ship with scikit-learn."""
+
+    train_data_dir: str | None = option(None, "Folder of images, nested folders too, any image type.", unset="digits")
+    dataset_name: str | None = option(None, "Dataset of the Hub, or the path of a local one, read by `datasets`.")
+    dataset_config_name: str | None = option(None, "Configuration of --dataset_name, if it has several.")
+    image_column: str | None = option(None, "Column of --dataset_name that holds the images.", unset="the only one")
+    cache_dir: str | None = option(None, "Where downloaded datasets are kept.", unset="that of `datasets`")
+    validation_fraction: float | None = option(
+        0.1, "Part of the images held out for validation. 0: no validation.", low=0, below=1
+    )
+    validation_split: str | None = option(None, "Split of --dataset_name to validate on, instead of a fraction.")
+    validation_data_dir: str | None = option(None, "Folder of images to validate on, instead of a fraction.")
+    resolution: tuple[int, int] = option(
+        (64, 64), "Size of the images in pixels: one number, or height and width.", low=1
+    )
+    center_crop: bool = option(False, "Crop the middle of each resized image, not a random place.")
+    random_flip: bool = option(False, "Mirror each image left to right half of the time.")
+    channels: int | None = option(
+        None, "Channels of the images: 1 grey, 3 colour, 4 with transparency.", low=1, unset="those of the data"
+    )
+    skip_bad_images: bool = option(False, "Leave out files that cannot be read, instead of stopping before the run.")
+    dataloader_num_workers: int = option(0, "Processes that read images. 0: the main process does.", low=0)
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """The network, a UNet2DModel: its JSON file, or its sizes."""
+
+    model_config_name_or_path: str | None = option(
+        None, "JSON configuration of a UNet2DModel: a file, a folder, or a Hub id. Replaces the sizes below."
+    )
+    block_out_channels: tuple[int, ...] | None = option(
+        (128, 128, 256, 256, 512, 512), "Width of each level. Every level but the last halves the image.", low=1
+    )
+    layers_per_block: int | None = option(2, "Residual blocks a level.", low=1)
+    attention_levels: tuple[int, ...] | None = option(
+        None,
+        "Levels with self-attention: 0 is the full resolution, 1 half of it, ... `none`: only the middle block.",
+        low=0,
+        unset="the last but one",
+    )
+    attention_head_dim: int | None = option(8, "Channels of an attention head.", low=1)
+    norm_num_groups: int | None = option(32, "Groups of the group norms. Must divide every width.", low=1)
+    dropout: float | None = option(0.0, "Dropout in the residual blocks.", low=0, below=1)
+
+
+COMPVIS_SCHEDULES = {
+    "cosine": "'cosine' is CompVis' word: say squaredcos_cap_v2 (and --cosine_s)",
+    "sqrt_linear": "'sqrt_linear' is CompVis' word: say linear (CompVis' linear is scaled_linear here)",
+}
+COMPVIS_PREDICTIONS = {
+    "eps": "'eps' is CompVis' word: say epsilon",
+    "x0": "'x0' is CompVis' word: say sample",
+    "v": "'v' is CompVis' word: say v_prediction",
+}
+LEARNED_VARIANCE = "training with a learned variance is not supported yet: say fixed_small or fixed_large"
+
+
+@dataclass(frozen=True)
+class ScheduleOptions:
+    """The noise schedule, and how the saved pipeline samples. Diffusers' words."""
+
+    num_train_timesteps: int = option(1000, "T, the number of noise steps.", alias=("ddpm_num_steps",), low=1)
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace", "sqrt"] = option(
+        "linear",
+        "Shape of the betas. CompVis' `linear` is scaled_linear here, its `sqrt_linear` is linear, its `cosine` is"
+        " squaredcos_cap_v2.",
+        alias=("ddpm_beta_schedule",),
+        words=COMPVIS_SCHEDULES,
+    )
+    beta_start: float = option(1e-4, "First beta.", above=0, below=1)
+    beta_end: float = option(0.02, "Last beta.", above=0, below=1)
+    cosine_s: float = option(0.008, "Offset of squaredcos_cap_v2.", above=0)
+    trained_betas: tuple[float, ...] | None = option(
+        None, "The betas themselves: a JSON list, or a .json or .npy file. Replaces the four options above."
+    )
+    rescale_betas_zero_snr: bool = option(
+        False, "Make the last step pure noise (zero terminal SNR). Needs v_prediction or sample."
+    )
+    prediction_type: Literal["epsilon", "sample", "v_prediction"] = option(
+        "epsilon", "What the network predicts: the noise, the clean image, or the velocity.", words=COMPVIS_PREDICTIONS
+    )
+    variance_type: Literal["fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"] = option(
+        "fixed_small",
+        "Variance of a step back: the posterior's (small) or beta (large).",
+        words={"learned": LEARNED_VARIANCE, "learned_range": LEARNED_VARIANCE},
+    )
+    v_posterior: float | None = option(
+        None,
+        "CompVis' dial between the two variances: 0 is fixed_small, 1 is fixed_large.",
+        low=0,
+        high=1,
+        unset="--variance_type decides",
+    )
+    clip_sample: bool = option(True, "Clip the predicted clean image while sampling.")
+    clip_sample_range: float = option(1.0, "Clip to this range, in data units: images lie in [-1, 1].", above=0)
+    thresholding: bool = option(False, "Dynamic thresholding of the predicted clean image, instead of clipping.")
+    dynamic_thresholding_ratio: float = option(0.995, "Quantile of dynamic thresholding.", low=0, high=1)
+    sample_max_value: float = option(1.0, "Largest threshold of dynamic thresholding.", low=1)
+    timestep_spacing: Literal["leading", "trailing", "linspace"] = option(
+        "leading", "Which steps are kept when sampling takes fewer than T."
+    )
+    steps_offset: int = option(0, "Added to the kept steps under `leading`.", low=0)
+
+
+NOT_YET_LOSS = "the loss '{}' is not supported yet: say l2, l1 or huber"
+
+
+@dataclass(frozen=True)
+class ObjectiveOptions:
+    """The loss. The logged `loss_simple` is never weighted, so it can be compared across these settings."""
+
+    loss_type: Literal["l2", "l1", "huber"] = option(
+        "l2",
+        "Distance between prediction and target.",
+        words={
+            "mse": "say l2",
+            "mae": "say l1",
+            "perceptual": NOT_YET_LOSS.format("perceptual"),
+            "hybrid": NOT_YET_LOSS.format("hybrid"),
+        },
+    )
+    huber_c: float = option(0.1, "Where the huber distance turns from a square into a line, in data units.", above=0)
+    l_simple_weight: float = option(1.0, "Weight of the simple loss.", low=0)
+    original_elbo_weight: float = option(0.0, "Weight of the variational bound's loss.", low=0)
+    elbo_weights: Literal["exact", "compvis"] = option(
+        "exact",
+        "exact: the coefficients of the variational bound. compvis: the published code's table, for parity runs.",
+    )
+    learn_logvar: bool = option(False, "Learn the log of the loss at each step, and weigh each step by it.")
+    logvar_init: float = option(0.0, "Log-variance at the start, and for good without --learn_logvar.")
+    logvar_learning_rate: float = option(2e-2, "Learning rate of the log-variance. Follows --lr_scheduler.", above=0)
+    snr_gamma: float | None = option(
+        None,
+        "Min-SNR weighting with this gamma; 5 is usual. The same function in every prediction type.",
+        above=0,
+        unset="off",
+    )
+
+
+@dataclass(frozen=True)
+class OptimOptions:
+    """AdamW and its learning rate. All steps are optimizer steps."""
+
+    learning_rate: float = option(1e-4, "Learning rate after the warm-up.", above=0)
+    lr_scheduler: Literal[
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "polynomial",
+        "constant",
+        "constant_with_warmup",
+        "piecewise_constant",
+        "LambdaWarmUpCosineScheduler",
+        "LambdaWarmUpCosineScheduler2",
+        "LambdaLinearScheduler",
+    ] = option("cosine", "Course of the learning rate: Diffusers' names, and CompVis' three lambdas.")
+    lr_warmup_steps: int = option(500, "Steps from zero to --learning_rate.", low=0)
+    lr_scheduler_args: dict[str, Any] | None = option(  # noqa: RUF009 - None is not mutable
+        None,
+        "Arguments of the course, a JSON object: '{\"power\": 2.0}' for polynomial,"
+        ' \'{"warm_up_steps": [100], "f_min": [0.1], ...}\' for LambdaLinearScheduler.',
+    )
+    adam_beta1: float = option(0.95, "Decay of AdamW's first moment.", low=0, below=1)
+    adam_beta2: float = option(0.999, "Decay of AdamW's second moment.", low=0, below=1)
+    adam_weight_decay: float = option(1e-6, "Weight decay of the network (the log-variance has none).", low=0)
+    adam_epsilon: float = option(1e-8, "AdamW's epsilon.", above=0)
+    max_grad_norm: float = option(1.0, "Clip the network's gradient to this norm.", above=0)
+
+
+@dataclass(frozen=True)
+class EmaOptions:
+    """The moving average of the weights, which is what the saved pipeline samples with."""
+
+    use_ema: bool = option(True, "Keep the average. Without it the raw weights are the default files.")
+    ema_decay: float = option(
+        0.9999, "Decay a step. Averages about 1 / (1 - decay) steps.", alias=("ema_max_decay",), low=0, below=1
+    )
+    ema_use_num_updates: bool = option(True, "Warm the decay up: (1 + n) / (10 + n) at the n-th step, as LitEma does.")
+
+
+@dataclass(frozen=True)
+class LoopOptions:
+    """How long, how many at a time, and with which random numbers."""
+
+    train_batch_size: int = option(16, "Images a device and forward pass.", low=1)
+    num_epochs: int | None = option(100, "Passes over the images. Replaced by --max_train_steps.", low=1)
+    max_train_steps: int | None = option(None, "Optimizer steps of the run.", low=1, unset="--num_epochs decides")
+    gradient_accumulation_steps: int = option(1, "Forward passes an optimizer step.", low=1)
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = option(
+        None, "Precision of the network; noise and loss stay float32.", unset="that of `accelerate launch`, else no"
+    )
+    seed: int = option(0, "Every random number of the run follows from it.", low=0)
+    dry_run: bool = option(False, "Print the plan and stop. Nothing is written.")
+
+
+@dataclass(frozen=True)
+class ValidationOptions:
+    """Loss on the held-out images, raw and EMA weights on the same noise."""
+
+    validation_steps: int = option(500, "Validate every so many optimizer steps. 0: only at the end.", low=0)
+    validation_max_images: int | None = option(1000, "Validate on at most so many images.", low=1)
+    eval_batch_size: int = option(16, "Images at a time in validation and previews.", low=1)
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """Where the run goes, and what it shows on the way."""
+
+    output_dir: str | None = option(
+        None, "Folder of the run and of the trained pipeline.", unset="a fresh one: runs/digits, runs/digits-2, ..."
+    )
+    overwrite_output_dir: bool = option(False, "Take a folder that is not empty; an earlier run's files in it go.")
+    report_to: str = option(
+        "tensorboard",
+        "Tracker of Accelerate: tensorboard, wandb, ..., or none. metrics.jsonl is always written.",
+        alias=("logger",),
+    )
+    logging_dir: str = option("logs", "Folder of the tracker, inside --output_dir.")
+    logging_steps: int = option(10, "Log every so many optimizer steps.", low=1)
+    save_images_epochs: int | None = option(10, "Draw a grid of samples every so many epochs.", low=1)
+    save_images_steps: int | None = option(None, "The same, counted in optimizer steps.", low=1)
+    num_preview_images: int = option(16, "Images of a grid.", low=1)
+    ddpm_num_inference_steps: int = option(1000, "Sampling steps of the grids, at most T.", low=1)
+    save_model_epochs: int | None = option(10, "Save the pipeline every so many epochs, and at the end.", low=1)
+
+
+SECTIONS: dict[str, type] = {
+    "data": DataOptions,
+    "model": ModelOptions,
+    "schedule": ScheduleOptions,
+    "objective": ObjectiveOptions,
+    "optim": OptimOptions,
+    "ema": EmaOptions,
+    "loop": LoopOptions,
+    "validation": ValidationOptions,
+    "output": OutputOptions,
+}

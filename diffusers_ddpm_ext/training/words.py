@@ -1,0 +1,141 @@
+"""Other programs' words for options, and what to say instead: CompVis, Diffusers' scripts, issues still to come.
+
+A flag that we do not have is never ignored. Where we know what its user wants, the answer names our flag.
+"""
+
+from __future__ import annotations
+
+NOT_YET = "is not supported yet"
+
+# theirs -> ours, same meaning
+RENAMED = {
+    # CompVis' DDPM and its main.py
+    "timesteps": "num_train_timesteps",
+    "linear_start": "beta_start",
+    "linear_end": "beta_end",
+    "given_betas": "trained_betas",
+    "image_size": "resolution",
+    "clip_denoised": "clip_sample",
+    "first_stage_key": "image_column",
+    "base": "config",
+    "logdir": "output_dir",
+    "max_epochs": "num_epochs",
+    "max_steps": "max_train_steps",
+    "accumulate_grad_batches": "gradient_accumulation_steps",
+    "base_learning_rate": "learning_rate",
+    "batch_size": "train_batch_size",
+    "num_workers": "dataloader_num_workers",
+    "model_channels": "block_out_channels",
+    "num_res_blocks": "layers_per_block",
+    "num_head_channels": "attention_head_dim",
+    # Diffusers' other scripts, transformers, improved-diffusion
+    "num_train_epochs": "num_epochs",
+    "epochs": "num_epochs",
+    "steps": "max_train_steps",
+    "per_device_train_batch_size": "train_batch_size",
+    "per_device_eval_batch_size": "eval_batch_size",
+    "lr": "learning_rate",
+    "warmup_steps": "lr_warmup_steps",
+    "weight_decay": "adam_weight_decay",
+    "min_snr_gamma": "snr_gamma",
+    "rescale_zero_terminal_snr": "rescale_betas_zero_snr",
+    "zero_terminal_snr": "rescale_betas_zero_snr",
+    "instance_data_dir": "train_data_dir",
+    "data_dir": "train_data_dir",
+    "dataset": "dataset_name",
+    "noise_schedule": "beta_schedule",
+    "diffusion_steps": "num_train_timesteps",
+    "ema_rate": "ema_decay",
+    "ema_max_decay_rate": "ema_decay",
+    "no_ema": "no_use_ema",
+    "num_inference_steps": "ddpm_num_inference_steps",
+    "validation_batch_size": "eval_batch_size",
+    "log_every_n_steps": "logging_steps",
+    "val_check_interval": "validation_steps",
+    "gradient_clip_val": "max_grad_norm",
+    "precision": "mixed_precision",
+}
+
+# theirs -> a sentence
+ANSWERS = {
+    "parameterization": "use --prediction_type (eps is epsilon, x0 is sample, v is v_prediction)",
+    "unet_config": "use --model_config_name_or_path with a UNet2DModel JSON, or sizes such as --block_out_channels",
+    "scheduler_config": "use --lr_scheduler and --lr_scheduler_args",
+    "attention_resolutions": "use --attention_levels (0 is the full resolution, 1 half of it, ...)",
+    "channel_mult": "use --block_out_channels with the widths themselves",
+    "log_every_t": "it is an argument of DDPMExtPipeline's call; a training run draws its own rows of steps",
+    "use_positional_encodings": "it has no effect in the original and does not exist here",
+    "gpus": "choose devices with `accelerate launch`",
+    "devices": "choose devices with `accelerate launch`",
+    "local_rank": "start processes with `accelerate launch` or `torchrun`, which say it in LOCAL_RANK",
+    "ema_inv_gamma": "use --ema_decay and --ema_use_num_updates (warm-up (1 + n) / (10 + n))",
+    "ema_power": "use --ema_decay and --ema_use_num_updates (warm-up (1 + n) / (10 + n))",
+    "enable_xformers_memory_efficient_attention": "leave it out: PyTorch's own memory-efficient attention is in use",
+    "preserve_input_precision": "images of more than 8 bits are not supported yet",
+    "scale_lr": "scaling the learning rate is not supported yet: give the final --learning_rate",
+    "lr_scaling": "scaling the learning rate is not supported yet: give the final --learning_rate",
+    "validation_epochs": "use --validation_steps, in optimizer steps",
+    "predict_xstart": "use --prediction_type sample",
+    "use_fp16": "use --mixed_precision fp16",
+    "fp16": "use --mixed_precision fp16",
+    "bf16": "use --mixed_precision bf16",
+    "learn_sigma": "training with a learned variance is not supported yet",
+    "seed_everything": "use --seed",
+    "scheduler": "use --lr_scheduler for the learning rate, --beta_schedule for the noise",
+}
+
+UNSUPPORTED = {
+    "resume_from_checkpoint",
+    "resume",
+    "checkpointing_steps",
+    "checkpointing_minutes",
+    "checkpoints_total_limit",
+    "allow_config_change",
+    "max_train_minutes",
+    "monitor",
+    "monitor_mode",
+    "save_top_k",
+    "early_stopping_patience",
+    "early_stopping_min_delta",
+    "ema_every",
+    "on_nonfinite",
+    "gradient_checkpointing",
+    "use_8bit_adam",
+    "torch_compile",
+    "allow_tf32",
+    "push_to_hub",
+    "hub_token",
+    "hub_model_id",
+    "hub_private_repo",
+    "ckpt_path",
+    "ignore_keys",
+    "load_only_unet",
+    "make_it_fit",
+    "reset_ema",
+    "reset_num_ema_updates",
+    "conditioning_key",
+    "ucg_training",
+    "pretrained_model_name_or_path",
+    "noise_offset",
+    "input_perturbation",
+    "class_conditional",
+    "streaming",
+}
+
+
+def answer(name: str) -> str | None:
+    """What to tell the user of a flag that is not ours.
+
+    Args:
+        name: the flag without its dashes.
+
+    Returns:
+        A sentence, or None for a word that nobody we know uses.
+    """
+    if name in RENAMED:
+        return f"--{name}: use --{RENAMED[name]}"
+    if name in ANSWERS:
+        return f"--{name}: {ANSWERS[name]}"
+    if name in UNSUPPORTED or name.removeprefix("no_") in UNSUPPORTED or name.startswith("hub_"):
+        return f"--{name} {NOT_YET}: leave it out"
+    return None
