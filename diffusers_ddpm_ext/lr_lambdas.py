@@ -43,7 +43,7 @@ def _cosine(high: float, low: float, progress: float) -> float:
 
 
 class LambdaWarmUpCosineScheduler:
-    """Linear warm-up from ``lr_start`` to ``lr_max``, then a cosine to ``lr_min`` at ``max_decay_steps``, then constant.
+    """Warm-up from ``lr_start`` to ``lr_max`` on a line, a cosine to ``lr_min`` at ``max_decay_steps``, then constant.
 
     Args:
         warm_up_steps: steps of the warm-up, at least 0.

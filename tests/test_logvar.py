@@ -1,0 +1,117 @@
+"""The log-variance table: making it, its file format, and what is said about a damaged one."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from diffusers_ddpm_ext.logvar import load_logvar, make_logvar, save_logvar
+
+WEIGHTS = "logvar/diffusion_pytorch_model.safetensors"
+
+
+def test_new_tables():
+    torch.testing.assert_close(make_logvar(4, 0.25), torch.full((4,), 0.25), rtol=0, atol=0)
+    given = torch.arange(3, dtype=torch.float64)
+    table = make_logvar(3, given)
+    assert table.dtype == torch.float32
+    given[0] = 7
+    assert table[0] == 0
+    table[1] = 5  # its own memory, not an expanded view
+    one = make_logvar(3)
+    one[0] = 1
+    assert one.tolist() == [1, 0, 0]
+
+
+@pytest.mark.parametrize("init", [float("nan"), float("inf"), torch.zeros(3), torch.zeros(4, 1)])
+def test_bad_start_values(init):
+    with pytest.raises(ValueError, match="logvar_init"):
+        make_logvar(4, init)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_round_trip(tmp_path, dtype):
+    table = torch.linspace(-5, 3, 100, dtype=dtype).requires_grad_()
+    place = save_logvar(tmp_path, table, source="test")
+    assert place == tmp_path / "logvar"
+    loaded = load_logvar(tmp_path)
+    assert loaded.dtype == torch.float32
+    assert not loaded.requires_grad
+    torch.testing.assert_close(loaded, table.detach().float(), rtol=0, atol=0)
+    assert load_logvar(tmp_path, 100) is not None
+
+
+def test_the_format_that_is_promised(tmp_path):
+    save_logvar(tmp_path, torch.arange(6.0))
+    assert sorted(p.name for p in (tmp_path / "logvar").iterdir()) == [
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+    ]
+    assert json.loads((tmp_path / "logvar/config.json").read_text()) == {"format": 1, "num_train_timesteps": 6}
+    tensors = load_file(tmp_path / WEIGHTS)
+    assert list(tensors) == ["logvar"]
+    np.testing.assert_array_equal(tensors["logvar"].numpy(), np.arange(6, dtype=np.float32))
+
+
+def test_a_folder_without_one_gives_none(tmp_path):
+    assert load_logvar(tmp_path) is None
+    assert load_logvar(tmp_path / "nowhere") is None
+
+
+def damage(folder, what):
+    weights, config = folder / WEIGHTS, folder / "logvar/config.json"
+    if what == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-5])
+    elif what == "garbage":
+        weights.write_bytes(b"not a safetensors file")
+    elif what == "missing":
+        weights.unlink()
+    elif what == "length":
+        save_file({"logvar": torch.zeros(5)}, weights)
+    elif what == "key":
+        save_file({"other": torch.zeros(6)}, weights)
+    elif what == "shape":
+        save_file({"logvar": torch.zeros(6, 1)}, weights)
+    elif what == "integers":
+        save_file({"logvar": torch.zeros(6, dtype=torch.int64)}, weights)
+    elif what == "nan":
+        save_file({"logvar": torch.full((6,), float("nan"))}, weights)
+    else:
+        {"no config": config.unlink, "torn config": lambda: config.write_text('{"format": 1,')}.get(
+            what, lambda: config.write_text(what)
+        )()
+
+
+@pytest.mark.parametrize("what", ["truncated", "garbage", "missing", "length", "key", "shape", "integers", "nan"])
+def test_damaged_weights_name_the_file(tmp_path, what):
+    save_logvar(tmp_path, torch.zeros(6))
+    damage(tmp_path, what)
+    with pytest.raises(ValueError, match=r"diffusion_pytorch_model\.safetensors"):
+        load_logvar(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "what", ["no config", "torn config", "[]", '{"format": 2, "num_train_timesteps": 6}', '{"format": 1}']
+)
+def test_damaged_config_names_the_file(tmp_path, what):
+    save_logvar(tmp_path, torch.zeros(6))
+    damage(tmp_path, what)
+    with pytest.raises(ValueError, match=r"config\.json"):
+        load_logvar(tmp_path)
+
+
+def test_wrong_length_for_the_scheduler(tmp_path):
+    save_logvar(tmp_path, torch.zeros(6))
+    with pytest.raises(ValueError, match=r"6 steps.*scheduler says 1000"):
+        load_logvar(tmp_path, 1000)
+
+
+def test_only_a_table_is_written(tmp_path):
+    for table in (torch.zeros(2, 3), torch.zeros(3, dtype=torch.int64)):
+        with pytest.raises(ValueError, match="logvar must be a floating tensor"):
+            save_logvar(tmp_path, table)
+    assert not list(tmp_path.iterdir())
