@@ -23,6 +23,7 @@ FLOORS: list[set[str]] = [
     {"training.data", "training.task", "training.optim", "training.records"},
     {"training.build", "training.preview", "training.evaluate"},
     {"training.trainer"},
+    {"sample_command"},
     {"cli"},
 ]
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
+from diffusers_ddpm_ext import lr_lambdas
 from diffusers_ddpm_ext.training.errors import ConfigError
 from diffusers_ddpm_ext.training.flags import OPTIONS, Option
 
@@ -203,15 +204,29 @@ def _check_course(flat: Flat) -> None:
         raise ConfigError(
             f"--lr_warmup_steps {flat['lr_warmup_steps']} has no effect with --lr_scheduler {course}: use {other}"
         )
-    allowed = LAMBDA_ARGS.get(course) or COURSE_ARGS.get(course, ())
+    if course in LAMBDA_ARGS:
+        return _check_lambda(course, given or {})
+    allowed = COURSE_ARGS.get(course, ())
     for key in given or {}:
         if key not in allowed:
             takes = f"takes {', '.join(allowed)}" if allowed else "takes no arguments"
             raise ConfigError(f"--lr_scheduler_args {key!r}: {course} {takes}")
-    needed = (*LAMBDA_ARGS.get(course, ()), *(("step_rules",) if course == "piecewise_constant" else ()))
-    missing = [key for key in needed if key not in (given or {})]
+    if course == "piecewise_constant" and not given:
+        raise ConfigError('--lr_scheduler piecewise_constant needs --lr_scheduler_args \'{"step_rules": "..."}\'')
+
+
+def _check_lambda(course: str, given: Mapping[str, Any]) -> None:
+    allowed = LAMBDA_ARGS[course]
+    missing = [key for key in allowed if key not in given]
     if missing:
         raise ConfigError(f"--lr_scheduler {course} needs --lr_scheduler_args with {', '.join(missing)}")
+    try:
+        getattr(lr_lambdas, course)(**given)
+    except TypeError:
+        surplus = [key for key in given if key not in allowed]
+        raise ConfigError(f"--lr_scheduler_args {surplus[0]!r}: {course} takes {', '.join(allowed)}") from None
+    except ValueError as error:
+        raise ConfigError(f"--lr_scheduler_args: {error}") from None
 
 
 def _check_output(flat: Flat) -> None:

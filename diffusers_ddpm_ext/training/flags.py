@@ -87,14 +87,24 @@ CANONICAL = {name: name for name in OPTIONS} | {a: o.name for o in OPTIONS.value
 SWITCHES = {f"no_{name}": option for name, option in OPTIONS.items() if option.hint is bool}
 
 
-def unknown(name: str, known: Iterable[str], *, flag: bool) -> ConfigError:
-    """The error for a flag or key that does not exist: another program's word answered, or the nearest name."""
-    dashes = "--" if flag else ""
-    told = answer(name)
+def unknown(name: str, known: Iterable[str], *, flag: bool, words: bool = True) -> ConfigError:
+    """The error for a flag or key that does not exist: another program's word answered, or the nearest name.
+
+    Args:
+        name: the flag without its dashes, or the key.
+        known: the names that exist.
+        flag: whether it is a flag.
+        words: whether other programs' words for a training run are answered.
+
+    Returns:
+        The error, to be raised.
+    """
+    told = answer(name) if words else None
     if told is not None:
         return ConfigError(told)
+    dashes = "--" if flag else ""
     near = difflib.get_close_matches(name, list(known), n=1)
-    hint = f"did you mean {dashes}{near[0]}?" if near else "see `ddpm-ext train --help`"
+    hint = f"did you mean {dashes}{near[0]}?" if near else "--help lists those that exist"
     return ConfigError(f"unknown {'option' if flag else 'key'} {dashes}{name}: {hint}")
 
 
@@ -179,7 +189,7 @@ def _read_tuple(option: Option, value: Any) -> tuple[Any, ...]:
     if not isinstance(value, (list, tuple)):
         raise ValueError
     if all(isinstance(v, str) for v in value):
-        value = [part for part in re.split(r"[\s,x]+", " ".join(value)) if part]
+        value = [part for part in re.split(r"[\s,]+|(?<=\d)x(?=\d)", " ".join(value)) if part]
         value = [] if [part.lower() for part in value] in ([word] for word in UNSET) else value
     numbers = tuple(_number(option.element or float, v) for v in value)
     if option.is_pair:
@@ -240,12 +250,19 @@ class Parser(argparse.ArgumentParser):
         Raises:
             ConfigError: always.
         """
+        message = message.replace("unrecognized arguments:", "options begin with two dashes, got")
         raise ConfigError(message.removeprefix("argument "))
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=32, width=110)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        """Every spelling once, with one placeholder at the end."""
+        if not action.option_strings or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        return f"{', '.join(action.option_strings)} {self._format_args(action, str(action.metavar))}"
 
 
 class _Store(argparse.Action):
@@ -280,9 +297,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     for section, cls in SECTIONS.items():
         group = parser.add_argument_group(section, cls.__doc__)
         for option in (o for o in OPTIONS.values() if o.section == section):
-            settings: dict[str, Any] = {"metavar": _METAVARS.get(option.hint, "N")}
-            if option.choices:
-                settings["metavar"] = "{" + ",".join(option.choices) + "}"
+            metavar = "NAME" if option.choices else _METAVARS.get(option.hint, "N")
+            settings: dict[str, Any] = {"metavar": metavar}
+            choices = f" One of {', '.join(option.choices)}." if option.choices else ""
             if option.hint is bool:
                 settings |= {"nargs": "?", "const": "true"}
                 group.add_argument(
@@ -290,7 +307,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
                 )
             elif option.element is int:
                 settings["nargs"] = "+"
-            text = f"{option.metadata['help']} (default: {_shown(option)})".replace("%", "%%")
+            text = f"{option.metadata['help']}{choices} (default: {_shown(option)})".replace("%", "%%")
             names = [f"--{name}" for name in (option.name, *option.metadata["alias"])]
             group.add_argument(*names, dest=option.name, action=_Store, help=text, **settings)
 
@@ -298,12 +315,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 _METAVARS = {bool: "true|false", str: "TEXT", float: "X", dict[str, Any]: "JSON", tuple[float, ...]: "JSON|FILE"}
 
 
-def checked_names(argv: Sequence[str], extra: Iterable[str] = ()) -> list[str]:
+def train_flags() -> set[str]:
+    """Every flag that `add_options` makes, without dashes."""
+    return {*CANONICAL, *SWITCHES}
+
+
+def checked_names(argv: Sequence[str], known: Iterable[str], *, words: bool = False) -> list[str]:
     """Arguments with every flag spelled as ours (`--learning-rate` becomes `--learning_rate`).
 
     Args:
         argv: the arguments.
-        extra: flags beside the options, without dashes.
+        known: the flags that exist, without dashes.
+        words: whether other programs' words for a training run are answered.
 
     Returns:
         The same arguments, flags normalised.
@@ -311,16 +334,16 @@ def checked_names(argv: Sequence[str], extra: Iterable[str] = ()) -> list[str]:
     Raises:
         ConfigError: a flag does not exist; the message answers another program's word or names the nearest.
     """
-    known = {*CANONICAL, *SWITCHES, *extra, "help"}
+    names = {*known, "help"}
     checked = []
     for token in argv:
         head, equals, tail = token.partition("=")
         name = head[2:].replace("-", "_")
         if token.startswith("--") and name:
-            if name not in known:
-                raise unknown(name, known, flag=True)
+            if name not in names:
+                raise unknown(name, names, flag=True, words=words)
             if equals and name in SWITCHES:
-                raise ConfigError(f"--{name} takes no value: say --{SWITCHES[name].name}={tail}")
+                raise ConfigError(f"--{name} takes no value, got {tail!r}: leave that out")
             token = f"--{name}{equals}{tail}"
         checked.append(token)
     return checked

@@ -85,42 +85,18 @@ ANSWERS = {
 }
 
 UNSUPPORTED = {
-    "resume_from_checkpoint",
-    "resume",
-    "checkpointing_steps",
-    "checkpointing_minutes",
-    "checkpoints_total_limit",
-    "allow_config_change",
-    "max_train_minutes",
-    "monitor",
-    "monitor_mode",
-    "save_top_k",
-    "early_stopping_patience",
-    "early_stopping_min_delta",
-    "ema_every",
-    "on_nonfinite",
-    "gradient_checkpointing",
-    "use_8bit_adam",
-    "torch_compile",
-    "allow_tf32",
-    "push_to_hub",
-    "hub_token",
-    "hub_model_id",
-    "hub_private_repo",
-    "ckpt_path",
-    "ignore_keys",
-    "load_only_unet",
-    "make_it_fit",
-    "reset_ema",
-    "reset_num_ema_updates",
-    "conditioning_key",
-    "ucg_training",
-    "pretrained_model_name_or_path",
-    "noise_offset",
-    "input_perturbation",
-    "class_conditional",
-    "streaming",
-}
+    # checkpoints, resuming, monitoring, scaling
+    "resume_from_checkpoint", "resume", "checkpointing_steps", "checkpointing_minutes", "checkpoints_total_limit",
+    "allow_config_change", "max_train_minutes", "monitor", "monitor_mode", "save_top_k", "early_stopping_patience",
+    "early_stopping_min_delta", "ema_every", "on_nonfinite", "gradient_checkpointing", "use_8bit_adam",
+    "torch_compile", "allow_tf32",
+    # publishing
+    "push_to_hub", "hub_token", "hub_model_id", "hub_private_repo",
+    # original checkpoints, conditioning, other objectives
+    "ckpt_path", "ignore_keys", "load_only_unet", "make_it_fit", "reset_ema", "reset_num_ema_updates",
+    "conditioning_key", "ucg_training", "pretrained_model_name_or_path", "noise_offset", "input_perturbation",
+    "class_conditional", "streaming",
+}  # fmt: skip
 
 
 def answer(name: str) -> str | None:

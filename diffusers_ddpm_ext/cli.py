@@ -1,0 +1,103 @@
+"""The command line: `ddpm-ext train` and `ddpm-ext sample`.
+
+A user's mistake is one `error:` line and status 2; a run that could not go on is one line and status 1. Anything else
+that goes wrong is ours, and shows its traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+
+from diffusers_ddpm_ext._version import __version__
+from diffusers_ddpm_ext.training.errors import ConfigError, RunError
+
+USAGE = """usage: ddpm-ext COMMAND [options]
+
+commands:
+  train     train a diffusion model on images (with no option: on handwritten digits) and save it as a pipeline
+  sample    draw images from a saved pipeline
+
+  ddpm-ext COMMAND --help    every option of a command
+  ddpm-ext --version
+"""
+# module -> distribution, what every training run needs beyond the base install
+TRAIN_MODULES = {"accelerate": "accelerate", "matplotlib": "matplotlib", "yaml": "PyYAML"}
+EXTRA = "pip install diffusers-ddpm-ext[train]"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: the arguments after the program's name; those of the process by default.
+
+    Returns:
+        The exit status: 0; 2 for a mistake of the user's; 1 for a run that could not go on; 130 for an interrupt.
+    """
+    try:
+        return _dispatch(list(sys.argv[1:] if argv is None else argv))
+    except ConfigError as error:
+        if os.environ.get("RANK", "0") == "0":  # every process of a run finds the same mistake: one tells
+            _tell(error)
+        return 2
+    except RunError as error:
+        _tell(error)
+        return 1
+    except KeyboardInterrupt:
+        _tell("interrupted")
+        return 130
+    except SystemExit as stop:  # argparse, after --help
+        return stop.code if isinstance(stop.code, int) else 0
+
+
+def _tell(error: object) -> None:
+    sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+
+
+def _dispatch(argv: list[str]) -> int:
+    commands: dict[str, Callable[[list[str]], None]] = {"train": _train, "sample": _sample}
+    if argv and argv[0] in ("-h", "--help", "help"):
+        sys.stdout.write(USAGE)
+    elif argv and argv[0] == "--version":
+        sys.stdout.write(f"ddpm-ext {__version__}\n")
+    elif argv and argv[0] in commands:
+        commands[argv[0]](argv[1:])
+    else:
+        got = f"got {argv[0]!r}: " if argv else ""
+        raise ConfigError(f"{got}the commands are {' and '.join(commands)}; see ddpm-ext --help")
+    return 0
+
+
+def _train(argv: list[str]) -> None:
+    from diffusers_ddpm_ext.training.config import parse_train_args
+
+    if not {"-h", "--help"} & {*argv}:
+        _need(TRAIN_MODULES)
+    config = parse_train_args(argv)
+    _need({"sklearn": "scikit-learn"} if config.on_digits else {})
+    _need({"datasets": "datasets"} if config.data.dataset_name else {})
+    tracker = config.output.report_to
+    if tracker not in ("none", "all") and not config.loop.dry_run and find_spec(tracker) is None:
+        raise ConfigError(f"--report_to {tracker}: {tracker} is not installed: pip install it, or say none")
+    from diffusers_ddpm_ext.training.trainer import train
+
+    train(config)
+
+
+def _need(modules: dict[str, str]) -> None:
+    missing = [package for module, package in modules.items() if find_spec(module) is None]
+    if missing:
+        raise ConfigError(f"training needs {', '.join(missing)}: {EXTRA}")
+
+
+def _sample(argv: list[str]) -> None:
+    from diffusers_ddpm_ext.sample_command import parse_sample_args, sample
+
+    sys.stdout.write(sample(parse_sample_args(argv)) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

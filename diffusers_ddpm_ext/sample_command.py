@@ -1,0 +1,295 @@
+"""`ddpm-ext sample`: pictures from a saved pipeline. Runs on the base install."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffusers_ddpm_ext.training.errors import ConfigError
+from diffusers_ddpm_ext.training.flags import Parser, checked_names
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    from PIL import Image
+
+    Pixels = npt.NDArray[np.float32]
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+VISIBLE = 64  # pixels: smaller images are enlarged by a whole factor until their shorter side is at least this
+HEAD = "Draw images from a trained pipeline: a folder of ours or of Diffusers' DDPMPipeline, or a Hub id."
+TAIL = """examples:
+  ddpm-ext sample runs/digits
+  ddpm-ext sample runs/digits --num_images 100 --num_inference_steps 250 --out grid.png
+  ddpm-ext sample runs/digits --num_images 1000 --out samples.npy     float32 (N, height, width, channels) in [0, 1]
+  ddpm-ext sample google/ddpm-cifar10-32 --device cuda --dtype bfloat16
+
+Image i follows from the seed and from i alone: it is the same whatever --num_images and --batch_size."""
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """What `ddpm-ext sample` was asked for; checked."""
+
+    folder: str
+    num_images: int
+    out: Path
+    individual: Path | None
+    num_inference_steps: int | None
+    batch_size: int
+    seed: int
+    temperature: float
+    variant: str | None
+    device: str | None
+    dtype: str
+
+
+def parse_sample_args(argv: Sequence[str], prog: str = "ddpm-ext sample") -> SampleOptions:
+    """Read and check the command line. Imports nothing heavy, writes nothing.
+
+    Args:
+        argv: the arguments after the command.
+        prog: how help calls the program.
+
+    Returns:
+        The options.
+
+    Raises:
+        ConfigError: anything a person must put right; one sentence.
+        SystemExit: `--help` was asked for.
+    """
+    parser = Parser(prog=prog, usage=f"{prog} FOLDER [options]", description=HEAD, epilog=TAIL)
+    parser.add_argument("folder", metavar="FOLDER", help="Output folder of a run, saved pipeline, or Hub id.")
+    flags = [
+        parser.add_argument("--num_images", type=int, default=16, metavar="N", help="How many (default: 16)."),
+        parser.add_argument(
+            "--out",
+            metavar="FILE",
+            help="A grid (.png, .jpg, .webp) or an array (.npy) (default: samples-seed<SEED>.png in FOLDER).",
+        ),
+        parser.add_argument("--individual", metavar="DIR", help="Also write every image as DIR/00000.png, ..."),
+        parser.add_argument(
+            "--num_inference_steps",
+            "--ddpm_num_inference_steps",
+            type=int,
+            metavar="K",
+            help="Sampling steps, at most T (default: all T).",
+        ),
+        parser.add_argument("--batch_size", type=int, default=64, metavar="N", help="Images at a time (default: 64)."),
+        parser.add_argument("--seed", type=int, default=0, metavar="N", help="(default: 0)"),
+        parser.add_argument(
+            "--temperature",
+            type=float,
+            default=1.0,
+            metavar="X",
+            help="Factor on the noise of each step (default: 1).",
+        ),
+        parser.add_argument("--variant", metavar="NAME", help="`raw`: the weights without averaging."),
+        parser.add_argument(
+            "--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: the fastest there is)."
+        ),
+        parser.add_argument(
+            "--dtype", default="float32", metavar="{float32,bfloat16,float16}", help="(default: float32)"
+        ),
+    ]
+    known = [name[2:] for flag in flags for name in flag.option_strings]
+    given = vars(parser.parse_args(checked_names(argv, known)))
+    out = Path(given.pop("out") or _default_out(given["folder"], given["seed"]))
+    individual = given.pop("individual")
+    options = SampleOptions(out=out, individual=Path(individual) if individual else None, **given)
+    _check_numbers(options)
+    _check_folder(options.folder)
+    _check_places(options)
+    return options
+
+
+def _default_out(folder: str, seed: int) -> Path:
+    name = f"samples-seed{seed}.png"
+    return Path(folder) / name if Path(folder).is_dir() else Path(f"{Path(folder).name}-{name}")
+
+
+def _check_numbers(options: SampleOptions) -> None:
+    for name, low in (("num_images", 1), ("batch_size", 1), ("num_inference_steps", 1), ("seed", 0)):
+        value = getattr(options, name)
+        if value is not None and value < low:
+            raise ConfigError(f"--{name} must be at least {low}, got {value}")
+    if not 0 <= options.temperature < math.inf:
+        raise ConfigError(f"--temperature must be at least 0, got {options.temperature}")
+    if options.dtype not in ("float32", "bfloat16", "float16"):
+        raise ConfigError(f"--dtype {options.dtype!r} is not one of float32, bfloat16, float16")
+
+
+def _check_folder(name: str) -> None:
+    folder = Path(name)
+    if folder.is_dir():
+        if not (folder / "model_index.json").is_file():
+            raise ConfigError(f"{name} holds no pipeline (no model_index.json): give the output folder of a run")
+    elif folder.exists():
+        raise ConfigError(f"{name} is a file: give the folder of a pipeline")
+    elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+        raise ConfigError(f"{name} does not exist: give the folder of a pipeline, or a Hub id")
+
+
+def _check_places(options: SampleOptions) -> None:
+    out, individual = options.out, options.individual
+    if out.suffix.lower() not in (*PICTURES, ".npy"):
+        raise ConfigError(f"--out {out} must end in one of {', '.join((*PICTURES, '.npy'))}")
+    if out.is_dir():
+        raise ConfigError(f"--out {out} is a folder: name a file")
+    if not out.absolute().parent.is_dir():
+        raise ConfigError(f"--out {out} lies in a folder that does not exist: make it first")
+    if not os.access(out.absolute().parent, os.W_OK | os.X_OK):
+        raise ConfigError(f"--out {out} is not writable: name another place")
+    if individual is not None and individual.exists():
+        if not individual.is_dir():
+            raise ConfigError(f"--individual {individual} is a file: name a folder")
+        if any(individual.iterdir()):
+            raise ConfigError(f"--individual {individual} is not empty: name another folder")
+
+
+def sample(options: SampleOptions) -> str:
+    """Load the pipeline, draw, and write.
+
+    Args:
+        options: what was asked for.
+
+    Returns:
+        One line that says what was written where.
+
+    Raises:
+        ConfigError: the pipeline cannot be opened, or does not take these options.
+    """
+    import numpy as np
+
+    pipeline = _load(options)
+    try:
+        images = np.concatenate(list(_batches(pipeline, options)))
+    except ValueError as error:
+        raise ConfigError(f"{options.folder}: {error}") from None
+    count, height, width, channels = images.shape
+    try:
+        _write(images, options)
+    except OSError as error:
+        raise ConfigError(f"cannot write {error.filename or options.out}: {error.strerror or error}") from None
+    beside = f" and, one by one, to {options.individual}" if options.individual else ""
+    return f"{count} images of {height}x{width}x{channels} written to {options.out}{beside}"
+
+
+def _load(options: SampleOptions) -> Any:
+    import torch
+    from diffusers.utils import logging
+
+    from diffusers_ddpm_ext.pipeline import DDPMExtPipeline
+
+    logging.set_verbosity_error()
+    device = _device(options.device)
+    try:
+        pipeline = DDPMExtPipeline.from_pretrained(
+            options.folder, torch_dtype=getattr(torch, options.dtype), variant=options.variant
+        )
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
+        place = "the folder" if Path(options.folder).is_dir() else "neither a folder here nor, it seems, on the Hub:"
+        variant = f" with --variant {options.variant}" if options.variant else ""
+        raise ConfigError(f"cannot open {place} {options.folder}{variant}: {error}") from None
+    return pipeline.to(device)
+
+
+def _device(name: str | None) -> Any:
+    import torch
+
+    if name is None:
+        found = torch.accelerator.current_accelerator(check_available=True)
+        return found if found is not None else torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise ConfigError(f"--device {name} is not there: say cpu, or leave it out for the fastest there is") from None
+    if device.type == "meta":
+        raise ConfigError("--device meta computes nothing: say cpu, or leave it out for the fastest there is")
+    return device
+
+
+def _batches(pipeline: Any, options: SampleOptions) -> Iterator[Pixels]:
+    from diffusers_ddpm_ext.training.keys import generator
+
+    for start in range(0, options.num_images, options.batch_size):
+        indices = range(start, min(start + options.batch_size, options.num_images))
+        output = pipeline(
+            batch_size=len(indices),
+            generator=[generator("sample", options.seed, index) for index in indices],
+            num_inference_steps=options.num_inference_steps,
+            temperature=options.temperature,
+            output_type="np",
+        )
+        yield output.images
+
+
+def _write(images: Pixels, options: SampleOptions) -> None:
+    import numpy as np
+
+    if options.individual is not None:
+        options.individual.mkdir(parents=True, exist_ok=True)
+        for index, pixels in enumerate(images):
+            picture(pixels).save(options.individual / f"{index:05d}.png")
+    unfinished = options.out.with_name(f".{options.out.stem}.part{options.out.suffix}")
+    try:
+        if options.out.suffix.lower() == ".npy":
+            np.save(unfinished, images.astype(np.float32))
+        else:
+            sheet = grid(images)
+            jpeg = options.out.suffix.lower() in (".jpg", ".jpeg")
+            (sheet.convert("RGB") if jpeg else sheet).save(unfinished)
+        unfinished.replace(options.out)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def picture(pixels: Pixels) -> Image.Image:
+    """One image as a picture; with another number of channels than 1, 3 or 4, the channels side by side in grey.
+
+    Args:
+        pixels: (H, W, C) in [0, 1].
+
+    Returns:
+        A picture of mode L, RGB or RGBA.
+    """
+    import numpy as np
+    from PIL import Image
+
+    levels = (np.clip(pixels, 0, 1) * 255).round().astype(np.uint8)
+    height, width, channels = levels.shape
+    if channels not in (1, 3, 4):
+        levels = levels.transpose(0, 2, 1).reshape(height, channels * width, 1)
+    return Image.fromarray(levels[..., 0] if levels.shape[-1] == 1 else levels)
+
+
+def grid(images: Pixels) -> Image.Image:
+    """Images side by side in a sheet about as wide as high, enlarged so that single pixels can be seen.
+
+    Args:
+        images: (N, H, W, C) in [0, 1].
+
+    Returns:
+        The sheet; tiles lie two pixels apart.
+    """
+    from PIL import Image
+
+    tiles = [picture(pixels) for pixels in images]
+    width, height = tiles[0].size
+    factor = max(1, -(-VISIBLE // min(images.shape[1:3])))
+    width, height = width * factor, height * factor
+    columns = min(len(tiles), max(1, round(math.sqrt(len(tiles) * height / width))))
+    rows = -(-len(tiles) // columns)
+    gap = 2
+    sheet = Image.new(tiles[0].mode, (columns * (width + gap) + gap, rows * (height + gap) + gap))
+    for index, tile in enumerate(tiles):
+        row, column = divmod(index, columns)
+        place = (gap + column * (width + gap), gap + row * (height + gap))
+        sheet.paste(tile.resize((width, height), Image.Resampling.NEAREST), place)
+    return sheet
