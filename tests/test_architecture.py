@@ -19,7 +19,7 @@ FLOORS: list[set[str]] = [
     {"training.flags", "training.folder", "training.yaml_text"},
     {"training.checks"},
     {"training.config"},
-    {"training.sources"},
+    {"training.pictures", "training.sources"},
     {"training.data", "training.task", "training.optim", "training.records"},
     {"training.build", "training.preview", "training.evaluate"},
     {"training.trainer"},

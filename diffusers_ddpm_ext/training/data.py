@@ -1,0 +1,388 @@
+"""The images of a run, and the one endless stream of batches that every split of the work cuts in the same way.
+
+The stream is defined by its numbers: sample ``s`` of the run (``s = step * effective batch + position``) lies in
+epoch ``s // n`` at place ``s % n`` of that epoch's shuffle. Epochs follow each other without a gap, so that an
+effective batch may hold the end of one and the beginning of the next, every sample comes once an epoch, and a run can
+start anywhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from diffusers_ddpm_ext.training import keys
+from diffusers_ddpm_ext.training.errors import ConfigError
+from diffusers_ddpm_ext.training.options import DataOptions
+from diffusers_ddpm_ext.training.pictures import (
+    CHANNEL_NAMES,
+    Images,
+    LazyImages,
+    PackedImages,
+    Preparation,
+    Reading,
+    Size,
+    mixed_channels,
+    read,
+)
+from diffusers_ddpm_ext.training.sources import RowSource, digit_levels, digit_rows, load_rows, scan_folder
+
+MEMORY_LIMIT = 2 * 1024**3  # bytes of resized pixels; while they are packed there are twice as many for a moment
+DIGITS = "digits of scikit-learn"
+DIGITS_SIZE = (8, 8)
+DIGITS_LEVELS = 17
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one forward pass trains on.
+
+    Attributes:
+        pixels: images (b, C, H, W), float32 in [-1, 1], on the device that was asked for.
+        positions: their places in the effective batch, (b,), int64, on the CPU.
+        indices: which images of the set they are, (b,), int64, on the CPU.
+        step: the optimizer step that they belong to.
+    """
+
+    pixels: Tensor
+    positions: Tensor
+    indices: Tensor
+    step: int
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images to train on, or to validate on.
+
+    Attributes:
+        images: all images that were read.
+        rows: which of them are in this set, (n,), int64.
+        size: height and width in pixels.
+        levels: values that a pixel can take: 256, or 17 for the digits. Level k stands for 2 k / (levels - 1) - 1.
+        random_flip: mirror half of the images while training.
+    """
+
+    images: Images
+    rows: Tensor
+    size: Size
+    levels: int = 256
+    random_flip: bool = False
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of one image."""
+        return (self.images.channels, *self.size)
+
+    def pixels(self, indices: Sequence[int] | Tensor) -> Tensor:
+        """Return images as they are for validation and previews: the middle of each, never mirrored.
+
+        Args:
+            indices: which images of the set, (b,), each in [0, len).
+
+        Returns:
+            (b, C, H, W), float32 in [-1, 1].
+        """
+        return unit_range(self.level_values(indices), self.levels)
+
+    def level_values(
+        self, indices: Sequence[int] | Tensor, seed: int = 0, epochs: Sequence[int] | None = None
+    ) -> Tensor:
+        """Return images as levels, (b, C, H, W), uint8.
+
+        Args:
+            indices: which images of the set, (b,).
+            seed: the run's seed.
+            epochs: epoch of each image, (b,), which with the seed and the index decides on place and mirroring; None
+                takes the middle of each image as it is.
+        """
+        wanted = torch.as_tensor(indices, dtype=torch.int64)
+        stack = self.images.stack
+        if stack is not None and tuple(stack.shape[-2:]) == self.size:
+            out = stack[self.rows[wanted]]
+        else:
+            out = torch.empty(len(wanted), *self.shape, dtype=torch.uint8)
+            for place, index in enumerate(wanted.tolist()):
+                out[place] = self._crop(index, seed, None if epochs is None else epochs[place])
+        if self.random_flip and epochs is not None:
+            mirrored = [
+                place
+                for place, (index, epoch) in enumerate(zip(wanted.tolist(), epochs, strict=True))
+                if keys.key(keys.FLIP, seed, epoch, index) & 1
+            ]
+            out[mirrored] = out[mirrored].flip(-1)
+        return out
+
+    def _crop(self, index: int, seed: int, epoch: int | None) -> Tensor:
+        """Cut an image to size, at its middle or at a keyed place."""
+        image = self.images.image(int(self.rows[index]))
+        height, width = self.size
+        down, right = image.shape[1] - height, image.shape[2] - width
+        if epoch is None:
+            top, left = down // 2, right // 2
+        else:
+            place = keys.key(keys.CROP, seed, epoch, index) % ((down + 1) * (right + 1))
+            top, left = divmod(place, right + 1)
+        return image[:, top : top + height, left : left + width]
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """All images of a run.
+
+    Attributes:
+        train: images to train on.
+        validation: images held out; None where there are none.
+        description: one line for the plan.
+        fingerprint: sha256 over the names and the pixels of both sets, in hexadecimal.
+        skipped: how many unreadable images were left out.
+    """
+
+    train: ImageSet
+    validation: ImageSet | None
+    description: str
+    fingerprint: str
+    skipped: int = 0
+
+    @property
+    def channels(self) -> int:
+        """Channels of every image."""
+        return self.train.shape[0]
+
+    @property
+    def size(self) -> Size:
+        """Height and width of every image, in pixels."""
+        return self.train.size
+
+
+def unit_range(levels_of_pixels: Tensor, levels: int) -> Tensor:
+    """Map pixel levels 0 .. levels - 1 to float32 in [-1, 1], both ends exact, on the tensor's device."""
+    top = levels - 1
+    return levels_of_pixels.to(torch.float32).mul_(2).sub_(top).div_(top)
+
+
+def load_data(options: DataOptions, *, progress: bool = False, memory_limit: int = MEMORY_LIMIT) -> ImageData:
+    """Read the images that the options name, every one of them once, and hold some out for validation.
+
+    Args:
+        options: the section ``data`` of a run's configuration.
+        progress: show a bar where reading takes longer than a second.
+        memory_limit: bytes of resized pixels that are kept in memory; more are decoded again when asked for.
+
+    Raises:
+        ConfigError: a folder, file, dataset or option is not usable; the message names it and the way out.
+    """
+    if options.channels not in (None, *CHANNEL_NAMES):
+        raise ConfigError(f"--channels {options.channels}: say 1 (grey), 3 (colour) or 4 (colour with transparency).")
+    preparation = Preparation(options.resolution, options.channels, options.center_crop)
+    read_one = partial(read, skip_bad=options.skip_bad_images, memory_limit=memory_limit, progress=progress)
+    if options.train_data_dir is not None:
+        reading = read_one(scan_folder("--train_data_dir", options.train_data_dir), preparation)
+    elif options.dataset_name is not None:
+        reading = read_one(_rows(options, "train"), preparation)
+    else:
+        return _digits(options, preparation)
+    held_out = None
+    if options.validation_data_dir is not None:
+        held_out = read_one(scan_folder("--validation_data_dir", options.validation_data_dir), preparation)
+    elif options.validation_split is not None:
+        held_out = read_one(_rows(options, options.validation_split), preparation)
+    where = options.train_data_dir if options.train_data_dir is not None else options.dataset_name
+    return _assemble(options, f"images of {where}", reading, held_out)
+
+
+def _digits(options: DataOptions, preparation: Preparation) -> ImageData:
+    """Take the digits: as they are, in their 17 levels, or as any other images where another size is asked for."""
+    if options.resolution != DIGITS_SIZE or options.channels not in (None, 1):
+        reading = read(digit_rows(), preparation, skip_bad=False, memory_limit=MEMORY_LIMIT)
+        return _assemble(options, DIGITS, reading, None)
+    values = digit_levels()
+    names = [str(index) for index in range(len(values))]
+    fingerprint = hashlib.sha256(values.numpy().tobytes()).hexdigest()
+    reading = Reading(PackedImages(list(values)), names, 0, 0, fingerprint)
+    return _assemble(options, DIGITS, reading, None, levels=DIGITS_LEVELS)
+
+
+def _rows(options: DataOptions, split: str) -> RowSource:
+    """Open a split of --dataset_name."""
+    return load_rows(
+        str(options.dataset_name), split, options.dataset_config_name, options.image_column, options.cache_dir
+    )
+
+
+def _assemble(
+    options: DataOptions, what: str, reading: Reading, held_out: Reading | None, levels: int = 256
+) -> ImageData:
+    """Divide what was read into the two sets, and describe them."""
+    rows, apart = torch.arange(len(reading.names)), torch.empty(0, dtype=torch.int64)
+    if held_out is None:
+        rows, apart = _divide(reading.names, options.validation_fraction or 0, by_key=what != DIGITS)
+    elif held_out.images.channels != reading.images.channels:
+        raise mixed_channels(reading, held_out)
+    train = ImageSet(reading.images, rows, options.resolution, levels, options.random_flip)
+    validation = None
+    if held_out is not None:
+        validation = ImageSet(held_out.images, torch.arange(len(held_out.names)), options.resolution)
+    elif len(apart):
+        validation = replace(train, rows=apart, random_flip=False)
+    readings = [one for one in (reading, held_out) if one is not None]
+    marks = [one.fingerprint for one in readings] + [str(row) for row in apart.tolist()]
+    return ImageData(
+        train,
+        validation,
+        _describe(options, what, readings, train, validation),
+        hashlib.sha256(" ".join(marks).encode()).hexdigest(),
+        sum(one.skipped for one in readings),
+    )
+
+
+def _divide(names: Sequence[str], fraction: float, *, by_key: bool) -> tuple[Tensor, Tensor]:
+    """Divide images into those to train on and those to validate on, at least one on each side where there are two.
+
+    An image's side follows from its name: whatever the seed, runs are judged on the same images, and few change sides
+    when images are added. Without keys the last ones are held out.
+    """
+    count = len(names)
+    apart = min(count - 1, max(1, round(fraction * count))) if fraction > 0 else 0
+    order = list(range(count))
+    if by_key:
+        order.sort(key=lambda i: (keys.key(keys.SPLIT, names[i]), i))
+    sides = torch.tensor(order, dtype=torch.int64)
+    return sides[: count - apart].sort().values, sides[count - apart :].sort().values
+
+
+def _describe(
+    options: DataOptions, what: str, readings: Sequence[Reading], train: ImageSet, validation: ImageSet | None
+) -> str:
+    """Say in one line what was read."""
+    height, width = train.size
+    facts = [
+        f"{len(train):,} {what} to train on",
+        f"{len(validation):,} to validate on" if validation is not None else "none to validate on",
+        f"{height}x{width}, {train.shape[0]} channel{'s' if train.shape[0] > 1 else ''}",
+    ]
+    if train.levels != 256:
+        facts.append(f"{train.levels} levels")
+    if what != DIGITS:
+        facts.append("middle crop" if options.center_crop else "random crop")
+    if options.random_flip:
+        facts.append("random flip")
+    if enlarged := sum(one.enlarged for one in readings):
+        facts.append(f"{enlarged:,} smaller ones enlarged")
+    if skipped := sum(one.skipped for one in readings):
+        facts.append(f"{skipped:,} unreadable one{'s' if skipped > 1 else ''} left out")
+    if any(isinstance(one.images, LazyImages) for one in readings):
+        facts.append("too many for memory: decoded whenever they are needed (see --dataloader_num_workers)")
+    return ", ".join(facts)
+
+
+@dataclass(frozen=True)
+class MicroBatches(Dataset[tuple[Tensor, Tensor, Tensor, int]]):
+    """One rank's share: (step, micro-batch) -> levels (b, C, H, W), positions (b,), indices (b,), step."""
+
+    images: ImageSet
+    seed: int
+    batch: int
+    accumulation: int
+    rank: int
+    world: int
+    _orders: dict[int, Tensor] = field(default_factory=dict, repr=False)
+
+    def __getitem__(self, request: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, int]:
+        step, micro = request
+        first = (micro * self.world + self.rank) * self.batch
+        positions = torch.arange(first, first + self.batch)
+        samples = step * self.batch * self.accumulation * self.world + positions
+        epochs, places = samples // len(self.images), samples % len(self.images)
+        indices = torch.empty_like(samples)
+        for epoch in epochs.unique().tolist():
+            here = epochs == epoch
+            indices[here] = self.order(epoch)[places[here]]
+        return self.images.level_values(indices, self.seed, epochs.tolist()), positions, indices, step
+
+    def order(self, epoch: int) -> Tensor:
+        """Return the shuffle of an epoch, (n,): a function of the seed and the epoch alone."""
+        if epoch not in self._orders:
+            if len(self._orders) > 1:
+                self._orders.clear()  # a batch seldom holds more than two epochs
+            shuffled = torch.randperm(len(self.images), generator=keys.generator(keys.ORDER, self.seed, epoch))
+            self._orders[epoch] = shuffled
+        return self._orders[epoch]
+
+
+def stream(
+    images: ImageSet,
+    seed: int,
+    batch: int,
+    accumulation: int = 1,
+    rank: int = 0,
+    world: int = 1,
+    start_step: int = 0,
+    num_workers: int = 0,
+    device: torch.device | str = "cpu",
+) -> Iterator[Batch]:
+    """Return this rank's micro-batches, ``accumulation`` to an optimizer step, without end.
+
+    The effective batch of a step holds the same samples at the same positions however it is split: micro-batch ``m``
+    of rank ``r`` holds the positions from ``(m * world + r) * batch`` on.
+
+    Args:
+        images: what to train on; fewer than an effective batch are repeated in it, an epoch at a time.
+        seed: the run's seed.
+        batch: images a micro-batch.
+        accumulation: micro-batches an optimizer step.
+        rank: this process.
+        world: number of processes.
+        start_step: first optimizer step.
+        num_workers: processes that fetch images; the batches are the same for any number.
+        device: where the pixels go.
+
+    Raises:
+        ValueError: a count is below 1, the rank is not in [0, world), or there is no image.
+    """
+    if min(batch, accumulation, world) < 1 or not 0 <= rank < world or start_step < 0 or num_workers < 0:
+        raise ValueError(
+            f"a stream needs batch ({batch}), accumulation ({accumulation}) and world ({world}) of at least 1, rank"
+            f" ({rank}) in [0, world), start_step ({start_step}) and num_workers ({num_workers}) of at least 0."
+        )
+    if len(images) == 0:
+        raise ValueError("a stream needs at least one image.")
+    target = torch.device(device)
+    loader: DataLoader[tuple[Tensor, Tensor, Tensor, int]] = DataLoader(
+        MicroBatches(images, seed, batch, accumulation, rank, world),
+        sampler=_Requests(start_step, accumulation),
+        batch_size=None,
+        num_workers=num_workers,
+        pin_memory=target.type == "cuda",
+        generator=torch.Generator(),  # or else the loader takes a number from the global generator
+    )
+    return _to_device(loader, images.levels, target)
+
+
+@dataclass(frozen=True)
+class _Requests:
+    """(step, micro-batch), counted up without end."""
+
+    start_step: int
+    accumulation: int
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return ((step, micro) for step in itertools.count(self.start_step) for micro in range(self.accumulation))
+
+
+def _to_device(
+    loader: DataLoader[tuple[Tensor, Tensor, Tensor, int]], levels: int, device: torch.device
+) -> Iterator[Batch]:
+    """Move bytes, not floats, to the device, and make floats of them there."""
+    for values, positions, indices, step in loader:
+        pixels = unit_range(values.to(device, non_blocking=True), levels)
+        yield Batch(pixels, positions, indices, step)
