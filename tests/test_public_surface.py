@@ -1,0 +1,96 @@
+"""The names that users import, and what importing them costs."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import os
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import pytest
+
+import diffusers_ddpm_ext
+
+ROOT = Path(__file__).parents[1]
+PUBLIC = {
+    "DDPMExtPipeline",
+    "DDPMExtPipelineOutput",
+    "DDPMExtScheduler",
+    "DDPMObjective",
+    "LambdaLinearScheduler",
+    "LambdaWarmUpCosineScheduler",
+    "LambdaWarmUpCosineScheduler2",
+    "LitEMA",
+    "NoiseSchedule",
+    "ObjectiveOutput",
+    "__version__",
+}
+
+
+def imported_by_hand() -> dict[str, str]:
+    """Name -> room of the imports that a type checker sees."""
+    tree = ast.parse((ROOT / "diffusers_ddpm_ext" / "__init__.py").read_text())
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
+    return {name.name: str(node.module).removeprefix("diffusers_ddpm_ext.") for node in imports for name in node.names}
+
+
+def test_public_names_are_frozen():
+    assert set(diffusers_ddpm_ext.__all__) == PUBLIC
+    assert len(diffusers_ddpm_ext.__all__) == len(PUBLIC)
+    assert set(dir(diffusers_ddpm_ext)) >= PUBLIC
+
+
+def test_type_checker_and_program_see_the_same_names():
+    assert imported_by_hand() == diffusers_ddpm_ext._ROOMS
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC - {"__version__"}))
+def test_every_name_is_the_one_of_its_room(name):
+    room = importlib.import_module(f"diffusers_ddpm_ext.{imported_by_hand()[name]}")
+    assert getattr(diffusers_ddpm_ext, name) is getattr(room, name)
+
+
+def test_star_import_gives_the_public_names():
+    names: dict[str, object] = {}
+    exec("from diffusers_ddpm_ext import *", names)
+    assert set(names) >= PUBLIC
+
+
+def test_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="DDPMTypo"):
+        _ = diffusers_ddpm_ext.DDPMTypo
+
+
+def test_diffusers_finds_our_classes_by_name():
+    """A folder that names DDPMExtPipeline is looked up in the namespace of diffusers."""
+    import diffusers
+
+    assert diffusers.DDPMExtPipeline is diffusers_ddpm_ext.DDPMExtPipeline
+    assert diffusers.DDPMExtScheduler is diffusers_ddpm_ext.DDPMExtScheduler
+
+
+def test_import_loads_nothing_heavy():
+    code = (
+        "import sys, diffusers_ddpm_ext as p; dir(p); p.__version__; p.NoiseSchedule; p.LambdaLinearScheduler;"
+        "heavy = {'torch', 'diffusers', 'transformers', 'accelerate', 'huggingface_hub', 'datasets'};"
+        "sys.exit(', '.join(sorted(heavy & set(sys.modules))) or 0)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_version_is_stated_once():
+    assert diffusers_ddpm_ext.__version__.count(".") == 2
+    try:
+        assert version("diffusers-ddpm-ext") == diffusers_ddpm_ext.__version__
+    except PackageNotFoundError:
+        pytest.skip("the distribution is not installed")
+
+
+def test_package_is_typed():
+    assert (ROOT / "diffusers_ddpm_ext" / "py.typed").is_file()
