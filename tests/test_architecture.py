@@ -20,8 +20,12 @@ FLOORS: list[set[str]] = [
     {"training.checks"},
     {"training.config"},
     {"training.pictures", "training.sources"},
-    {"training.data", "training.task", "training.optim", "training.records"},
+    {
+        "training.data", "training.task", "training.optim", "training.records", "training.report",
+        "training.processes", "training.export",
+    },
     {"training.build", "training.preview", "training.evaluate"},
+    {"training.run"},
     {"training.trainer"},
     {"sample_command"},
     {"cli"},

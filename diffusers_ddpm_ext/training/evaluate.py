@@ -1,0 +1,196 @@
+"""Measurements on fixed draws: validation losses, and the log loss of every step.
+
+A measurement takes its randomness from its own keys, so it never touches the training's, and two sets of weights are
+always judged on the same timesteps and the same noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffusers_ddpm_ext.training import keys
+from diffusers_ddpm_ext.training.data import ImageSet
+from diffusers_ddpm_ext.training.task import DenoisingTask
+
+LOGVAR = "logvar"
+MIN_VALIDATION_DRAWS = 32
+"""Fewer validation images than this are each noised several times: a handful of steps says little about a chain."""
+
+
+@dataclass(frozen=True)
+class Workers:
+    """How a measurement is shared among processes.
+
+    Attributes:
+        rank: of this process.
+        world: number of processes.
+        device: where the network lives.
+        sum_over_ranks: adds a tensor over the processes; called by all of them.
+    """
+
+    rank: int
+    world: int
+    device: torch.device
+    sum_over_ranks: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Which image is noised to which step with which noise.
+
+    Attributes:
+        images: index of the image, (N,), int64.
+        timesteps: (N,), int64.
+        stream: name of the noise's stream; draw i takes its key (stream, seed, 0, i).
+        seed: of the run.
+    """
+
+    images: Tensor
+    timesteps: Tensor
+    stream: str
+    seed: int
+
+    def __len__(self) -> int:
+        """Number of draws."""
+        return len(self.images)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Means over all draws, as the objective defines its terms."""
+
+    loss: float
+    loss_simple: float
+    loss_vlb: float
+
+    def named(self, suffix: str = "") -> dict[str, float]:
+        """The rows' names of CompVis: ``val/loss_simple`` and its fellows, ``_ema`` at their end for the average's."""
+        values = {"loss_simple": self.loss_simple, "loss": self.loss, "loss_vlb": self.loss_vlb}
+        return {f"val/{name}{suffix}": value for name, value in values.items()}
+
+
+def validation_draws(seed: int, num_images: int, num_train_timesteps: int, max_images: int | None = None) -> Draws:
+    """The draws of every validation of a run.
+
+    The chain is cut into as many equal pieces as there are draws and each draw takes a step from a piece of its own,
+    in an order that has nothing to do with that of the images.
+
+    Args:
+        seed: of the run.
+        num_images: size of the validation set.
+        num_train_timesteps: T.
+        max_images: use the first so many images only.
+
+    Returns:
+        At least ``MIN_VALIDATION_DRAWS`` draws, the same for every call.
+    """
+    used = num_images if max_images is None else min(num_images, max_images)
+    repeats = -(-MIN_VALIDATION_DRAWS // used)
+    images = torch.arange(used).repeat(repeats)
+    timesteps = stratified(keys.generator(keys.VALIDATION, seed, "timesteps"), len(images), num_train_timesteps)
+    return Draws(images, timesteps, keys.VALIDATION, seed)
+
+
+def stratified(generator: torch.Generator, count: int, num_train_timesteps: int) -> Tensor:
+    """Steps that cover the chain evenly, in random order.
+
+    Args:
+        generator: source of the order and of the place inside each piece.
+        count: number of steps.
+        num_train_timesteps: T.
+
+    Returns:
+        (count,), int64, in [0, T): exactly one in each of ``count`` equal pieces of the chain.
+    """
+    pieces = torch.randperm(count, generator=generator).double()
+    inside = torch.rand(count, generator=generator, dtype=torch.float64)
+    steps = ((pieces + inside) * num_train_timesteps / count).long()
+    return steps.clamp(max=num_train_timesteps - 1)
+
+
+@torch.no_grad()
+def score(task: DenoisingTask, images: ImageSet, draws: Draws, batch_size: int, workers: Workers) -> Scores:
+    """Mean losses of a task's present weights.
+
+    The batches are the same on any number of processes, which take turns at them.
+
+    Args:
+        task: not wrapped by DDP; its mode is put back afterwards.
+        images: the validation set.
+        draws: from :func:`validation_draws`.
+        batch_size: images in one forward pass.
+        workers: how to share the work.
+
+    Returns:
+        The means over all draws, the same on every process.
+    """
+
+    def terms(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        output = task(x0, noise, t)
+        return torch.stack([output.loss, output.loss_simple, output.loss_vlb]).cpu().double() * len(t)
+
+    batches = _run(task, images, draws, batch_size, workers, terms, torch.zeros(-(-len(draws) // batch_size), 3))
+    return Scores(*(batches.sum(0) / len(draws)).tolist())
+
+
+@torch.no_grad()
+def measure_log_loss(
+    task: DenoisingTask, images: ImageSet, seed: int, per_step: int, batch_size: int, workers: Workers
+) -> np.ndarray:
+    """The truth that learned log-variances estimate: the log of the mean unweighted loss at every step.
+
+    Args:
+        task: not wrapped by DDP; its mode is put back afterwards.
+        images: the training set.
+        seed: of the run.
+        per_step: draws at each step of the chain.
+        batch_size: images in one forward pass.
+        workers: how to share the work.
+
+    Returns:
+        (T,), float64, natural log.
+    """
+    num_train_timesteps = task.objective.schedule.num_train_timesteps
+    count = num_train_timesteps * per_step
+    order = keys.generator(LOGVAR, seed, "images")
+    passes = -(-count // len(images))
+    chosen = torch.cat([torch.randperm(len(images), generator=order) for _ in range(passes)])[:count]
+    draws = Draws(chosen, torch.arange(num_train_timesteps).repeat(per_step), LOGVAR, seed)
+
+    def terms(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        losses = task(x0, noise, t).per_sample_simple.cpu().double()
+        return torch.zeros(num_train_timesteps, dtype=torch.float64).index_add_(0, t.cpu(), losses)
+
+    total = _run(task, images, draws, batch_size, workers, terms, torch.zeros(1, num_train_timesteps))
+    return np.log(total[0].numpy() / per_step)
+
+
+def _run(
+    task: DenoisingTask,
+    images: ImageSet,
+    draws: Draws,
+    batch_size: int,
+    workers: Workers,
+    terms: Callable[[Tensor, Tensor, Tensor], Tensor],
+    table: Tensor,
+) -> Tensor:
+    """Add the terms of every batch to a row of a table: row b for batch b, or the only row there is."""
+    training = task.training
+    task.eval()
+    table = table.double()
+    for number, start in enumerate(range(0, len(draws), batch_size)):
+        if number % workers.world != workers.rank:
+            continue
+        places = range(start, min(start + batch_size, len(draws)))
+        x0 = images.pixels(draws.images[start : places.stop])
+        _, noise = keys.sample_draws(draws.seed, 0, places, x0.shape[1:], 1, draws.stream)
+        t = draws.timesteps[start : places.stop]
+        row = terms(x0.to(workers.device), noise.to(workers.device), t.to(workers.device))
+        table[number % len(table)] += row
+    task.train(training)
+    return workers.sum_over_ranks(table.to(workers.device)).cpu()

@@ -1,0 +1,142 @@
+"""The processes of one run: how they are found, how many cores each may use, and how they fail together."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    gather_object,
+)
+from torch import Tensor
+
+from diffusers_ddpm_ext.training.errors import ConfigError
+
+PATIENCE = timedelta(hours=2)
+"""How long a process waits for the others: previews and the final pictures are made by the first one alone."""
+
+SECONDS_TO_SPEAK = 10
+"""A failing process that has nothing to say lives so much longer, or the launcher would end the one that speaks."""
+
+LAUNCHERS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
+
+
+def make_accelerator(mixed_precision: str | None, accumulation: int, report_to: str) -> Accelerator:
+    """The Accelerator of a run.
+
+    Args:
+        mixed_precision: ``no``, ``fp16``, ``bf16``, or None for what the launcher says.
+        accumulation: micro-batches of an optimizer step.
+        report_to: name of a tracker, or ``none``.
+
+    Returns:
+        One process of the run. Started by ``torchrun`` on a machine without accelerators, the processes are connected,
+        which Accelerate alone leaves out unless it is told to use the CPU.
+
+    Raises:
+        ConfigError: a precision or a tracker that is not to be had here.
+    """
+    no_accelerator = not torch.accelerator.is_available()
+    tracker = None if report_to in ("none", "") else report_to
+    try:
+        accelerator = Accelerator(
+            cpu=no_accelerator,
+            mixed_precision=mixed_precision,
+            gradient_accumulation_steps=accumulation,
+            log_with=tracker,
+            project_config=ProjectConfiguration(logging_dir="."),  # where it really goes is known later
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=PATIENCE),
+                DistributedDataParallelKwargs(broadcast_buffers=False),
+            ],
+        )
+    except ValueError as error:
+        option = "--report_to" if "logging" in str(error).lower() else "--mixed_precision"
+        raise ConfigError(f"{option}: {' '.join(str(error).split())}") from error
+    if tracker is not None and not accelerator.log_with:
+        raise ConfigError(f"--report_to {report_to}: this tracker is not installed (`pip install {report_to}`).")
+    if accelerator.device.type == "cpu":
+        use_all_cores()
+    return accelerator
+
+
+def use_all_cores() -> None:
+    """Undo the one thread that ``accelerate launch`` and ``torchrun`` give a process by default.
+
+    They set OMP_NUM_THREADS to 1 where the user has said nothing. Any other number, and a 1 that no launcher is there
+    to have set, is the user's own and stays; so does ``--num_cpu_threads_per_process`` above 1.
+    """
+    launched = any(name in os.environ for name in LAUNCHERS)
+    if launched and os.environ.get("OMP_NUM_THREADS") == "1":
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(1, cores() // processes))
+
+
+def cores() -> int:
+    """Cores that this process may use: of its affinity, and of a container's quota where there is one."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(count, int(quota) // int(period)))
+    except (OSError, ValueError):  # no cgroup of version 2, or the quota says `max`
+        return count
+
+
+def mean_over_ranks(accelerator: Accelerator, tensor: Tensor) -> Tensor:
+    """Average a tensor over the processes, all of which call this."""
+    return tensor if accelerator.num_processes == 1 else accelerator.reduce(tensor, reduction="mean")
+
+
+def sum_over_ranks(accelerator: Accelerator, tensor: Tensor) -> Tensor:
+    """Add a tensor over the processes, all of which call this."""
+    return tensor if accelerator.num_processes == 1 else accelerator.reduce(tensor, reduction="sum")
+
+
+@contextmanager
+def same_fate(accelerator: Accelerator) -> Iterator[None]:
+    """Let the processes fail together in a part of the run that each of them does for itself.
+
+    Without it a process whose image cannot be read would leave the others waiting in their first exchange.
+
+    Args:
+        accelerator: of the run.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        Exception: what the work raised, in the first process that failed; the others leave silently, with status 2.
+    """
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    if accelerator.num_processes > 1:
+        failed = [rank for rank, fails in enumerate(gather_object([failure is not None])) if fails]
+        if failed and failed[0] != accelerator.process_index:
+            leave_silently(2)
+    if failure is not None:
+        raise failure
+
+
+def leave_silently(status: int) -> None:
+    """End a process whose failure another one reports.
+
+    Args:
+        status: exit status.
+
+    Raises:
+        SystemExit: always.
+    """
+    time.sleep(SECONDS_TO_SPEAK)
+    raise SystemExit(status)

@@ -1,0 +1,228 @@
+"""A run: all of its state in one place, and how it comes to be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from diffusers import UNet2DModel
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from diffusers_ddpm_ext.ema import LitEMA
+from diffusers_ddpm_ext.training.build import Parts, build_ema, build_parts, refusing
+from diffusers_ddpm_ext.training.config import TrainConfig
+from diffusers_ddpm_ext.training.data import ImageData, load_data
+from diffusers_ddpm_ext.training.evaluate import Workers
+from diffusers_ddpm_ext.training.folder import take_output_dir
+from diffusers_ddpm_ext.training.optim import adamw, lr_schedule, parameter_groups
+from diffusers_ddpm_ext.training.processes import make_accelerator, same_fate, sum_over_ranks
+from diffusers_ddpm_ext.training.records import LossMeter
+from diffusers_ddpm_ext.training.report import (
+    Plan,
+    describe_plan,
+    describe_rate,
+    describe_schedule,
+    parameter_table,
+    steps_of,
+)
+from diffusers_ddpm_ext.training.task import DenoisingTask
+
+
+@dataclass
+class Run:
+    """All there is of a run.
+
+    Attributes:
+        config: as parsed.
+        accelerator: device, precision and processes.
+        data: the images.
+        parts: network, scheduler and objective, free of wrappers.
+        plan: how far to go.
+        task: network and objective as prepared by Accelerate.
+        optimizer: as prepared by Accelerate.
+        lr_scheduler: stepped once per optimizer step, whatever the processes and micro-batches.
+        ema: the moving average, None where there is none.
+        folder: of the run; None until it is taken.
+        step: optimizer steps done.
+        meter: losses not read back from the device yet.
+    """
+
+    config: TrainConfig
+    accelerator: Accelerator
+    data: ImageData
+    parts: Parts
+    plan: Plan
+    task: nn.Module
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: LRScheduler
+    ema: LitEMA | None
+    folder: Path | None = None
+    step: int = 0
+    meter: LossMeter = field(default_factory=LossMeter)
+
+    @property
+    def seed(self) -> int:
+        """Of everything random."""
+        return self.config.loop.seed
+
+    @property
+    def denoiser(self) -> UNet2DModel:
+        """The network with its raw weights, free of wrappers."""
+        return self.parts.denoiser
+
+    @cached_property
+    def network(self) -> list[nn.Parameter]:
+        """The network's parameters; found once, since walking the modules takes a while."""
+        return list(self.parts.denoiser.parameters())
+
+    @property
+    def num_train_timesteps(self) -> int:
+        """Length T of the chain."""
+        return self.parts.objective.schedule.num_train_timesteps
+
+    @property
+    def logvar(self) -> Tensor | None:
+        """The learned log-variances, (T,); None where they are not learned."""
+        return self.parts.objective.logvar if self.parts.objective.learn_logvar else None
+
+    @property
+    def workers(self) -> Workers:
+        """How the processes share a measurement."""
+        accelerator = self.accelerator
+        return Workers(
+            accelerator.process_index,
+            accelerator.num_processes,
+            accelerator.device,
+            lambda tensor: sum_over_ranks(accelerator, tensor),
+        )
+
+
+def start(config: TrainConfig) -> Run:
+    """Read the images and build everything. Nothing is written.
+
+    Args:
+        config: as parsed.
+
+    Returns:
+        The run before its first step.
+
+    Raises:
+        ConfigError: an option that cannot be met, with its name; in the first process that found one.
+    """
+    loop = config.loop
+    accelerator = make_accelerator(loop.mixed_precision, loop.gradient_accumulation_steps, config.output.report_to)
+    with same_fate(accelerator):
+        data = load_data(config.data)
+        parts = build_parts(config.model, config.schedule, config.objective, data.size, data.channels, loop.seed)
+        plan = make_plan(config, len(data.train), accelerator.num_processes)
+        task = DenoisingTask(parts.denoiser, parts.objective).to(accelerator.device)
+        ema = build_ema(config.ema, parts.denoiser)
+        optimizer = make_optimizer(config, parts)
+        with refusing("--lr_scheduler"):
+            optim = config.optim
+            lr_scheduler = lr_schedule(
+                optim.lr_scheduler, optimizer, plan.steps, optim.lr_warmup_steps, optim.lr_scheduler_args
+            )
+    # The scheduler is kept from Accelerate, whose wrapper steps once per process and step.
+    wrapped, optimizer = accelerator.prepare(task, optimizer)
+    return Run(config, accelerator, data, parts, plan, wrapped, optimizer, lr_scheduler, ema)
+
+
+def make_plan(config: TrainConfig, images: int, processes: int) -> Plan:
+    """How far to go, in optimizer steps.
+
+    Args:
+        config: as parsed.
+        images: size of the training set.
+        processes: of the run.
+
+    Returns:
+        The plan; ``max_train_steps`` wins over ``num_epochs``.
+    """
+    loop = config.loop
+    plan = Plan(loop.train_batch_size, loop.gradient_accumulation_steps, processes, loop.max_train_steps or 1, images)
+    if loop.max_train_steps is not None:
+        return plan
+    return replace(plan, steps=steps_of(loop.num_epochs, images, plan.effective_batch))
+
+
+def make_optimizer(config: TrainConfig, parts: Parts) -> torch.optim.Optimizer:
+    """AdamW over the network and, in a group of its own, the log-variances.
+
+    Args:
+        config: as parsed.
+        parts: on their final device.
+
+    Returns:
+        The optimizer.
+    """
+    optim = config.optim
+    groups = parameter_groups(
+        parts.denoiser.parameters(),
+        parts.objective.parameters(),
+        optim.adam_weight_decay,
+        config.objective.logvar_learning_rate,
+    )
+    return adamw(groups, optim.learning_rate, (optim.adam_beta1, optim.adam_beta2), optim.adam_epsilon)
+
+
+def describe(run: Run) -> str:
+    """What the run is going to do, to be printed before it does.
+
+    Args:
+        run: before its first step.
+
+    Returns:
+        The plan and the table of parameters.
+    """
+    config = run.config
+    objective, ema = config.objective, config.ema
+    loss = f"{objective.loss_type}, logvar {'learned' if objective.learn_logvar else objective.logvar_init}"
+    if objective.snr_gamma is not None:
+        loss += f", min-SNR {objective.snr_gamma:g}"
+    if objective.original_elbo_weight:
+        loss += f", {objective.original_elbo_weight:g} x {objective.elbo_weights} ELBO"
+    rate = describe_rate(config.optim, objective.logvar_learning_rate if objective.learn_logvar else None)
+    rows = [
+        ("data", run.data.description),
+        ("schedule", describe_schedule(config.schedule)),
+        ("loss", loss),
+        ("learning rate", rate),
+        ("EMA", f"{ema.ema_decay:g}" if ema.use_ema else "off"),
+        (
+            "device",
+            f"{run.accelerator.device.type}, precision {run.accelerator.mixed_precision}, "
+            f"{torch.get_num_threads()} threads",
+        ),
+        ("output", str(run.folder or config.output.output_dir or "a fresh folder")),
+    ]
+    return f"{parameter_table(run.denoiser)}\n{describe_plan(run.plan, rows)}"
+
+
+def take_folder(run: Run) -> Path:
+    """Make the run's folder, once, and write down what the run is.
+
+    Args:
+        run: before its first step; it knows its folder afterwards.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ConfigError: it cannot be had; in the first process.
+    """
+    accelerator = run.accelerator
+    names: list[str | None] = [None]
+    with same_fate(accelerator):
+        if accelerator.is_main_process:
+            folder = take_output_dir(run.config.data, run.config.output)
+            run.config.write_resolved(folder / "config.yaml")
+            names = [str(folder)]
+    broadcast_object_list(names)
+    run.folder = Path(str(names[0]))
+    return run.folder

@@ -1,0 +1,46 @@
+"""One module for everything that has gradients: the denoiser and the objective with its log-variances.
+
+``Accelerator.prepare`` receives this module, so that data-parallel training averages the gradient of logvar too.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from diffusers_ddpm_ext.gaussian import q_sample
+from diffusers_ddpm_ext.objective import DDPMObjective, ObjectiveOutput
+
+
+class DenoisingTask(nn.Module):
+    """Noise clean samples, denoise them, score the result.
+
+    Args:
+        denoiser: a network called as ``denoiser(xt, t)`` whose output has ``.sample``, as UNet2DModel's has.
+        objective: the loss, with the schedule that the noise follows.
+    """
+
+    def __init__(self, denoiser: nn.Module, objective: DDPMObjective) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.objective = objective
+
+    def forward(self, x0: Tensor, noise: Tensor, t: Tensor) -> ObjectiveOutput:
+        """The training terms of one micro-batch.
+
+        Only the network runs in the precision of a surrounding autocast: in bfloat16 the first noise levels would
+        round to zero.
+
+        Args:
+            x0: clean samples, (B, ...), float32, data units.
+            noise: standard normal, same shape.
+            t: steps, (B,), integer.
+
+        Returns:
+            The objective's terms, float32.
+        """
+        with torch.autocast(x0.device.type, enabled=False):
+            xt = q_sample(self.objective.schedule, x0.float(), noise.float(), t)
+        output = self.denoiser(xt, t).sample
+        with torch.autocast(x0.device.type, enabled=False):
+            return self.objective(output.float(), x0.float(), noise.float(), t)
