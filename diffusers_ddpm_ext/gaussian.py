@@ -76,7 +76,9 @@ def at_step(table: Table, t: Tensor, like: Tensor) -> Tensor:
     """
     check_steps(t, like, len(table))
     dtype = torch.promote_types(like.dtype, torch.float32)
-    values = torch.tensor(table, dtype=dtype).to(t.device)[t].to(like.device)
+    # Copies towards an accelerator do not wait for it; one from it must.
+    values = torch.tensor(table, dtype=dtype).to(t.device, non_blocking=True)[t.long()]
+    values = values.to(like.device, non_blocking=like.device.type != "cpu")
     return values.reshape(-1, *(1,) * (like.ndim - 1))
 
 

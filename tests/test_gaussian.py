@@ -93,6 +93,14 @@ def test_each_sample_follows_its_own_step():
         assert torch.equal(together[i : i + 1], alone)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_small_integers_are_steps_not_masks(dtype):
+    x0, eps = draws(4, 4)
+    torch.testing.assert_close(
+        gaussian.q_sample(SCHEDULE, x0, eps, T.to(dtype)), gaussian.q_sample(SCHEDULE, x0, eps, T)
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_coefficients_are_never_below_float32(dtype):
     schedule = NoiseSchedule()
