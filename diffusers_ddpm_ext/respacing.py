@@ -40,8 +40,10 @@ def spaced_timesteps(
         int64, (K,), descending.
 
     Raises:
-        ValueError: K is not a whole number in [1, T], the spacing is unknown, or the offset pushes a step out of [0, T).
+        ValueError: K is not a whole number in [1, T], the spacing is unknown, or the offset pushes a step out of
+            [0, T).
     """
+    steps: npt.NDArray[Any]
     count, total = _whole("num_inference_steps", num_inference_steps), num_train_timesteps
     if not 1 <= count <= total:
         raise ValueError(

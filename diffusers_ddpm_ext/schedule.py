@@ -150,13 +150,17 @@ def _checked_betas(betas: Any) -> Table:
     return table
 
 
-def _check_choices(v_posterior: Any, prediction_type: str) -> None:
+def check_v_posterior(v_posterior: Any) -> None:
+    """Raise ValueError unless ``v_posterior`` is a number in [0, 1]."""
     if isinstance(v_posterior, bool) or not isinstance(v_posterior, (int, float, np.number)):
         raise ValueError(f"v_posterior={v_posterior!r} must be a number in [0, 1].")
     if not 0 <= v_posterior <= 1:
         raise ValueError(
             f"v_posterior={v_posterior!r} must lie in [0, 1]: 0 is the posterior's variance, 1 the forward beta."
         )
+
+
+def _check_prediction_type(prediction_type: str) -> None:
     if prediction_type not in PREDICTION_TYPES:
         raise ValueError(
             f"prediction_type={prediction_type!r} is unknown: choose one of {', '.join(PREDICTION_TYPES)} "
@@ -233,7 +237,8 @@ class NoiseSchedule:
     def _fill(
         self, betas: Table, abar: Table, timesteps: npt.NDArray[np.int64], v: float, prediction_type: str
     ) -> None:
-        _check_choices(v, prediction_type)
+        check_v_posterior(v)
+        _check_prediction_type(prediction_type)
         self.num_train_timesteps = len(betas)
         self.v_posterior = float(v)
         self.prediction_type = prediction_type
