@@ -1,8 +1,9 @@
 """DDPMExtPipeline: CompVis' ``p_sample_loop`` as a Diffusers pipeline, and the folder it is saved as.
 
-What is saved opens everywhere: ``model_index.json`` names stock Diffusers' own classes, so that a reader without this
-package gets ``DDPMPipeline`` and ``DDPMScheduler``, while the scheduler's config keeps our keys and `DDPMExtPipeline`
-turns the stock scheduler back into ours. A learned log-variance lies beside the components, in ``logvar/``.
+What is saved opens everywhere: a reader without this package gets ``DDPMPipeline`` and ``DDPMScheduler``, while
+`DDPMExtPipeline` turns the stock scheduler back into ours, with all its keys (`diffusers_ddpm_ext.layout`).
+
+Source: [DDPM] Ho et al. 2020, algorithm 2.
 """
 
 from __future__ import annotations
@@ -23,21 +24,23 @@ import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils.torch_utils import randn_tensor
-from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from torch import Tensor
 
-from diffusers_ddpm_ext.logvar import CONFIG_NAME, FOLDER, WEIGHTS_NAME, load_logvar, save_logvar
+from diffusers_ddpm_ext.layout import (
+    LEARNED_VARIANCES,
+    fetch_logvar,
+    is_ours_only,
+    reads_variance,
+    remove_logvar,
+    stock_words,
+)
+from diffusers_ddpm_ext.logvar import load_logvar, save_logvar
 from diffusers_ddpm_ext.scheduler import DDPMExtScheduler
 
 logger = logging.getLogger(__name__)
 
-LOGVAR_FILES = (f"{FOLDER}/{CONFIG_NAME}", f"{FOLDER}/{WEIGHTS_NAME}")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-LEARNED_VARIANCES = ("learned", "learned_range")
-# Stock DDPMScheduler takes the root of a log-variance for these: every sample becomes NaN.
-NAN_IN_STOCK = ("learned", "fixed_large_log")
 
 
 @dataclass
@@ -270,7 +273,7 @@ class DDPMExtPipeline(DiffusionPipeline):
         """Keep the half of the channels that the scheduler reads."""
         channels, made = sample.shape[1], model_output.shape[1]
         learned = self.scheduler.config.get("variance_type") in LEARNED_VARIANCES
-        if made == channels or (learned and made == 2 * channels and _reads_variance(self.scheduler)):
+        if made == channels or (learned and made == 2 * channels and reads_variance(self.scheduler)):
             return model_output
         if learned and made == 2 * channels:
             return model_output[:, :channels]
@@ -307,8 +310,8 @@ class DDPMExtPipeline(DiffusionPipeline):
             os.makedirs(folder, exist_ok=True)
             save_logvar(folder, self._logvar)
         else:
-            _remove_logvar(folder)  # an older table would come back as this model's
-        if self._is_ours_only():
+            remove_logvar(folder)
+        if is_ours_only(self.unet, self.scheduler):
             logger.warning(
                 "Stock Diffusers cannot sample this model right (variance_type %s): the folder names DDPMExtPipeline, "
                 "and readers need diffusers-ddpm-ext.",
@@ -317,23 +320,9 @@ class DDPMExtPipeline(DiffusionPipeline):
         super().save_pretrained(folder, *args, **kwargs)
 
     def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
-        """Write ``model_index.json`` in words that stock Diffusers knows (see the top of this file)."""
-        index = json.loads(self.to_json_string())
-        index.pop("_name_or_path", None)  # where this copy once came from, maybe a private path
-        if type(self.scheduler) is DDPMExtScheduler:
-            name = "DDPMExtScheduler" if self._is_ours_only() else "DDPMScheduler"
-            index["scheduler"] = ["diffusers", name]
-        if type(self) is DDPMExtPipeline and not self._is_ours_only():
-            index["_class_name"] = "DDPMPipeline"
+        """Write ``model_index.json`` in words that stock Diffusers knows."""
+        index = stock_words(json.loads(self.to_json_string()), self.unet, self.scheduler)
         Path(json_file_path).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-    def _is_ours_only(self) -> bool:
-        """Whether stock DDPMPipeline would fail on this model, or run and be wrong."""
-        variance_type = self.scheduler.config.get("variance_type")
-        if isinstance(self.scheduler, DDPMExtScheduler):
-            return variance_type in NAN_IN_STOCK
-        twice = self.unet.config.out_channels == 2 * self.unet.config.in_channels
-        return variance_type in LEARNED_VARIANCES and twice and not _reads_variance(self.scheduler)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
@@ -367,24 +356,8 @@ class DDPMExtPipeline(DiffusionPipeline):
             The snapshot's folder.
         """
         folder = super().download(pretrained_model_name, **kwargs)
-        commit = Path(folder).name  # the same state of the repository, whatever is pushed meanwhile
         names = ("cache_dir", "token", "local_files_only", "force_download")
-        options = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
-        cached = try_to_load_from_cache(pretrained_model_name, LOGVAR_FILES[0], kwargs.get("cache_dir"), commit)
-        if cached is _CACHED_NO_EXIST:
-            return folder
-        try:
-            for name in LOGVAR_FILES:
-                hf_hub_download(pretrained_model_name, name, revision=commit, **options)
-        except LocalEntryNotFoundError:
-            logger.warning(
-                "Could not look for %s of %s: not cached, and the Hub is not reachable. If a logvar was saved there, "
-                "pipeline.logvar will be None.",
-                LOGVAR_FILES[0],
-                pretrained_model_name,
-            )
-        except EntryNotFoundError:
-            pass  # most repositories have none
+        fetch_logvar(pretrained_model_name, Path(folder).name, **{name: kwargs.get(name) for name in names})
         return folder
 
     @classmethod
@@ -428,19 +401,6 @@ class _Record:
 def as_ours(scheduler: Any) -> Any:
     """A plain DDPMScheduler as a `DDPMExtScheduler` with its config, anything else unchanged."""
     return DDPMExtScheduler.from_config(scheduler.config) if type(scheduler) is DDPMScheduler else scheduler
-
-
-def _remove_logvar(folder: str) -> None:
-    for name in LOGVAR_FILES:
-        Path(folder, name).unlink(missing_ok=True)
-    place = Path(folder, FOLDER)
-    if place.is_dir() and not any(place.iterdir()):
-        place.rmdir()
-
-
-def _reads_variance(scheduler: Any) -> bool:
-    """Whether the class has a ``variance_type``: a config swap leaves the key with classes that ignore it."""
-    return "variance_type" in inspect.signature(type(scheduler).__init__).parameters
 
 
 def _check_generators(generator: Any, batch_size: int) -> torch.Generator | list[torch.Generator] | None:

@@ -1,0 +1,82 @@
+"""The schedules whose saved folders must open at every door, and what is asked of whoever opened one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "scaled_linear_v": {
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.0015,
+        "beta_end": 0.0195,
+        "prediction_type": "v_prediction",
+    },
+    "cosine_x0": {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "sample"},
+    "v_posterior_1": {"v_posterior": 1.0},
+    "v_posterior_04": {"v_posterior": 0.4},
+    "given_betas": {"trained_betas": np.linspace(2e-4, 0.08, 200).tolist()},
+}
+STEPS = 5
+
+
+def repo_of(case: str) -> str:
+    """Hub id of a case."""
+    return f"alice/{case.replace('_', '-')}"
+
+
+def images_of(pipeline: Any) -> np.ndarray:
+    """Two images of five steps, always from the same noise."""
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(11)
+    return pipeline(2, generator=generator, num_inference_steps=STEPS, output_type="np").images
+
+
+def keys_of(scheduler: Any) -> dict[str, Any]:
+    """The config without what every class writes about itself."""
+    return {key: value for key, value in json.loads(scheduler.to_json_string()).items() if key[0] != "_"}
+
+
+class Findings:
+    """Facts of a process, as JSON, and its images beside them."""
+
+    def __init__(self) -> None:
+        self.facts: dict[str, Any] = {}
+        self.arrays: dict[str, np.ndarray] = {}
+
+    def pipeline(self, door: str, pipeline: Any) -> None:
+        """Note what kind of pipeline came through a door, and what it draws."""
+        self.facts[door] = {
+            "class": type(pipeline).__name__,
+            "scheduler": type(pipeline.scheduler).__name__,
+            "keys": keys_of(pipeline.scheduler),
+        }
+        self.arrays[f"{door}/betas"] = np.asarray(pipeline.scheduler.betas)
+        self.arrays[f"{door}/images"] = images_of(pipeline)
+
+    def error(self, door: str, call: Any) -> None:
+        """Note how a door refuses."""
+        try:
+            call()
+        except Exception as error:
+            self.facts[door] = f"{type(error).__name__}: {error}"
+        else:
+            self.facts[door] = "opened"
+
+    def write(self, stem: Path) -> None:
+        """Save as ``stem.json`` and ``stem.npz``."""
+        stem.with_suffix(".json").write_text(json.dumps(self.facts))
+        np.savez(stem.with_suffix(".npz"), **self.arrays)
+
+    @classmethod
+    def read(cls, stem: Path) -> Findings:
+        """Load what `write` saved."""
+        findings = cls()
+        findings.facts = json.loads(stem.with_suffix(".json").read_text())
+        findings.arrays = dict(np.load(stem.with_suffix(".npz")))
+        return findings
