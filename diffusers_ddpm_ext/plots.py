@@ -20,7 +20,7 @@ from PIL import Image
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-GAP = 2  # pixels between images
+GAP = 4  # pixels between images
 TILE = 96  # side, in pixels, that small images are enlarged to, about
 INK = {"train": "#4c72b0", "raw": "#c44e52", "ema": "#2a7f3f"}
 DASH: dict[str, Any] = {"train": "-", "raw": (0, (4, 2)), "ema": "-"}
@@ -173,6 +173,7 @@ def plot_losses(
         everything = np.concatenate([values for _, _, values in finite])
         if everything.min() > 0 and everything.max() > 5 * everything.min():
             _log_axis(axes)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set(title=title, xlabel="optimizer step", ylabel=quantity)
         axes.legend(frameon=False)
 
@@ -243,8 +244,7 @@ def _draw_curve(axes: Axes, curve: Curve, steps: NDArray[Any], values: NDArray[A
     ink, noisy = INK[curve.kind], curve.kind == "train" and len(values) >= 50
     if noisy:
         axes.plot(steps, values, color=ink, alpha=0.25, linewidth=0.8)
-        width = max(5, len(values) // 40)
-        steps, values = steps, running_mean(values, width)
+        values = running_mean(values, max(5, len(values) // 40))
     few = "." if len(values) < 50 and not MARK[curve.kind] else MARK[curve.kind]
     label = f"{curve.label} (running mean)" if noisy else curve.label
     axes.plot(

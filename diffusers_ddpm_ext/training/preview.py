@@ -59,7 +59,7 @@ class Preview:
         chosen = images.pixels(torch.linspace(0, len(images) - 1, min(NUM_INPUTS, len(images))).long())
         rows = diffusion_rows(chosen[:NUM_ROWS], scheduler, self.seed, self.log_every_t)
         return (
-            save_grid(chosen, self.folder / "inputs.png"),
+            save_grid(chosen, self.folder / "inputs.png", columns=NUM_INPUTS),
             save_grid(rows.flatten(0, 1), self.folder / "diffusion_row.png", columns=rows.shape[1]),
         )
 

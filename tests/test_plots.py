@@ -1,0 +1,163 @@
+"""Pictures: sheets whose pixels can be computed by hand, files that are whole or absent, figures that are closed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffusers_ddpm_ext.plots import Curve, image_grid, plot_logvar, plot_losses, running_mean, save_grid, write_whole
+
+
+def test_a_sheet_by_hand():
+    """Three 1x2 images of one channel, two a row, doubled, with a line of one pixel."""
+    images = np.array([[-1.0, 1.0], [0.0, 2.0], [-3.0, 0.5]]).reshape(3, 1, 1, 2)
+    sheet = np.asarray(image_grid(images, columns=2, enlarge=2, gap=1))
+    w = 255
+    line = [w] * 9
+    expected = [
+        [0, 0, 255, 255, w, 128, 128, 255, 255],
+        [0, 0, 255, 255, w, 128, 128, 255, 255],
+        line,
+        [0, 0, 191, 191, w, w, w, w, w],
+        [0, 0, 191, 191, w, w, w, w, w],
+    ]
+    assert sheet.tolist() == expected
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (4, "RGBA")])
+def test_channels_become_the_mode(channels, mode):
+    images = torch.linspace(-1, 1, 2 * channels * 6).reshape(2, channels, 2, 3)
+    sheet = image_grid(images, columns=2, enlarge=1, gap=0)
+    assert sheet.mode == mode
+    pixels = np.asarray(sheet).reshape(2, 6, channels)
+    for which in range(2):
+        tile = pixels[:, 3 * which : 3 * which + 3].transpose(2, 0, 1)
+        np.testing.assert_allclose(tile / 127.5 - 1, images[which].numpy(), atol=1 / 255)
+
+
+def test_other_channels_stand_side_by_side():
+    images = np.stack([np.full((2, 2), value) for value in (-1, 0, 1, -1, 1)])[None]
+    assert np.asarray(image_grid(images, enlarge=1))[0].tolist() == [0, 0, 128, 128, 255, 255, 0, 0, 255, 255]
+
+
+@pytest.mark.parametrize(("shape", "enlarged"), [((1, 8, 8), 96), ((3, 32, 32), 96), ((3, 128, 128), 128)])
+def test_small_images_are_enlarged(shape, enlarged):
+    assert image_grid(np.zeros((1, *shape))).size == (enlarged, enlarged)
+
+
+@pytest.mark.parametrize(("shape", "columns"), [((16, 1, 8, 8), 4), ((10, 1, 16, 4), 6), ((2, 1, 8, 8), 1)])
+def test_a_sheet_is_about_square(shape, columns):
+    sheet = image_grid(np.zeros(shape), enlarge=1, gap=0)
+    assert sheet.width == columns * shape[3]
+
+
+@pytest.mark.parametrize(
+    ("images", "options"),
+    [
+        (np.zeros((3, 8, 8)), {}),
+        (np.zeros((0, 1, 8, 8)), {}),
+        (np.zeros((1, 1, 2, 2)), {"columns": 0}),
+        (np.zeros((1, 1, 2, 2)), {"enlarge": 0}),
+        (np.zeros((1, 1, 2, 2)), {"gap": -1}),
+    ],
+)
+def test_what_is_no_sheet_is_refused(images, options):
+    with pytest.raises(ValueError, match="must be"):
+        image_grid(images, **options)
+
+
+@pytest.mark.parametrize("name", ["a.png", "deep/er/a.png", "a.jpg", "a.webp"])
+def test_a_sheet_is_saved_in_its_format(tmp_path, name):
+    path = save_grid(np.zeros((2, 4, 8, 8)), tmp_path / name)
+    with Image.open(path) as image:
+        image.load()
+        assert image.format == {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}[name.split(".")[-1]]
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+
+def test_a_file_is_whole_or_not_there(tmp_path):
+    path = tmp_path / "loss.png"
+    path.write_bytes(b"old")
+
+    def fail(file):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_whole(path, fail)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("width", [1, 4, 5, 99])
+def test_running_mean_is_the_mean_of_the_neighbours(width):
+    values = np.random.default_rng(0).normal(size=23)
+    half = width // 2
+    expected = [values[max(0, i - half) : i + half + 1].mean() for i in range(23)]
+    np.testing.assert_allclose(running_mean(values, width), expected, atol=1e-12)
+
+
+def ink(path):
+    """Pixels of a figure that are not white, and whether it is of a readable size."""
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        assert min(image.size) > 600
+        return (np.asarray(image.convert("RGB")) < 250).any(-1).sum()
+
+
+def test_curves_are_drawn(tmp_path):
+    rng = np.random.default_rng(0)
+    steps = np.arange(1, 400)
+    noisy = Curve("training", steps, 1 / steps + rng.uniform(0, 0.01, len(steps)))
+    raw = Curve("validation, raw weights", [100, 200], [0.02, 0.01], "raw")
+    ema = Curve("validation, EMA weights", [100, 200], [0.03, float("nan")], "ema")
+    one = plot_losses(tmp_path / "one.png", [noisy])
+    three = plot_losses(tmp_path / "three.png", [noisy, raw, ema])
+    assert ink(three) > ink(one) > 5000
+
+
+@pytest.mark.parametrize("values", [[0.5], [0.0, 1.0], [-2.0, 3.0], [1.0, float("inf")], [2.0, 2.0]])
+def test_odd_curves_are_drawn_too(tmp_path, values):
+    assert ink(plot_losses(tmp_path / "odd.png", [Curve("training", range(len(values)), values)])) > 5000
+
+
+def test_nothing_to_draw_is_said(tmp_path):
+    with pytest.raises(ValueError, match="finite"):
+        plot_losses(tmp_path / "none.png", [Curve("training", [1], [float("nan")]), Curve("x", [], [])])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_logvar_is_drawn_where_it_was_measured(tmp_path):
+    learned = np.linspace(0, -3, 100)
+    measured = np.where(np.arange(100) % 2, learned + 0.1, np.nan)
+    assert ink(plot_logvar(tmp_path / "logvar.png", learned, measured)) > 5000
+    assert ink(plot_logvar(tmp_path / "unmeasured.png", learned, np.full(100, np.nan))) > 5000
+    with pytest.raises(ValueError, match="must be"):
+        plot_logvar(tmp_path / "no.png", learned, measured[1:])
+
+
+def test_plots_leave_no_figure_and_change_no_setting(tmp_path):
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    plot_losses(tmp_path / "a.png", [Curve("training", [1, 2], [1, 2])])
+    assert dict(matplotlib.rcParams) == before
+    pyplot = sys.modules.get("matplotlib.pyplot")
+    assert pyplot is None or pyplot.get_fignums() == []
+
+
+def test_sheets_need_no_matplotlib(tmp_path):
+    """`ddpm-ext sample` runs where only the base packages are installed."""
+    code = (
+        "import sys; sys.modules['matplotlib'] = None\n"
+        "import numpy as np; from diffusers_ddpm_ext.plots import save_grid\n"
+        f"save_grid(np.zeros((4, 3, 8, 8)), {str(tmp_path / 'grid.png')!r})\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert (tmp_path / "grid.png").exists()
