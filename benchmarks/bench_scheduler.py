@@ -3,8 +3,8 @@
     python benchmarks/bench_scheduler.py [--rounds 40]
 
 Both do the same work: epsilon, clipped, whole-number steps, noise from equal generators. One thread; the two take
-turns in short rounds whose order alternates, and the median of the rounds' ratios is reported, so that a busy machine slows
-both. The noise row is the floor: nobody can be faster than drawing the noise.
+turns in short rounds whose order alternates, and the median of the rounds' ratios is reported, so that a busy machine
+slows both. The noise row is the floor: nobody can be faster than drawing the noise.
 """
 
 from __future__ import annotations

@@ -115,7 +115,7 @@ def small_variance(kept: NoiseSchedule) -> Table:
 
 
 def log_variance(variance_type: str, predicted: Tensor, log_small: Any, log_large: Any) -> Tensor:
-    """The log-variance that a network predicted: ``learned`` itself, ``learned_range`` as its place between the logs of
+    """The log-variance that a network predicted: ``learned`` itself, ``learned_range`` as a place between the logs of
     the two ends, from -1 to 1 ([iDDPM] eq. 15)."""
     if variance_type == "learned":
         return predicted
@@ -137,11 +137,25 @@ def draw_noise(like: Tensor, generator: Generators, scale: float = 1.0) -> Tenso
     if isinstance(generator, list):
         if len(generator) not in (1, like.shape[0]):
             raise ValueError(f"generator must hold one generator per sample ({like.shape[0]}), got {len(generator)}.")
-    elif generator is None or generator.device.type == like.device.type:
+    elif generator is None or like.is_cpu or generator.device.type == like.device.type:
         # Cheaper than randn, and the scale costs no pass of its own. (empty_like would follow the strides of permuted
         # samples, and so give the same draws to other pixels.)
-        return torch.empty(like.shape, dtype=like.dtype, device=like.device).normal_(0, scale, generator=generator)
+        return like.new_empty(like.shape).normal_(0, scale, generator=generator)
     return randn_tensor(like.shape, generator=generator, device=like.device, dtype=like.dtype).mul_(scale)
+
+
+def scaled_noise(
+    like: Tensor, generator: Generators, given: Tensor | None, dtype: torch.dtype, scale: float = 1.0
+) -> Tensor:
+    """A new tensor of ``scale`` times the noise that the caller gave, or else draws; of type ``dtype``.
+
+    It is drawn in the precision of ``like``, the network's output, as in stock.
+    """
+    if given is not None:
+        return given.to(dtype) * scale
+    if like.dtype is dtype:
+        return draw_noise(like, generator, scale)
+    return draw_noise(like, generator).to(dtype).mul_(scale)
 
 
 def shared_or_each(timestep: Any, samples: Tensor) -> int | Tensor:

@@ -231,7 +231,7 @@ class NoiseSchedule:
         betas = _checked_betas(trained_betas)
         if rescale_betas_zero_snr:
             betas = _checked_betas(rescale_zero_terminal_snr(betas))
-        abar = np.cumprod(1 - betas)
+        abar = np.cumprod(1 - betas, dtype=np.float64)
         self._fill(betas, abar, np.arange(len(betas)), v_posterior, prediction_type)
 
     def _fill(

@@ -32,9 +32,9 @@ from diffusers_ddpm_ext.respacing import TIMESTEP_SPACINGS, custom_timesteps, sp
 from diffusers_ddpm_ext.reverse import (
     Generators,
     ReverseSteps,
-    draw_noise,
     for_each,
     log_variance,
+    scaled_noise,
     shared_or_each,
     small_variance,
     split_variance,
@@ -46,25 +46,7 @@ VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_
 LEARNED_VARIANCES = ("learned", "learned_range")
 
 Betas = Sequence[float] | npt.NDArray[Any] | Tensor
-
-
-class _Noise:
-    """The noise of one step: given by the caller, or drawn in the precision of the network's output as stock does."""
-
-    __slots__ = ("generator", "given", "like")
-
-    def __init__(self, like: Tensor, generator: Generators, given: Tensor | None) -> None:
-        self.like = like
-        self.generator = generator
-        self.given = given
-
-    def scaled(self, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
-        """A new tensor of ``scale`` times the noise."""
-        if self.given is not None:
-            return self.given.to(dtype) * scale
-        if self.like.dtype is dtype:
-            return draw_noise(self.like, self.generator, scale)
-        return draw_noise(self.like, self.generator).to(dtype).mul_(scale)
+NoiseSource = tuple[Tensor, Generators, Tensor | None]  # the network's output, generators, noise of the caller
 
 
 class DDPMExtScheduler(CompVisNames, SchedulerMixin, ConfigMixin):
@@ -405,22 +387,22 @@ class DDPMExtScheduler(CompVisNames, SchedulerMixin, ConfigMixin):
             raise ValueError(
                 f"variance_noise must have sample's shape {tuple(shape)}, got {tuple(variance_noise.shape)}."
             )
-        noise = _Noise(model_output, generator, variance_noise)
+        source = (model_output, generator, variance_noise)
         dtype = sample.dtype
         if dtype is not torch.float32 or model_output.dtype is not torch.float32:
             exact = torch.promote_types(torch.promote_types(dtype, model_output.dtype), torch.float32)
             sample, model_output = sample.to(exact), model_output.to(exact)
             variance = None if variance is None else variance.to(exact)
-        if type(timestep) is int:
-            previous, x0 = self._step_together(model_output, timestep, sample, variance, noise)
+        if isinstance(timestep, Tensor):
+            previous, x0 = self._step_each(model_output, timestep, sample, variance, source)
         else:
-            previous, x0 = self._step_each(model_output, timestep, sample, variance, noise)
+            previous, x0 = self._step_together(model_output, timestep, sample, variance, source)
         if dtype is not previous.dtype:
             previous, x0 = previous.to(dtype), x0.to(dtype)
         return DDPMSchedulerOutput(prev_sample=previous, pred_original_sample=x0) if return_dict else (previous, x0)
 
     def _step_together(
-        self, output: Tensor, t: int, xt: Tensor, variance: Tensor | None, noise: _Noise
+        self, output: Tensor, t: int, xt: Tensor, variance: Tensor | None, source: NoiseSource
     ) -> tuple[Tensor, Tensor]:
         """One step for the whole batch: Python floats times tensors, in place where the tensor is ours."""
         steps = self._steps
@@ -428,20 +410,20 @@ class DDPMExtScheduler(CompVisNames, SchedulerMixin, ConfigMixin):
         if steps.output_is_x0:
             x0 = self._bounded(output, own=False)
         else:
-            x0 = self._bounded(torch.mul(xt, xt_to_x0).add_(output, alpha=output_to_x0), own=True)
+            x0 = self._bounded(xt.mul(xt_to_x0).add_(output, alpha=output_to_x0), own=True)
         if t == steps.last:
             if t > 0:
-                noise.scaled(xt.dtype)  # drawn and dropped, as in stock: the generator ends in the same state
-            return torch.mul(xt, ct).add_(x0, alpha=c0), x0
+                scaled_noise(*source, xt.dtype)  # drawn and dropped, so that the generator ends in stock's state
+            return xt.mul(ct).add_(x0, alpha=c0), x0
         if variance is None:
-            previous = noise.scaled(xt.dtype, sigma)
+            previous = scaled_noise(*source, xt.dtype, sigma)
         else:
             log_scale = log_variance(self.config.variance_type, variance, log_small, log_large).mul(0.5)
-            previous = noise.scaled(xt.dtype).mul_(log_scale.exp_())
+            previous = scaled_noise(*source, xt.dtype).mul_(log_scale.exp_())
         return previous.add_(xt, alpha=ct).add_(x0, alpha=c0), x0
 
     def _step_each(
-        self, output: Tensor, t: Tensor, xt: Tensor, variance: Tensor | None, noise: _Noise
+        self, output: Tensor, t: Tensor, xt: Tensor, variance: Tensor | None, source: NoiseSource
     ) -> tuple[Tensor, Tensor]:
         """One step for each sample, at its own place of the chain."""
         xt_to_x0, output_to_x0, c0, ct, scale, log_small, log_large = self._steps.gather(t, xt)
@@ -453,7 +435,7 @@ class DDPMExtScheduler(CompVisNames, SchedulerMixin, ConfigMixin):
             ends = (t == self._steps.last).reshape(scale.shape).to(xt.device)
             log_scale = log_variance(self.config.variance_type, variance, log_small, log_large).mul(0.5)
             scale = log_scale.exp().masked_fill(ends, 0)
-        return c0 * x0 + ct * xt + scale * noise.scaled(xt.dtype), x0
+        return c0 * x0 + ct * xt + scale * scaled_noise(*source, xt.dtype), x0
 
     def _bounded(self, x0: Tensor, own: bool) -> Tensor:
         """x0 within the range that the config allows; in place if the tensor is our ``own``."""
