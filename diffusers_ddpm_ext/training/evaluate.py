@@ -140,7 +140,7 @@ def score(task: DenoisingTask, images: ImageSet, draws: Draws, batch_size: int, 
 
 @torch.no_grad()
 def measure_log_loss(
-    task: DenoisingTask, images: ImageSet, seed: int, per_step: int, batch_size: int, workers: Workers
+    task: DenoisingTask, images: ImageSet, seed: int, timesteps: Tensor, batch_size: int, workers: Workers
 ) -> np.ndarray:
     """The truth that learned log-variances estimate: the log of the mean unweighted loss at every step.
 
@@ -148,26 +148,25 @@ def measure_log_loss(
         task: not wrapped by DDP; its mode is put back afterwards.
         images: the training set.
         seed: of the run.
-        per_step: draws at each step of the chain.
+        timesteps: the step of each draw, (N,), int64.
         batch_size: images in one forward pass.
         workers: how to share the work.
 
     Returns:
-        (T,), float64, natural log.
+        (T,), float64, natural log; NaN at steps without a draw.
     """
-    num_train_timesteps = task.objective.schedule.num_train_timesteps
-    count = num_train_timesteps * per_step
+    chain, count = task.objective.schedule.num_train_timesteps, len(timesteps)
     order = keys.generator(LOGVAR, seed, "images")
-    passes = -(-count // len(images))
-    chosen = torch.cat([torch.randperm(len(images), generator=order) for _ in range(passes)])[:count]
-    draws = Draws(chosen, torch.arange(num_train_timesteps).repeat(per_step), LOGVAR, seed)
+    chosen = torch.cat([torch.randperm(len(images), generator=order) for _ in range(-(-count // len(images)))])
+    draws = Draws(chosen[:count], timesteps, LOGVAR, seed)
 
     def terms(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         losses = task(x0, noise, t).per_sample_simple.cpu().double()
-        return torch.zeros(num_train_timesteps, dtype=torch.float64).index_add_(0, t.cpu(), losses)
+        return torch.zeros(chain, dtype=torch.float64).index_add_(0, t.cpu(), losses)
 
-    total = _run(task, images, draws, batch_size, workers, terms, torch.zeros(1, num_train_timesteps))
-    return np.log(total[0].numpy() / per_step)
+    total = _run(task, images, draws, batch_size, workers, terms, torch.zeros(1, chain))[0].numpy()
+    counts = np.bincount(timesteps.numpy(), minlength=chain)
+    return np.log(np.divide(total, counts, out=np.full(chain, np.nan), where=counts > 0))
 
 
 def _run(

@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import (
-    DistributedDataParallelKwargs,
     InitProcessGroupKwargs,
     ProjectConfiguration,
     gather_object,
@@ -54,10 +53,7 @@ def make_accelerator(mixed_precision: str | None, accumulation: int, report_to: 
             gradient_accumulation_steps=accumulation,
             log_with=tracker,
             project_config=ProjectConfiguration(logging_dir="."),  # where it really goes is known later
-            kwargs_handlers=[
-                InitProcessGroupKwargs(timeout=PATIENCE),
-                DistributedDataParallelKwargs(broadcast_buffers=False),
-            ],
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         )
     except ValueError as error:
         option = "--report_to" if "logging" in str(error).lower() else "--mixed_precision"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -10,13 +10,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from diffusers import UNet2DModel
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from diffusers_ddpm_ext.ema import LitEMA
 from diffusers_ddpm_ext.training.build import Parts, build_ema, build_parts, refusing
 from diffusers_ddpm_ext.training.config import TrainConfig
 from diffusers_ddpm_ext.training.data import ImageData, load_data
+from diffusers_ddpm_ext.training.errors import ConfigError
 from diffusers_ddpm_ext.training.evaluate import Workers
 from diffusers_ddpm_ext.training.folder import take_output_dir
 from diffusers_ddpm_ext.training.optim import adamw, lr_schedule, parameter_groups
@@ -81,14 +82,21 @@ class Run:
         return list(self.parts.denoiser.parameters())
 
     @property
+    def taken_folder(self) -> Path:
+        """The run's folder, once it is there."""
+        assert self.folder is not None
+        return self.folder
+
+    @property
     def num_train_timesteps(self) -> int:
         """Length T of the chain."""
         return self.parts.objective.schedule.num_train_timesteps
 
     @property
-    def logvar(self) -> Tensor | None:
+    def logvar(self) -> nn.Parameter | None:
         """The learned log-variances, (T,); None where they are not learned."""
-        return self.parts.objective.logvar if self.parts.objective.learn_logvar else None
+        table = self.parts.objective.logvar
+        return table if isinstance(table, nn.Parameter) else None
 
     @property
     def workers(self) -> Workers:
@@ -115,7 +123,8 @@ def start(config: TrainConfig) -> Run:
         ConfigError: an option that cannot be met, with its name; in the first process that found one.
     """
     loop = config.loop
-    accelerator = make_accelerator(loop.mixed_precision, loop.gradient_accumulation_steps, config.output.report_to)
+    tracker = "none" if loop.dry_run else config.output.report_to
+    accelerator = make_accelerator(loop.mixed_precision, loop.gradient_accumulation_steps, tracker)
     with same_fate(accelerator):
         data = load_data(config.data)
         parts = build_parts(config.model, config.schedule, config.objective, data.size, data.channels, loop.seed)
@@ -145,10 +154,14 @@ def make_plan(config: TrainConfig, images: int, processes: int) -> Plan:
         The plan; ``max_train_steps`` wins over ``num_epochs``.
     """
     loop = config.loop
-    plan = Plan(loop.train_batch_size, loop.gradient_accumulation_steps, processes, loop.max_train_steps or 1, images)
+    effective_batch = loop.train_batch_size * loop.gradient_accumulation_steps * processes
     if loop.max_train_steps is not None:
-        return plan
-    return replace(plan, steps=steps_of(loop.num_epochs, images, plan.effective_batch))
+        steps = loop.max_train_steps
+    elif loop.num_epochs is not None:
+        steps = steps_of(loop.num_epochs, images, effective_batch)
+    else:
+        raise ConfigError("the run has no end: give --max_train_steps or --num_epochs")
+    return Plan(loop.train_batch_size, loop.gradient_accumulation_steps, processes, steps, images)
 
 
 def make_optimizer(config: TrainConfig, parts: Parts) -> torch.optim.Optimizer:

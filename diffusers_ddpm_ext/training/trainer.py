@@ -6,6 +6,7 @@ steps, and everything random follows from the seed and their number.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +22,10 @@ from diffusers_ddpm_ext.training.data import Batch, stream
 from diffusers_ddpm_ext.training.errors import RunError
 from diffusers_ddpm_ext.training.evaluate import score, validation_draws
 from diffusers_ddpm_ext.training.export import save_pipeline
+from diffusers_ddpm_ext.training.gallery import SAMPLES, draw_data, draw_end, draw_samples
 from diffusers_ddpm_ext.training.optim import clip_gradients
 from diffusers_ddpm_ext.training.processes import leave_silently, mean_over_ranks
-from diffusers_ddpm_ext.training.records import Records, StepRecord, first_nonfinite
+from diffusers_ddpm_ext.training.records import METRICS, Records, StepRecord, first_nonfinite
 from diffusers_ddpm_ext.training.run import Run, describe, start, take_folder
 
 PROJECT = "diffusers-ddpm-ext"
@@ -49,6 +51,7 @@ def train(config: TrainConfig) -> Path | None:
         take_folder(run)
         run.accelerator.print(describe(run))
         records = open_records(run)
+        draw_data(run)
         fit(run, records)
         finish(run, records)
     run.accelerator.end_training()
@@ -74,7 +77,7 @@ def fit(run: Run, records: Records) -> None:
             if now.validation:
                 validate(run, records)
             if now.images:
-                draw(run)
+                draw_samples(run)
             if now.model:
                 save(run)
 
@@ -103,7 +106,7 @@ def train_step(run: Run, batches: Iterator[Batch]) -> None:
             run.optimizer.zero_grad()
         outputs.append(output)
         timesteps.append(t)
-    learning_rate = run.lr_scheduler.get_last_lr()[0]
+    learning_rate = float(run.lr_scheduler.get_last_lr()[0])
     run.lr_scheduler.step()
     if run.ema is not None:
         run.ema.step(run.denoiser)
@@ -158,10 +161,10 @@ def due(run: Run) -> Due:
         return Due(logging=True, validation=False, images=False, model=False)
 
     def every(steps: int | None) -> bool:
-        return bool(steps) and step % steps == 0
+        return steps is not None and steps > 0 and step % steps == 0
 
     def every_epochs(epochs: int | None) -> bool:
-        return bool(epochs) and plan.epoch(step) // epochs > plan.epoch(step - 1) // epochs
+        return epochs is not None and plan.epoch(step) // epochs > plan.epoch(step - 1) // epochs
 
     validation = every(run.config.validation.validation_steps)
     images = every(output.save_images_steps) or every_epochs(output.save_images_epochs)
@@ -196,12 +199,12 @@ def open_records(run: Run) -> Records:
     """
     accelerator, config = run.accelerator, run.config
     if accelerator.log_with:
-        accelerator.project_configuration.logging_dir = str(run.folder / config.output.logging_dir)
+        accelerator.project_configuration.logging_dir = str(run.taken_folder / config.output.logging_dir)
         flat = config.to_flat_dict().items()
         plain = {name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in flat}
         accelerator.init_trackers(PROJECT, config=plain)
     bar = tqdm(total=run.plan.steps, initial=run.step, unit="step", disable=not accelerator.is_main_process)
-    records = Records(run.folder, accelerator.log, run.logvar is not None, run.plan.effective_batch, bar)
+    records = Records(run.taken_folder, accelerator.log, run.logvar is not None, run.plan.effective_batch, bar)
     if accelerator.is_main_process:
         records.start()
     return records
@@ -277,16 +280,12 @@ def save(run: Run) -> None:
         run: after a step.
     """
     if run.accelerator.is_main_process:
-        save_pipeline(run.folder, run.denoiser, run.parts.scheduler, run.ema, run.logvar)
+        save_pipeline(run.taken_folder, run.denoiser, run.parts.scheduler, run.ema, run.logvar)
     run.accelerator.wait_for_everyone()
 
 
-def draw(run: Run) -> None:
-    """Placeholder."""
-
-
 def finish(run: Run, records: Records) -> None:
-    """Leave the pipeline, the last numbers and the pictures.
+    """Leave the pipeline, the last numbers and the pictures, in this order: what cannot be made again goes first.
 
     Args:
         run: after its last step.
@@ -295,3 +294,8 @@ def finish(run: Run, records: Records) -> None:
     records.bar.close()
     save(run)
     validate(run, records)
+    draw_end(run)
+    run.accelerator.print(
+        f"The pipeline, its samples ({SAMPLES}) and its numbers ({METRICS}) are in {run.folder}; "
+        f"draw from it: ddpm-ext sample {shlex.quote(str(run.folder))}"
+    )

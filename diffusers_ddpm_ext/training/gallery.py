@@ -1,0 +1,123 @@
+"""The pictures of a run: what it trains on, what it samples on the way and at the end, and its curves.
+
+Networks are measured by all processes together; the first one alone draws.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
+
+import torch
+
+from diffusers_ddpm_ext.plots import Curve, plot_logvar, plot_losses
+from diffusers_ddpm_ext.training.evaluate import measure_log_loss
+from diffusers_ddpm_ext.training.preview import Preview
+from diffusers_ddpm_ext.training.records import METRICS
+from diffusers_ddpm_ext.training.run import Run
+
+FOLDER = "samples"
+SAMPLES = "samples.png"
+CURVES: tuple[tuple[str, str, Literal["train", "raw", "ema"]], ...] = (
+    ("train/loss_simple", "training", "train"),
+    ("val/loss_simple", "validation, raw weights", "raw"),
+    ("val/loss_simple_ema", "validation, EMA weights", "ema"),
+)
+DRAWS_PER_STEP = 32
+"""Draws that the log loss of a step is measured with, where the run was long enough for that."""
+COST_OF_LOGVAR = 6
+"""The measurement takes at most one image where training took so many (and went back through them, too)."""
+MIN_DRAWS = 100
+
+
+def sampling_weights(run: Run) -> AbstractContextManager[Any]:
+    """The weights that the saved pipeline samples with, for the length of a ``with`` block."""
+    return nullcontext() if run.ema is None else run.ema.scope(run.denoiser)
+
+
+def preview(run: Run) -> Preview:
+    """The run's draughtsman."""
+    output = run.config.output
+    return Preview(
+        run.taken_folder / FOLDER,
+        run.seed,
+        output.num_preview_images,
+        output.ddpm_num_inference_steps,
+        run.config.validation.eval_batch_size,
+    )
+
+
+def draw_data(run: Run) -> None:
+    """Draw ``inputs.png`` and ``diffusion_row.png``.
+
+    Args:
+        run: before its first step, so that a person sees early what it trains on.
+    """
+    if run.accelerator.is_main_process:
+        preview(run).draw_data(run.data.train, run.parts.scheduler)
+
+
+def draw_samples(run: Run) -> None:
+    """Draw ``samples-<step>.png`` and ``denoise_row-<step>.png``.
+
+    Args:
+        run: after a step; no weight and no random number of it is changed.
+    """
+    if run.accelerator.is_main_process:
+        with sampling_weights(run):
+            preview(run).draw_samples(run.denoiser, run.parts.scheduler, run.step)
+    run.accelerator.wait_for_everyone()
+
+
+def draw_end(run: Run) -> None:
+    """Draw ``samples.png``, the last grid of samples, and the curves.
+
+    Args:
+        run: after its last step.
+    """
+    if run.accelerator.is_main_process:
+        with sampling_weights(run):
+            draw_last_samples(run)
+        draw_losses(run)
+    draw_logvar(run)
+    run.accelerator.wait_for_everyone()
+
+
+def draw_last_samples(run: Run) -> None:
+    """Draw the last samples once, and put their sheet where a person looks first, too."""
+    drawn, _ = preview(run).draw_samples(run.denoiser, run.parts.scheduler, run.step)
+    (run.taken_folder / SAMPLES).write_bytes(drawn.read_bytes())
+
+
+def draw_losses(run: Run) -> None:
+    """Draw ``loss.png`` from the run's rows."""
+    with (run.taken_folder / METRICS).open(encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    curves = []
+    for name, label, kind in CURVES:
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        if points:
+            steps, values = zip(*points, strict=True)
+            curves.append(Curve(label, steps, values, kind))
+    quantity = f"loss_simple ({run.config.objective.loss_type})"
+    plot_losses(run.taken_folder / FOLDER / "loss.png", curves, quantity=quantity)
+
+
+def draw_logvar(run: Run) -> None:
+    """Draw ``logvar.png``: what was learned, and the log loss of the raw weights that it estimates."""
+    if run.logvar is None:
+        return
+    chain = run.num_train_timesteps
+    budget = max(MIN_DRAWS, run.plan.steps * run.plan.effective_batch // COST_OF_LOGVAR)
+    stride = -(-chain // budget)
+    log_loss = measure_log_loss(
+        run.accelerator.unwrap_model(run.task),
+        run.data.train,
+        run.seed,
+        torch.arange(0, chain, stride).repeat(max(1, min(DRAWS_PER_STEP, budget // chain))),
+        run.config.validation.eval_batch_size,
+        run.workers,
+    )
+    if run.accelerator.is_main_process:
+        plot_logvar(run.taken_folder / FOLDER / "logvar.png", run.logvar.detach().float().cpu(), log_loss)
