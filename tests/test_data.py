@@ -1,0 +1,268 @@
+"""The stream: one order of samples, whatever the split, the workers and the step that a run starts at."""
+
+from __future__ import annotations
+
+import itertools
+import pickle
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+
+from diffusers_ddpm_ext.training import keys
+from diffusers_ddpm_ext.training.data import ImageSet, MicroBatches, load_data, stream, unit_range
+from diffusers_ddpm_ext.training.options import DataOptions
+from diffusers_ddpm_ext.training.pictures import PackedImages
+
+DIGITS = DataOptions(resolution=(8, 8))
+
+
+def numbered(n: int, height: int = 4, width: int = 4, size: tuple[int, int] = (4, 4), **options) -> ImageSet:
+    """Images of which pixel (y, x) of image i is i + 10 y + x, so that every crop and flip can be read off."""
+    grid = 10 * torch.arange(height)[:, None] + torch.arange(width)[None]
+    return ImageSet(
+        PackedImages([(grid + i).to(torch.uint8)[None] for i in range(n)]), torch.arange(n), size, **options
+    )
+
+
+def take(images, steps, accumulation=1, **options):
+    return list(itertools.islice(stream(images, 7, accumulation=accumulation, **options), steps * accumulation))
+
+
+def effective(parts):
+    """Indices and pixels of each step in the order of their positions, from the batches of all ranks."""
+    steps = {}
+    for batch in parts:
+        for row, place in enumerate(batch.positions.tolist()):
+            assert place not in steps.setdefault(batch.step, {}), "a position came twice"
+            steps[batch.step][place] = (int(batch.indices[row]), batch.pixels[row])
+    ordered = {step: [places[i] for i in range(len(places))] for step, places in sorted(steps.items())}
+    indices = [[index for index, _ in places] for places in ordered.values()]
+    return indices, torch.stack([torch.stack([pixels for _, pixels in places]) for places in ordered.values()])
+
+
+# ---------------------------------------------------------------- the order
+
+
+@pytest.mark.parametrize("n", [3, 8, 11, 50])
+def test_an_endless_row_of_shuffled_epochs(n):
+    """Every epoch holds every image once, also when several epochs fit into a batch, and no place is left out."""
+    indices = torch.cat([batch.indices for batch in take(numbered(n), 40, batch=8)])
+    epochs = indices[: len(indices) // n * n].view(-1, n)
+    assert (epochs.sort(1).values == torch.arange(n)).all()
+    assert len({tuple(epoch.tolist()) for epoch in epochs}) > 1
+
+
+def test_the_shuffle_is_that_of_seed_and_epoch():
+    batches = take(numbered(12), 3, batch=8)
+    flat = torch.cat([batch.indices for batch in batches])
+    for epoch in (0, 1):
+        shuffle = torch.randperm(12, generator=keys.generator("order", 7, epoch))
+        assert torch.equal(flat[12 * epoch : 12 * epoch + 12], shuffle)
+
+
+SPLITS = {
+    "accumulation 2 x 4": [{"batch": 4, "accumulation": 2}],
+    "accumulation 8 x 1": [{"batch": 1, "accumulation": 8}],
+    "2 ranks x 4": [{"batch": 4, "rank": rank, "world": 2} for rank in range(2)],
+    "2 ranks x accumulation 2 x 2": [{"batch": 2, "accumulation": 2, "rank": rank, "world": 2} for rank in range(2)],
+    "8 ranks x 1": [{"batch": 1, "rank": rank, "world": 8} for rank in range(8)],
+}
+
+
+@pytest.mark.parametrize("n", [5, 30])
+@pytest.mark.parametrize("name", SPLITS)
+def test_every_split_sees_the_same_samples_at_the_same_places(name, n):
+    images = numbered(n, 6, 9, random_flip=True)
+    whole_indices, whole = effective(take(images, 5, batch=8))
+    indices, pixels = effective(itertools.chain(*(take(images, 5, **split) for split in SPLITS[name])))
+    assert indices == whole_indices
+    assert torch.equal(pixels, whole)
+
+
+def test_places_are_counted_by_micro_batch_then_rank():
+    batches = take(numbered(9), 1, batch=3, accumulation=2, rank=1, world=2)
+    assert [batch.positions.tolist() for batch in batches] == [[3, 4, 5], [9, 10, 11]]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_can_start_anywhere(workers):
+    images = numbered(10, 6, 9, random_flip=True)
+    options = {"batch": 4, "accumulation": 2, "rank": 1, "world": 2}
+    straight = take(images, 7, **options)[2 * 5 :]
+    later = take(images, 2, start_step=5, num_workers=workers, **options)
+    for one, other in zip(straight, later, strict=True):
+        assert one.step == other.step
+        for field in ("pixels", "positions", "indices"):
+            assert torch.equal(getattr(one, field), getattr(other, field))
+
+
+def test_another_world_size_goes_on_where_the_first_was():
+    """Epochs are not cut again: the effective batch alone says where a run stands."""
+    images = numbered(11)
+    before, _ = effective(take(images, 3, batch=8))
+    after, _ = effective(
+        itertools.chain(*(take(images, 3, batch=2, accumulation=2, rank=r, world=2, start_step=3) for r in range(2)))
+    )
+    whole, _ = effective(take(images, 6, batch=8))
+    assert before + after == whole
+
+
+def test_a_second_run_is_the_same_and_another_seed_is_not():
+    images = numbered(30, 6, 9, random_flip=True)
+    first, again = take(images, 4, batch=8), take(images, 4, batch=8)
+    assert all(torch.equal(a.pixels, b.pixels) for a, b in zip(first, again, strict=True))
+    other = list(itertools.islice(stream(images, 8, batch=8), 4))
+    assert [b.indices.tolist() for b in other] != [b.indices.tolist() for b in first]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_global_generators_are_left_alone(workers):
+    before, numbers = torch.get_rng_state(), np.random.get_state()[1].copy()
+    take(numbered(5, 6, 9, random_flip=True), 3, batch=4, num_workers=workers)
+    assert torch.equal(before, torch.get_rng_state())
+    assert (np.random.get_state()[1] == numbers).all()
+
+
+def test_images_travel_to_workers_that_are_not_forked():
+    images = pickle.loads(pickle.dumps(numbered(5, 6, 9, random_flip=True)))
+    share = MicroBatches(numbered(5, 6, 9, random_flip=True), 7, 4, 1, 0, 1)
+    again = pickle.loads(pickle.dumps(share))
+    assert torch.equal(share[(3, 0)][0], again[(3, 0)][0])
+    assert torch.equal(take(images, 4, batch=4)[3].pixels, take(share.images, 4, batch=4)[3].pixels)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"batch": 0}, {"accumulation": 0}, {"world": 0}, {"rank": 1}, {"rank": -1}, {"start_step": -1}]
+)
+def test_impossible_splits_are_refused_at_once(wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))} "):
+        stream(numbered(3), 0, **({"batch": 2} | wrong))
+
+
+def test_no_image_is_refused():
+    with pytest.raises(ValueError, match="image"):
+        stream(ImageSet(numbered(3).images, torch.arange(0), (4, 4)), 0, 2)
+
+
+# ---------------------------------------------------------------- augmentation
+
+
+def read_off(batch, levels=256):
+    """Top, left and whether mirrored of each numbered image in a batch."""
+    values = ((batch.pixels + 1) * (levels - 1) / 2).round().long()[:, 0] - batch.indices[:, None, None]
+    for tile in values:
+        mirrored = bool(tile[0, 0] > tile[0, 1])
+        upright = tile.flip(-1) if mirrored else tile
+        top, left = divmod(int(upright[0, 0]), 10)
+        expected = 10 * torch.arange(top, top + tile.shape[0])[:, None] + torch.arange(left, left + tile.shape[1])
+        assert torch.equal(upright, expected), "neither a crop nor a mirrored crop"
+        yield top, left, mirrored
+
+
+def test_crops_and_flips_follow_seed_epoch_and_index():
+    """The oracle is the same image in another batch: its crop and flip must not depend on what stands around it."""
+    images = numbered(6, 7, 9, random_flip=True)
+    seen = {}
+    for options in ({"batch": 5}, {"batch": 2, "accumulation": 3}, {"batch": 7}):
+        position = 0
+        for batch in take(images, 20, **options):
+            for index, how in zip(batch.indices.tolist(), read_off(batch), strict=True):
+                place = (position // 6, index)
+                position += 1
+                assert seen.setdefault(place, how) == how
+    per_image = Counter(index for _, index in seen)
+    assert min(per_image.values()) >= 15
+    assert all(len({how for (_, i), how in seen.items() if i == index}) > 5 for index in range(6))
+
+
+def test_all_places_and_both_sides_come_equally_often():
+    """Uniform over 4 x 6 places and two sides (chi-square within 5 sigma)."""
+    images = numbered(20, 7, 9, random_flip=True)
+    hows = Counter(how for batch in take(images, 300, batch=20) for how in read_off(batch))
+    assert len(hows) == 4 * 6 * 2
+    expected = 300 * 20 / 48
+    chi2 = sum((count - expected) ** 2 / expected for count in hows.values())
+    assert chi2 < 47 + 5 * (2 * 47) ** 0.5
+
+
+def test_images_of_mixed_sizes_are_cut_to_one():
+    sizes = [(4, 4), (4, 9), (7, 4), (5, 5)]
+    pictures = [
+        (10 * torch.arange(h)[:, None] + torch.arange(w) + i).to(torch.uint8)[None] for i, (h, w) in enumerate(sizes)
+    ]
+    images = ImageSet(PackedImages(pictures), torch.arange(4), (4, 4), random_flip=True)
+    for batch in take(images, 20, batch=3):
+        for index, (top, left, _) in zip(batch.indices.tolist(), read_off(batch), strict=True):
+            assert top <= sizes[index][0] - 4
+            assert left <= sizes[index][1] - 4
+    middles = images.pixels(range(4))
+    assert middles.shape == (4, 1, 4, 4)
+    assert [round((tile[0, 0, 0].item() + 1) * 127.5) - i for i, tile in enumerate(middles)] == [0, 2, 10, 0]
+
+
+def test_without_flip_and_crop_nothing_is_changed():
+    images = numbered(6)
+    for batch in take(images, 5, batch=4):
+        assert list(read_off(batch)) == [(0, 0, False)] * 4
+        assert torch.equal(batch.pixels, images.pixels(batch.indices))
+
+
+def test_levels_become_numbers_with_exact_ends():
+    for levels in (2, 17, 256):
+        values = unit_range(torch.arange(levels).to(torch.uint8), levels)
+        expected = np.linspace(-1, 1, levels)
+        assert values.dtype == torch.float32
+        assert values[0] == -1
+        assert values[-1] == 1
+        np.testing.assert_allclose(values.numpy(), expected, atol=6e-8)
+        assert torch.equal(values, -values.flip(0))
+
+
+# ---------------------------------------------------------------- the digits
+
+
+def test_digits_are_those_of_scikit_learn_and_the_last_tenth_is_held_out():
+    data = load_data(DIGITS)
+    truth = torch.from_numpy(load_digits().images / 8 - 1).float()[:, None]
+    assert data.validation is not None
+    assert (len(data.train), len(data.validation)) == (1617, 180)
+    assert torch.equal(data.train.pixels(range(1617)), truth[:1617])
+    assert torch.equal(data.validation.pixels(range(180)), truth[1617:])
+    assert (data.channels, data.size, data.train.levels) == (1, (8, 8), 17)
+    assert data.description == (
+        "1,617 digits of scikit-learn to train on, 180 to validate on, 8x8, 1 channel, 17 levels"
+    )
+
+
+def test_digits_in_another_size_and_in_colour():
+    data = load_data(DataOptions(resolution=(16, 24), channels=3, validation_fraction=0))
+    assert data.validation is None
+    assert data.train.shape == (3, 16, 24)
+    assert data.train.levels == 256
+    pixels = data.train.pixels(range(50))
+    assert torch.equal(pixels[:, 0], pixels[:, 2])
+    assert pixels.mean() == pytest.approx(load_digits().images[:50].mean() / 8 - 1, abs=0.1)
+    assert "none to validate on" in data.description
+
+
+def test_digits_without_scikit_learn(monkeypatch):
+    import sys
+
+    from diffusers_ddpm_ext.training.errors import ConfigError
+
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(ConfigError, match=r"pip install diffusers-ddpm-ext\[train\]"):
+        load_data(DIGITS)
+
+
+def test_the_fingerprint_names_the_data():
+    marks = [
+        load_data(DIGITS).fingerprint,
+        load_data(DataOptions(resolution=(8, 8), validation_fraction=0.2)).fingerprint,
+        load_data(DataOptions(resolution=(8, 8), channels=3)).fingerprint,
+    ]
+    assert len(set(marks)) == 3
+    assert load_data(DIGITS).fingerprint == marks[0]
