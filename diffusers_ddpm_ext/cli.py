@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 from diffusers_ddpm_ext._version import __version__
 from diffusers_ddpm_ext.training.errors import ConfigError, RunError
+
+if TYPE_CHECKING:
+    from diffusers_ddpm_ext.training.config import TrainConfig
 
 USAGE = """usage: ddpm-ext COMMAND [options]
 
@@ -25,6 +30,7 @@ commands:
 """
 # module -> distribution, what every training run needs beyond the base install
 TRAIN_MODULES = {"accelerate": "accelerate", "matplotlib": "matplotlib", "yaml": "PyYAML"}
+SECONDS_TO_SPEAK = 5  # a process that exits at once would have the launcher end the one that tells
 EXTRA = "pip install diffusers-ddpm-ext[train]"
 
 
@@ -40,8 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(list(sys.argv[1:] if argv is None else argv))
     except ConfigError as error:
-        if os.environ.get("RANK", "0") == "0":  # every process of a run finds the same mistake: one tells
-            _tell(error)
+        _tell(error)
         return 2
     except RunError as error:
         _tell(error)
@@ -72,6 +77,19 @@ def _dispatch(argv: list[str]) -> int:
 
 
 def _train(argv: list[str]) -> None:
+    try:
+        config = _configure(argv)
+    except ConfigError:
+        if os.environ.get("RANK", "0") != "0":  # every process of a run finds the same mistake: the first one tells
+            time.sleep(SECONDS_TO_SPEAK)
+            raise SystemExit(2) from None
+        raise
+    from diffusers_ddpm_ext.training.trainer import train
+
+    train(config)
+
+
+def _configure(argv: list[str]) -> TrainConfig:
     from diffusers_ddpm_ext.training.config import parse_train_args
 
     if not {"-h", "--help"} & {*argv}:
@@ -81,10 +99,8 @@ def _train(argv: list[str]) -> None:
     _need({"datasets": "datasets"} if config.data.dataset_name else {})
     tracker = config.output.report_to
     if tracker not in ("none", "all") and not config.loop.dry_run and find_spec(tracker) is None:
-        raise ConfigError(f"--report_to {tracker}: {tracker} is not installed: pip install it, or say none")
-    from diffusers_ddpm_ext.training.trainer import train
-
-    train(config)
+        raise ConfigError(f"--report_to {tracker}: {tracker} is not installed: install it, or say --report_to none")
+    return config
 
 
 def _need(modules: dict[str, str]) -> None:

@@ -6,6 +6,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -182,21 +183,36 @@ def sample(options: SampleOptions) -> str:
 
 def _load(options: SampleOptions) -> Any:
     import torch
-    from diffusers.utils import logging
 
     from diffusers_ddpm_ext.pipeline import DDPMExtPipeline
 
-    logging.set_verbosity_error()
     device = _device(options.device)
     try:
-        pipeline = DDPMExtPipeline.from_pretrained(
-            options.folder, torch_dtype=getattr(torch, options.dtype), variant=options.variant
-        )
+        with _quiet():
+            pipeline = DDPMExtPipeline.from_pretrained(options.folder, variant=options.variant)
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
         place = "the folder" if Path(options.folder).is_dir() else "neither a folder here nor, it seems, on the Hub:"
         variant = f" with --variant {options.variant}" if options.variant else ""
         raise ConfigError(f"cannot open {place} {options.folder}{variant}: {error}") from None
-    return pipeline.to(device)
+    if not all(bool(torch.isfinite(weight).all()) for weight in pipeline.unet.parameters()):
+        raise ConfigError(f"{options.folder}: its weights are not finite (NaN or infinity), so that it cannot sample")
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device, getattr(torch, options.dtype))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Diffusers' bars and warnings back while a pipeline is read: what is wrong, we say."""
+    from diffusers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        logging.enable_progress_bar()
 
 
 def _device(name: str | None) -> Any:
@@ -216,18 +232,29 @@ def _device(name: str | None) -> Any:
 
 
 def _batches(pipeline: Any, options: SampleOptions) -> Iterator[Pixels]:
+    from tqdm import tqdm
+
     from diffusers_ddpm_ext.training.keys import generator
 
-    for start in range(0, options.num_images, options.batch_size):
-        indices = range(start, min(start + options.batch_size, options.num_images))
-        output = pipeline(
-            batch_size=len(indices),
-            generator=[generator("sample", options.seed, index) for index in indices],
-            num_inference_steps=options.num_inference_steps,
-            temperature=options.temperature,
-            output_type="np",
-        )
-        yield output.images
+    starts = range(0, options.num_images, options.batch_size)
+    steps = options.num_inference_steps or pipeline.scheduler.config.num_train_timesteps
+
+    def advance(pipe: Any, i: int, t: int, tensors: dict[str, Any]) -> dict[str, Any]:
+        bar.update()
+        return tensors
+
+    with tqdm(total=len(starts) * steps, desc="sampling", unit="step", leave=False, disable=None) as bar:
+        for start in starts:
+            indices = range(start, min(start + options.batch_size, options.num_images))
+            output = pipeline(
+                batch_size=len(indices),
+                generator=[generator("sample", options.seed, index) for index in indices],
+                num_inference_steps=options.num_inference_steps,
+                temperature=options.temperature,
+                output_type="np",
+                callback_on_step_end=advance,
+            )
+            yield output.images
 
 
 def _write(images: Pixels, options: SampleOptions) -> None:

@@ -24,6 +24,7 @@ def _photos(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.png").touch()
+    (tmp_path / "unet.json").touch()
 
 
 def written(text: str, *flags: str) -> TrainConfig:

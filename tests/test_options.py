@@ -14,18 +14,18 @@ from diffusers_ddpm_ext.training.flags import OPTIONS
 FLAGS = """
 train_data_dir dataset_name dataset_config_name image_column cache_dir validation_fraction validation_split
 validation_data_dir resolution center_crop random_flip channels skip_bad_images dataloader_num_workers
-model_config_name_or_path block_out_channels layers_per_block attention_levels attention_head_dim norm_num_groups dropout
-num_train_timesteps beta_schedule beta_start beta_end cosine_s trained_betas rescale_betas_zero_snr prediction_type
+model_config_name_or_path block_out_channels layers_per_block attention_levels attention_head_dim norm_num_groups
+dropout num_train_timesteps beta_schedule beta_start beta_end cosine_s trained_betas rescale_betas_zero_snr prediction_type
 variance_type v_posterior clip_sample clip_sample_range thresholding dynamic_thresholding_ratio sample_max_value
 timestep_spacing steps_offset
-loss_type huber_c l_simple_weight original_elbo_weight elbo_weights learn_logvar logvar_init logvar_learning_rate snr_gamma
-learning_rate lr_scheduler lr_warmup_steps lr_scheduler_args adam_beta1 adam_beta2 adam_weight_decay adam_epsilon
+loss_type huber_c l_simple_weight original_elbo_weight elbo_weights learn_logvar logvar_init logvar_learning_rate
+snr_gamma learning_rate lr_scheduler lr_warmup_steps lr_scheduler_args adam_beta1 adam_beta2 adam_weight_decay adam_epsilon
 max_grad_norm
 use_ema ema_decay ema_use_num_updates
 train_batch_size num_epochs max_train_steps gradient_accumulation_steps mixed_precision seed dry_run
 validation_steps validation_max_images eval_batch_size
-output_dir overwrite_output_dir report_to logging_dir logging_steps save_images_epochs save_images_steps num_preview_images
-ddpm_num_inference_steps save_model_epochs
+output_dir overwrite_output_dir report_to logging_dir logging_steps save_images_epochs save_images_steps
+num_preview_images ddpm_num_inference_steps save_model_epochs
 """  # a frozen surface: a name that goes is a user's broken script
 
 # what train_unconditional.py of Diffusers 0.42 says, where it has the option (its EMA is off, ours on)
@@ -72,8 +72,8 @@ STOCK_REFUSED = {
     "preserve_input_precision": "not supported yet",
 }
 STOCK_OTHERS = (
-    "dataset_name dataset_config_name model_config_name_or_path train_data_dir output_dir overwrite_output_dir cache_dir"
-    " use_ema mixed_precision"
+    "dataset_name dataset_config_name model_config_name_or_path train_data_dir output_dir overwrite_output_dir"
+    " cache_dir use_ema mixed_precision"
 )
 # parameters of CompVis' DDPM.__init__ (with those of Stability-AI/stablediffusion)
 COMPVIS = {

@@ -93,6 +93,8 @@ def _check_data(flat: Flat) -> None:
             raise ConfigError(f"--{name} {flat[name]} needs --dataset_name")
     if digits and flat["validation_data_dir"] is not None:
         raise ConfigError("--validation_data_dir needs --train_data_dir or --dataset_name: the digits have their own")
+    if flat["channels"] not in (None, 1, 3, 4):
+        raise ConfigError(f"--channels {flat['channels']} is not 1 (grey), 3 (colour) or 4 (with transparency)")
     for name in ("train_data_dir", "validation_data_dir"):
         if flat[name] is not None:
             _check_folder(name, flat[name])
@@ -161,7 +163,11 @@ def _check_objective(flat: Flat) -> None:
 
 
 def _check_model(flat: Flat) -> None:
-    if flat["model_config_name_or_path"] is not None:
+    named = flat["model_config_name_or_path"]
+    if named is not None:
+        is_path = named.endswith(".json") or named.startswith((".", "/", "~"))
+        if is_path and not Path(named).expanduser().exists():
+            raise ConfigError(f"--model_config_name_or_path {named} does not exist: give a UNet2DModel's JSON file")
         return
     missing = [o.name for o in OPTIONS.values() if o.section == "model" and o.optional and flat[o.name] is None]
     missing.remove("model_config_name_or_path")

@@ -39,11 +39,12 @@ MODEL_SIZES = tuple(o.name for o in OPTIONS.values() if o.section == "model" and
 # Ways to say the same thing. One source (file, command line) gives at most one; it replaces what the others said.
 ALTERNATIVES: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("num_epochs",), ("max_train_steps",)),
-    (("train_data_dir",), ("dataset_name", "dataset_config_name", "image_column")),
+    (("train_data_dir",), ("dataset_name",)),
     (("validation_fraction",), ("validation_split",), ("validation_data_dir",)),
     (("model_config_name_or_path",), MODEL_SIZES),
     (("save_images_epochs",), ("save_images_steps",)),
 )
+FOLLOWERS = {"dataset_name": ("dataset_config_name", "image_column")}  # set aside with their leader
 # A written configuration says what a run is, not where it went: repeating it must not write over the first.
 NOT_WRITTEN = ("output_dir", "overwrite_output_dir", "dry_run")
 EXTRA = "pip install diffusers-ddpm-ext[train]"
@@ -266,7 +267,8 @@ def _replaced(layer: _Layer) -> dict[str, None]:
         for other_way, other in chosen:
             if other_way is not way:
                 raise ConfigError(f"--{name} and --{other} (both in {layer.source}) contradict: give one of them")
-        gone |= {other: None for rest in ways if rest is not way for other in rest}
+        for other in (other for rest in ways if rest is not way for other in rest):
+            gone |= dict.fromkeys((other, *FOLLOWERS.get(other, ())))
     return gone
 
 

@@ -184,6 +184,8 @@ def _read_choice(option: Option, value: Any) -> str:
 def _read_tuple(option: Option, value: Any) -> tuple[Any, ...]:
     if option.element is float:
         value = _betas(value) if isinstance(value, str) else value
+        if value == []:
+            raise ValueError
     elif isinstance(value, (str, int)):
         value = [value]
     if not isinstance(value, (list, tuple)):
