@@ -65,6 +65,11 @@ def stock_words(index: dict[str, Any], unet: Any, scheduler: Any) -> dict[str, A
     return index
 
 
+def has_logvar(folder: str) -> bool:
+    """Whether a folder holds a table that says what it is."""
+    return Path(folder, LOGVAR_FILES[0]).is_file()
+
+
 def remove_logvar(folder: str) -> None:
     """Take an older table out of a folder that is saved to again: it would come back as the new model's."""
     for name in LOGVAR_FILES:

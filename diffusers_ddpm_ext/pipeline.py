@@ -29,6 +29,7 @@ from torch import Tensor
 from diffusers_ddpm_ext.layout import (
     LEARNED_VARIANCES,
     fetch_logvar,
+    has_logvar,
     is_ours_only,
     reads_variance,
     remove_logvar,
@@ -341,7 +342,9 @@ class DDPMExtPipeline(DiffusionPipeline):
         folder = source if os.path.isdir(source) else os.fspath(cls.download(source, **kwargs))
         pipeline = super().from_pretrained(folder, **kwargs)
         pipeline.register_to_config(_name_or_path=source)
-        pipeline.logvar = load_logvar(folder)
+        # Stock Diffusers may have cached a repository's table without its config: to us that is none (and was logged).
+        if folder == source or has_logvar(folder):
+            pipeline.logvar = load_logvar(folder)
         return pipeline
 
     @classmethod
