@@ -17,12 +17,10 @@ from diffusers_ddpm_ext.training.flags import Parser, checked_names
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
-    from PIL import Image
 
     Pixels = npt.NDArray[np.float32]
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
-VISIBLE = 64  # pixels: smaller images are enlarged by a whole factor until their shorter side is at least this
 HEAD = "Draw images from a trained pipeline: a folder of ours or of Diffusers' DDPMPipeline, or a Hub id."
 TAIL = """examples:
   ddpm-ext sample runs/digits
@@ -260,63 +258,13 @@ def _batches(pipeline: Any, options: SampleOptions) -> Iterator[Pixels]:
 def _write(images: Pixels, options: SampleOptions) -> None:
     import numpy as np
 
+    from diffusers_ddpm_ext.plots import save_grid, write_whole
+
+    signed = images.transpose(0, 3, 1, 2) * 2 - 1
     if options.individual is not None:
-        options.individual.mkdir(parents=True, exist_ok=True)
-        for index, pixels in enumerate(images):
-            picture(pixels).save(options.individual / f"{index:05d}.png")
-    unfinished = options.out.with_name(f".{options.out.stem}.part{options.out.suffix}")
-    try:
-        if options.out.suffix.lower() == ".npy":
-            np.save(unfinished, images.astype(np.float32))
-        else:
-            sheet = grid(images)
-            jpeg = options.out.suffix.lower() in (".jpg", ".jpeg")
-            (sheet.convert("RGB") if jpeg else sheet).save(unfinished)
-        unfinished.replace(options.out)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def picture(pixels: Pixels) -> Image.Image:
-    """One image as a picture; with another number of channels than 1, 3 or 4, the channels side by side in grey.
-
-    Args:
-        pixels: (H, W, C) in [0, 1].
-
-    Returns:
-        A picture of mode L, RGB or RGBA.
-    """
-    import numpy as np
-    from PIL import Image
-
-    levels = (np.clip(pixels, 0, 1) * 255).round().astype(np.uint8)
-    height, width, channels = levels.shape
-    if channels not in (1, 3, 4):
-        levels = levels.transpose(0, 2, 1).reshape(height, channels * width, 1)
-    return Image.fromarray(levels[..., 0] if levels.shape[-1] == 1 else levels)
-
-
-def grid(images: Pixels) -> Image.Image:
-    """Images side by side in a sheet about as wide as high, enlarged so that single pixels can be seen.
-
-    Args:
-        images: (N, H, W, C) in [0, 1].
-
-    Returns:
-        The sheet; tiles lie two pixels apart.
-    """
-    from PIL import Image
-
-    tiles = [picture(pixels) for pixels in images]
-    width, height = tiles[0].size
-    factor = max(1, -(-VISIBLE // min(images.shape[1:3])))
-    width, height = width * factor, height * factor
-    columns = min(len(tiles), max(1, round(math.sqrt(len(tiles) * height / width))))
-    rows = -(-len(tiles) // columns)
-    gap = 2
-    sheet = Image.new(tiles[0].mode, (columns * (width + gap) + gap, rows * (height + gap) + gap))
-    for index, tile in enumerate(tiles):
-        row, column = divmod(index, columns)
-        place = (gap + column * (width + gap), gap + row * (height + gap))
-        sheet.paste(tile.resize((width, height), Image.Resampling.NEAREST), place)
-    return sheet
+        for index, pixels in enumerate(signed):
+            save_grid(pixels[None], options.individual / f"{index:05d}.png", enlarge=1)
+    if options.out.suffix.lower() == ".npy":
+        write_whole(options.out, lambda file: np.save(file, images.astype(np.float32)))
+    else:
+        save_grid(signed, options.out)

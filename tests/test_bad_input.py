@@ -1,4 +1,4 @@
-"""A user's mistake is one `error:` line that names the option, its value and the way out; status 2; nothing written."""
+"""A mistake is one `error:` line that names the option, its value and the way out; status 2; nothing is written."""
 
 from __future__ import annotations
 
