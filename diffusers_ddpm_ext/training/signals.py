@@ -96,7 +96,7 @@ def die_with_parent() -> None:
     """Ask the system for a SIGTERM when the parent process is gone.
 
     ``accelerate launch`` does not hand a SIGTERM on to its single child, and nobody can hand on a SIGKILL: without
-    this the training process would go on alone. Only for a process that a launcher started: a shell may well end before
+    this the training process would go on alone. Only for a process that a launcher started: a shell may end before
     the run that it started. Only Linux has it; elsewhere nothing happens.
     """
     if not sys.platform.startswith("linux"):
