@@ -16,6 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from diffusers_ddpm_ext.shards import copy_into, full, is_sharded, local, reshard, spread
+
+_GATHERED = (
+    "parameter {name} is whole where LitEMA holds parts of it: fully_shard keeps the weights gathered after a forward "
+    "pass without a backward pass. Call diffusers_ddpm_ext.shards.reshard with the outermost sharded module first."
+)
+
 
 def _examples(names: set[str]) -> str:
     shown = sorted(names)[:3]
@@ -26,8 +33,11 @@ class LitEMA:
     """Shadow copies of a module's trainable parameters, which follow them slowly.
 
     Parameters that require a gradient at construction are tracked; frozen ones and buffers are not. A shadow has its
-    parameter's dtype, but never less than float32, and follows its parameter to another device. An update is one fused
-    pass, right whatever the module's dtype.
+    parameter's dtype, but never less than float32, and follows its parameter to another device and into the parts that
+    ``fully_shard`` makes. An update is one fused pass, right whatever the module's dtype, on each process's own part.
+
+    Of a sharded module, all processes enter the methods, with the weights in parts as they are after an optimizer
+    step; after a forward pass without a backward one, :func:`diffusers_ddpm_ext.shards.reshard` brings them there.
 
     Args:
         module: the module to follow, free of wrappers (DDP, ``torch.compile``), whose prefixes would enter the names.
@@ -61,6 +71,11 @@ class LitEMA:
         """Number of updates so far; -1 throughout where ``use_num_updates`` is off, as in the original."""
         return self._num_updates
 
+    @property
+    def in_scope(self) -> bool:
+        """Whether a module has the EMA weights just now, in :meth:`scope`."""
+        return self._in_scope
+
     def _weight(self, num_updates: int) -> float:
         """``1 - d`` of an update, in the float32 arithmetic of the original."""
         decay = np.float32(self.decay)
@@ -86,9 +101,11 @@ class LitEMA:
         parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         if parameters.keys() != self.shadow.keys():
             self._refuse_other_names(set(parameters))
-        self._follow_devices(parameters)
-        shadows = list(self.shadow.values())
-        sources = [parameters[name].to(shadow.dtype) for name, shadow in self.shadow.items()]
+        self._follow(parameters)
+        shadows = [local(shadow) for shadow in self.shadow.values()]
+        pairs = [(shadow.dtype, local(parameters[name])) for name, shadow in self.shadow.items()]
+        # A `to` costs time even to do nothing.
+        sources = [p if p.dtype == dtype else p.to(dtype) for dtype, p in pairs]
         following = self._num_updates + 1 if self.use_num_updates else self._num_updates
         torch._foreach_lerp_(shadows, sources, self._weight(following))
         self._num_updates = following
@@ -103,10 +120,16 @@ class LitEMA:
             "Make a new LitEMA after freezing or unfreezing, and give it the module without wrappers."
         )
 
-    def _follow_devices(self, parameters: Mapping[str, Tensor]) -> None:
+    def _follow(self, parameters: Mapping[str, Tensor]) -> None:
+        """Bring the shadows to where the parameters are: another device, or in parts."""
         for name, shadow in self.shadow.items():
-            if shadow.device != parameters[name].device:
-                self.shadow[name] = shadow.to(parameters[name].device)
+            parameter = parameters[name]
+            if is_sharded(parameter) and not is_sharded(shadow):
+                self.shadow[name] = spread(shadow, parameter, from_first=False)
+            elif is_sharded(shadow) and not is_sharded(parameter):
+                raise ValueError(_GATHERED.format(name=name))
+            elif shadow.device != parameter.device:
+                self.shadow[name] = shadow.to(parameter.device)
 
     def _targets(self, module: nn.Module) -> list[Tensor]:
         """The module's tracked parameters in the order of ``shadow``; frozen by now or not."""
@@ -135,7 +158,7 @@ class LitEMA:
             ValueError: a tracked parameter is missing or has another shape; nothing is written then.
         """
         for target, shadow in zip(self._targets(module), self.shadow.values(), strict=True):
-            target.copy_(shadow)
+            copy_into(target, shadow)
 
     @contextmanager
     def scope(self, module: nn.Module) -> Iterator[nn.Module]:
@@ -156,8 +179,12 @@ class LitEMA:
         """
         if self._in_scope:
             raise ValueError("LitEMA.scope() is open already and cannot be nested; leave it before entering again.")
+        reshard(module)
         targets = self._targets(module)
-        raw = [target.detach().clone() for target in targets]
+        for target, (name, shadow) in zip(targets, self.shadow.items(), strict=True):
+            if is_sharded(shadow) and not is_sharded(target):
+                raise ValueError(_GATHERED.format(name=name))
+        raw = [local(target).detach().clone() for target in targets]
         self._in_scope = True
         try:
             self.copy_to(module)
@@ -166,15 +193,24 @@ class LitEMA:
             self._in_scope = False
             with torch.no_grad():
                 for target, values in zip(targets, raw, strict=True):
-                    target.copy_(values)
+                    local(target).copy_(values)
+                self._refresh(module, targets)
+
+    def _refresh(self, module: nn.Module, targets: list[Tensor]) -> None:
+        """Undo what ``fully_shard`` keeps of the EMA weights for the next forward pass, in the module or above it."""
+        if any(is_sharded(target) for target in targets):
+            reshard(module)
+            for target, gathered in zip(targets, self._targets(module), strict=True):
+                if gathered is not target:
+                    copy_into(gathered, target)
 
     def state_dict(self) -> dict[str, Any]:
-        """A snapshot: ``decay``, ``use_num_updates``, ``num_updates`` and ``shadow``, a dict of copied tensors."""
+        """A snapshot: ``decay``, ``use_num_updates``, ``num_updates`` and ``shadow``, a dict of copied, whole tensors."""
         return {
             "decay": self.decay,
             "use_num_updates": self.use_num_updates,
             "num_updates": self._num_updates,
-            "shadow": {name: shadow.clone() for name, shadow in self.shadow.items()},
+            "shadow": {name: full(shadow).clone() for name, shadow in self.shadow.items()},
         }
 
     @torch.no_grad()
@@ -204,7 +240,7 @@ class LitEMA:
                 )
         decay, num_updates = _checked_decay(state_dict["decay"]), int(state_dict["num_updates"])
         for name, shadow in self.shadow.items():
-            shadow.copy_(given[name])
+            copy_into(shadow, given[name])
         self.decay, self.use_num_updates = decay, bool(state_dict["use_num_updates"])
         self._num_updates = num_updates
 
