@@ -96,7 +96,7 @@ def train_step(run: Run, batches: Iterator[Batch]) -> None:
         t, noise = keys.sample_draws(
             run.seed, run.step, batch.positions, batch.pixels.shape[1:], run.num_train_timesteps
         )
-        torch.manual_seed(keys.key(keys.DROPOUT, run.seed, run.step, micro, accelerator.process_index))
+        seed_dropout(run, micro)
         with accelerator.accumulate(run.task):
             output = run.task(batch.pixels, noise.to(device, non_blocking=True), t.to(device, non_blocking=True))
             accelerator.backward(output.loss)
@@ -112,6 +112,20 @@ def train_step(run: Run, batches: Iterator[Batch]) -> None:
         run.ema.step(run.denoiser)
     run.step += 1
     run.meter.add(run.step, learning_rate, outputs, timesteps, grad_norm)
+
+
+def seed_dropout(run: Run, micro: int) -> None:
+    """Make dropout a function of the seed, the step, the micro-batch and the process.
+
+    Args:
+        run: before a forward pass.
+        micro: number of the micro-batch in its step.
+    """
+    number = keys.key(keys.DROPOUT, run.seed, run.step, micro, run.accelerator.process_index)
+    if run.accelerator.device.type == "cpu":
+        torch.default_generator.manual_seed(number)  # torch.manual_seed looks for every kind of device each time
+    else:
+        torch.manual_seed(number)
 
 
 def clip(run: Run) -> Tensor:

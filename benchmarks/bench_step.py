@@ -1,0 +1,162 @@
+"""What a training step costs beside the network: noise, clipping, optimizer, EMA and logging.
+
+Peer: the same parts of Diffusers' `train_unconditional.py` with `--use_ema`, built from the same public classes with
+the same arguments: torch.randn and DDPMScheduler.add_noise, Accelerate's clip_grad_norm_, AdamW as torch makes it by
+default, the prepared cosine schedule, EMAModel, and in every step the loss read back, logged to TensorBoard and shown
+on the bar. Ours are the trainer's own functions, with TensorBoard and metrics.jsonl.
+
+Both work on copies of one network and get the same gradients, of a joint norm of 2, which both clip to 1. One thread; the two take turns in short rounds whose order alternates, and the median of the
+rounds' ratios is reported, so that a busy machine slows both.
+
+    python benchmarks/bench_step.py [--rounds 40]
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers import DDPMScheduler, UNet2DModel
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from tqdm.auto import tqdm
+
+from diffusers_ddpm_ext.gaussian import q_sample
+from diffusers_ddpm_ext.objective import ObjectiveOutput
+from diffusers_ddpm_ext.training import keys
+from diffusers_ddpm_ext.training.config import TrainConfig
+from diffusers_ddpm_ext.training.run import Run, start
+from diffusers_ddpm_ext.training.trainer import clip, open_records, read_losses, seed_dropout
+
+STEPS = 10  # of a round; our logging interval, so that each round reads the losses once
+MODELS: dict[str, tuple[dict[str, object], int, int]] = {
+    "4 M, 64 x 1 x 8 x 8": ({"block_out_channels": [64, 128], "attention_levels": [1]}, 64, 8),
+    "15 M, 8 x 3 x 32 x 32": ({"block_out_channels": [64, 128, 256], "attention_levels": [1]}, 8, 32),
+}
+
+
+def peer_step(accelerator: Accelerator, model: UNet2DModel, batch: torch.Tensor) -> Callable[[], None]:
+    """The parts of a step of `train_unconditional.py` around forward and backward."""
+    scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear", prediction_type="epsilon")
+    ema = EMAModel(
+        model.parameters(),
+        decay=0.9999,
+        use_ema_warmup=True,
+        inv_gamma=1.0,
+        power=0.75,
+        model_cls=UNet2DModel,
+        model_config=model.config,
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
+    lr_scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=500, num_training_steps=10**6)
+    optimizer, lr_scheduler = accelerator.prepare(optimizer, lr_scheduler)
+    bar, count = tqdm(total=10**6), iter(range(1, 10**9))
+    loss = torch.tensor(0.5, requires_grad=True)
+
+    def step() -> None:
+        noise = torch.randn(batch.shape)
+        timesteps = torch.randint(0, 1000, (len(batch),)).long()
+        scheduler.add_noise(batch, noise, timesteps)
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        lr_scheduler.step()
+        optimizer.zero_grad()
+        ema.step(model.parameters())
+        bar.update(1)
+        number = next(count)
+        logs = {"loss": loss.detach().item(), "lr": lr_scheduler.get_last_lr()[0], "step": number}
+        logs["ema_decay"] = ema.cur_decay_value
+        bar.set_postfix(**logs)
+        accelerator.log(logs, step=number)
+
+    return step
+
+
+def our_step(run: Run, batch: torch.Tensor) -> Callable[[], None]:
+    """The parts of the trainer's step around forward and backward."""
+    records, schedule = open_records(run), run.parts.objective.schedule
+    positions, ones = torch.arange(len(batch)), torch.ones(len(batch))
+    output = ObjectiveOutput(*torch.full((5,), 0.5).unbind(), ones, ones)
+
+    def step() -> None:
+        t, noise = keys.sample_draws(run.seed, run.step, positions, batch.shape[1:], run.num_train_timesteps)
+        seed_dropout(run, 0)
+        q_sample(schedule, batch, noise, t)
+        norm = clip(run)
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        learning_rate = float(run.lr_scheduler.get_last_lr()[0])
+        run.lr_scheduler.step()
+        assert run.ema is not None
+        run.ema.step(run.denoiser)
+        run.step += 1
+        run.meter.add(run.step, learning_rate, [output], [t], norm)
+        records.bar.update()
+        if run.step % run.config.output.logging_steps == 0:
+            read_losses(run, records)
+
+    return step
+
+
+def timed(step: Callable[[], None], model: UNet2DModel, gradients: list[torch.Tensor]) -> float:
+    """Milliseconds of one step; giving the network its gradients is not counted."""
+    total = 0.0
+    for _ in range(STEPS):
+        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+            parameter.grad = gradient.clone()
+        begin = time.perf_counter()
+        step()
+        total += time.perf_counter() - begin
+    return 1000 * total / STEPS
+
+
+def measure(name: str, rounds: int, folder: Path) -> str:
+    """A row of the table."""
+    sizes, batch_size, side = MODELS[name]
+    options = {"resolution": side, "train_batch_size": batch_size, "max_train_steps": 10**6, "layers_per_block": 2}
+    options |= {"lr_scheduler": "cosine", "report_to": "tensorboard", "logging_steps": STEPS, "learning_rate": 1e-4}
+    options |= {"norm_num_groups": 32, "learn_logvar": False, "prediction_type": "epsilon", "ema_decay": 0.9999}
+    options |= {"channels": 1 if side == 8 else 3}
+    run = start(TrainConfig.from_flat(options | sizes))
+    run.folder = folder
+    peer = copy.deepcopy(run.denoiser)
+    batch = torch.randn(batch_size, *run.data.train.shape)
+    steps = {"ours": (our_step(run, batch), run.denoiser), "peer": (peer_step(run.accelerator, peer, batch), peer)}
+    gradients = [torch.randn_like(parameter) for parameter in peer.parameters()]
+    torch._foreach_mul_(gradients, 2.0 / torch.nn.utils.get_total_norm(gradients))
+    for step, model in steps.values():
+        timed(step, model, gradients)
+    times: dict[str, list[float]] = {"ours": [], "peer": []}
+    for number in range(rounds):
+        for who in sorted(steps, reverse=bool(number % 2)):
+            times[who].append(timed(*steps[who], gradients))
+    ratio = statistics.median(peer / ours for ours, peer in zip(times["ours"], times["peer"], strict=True))
+    ours, theirs = statistics.median(times["ours"]), statistics.median(times["peer"])
+    millions = sum(parameter.numel() for parameter in peer.parameters()) / 1e6
+    return f"| {name} ({millions:.1f} M) | {theirs:.1f} | {ours:.1f} | {ratio:.2f} |"
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=40)
+    rounds = parser.parse_args().rounds
+    torch.set_num_threads(1)
+    rows = []
+    for name in MODELS:
+        with tempfile.TemporaryDirectory() as folder:
+            rows.append(measure(name, rounds, Path(folder)))
+    print("\n| parts of a step outside forward and backward | peer, ms | ours, ms | peer / ours |")
+    print("|---|---|---|---|")
+    print("\n".join(rows))
+
+
+if __name__ == "__main__":
+    main()
