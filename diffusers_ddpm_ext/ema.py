@@ -205,7 +205,7 @@ class LitEMA:
                     copy_into(gathered, target)
 
     def state_dict(self) -> dict[str, Any]:
-        """A snapshot: ``decay``, ``use_num_updates``, ``num_updates`` and ``shadow``, a dict of copied, whole tensors."""
+        """A snapshot: ``decay``, ``use_num_updates``, ``num_updates`` and ``shadow``, a dict of whole copies."""
         return {
             "decay": self.decay,
             "use_num_updates": self.use_num_updates,

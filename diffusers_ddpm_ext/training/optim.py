@@ -16,6 +16,7 @@ from diffusers_ddpm_ext.lr_lambdas import (
     LambdaWarmUpCosineScheduler,
     LambdaWarmUpCosineScheduler2,
 )
+from diffusers_ddpm_ext.shards import full, is_sharded, local
 
 LAMBDAS = {
     kind.__name__: kind for kind in (LambdaLinearScheduler, LambdaWarmUpCosineScheduler, LambdaWarmUpCosineScheduler2)
@@ -66,23 +67,37 @@ def adamw(
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=epsilon, fused=fused)
 
 
+@torch.no_grad()
 def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
     """Scale gradients down, in place, to a joint norm of at most ``max_norm``.
 
     Args:
-        parameters: those to clip together.
+        parameters: those to clip together; where they are sharded all processes enter, and the norm is that of the
+            whole gradients.
         max_norm: limit of the 2-norm, above 0.
 
     Returns:
-        The norm before clipping, a 0-dim tensor that is still on the device.
+        The norm before clipping, a plain 0-dim tensor that is still on the device, the same in every process.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = nn.utils.get_total_norm(gradients, foreach=True)
+    norm = _joint_norm(gradients)
     scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
     # Scaling by exactly 1 changes nothing. Looking first is free on a CPU and would stall an accelerator.
     if norm.device.type != "cpu" or scale < 1.0 or not torch.isfinite(scale):
-        torch._foreach_mul_(gradients, scale)
+        torch._foreach_mul_([local(gradient) for gradient in gradients], scale)
     return norm
+
+
+def _joint_norm(gradients: list[Tensor]) -> Tensor:
+    """The 2-norm over all gradients, plain and sharded ones together (torch refuses the mixture)."""
+    sharded = [gradient for gradient in gradients if is_sharded(gradient)]
+    if not sharded:
+        return nn.utils.get_total_norm(gradients, foreach=True)
+    norms = [full(nn.utils.get_total_norm(sharded, foreach=True))]
+    plain = [gradient for gradient in gradients if not is_sharded(gradient)]
+    if plain:
+        norms.append(nn.utils.get_total_norm(plain, foreach=True))
+    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 def lr_schedule(
