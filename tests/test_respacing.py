@@ -10,7 +10,7 @@ from diffusers_ddpm_ext.respacing import TIMESTEP_SPACINGS, custom_timesteps, sp
 
 
 def is_a_chain(steps: np.ndarray, count: int, total: int) -> bool:
-    return len(steps) == count and (np.diff(steps) < 0).all() and 0 <= steps[-1] and steps[0] < total
+    return len(steps) == count and (np.diff(steps) < 0).all() and steps[-1] >= 0 and steps[0] < total
 
 
 @pytest.mark.parametrize("spacing", TIMESTEP_SPACINGS)
