@@ -132,13 +132,13 @@ def load_rows(
     told = f"--dataset_name {name!r}"
     try:
         if any(Path(name, mark).is_file() for mark in ("state.json", "dataset_dict.json")):
-            loaded = datasets.load_from_disk(name)
-            table = loaded if isinstance(loaded, datasets.Dataset) and split == "train" else loaded[split]
+            saved = datasets.load_from_disk(name)
+            splits = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
+            if split not in splits:
+                raise ValueError(f"it has only the splits {', '.join(splits)}")
+            table = splits[split]
         else:
             table = datasets.load_dataset(name, config_name, split=split, cache_dir=cache_dir)
-    except KeyError:
-        found = ", ".join(loaded) if isinstance(loaded, dict) else "only one, unnamed, which is taken for 'train'"
-        raise ConfigError(f"{told} has no split {split!r}; it has: {found}.") from None
     except Exception as error:  # `datasets` raises whatever its readers and the network raise
         raise ConfigError(f"{told}, split {split!r}, cannot be opened: {_one_line(error)}") from error
     column = _image_column(told, table.features, datasets.Image, image_column)
