@@ -24,6 +24,7 @@ import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import upload_folder
 from torch import Tensor
 
 from diffusers_ddpm_ext.layout import (
@@ -35,7 +36,7 @@ from diffusers_ddpm_ext.layout import (
     remove_logvar,
     stock_words,
 )
-from diffusers_ddpm_ext.logvar import load_logvar, save_logvar
+from diffusers_ddpm_ext.logvar import FOLDER, load_logvar, save_logvar
 from diffusers_ddpm_ext.scheduler import DDPMExtScheduler
 
 logger = logging.getLogger(__name__)
@@ -101,6 +102,7 @@ class DDPMExtPipeline(DiffusionPipeline):
                     f"logvar has shape {tuple(table.shape)}; this pipeline's scheduler has {steps} steps, so it must "
                     f"be ({steps},). Take the table of the objective that trained with this schedule."
                 )
+            _check_finite(table, "logvar")
         self._logvar = table
 
     @property
@@ -308,7 +310,7 @@ class DDPMExtPipeline(DiffusionPipeline):
             raise ValueError(f"save_directory is {folder}, which is a file; give a folder.")
         # Before the components: the upload is the last thing that happens below.
         if self._logvar is not None:
-            os.makedirs(folder, exist_ok=True)
+            self.logvar = self._logvar  # the scheduler may have been replaced by one of another length
             save_logvar(folder, self._logvar)
         else:
             remove_logvar(folder)
@@ -324,6 +326,26 @@ class DDPMExtPipeline(DiffusionPipeline):
         """Write ``model_index.json`` in words that stock Diffusers knows."""
         index = stock_words(json.loads(self.to_json_string()), self.unet, self.scheduler)
         Path(json_file_path).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+    def _upload_folder(
+        self,
+        working_dir: str | os.PathLike[str],
+        repo_id: str,
+        token: str | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+        subfolder: str | None = None,
+    ) -> Any:
+        """Diffusers' upload; a pipeline without a logvar also takes an older one out of the repository."""
+        return upload_folder(
+            repo_id=repo_id,
+            folder_path=os.fspath(working_dir),
+            path_in_repo=subfolder,
+            token=token,
+            commit_message=commit_message or f"Upload {type(self).__name__}",
+            create_pr=create_pr,
+            delete_patterns=[f"{FOLDER}/*"] if self._logvar is None else None,
+        )
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
@@ -421,7 +443,7 @@ def _check_finite(values: Tensor, what: str) -> None:
     if not bool(torch.isfinite(values).all()):
         raise ValueError(
             f"Values that are not finite (NaN or infinity) in {what}. The weights hold such values, or the network "
-            "overflows in half precision: check the checkpoint, or load the pipeline with torch_dtype=torch.float32."
+            "overflows in half precision: check the checkpoint, or load it with torch_dtype=torch.float32."
         )
 
 

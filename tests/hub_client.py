@@ -38,7 +38,7 @@ def value_of(pipeline: DDPMExtPipeline) -> float | None:
     return None if pipeline.logvar is None else float(pipeline.logvar[0])
 
 
-def main(root: Path, url: str) -> None:
+def main(root: Path) -> None:
     """Write facts to root/facts.json."""
     facts: dict[str, Any] = {}
     api = HfApi()
@@ -52,7 +52,6 @@ def main(root: Path, url: str) -> None:
     facts["revisions"] = [value_of(load("alice/saved", revision=name)) for name in ("v1", first, "main")]
     facts["default"] = value_of(load("alice/saved"))
     facts["name_or_path"] = load("alice/saved").name_or_path
-    facts["default_name"] = None
     os.chdir(root)
     pipeline_with(1.5).save_pretrained("alice-run", push_to_hub=True)
     facts["default_name"] = value_of(load("alice/alice-run"))
@@ -93,6 +92,11 @@ def main(root: Path, url: str) -> None:
     facts["stock"] = [value_of(load("alice/stock")), value_of(load("alice/stock"))]
     facts["stock_scheduler"] = type(load("alice/stock").scheduler).__name__
 
+    # a model without a table, pushed over one with
+    pipeline_with(6.0).push_to_hub("alice/retrained")
+    DDPMExtPipeline(tiny_unet(1), DDPMExtScheduler(num_train_timesteps=20)).push_to_hub("alice/retrained")
+    facts["retrained"] = value_of(load("alice/retrained"))
+
     # private repositories and tokens
     pipeline_with(4.0).push_to_hub("alice/private", private=True)
     facts["private"] = value_of(load("alice/private", token="hf_reader", cache_dir=root / "private"))
@@ -103,4 +107,4 @@ def main(root: Path, url: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]))

@@ -22,7 +22,7 @@ def session(tmp_path_factory):
     root = tmp_path_factory.mktemp("hub")
     with LoopbackHub() as hub:
         environment = {**os.environ, **hub.environment(str(root / "home")), "PYTHONPATH": str(TESTS.parent)}
-        command = [sys.executable, str(TESTS / "hub_client.py"), str(root), hub.url]
+        command = [sys.executable, str(TESTS / "hub_client.py"), str(root)]
         ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
         assert ran.returncode == 0, ran.stderr[-4000:]
         yield json.loads((root / "facts.json").read_text()), hub
@@ -79,6 +79,13 @@ def test_stock_repository(session, facts):
     assert facts["stock_scheduler"] == "DDPMExtScheduler"
     asked = [call for call in session[1].calls if "alice/stock" in call and "logvar" in call]
     assert len(asked) == 1, "the absence of a table is cached"
+
+
+def test_older_table_leaves_the_repository(session, facts):
+    """In the same commit that brings a model without one."""
+    assert facts["retrained"] is None
+    commits = session[1].repos["alice/retrained"].commits
+    assert [any(name.startswith("logvar/") for name in commit.files) for commit in commits] == [False, True, False]
 
 
 def test_private_repositories(facts):

@@ -449,8 +449,19 @@ def test_logvar_is_checked_and_kept():
     for bad in (torch.zeros(19), torch.zeros(20, 1), torch.tensor(0.0)):
         with pytest.raises(ValueError, match=r"scheduler has 20 steps, so it must be \(20,\)"):
             pipeline.logvar = bad
+    with pytest.raises(ValueError, match=r"not finite .* in logvar"):
+        pipeline.logvar = torch.full((20,), float("nan"))
     pipeline.logvar = None
     assert pipeline.logvar is None
+
+
+def test_logvar_of_another_schedule_is_not_saved(tmp_path):
+    pipeline = ours(num_train_timesteps=20)
+    pipeline.logvar = torch.zeros(20)
+    pipeline.scheduler = DDPMExtScheduler(num_train_timesteps=30)
+    with pytest.raises(ValueError, match="scheduler has 30 steps"):
+        pipeline.save_pretrained(tmp_path)
+    assert not any(tmp_path.iterdir())
 
 
 def test_from_pipe_shares_the_components():
