@@ -89,7 +89,10 @@ class DDPMExtPipeline(DiffusionPipeline):
 
     @property
     def logvar(self) -> Tensor | None:
-        """The learned log-variance of the training loss, one entry a step: (T,), float32, CPU. None if not learned."""
+        """The learned log-variance of the training loss, one entry a step: (T,), float32, CPU. None if not learned.
+
+        `from_pretrained` of this class reads it; the generic ``DiffusionPipeline`` knows nothing of it.
+        """
         return self._logvar
 
     @logvar.setter
@@ -171,12 +174,13 @@ class DDPMExtPipeline(DiffusionPipeline):
         accepts_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         step_kwargs: dict[str, Any] = {"generator": generator} if accepts_generator else {}
         self._num_timesteps, self._interrupt = len(steps), False
+        network_dtype = self.unet.dtype
         # As ints, the steps cost our scheduler no read from the device.
         step_arguments = steps.tolist() if isinstance(self.scheduler, DDPMExtScheduler) else steps
 
         for i, t in enumerate(self.progress_bar(steps)):
             model_input = self.scheduler.scale_model_input(sample, t)
-            model_output = self.unet(model_input.to(self.unet.dtype), t, return_dict=False)[0].to(sample.dtype)
+            model_output = self.unet(model_input.to(network_dtype), t, return_dict=False)[0].to(sample.dtype)
             if i == 0:
                 _check_finite(model_output, "the model's first output")
             model_output = self._drop_unread_variance(model_output, sample)

@@ -20,6 +20,7 @@ CASES: dict[str, dict[str, Any]] = {
     "cosine_x0": {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "sample"},
     "v_posterior_1": {"v_posterior": 1.0},
     "v_posterior_04": {"v_posterior": 0.4},
+    "sqrt": {"beta_schedule": "sqrt"},
     "given_betas": {"trained_betas": np.linspace(2e-4, 0.08, 200).tolist()},
 }
 STEPS = 5

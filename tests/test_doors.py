@@ -49,16 +49,16 @@ def build(case: str) -> DDPMExtPipeline:
 
 
 def stock_config(case: str) -> dict:
-    """The case in words that DDPMScheduler has: v_posterior becomes the nearer of its two variances."""
+    """The case in words that DDPMScheduler has: the nearer of its two variances, betas where it has no name."""
     config = dict(CASES[case])
-    v_posterior = config.pop("v_posterior", None)
+    if case == "sqrt":
+        config["trained_betas"] = np.sqrt(np.linspace(1e-4, 0.02, 1000)).tolist()
     if "trained_betas" in config:
         config["num_train_timesteps"] = len(config["trained_betas"])
-    return (
-        config
-        if v_posterior is None
-        else config | {"variance_type": "fixed_small" if v_posterior < 0.5 else "fixed_large"}
-    )
+    v_posterior = config.pop("v_posterior", None)
+    if v_posterior is not None:
+        config["variance_type"] = "fixed_small" if v_posterior < 0.5 else "fixed_large"
+    return config
 
 
 def run(script: str, root: Path, environment: dict[str, str]) -> Findings:
@@ -181,6 +181,13 @@ def test_learned_variances_are_ours_alone(doors, source):
         assert "Error" in refusal
         assert "DDPMExt" in refusal
     assert doors.ours.facts[f"learned/{source}/generic"] == ["DDPMExtPipeline", "DDPMExtScheduler"]
+
+
+def test_log_of_the_large_variance_is_ours_alone(tmp_path):
+    DDPMExtPipeline(tiny_unet(1), DDPMExtScheduler(variance_type="fixed_large_log")).save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert (index["_class_name"], index["scheduler"]) == ("DDPMExtPipeline", ["diffusers", "DDPMExtScheduler"])
+    assert DDPMExtPipeline.from_pretrained(tmp_path).scheduler.config.variance_type == "fixed_large_log"
 
 
 def test_save_again_keeps_everything(doors, tmp_path):
