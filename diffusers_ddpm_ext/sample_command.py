@@ -195,7 +195,8 @@ def _load(options: SampleOptions) -> Any:
     if not all(bool(torch.isfinite(weight).all()) for weight in pipeline.unet.parameters()):
         raise ConfigError(f"{options.folder}: its weights are not finite (NaN or infinity), so that it cannot sample")
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device, getattr(torch, options.dtype))
+    with _quiet():
+        return pipeline.to(device, getattr(torch, options.dtype))
 
 
 @contextmanager

@@ -155,6 +155,14 @@ def test_raw_weights_and_other_numbers(drawn):
     assert 0 < np.abs(half - averaged).max() < 0.2
 
 
+def test_nothing_but_the_result_is_told(drawn, capfd):
+    """Away from a terminal there is no bar, and Diffusers' warnings about casts are not the user's business."""
+    drawn("grey", "--num_images", "1", "--dtype", "bfloat16")
+    told = capfd.readouterr()
+    assert told.err == ""
+    assert told.out.count("\n") == 1
+
+
 def test_images_one_by_one(folder, drawn, tmp_path):
     images = drawn("stock", "--num_images", "3", "--individual", "apart/each")
     files = sorted((tmp_path / "apart" / "each").iterdir())
