@@ -1,0 +1,114 @@
+"""Are the samples of a digits run digits? A classifier that knows only real ones looks at them.
+
+    python benchmarks/digits_quality.py RUN_FOLDER [--num_images 999] [--steps 250]
+
+A logistic regression is trained on one half of the real digits and looks at the other half and at samples from the
+run's pipeline. Reported, each with what the other real half gets:
+
+- confidence: mean probability of the class it chooses. Wanted: at least 0.97 of the real ones'.
+- classes: how often it chooses each. Wanted: all ten occur.
+- Frechet distance between Gaussians fitted to its ten logits, to the first half. Wanted: at most twice that of the
+  other real half.
+- the learned log-variance against the measured log loss of the raw weights, where the folder holds one: mean distance,
+  and the share of steps within 0.2.
+
+Exit status 1 if one of the first three is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import UNet2DModel
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+
+from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtScheduler, DDPMObjective
+from diffusers_ddpm_ext.training import keys
+from diffusers_ddpm_ext.training.data import ImageSet, load_data
+from diffusers_ddpm_ext.training.evaluate import Workers, measure_log_loss
+from diffusers_ddpm_ext.training.options import DataOptions
+from diffusers_ddpm_ext.training.task import DenoisingTask
+
+CONFIDENCE, DISTANCE = 0.97, 2.0
+DRAWS_PER_STEP = 64
+
+
+def samples(pipeline: DDPMExtPipeline, count: int, steps: int) -> np.ndarray:
+    """Samples as rows of 64 values in [0, 1], each with a generator of its own."""
+    pipeline.set_progress_bar_config(disable=True)
+    rows = []
+    for start in range(0, count, 111):
+        some = range(start, min(start + 111, count))
+        generators = [keys.generator("digits_quality", image) for image in some]
+        images = pipeline(len(some), generators, num_inference_steps=steps, output_type="np").images
+        rows.append(images.reshape(len(some), -1))
+    return np.concatenate(rows)
+
+
+def frechet(a: np.ndarray, b: np.ndarray) -> float:
+    """Squared Frechet distance of the Gaussians with the means and covariances of two sets of rows."""
+    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    values, vectors = np.linalg.eigh(cov_a)
+    root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
+    cross = np.sqrt(np.clip(np.linalg.eigvalsh(root @ cov_b @ root), 0, None)).sum()
+    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
+
+
+def judge(drawn: np.ndarray) -> bool:
+    """Print the comparison with real digits, and say whether it is passed."""
+    images, labels = load_digits(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(images))
+    images, labels = images[order] / 16.0, labels[order]
+    half = len(images) // 2
+    classifier = LogisticRegression(max_iter=5000).fit(images[:half], labels[:half])
+    logits = [classifier.decision_function(part) for part in (images[:half], images[half:], drawn)]
+    real, ours = (classifier.predict_proba(part) for part in (images[half:], drawn))
+    sure_real, sure_ours = (float(p.max(1).mean()) for p in (real, ours))
+    chosen = np.bincount(ours.argmax(1), minlength=10)
+    far_real, far_ours = frechet(logits[0], logits[1]), frechet(logits[0], logits[2])
+    write(f"confidence  samples {sure_ours:.4f}  real {sure_real:.4f}  ratio {sure_ours / sure_real:.3f}")
+    write(f"classes     samples {chosen.tolist()}  real {np.bincount(real.argmax(1), minlength=10).tolist()}")
+    write(f"Frechet     samples {far_ours:.3f}  real half {far_real:.3f}  ratio {far_ours / far_real:.2f}")
+    return sure_ours >= CONFIDENCE * sure_real and bool(chosen.all()) and far_ours <= DISTANCE * far_real
+
+
+def judge_logvar(folder: Path, logvar: torch.Tensor, training: ImageSet) -> None:
+    """Print how far the learned log-variance is from what it estimates."""
+    variant = "raw" if (folder / "unet" / "diffusion_pytorch_model.raw.safetensors").is_file() else None
+    denoiser = UNet2DModel.from_pretrained(folder, subfolder="unet", variant=variant)
+    scheduler = DDPMExtScheduler.from_pretrained(folder, subfolder="scheduler")
+    task = DenoisingTask(denoiser, DDPMObjective(scheduler))
+    alone = Workers(0, 1, torch.device("cpu"), lambda tensor: tensor)
+    timesteps = torch.arange(len(logvar)).repeat(DRAWS_PER_STEP)
+    off = np.abs(measure_log_loss(task, training, 1, timesteps, 256, alone) - logvar.numpy())
+    write(
+        f"logvar      mean distance to the log loss {off.mean():.3f}, within 0.2 at {100 * (off < 0.2).mean():.1f} %"
+    )
+
+
+def write(line: str) -> None:
+    """Print at once, for whoever waits."""
+    print(line, flush=True)
+
+
+def main() -> int:
+    """Judge a run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--num_images", type=int, default=999)
+    parser.add_argument("--steps", type=int, default=250)
+    arguments = parser.parse_args()
+    pipeline = DDPMExtPipeline.from_pretrained(arguments.folder)
+    passed = judge(samples(pipeline, arguments.num_images, arguments.steps))
+    if pipeline.logvar is not None:
+        judge_logvar(arguments.folder, pipeline.logvar, load_data(DataOptions(resolution=(8, 8))).train)
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

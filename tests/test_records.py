@@ -1,0 +1,102 @@
+"""Losses on their way from the device to the files."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from tqdm.auto import tqdm
+
+from diffusers_ddpm_ext.objective import ObjectiveOutput
+from diffusers_ddpm_ext.training.records import LossMeter, Records, StepRecord, Stopwatch, first_nonfinite
+
+
+def output(per_sample: list[float]) -> ObjectiveOutput:
+    samples = torch.tensor(per_sample, dtype=torch.float32, requires_grad=True)
+    mean = samples.mean()
+    return ObjectiveOutput(
+        mean, mean.detach(), 2 * mean.detach(), 3 * mean.detach(), torch.tensor(0.5), samples, samples
+    )
+
+
+def test_a_record_is_the_mean_of_the_micro_batches():
+    meter = LossMeter()
+    meter.add(7, 0.1, [output([1, 3]), output([5, 7])], [torch.tensor([0, 1])] * 2, torch.tensor(9.0))
+    assert len(meter) == 1
+    (record,) = meter.read(lambda tensor: tensor)
+    assert record == StepRecord(7, 0.1, 4.0, 4.0, 8.0, 12.0, 0.5, 9.0)
+    assert len(meter) == 0
+    assert meter.read(lambda tensor: tensor) == []
+
+
+def test_one_exchange_reads_many_steps():
+    """The processes meet once a block, not once a step."""
+    meter, exchanges = LossMeter(), []
+    for step in (1, 2, 3):
+        meter.add(step, 0.1, [output([float(step)])], [torch.tensor([0])], None)
+
+    def mean_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+        exchanges.append(tensor.shape)
+        return tensor * 2
+
+    records = meter.read(mean_over_ranks)
+    assert exchanges == [(3, 6)]
+    assert [record.loss for record in records] == [2.0, 4.0, 6.0]
+    assert all(math.isnan(record.grad_norm) for record in records)
+
+
+def test_the_step_that_broke_is_named_not_the_one_that_was_read():
+    meter = LossMeter()
+    meter.add(1, 0.1, [output([1, 1])], [torch.tensor([4, 5])], None)
+    meter.add(2, 0.1, [output([1, 2]), output([math.inf, 1])], [torch.tensor([6, 7]), torch.tensor([8, 9])], None)
+    meter.add(3, 0.1, [output([math.nan, math.nan])], [torch.tensor([1, 2])], None)
+    broken = first_nonfinite(meter.read(lambda tensor: tensor), look_at_gradients=True)
+    assert broken is not None
+    assert broken.step == 2
+    assert meter.suspects(2) == [8]
+    assert meter.suspects(1) == []
+
+
+def test_an_infinite_gradient_counts_except_under_a_loss_scaler():
+    record = StepRecord(1, 0.1, 1.0, 1.0, 1.0, 1.0, 0.0, math.inf)
+    assert first_nonfinite([record], look_at_gradients=True) is record
+    assert first_nonfinite([record], look_at_gradients=False) is None
+    unclipped = StepRecord(1, 0.1, 1.0, 1.0, 1.0, 1.0, 0.0, math.nan)
+    assert first_nonfinite([unclipped], look_at_gradients=True) is None
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_rows_have_compvis_names(learned):
+    row = StepRecord(3, 0.1, 1.0, 2.0, 3.0, 4.0, 5.0, math.nan).row(learned)
+    expected = {"step": 3, "train/loss": 1.0, "train/loss_simple": 2.0, "train/loss_vlb": 3.0, "lr": 0.1}
+    assert row == expected | ({"train/loss_gamma": 4.0, "logvar": 5.0} if learned else {})
+
+
+def test_files_and_tracker(tmp_path: Path):
+    """Every step has its row; the tracker gets the mean of a block; seconds stay out of metrics.jsonl."""
+    tracked: list[tuple[dict[str, float], int]] = []
+    records = Records(tmp_path, lambda row, step: tracked.append((dict(row), step)), False, 8, tqdm(disable=True))
+    records.start()
+    records.training([StepRecord(n, 0.1 * n, n, n, n, 0, 0, math.nan) for n in (1, 2)])
+    records.validation(2, {"val/loss": 5.0})
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 2]
+    assert lines[2] == {"step": 2, "val/loss": 5.0}
+    assert tracked[0][0]["train/loss"] == 1.5
+    assert tracked[0][0]["lr"] == 0.2
+    assert tracked == [(tracked[0][0], 2), ({"val/loss": 5.0}, 2)]
+    timing = json.loads((tmp_path / "timing.jsonl").read_text())
+    assert set(timing) == {"step", "seconds", "images_per_second"}
+
+
+def test_breaks_do_not_count(monkeypatch: pytest.MonkeyPatch):
+    now = iter([0.0, 2.0, 10.0, 13.0])  # start, a break from 2 to 10, a lap at 13
+    monkeypatch.setattr("time.perf_counter", lambda: next(now))
+    watch = Stopwatch()
+    with watch.stopped():
+        pass
+    assert watch.lap() == 5.0
+    assert watch.seconds == 5.0
