@@ -207,6 +207,7 @@ class PackedImages:
     def __init__(self, pictures: Sequence[Tensor]) -> None:
         self.channels = int(pictures[0].shape[0])
         self.shapes = [tuple(picture.shape) for picture in pictures]
+        self.alike = len(set(self.shapes)) == 1
         sizes = [picture.numel() for picture in pictures]
         self.starts = [0, *np.cumsum(sizes).tolist()]
         self.buffer = torch.empty(self.starts[-1], dtype=torch.uint8)
@@ -223,7 +224,7 @@ class PackedImages:
     @property
     def stack(self) -> Tensor | None:
         """A view of all images, (N, C, h, w), where they are of one size."""
-        return self.buffer.view(-1, *self.shapes[0]) if len(set(self.shapes)) == 1 else None
+        return self.buffer.view(-1, *self.shapes[0]) if self.alike else None
 
 
 @dataclass(frozen=True)
