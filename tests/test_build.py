@@ -1,0 +1,159 @@
+"""From options to the parts of a run."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DModel
+
+from diffusers_ddpm_ext.training.build import build_denoiser, build_ema, build_objective, build_parts, build_scheduler
+from diffusers_ddpm_ext.training.errors import ConfigError
+from diffusers_ddpm_ext.training.options import EmaOptions, ModelOptions, ObjectiveOptions, ScheduleOptions
+
+SMALL = ModelOptions(block_out_channels=(8, 16), layers_per_block=1, attention_levels=(1,), norm_num_groups=4)
+UNET: dict[str, Any] = {
+    "in_channels": 1,
+    "out_channels": 1,
+    "layers_per_block": 1,
+    "block_out_channels": [8, 8],
+    "norm_num_groups": 4,
+    "down_block_types": ["DownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "UpBlock2D"],
+}
+
+
+def test_default_network_is_that_of_train_unconditional():
+    """113,673,219 weights: the count that the published DDPM checkpoints of this architecture have."""
+    options = replace(ModelOptions(), attention_levels=(4,))
+    denoiser = build_denoiser(options, (64, 64), 3, seed=0)
+    assert sum(parameter.numel() for parameter in denoiser.parameters()) == 113_673_219
+    assert denoiser.config.down_block_types == [*["DownBlock2D"] * 4, "AttnDownBlock2D", "DownBlock2D"]
+    assert denoiser.config.up_block_types == ["UpBlock2D", "AttnUpBlock2D", *["UpBlock2D"] * 4]
+    assert denoiser.config.sample_size == 64
+
+
+def test_weights_follow_from_the_seed_alone():
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = build_denoiser(SMALL, (8, 8), 1, seed=5).state_dict()
+    assert torch.equal(torch.get_rng_state(), before), "the program's own random numbers are not touched"
+    torch.manual_seed(2)
+    again, other = (build_denoiser(SMALL, (8, 8), 1, seed=seed).state_dict() for seed in (5, 6))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["conv_in.weight"], other["conv_in.weight"])
+
+
+def test_sizes_that_are_not_square():
+    denoiser = build_denoiser(SMALL, (8, 12), 3, seed=0)
+    assert denoiser.config.sample_size == [8, 12]
+    assert denoiser.training
+
+
+@pytest.mark.parametrize("place", ["unet.json", "config.json", "unet/config.json"])
+def test_a_json_file_a_models_folder_or_a_pipelines(tmp_path: Path, place: str):
+    path = tmp_path / place
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(UNET | {"_class_name": "UNet2DModel", "sample_size": 32}))
+    named = path if place == "unet.json" else tmp_path
+    denoiser = build_denoiser(ModelOptions(model_config_name_or_path=str(named)), (8, 8), 1, seed=0)
+    assert isinstance(denoiser, UNet2DModel)
+    assert denoiser.config.block_out_channels == [8, 8]
+    assert denoiser.config.sample_size == 8, "the images decide"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"in_channels": 3}, ["in_channels is 3", "--channels"]),
+        ({"out_channels": 2}, ["learned variance"]),
+        ({"out_channels": 5}, ["out_channels is 5"]),
+        ({"_class_name": "UNet2DConditionModel"}, ["UNet2DConditionModel"]),
+        ({"block_out_chanels": [8]}, ["block_out_chanels"]),
+        ({"num_class_embeds": 10}, ["class-conditional"]),
+        ({"up_block_types": ["UpBlock2D"]}, []),
+        ({"down_block_types": ["DownBlock2D", "NoBlock2D"]}, []),
+        ({"norm_num_groups": 3}, []),
+        ({"block_out_channels": [8] * 5, "down_block_types": ["DownBlock2D"] * 5, "up_block_types": ["UpBlock2D"] * 5},
+         ["--resolution 8 8", "too small"]),
+    ],
+)  # fmt: skip
+def test_networks_that_do_not_fit_are_refused(tmp_path: Path, change: dict[str, Any], words: list[str]):
+    path = tmp_path / "unet.json"
+    path.write_text(json.dumps(UNET | change))
+    with pytest.raises(ConfigError) as refusal:
+        build_denoiser(ModelOptions(model_config_name_or_path=str(path)), (8, 8), 1, seed=0)
+    for word in ["--model_config_name_or_path", *words]:
+        assert word in str(refusal.value)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", ""])
+def test_files_that_are_no_configuration(tmp_path: Path, text: str):
+    path = tmp_path / "unet.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="--model_config_name_or_path"):
+        build_denoiser(ModelOptions(model_config_name_or_path=str(path)), (8, 8), 1, seed=0)
+
+
+def test_a_folder_without_a_configuration(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"unet/config\.json"):
+        build_denoiser(ModelOptions(model_config_name_or_path=str(tmp_path)), (8, 8), 1, seed=0)
+
+
+def test_images_that_cannot_be_halved():
+    with pytest.raises(ConfigError, match=r"--resolution 10 9 is not divisible by 2.*--resolution 10 10"):
+        build_denoiser(SMALL, (10, 9), 1, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "objective"),
+    [
+        ({}, {"original_elbo_weight": math.nan}),
+        ({}, {"l_simple_weight": math.nan}),
+        ({}, {"logvar_init": math.inf}),
+        ({"beta_end": 1.5}, {}),
+        ({"num_train_timesteps": 0}, {}),
+        ({"v_posterior": 1.5}, {}),
+        ({"rescale_betas_zero_snr": True}, {}),
+        ({"variance_type": "learned_range"}, {}),
+    ],
+)
+def test_what_the_library_refuses_is_a_mistake_of_the_options(schedule: dict[str, Any], objective: dict[str, Any]):
+    name = next(iter(schedule | objective))
+    told = "prediction_type" if name == "rescale_betas_zero_snr" else name
+    with pytest.raises(ConfigError, match=told):
+        build_parts(SMALL, ScheduleOptions(**schedule), ObjectiveOptions(**objective), (8, 8), 1, seed=0)
+
+
+def test_options_arrive():
+    """Every option that the scheduler and the objective know by name is the one that was given."""
+    options = ScheduleOptions(
+        num_train_timesteps=7, beta_schedule="sqrt", prediction_type="v_prediction", v_posterior=0.3, clip_sample=False
+    )
+    scheduler = build_scheduler(options)
+    for name in ("num_train_timesteps", "beta_schedule", "prediction_type", "v_posterior", "clip_sample"):
+        assert scheduler.config[name] == getattr(options, name)
+    objective = build_objective(ObjectiveOptions(learn_logvar=True, logvar_init=-1.0, l_simple_weight=2.0), scheduler)
+    assert torch.equal(objective.logvar.detach(), torch.full((7,), -1.0))
+    assert isinstance(objective.logvar, torch.nn.Parameter)
+    assert objective.l_simple_weight == 2.0
+
+
+def test_given_betas_decide_on_the_length():
+    scheduler = build_scheduler(ScheduleOptions(trained_betas=(0.1, 0.2, 0.3), num_train_timesteps=3))
+    assert len(scheduler.schedule) == 3
+
+
+def test_average_or_none():
+    denoiser = build_denoiser(SMALL, (8, 8), 1, seed=0)
+    assert build_ema(EmaOptions(use_ema=False), denoiser) is None
+    ema = build_ema(EmaOptions(ema_decay=0.5, ema_use_num_updates=False), denoiser)
+    assert ema is not None
+    assert (ema.decay, ema.use_num_updates) == (0.5, False)
+    with pytest.raises(ConfigError, match="--ema_decay"):
+        build_ema(EmaOptions(ema_decay=2.0), denoiser)

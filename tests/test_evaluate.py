@@ -1,0 +1,126 @@
+"""Measurements on fixed draws."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from diffusers_ddpm_ext.objective import DDPMObjective
+from diffusers_ddpm_ext.scheduler import DDPMExtScheduler
+from diffusers_ddpm_ext.training import keys
+from diffusers_ddpm_ext.training.data import ImageSet, load_data
+from diffusers_ddpm_ext.training.evaluate import Workers, measure_log_loss, score, stratified, validation_draws
+from diffusers_ddpm_ext.training.options import DataOptions
+from diffusers_ddpm_ext.training.task import DenoisingTask
+
+CHAIN = 40
+ALONE = Workers(0, 1, torch.device("cpu"), lambda tensor: tensor)
+
+
+class Constant(nn.Module):
+    """A network that answers with one number, plus noise where dropout is on."""
+
+    def __init__(self, value: float = 0.0) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.tensor(value))
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, xt: Tensor, t: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(sample=self.dropout(torch.ones_like(xt)) * self.value)
+
+
+def task_of(value: float = 0.0) -> DenoisingTask:
+    return DenoisingTask(Constant(value), DDPMObjective(DDPMExtScheduler(num_train_timesteps=CHAIN)))
+
+
+@pytest.fixture(scope="module")
+def images() -> ImageSet:
+    validation = load_data(DataOptions(resolution=(8, 8))).validation
+    assert validation is not None
+    return validation
+
+
+@pytest.mark.parametrize("count", [1, 7, 1000, 1300])
+def test_one_step_in_every_piece_of_the_chain(count):
+    steps = stratified(torch.Generator().manual_seed(0), count, 1000).sort().values.double()
+    pieces = torch.arange(count).double() * 1000 / count
+    assert (steps >= pieces.floor()).all()
+    assert (steps <= pieces + 1000 / count).all()
+    assert steps.max() < 1000
+
+
+def test_draws_are_the_same_every_time_and_enough():
+    first, again, other = (validation_draws(seed, 180, 1000, max_images=100) for seed in (3, 3, 4))
+    assert torch.equal(first.timesteps, again.timesteps)
+    assert not torch.equal(first.timesteps, other.timesteps)
+    assert sorted(first.images.tolist()) == list(range(100))
+    few = validation_draws(3, 3, 1000)
+    assert len(few) >= 32
+    assert set(few.images.tolist()) == {0, 1, 2}
+
+
+def test_score_is_the_mean_over_the_draws(images):
+    """A network that answers c to noise eps has loss mean((c - eps)^2); eps comes from the documented keys."""
+    draws = validation_draws(3, len(images), CHAIN)
+    scores = score(task_of(0.25), images, draws, 64, ALONE)
+    losses = [
+        ((0.25 - keys.sample_draws(3, 0, [i], (1, 8, 8), 1, keys.VALIDATION)[1]).double() ** 2).mean()
+        for i in range(len(draws))
+    ]
+    assert scores.loss_simple == pytest.approx(float(torch.stack(losses).mean()), rel=1e-6)
+    assert scores.loss == pytest.approx(scores.loss_simple, rel=1e-6)
+
+
+def test_score_does_not_depend_on_the_split(images):
+    """Batch sizes agree to rounding; a number of processes changes nothing at all."""
+    draws, task = validation_draws(3, len(images), CHAIN), task_of(0.25)
+    alone = score(task, images, draws, 50, ALONE)
+    assert score(task, images, draws, 7, ALONE).loss_simple == pytest.approx(alone.loss_simple, rel=1e-6)
+    parts: list[Tensor] = []
+
+    def part(tensor: Tensor) -> Tensor:
+        parts.append(tensor)
+        return tensor
+
+    for rank in range(3):
+        score(task, images, draws, 50, Workers(rank, 3, torch.device("cpu"), part))
+    means = torch.stack(parts).sum(0).sum(0) / len(draws)
+    assert means.tolist() == [alone.loss, alone.loss_simple, alone.loss_vlb]
+
+
+def test_score_leaves_training_alone(images):
+    """No dropout inside, the mode as before, and not one random number of the training's used."""
+    task = task_of(0.25)
+    task.train()
+    before = torch.get_rng_state()
+    draws = validation_draws(3, len(images), CHAIN)
+    first, again = (score(task, images, draws, 64, ALONE) for _ in range(2))
+    assert first == again
+    assert task.training
+    assert task.denoiser.training
+    assert torch.equal(torch.get_rng_state(), before)
+    assert task.denoiser.value.grad is None
+
+
+def test_names_are_compvis():
+    from diffusers_ddpm_ext.training.evaluate import Scores
+
+    assert Scores(1.0, 2.0, 3.0).named("_ema") == {
+        "val/loss_ema": 1.0,
+        "val/loss_simple_ema": 2.0,
+        "val/loss_vlb_ema": 3.0,
+    }
+
+
+def test_log_loss_of_each_step(images):
+    """A network that answers 0 to unit noise loses 1 at every step, c more adds c^2; other steps are unknown."""
+    steps = torch.tensor([0, 5, 39]).repeat(400)
+    measured = measure_log_loss(task_of(2.0), images, 0, steps, 128, ALONE)
+    assert measured.shape == (CHAIN,)
+    assert np.isfinite(measured).nonzero()[0].tolist() == [0, 5, 39]
+    # the mean over 400 draws of 64 values has a standard error of sqrt(2 + 4 * 4) / sqrt(400 * 64) = 0.027
+    np.testing.assert_allclose(np.exp(measured[[0, 5, 39]]), 5.0, atol=0.12)
