@@ -6,12 +6,17 @@ needs the whole is a call that all processes enter. Plain tensors pass through a
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, TypeGuard
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
-def is_sharded(tensor: Tensor) -> bool:
+
+def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
     """Whether a tensor is a DTensor.
 
     Args:
@@ -37,7 +42,7 @@ def local(tensor: Tensor) -> Tensor:
     Returns:
         The live part, empty where there are fewer rows than processes; a plain tensor itself.
     """
-    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[operator]
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 @torch.no_grad()
@@ -50,7 +55,7 @@ def full(tensor: Tensor) -> Tensor:
     Returns:
         A plain tensor on the same device; a plain one itself.
     """
-    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[operator]
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def processes() -> int:
@@ -79,9 +84,8 @@ def spread(whole: Tensor, like: Tensor, from_first: bool) -> Tensor:
     if is_sharded(like):
         from torch.distributed.tensor import distribute_tensor
 
-        mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
         source = 0 if from_first else None
-        return distribute_tensor(whole.detach(), mesh, placements, src_data_rank=source).clone()
+        return distribute_tensor(whole.detach(), like.device_mesh, like.placements, src_data_rank=source).clone()
     values = whole.detach().to(like.device, memory_format=torch.contiguous_format, copy=True)
     if from_first and processes() > 1:
         dist.broadcast(values, src=0)
@@ -111,7 +115,7 @@ def reshard(module: nn.Module) -> None:
     Args:
         module: the outermost one that was sharded; one that was not is left alone.
     """
-    if all(not is_sharded(parameter) for parameter in module.parameters()) and processes() == 1:
+    if not (dist.is_available() and dist.is_initialized()):
         return
     from torch.distributed.fsdp import FSDPModule
 
