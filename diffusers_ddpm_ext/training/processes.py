@@ -61,6 +61,8 @@ def make_accelerator(mixed_precision: str | None, accumulation: int, report_to: 
     if tracker is not None and not accelerator.log_with:
         raise ConfigError(f"--report_to {report_to}: this tracker is not installed (`pip install {report_to}`).")
     if accelerator.device.type == "cpu":
+        if accelerator.mixed_precision == "fp16":  # Accelerate would take it and train in float32
+            raise ConfigError("--mixed_precision fp16 needs an accelerator: on a CPU say bf16, or no.")
         use_all_cores()
     return accelerator
 
