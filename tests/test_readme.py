@@ -60,4 +60,4 @@ def test_links_lead_somewhere(page):
 def test_the_map_names_every_room():
     for path in (ROOT / "diffusers_ddpm_ext").glob("*.py"):
         if not path.name.startswith("_"):
-            assert re.search(rf"^  {path.name} ", README, re.M), f"{path.name} is missing in the README's map"
+            assert re.search(rf"^ +{path.name} ", README, re.M), f"{path.name} is missing in the README's map"
