@@ -1,0 +1,57 @@
+"""One process of a small run that remembers the gradients of its first step; started by test_parallel.py.
+
+python parallel_run.py FOLDER GRADIENTS RANK_THAT_FAILS BATCH ACCUMULATION STEPS
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from runs import tiny_run
+
+from diffusers_ddpm_ext.training import processes, run, trainer
+from diffusers_ddpm_ext.training.errors import ConfigError
+from diffusers_ddpm_ext.training.optim import clip_gradients
+
+
+def main() -> None:
+    """Train."""
+    folder, gradients = Path(sys.argv[1]), Path(sys.argv[2])
+    failing, batch, accumulation, steps = map(int, sys.argv[3:])
+    torch.set_num_threads(1)
+    processes.SECONDS_TO_SPEAK = 2
+
+    def remember(parameters: list[torch.nn.Parameter], max_norm: float) -> torch.Tensor:
+        if not gradients.exists() and len(parameters) > 1 and processes_rank() == 0:
+            torch.save([parameter.grad.clone() for parameter in parameters], gradients)
+        return clip_gradients(parameters, max_norm)
+
+    def load_or_fail(*args: Any) -> Any:
+        if processes_rank() == failing:
+            raise ConfigError(f"--train_data_dir: rank {failing} cannot read")
+        return load_data(*args)
+
+    load_data, run.load_data, trainer.clip_gradients = run.load_data, load_or_fail, remember
+    trainer.train(
+        tiny_run(
+            folder,
+            train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+            max_train_steps=steps,
+            validation_steps=10,
+            logging_steps=7,
+            overwrite_output_dir=True,
+        )
+    )
+
+
+def processes_rank() -> int:
+    """Rank of this process, 0 when it is alone."""
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+if __name__ == "__main__":
+    main()
