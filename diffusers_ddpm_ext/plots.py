@@ -159,6 +159,8 @@ def plot_losses(
     Raises:
         ValueError: no curve has a finite value.
     """
+    from matplotlib.ticker import MaxNLocator
+
     finite = []
     for curve in curves:
         steps, values = np.asarray(curve.steps, dtype=float), np.asarray(curve.values, dtype=float)
@@ -173,9 +175,8 @@ def plot_losses(
         everything = np.concatenate([values for _, _, values in finite])
         if everything.min() > 0 and everything.max() > 5 * everything.min():
             _log_axis(axes)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set(title=title, xlabel="optimizer step", ylabel=quantity)
-        axes.legend(frameon=False)
 
     return _figure(path, draw)
 
@@ -216,7 +217,6 @@ def plot_logvar(
             xlabel="timestep t",
             ylabel="natural log of the loss (squared data units)",
         )
-        axes.legend(frameon=False)
 
     return _figure(path, draw)
 
@@ -271,6 +271,7 @@ def _figure(path: str | os.PathLike[str], draw: Callable[[Axes], None]) -> Path:
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     draw(axes)
+    axes.legend(framealpha=0.85, edgecolor="none")
     axes.grid(color="0.9", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

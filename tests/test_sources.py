@@ -13,7 +13,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from diffusers_ddpm_ext.training.data import load_data, stream
-from diffusers_ddpm_ext.training.errors import ConfigError
+from diffusers_ddpm_ext.training.errors import ConfigError, RunError
 from diffusers_ddpm_ext.training.options import DataOptions
 from diffusers_ddpm_ext.training.sources import load_rows, scan_folder
 
@@ -155,6 +155,15 @@ def test_too_many_for_memory_are_read_again_by_workers(photos):
             a, b = next(one), next(other)
             assert torch.equal(a.pixels, b.pixels)
             assert torch.equal(a.indices, b.indices)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_breaks_in_mid_run_is_named_in_one_line(photos, workers):
+    data = load_data(folder_options(photos, validation_fraction=0), memory_limit=1000)
+    (photos / "scene 0" / "tile03.gif").write_bytes(b"")
+    with pytest.raises(RunError, match=r"'scene 0/tile03.gif' of --train_data_dir .* became unreadable") as caught:
+        list(stream(data.train, 0, 28, num_workers=workers))
+    assert "\n" not in str(caught.value)
 
 
 # ---------------------------------------------------------------- held out

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from diffusers_ddpm_ext.training import keys
-from diffusers_ddpm_ext.training.errors import ConfigError
+from diffusers_ddpm_ext.training.errors import ConfigError, RunError
 from diffusers_ddpm_ext.training.options import DataOptions
 from diffusers_ddpm_ext.training.pictures import (
     CHANNEL_NAMES,
@@ -38,6 +38,7 @@ MEMORY_LIMIT = 2 * 1024**3  # bytes of resized pixels; while they are packed the
 DIGITS = "digits of scikit-learn"
 DIGITS_SIZE = (8, 8)
 DIGITS_LEVELS = 17
+Share = tuple[Tensor, Tensor, Tensor, int] | RunError
 
 
 @dataclass(frozen=True)
@@ -286,8 +287,12 @@ def _describe(
 
 
 @dataclass(frozen=True)
-class MicroBatches(Dataset[tuple[Tensor, Tensor, Tensor, int]]):
-    """One rank's share: (step, micro-batch) -> levels (b, C, H, W), positions (b,), indices (b,), step."""
+class MicroBatches(Dataset[Share]):
+    """One rank's share: (step, micro-batch) -> levels (b, C, H, W), positions (b,), indices (b,), step.
+
+    An image that became unreadable is handed on as the error it is: raised in a worker it would arrive as a page of
+    traceback.
+    """
 
     images: ImageSet
     seed: int
@@ -297,7 +302,7 @@ class MicroBatches(Dataset[tuple[Tensor, Tensor, Tensor, int]]):
     world: int
     _orders: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
-    def __getitem__(self, request: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, int]:
+    def __getitem__(self, request: tuple[int, int]) -> Share:
         step, micro = request
         first = (micro * self.world + self.rank) * self.batch
         positions = torch.arange(first, first + self.batch)
@@ -307,7 +312,10 @@ class MicroBatches(Dataset[tuple[Tensor, Tensor, Tensor, int]]):
         for epoch in epochs.unique().tolist():
             here = epochs == epoch
             indices[here] = self.order(epoch)[places[here]]
-        return self.images.level_values(indices, self.seed, epochs.tolist()), positions, indices, step
+        try:
+            return self.images.level_values(indices, self.seed, epochs.tolist()), positions, indices, step
+        except RunError as error:
+            return error
 
     def order(self, epoch: int) -> Tensor:
         """Return the shuffle of an epoch, (n,): a function of the seed and the epoch alone."""
@@ -348,6 +356,7 @@ def stream(
 
     Raises:
         ValueError: a count is below 1, the rank is not in [0, world), or there is no image.
+        RunError: (while iterating) an image that could be read before the run cannot any more.
     """
     if min(batch, accumulation, world) < 1 or not 0 <= rank < world or start_step < 0 or num_workers < 0:
         raise ValueError(
@@ -357,7 +366,7 @@ def stream(
     if len(images) == 0:
         raise ValueError("a stream needs at least one image.")
     target = torch.device(device)
-    loader: DataLoader[tuple[Tensor, Tensor, Tensor, int]] = DataLoader(
+    loader: DataLoader[Share] = DataLoader(
         MicroBatches(images, seed, batch, accumulation, rank, world),
         sampler=_Requests(start_step, accumulation),
         batch_size=None,
@@ -379,10 +388,11 @@ class _Requests:
         return ((step, micro) for step in itertools.count(self.start_step) for micro in range(self.accumulation))
 
 
-def _to_device(
-    loader: DataLoader[tuple[Tensor, Tensor, Tensor, int]], levels: int, device: torch.device
-) -> Iterator[Batch]:
+def _to_device(loader: DataLoader[Share], levels: int, device: torch.device) -> Iterator[Batch]:
     """Move bytes, not floats, to the device, and make floats of them there."""
-    for values, positions, indices, step in loader:
+    for share in loader:
+        if isinstance(share, RunError):
+            raise share
+        values, positions, indices, step = share
         pixels = unit_range(values.to(device, non_blocking=True), levels)
         yield Batch(pixels, positions, indices, step)

@@ -249,7 +249,7 @@ class LazyImages:
         place = self.kept[index]
         try:
             picture = read_picture(self.source.payload(place), self.preparation)
-        except BadImage as reason:
+        except (BadImage, ConfigError) as reason:
             name = self.source.names[place]
             raise RunError(f"{name!r} of {self.source.option} became unreadable: {reason}") from None
         return torch.from_numpy(picture.pixels)

@@ -126,7 +126,7 @@ def start(config: TrainConfig) -> Run:
     tracker = "none" if loop.dry_run else config.output.report_to
     accelerator = make_accelerator(loop.mixed_precision, loop.gradient_accumulation_steps, tracker)
     with same_fate(accelerator):
-        data = load_data(config.data)
+        data = load_data(config.data, progress=accelerator.is_main_process)
         parts = build_parts(config.model, config.schedule, config.objective, data.size, data.channels, loop.seed)
         plan = make_plan(config, len(data.train), accelerator.num_processes)
         task = DenoisingTask(parts.denoiser, parts.objective).to(accelerator.device)
