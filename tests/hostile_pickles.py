@@ -1,0 +1,310 @@
+"""Sixty files that act when something unpickles them: the corpus that every reader of foreign files is held against.
+
+Each would leave a marker, a file or folder of its own name, in a folder that the caller watches. They are put together
+opcode by opcode, so that nothing here is ever on the stack of this process. Most go off in ``pickle.loads``; those of
+the doors "torch" and "numpy" need ``torch.load(weights_only=False)`` or ``numpy.load(allow_pickle=True)``.
+"""
+
+from __future__ import annotations
+
+import io
+import marshal
+import os
+import pickle
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Door = Literal["pickle", "torch", "numpy"]
+
+# Every name that a checkpoint of ours, of Accelerate, Diffusers, Lightning or torch.distributed may give to a file.
+PLANTED_NAMES = (
+    "manifest.json", "state.json", "config.json", "config.yaml", "monitor.json", "metrics.jsonl",
+    "model.safetensors", "ema.safetensors", "optimizer.safetensors", "logvar.safetensors", "scaler.json",
+    "random_states_0.pkl", "random_states_1.pkl", "model.bin", "pytorch_model.bin", "optimizer.bin", "scheduler.bin",
+    "sampler.bin", "dl_state_dict.bin", "scaler.pt", "custom_checkpoint_0.pkl", "unet/diffusion_pytorch_model.bin",
+    "unet/diffusion_pytorch_model.safetensors", "unet/config.json", "unet_ema/diffusion_pytorch_model.safetensors",
+    "last.ckpt", ".metadata", "__0_0.distcp", "training_args.bin",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Hostile:
+    """One file.
+
+    Attributes:
+        name: says how it acts; also the name of its marker.
+        data: the file.
+        door: what has to read it for it to act.
+    """
+
+    name: str
+    data: bytes
+    door: Door = "pickle"
+
+
+# ---- an assembler for the pickle machine
+
+MARK, STOP, POP, REDUCE, BUILD, EMPTY_DICT, EMPTY_LIST = b"(", b".", b"0", b"R", b"b", b"}", b"]"
+
+
+def proto(version: int, *code: bytes) -> bytes:
+    return b"\x80" + bytes([version]) + b"".join(code) + STOP
+
+
+def text(value: str) -> bytes:
+    raw = value.encode()
+    return b"X" + struct.pack("<I", len(raw)) + raw
+
+
+def blob(value: bytes) -> bytes:
+    return b"B" + struct.pack("<I", len(value)) + value
+
+
+def whole(value: int) -> bytes:
+    return b"J" + struct.pack("<i", value)
+
+
+def row(*items: bytes) -> bytes:
+    return MARK + b"".join(items) + b"t"
+
+
+def lot(*items: bytes) -> bytes:
+    return EMPTY_LIST + MARK + b"".join(items) + b"e"
+
+
+def table(*items: bytes) -> bytes:
+    return EMPTY_DICT + MARK + b"".join(items) + b"u"
+
+
+def find(module: str, name: str) -> bytes:
+    """GLOBAL, the old way to name a thing."""
+    return b"c" + module.encode() + b"\n" + name.encode() + b"\n"
+
+
+def stack_find(module: str, name: str) -> bytes:
+    """STACK_GLOBAL, the way since protocol 4; the name may have dots."""
+    return text(module) + text(name) + b"\x93"
+
+
+def call(function: bytes, *arguments: bytes) -> bytes:
+    return function + row(*arguments) + REDUCE
+
+
+def new(kind: bytes, *arguments: bytes) -> bytes:
+    return kind + row(*arguments) + b"\x81"
+
+
+def new_ex(kind: bytes, keywords: bytes, *arguments: bytes) -> bytes:
+    return kind + row(*arguments) + keywords + b"\x92"
+
+
+MKDIR = find("os", "mkdir")
+
+
+def plain(path: Path) -> bytes:
+    """The shortest hostile pickle, for those that hide one inside."""
+    return proto(2, call(MKDIR, text(str(path))))
+
+
+# ---- by opcode: every one that calls
+
+
+def by_opcode(folder: Path) -> list[Hostile]:
+    def code(name: str, make: Callable[[bytes], bytes], version: int = 4) -> Hostile:
+        return Hostile(name, proto(version, make(text(f"{folder}/{name}"))))
+
+    def bare(name: str, before: bytes, after: bytes) -> Hostile:
+        """Protocol 0: printable, and without the mark of a pickle at its beginning."""
+        return Hostile(name, before + b"S'" + f"{folder}/{name}".encode() + b"'\n" + after + STOP)
+
+    holder = call(find("types", "SimpleNamespace"))
+    setter = call(call(find("builtins", "type"), text("X"), row(), table(text("__setitem__"), MKDIR)))
+    tuple_, map_ = find("builtins", "tuple"), find("builtins", "map")
+
+    def with_method(name: str) -> bytes:
+        return holder + table(text(name), MKDIR) + BUILD
+
+    def register(name: str, number: int) -> bytes:
+        return call(find("copyreg", "add_extension"), text("os"), text(name), whole(number)) + POP
+
+    return [
+        bare("reduce", MKDIR + MARK, b"tR"),
+        bare("inst", MARK, b"ios\nmkdir\n"),
+        code("obj", lambda m: MARK + MKDIR + m + b"o", 1),
+        code("newobj", lambda m: new(tuple_, new(map_, MKDIR, lot(m))), 2),
+        code("newobj_ex", lambda m: new_ex(tuple_, EMPTY_DICT, new_ex(map_, EMPTY_DICT, MKDIR, lot(m)))),
+        code("build_setstate", lambda m: with_method("__setstate__") + m + BUILD),
+        code("append", lambda m: with_method("append") + m + b"a"),
+        code("appends", lambda m: with_method("append") + MARK + m + b"e"),
+        code("additems", lambda m: with_method("add") + MARK + m + b"\x90"),
+        code("setitem", lambda m: setter + m + whole(0o777) + b"s"),
+        code("setitems", lambda m: setter + MARK + m + whole(0o777) + b"u"),
+        code("stack_global", lambda m: call(stack_find("os", "mkdir"), m)),
+        code("stack_global_dotted", lambda m: call(stack_find("shutil", "os.mkdir"), m)),
+        code("ext1", lambda m: register("mkdir", 0xF0) + call(b"\x82\xf0", m)),
+        code("ext2", lambda m: register("makedirs", 0xF0F0) + call(b"\x83\xf0\xf0", m)),
+        code("ext4", lambda m: register("mknod", 0x7FF0F0F0) + call(b"\x84\xf0\xf0\xf0\x7f", m)),
+        code("persid", lambda m: call(MKDIR, m) + b"Pstorage\n", 2),
+        code("binpersid", lambda m: row(text("storage"), call(MKDIR, m)) + b"Q", 2),
+        code("memo", lambda m: MKDIR + b"\x94" + POP + m + b"\x94" + POP + b"h\x00" + row(b"h\x01") + REDUCE),
+        code("long_binput", lambda m: MKDIR + b"r" + struct.pack("<I", 3_000_000) + row(m) + REDUCE, 2),
+        code("frame", lambda m: b"\x95" + struct.pack("<Q", len(call(MKDIR, m)) + 1) + call(MKDIR, m)),
+        code("many_marks", lambda m: MARK * 100_000 + call(MKDIR, m)),
+        code("endless_bytes", lambda m: call(MKDIR, m) + b"\x8e" + struct.pack("<Q", 1 << 60)),
+        code("two_pickles", lambda m: call(MKDIR, m) + STOP + proto(2, EMPTY_DICT)[:-1], 2),
+    ]
+
+
+# ---- by what they call
+
+
+def by_callable(folder: Path) -> list[Hostile]:
+    def code(name: str, make: Callable[[bytes], bytes], version: int = 4) -> Hostile:
+        return Hostile(name, proto(version, make(text(f"{folder}/{name}"))))
+
+    def source(name: str, make: Callable[[str], bytes]) -> Hostile:
+        return Hostile(name, proto(4, make(f"open({str(folder / name)!r}, 'w').close()")))
+
+    def nested(name: str, make: Callable[[bytes], bytes]) -> Hostile:
+        return Hostile(name, proto(4, make(plain(folder / name))))
+
+    def compiled(line: str) -> bytes:
+        return blob(marshal.dumps(compile(line, "x", "exec")))
+
+    path, partial, function = find("pathlib", "PosixPath"), find("functools", "partial"), find("types", "FunctionType")
+    os_module = call(find("importlib", "import_module"), text("os"))
+    handler = find("logging", "FileHandler")
+    default = find("collections", "defaultdict")
+    torch_load = new_ex(partial, table(text("weights_only"), b"\x89"), find("torch", "load"))
+    return [
+        code("open", lambda m: call(find("builtins", "open"), m, text("w"))),
+        code("open_of_python_2", lambda m: call(find("__builtin__", "open"), m, text("w")), 2),
+        Hostile("os_system", proto(2, call(find("posix", "system"), text(f"mkdir '{folder}/os_system'")))),
+        code("os_open", lambda m: call(find("os", "open"), m, whole(os.O_CREAT))),
+        code("os_symlink", lambda m: call(find("os", "symlink"), text("nowhere"), m)),
+        code("subprocess_run", lambda m: call(find("subprocess", "run"), lot(text("mkdir"), m))),
+        code("subprocess_output", lambda m: call(find("subprocess", "check_output"), lot(text("mkdir"), m))),
+        source("eval", lambda line: call(find("builtins", "eval"), text(line))),
+        source("exec", lambda line: call(find("builtins", "exec"), text(line))),
+        source("timeit", lambda s: call(find("timeit", "timeit"), text(s), text("0"), find("time", "time"), whole(1))),
+        source("cprofile", lambda line: call(find("cProfile", "run"), text(line))),
+        source("marshal", lambda s: call(call(function, call(find("marshal", "loads"), compiled(s)), EMPTY_DICT))),
+        code("path_touch", lambda m: call(stack_find("pathlib", "Path.touch"), call(path, m))),
+        code("methodcaller", lambda m: call(call(find("operator", "methodcaller"), text("touch")), call(path, m))),
+        code("attrgetter", lambda m: call(call(call(find("operator", "attrgetter"), text("mkdir")), os_module), m)),
+        code("getattr", lambda m: call(call(find("builtins", "getattr"), os_module, text("mkdir")), m)),
+        code("partial", lambda m: call(call(partial, MKDIR, m))),
+        code("functools_reduce", lambda m: call(find("functools", "reduce"), MKDIR, lot(m, whole(0o777)))),
+        code(
+            "starmap",
+            lambda m: call(find("collections", "deque"), call(find("itertools", "starmap"), MKDIR, lot(row(m)))),
+        ),
+        code(
+            "defaultdict",
+            lambda m: call(find("operator", "getitem"), call(default, call(partial, MKDIR, m)), text("")),
+        ),
+        code("reconstructor", lambda m: call(find("copyreg", "_reconstructor"), handler, handler, m)),
+        code("zip_file", lambda m: call(find("zipfile", "ZipFile"), m, text("w"))),
+        nested("pickle_in_pickle", lambda inner: call(find("pickle", "loads"), blob(inner))),
+        nested(
+            "pickle_in_zlib",
+            lambda inner: call(find("_pickle", "loads"), call(find("zlib", "decompress"), blob(zlib.compress(inner)))),
+        ),
+        code(
+            "numpy_memmap",
+            lambda m: call(find("numpy", "memmap"), m, text("uint8"), text("w+"), whole(0), row(whole(1))),
+        ),
+        code("torch_save", lambda m: call(find("torch", "save"), EMPTY_DICT, m)),
+        nested(
+            "torch_storage", lambda inner: call(find("torch.storage", "_load_from_bytes"), blob(torch_archive(inner)))
+        ),
+        nested("torch_load", lambda inner: call(torch_load, call(find("io", "BytesIO"), blob(torch_archive(inner))))),
+    ]
+
+
+# ---- by the file around them
+
+
+def by_container(folder: Path) -> list[Hostile]:
+    def hidden(name: str, make: Callable[[bytes], bytes], door: Door = "pickle") -> Hostile:
+        return Hostile(name, make(plain(folder / name)), door)
+
+    return [
+        hidden("torch_zip", torch_archive, "torch"),
+        hidden("torch_zip_of_lightning", lambda inner: torch_archive(lightning(inner)), "torch"),
+        hidden("torch_legacy", torch_legacy, "torch"),
+        hidden("numpy_array", numpy_array, "numpy"),
+        hidden("numpy_archive", lambda inner: zipped({"arr_0.npy": numpy_array(inner)}), "numpy"),
+        hidden("pickle_before_zip", lambda inner: inner + torch_archive(proto(2, EMPTY_DICT))),
+        hidden("pickle_in_safetensors", safetensors_that_unpickle),
+        hidden("pickle_before_json", lambda inner: inner + b'\n{"format": 1}\n'),
+    ]
+
+
+def zipped(members: dict[str, bytes]) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    return file.getvalue()
+
+
+def torch_archive(data: bytes) -> bytes:
+    """What ``torch.save`` writes since version 1.6, with this pickle in the middle."""
+    return zipped({"archive/data.pkl": data, "archive/byteorder": b"little", "archive/version": b"3\n"})
+
+
+def torch_legacy(data: bytes) -> bytes:
+    """What ``torch.save`` wrote before: a magic number, a protocol, facts of the system, then the object."""
+    facts = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}
+    head = [0x1950A86A20F9469CFC6C, 1001, facts]
+    return b"".join(pickle.dumps(part, 2) for part in head) + data + pickle.dumps([], 2)
+
+
+def lightning(data: bytes) -> bytes:
+    """A checkpoint of Lightning's form, hostile among its callbacks."""
+    inner = data[2:-1]  # without its protocol and its end
+    return proto(2, table(text("state_dict"), EMPTY_DICT, text("global_step"), whole(7), text("callbacks"), inner))
+
+
+def numpy_array(data: bytes) -> bytes:
+    """A ``.npy`` of one object."""
+    words = b"{'descr': '|O', 'fortran_order': False, 'shape': (1,), }".ljust(117) + b"\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(words)) + words + data
+
+
+def safetensors_that_unpickle(data: bytes) -> bytes:
+    """A file that safetensors finds in order, and that ``pickle.loads`` runs.
+
+    The length of the header, 18254, is read as the opcodes NONE and BINFLOAT, whose eight bytes reach into the
+    header; a tensor's name in there is a chain of short strings, each with its length, up to where the tensor begins.
+    """
+    length, link = 0x474E, 128
+    tail = b'":{"dtype":"U8","shape":[%d],"data_offsets":[0,%d]}}' % (len(data), len(data))
+    rest = length - 2  # of the header, behind {"
+    links, last = divmod(rest, link)
+    last += link  # one link less, so that the last two have room for the tail
+    first = b"U" + bytes([last // 2 - 2]) + b"x" * (last // 2 - 2)
+    final = last - len(first)
+    chain = (b"U~" + b"x" * (link - 2)) * (links - 1) + first
+    ending = b"U" + bytes([final - 2]) + tail.rjust(final - 2, b"x")
+    header = b'{"' + chain + ending
+    assert len(header) == length
+    return struct.pack("<Q", length) + header + data
+
+
+def corpus(folder: Path) -> list[Hostile]:
+    """The sixty.
+
+    Args:
+        folder: where the markers would appear.
+
+    Returns:
+        Each under a name of its own.
+    """
+    return by_opcode(folder) + by_callable(folder) + by_container(folder)
