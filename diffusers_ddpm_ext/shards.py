@@ -76,7 +76,7 @@ def spread(whole: Tensor, like: Tensor, from_first: bool) -> Tensor:
         whole: plain, of the shape of ``like``; keeps its dtype.
         like: plain or sharded.
         from_first: take the values from the first process, where all enter and the others give any tensor of that
-            shape and dtype; otherwise each process takes its part of its own.
+            shape and dtype, which is overwritten; otherwise each process takes its part of its own.
 
     Returns:
         A new tensor, which shares no memory.
@@ -86,8 +86,9 @@ def spread(whole: Tensor, like: Tensor, from_first: bool) -> Tensor:
 
         source = 0 if from_first else None
         return distribute_tensor(whole.detach(), like.device_mesh, like.placements, src_data_rank=source).clone()
-    values = whole.detach().to(like.device, memory_format=torch.contiguous_format, copy=True)
+    values = whole.detach()
     if from_first and processes() > 1:
+        values = values.to(like.device).contiguous()
         dist.broadcast(values, src=0)
     return torch.empty_like(like, dtype=whole.dtype, requires_grad=False).copy_(values)
 

@@ -83,6 +83,14 @@ def test_snapshot_shares_no_memory():
     assert_same(twin, kept)
 
 
+def test_borrowed_snapshot_is_the_same_in_files(tmp_path):
+    live = odd_live(0)
+    odd_steps(live, range(2))
+    borrowed = gather(live, PROGRESS, borrow=True)
+    assert borrowed.model["first.bias"].data_ptr() == live.task.first.bias.data_ptr()
+    assert_same(through_files(borrowed, tmp_path), gather(live, PROGRESS))
+
+
 class Odd(nn.Module):
     """Tied weights, a scalar, a layer that is never used, a frozen one, channels last, half precision, buffers."""
 
@@ -322,6 +330,33 @@ def test_average_must_be_there(written):
     with pytest.raises(ValueError, match=r"ema\.safetensors is missing"):
         apply(gather(without_ema(run.live), PROGRESS), run.live)
     apply(read(written), without_ema(run.live), own_options=True)
+
+
+def test_state_of_no_kind_that_a_file_holds():
+    run = small_run(small_task())
+    advance(run, 1)
+    next(iter(run.live.optimizer.state.values()))["history"] = [torch.ones(1)]
+    with pytest.raises(ValueError, match="'history' as list"):
+        gather(run.live, run.progress)
+
+
+def test_numbers_of_an_optimizer_come_back(tmp_path):
+    """Some optimizers count in plain numbers, and keep tensors of other shapes than their parameters'."""
+    run, fresh = small_run(small_task()), small_run(small_task())
+    advance(run, 1)
+    bias = run.task.denoiser.conv_in.bias
+    run.live.optimizer.state[bias] |= {"count": 3, "table": torch.arange(5)}
+    apply(through_files(gather(run.live, run.progress), tmp_path), fresh.live)
+    state = fresh.live.optimizer.state[fresh.task.denoiser.conv_in.bias]
+    assert state["count"] == 3
+    assert state["table"].tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("change", [{"groups": [3]}, {"lr_scheduler": {}}, {"slots": {"x": {}}}])
+def test_numbers_of_another_program(written, change):
+    snapshot = read(written)
+    with pytest.raises(ValueError, match=r"state\.json"):
+        apply(replace(snapshot, numbers=replace(snapshot.numbers, **change)), small_run(small_task()).live)
 
 
 def test_nobody_has_a_snapshot():

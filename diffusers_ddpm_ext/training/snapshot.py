@@ -80,7 +80,7 @@ class Numbers:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The state of a run at the end of an optimizer step, on the CPU, sharing no memory with it.
+    """The state of a run at the end of an optimizer step, on the CPU; no two tensors share memory.
 
     Attributes:
         model: of the task.

@@ -96,12 +96,14 @@ class Live:
         return {p: name.replace(COMPILED, "") for name, p in self.plain_task.named_parameters()}
 
 
-def gather(live: Live, progress: Progress) -> Snapshot | None:
+def gather(live: Live, progress: Progress, borrow: bool = False) -> Snapshot | None:
     """Take the state of a run between two optimizer steps; all processes enter.
 
     Args:
         live: of the run; nothing of it is changed.
         progress: where the run stands.
+        borrow: let the snapshot share memory with a run on the CPU, which spares a copy of it all where the snapshot
+            is written before the next step.
 
     Returns:
         The snapshot in the first process, None in the others.
@@ -112,6 +114,7 @@ def gather(live: Live, progress: Progress) -> Snapshot | None:
     if live.ema is not None and live.ema.in_scope:
         raise ValueError("a snapshot inside LitEMA.scope() would take the EMA weights for the raw ones.")
     task, optimizer = live.plain_task, live.torch_optimizer
+    _check_slots(optimizer)
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
     model = get_model_state_dict(task, options=whole)
     # Asked before its first step, torch would take one, with gradients of zero, to have something to show.
@@ -121,7 +124,7 @@ def gather(live: Live, progress: Progress) -> Snapshot | None:
         return None
     state: Any = held.get("state", {})
     tensors, slots = _split_slots({name.replace(COMPILED, ""): kept for name, kept in state.items()})
-    taken = {t.untyped_storage().data_ptr() for t in _live_tensors(live)}
+    taken = set() if borrow else {t.untyped_storage().data_ptr() for t in _live_tensors(live)}
     numbers = Numbers(
         groups=_groups(live),
         slots=slots,
@@ -172,21 +175,28 @@ def _own(tensors: dict[str, Tensor], taken: set[int]) -> dict[str, Tensor]:
     return owned
 
 
+def _check_slots(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse state that no file can hold, in all processes, before they exchange anything."""
+    for slots in optimizer.state.values():
+        for slot, value in slots.items():
+            plain = value is None or isinstance(value, bool | int | float | str)
+            if "." in slot or not (plain or type(value) is Tensor or is_sharded(value)):
+                raise ValueError(
+                    f"the optimizer keeps {slot!r} as {type(value).__name__}, which no checkpoint can hold; "
+                    "use an optimizer whose state is tensors and numbers."
+                )
+
+
 def _split_slots(state: dict[str, dict[str, Any]]) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
     """An optimizer's state as tensors with one key each, and plain numbers."""
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, dict[str, Any]] = {}
     for name, slots in state.items():
         for slot, value in slots.items():
-            if type(value) is Tensor and "." not in slot:
+            if isinstance(value, Tensor):
                 tensors[f"{name}.{slot}"] = value
-            elif value is None or isinstance(value, bool | int | float | str):
-                numbers.setdefault(name, {})[slot] = value
             else:
-                raise ValueError(
-                    f"the optimizer keeps {slot} of {name} as {type(value).__name__}, which no checkpoint can hold; "
-                    "use an optimizer whose state is tensors and numbers."
-                )
+                numbers.setdefault(name, {})[slot] = value
     return tensors, numbers
 
 
@@ -260,7 +270,10 @@ def apply(snapshot: Snapshot | None, live: Live, own_options: bool = False) -> P
 def _letter(snapshot: Snapshot | None, live: Live, own_options: bool) -> _Letter:
     if snapshot is None:
         return _Letter("the first process has no snapshot to load.")
-    problem = _problem(snapshot, live, own_options)
+    try:
+        problem = _problem(snapshot, live, own_options)
+    except (KeyError, TypeError, AttributeError) as error:  # a state.json that nobody's program wrote
+        problem = f"{STATE} cannot be used: {type(error).__name__} {error}"
     if problem:
         return _Letter(problem)
     slots = describe({key: value for key, value in snapshot.optimizer.items() if value.ndim > 0})
@@ -355,7 +368,9 @@ def _receive(tensor: Tensor | None, facts: Iterable[Any], like: Tensor) -> Tenso
 
 def _apply_average(letter: _Letter, tensors: dict[str, Tensor], ema: LitEMA, own_options: bool) -> None:
     assert letter.numbers is not None
-    shadow = {name: _receive(tensors.get(name), facts, ema.shadow[name]) for name, facts in letter.average.items()}
+    shadow = tensors  # copied into place by the average itself
+    if processes() > 1:
+        shadow = {name: _receive(tensors.get(name), facts, ema.shadow[name]) for name, facts in letter.average.items()}
     numbers = dict(letter.numbers.ema or {})
     if own_options:
         updates = max(numbers["num_updates"], 0) if ema.use_num_updates else -1
