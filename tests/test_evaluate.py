@@ -57,7 +57,8 @@ def test_draws_are_the_same_every_time_and_enough():
     first, again, other = (validation_draws(seed, 180, 1000, max_images=100) for seed in (3, 3, 4))
     assert torch.equal(first.timesteps, again.timesteps)
     assert not torch.equal(first.timesteps, other.timesteps)
-    assert sorted(first.images.tolist()) == list(range(100))
+    assert len(first.images.unique()) == len(first) == 100
+    assert first.images.max() > 175, "evenly from the whole set, which may be sorted"
     few = validation_draws(3, 3, 1000)
     assert len(few) >= 32
     assert set(few.images.tolist()) == {0, 1, 2}

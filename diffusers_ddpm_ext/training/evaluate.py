@@ -84,14 +84,14 @@ def validation_draws(seed: int, num_images: int, num_train_timesteps: int, max_i
         seed: of the run.
         num_images: size of the validation set.
         num_train_timesteps: T.
-        max_images: use the first so many images only.
+        max_images: use only so many images, taken evenly from all of them.
 
     Returns:
         At least ``MIN_VALIDATION_DRAWS`` draws, the same for every call.
     """
     used = num_images if max_images is None else min(num_images, max_images)
     repeats = -(-MIN_VALIDATION_DRAWS // used)
-    images = torch.arange(used).repeat(repeats)
+    images = (torch.arange(used) * num_images // used).repeat(repeats)
     timesteps = stratified(keys.generator(keys.VALIDATION, seed, "timesteps"), len(images), num_train_timesteps)
     return Draws(images, timesteps, keys.VALIDATION, seed)
 

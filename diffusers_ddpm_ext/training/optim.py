@@ -131,12 +131,12 @@ def lr_schedule(
         if name not in LR_SCHEDULERS:
             raise ValueError(f"choose from {', '.join(LR_SCHEDULERS)}")
         return get_scheduler(
-                name,
-                optimizer,
-                num_warmup_steps=warmup_steps,
-                num_training_steps=max_train_steps,
-                **_named(arguments),
-            )
+            name,
+            optimizer,
+            num_warmup_steps=warmup_steps,
+            num_training_steps=max_train_steps,
+            **_named(arguments),
+        )
     except (TypeError, ValueError, AttributeError) as error:
         given = f" with lr_scheduler_args {json.dumps(arguments)}" if arguments else ""
         raise ValueError(f"lr_scheduler {name!r}{given} is refused: {str(error).rstrip('.')}.") from error

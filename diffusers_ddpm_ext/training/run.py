@@ -201,17 +201,16 @@ def describe(run: Run) -> str:
     if objective.original_elbo_weight:
         loss += f", {objective.original_elbo_weight:g} x {objective.elbo_weights} ELBO"
     rate = describe_rate(config.optim, objective.logvar_learning_rate if objective.learn_logvar else None)
+    threads = torch.get_num_threads()
+    device = f"{run.accelerator.device.type}, precision {run.accelerator.mixed_precision}"
     rows = [
         ("data", run.data.description),
         ("schedule", describe_schedule(config.schedule)),
         ("loss", loss),
         ("learning rate", rate),
         ("EMA", f"{ema.ema_decay:g}" if ema.use_ema else "off"),
-        (
-            "device",
-            f"{run.accelerator.device.type}, precision {run.accelerator.mixed_precision}, "
-            f"{torch.get_num_threads()} threads",
-        ),
+        ("parameters", f"{sum(parameter.numel() for parameter in run.network):,}"),
+        ("device", f"{device}, {threads} thread{'s' if threads > 1 else ''}"),
         ("output", str(run.folder or config.output.output_dir or "a fresh folder")),
     ]
     return f"{parameter_table(run.denoiser)}\n{describe_plan(run.plan, rows)}"

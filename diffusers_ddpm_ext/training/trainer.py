@@ -292,9 +292,15 @@ def save(run: Run) -> None:
 
     Args:
         run: after a step.
+
+    Raises:
+        RunError: the disk does not take it; an earlier pipeline is still there.
     """
     if run.accelerator.is_main_process:
-        save_pipeline(run.taken_folder, run.denoiser, run.parts.scheduler, run.ema, run.logvar)
+        try:
+            save_pipeline(run.taken_folder, run.denoiser, run.parts.scheduler, run.ema, run.logvar)
+        except OSError as error:
+            raise RunError(f"step {run.step}: the pipeline could not be saved in {run.folder}: {error}") from error
     run.accelerator.wait_for_everyone()
 
 
