@@ -269,7 +269,11 @@ class OutputOptions:
         alias=("logger",),
     )
     logging_dir: str = option("logs", "Folder of the tracker, inside --output_dir.")
-    logging_steps: int = option(10, "Log every so many optimizer steps.", low=1)
+    logging_steps: int = option(
+        10,
+        "Read the losses back and log them every so many optimizer steps; metrics.jsonl has a row for each step.",
+        low=1,
+    )
     save_images_epochs: int | None = option(10, "Draw a grid of samples every so many epochs.", low=1)
     save_images_steps: int | None = option(None, "The same, counted in optimizer steps.", low=1)
     num_preview_images: int = option(16, "Images of a grid.", low=1)
