@@ -1,6 +1,6 @@
 PYTHON ?= python
 
-.PHONY: install style quality test slow bench floors
+.PHONY: install style quality test slow bench torture floors
 
 install:  ## the package with everything that development needs, pinned
 	$(PYTHON) -m pip install -r requirements/dev.txt -e .
@@ -23,6 +23,11 @@ slow:  ## the tests that take minutes
 bench:  ## ratios against named peers; tables in benchmarks/README.md
 	$(PYTHON) benchmarks/bench_scheduler.py
 	$(PYTHON) benchmarks/bench_step.py
+	$(PYTHON) benchmarks/bench_checkpoint.py
+
+torture:  ## what checkpoints promise, tried for an hour
+	$(PYTHON) benchmarks/torture/faults.py
+	$(PYTHON) benchmarks/torture/kill.py
 
 floors:  ## the suite on the oldest supported diffusers, in a virtual environment of its own
 	rm -rf .venv-floors

@@ -5,8 +5,9 @@ the same arguments: torch.randn and DDPMScheduler.add_noise, Accelerate's clip_g
 default, the prepared cosine schedule, EMAModel, and in every step the loss read back, logged to TensorBoard and shown
 on the bar. Ours are the trainer's own functions, with TensorBoard and metrics.jsonl.
 
-Both work on copies of one network and get the same gradients, of a joint norm of 2, which both clip to 1. One thread; the two take turns in short rounds whose order alternates, and the median of the
-rounds' ratios is reported, so that a busy machine slows both.
+Both work on copies of one network and get the same gradients, of a joint norm of 2, which both clip to 1. One thread;
+the two take turns in short rounds whose order alternates, and the median of the rounds' ratios is reported, so that a
+busy machine slows both.
 
     python benchmarks/bench_step.py [--rounds 40]
 """

@@ -36,6 +36,8 @@ FLOORS: list[set[str]] = [
     },
     {"training.state", "training.build", "training.preview", "training.evaluate"},
     {"training.run"},
+    {"training.clock", "training.resume"},
+    {"training.keeping"},
     {"training.gallery"},
     {"training.trainer"},
     {"sample_command"},

@@ -82,7 +82,7 @@ def test_yaml_numbers_that_yaml_reads_as_text():
     [
         ("learnin_rate: 1\n", "did you mean learning_rate?"),
         ("parameterization: eps\n", "--prediction_type"),
-        ("resume_from_checkpoint: latest\n", "not supported yet"),
+        ("ckpt_path: model.ckpt\n", "not supported yet"),
         ("seed: 1\nseed: 2\n", "seed is given twice"),
         ("loop: {seed: 1}\nseed: 2\n", "given twice"),
         ("ddpm_num_steps: 5\nnum_train_timesteps: 5\n", "given twice"),
@@ -197,13 +197,13 @@ def test_names_of_runs():
 
 
 def test_fresh_folders_count_up():
-    folders = [take_output_dir(DataOptions(), OutputOptions()) for _ in range(3)]
+    folders = [take_output_dir(DataOptions(), OutputOptions())[0] for _ in range(3)]
     assert [str(folder) for folder in folders] == ["runs/digits", "runs/digits-2", "runs/digits-3"]
 
 
 def test_runs_that_start_together_get_folders_of_their_own():
     with ThreadPoolExecutor(8) as pool:
-        folders = list(pool.map(lambda _: take_output_dir(DataOptions(), OutputOptions()), range(24)))
+        folders = list(pool.map(lambda _: take_output_dir(DataOptions(), OutputOptions())[0], range(24)))
     assert len(set(folders)) == 24
 
 
@@ -216,7 +216,10 @@ def test_overwriting_removes_an_earlier_run_and_nothing_else():
     (folder / "keep").mkdir()
     (folder / "samples").symlink_to(folder.absolute() / "keep")
     (folder / "keep" / "a").touch()
-    assert take_output_dir(DataOptions(), OutputOptions("D", overwrite_output_dir=True)) == folder
+    (folder / "checkpoint-3").mkdir()
+    taken, lock = take_output_dir(DataOptions(), OutputOptions("D", overwrite_output_dir=True))
+    assert taken == folder
+    lock.release()
     assert {path.name for path in folder.iterdir()} == {"notes.txt", "keep"}
     assert (folder / "keep" / "a").exists()
     assert "samples" in PRODUCTS

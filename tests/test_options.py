@@ -15,15 +15,19 @@ FLAGS = """
 train_data_dir dataset_name dataset_config_name image_column cache_dir validation_fraction validation_split
 validation_data_dir resolution center_crop random_flip channels skip_bad_images dataloader_num_workers
 model_config_name_or_path block_out_channels layers_per_block attention_levels attention_head_dim norm_num_groups
-dropout num_train_timesteps beta_schedule beta_start beta_end cosine_s trained_betas rescale_betas_zero_snr prediction_type
+dropout num_train_timesteps beta_schedule beta_start beta_end cosine_s trained_betas rescale_betas_zero_snr
+prediction_type
 variance_type v_posterior clip_sample clip_sample_range thresholding dynamic_thresholding_ratio sample_max_value
 timestep_spacing steps_offset
 loss_type huber_c l_simple_weight original_elbo_weight elbo_weights learn_logvar logvar_init logvar_learning_rate
-snr_gamma learning_rate lr_scheduler lr_warmup_steps lr_scheduler_args adam_beta1 adam_beta2 adam_weight_decay adam_epsilon
+snr_gamma learning_rate lr_scheduler lr_warmup_steps lr_scheduler_args adam_beta1 adam_beta2 adam_weight_decay
+adam_epsilon
 max_grad_norm
 use_ema ema_decay ema_use_num_updates
 train_batch_size num_epochs max_train_steps gradient_accumulation_steps mixed_precision seed dry_run
 validation_steps validation_max_images eval_batch_size
+checkpointing_steps checkpointing_minutes checkpoints_total_limit resume_from_checkpoint allow_config_change
+max_train_minutes monitor monitor_mode save_top_k early_stopping_patience early_stopping_min_delta
 output_dir overwrite_output_dir report_to logging_dir logging_steps save_images_epochs save_images_steps
 num_preview_images ddpm_num_inference_steps save_model_epochs
 """  # a frozen surface: a name that goes is a user's broken script
@@ -39,6 +43,7 @@ STOCK_DEFAULTS = {
     "num_epochs": 100,
     "save_images_epochs": 10,
     "save_model_epochs": 10,
+    "checkpointing_steps": 500,
     "gradient_accumulation_steps": 1,
     "learning_rate": 1e-4,
     "lr_scheduler": "cosine",
@@ -65,15 +70,12 @@ STOCK_REFUSED = {
     "hub_token": "not supported yet",
     "hub_model_id": "not supported yet",
     "hub_private_repo": "not supported yet",
-    "checkpointing_steps": "not supported yet",
-    "checkpoints_total_limit": "not supported yet",
-    "resume_from_checkpoint": "not supported yet",
     "enable_xformers_memory_efficient_attention": "PyTorch",
     "preserve_input_precision": "not supported yet",
 }
 STOCK_OTHERS = (
     "dataset_name dataset_config_name model_config_name_or_path train_data_dir output_dir overwrite_output_dir"
-    " cache_dir use_ema mixed_precision"
+    " cache_dir use_ema mixed_precision checkpoints_total_limit resume_from_checkpoint"
 )
 # parameters of CompVis' DDPM.__init__ (with those of Stability-AI/stablediffusion)
 COMPVIS = {
@@ -82,7 +84,6 @@ COMPVIS = {
     "ckpt_path": "not supported yet",
     "ignore_keys": "not supported yet",
     "load_only_unet": "not supported yet",
-    "monitor": "not supported yet",
     "first_stage_key": "--image_column",
     "image_size": "--resolution",
     "log_every_t": "DDPMExtPipeline",
@@ -100,8 +101,8 @@ COMPVIS = {
     "reset_num_ema_updates": "not supported yet",
 }
 COMPVIS_SAME = (
-    "beta_schedule loss_type use_ema channels cosine_s original_elbo_weight l_simple_weight v_posterior learn_logvar"
-    " logvar_init"
+    "monitor beta_schedule loss_type use_ema channels cosine_s original_elbo_weight l_simple_weight v_posterior"
+    " learn_logvar logvar_init"
 )
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from diffusers_ddpm_ext import DDPMExtPipeline
 from diffusers_ddpm_ext.training import processes
+from diffusers_ddpm_ext.training.clock import Asked
 from diffusers_ddpm_ext.training.errors import ConfigError, RunError
 from diffusers_ddpm_ext.training.run import Run, describe, start
 from diffusers_ddpm_ext.training.trainer import PROJECT, due, open_batches, train, train_step
@@ -50,8 +51,14 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 def test_what_a_run_leaves(finished: Path):
     found = {path.relative_to(finished).as_posix() for path in finished.rglob("*") if path.is_file()}
     pictures = {"inputs", "diffusion_row", "samples-6", "denoise_row-6", "loss", "logvar"}
-    assert found == {
-        "config.yaml", "metrics.jsonl", "timing.jsonl", "samples.png", "model_index.json",
+    best = {path for path in found if path.startswith("best/")}
+    saved = {path for path in found if path.startswith(("unet/", "scheduler/", "logvar/"))} | {"model_index.json"}
+    assert {path.removeprefix("best/") for path in best} == saved | {"monitor.json"}
+    checkpoints = {path for path in found if path.startswith("checkpoint-")}
+    names = {path.rpartition("/")[2] for path in checkpoints}
+    assert names == {"manifest.json", "state.json", *(f"{n}.safetensors" for n in ("model", "ema", "optimizer"))}
+    assert found - best - checkpoints == {
+        "finished.json", "config.yaml", "metrics.jsonl", "timing.jsonl", "samples.png", "model_index.json",
         "scheduler/scheduler_config.json", "unet/config.json", UNET, RAW,
         "logvar/config.json", "logvar/diffusion_pytorch_model.safetensors",
         *(f"samples/{name}.png" for name in pictures),
@@ -244,14 +251,16 @@ def test_logvar_is_clipped_apart(tmp_path: Path):
 def test_what_is_due(tmp_path: Path):
     """Epochs are those of one endless stream: with 8 of 1,617 images a step, the first ends within step 203."""
     run = start(tiny_run(tmp_path / "run", max_train_steps=500, save_model_epochs=1, save_images_steps=7))
-    called = {"logging": [], "validation": [], "images": [], "model": []}
+    called = {"logging": [], "checkpoint": [], "validation": [], "images": [], "model": []}
     for run.step in range(1, 501):
+        now = due(run, Asked(0))
         for name in called:
-            if getattr(due(run), name):
+            if name in now.tasks or getattr(now, name, False):
                 called[name].append(run.step)
-    assert called["model"] == [203, 405]
+    assert called["model"] == [203, 405, 500]
+    assert called["checkpoint"] == [500]
     assert called["images"] == list(range(7, 500, 7))
-    assert called["validation"] == list(range(3, 500, 3))
+    assert called["validation"] == [*range(3, 500, 3), 500]
     others = {step for name in ("model", "images", "validation") for step in called[name]}
     assert called["logging"] == sorted({*range(4, 501, 4), *others, 500})
 

@@ -87,7 +87,7 @@ def write_checkpoint(
         draft.mkdir()
         fill(draft)
         _seal_files(draft, step, facts or {})
-        _move_in(draft, final)
+        put_in_place(draft, final)
     except OSError as error:
         raise _not_written(final, error.errno, error.strerror or str(error)) from error
     except SafetensorError as error:  # its word for a write that the system refused
@@ -160,8 +160,16 @@ def _sync_folder(path: Path) -> None:
             raise
 
 
-def _move_in(draft: Path, final: Path) -> None:
-    """Give a finished draft its name. What bore that name before keeps the draft's, or a leftover's."""
+def put_in_place(draft: Path, final: Path) -> None:
+    """Give a finished folder its name. What bore that name before keeps the draft's, or a leftover's.
+
+    Args:
+        draft: a folder called ``.writing-<step>-<token>``.
+        final: its name, beside it.
+
+    Raises:
+        OSError: it cannot be renamed; what bore the name still does.
+    """
     if not os.path.lexists(final):
         os.rename(draft, final)
     elif not _exchange(draft, final):
@@ -333,9 +341,21 @@ def prune(parent: Path, total_limit: int, keep: Collection[int] = ()) -> list[Pa
     ours = [path for path in list_checkpoints(parent) if step_of(path) not in keep and (path / MANIFEST).is_file()]
     gone = []
     for path in ours[:-total_limit]:
-        doomed = parent / f".deleting-{step_of(path)}-{secrets.token_hex(4)}"
-        os.rename(path, doomed)
-        _sync_folder(parent)
-        _remove(doomed)
+        discard(path)
         gone.append(path)
     return gone
+
+
+def discard(path: Path) -> None:
+    """Delete a checkpoint, which loses its name before its first file.
+
+    Args:
+        path: the folder.
+
+    Raises:
+        OSError: it cannot be renamed.
+    """
+    doomed = path.with_name(f".deleting-{step_of(path)}-{secrets.token_hex(4)}")
+    os.rename(path, doomed)
+    _sync_folder(path.parent)
+    _remove(doomed)

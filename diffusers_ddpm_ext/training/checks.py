@@ -59,6 +59,7 @@ def check(flat: Flat, typed: Set[str]) -> None:
     _check_objective(flat)
     _check_model(flat)
     _check_course(flat)
+    _check_resume(flat, typed)
     _check_output(flat)
 
 
@@ -219,6 +220,24 @@ def _check_course(flat: Flat) -> None:
             raise ConfigError(f"--lr_scheduler_args {key!r}: {course} {takes}")
     if course == "piecewise_constant" and not given:
         raise ConfigError('--lr_scheduler piecewise_constant needs --lr_scheduler_args \'{"step_rules": "..."}\'')
+
+
+def _check_resume(flat: Flat, typed: Set[str]) -> None:
+    wanted = flat["resume_from_checkpoint"]
+    if wanted is None:
+        if "allow_config_change" in typed and flat["allow_config_change"]:
+            raise ConfigError("--allow_config_change has no effect without --resume_from_checkpoint: leave it out")
+        return
+    if flat["overwrite_output_dir"]:
+        raise ConfigError(
+            f"--overwrite_output_dir removes what --resume_from_checkpoint {wanted} is to go on from: give one of them"
+        )
+    if flat["output_dir"] is None:
+        raise ConfigError(f"--resume_from_checkpoint {wanted} needs --output_dir: name the folder of the run")
+    if wanted not in ("latest", "auto", "best") and not Path(wanted).is_dir():
+        raise ConfigError(
+            f"--resume_from_checkpoint {wanted} is no folder: say latest, best, auto, or the path of a checkpoint"
+        )
 
 
 def _check_lambda(course: str, given: Mapping[str, Any]) -> None:

@@ -24,10 +24,12 @@ from diffusers_ddpm_ext.training.flags import (
 from diffusers_ddpm_ext.training.folder import check_output_dir
 from diffusers_ddpm_ext.training.options import (
     SECTIONS,
+    CheckpointOptions,
     DataOptions,
     EmaOptions,
     LoopOptions,
     ModelOptions,
+    MonitorOptions,
     ObjectiveOptions,
     OptimOptions,
     OutputOptions,
@@ -46,7 +48,7 @@ ALTERNATIVES: tuple[tuple[tuple[str, ...], ...], ...] = (
 )
 FOLLOWERS = {"dataset_name": ("dataset_config_name", "image_column")}  # set aside with their leader
 # A written configuration says what a run is, not where it went: repeating it must not write over the first.
-NOT_WRITTEN = ("output_dir", "overwrite_output_dir", "dry_run")
+NOT_WRITTEN = ("output_dir", "overwrite_output_dir", "dry_run", "resume_from_checkpoint", "allow_config_change")
 EXTRA = "pip install diffusers-ddpm-ext[train]"
 
 HELP_HEAD = """Train a diffusion model on images, and save it as a pipeline that Diffusers opens.
@@ -81,6 +83,8 @@ class TrainConfig:
     ema: EmaOptions = field(default_factory=EmaOptions)
     loop: LoopOptions = field(default_factory=LoopOptions)
     validation: ValidationOptions = field(default_factory=ValidationOptions)
+    checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
+    monitoring: MonitorOptions = field(default_factory=MonitorOptions)
     output: OutputOptions = field(default_factory=OutputOptions)
 
     @classmethod
@@ -252,7 +256,7 @@ def _resolve(layers: Sequence[_Layer], typed: set[str]) -> TrainConfig:
     }
     config = TrainConfig(**sections)
     if os.environ.get("RANK", "0") == "0":  # the first process takes the folder; a later one may find it in use
-        check_output_dir(config.output)
+        check_output_dir(config.output, config.checkpoint.resume_from_checkpoint is not None)
     return config
 
 

@@ -9,3 +9,7 @@ class ConfigError(ValueError):
 
 class RunError(RuntimeError):
     """A run that had started and could not go on (a loss that is not finite, a full disk): one line, status 1."""
+
+
+class Interrupted(Exception):
+    """Work that a signal broke off; it is done anew when the run goes on."""

@@ -31,12 +31,15 @@ class Workers:
         world: number of processes.
         device: where the network lives.
         sum_over_ranks: adds a tensor over the processes; called by all of them.
+        stopped: whether this process is asked to stop; the rest of a measurement is then left out, and its result
+            worth nothing.
     """
 
     rank: int
     world: int
     device: torch.device
     sum_over_ranks: Callable[[Tensor], Tensor]
+    stopped: Callable[[], bool] = lambda: False
 
 
 @dataclass(frozen=True)
@@ -183,6 +186,8 @@ def _run(
     task.eval()
     table = table.double()
     for number, start in enumerate(range(0, len(draws), batch_size)):
+        if workers.stopped():
+            break
         if number % workers.world != workers.rank:
             continue
         places = range(start, min(start + batch_size, len(draws)))

@@ -9,13 +9,16 @@ import tempfile
 from pathlib import Path
 
 from diffusers_ddpm_ext.training.errors import ConfigError
+from diffusers_ddpm_ext.training.lock import LOCK, FolderBusy, FolderLock
 from diffusers_ddpm_ext.training.options import DataOptions, OutputOptions
 
 RUNS = Path("runs")
 # what a run writes beside its tracker's files; --overwrite_output_dir removes these and nothing else
+OURS = ("config.yaml", LOCK)  # a folder with one of these is a run's; an interrupted start may leave the lock alone
 PRODUCTS = (
     "config.yaml", "metrics.jsonl", "timing.jsonl", "samples", "samples.png", "loss.png", "logvar.png",
-    "model_index.json", "unet", "scheduler", "logvar",
+    "model_index.json", "unet", "scheduler", "logvar", "finished.json", "best", "checkpoint-*", ".writing-*",
+    ".deleting-*", ".replaced-*", ".saving-*",
 )  # fmt: skip
 
 
@@ -27,11 +30,12 @@ def run_name(data: DataOptions) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", Path(source).resolve().name).strip("-.") or "images"
 
 
-def check_output_dir(output: OutputOptions) -> None:
+def check_output_dir(output: OutputOptions, resuming: bool = False) -> None:
     """Refuse a named output folder that cannot be taken. Writes nothing.
 
     Args:
         output: the options of this section.
+        resuming: whether a run may go on in the folder, if it is one of ours.
 
     Raises:
         ConfigError: it is a file, not empty, or its place cannot be written.
@@ -43,7 +47,9 @@ def check_output_dir(output: OutputOptions) -> None:
         return
     folder = Path(output.output_dir)
     if folder.is_dir():
-        if not output.overwrite_output_dir and any(_entries(folder, output.output_dir)):
+        entries = [name for name in _entries(folder, output.output_dir) if name != LOCK]
+        own = resuming and any(name in OURS or name.startswith("checkpoint-") for name in entries)
+        if entries and not own and not output.overwrite_output_dir:
             raise ConfigError(
                 f"--output_dir {output.output_dir} is not empty: name another folder, or add --overwrite_output_dir"
             )
@@ -65,30 +71,35 @@ def _entries(folder: Path, name: str) -> list[str]:
         raise ConfigError(f"--output_dir {name} cannot be read: {error.strerror}") from None
 
 
-def take_output_dir(data: DataOptions, output: OutputOptions) -> Path:
-    """Create the run's folder. In a run of several processes the first alone calls this, and tells the others.
+def take_output_dir(data: DataOptions, output: OutputOptions, resuming: bool = False) -> tuple[Path, FolderLock]:
+    """Create the run's folder and lock it. In a run of several processes the first alone calls this.
 
     Args:
         data: names a fresh folder after the images.
         output: the folder's name, or None for a fresh one below `runs`.
+        resuming: whether a run may go on in the folder, if it is one of ours.
 
     Returns:
-        A folder that exists and can be written. A fresh one is this run's alone, whatever starts beside it.
+        A folder that exists, can be written and is this run's alone, and the lock that keeps it so.
 
     Raises:
         ConfigError: as `check_output_dir`, or the system refuses to make or write it.
     """
-    check_output_dir(output)
+    check_output_dir(output, resuming)
     try:
         if output.output_dir is None:
-            return _fresh(run_name(data))
+            fresh = _fresh(run_name(data))
+            return fresh, FolderLock(fresh).acquire()
         folder = Path(output.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
+        lock = FolderLock(folder).acquire()
         if output.overwrite_output_dir:
             _remove_products(folder)
-        return folder
+        return folder, lock
+    except FolderBusy as error:
+        raise ConfigError(f"--output_dir {output.output_dir}: {error}") from None
     except OSError as error:
         where = f"--output_dir {output.output_dir}" if output.output_dir else str(RUNS.absolute())
         raise ConfigError(f"{where} cannot be written: {error.strerror or error}; name another --output_dir") from None
@@ -107,8 +118,7 @@ def _fresh(name: str) -> Path:
 
 
 def _remove_products(folder: Path) -> None:
-    for name in PRODUCTS:
-        path = folder / name
+    for path in [path for name in PRODUCTS for path in folder.glob(name)]:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:

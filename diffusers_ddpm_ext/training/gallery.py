@@ -45,6 +45,7 @@ def preview(run: Run) -> Preview:
         output.num_preview_images,
         output.ddpm_num_inference_steps,
         run.config.validation.eval_batch_size,
+        stopped=lambda: bool(run.requests.stopped_by),
     )
 
 
@@ -64,10 +65,12 @@ def draw_samples(run: Run) -> None:
     Args:
         run: after a step; no weight and no random number of it is changed.
     """
-    if run.accelerator.is_main_process:
-        with sampling_weights(run):
-            preview(run).draw_samples(run.denoiser, run.parts.scheduler, run.step)
-    run.accelerator.wait_for_everyone()
+    try:
+        if run.accelerator.is_main_process:
+            with sampling_weights(run):
+                preview(run).draw_samples(run.denoiser, run.parts.scheduler, run.step)
+    finally:
+        run.accelerator.wait_for_everyone()
 
 
 def draw_end(run: Run) -> None:
@@ -76,12 +79,14 @@ def draw_end(run: Run) -> None:
     Args:
         run: after its last step.
     """
-    if run.accelerator.is_main_process:
-        with sampling_weights(run):
-            draw_last_samples(run)
-        draw_losses(run)
-    draw_logvar(run)
-    run.accelerator.wait_for_everyone()
+    draw_logvar(run)  # first, since all processes measure for it
+    try:
+        if run.accelerator.is_main_process:
+            draw_losses(run)
+            with sampling_weights(run):
+                draw_last_samples(run)
+    finally:
+        run.accelerator.wait_for_everyone()
 
 
 def draw_last_samples(run: Run) -> None:

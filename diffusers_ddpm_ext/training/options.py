@@ -281,6 +281,46 @@ class OutputOptions:
     save_model_epochs: int | None = option(10, "Save the pipeline every so many epochs, and at the end.", low=1)
 
 
+@dataclass(frozen=True)
+class CheckpointOptions:
+    """Checkpoints, from which a run that died goes on to the bit."""
+
+    checkpointing_steps: int | None = option(
+        500, "Write a checkpoint every so many optimizer steps, and after the last.", low=1
+    )
+    checkpointing_minutes: float | None = option(None, "Write one every so many minutes, too.", above=0)
+    checkpoints_total_limit: int | None = option(
+        None, "Keep so many of them, the newest, beside the best ones.", low=1, unset="all"
+    )
+    resume_from_checkpoint: str | None = option(
+        None,
+        "Go on from a checkpoint in --output_dir: latest, best, or its path. auto: from the latest, or afresh where"
+        " there is none; the line for queues and restarts.",
+        unset="start afresh",
+    )
+    allow_config_change: bool = option(False, "Go on though options differ that change the mathematics.")
+    max_train_minutes: float | None = option(
+        None, "After so many minutes write a checkpoint and end, with status 0.", above=0, unset="no limit"
+    )
+
+
+@dataclass(frozen=True)
+class MonitorOptions:
+    """Which validation was the best, and when to stop early."""
+
+    monitor: str | None = option(
+        None, "Metric to follow, as logged.", unset="val/loss_simple_ema, or val/loss_simple without EMA"
+    )
+    monitor_mode: Literal["auto", "min", "max"] = option("auto", "Whether smaller or larger is better.")
+    save_top_k: int = option(
+        1, "Keep the checkpoints of the k best validations, and the best as the folder `best`.", low=0
+    )
+    early_stopping_patience: int | None = option(
+        None, "Stop after so many validations in a row without an improvement.", low=1, unset="never"
+    )
+    early_stopping_min_delta: float = option(0.0, "What an improvement must gain, in units of the metric.", low=0)
+
+
 SECTIONS: dict[str, type] = {
     "data": DataOptions,
     "model": ModelOptions,
@@ -290,5 +330,7 @@ SECTIONS: dict[str, type] = {
     "ema": EmaOptions,
     "loop": LoopOptions,
     "validation": ValidationOptions,
+    "checkpoint": CheckpointOptions,
+    "monitoring": MonitorOptions,
     "output": OutputOptions,
 }

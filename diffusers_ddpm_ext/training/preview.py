@@ -7,8 +7,10 @@ weight. Image i starts from the same noise at every step of training: one can wa
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import UNet2DModel
@@ -19,6 +21,7 @@ from diffusers_ddpm_ext.plots import save_grid
 from diffusers_ddpm_ext.scheduler import DDPMExtScheduler
 from diffusers_ddpm_ext.training import keys
 from diffusers_ddpm_ext.training.data import ImageSet
+from diffusers_ddpm_ext.training.errors import Interrupted
 
 COLUMNS = 10  # about so many pictures a row, whatever the number of steps
 NUM_INPUTS = 8
@@ -36,6 +39,7 @@ class Preview:
         num_inference_steps: sampling steps; None, or more than there are, takes all.
         batch_size: images drawn at a time.
         log_every_t: rows show every so many steps; None gives them about ten columns.
+        stopped: whether to break off; then nothing is drawn, and Interrupted raised.
     """
 
     folder: Path
@@ -44,6 +48,7 @@ class Preview:
     num_inference_steps: int | None = None
     batch_size: int = 16
     log_every_t: int | None = None
+    stopped: Callable[[], bool] = lambda: False
 
     def draw_data(self, images: ImageSet, scheduler: DDPMExtScheduler) -> tuple[Path, Path]:
         """Draw ``inputs.png``, some images, and ``diffusion_row.png``, a few of them as noise covers them.
@@ -80,6 +85,11 @@ class Preview:
             save_grid(rows.flatten(0, 1), self.folder / f"denoise_row-{step}.png", columns=rows.shape[1]),
         )
 
+    def _look_up(self, *_: Any) -> dict[str, Any]:
+        if self.stopped():
+            raise Interrupted
+        return {}
+
     def sample(self, denoiser: UNet2DModel, scheduler: DDPMExtScheduler) -> tuple[Tensor, Tensor]:
         """Draw the images of a grid.
 
@@ -108,6 +118,7 @@ class Preview:
                     num_inference_steps=steps,
                     output_type="latent",
                     log_every_t=(self.log_every_t or every(steps)) if start == 0 else None,
+                    callback_on_step_end=self._look_up,
                 )
                 assert isinstance(output, DDPMExtPipelineOutput)
                 samples.append(output.images.float().cpu())

@@ -7,9 +7,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import (
     InitProcessGroupKwargs,
@@ -73,10 +75,14 @@ def use_all_cores() -> None:
     They set OMP_NUM_THREADS to 1 where the user has said nothing. Any other number, and a 1 that no launcher is there
     to have set, is the user's own and stays; so does ``--num_cpu_threads_per_process`` above 1.
     """
-    launched = any(name in os.environ for name in LAUNCHERS)
-    if launched and os.environ.get("OMP_NUM_THREADS") == "1":
+    if was_launched() and os.environ.get("OMP_NUM_THREADS") == "1":
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, cores() // processes))
+
+
+def was_launched() -> bool:
+    """Whether ``accelerate launch`` or ``torchrun`` started this process."""
+    return any(name in os.environ for name in LAUNCHERS)
 
 
 def cores() -> int:
@@ -97,6 +103,21 @@ def mean_over_ranks(accelerator: Accelerator, tensor: Tensor) -> Tensor:
 def sum_over_ranks(accelerator: Accelerator, tensor: Tensor) -> Tensor:
     """Add a tensor over the processes, all of which call this."""
     return tensor if accelerator.num_processes == 1 else accelerator.reduce(tensor, reduction="sum")
+
+
+@cache
+def _cpu_group() -> dist.ProcessGroup:
+    """A group for numbers that live on the CPU: asking an accelerator for one would stall it."""
+    return dist.new_group(backend="gloo")
+
+
+def largest_over_ranks(accelerator: Accelerator, number: int) -> int:
+    """The largest of the processes' numbers, in all of them; all call this."""
+    if accelerator.num_processes == 1:
+        return number
+    tensor = torch.tensor(number)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX, group=_cpu_group())
+    return int(tensor)
 
 
 @contextmanager

@@ -5,8 +5,11 @@ Losses stay on the device until a whole block of steps is read at once, so that 
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -164,6 +167,11 @@ def first_nonfinite(records: list[StepRecord], look_at_gradients: bool) -> StepR
     return None
 
 
+def warn(text: str) -> None:
+    """Tell a person, above the progress bar, of something that a run survives."""
+    tqdm.write(f"warning: {text}", file=sys.stderr)
+
+
 class Stopwatch:
     """Seconds of training, without the breaks for validation, pictures and files."""
 
@@ -197,6 +205,7 @@ class Records:
         images_per_step: effective batch.
         bar: shows the last loss.
         watch: counts the seconds.
+        waiting: rows by file that could not be written yet.
     """
 
     folder: Path
@@ -205,11 +214,36 @@ class Records:
     images_per_step: int
     bar: tqdm
     watch: Stopwatch = field(default_factory=Stopwatch)
+    waiting: dict[str, bytes] = field(default_factory=dict)
 
-    def start(self) -> None:
-        """Begin with empty files."""
-        for name in (METRICS, TIMING):
-            (self.folder / name).write_text("", encoding="utf-8")
+    def start(self, size: int = 0) -> None:
+        """Begin with empty files, or where a checkpoint was written.
+
+        Args:
+            size: bytes of ``metrics.jsonl`` that belong to the past of this run; what follows is dropped.
+        """
+        with (self.folder / METRICS).open("ab") as file:
+            file.truncate(size)
+        with (self.folder / TIMING).open("ab") as file:
+            file.truncate(None if size else 0)
+
+    @property
+    def size(self) -> int:
+        """Bytes of ``metrics.jsonl`` with the rows that could not be written yet."""
+        path = self.folder / METRICS
+        return (path.stat().st_size if path.is_file() else 0) + len(self.waiting.get(METRICS, b""))
+
+    def sync(self) -> None:
+        """Send the rows to the disk: a checkpoint counts on them.
+
+        Raises:
+            OSError: it refuses; the rows wait in memory.
+        """
+        self._append(METRICS, [])
+        if self.waiting[METRICS]:
+            raise OSError(errno.ENOSPC, f"{self.folder / METRICS} could not be written; no checkpoint without it")
+        with (self.folder / METRICS).open("ab") as file:
+            os.fsync(file.fileno())
 
     def training(self, records: list[StepRecord]) -> None:
         """Write down the losses of a block of steps.
@@ -240,6 +274,22 @@ class Records:
         self.track(values, step)
 
     def _append(self, name: str, rows: list[dict[str, float]]) -> None:
-        """Add rows to a file that is opened for them alone, so that a dying process loses none."""
-        with (self.folder / name).open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows))
+        """Add rows to a file that is opened for them alone, so that a dying process loses none.
+
+        Rows that a full disk refuses wait for the next ones.
+        """
+        waiting = self.waiting.get(name, b"") + "".join(json.dumps(row) + "\n" for row in rows).encode()
+        self.waiting[name] = waiting
+        try:
+            with (self.folder / name).open("ab", buffering=0) as file:
+                end = file.tell()
+                try:
+                    if file.write(waiting) != len(waiting):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                except OSError:
+                    file.truncate(end)
+                    raise
+        except OSError as error:
+            warn(f"{self.folder / name} could not be written ({error.strerror}); its rows wait in memory")
+        else:
+            self.waiting[name] = b""

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from diffusers import UNet2DModel
 from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 
 from diffusers_ddpm_ext.ema import LitEMA
 from diffusers_ddpm_ext.training.build import Parts, build_ema, build_parts, refusing
@@ -20,6 +20,8 @@ from diffusers_ddpm_ext.training.data import ImageData, load_data
 from diffusers_ddpm_ext.training.errors import ConfigError
 from diffusers_ddpm_ext.training.evaluate import Workers
 from diffusers_ddpm_ext.training.folder import take_output_dir
+from diffusers_ddpm_ext.training.lock import FolderLock
+from diffusers_ddpm_ext.training.monitor import Monitor
 from diffusers_ddpm_ext.training.optim import adamw, lr_schedule, parameter_groups
 from diffusers_ddpm_ext.training.processes import make_accelerator, same_fate, sum_over_ranks
 from diffusers_ddpm_ext.training.records import LossMeter
@@ -31,6 +33,7 @@ from diffusers_ddpm_ext.training.report import (
     parameter_table,
     steps_of,
 )
+from diffusers_ddpm_ext.training.signals import Requests
 from diffusers_ddpm_ext.training.task import DenoisingTask
 
 
@@ -49,7 +52,14 @@ class Run:
         lr_scheduler: stepped once per optimizer step, whatever the processes and micro-batches.
         ema: the moving average, None where there is none.
         folder: of the run; None until it is taken.
+        lock: that keeps the folder this run's alone; in the first process.
         step: optimizer steps done.
+        todo: what the present step still calls for, in order; in every checkpoint.
+        metrics_size: bytes of the metrics that belong to the run's past when it goes on.
+        stopped_early: whether the monitor's patience is used up.
+        monitor: follows the validations, None where nothing is monitored.
+        last_row: numbers of the step that was read last.
+        requests: what signals have asked for.
         meter: losses not read back from the device yet.
     """
 
@@ -60,10 +70,17 @@ class Run:
     plan: Plan
     task: nn.Module
     optimizer: torch.optim.Optimizer
-    lr_scheduler: LRScheduler
+    lr_scheduler: LambdaLR
     ema: LitEMA | None
     folder: Path | None = None
+    lock: FolderLock | None = None
     step: int = 0
+    todo: list[str] = field(default_factory=list)
+    metrics_size: int = 0
+    stopped_early: bool = False
+    monitor: Monitor | None = None
+    last_row: dict[str, float] = field(default_factory=dict)
+    requests: Requests = field(default_factory=Requests)
     meter: LossMeter = field(default_factory=LossMeter)
 
     @property
@@ -107,6 +124,7 @@ class Run:
             accelerator.num_processes,
             accelerator.device,
             lambda tensor: sum_over_ranks(accelerator, tensor),
+            lambda: bool(self.requests.stopped_by),
         )
 
 
@@ -139,7 +157,43 @@ def start(config: TrainConfig) -> Run:
             )
     # The scheduler is kept from Accelerate, whose wrapper steps once per process and step.
     wrapped, optimizer = accelerator.prepare(task, optimizer)
-    return Run(config, accelerator, data, parts, plan, wrapped, optimizer, lr_scheduler, ema)
+    run = Run(config, accelerator, data, parts, plan, wrapped, optimizer, lr_scheduler, ema)
+    with same_fate(accelerator):
+        run.monitor = make_monitor(run)
+    return run
+
+
+def metrics(run: Run) -> list[str]:
+    """Names that the run logs at a validation, and that can be monitored."""
+    kinds = ["loss", "loss_simple", "loss_vlb"]
+    names = [f"train/{kind}" for kind in kinds]
+    if run.logvar is not None:
+        names += ["train/loss_gamma", "logvar"]
+    if run.data.validation is not None:
+        names += [f"val/{kind}{suffix}" for suffix in ("", "_ema")[: 1 + (run.ema is not None)] for kind in kinds]
+    return names
+
+
+def make_monitor(run: Run) -> Monitor | None:
+    """What decides on the best checkpoints; None without validation images, where nobody asked for it."""
+    options = run.config.monitoring
+    name = options.monitor
+    if name is None and run.data.validation is None:
+        if options.early_stopping_patience is not None:
+            raise ConfigError(
+                "--early_stopping_patience needs a metric: hold out images for validation, or name a --monitor"
+            )
+        return None
+    name = name or ("val/loss_simple" if run.ema is None else "val/loss_simple_ema")
+    if name not in metrics(run):
+        raise ConfigError(f"--monitor {name} is not logged in this run: choose one of {', '.join(metrics(run))}")
+    return Monitor(
+        name,
+        options.monitor_mode,
+        options.save_top_k,
+        options.early_stopping_patience,
+        options.early_stopping_min_delta,
+    )
 
 
 def make_plan(config: TrainConfig, images: int, processes: int) -> Plan:
@@ -217,7 +271,7 @@ def describe(run: Run) -> str:
 
 
 def take_folder(run: Run) -> Path:
-    """Make the run's folder, once, and write down what the run is.
+    """Make the run's folder, or take the one that a run is to go on in, and lock it.
 
     Args:
         run: before its first step; it knows its folder afterwards.
@@ -232,8 +286,8 @@ def take_folder(run: Run) -> Path:
     names: list[str | None] = [None]
     with same_fate(accelerator):
         if accelerator.is_main_process:
-            folder = take_output_dir(run.config.data, run.config.output)
-            run.config.write_resolved(folder / "config.yaml")
+            resuming = run.config.checkpoint.resume_from_checkpoint is not None
+            folder, run.lock = take_output_dir(run.config.data, run.config.output, resuming)
             names = [str(folder)]
     broadcast_object_list(names)
     run.folder = Path(str(names[0]))

@@ -88,8 +88,8 @@ def listening() -> Iterator[Requests]:
     try:
         yield requests
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for caught, handler in before.items():
+            signal.signal(caught, handler)
 
 
 def die_with_parent() -> None:

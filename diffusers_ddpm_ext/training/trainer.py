@@ -6,8 +6,11 @@ steps, and everything random follows from the seed and their number.
 
 from __future__ import annotations
 
+import math
 import shlex
-from collections.abc import Iterator
+import signal
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,16 +20,20 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from diffusers_ddpm_ext.training import keys
+from diffusers_ddpm_ext.training.clock import Asked, Clock
 from diffusers_ddpm_ext.training.config import TrainConfig
 from diffusers_ddpm_ext.training.data import Batch, stream
-from diffusers_ddpm_ext.training.errors import RunError
+from diffusers_ddpm_ext.training.errors import Interrupted, RunError
 from diffusers_ddpm_ext.training.evaluate import score, validation_draws
 from diffusers_ddpm_ext.training.export import save_pipeline
 from diffusers_ddpm_ext.training.gallery import SAMPLES, draw_data, draw_end, draw_samples
+from diffusers_ddpm_ext.training.keeping import keep, keep_best, mark_finished
 from diffusers_ddpm_ext.training.optim import clip_gradients
-from diffusers_ddpm_ext.training.processes import leave_silently, mean_over_ranks
-from diffusers_ddpm_ext.training.records import METRICS, Records, StepRecord, first_nonfinite
+from diffusers_ddpm_ext.training.processes import largest_over_ranks, leave_silently, mean_over_ranks, was_launched
+from diffusers_ddpm_ext.training.records import METRICS, Records, StepRecord, first_nonfinite, warn
+from diffusers_ddpm_ext.training.resume import resume
 from diffusers_ddpm_ext.training.run import Run, describe, start, take_folder
+from diffusers_ddpm_ext.training.signals import die_with_parent, listening
 
 PROJECT = "diffusers-ddpm-ext"
 
@@ -43,43 +50,137 @@ def train(config: TrainConfig) -> Path | None:
     Raises:
         ConfigError: an option that cannot be met, found before anything is written.
         RunError: the run had started and could not go on.
+        SystemExit: a signal asked to stop, with its status; a checkpoint has been written.
     """
+    began = time.monotonic()
+    if was_launched():
+        die_with_parent()
     run = start(config)
     if config.loop.dry_run:
         run.accelerator.print(describe(run))
-    else:
-        take_folder(run)
-        run.accelerator.print(describe(run))
-        records = open_records(run)
-        draw_data(run)
-        fit(run, records)
-        finish(run, records)
+        run.accelerator.end_training()
+        return None
+    take_folder(run)
+    try:
+        if resume(run):
+            with listening() as run.requests:
+                carry_out(run, began)
+    finally:
+        if run.lock is not None:
+            run.lock.release()
     run.accelerator.end_training()
     return run.folder
 
 
-def fit(run: Run, records: Records) -> None:
-    """Go from the run's step to its last one.
+def carry_out(run: Run, began: float) -> None:
+    """Do all that is left of a run.
 
     Args:
-        run: before a step.
+        run: with its folder, before its first step or where a checkpoint has put it.
+        began: when the process was started, in seconds of the monotonic clock.
+
+    Raises:
+        RunError: it could not go on.
+        SystemExit: a signal asked to stop.
+    """
+    if run.accelerator.is_main_process:
+        run.config.write_resolved(run.taken_folder / "config.yaml")
+    run.accelerator.print(describe(run))
+    records = open_records(run)
+    if run.step == 0:
+        spared(run, draw_data)
+    try:
+        fit(run, records, Clock(run, began))
+    except Halt as halt:
+        records.bar.close()
+        say_how_to_go_on(run, halt)
+        if halt.signal:
+            run.accelerator.end_training()
+            raise SystemExit(128 + halt.signal) from None
+        return
+    records.bar.close()
+    if run.accelerator.is_main_process:
+        mark_finished(run)
+    run.accelerator.print(
+        f"The pipeline, its samples ({SAMPLES}) and its numbers ({METRICS}) are in {run.folder}; "
+        f"draw from it: ddpm-ext sample {shlex.quote(str(run.folder))}"
+    )
+
+
+class Halt(Exception):
+    """The run ends here, to go on another time.
+
+    Args:
+        signal: number of the signal that asked for it; 0 where its time is up.
+        kept: whether the checkpoint stands.
+    """
+
+    def __init__(self, signal: int, kept: bool) -> None:
+        super().__init__(signal, kept)
+        self.signal = signal
+        self.kept = kept
+
+
+def say_how_to_go_on(run: Run, halt: Halt) -> None:
+    """One line on why the run ends, and how it goes on."""
+    why = signal.Signals(halt.signal).name if halt.signal else "--max_train_minutes"
+    kept = f"checkpoint-{run.step} is written" if halt.kept else "no checkpoint could be written, older ones stand"
+    run.accelerator.print(
+        f"{why}: stopped after step {run.step:,} of {run.plan.steps:,}; {kept}. "
+        "To go on: the same line with --resume_from_checkpoint latest"
+    )
+
+
+def fit(run: Run, records: Records, clock: Clock) -> None:
+    """Go from the run's step to its end.
+
+    Args:
+        run: before a step, or in the middle of what its step calls for.
         records: where its numbers go.
+        clock: what time and signals ask for.
+
+    Raises:
+        RunError: the run cannot go on.
+        Halt: it is asked to stop; a checkpoint has been written.
     """
     batches = open_batches(run)
     run.task.train()
-    while run.step < run.plan.steps:
+    with records.watch.stopped():
+        catch_up(run, records, clock)
+    while run.step < run.plan.steps and not run.stopped_early:
         train_step(run, batches)
         records.bar.update()
-        now = due(run)
+        asked = clock.asked()
+        now = due(run, asked)
+        run.todo = list(now.tasks)
         if now.logging:
             read_losses(run, records)
         with records.watch.stopped():
-            if now.validation:
-                validate(run, records)
-            if now.images:
-                draw_samples(run)
-            if now.model:
-                save(run)
+            if now.checkpoint:
+                kept = keep(run, records)
+                if asked.stops:
+                    raise Halt(asked.signal, kept)
+            catch_up(run, records, clock)
+
+
+def catch_up(run: Run, records: Records, clock: Clock) -> None:
+    """Do what the present step still calls for, each task whole or not at all.
+
+    Args:
+        run: its ``todo`` is empty afterwards.
+        records: of the run.
+        clock: what signals ask for meanwhile.
+
+    Raises:
+        Halt: as `fit`.
+    """
+    while run.todo:
+        task = run.todo[0]
+        if TASKS[task](run, records) and run.todo[:1] == [task]:
+            run.todo = run.todo[1:]
+        asked = clock.asked()
+        if asked.stops:
+            raise Halt(asked.signal, keep(run, records))
 
 
 def train_step(run: Run, batches: Iterator[Batch]) -> None:
@@ -144,35 +245,36 @@ def clip(run: Run) -> Tensor:
     return clip_gradients(run.network, max_norm)
 
 
+END = ("model", "validation", "end")
+"""What the last step calls for, in this order: what cannot be made again goes first."""
+
+
 @dataclass(frozen=True)
 class Due:
-    """What is to be done after a step that is not the last; the end has its own order.
+    """What is to be done after a step.
 
     Attributes:
         logging: read the losses back from the device and write them down.
-        validation: measure the validation loss.
-        images: draw a grid of samples.
-        model: save the pipeline.
+        checkpoint: write a checkpoint, before the tasks: a run that dies in one of them does it anew.
+        tasks: names of `TASKS`, in order.
     """
 
     logging: bool
-    validation: bool
-    images: bool
-    model: bool
+    checkpoint: bool
+    tasks: tuple[str, ...]
 
 
-def due(run: Run) -> Due:
+def due(run: Run, asked: Asked) -> Due:
     """What the present step calls for.
 
     Args:
         run: after a step.
+        asked: by time and signals.
 
     Returns:
         Decisions that are the same in every process.
     """
-    step, plan, output = run.step, run.plan, run.config.output
-    if step == plan.steps:
-        return Due(logging=True, validation=False, images=False, model=False)
+    step, plan, output, options = run.step, run.plan, run.config.output, run.config.checkpoint
 
     def every(steps: int | None) -> bool:
         return steps is not None and steps > 0 and step % steps == 0
@@ -180,10 +282,15 @@ def due(run: Run) -> Due:
     def every_epochs(epochs: int | None) -> bool:
         return epochs is not None and plan.epoch(step) // epochs > plan.epoch(step - 1) // epochs
 
-    validation = every(run.config.validation.validation_steps)
-    images = every(output.save_images_steps) or every_epochs(output.save_images_epochs)
-    model = every_epochs(output.save_model_epochs)
-    return Due(every(output.logging_steps) or validation or images or model, validation, images, model)
+    last = step == plan.steps
+    wanted = {
+        "validation": every(run.config.validation.validation_steps),
+        "images": every(output.save_images_steps) or every_epochs(output.save_images_epochs),
+        "model": every_epochs(output.save_model_epochs),
+    }
+    tasks = END if last else tuple(task for task, wants in wanted.items() if wants)
+    checkpoint = asked.checkpoint or every(options.checkpointing_steps) or last
+    return Due(every(output.logging_steps) or bool(tasks) or checkpoint, checkpoint, tasks)
 
 
 def open_batches(run: Run) -> Iterator[Batch]:
@@ -220,7 +327,7 @@ def open_records(run: Run) -> Records:
     bar = tqdm(total=run.plan.steps, initial=run.step, unit="step", disable=not accelerator.is_main_process)
     records = Records(run.taken_folder, accelerator.log, run.logvar is not None, run.plan.effective_batch, bar)
     if accelerator.is_main_process:
-        records.start()
+        records.start(run.metrics_size)
     return records
 
 
@@ -237,6 +344,8 @@ def read_losses(run: Run, records: Records) -> None:
     accelerator = run.accelerator
     rows = run.meter.read(lambda tensor: mean_over_ranks(accelerator, tensor))
     broken = first_nonfinite(rows, look_at_gradients=accelerator.scaler is None)
+    if rows:
+        run.last_row = rows[-1].row(run.logvar is not None)
     if accelerator.is_main_process:
         records.training(rows if broken is None else rows[: rows.index(broken)])
     if broken is not None:
@@ -267,55 +376,96 @@ def explain(run: Run, broken: StepRecord, suspects: list[int]) -> str:
     return f"step {broken.step}: {what} ({where if suspects else 'at all timesteps'}); try {advice}"
 
 
-def validate(run: Run, records: Records) -> None:
-    """Measure raw and EMA weights on the same images, timesteps and noise.
+def validate(run: Run, records: Records) -> bool:
+    """Measure raw and EMA weights on the same images, timesteps and noise, and let the monitor judge.
 
     Args:
-        run: after a step; nothing of it is changed.
+        run: after a step; none of its weights is changed.
         records: where the result goes.
+
+    Returns:
+        Whether it was done; False where a signal broke it off, and its numbers are worth nothing.
     """
+    values = measure(run)
+    if largest_over_ranks(run.accelerator, int(bool(run.requests.stopped_by))):
+        return False
+    if values and run.accelerator.is_main_process:
+        records.validation(run.step, values)
+    run.todo = [task for task in run.todo if task != "validation"]  # done, in the checkpoint below too
+    if run.monitor is not None:
+        verdict = run.monitor.update(run.step, (values | run.last_row).get(run.monitor.name, math.nan))
+        if verdict.stop and run.step < run.plan.steps:
+            run.stopped_early = True
+            run.todo = [task for task in END if task != "validation"]
+            run.accelerator.print(f"step {run.step:,}: {run.monitor.name} has not improved lately; stopping early")
+        keep_best(run, records, verdict)
+    return True
+
+
+def measure(run: Run) -> dict[str, float]:
+    """The validation losses by name; none without validation images."""
     images, options = run.data.validation, run.config.validation
     if images is None:
-        return
+        return {}
     draws = validation_draws(run.seed, len(images), run.num_train_timesteps, options.validation_max_images)
     task = run.accelerator.unwrap_model(run.task)
     values = score(task, images, draws, options.eval_batch_size, run.workers).named()
     if run.ema is not None:
         with run.ema.scope(run.denoiser):
             values |= score(task, images, draws, options.eval_batch_size, run.workers).named("_ema")
-    if run.accelerator.is_main_process:
-        records.validation(run.step, values)
+    return values
 
 
-def save(run: Run) -> None:
+def save(run: Run, records: Records) -> bool:
     """Put the pipeline, as it is now, into the run's folder.
 
     Args:
         run: after a step.
+        records: of the run.
+
+    Returns:
+        True: it is done, or cannot be.
 
     Raises:
-        RunError: the disk does not take it; an earlier pipeline is still there.
+        RunError: the final one could not be written; on the way there it is a warning.
     """
+    failure = ""
     if run.accelerator.is_main_process:
         try:
             save_pipeline(run.taken_folder, run.denoiser, run.parts.scheduler, run.ema, run.logvar)
         except OSError as error:
-            raise RunError(f"step {run.step}: the pipeline could not be saved in {run.folder}: {error}") from error
+            failure = f"the pipeline could not be saved in {run.folder} ({error.strerror or error})"
     run.accelerator.wait_for_everyone()
+    if failure and "end" in run.todo:
+        records.bar.close()
+        raise RunError(f"{failure}; make room and go on with --resume_from_checkpoint latest")
+    if failure:
+        warn(failure)
+    return True
 
 
-def finish(run: Run, records: Records) -> None:
-    """Leave the pipeline, the last numbers and the pictures, in this order: what cannot be made again goes first.
+def spared(run: Run, picture: Callable[[Run], None]) -> bool:
+    """Draw, and survive a disk that is full.
 
     Args:
-        run: after its last step.
-        records: where the numbers go.
+        run: after a step.
+        picture: draws.
+
+    Returns:
+        Whether it was done; False where a signal broke it off.
     """
-    records.bar.close()
-    save(run)
-    validate(run, records)
-    draw_end(run)
-    run.accelerator.print(
-        f"The pipeline, its samples ({SAMPLES}) and its numbers ({METRICS}) are in {run.folder}; "
-        f"draw from it: ddpm-ext sample {shlex.quote(str(run.folder))}"
-    )
+    try:
+        picture(run)
+    except OSError as error:
+        warn(f"a picture could not be written ({error.strerror or error})")
+    except Interrupted:
+        return False
+    return True
+
+
+TASKS: dict[str, Callable[[Run, Records], bool]] = {
+    "validation": validate,
+    "images": lambda run, records: spared(run, draw_samples),
+    "model": save,
+    "end": lambda run, records: spared(run, draw_end),
+}

@@ -81,14 +81,13 @@ ANSWERS = {
     "bf16": "use --mixed_precision bf16",
     "learn_sigma": "training with a learned variance is not supported yet",
     "seed_everything": "use --seed",
+    "resume": "use --resume_from_checkpoint latest, or auto",
     "scheduler": "use --lr_scheduler for the learning rate, --beta_schedule for the noise",
 }
 
 UNSUPPORTED = {
-    # checkpoints, resuming, monitoring, scaling
-    "resume_from_checkpoint", "resume", "checkpointing_steps", "checkpointing_minutes", "checkpoints_total_limit",
-    "allow_config_change", "max_train_minutes", "monitor", "monitor_mode", "save_top_k", "early_stopping_patience",
-    "early_stopping_min_delta", "ema_every", "on_nonfinite", "gradient_checkpointing", "use_8bit_adam",
+    # precision, memory, scaling
+    "ema_every", "on_nonfinite", "gradient_checkpointing", "use_8bit_adam",
     "torch_compile", "allow_tf32",
     # publishing
     "push_to_hub", "hub_token", "hub_model_id", "hub_private_repo",

@@ -1,0 +1,137 @@
+"""A run that is killed again and again must end with the very bytes of a run that nobody disturbed.
+
+    python benchmarks/torture/kill.py [--kills 200] [--inside_saves 60] [--seed 0] [--folder /tmp/torture]
+
+Runs of the digits with accumulation, a data worker, flips, EMA and a learned log-variance are ended by ``kill -9``: at
+random moments, and aimed into the writing of a checkpoint, which is seen by its folder. After each kill the same line
+is started again. Exit status 1 if a checkpoint is torn, a run falls back behind its last finished checkpoint, or the
+final files differ from the undisturbed run's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from diffusers_ddpm_ext.training.checkpoints import list_checkpoints, step_of
+from diffusers_ddpm_ext.training.manifest import DamagedCheckpoint, verify
+
+LINE = (
+    "--max_train_steps 60 --checkpointing_steps 4 --seed 7 --use_ema --learn_logvar --train_batch_size 16 "
+    "--dataloader_num_workers 1 --gradient_accumulation_steps 2 --random_flip --resume_from_checkpoint auto "
+    "--block_out_channels 8 16 --validation_steps 10 --logging_steps 5 --num_preview_images 2 --save_images_steps 25 "
+    "--ddpm_num_inference_steps 5"
+)
+FINAL = (
+    "metrics.jsonl",
+    "unet/diffusion_pytorch_model.safetensors",
+    "unet/diffusion_pytorch_model.raw.safetensors",
+    "logvar/diffusion_pytorch_model.safetensors",
+    "best/unet/diffusion_pytorch_model.safetensors",
+    "checkpoint-60/model.safetensors",
+    "checkpoint-60/ema.safetensors",
+    "checkpoint-60/optimizer.safetensors",
+)
+
+
+def start(folder: Path, limit: int) -> subprocess.Popen[bytes]:
+    """The run, in a process group of its own so that a kill reaches its data worker too."""
+    command = [sys.executable, "-m", "diffusers_ddpm_ext.cli", "train", *LINE.split()]
+    command += ["--checkpoints_total_limit", str(limit), "--output_dir", str(folder)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    log = open(f"{folder}.log", "ab")  # noqa: SIM115 - the process keeps it
+    return subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+
+
+def rows(folder: Path) -> int:
+    """Lines of the metrics so far."""
+    path = folder / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.is_file() else 0
+
+
+def wait_and_kill(process: subprocess.Popen[bytes], folder: Path, draw: random.Random, aimed: bool) -> str:
+    """Kill a run at a moment of its work; what was hit, or "" where the run had ended before."""
+    before, patience = rows(folder), draw.random() * 2
+    began: float | None = None
+    while process.poll() is None:
+        writing = any(folder.glob(".writing-*")) if folder.is_dir() else False
+        if began is None and (rows(folder) > before or writing):
+            began = time.monotonic()
+        if began is not None:
+            inside = aimed and writing
+            if inside or (not aimed and time.monotonic() - began > patience):
+                time.sleep(draw.random() * 0.01 if inside else 0)
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                return "save" if any(folder.glob(".writing-*")) else "elsewhere"
+        time.sleep(0.0005)
+    return ""
+
+
+def newest_step(folder: Path) -> int:
+    """Step of the newest checkpoint, after making sure that every one is whole; 0 without any."""
+    for path in list_checkpoints(folder):
+        verify(path)
+    return max((step_of(path) or 0 for path in list_checkpoints(folder)), default=0)
+
+
+def main() -> int:
+    """Kill, count, compare."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--inside_saves", type=int, default=60, help="at least so many of them inside a save")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, default=None)
+    options = parser.parse_args()
+    base = options.folder or Path(tempfile.mkdtemp())
+    shutil.rmtree(base, ignore_errors=True)
+    base.mkdir(parents=True)
+    draw = random.Random(options.seed)
+    straight = base / "straight"
+    if start(straight, 2).wait() != 0:
+        print(f"the undisturbed run failed: see {straight}.log")
+        return 1
+    kills = saves = torn = backward = runs = different = 0
+    while kills < options.kills or saves < options.inside_saves:
+        runs += 1
+        folder, newest = base / f"run-{runs}", 0
+        while True:
+            aimed = saves < options.inside_saves and draw.random() < 0.6
+            hit = wait_and_kill(start(folder, 1 + runs % 2), folder, draw, aimed)
+            try:
+                step = newest_step(folder)
+            except DamagedCheckpoint as error:
+                print(f"torn: {error}")
+                torn += 1
+                break
+            backward += step < newest
+            newest = max(step, newest)
+            if not hit:
+                break
+            kills += 1
+            saves += hit == "save"
+        for name in FINAL:
+            mine = folder / name
+            if not mine.is_file() or mine.read_bytes() != (straight / name).read_bytes():
+                print(f"{mine} differs")
+                different += 1
+        print(
+            f"run {runs}: {kills} kills, {saves} inside a save, {torn} torn, {backward} backward, {different} differ"
+        )
+        shutil.rmtree(folder, ignore_errors=True)
+    print(
+        f"{kills} kills over {runs} runs, {saves} inside a save: {torn} torn, {backward} backward, {different} differ"
+    )
+    return int(torn + backward + different > 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

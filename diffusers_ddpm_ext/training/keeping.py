@@ -1,0 +1,126 @@
+"""What a run keeps: checkpoints while it lasts, and the best pipeline.
+
+A disk that is full or a folder that cannot be written costs a checkpoint, never the run: one warning, and the older
+checkpoints still stand.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+from functools import partial
+from pathlib import Path
+
+from diffusers_ddpm_ext.training import snapshot as snapshots
+from diffusers_ddpm_ext.training import state
+from diffusers_ddpm_ext.training.checkpoints import discard, prune, put_in_place, step_of, write_checkpoint
+from diffusers_ddpm_ext.training.export import save_pipeline
+from diffusers_ddpm_ext.training.monitor import Verdict
+from diffusers_ddpm_ext.training.records import Records, warn
+from diffusers_ddpm_ext.training.resume import BEST, FINISHED, MONITOR, live, progress_of
+from diffusers_ddpm_ext.training.run import Run
+
+
+def keep(run: Run, records: Records) -> bool:
+    """Write a checkpoint of the present step, and then drop those beyond the limit; all processes enter.
+
+    Args:
+        run: after a step, its losses read.
+        records: of the run.
+
+    Returns:
+        Whether it stands; known in the first process alone, True in the others.
+    """
+    accelerator, stands = run.accelerator, True
+    snapshot = state.gather(live(run), progress_of(run, records.size), borrow=True)
+    if accelerator.is_main_process and snapshot is not None:
+        try:
+            records.sync()
+            write_checkpoint(run.taken_folder, run.step, partial(snapshots.write, snapshot))
+            drop(run)
+        except OSError as error:
+            warn(str(error))
+            stands = False
+    run.requests.granted()
+    accelerator.wait_for_everyone()
+    return stands
+
+
+def drop(run: Run) -> None:
+    """Delete the checkpoints that neither the limit nor the monitor keeps.
+
+    Args:
+        run: whose newest checkpoint stands.
+
+    Raises:
+        OSError: one cannot be deleted.
+    """
+    limit = run.config.checkpoint.checkpoints_total_limit
+    if limit is not None:
+        best = () if run.monitor is None else [entry.step for entry in run.monitor.top if entry.step != run.step]
+        prune(run.taken_folder, limit, best)
+
+
+def keep_best(run: Run, records: Records, verdict: Verdict) -> None:
+    """Keep a validation that is among the best: its checkpoint, and the best one's pipeline; all processes enter.
+
+    Args:
+        run: after a validation.
+        records: of the run.
+        verdict: of its monitor.
+    """
+    if not verdict.entered:
+        return
+    keep(run, records)
+    if not run.accelerator.is_main_process:
+        return
+    try:
+        if verdict.dropped is not None:
+            _drop_former(run, verdict.dropped)
+        if verdict.best:
+            _export_best(run)
+    except OSError as error:
+        warn(f"{run.taken_folder / BEST} could not be written ({error.strerror or error}); the former one stands")
+
+
+def _drop_former(run: Run, step: int) -> None:
+    """Delete a checkpoint that stood only because it was among the best."""
+    every = run.config.checkpoint.checkpointing_steps
+    path = run.taken_folder / f"checkpoint-{step}"
+    if (every is None or step % every) and path.is_dir() and step_of(path) != run.step:
+        discard(path)
+
+
+def _export_best(run: Run) -> None:
+    folder, monitor = run.taken_folder, run.monitor
+    if monitor is None or monitor.best is None:
+        return
+    draft = folder / f".writing-{run.step}-{secrets.token_hex(4)}"
+    draft.mkdir()
+    try:
+        save_pipeline(draft, run.denoiser, run.parts.scheduler, run.ema, run.logvar)
+        facts = {
+            "format": 1,
+            "monitor": monitor.name,
+            "mode": monitor.mode,
+            "step": run.step,
+            "value": monitor.best.value,
+        }
+        (draft / MONITOR).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        put_in_place(draft, folder / BEST)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def mark_finished(run: Run) -> None:
+    """Note that a run came to its end, so that a restart of the same line does not begin again.
+
+    Args:
+        run: at its end, its pipeline saved.
+    """
+    facts = {"format": 1, "step": run.step, "stopped_early": run.stopped_early}
+    path: Path = run.taken_folder / FINISHED
+    draft = path.with_name(f".{FINISHED}")
+    draft.write_text(json.dumps(facts) + "\n", encoding="utf-8")
+    draft.replace(path)
