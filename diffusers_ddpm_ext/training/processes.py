@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +29,8 @@ PATIENCE = timedelta(hours=2)
 
 SECONDS_TO_SPEAK = 10
 """A failing process that has nothing to say lives so much longer, or the launcher would end the one that speaks."""
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 LAUNCHERS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
 
@@ -66,6 +70,7 @@ def make_accelerator(mixed_precision: str | None, accumulation: int, report_to: 
         if accelerator.mixed_precision == "fp16":  # Accelerate would take it and train in float32
             raise ConfigError("--mixed_precision fp16 needs an accelerator: on a CPU say bf16, or no.")
         use_all_cores()
+        keep_memory()
     return accelerator
 
 
@@ -78,6 +83,18 @@ def use_all_cores() -> None:
     if was_launched() and os.environ.get("OMP_NUM_THREADS") == "1":
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, cores() // processes))
+
+
+def keep_memory() -> None:
+    """Let freed memory stay with the process, where the C library is glibc.
+
+    It gives large blocks back to the system at once, so that each step of a small network touches thousands of new
+    pages (measured: 4,900 page faults and a seventh of a step of the digits' network).
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, 32 * 1024**2)  # the most that glibc takes
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def was_launched() -> bool:
