@@ -29,10 +29,10 @@ def main() -> None:
             torch.save([parameter.grad.clone() for parameter in parameters], gradients)
         return clip_gradients(parameters, max_norm)
 
-    def load_or_fail(*args: Any) -> Any:
+    def load_or_fail(*args: Any, **options: Any) -> Any:
         if processes_rank() == failing:
             raise ConfigError(f"--train_data_dir: rank {failing} cannot read")
-        return load_data(*args)
+        return load_data(*args, **options)
 
     load_data, run.load_data, trainer.clip_gradients = run.load_data, load_or_fail, remember
     trainer.train(

@@ -99,7 +99,7 @@ def test_stock_pipelines_open_it(doors, case, source, door):
     assert {key: found["keys"][key] for key in keys_of(peer)} == keys_of(peer)
     assert np.array_equal(doors.stock.arrays[f"{case}/{source}/{door}/betas"], peer.betas.numpy())
     expected = images_of(DDPMPipeline(tiny_unet(1), peer))
-    assert np.abs(doors.stock.arrays[f"{case}/{source}/{door}/images"] - expected).max() <= 1e-6
+    assert np.abs(doors.stock.arrays[f"{case}/{source}/{door}/images"] - expected).max() <= 1e-4
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -131,7 +131,7 @@ def test_ours_opens_it_with_everything(doors, case, source):
     assert doors.ours.facts[f"{case}/{source}/scheduler"] == original.scheduler.to_json_string()
     assert np.array_equal(doors.ours.arrays[f"{case}/{source}/logvar"], original.logvar.numpy())
     assert np.array_equal(doors.ours.arrays[f"{case}/{source}/betas"], original.scheduler.betas.numpy())
-    assert np.abs(doors.ours.arrays[f"{case}/{source}/images"] - images_of(original)).max() <= 1e-6
+    assert np.abs(doors.ours.arrays[f"{case}/{source}/images"] - images_of(original)).max() <= 1e-4
 
 
 @pytest.mark.parametrize("source", SOURCES)

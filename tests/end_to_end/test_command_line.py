@@ -12,27 +12,13 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
-SMALL = [
-    "--block_out_channels",
-    "8",
-    "16",
-    "--attention_levels",
-    "1",
-    "--attention_head_dim",
-    "4",
-    "--norm_num_groups",
-    "4",
-]
-SHORT = [
-    "--ddpm_num_inference_steps",
-    "5",
-    "--num_preview_images",
-    "4",
-    "--lr_warmup_steps",
-    "1",
-    "--layers_per_block",
-    "1",
-]
+SMALL = {"block_out_channels": "8 16", "attention_levels": "1", "attention_head_dim": "4", "norm_num_groups": "4"}
+SHORT = {
+    "ddpm_num_inference_steps": "5",
+    "num_preview_images": "4",
+    "lr_warmup_steps": "1",
+    "layers_per_block": "1",
+}
 
 
 def flags(options: dict[str, str]) -> list[str]:
