@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from runs import tiny_run
 
-from diffusers_ddpm_ext.training import processes, run, trainer
+from diffusers_ddpm_ext.training import processes, run, step, trainer
 from diffusers_ddpm_ext.training.errors import ConfigError
 from diffusers_ddpm_ext.training.optim import clip_gradients
 
@@ -20,27 +20,27 @@ from diffusers_ddpm_ext.training.optim import clip_gradients
 def main() -> None:
     """Train."""
     folder, gradients = Path(sys.argv[1]), Path(sys.argv[2])
-    failing, batch, accumulation, steps = map(int, sys.argv[3:])
+    failing, batch, accumulation, length = map(int, sys.argv[3:])
     torch.set_num_threads(1)
     processes.SECONDS_TO_SPEAK = 2
 
-    def remember(parameters: list[torch.nn.Parameter], max_norm: float) -> torch.Tensor:
+    def remember(parameters: list[torch.nn.Parameter], max_norm: float, *norms: torch.Tensor) -> torch.Tensor:
         if not gradients.exists() and len(parameters) > 1 and processes_rank() == 0:
             torch.save([parameter.grad.clone() for parameter in parameters], gradients)
-        return clip_gradients(parameters, max_norm)
+        return clip_gradients(parameters, max_norm, *norms)
 
     def load_or_fail(*args: Any, **options: Any) -> Any:
         if processes_rank() == failing:
             raise ConfigError(f"--train_data_dir: rank {failing} cannot read")
         return load_data(*args, **options)
 
-    load_data, run.load_data, trainer.clip_gradients = run.load_data, load_or_fail, remember
+    load_data, run.load_data, step.clip_gradients = run.load_data, load_or_fail, remember
     trainer.train(
         tiny_run(
             folder,
             train_batch_size=batch,
             gradient_accumulation_steps=accumulation,
-            max_train_steps=steps,
+            max_train_steps=length,
             validation_steps=10,
             logging_steps=7,
             overwrite_output_dir=True,

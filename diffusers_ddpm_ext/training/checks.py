@@ -38,6 +38,7 @@ NEEDS: dict[str, tuple[str, Any]] = {
     "clip_sample_range": ("clip_sample", True),
     "ema_decay": ("use_ema", True),
     "ema_use_num_updates": ("use_ema", True),
+    "ema_every": ("use_ema", True),
 }
 
 

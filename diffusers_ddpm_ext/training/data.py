@@ -10,16 +10,20 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import signal
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from diffusers_ddpm_ext.training import keys
-from diffusers_ddpm_ext.training.errors import ConfigError, RunError
+from diffusers_ddpm_ext.training.errors import ConfigError, RunError, warn
 from diffusers_ddpm_ext.training.options import DataOptions
 from diffusers_ddpm_ext.training.pictures import (
     CHANNEL_NAMES,
@@ -38,7 +42,8 @@ MEMORY_LIMIT = 2 * 1024**3  # bytes of resized pixels; while they are packed the
 DIGITS = "digits of scikit-learn"
 DIGITS_SIZE = (8, 8)
 DIGITS_LEVELS = 17
-Share = tuple[Tensor, Tensor, Tensor, int] | RunError
+DEATHS_WITHOUT_A_BATCH = 3
+"""So many data workers in a row may die before one of them has handed on a batch."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,8 @@ class ImageSet:
         size: height and width in pixels.
         levels: values that a pixel can take: 256, or 17 for the digits. Level k stands for 2 k / (levels - 1) - 1.
         random_flip: mirror half of the images while training.
+        names: of all images that were read.
+        replace_unreadable: let the next image take the place of one that became unreadable.
     """
 
     images: Images
@@ -75,6 +82,8 @@ class ImageSet:
     size: Size
     levels: int = 256
     random_flip: bool = False
+    names: Sequence[str] = ()
+    replace_unreadable: bool = False
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -83,6 +92,15 @@ class ImageSet:
     def shape(self) -> tuple[int, int, int]:
         """Channels, height and width of one image."""
         return (self.images.channels, *self.size)
+
+    def name(self, index: int) -> str:
+        """Name of an image: its file, or its row; a number where it has none.
+
+        Args:
+            index: which image of the set.
+        """
+        row = int(self.rows[index])
+        return self.names[row] if self.names else str(row)
 
     def pixels(self, indices: Sequence[int] | Tensor) -> Tensor:
         """Return images as they are for validation and previews: the middle of each, never mirrored.
@@ -96,7 +114,11 @@ class ImageSet:
         return unit_range(self.level_values(indices), self.levels)
 
     def level_values(
-        self, indices: Sequence[int] | Tensor, seed: int = 0, epochs: Sequence[int] | None = None
+        self,
+        indices: Sequence[int] | Tensor,
+        seed: int = 0,
+        epochs: Sequence[int] | None = None,
+        replaced: list[str] | None = None,
     ) -> Tensor:
         """Return images as levels, (b, C, H, W), uint8.
 
@@ -105,6 +127,10 @@ class ImageSet:
             seed: the run's seed.
             epochs: epoch of each image, (b,), which with the seed and the index decides on place and mirroring; None
                 takes the middle of each image as it is.
+            replaced: gets a sentence for each image that became unreadable, where the set may replace it.
+
+        Raises:
+            RunError: an image could be read before the run and cannot any more, and must not be replaced.
         """
         wanted = torch.as_tensor(indices, dtype=torch.int64)
         stack = self.images.stack
@@ -113,7 +139,7 @@ class ImageSet:
         else:
             out = torch.empty(len(wanted), *self.shape, dtype=torch.uint8)
             for place, index in enumerate(wanted.tolist()):
-                out[place] = self._crop(index, seed, None if epochs is None else epochs[place])
+                out[place] = self._readable(index, seed, None if epochs is None else epochs[place], replaced)
         if self.random_flip and epochs is not None:
             mirrored = [
                 place
@@ -122,6 +148,20 @@ class ImageSet:
             ]
             out[mirrored] = out[mirrored].flip(-1)
         return out
+
+    def _readable(self, index: int, seed: int, epoch: int | None, replaced: list[str] | None) -> Tensor:
+        """Cut an image to size, or the next one that can be read where it may take its place."""
+        for other in range(index, index + len(self)):
+            try:
+                return self._crop(other % len(self), seed, epoch)
+            except RunError as error:
+                if not self.replace_unreadable:
+                    raise RunError(
+                        f"{error}; put it back and go on from the last checkpoint, or --skip_bad_images"
+                    ) from None
+                if replaced is not None:
+                    replaced.append(f"{error}; the next image takes its place (--skip_bad_images)")
+        raise RunError("not a single image can be read any more")
 
     def _crop(self, index: int, seed: int, epoch: int | None) -> Tensor:
         """Cut an image to size, at its middle or at a keyed place."""
@@ -229,10 +269,13 @@ def _assemble(
         rows, apart = _divide(reading.names, options.validation_fraction or 0, by_key=what != DIGITS)
     elif held_out.images.channels != reading.images.channels:
         raise mixed_channels(reading, held_out)
-    train = ImageSet(reading.images, rows, options.resolution, levels, options.random_flip)
+    train = ImageSet(
+        reading.images, rows, options.resolution, levels, options.random_flip, reading.names, options.skip_bad_images
+    )
     validation = None
     if held_out is not None:
-        validation = ImageSet(held_out.images, torch.arange(len(held_out.names)), options.resolution)
+        rows = torch.arange(len(held_out.names))
+        validation = replace(train, images=held_out.images, rows=rows, random_flip=False, names=held_out.names)
     elif len(apart):
         validation = replace(train, rows=apart, random_flip=False)
     readings = [one for one in (reading, held_out) if one is not None]
@@ -286,9 +329,29 @@ def _describe(
     return ", ".join(facts)
 
 
+class Share(NamedTuple):
+    """A micro-batch on its way out of a data worker.
+
+    Attributes:
+        levels: (b, C, H, W), uint8.
+        positions: as in `Batch`.
+        indices: as in `Batch`.
+        step: as in `Batch`.
+        micro: number of the micro-batch in its step.
+        replaced: one sentence for each image that became unreadable and whose place another one took.
+    """
+
+    levels: Tensor
+    positions: Tensor
+    indices: Tensor
+    step: int
+    micro: int
+    replaced: list[str]
+
+
 @dataclass(frozen=True)
-class MicroBatches(Dataset[Share]):
-    """One rank's share: (step, micro-batch) -> levels (b, C, H, W), positions (b,), indices (b,), step.
+class MicroBatches(Dataset[Share | RunError]):
+    """One rank's share: (step, micro-batch) -> what is trained on then.
 
     An image that became unreadable is handed on as the error it is: raised in a worker it would arrive as a page of
     traceback.
@@ -302,7 +365,7 @@ class MicroBatches(Dataset[Share]):
     world: int
     _orders: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
-    def __getitem__(self, request: tuple[int, int]) -> Share:
+    def __getitem__(self, request: tuple[int, int]) -> Share | RunError:
         step, micro = request
         first = (micro * self.world + self.rank) * self.batch
         positions = torch.arange(first, first + self.batch)
@@ -312,10 +375,12 @@ class MicroBatches(Dataset[Share]):
         for epoch in epochs.unique().tolist():
             here = epochs == epoch
             indices[here] = self.order(epoch)[places[here]]
+        replaced: list[str] = []
         try:
-            return self.images.level_values(indices, self.seed, epochs.tolist()), positions, indices, step
+            levels = self.images.level_values(indices, self.seed, epochs.tolist(), replaced)
         except RunError as error:
             return error
+        return Share(levels, positions, indices, step, micro, replaced)
 
     def order(self, epoch: int) -> Tensor:
         """Return the shuffle of an epoch, (n,): a function of the seed and the epoch alone."""
@@ -366,15 +431,10 @@ def stream(
     if len(images) == 0:
         raise ValueError("a stream needs at least one image.")
     target = torch.device(device)
-    loader: DataLoader[Share] = DataLoader(
-        MicroBatches(images, seed, batch, accumulation, rank, world),
-        sampler=_Requests(start_step, accumulation),
-        batch_size=None,
-        num_workers=num_workers,
-        pin_memory=target.type == "cuda",
-        generator=torch.Generator(),  # or else the loader takes a number from the global generator
+    shares = MicroBatches(images, seed, batch, accumulation, rank, world)
+    return _to_device(
+        _fetch(shares, _Requests(start_step, 0, accumulation), num_workers, target), images.levels, target
     )
-    return _to_device(loader, images.levels, target)
 
 
 @dataclass(frozen=True)
@@ -382,17 +442,76 @@ class _Requests:
     """(step, micro-batch), counted up without end."""
 
     start_step: int
+    start_micro: int
     accumulation: int
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        return ((step, micro) for step in itertools.count(self.start_step) for micro in range(self.accumulation))
+        first = self.start_step * self.accumulation + self.start_micro
+        return (divmod(number, self.accumulation) for number in itertools.count(first))
 
 
-def _to_device(loader: DataLoader[Share], levels: int, device: torch.device) -> Iterator[Batch]:
+def _fetch(shares: MicroBatches, requests: _Requests, num_workers: int, target: torch.device) -> Iterator[Share]:
+    """Let workers read ahead; where one dies, which costs nothing but time, others begin at the next micro-batch."""
+    deaths = 0
+    while True:
+        try:
+            with _deaths_are_looked_for():
+                loader = iter(_loader(shares, requests, num_workers, target))
+            for share in loader:
+                if isinstance(share, RunError):
+                    raise share
+                deaths = 0
+                requests = replace(requests, start_step=share.step, start_micro=share.micro + 1)
+                yield share
+        except RuntimeError as error:
+            deaths += 1
+            if isinstance(error, RunError) or num_workers == 0 or "DataLoader worker" not in str(error):
+                raise
+            what = " ".join(str(error).split())
+            if deaths >= DEATHS_WITHOUT_A_BATCH:
+                raise RunError(
+                    f"--dataloader_num_workers {num_workers}: {what}, {deaths} times without a batch; use fewer, or 0"
+                ) from None
+            warn(f"--dataloader_num_workers: {what}; new ones go on where they were")
+
+
+def _loader(
+    shares: MicroBatches, requests: _Requests, num_workers: int, target: torch.device
+) -> DataLoader[Share | RunError]:
+    return DataLoader(
+        shares,
+        sampler=requests,
+        batch_size=None,
+        num_workers=num_workers,
+        pin_memory=target.type == "cuda",
+        generator=torch.Generator(),  # or else the loader takes a number from the global generator
+    )
+
+
+@contextmanager
+def _deaths_are_looked_for() -> Iterator[None]:
+    """Keep torch from raising a worker's death wherever the main thread happens to be, in mid-step too.
+
+    It sets a handler of SIGCHLD when the first workers start; without it the death is found, seconds later, by whoever
+    waits for the next batch.
+    """
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
+        yield
+        return
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, before if before is not None else signal.SIG_DFL)
+
+
+def _to_device(shares: Iterator[Share], levels: int, device: torch.device) -> Iterator[Batch]:
     """Move bytes, not floats, to the device, and make floats of them there."""
-    for share in loader:
-        if isinstance(share, RunError):
-            raise share
-        values, positions, indices, step = share
-        pixels = unit_range(values.to(device, non_blocking=True), levels)
-        yield Batch(pixels, positions, indices, step)
+    told: set[str] = set()
+    for share in shares:
+        for sentence in share.replaced:
+            if sentence not in told:
+                told.add(sentence)
+                warn(sentence)
+        pixels = unit_range(share.levels.to(device, non_blocking=True), levels)
+        yield Batch(pixels, share.positions, share.indices, share.step)

@@ -1,6 +1,8 @@
-"""What can go wrong for a user, in the two kinds that the command line tells apart."""
+"""What can go wrong for a user: the two kinds that the command line tells apart, and what a run survives."""
 
 from __future__ import annotations
+
+import sys
 
 
 class ConfigError(ValueError):
@@ -13,3 +15,14 @@ class RunError(RuntimeError):
 
 class Interrupted(Exception):
     """Work that a signal broke off; it is done anew when the run goes on."""
+
+
+def warn(text: str) -> None:
+    """Tell a person, above the progress bar, of something that a run survives.
+
+    Args:
+        text: one sentence.
+    """
+    from tqdm.auto import tqdm  # not at the top: `--help` does not wait for it
+
+    tqdm.write(f"warning: {text}", file=sys.stderr)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffusers_ddpm_ext.shards import reshard
 from diffusers_ddpm_ext.training import keys
 from diffusers_ddpm_ext.training.data import ImageSet
 from diffusers_ddpm_ext.training.task import DenoisingTask
@@ -33,6 +34,8 @@ class Workers:
         sum_over_ranks: adds a tensor over the processes; called by all of them.
         stopped: whether this process is asked to stop; the rest of a measurement is then left out, and its result
             worth nothing.
+        lockstep: whether each process needs the others for a forward pass, as those of a sharded network do; then
+            ``stopped`` must answer the same in all of them.
     """
 
     rank: int
@@ -40,6 +43,7 @@ class Workers:
     device: torch.device
     sum_over_ranks: Callable[[Tensor], Tensor]
     stopped: Callable[[], bool] = lambda: False
+    lockstep: bool = False
 
 
 @dataclass(frozen=True)
@@ -185,16 +189,19 @@ def _run(
     training = task.training
     task.eval()
     table = table.double()
-    for number, start in enumerate(range(0, len(draws), batch_size)):
-        if workers.stopped():
+    batches = [range(start, min(start + batch_size, len(draws))) for start in range(0, len(draws), batch_size)]
+    for first in range(0, len(batches), workers.world):
+        number = first + workers.rank
+        mine = number < len(batches)
+        if workers.stopped() or not (mine or workers.lockstep):
             break
-        if number % workers.world != workers.rank:
-            continue
-        places = range(start, min(start + batch_size, len(draws)))
-        x0 = images.pixels(draws.images[start : places.stop])
+        places = batches[number if mine else 0]
+        x0 = images.pixels(draws.images[places.start : places.stop])
         _, noise = keys.sample_draws(draws.seed, 0, places, x0.shape[1:], 1, draws.stream)
-        t = draws.timesteps[start : places.stop]
+        t = draws.timesteps[places.start : places.stop]
         row = terms(x0.to(workers.device), noise.to(workers.device), t.to(workers.device))
-        table[number % len(table)] += row
+        if mine:
+            table[number % len(table)] += row
     task.train(training)
+    reshard(task)  # no backward pass follows that would
     return workers.sum_over_ranks(table.to(workers.device)).cpu()

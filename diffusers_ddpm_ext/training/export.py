@@ -1,48 +1,97 @@
-"""How a pipeline gets into the folder of a run."""
+"""How the networks of a run get out of it: to draw with, and into the folder as a pipeline."""
 
 from __future__ import annotations
 
 import os
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import init_empty_weights
 from diffusers import UNet2DModel
 from torch import Tensor
 
 from diffusers_ddpm_ext.ema import LitEMA
 from diffusers_ddpm_ext.pipeline import DDPMExtPipeline
 from diffusers_ddpm_ext.scheduler import DDPMExtScheduler
+from diffusers_ddpm_ext.shards import full, is_first, is_sharded
 
 PIPELINE_FOLDERS = ("unet", "scheduler", "logvar")
 RAW = "raw"
 
 
+@dataclass(frozen=True)
+class Networks:
+    """A run's networks, whole and free of wrappers. They share the run's memory where it is not spread.
+
+    Attributes:
+        default: what the pipeline samples with: the EMA weights, or the raw ones where there is no average.
+        raw: the raw weights; None where they are the default.
+    """
+
+    default: UNet2DModel
+    raw: UNet2DModel | None
+
+
 @torch.no_grad()
-def save_pipeline(
-    folder: Path, denoiser: UNet2DModel, scheduler: DDPMExtScheduler, ema: LitEMA | None, logvar: Tensor | None
-) -> None:
+def take_networks(denoiser: UNet2DModel, ema: LitEMA | None) -> Networks | None:
+    """Take the networks out of a run, between two steps; all processes enter.
+
+    Args:
+        denoiser: with the raw weights, free of wrappers; sharded or not.
+        ema: the moving average, if there is one.
+
+    Returns:
+        The networks in the first process, on the run's device, or on the CPU where the weights were spread; None in
+        the others.
+    """
+    raw = {name: _whole(tensor) for name, tensor in denoiser.state_dict().items()}
+    average = {} if ema is None else {name: _whole(tensor) for name, tensor in ema.shadow.items()}
+    if not is_first():
+        return None
+    if ema is None:
+        return Networks(_network(denoiser, raw), None)
+    average = {name: tensor.to(raw[name].dtype) for name, tensor in average.items()}
+    return Networks(_network(denoiser, raw | average), _network(denoiser, raw))
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """A tensor that was spread, on the CPU of the first process and nowhere else; any other one as it is."""
+    if not is_sharded(tensor):
+        return tensor.detach()
+    whole = full(tensor)
+    return whole.cpu() if is_first() else whole.new_empty(0)
+
+
+def _network(like: UNet2DModel, tensors: dict[str, Tensor]) -> UNet2DModel:
+    """A network of the same kind that holds these very tensors."""
+    with init_empty_weights(include_buffers=False):
+        network = UNet2DModel.from_config(like.config)
+    network.load_state_dict(tensors, assign=True)
+    network.eval()
+    return network
+
+
+@torch.no_grad()
+def save_pipeline(folder: Path, networks: Networks, scheduler: DDPMExtScheduler, logvar: Tensor | None) -> None:
     """Put a pipeline into a run's folder, which opens at every moment: each file appears whole, in place of the old.
 
     The EMA weights are the default files and the raw ones ``variant="raw"``; without EMA the raw ones are the default.
 
     Args:
         folder: of the run, with ``model_index.json`` at its top.
-        denoiser: with the raw weights, free of wrappers.
+        networks: from `take_networks`.
         scheduler: of the run.
-        ema: the moving average, if there is one.
         logvar: the learned log-variances, (T,), if there are any.
     """
-    pipeline = DDPMExtPipeline(unet=denoiser, scheduler=scheduler)
+    pipeline = DDPMExtPipeline(unet=networks.default, scheduler=scheduler)
     pipeline.logvar = None if logvar is None else logvar.detach().float().cpu()
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as name:
         place = Path(name)
-        if ema is None:
-            pipeline.save_pretrained(place)
-        else:
-            with ema.scope(denoiser):
-                pipeline.save_pretrained(place)
-            denoiser.save_pretrained(place / "unet", variant=RAW)
+        pipeline.save_pretrained(place)
+        if networks.raw is not None:
+            networks.raw.save_pretrained(place / "unet", variant=RAW)
         _move_in(place, folder)
 
 

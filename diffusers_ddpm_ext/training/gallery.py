@@ -6,13 +6,15 @@ Networks are measured by all processes together; the first one alone draws.
 from __future__ import annotations
 
 import json
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Literal
 
 import torch
+from diffusers import UNet2DModel
 
 from diffusers_ddpm_ext.plots import Curve, plot_logvar, plot_losses
+from diffusers_ddpm_ext.shards import full
 from diffusers_ddpm_ext.training.evaluate import measure_log_loss
+from diffusers_ddpm_ext.training.export import take_networks
 from diffusers_ddpm_ext.training.preview import Preview
 from diffusers_ddpm_ext.training.records import METRICS
 from diffusers_ddpm_ext.training.run import Run
@@ -31,9 +33,17 @@ COST_OF_LOGVAR = 6
 MIN_DRAWS = 100
 
 
-def sampling_weights(run: Run) -> AbstractContextManager[Any]:
-    """The weights that the saved pipeline samples with, for the length of a ``with`` block."""
-    return nullcontext() if run.ema is None else run.ema.scope(run.denoiser)
+def sampler(run: Run) -> UNet2DModel | None:
+    """The network that the saved pipeline samples with; all processes enter.
+
+    Args:
+        run: after a step.
+
+    Returns:
+        The network on the run's device; None but in the first process.
+    """
+    networks = take_networks(run.denoiser, run.ema)
+    return None if networks is None else networks.default.to(run.accelerator.device)
 
 
 def preview(run: Run) -> Preview:
@@ -65,10 +75,10 @@ def draw_samples(run: Run) -> None:
     Args:
         run: after a step; no weight and no random number of it is changed.
     """
+    network = sampler(run)
     try:
-        if run.accelerator.is_main_process:
-            with sampling_weights(run):
-                preview(run).draw_samples(run.denoiser, run.parts.scheduler, run.step)
+        if network is not None:
+            preview(run).draw_samples(network, run.parts.scheduler, run.step)
     finally:
         run.accelerator.wait_for_everyone()
 
@@ -80,18 +90,18 @@ def draw_end(run: Run) -> None:
         run: after its last step.
     """
     draw_logvar(run)  # first, since all processes measure for it
+    network = sampler(run)
     try:
-        if run.accelerator.is_main_process:
+        if network is not None:
             draw_losses(run)
-            with sampling_weights(run):
-                draw_last_samples(run)
+            draw_last_samples(run, network)
     finally:
         run.accelerator.wait_for_everyone()
 
 
-def draw_last_samples(run: Run) -> None:
+def draw_last_samples(run: Run, network: UNet2DModel) -> None:
     """Draw the last samples once, and put their sheet where a person looks first, too."""
-    drawn, _ = preview(run).draw_samples(run.denoiser, run.parts.scheduler, run.step)
+    drawn, _ = preview(run).draw_samples(network, run.parts.scheduler, run.step)
     (run.taken_folder / SAMPLES).write_bytes(drawn.read_bytes())
 
 
@@ -124,5 +134,6 @@ def draw_logvar(run: Run) -> None:
         run.config.validation.eval_batch_size,
         run.workers,
     )
+    logvar = full(run.logvar.detach()).float().cpu()
     if run.accelerator.is_main_process:
-        plot_logvar(run.taken_folder / FOLDER / "logvar.png", run.logvar.detach().float().cpu(), log_loss)
+        plot_logvar(run.taken_folder / FOLDER / "logvar.png", logvar, log_loss)

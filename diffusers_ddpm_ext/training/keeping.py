@@ -12,12 +12,18 @@ import shutil
 from functools import partial
 from pathlib import Path
 
+from torch import Tensor
+
+from diffusers_ddpm_ext.shards import full
 from diffusers_ddpm_ext.training import snapshot as snapshots
 from diffusers_ddpm_ext.training import state
 from diffusers_ddpm_ext.training.checkpoints import discard, prune, put_in_place, step_of, write_checkpoint
-from diffusers_ddpm_ext.training.export import save_pipeline
+from diffusers_ddpm_ext.training.errors import RunError, warn
+from diffusers_ddpm_ext.training.export import Networks, save_pipeline, take_networks
+from diffusers_ddpm_ext.training.lock import FolderBusy
 from diffusers_ddpm_ext.training.monitor import Verdict
-from diffusers_ddpm_ext.training.records import Records, warn
+from diffusers_ddpm_ext.training.processes import largest_over_ranks, same_fate
+from diffusers_ddpm_ext.training.records import Records
 from diffusers_ddpm_ext.training.resume import BEST, FINISHED, MONITOR, live, progress_of
 from diffusers_ddpm_ext.training.run import Run
 
@@ -30,21 +36,41 @@ def keep(run: Run, records: Records) -> bool:
         records: of the run.
 
     Returns:
-        Whether it stands; known in the first process alone, True in the others.
+        Whether it stands; the same in all processes.
+
+    Raises:
+        RunError: another run has taken the folder; in the first process.
     """
     accelerator, stands = run.accelerator, True
     snapshot = state.gather(live(run), progress_of(run, records.size), borrow=True)
-    if accelerator.is_main_process and snapshot is not None:
-        try:
-            records.sync()
-            write_checkpoint(run.taken_folder, run.step, partial(snapshots.write, snapshot))
-            drop(run)
-        except OSError as error:
-            warn(str(error))
-            stands = False
+    with same_fate(accelerator):
+        if accelerator.is_main_process and snapshot is not None:
+            hold_folder(run)
+            try:
+                records.sync()
+                write_checkpoint(run.taken_folder, run.step, partial(snapshots.write, snapshot))
+                drop(run)
+            except OSError as error:
+                warn(str(error))
+                stands = False
     run.requests.granted()
-    accelerator.wait_for_everyone()
-    return stands
+    return not largest_over_ranks(accelerator, int(not stands))
+
+
+def hold_folder(run: Run) -> None:
+    """Make sure that the folder is still this run's before anything is written into it.
+
+    Args:
+        run: in its first process.
+
+    Raises:
+        RunError: another run has taken it.
+    """
+    if run.lock is not None:
+        try:
+            run.lock.renew()
+        except FolderBusy as error:
+            raise RunError(f"the run ends without writing any more: {error}") from None
 
 
 def drop(run: Run) -> None:
@@ -73,13 +99,14 @@ def keep_best(run: Run, records: Records, verdict: Verdict) -> None:
     if not verdict.entered:
         return
     keep(run, records)
+    best = take_pipeline(run) if verdict.best else None
     if not run.accelerator.is_main_process:
         return
     try:
         if verdict.dropped is not None:
             _drop_former(run, verdict.dropped)
-        if verdict.best:
-            _export_best(run)
+        if best is not None:
+            _export_best(run, *best)
     except OSError as error:
         warn(f"{run.taken_folder / BEST} could not be written ({error.strerror or error}); the former one stands")
 
@@ -92,14 +119,26 @@ def _drop_former(run: Run, step: int) -> None:
         discard(path)
 
 
-def _export_best(run: Run) -> None:
+def take_pipeline(run: Run) -> tuple[Networks | None, Tensor | None]:
+    """Networks and log-variances of a run, to be saved by the first process; all processes enter.
+
+    Args:
+        run: after a step.
+
+    Returns:
+        The networks, None but in the first process; the log-variances, None where they are not learned.
+    """
+    return take_networks(run.denoiser, run.ema), None if run.logvar is None else full(run.logvar.detach())
+
+
+def _export_best(run: Run, networks: Networks | None, logvar: Tensor | None) -> None:
     folder, monitor = run.taken_folder, run.monitor
-    if monitor is None or monitor.best is None:
+    if monitor is None or monitor.best is None or networks is None:
         return
     draft = folder / f".writing-{run.step}-{secrets.token_hex(4)}"
     draft.mkdir()
     try:
-        save_pipeline(draft, run.denoiser, run.parts.scheduler, run.ema, run.logvar)
+        save_pipeline(draft, networks, run.parts.scheduler, logvar)
         facts = {
             "format": 1,
             "monitor": monitor.name,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -48,6 +48,46 @@ def parameter_groups(
     return groups
 
 
+def scaled_rate(learning_rate: float, scaling: str, effective_batch: int) -> float:
+    """The peak rate of a run.
+
+    Args:
+        learning_rate: as given.
+        scaling: ``none``; ``linear``, CompVis' ``scale_lr``, whose rate is one of an image; or ``sqrt``, which keeps
+            the noise of Adam's steps.
+        effective_batch: images of an optimizer step.
+
+    Returns:
+        The rate, times the effective batch, or its root.
+    """
+    return learning_rate * {"none": 1.0, "linear": float(effective_batch), "sqrt": effective_batch**0.5}[scaling]
+
+
+def adamw_8bit(
+    groups: list[dict[str, Any]], learning_rate: float, betas: tuple[float, float], epsilon: float
+) -> torch.optim.Optimizer:
+    """AdamW of bitsandbytes, whose moments take a byte each.
+
+    Args:
+        groups: as for `adamw`, as are the others.
+        learning_rate: peak rate of the network.
+        betas: decay rates of the two moments.
+        epsilon: added to the root of the second moment.
+
+    Returns:
+        The optimizer.
+
+    Raises:
+        ValueError: bitsandbytes is not installed, or does not work here.
+    """
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except Exception as error:  # its import fails in many ways where a library of the device is missing
+        raise ValueError(f"bitsandbytes cannot be imported ({error}): `pip install bitsandbytes`") from error
+    optimizer: torch.optim.Optimizer = AdamW8bit(groups, lr=learning_rate, betas=betas, eps=epsilon)
+    return optimizer
+
+
 def adamw(
     groups: list[dict[str, Any]], learning_rate: float, betas: tuple[float, float], epsilon: float
 ) -> torch.optim.AdamW:
@@ -68,36 +108,48 @@ def adamw(
 
 
 @torch.no_grad()
-def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
+def gradient_norms(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """The 2-norm of each parameter's gradient.
+
+    Args:
+        parameters: after the backward pass; where they are sharded all processes enter.
+
+    Returns:
+        (n,), plain, on the device, the same in every process; 0 for a parameter without a gradient.
+    """
+    kinds: dict[bool, dict[int, Tensor]] = {False: {}, True: {}}  # torch refuses plain and sharded ones together
+    for place, parameter in enumerate(parameters):
+        if parameter.grad is not None:
+            kinds[is_sharded(parameter.grad)][place] = parameter.grad
+    norms = torch.zeros(len(parameters), device=local(parameters[0]).device)
+    for gradients in filter(None, kinds.values()):
+        found = full(torch.stack(torch._foreach_norm(list(gradients.values()))))
+        if len(gradients) == len(parameters):
+            return found
+        norms[list(gradients)] = found.to(norms)
+    return norms
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float, norms: Tensor | None = None) -> Tensor:
     """Scale gradients down, in place, to a joint norm of at most ``max_norm``.
 
     Args:
         parameters: those to clip together; where they are sharded all processes enter, and the norm is that of the
             whole gradients.
         max_norm: limit of the 2-norm, above 0.
+        norms: from `gradient_norms`, where they are known already.
 
     Returns:
         The norm before clipping, a plain 0-dim tensor that is still on the device, the same in every process.
     """
+    norm = torch.linalg.vector_norm(gradient_norms(parameters) if norms is None else norms)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = _joint_norm(gradients)
     scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
     # Scaling by exactly 1 changes nothing. Looking first is free on a CPU and would stall an accelerator.
     if norm.device.type != "cpu" or scale < 1.0 or not torch.isfinite(scale):
         torch._foreach_mul_([local(gradient) for gradient in gradients], scale)
     return norm
-
-
-def _joint_norm(gradients: list[Tensor]) -> Tensor:
-    """The 2-norm over all gradients, plain and sharded ones together (torch refuses the mixture)."""
-    sharded = [gradient for gradient in gradients if is_sharded(gradient)]
-    if not sharded:
-        return nn.utils.get_total_norm(gradients, foreach=True)
-    norms = [full(nn.utils.get_total_norm(sharded, foreach=True))]
-    plain = [gradient for gradient in gradients if not is_sharded(gradient)]
-    if plain:
-        norms.append(nn.utils.get_total_norm(plain, foreach=True))
-    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 def lr_schedule(

@@ -195,6 +195,11 @@ class OptimOptions:
     """AdamW and its learning rate. All steps are optimizer steps."""
 
     learning_rate: float = option(1e-4, "Learning rate after the warm-up.", above=0)
+    lr_scaling: Literal["none", "linear", "sqrt"] = option(
+        "none",
+        "Multiply --learning_rate by the effective batch (linear: CompVis' `scale_lr`), or by its root (sqrt).",
+        words={"true": "say linear", "false": "say none"},
+    )
     lr_scheduler: Literal[
         "linear",
         "cosine",
@@ -218,6 +223,7 @@ class OptimOptions:
     adam_weight_decay: float = option(1e-6, "Weight decay of the network (the log-variance has none).", low=0)
     adam_epsilon: float = option(1e-8, "AdamW's epsilon.", above=0)
     max_grad_norm: float = option(1.0, "Clip the network's gradient to this norm.", above=0)
+    use_8bit_adam: bool = option(False, "AdamW with 8-bit state, of bitsandbytes, which must be installed.")
 
 
 @dataclass(frozen=True)
@@ -229,6 +235,11 @@ class EmaOptions:
         0.9999, "Decay a step. Averages about 1 / (1 - decay) steps.", alias=("ema_max_decay",), low=0, below=1
     )
     ema_use_num_updates: bool = option(True, "Warm the decay up: (1 + n) / (10 + n) at the n-th step, as LitEma does.")
+    ema_every: Literal["step", "micro_batch"] = option(
+        "step",
+        "Update once an optimizer step, or once a forward pass: the count of Lightning, and so of CompVis' runs, under"
+        " --gradient_accumulation_steps.",
+    )
 
 
 @dataclass(frozen=True)
@@ -241,6 +252,18 @@ class LoopOptions:
     gradient_accumulation_steps: int = option(1, "Forward passes an optimizer step.", low=1)
     mixed_precision: Literal["no", "fp16", "bf16"] | None = option(
         None, "Precision of the network; noise and loss stay float32.", unset="that of `accelerate launch`, else no"
+    )
+    gradient_checkpointing: bool = option(
+        False, "Compute activations again on the way back: less memory, more time, the same numbers."
+    )
+    torch_compile: bool = option(
+        False, "Compile the network with `torch.compile`. What is saved is the same; the first steps take minutes."
+    )
+    on_nonfinite: Literal["stop", "skip", "rollback"] = option(
+        "stop",
+        "When a loss or gradient is not finite: stop; skip the step; or go back to the weights of the newest"
+        " checkpoint and on with the next batch. The folder crash/ says what happened. skip and rollback look at every"
+        " step, which makes an accelerator wait.",
     )
     seed: int = option(0, "Every random number of the run follows from it.", low=0)
     dry_run: bool = option(False, "Print the plan and stop. Nothing is written.")

@@ -50,6 +50,7 @@ def make_accelerator(mixed_precision: str | None, accumulation: int, report_to: 
     Raises:
         ConfigError: a precision or a tracker that is not to be had here.
     """
+    refuse_engines()
     no_accelerator = not torch.accelerator.is_available()
     tracker = None if report_to in ("none", "") else report_to
     try:
@@ -72,6 +73,30 @@ def make_accelerator(mixed_precision: str | None, accumulation: int, report_to: 
         use_all_cores()
         keep_memory()
     return accelerator
+
+
+def _is_on(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("1", "true", "yes", "on")
+
+
+def fsdp_was_asked_for() -> bool:
+    """Whether the launcher's configuration says FSDP."""
+    return _is_on("ACCELERATE_USE_FSDP")
+
+
+def refuse_engines() -> None:
+    """Refuse what Accelerate can be configured to and this trainer cannot do.
+
+    Raises:
+        ConfigError: DeepSpeed, Megatron-LM, or the first version of FSDP.
+    """
+    way = "use training/accelerate/fsdp2.yaml or multi_gpu.yaml"
+    for variable, name in (("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM")):
+        if _is_on(variable):
+            raise ConfigError(f"accelerate's configuration asks for {name}, which is not supported yet: {way}")
+    # On a CPU Accelerate makes DDP of both versions, which the run then says.
+    if fsdp_was_asked_for() and torch.accelerator.is_available() and os.environ.get("FSDP_VERSION", "1") != "2":
+        raise ConfigError(f"accelerate's configuration asks for FSDP 1, whose weights have no names: {way}")
 
 
 def use_all_cores() -> None:

@@ -9,11 +9,10 @@ import errno
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -21,6 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from diffusers_ddpm_ext.objective import ObjectiveOutput
+from diffusers_ddpm_ext.training.errors import warn
 
 METRICS = "metrics.jsonl"
 TIMING = "timing.jsonl"
@@ -38,7 +38,8 @@ class StepRecord:
         loss_vlb: weighted towards the variational bound.
         loss_gamma: the distance under the log-variances, ``mean(loss / exp(logvar) + logvar)``.
         logvar: mean of the table of log-variances.
-        grad_norm: 2-norm of the network's gradient before clipping; NaN where nothing is clipped.
+        grad_norm: 2-norm of the network's gradient before clipping.
+        applied: whether the step moved the weights; False where it was left out because it was not finite.
     """
 
     step: int
@@ -49,6 +50,7 @@ class StepRecord:
     loss_gamma: float
     logvar: float
     grad_norm: float
+    applied: bool = True
 
     def row(self, learned_logvar: bool) -> dict[str, float]:
         """Name the values as CompVis does.
@@ -59,6 +61,8 @@ class StepRecord:
         Returns:
             A row for ``metrics.jsonl`` and the trackers.
         """
+        if not self.applied:
+            return {"step": self.step, "train/skipped": 1, "lr": self.learning_rate}
         row = {
             "step": self.step,
             "train/loss": self.loss,
@@ -67,17 +71,56 @@ class StepRecord:
         }
         if learned_logvar:
             row |= {"train/loss_gamma": self.loss_gamma, "logvar": self.logvar}
-        if not math.isnan(self.grad_norm):
-            row["train/grad_norm"] = self.grad_norm
-        return row | {"lr": self.learning_rate}
+        return row | {"train/grad_norm": self.grad_norm, "lr": self.learning_rate}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What one sample of a step was.
+
+    Attributes:
+        image: its number in the training set.
+        timestep: its step of the chain.
+        loss: as it was minimised.
+    """
+
+    image: int
+    timestep: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class StepTrace:
+    """One optimizer step as the device knows it: nothing has been read back yet.
+
+    Attributes:
+        step: optimizer steps done, this one included.
+        learning_rate: of the network, in this step.
+        outputs: of the micro-batches.
+        images: of the micro-batches, their samples' numbers in the training set, on the CPU.
+        timesteps: of the micro-batches, on the CPU.
+        norms: 2-norms of the gradients of the network's parameters before clipping, (n,).
+        applied: as in `StepRecord`.
+    """
+
+    step: int
+    learning_rate: float
+    outputs: list[ObjectiveOutput]
+    images: list[Tensor]
+    timesteps: list[Tensor]
+    norms: Tensor
+    applied: bool = True
 
 
 @dataclass(frozen=True)
 class _Pending:
     step: int
     learning_rate: float
+    applied: bool
     means: Tensor  # (6,): the six means of a StepRecord
+    norms: Tensor
     losses: list[Tensor]  # per sample, one tensor a micro-batch
+    images: list[Tensor]
     timesteps: list[Tensor]
 
 
@@ -92,32 +135,33 @@ class LossMeter:
         """Steps that wait to be read."""
         return len(self._pending)
 
-    def add(
-        self,
-        step: int,
-        learning_rate: float,
-        outputs: list[ObjectiveOutput],
-        timesteps: list[Tensor],
-        grad_norm: Tensor | None,
-    ) -> None:
+    def add(self, trace: StepTrace) -> None:
         """Note one optimizer step, without reading anything back from the device.
 
         Args:
-            step: optimizer steps done, this one included.
-            learning_rate: of the network, in this step.
-            outputs: of the micro-batches.
-            timesteps: of the micro-batches, on the CPU.
-            grad_norm: of the network before clipping, None where nothing is clipped.
+            trace: of the step.
         """
         with torch.no_grad():
             terms = [
                 torch.stack([out.loss, out.loss_simple, out.loss_vlb, out.loss_gamma, out.logvar_mean])
-                for out in outputs
+                for out in trace.outputs
             ]
             mean = torch.stack(terms).mean(0)
-            norm = mean.new_full((1,), math.nan) if grad_norm is None else grad_norm.detach().to(mean).reshape(1)
-        losses = [out.per_sample_loss.detach() for out in outputs]
-        self._pending.append(_Pending(step, learning_rate, torch.cat([mean, norm]), losses, timesteps))
+            norm = torch.linalg.vector_norm(trace.norms).to(mean).reshape(1)
+        losses = [out.per_sample_loss.detach() for out in trace.outputs]
+        means = torch.cat([mean, norm])
+        self._pending.append(
+            _Pending(
+                trace.step,
+                trace.learning_rate,
+                trace.applied,
+                means,
+                trace.norms,
+                losses,
+                trace.images,
+                trace.timesteps,
+            )
+        )
 
     def read(self, mean_over_ranks: Callable[[Tensor], Tensor]) -> list[StepRecord]:
         """Read all waiting steps: the one place where the host waits for the device.
@@ -132,44 +176,57 @@ class LossMeter:
         if not self._last_read:
             return []
         values = mean_over_ranks(torch.stack([pending.means for pending in self._last_read])).tolist()
-        return [StepRecord(p.step, p.learning_rate, *row) for p, row in zip(self._last_read, values, strict=True)]
+        return [
+            replace(StepRecord(p.step, p.learning_rate, *row), applied=p.applied)
+            for p, row in zip(self._last_read, values, strict=True)
+        ]
 
-    def suspects(self, step: int) -> list[int]:
-        """This process's timesteps whose loss was not finite in a step of the block that was read last.
+    def samples(self, step: int) -> list[Sample]:
+        """This process's samples of a step.
 
         Args:
-            step: as in its record.
-
-        Returns:
-            Timesteps, ascending; empty where the loss was finite and only a gradient was not.
+            step: one that waits, or of the block that was read last.
         """
-        for pending in self._last_read:
-            if pending.step == step:
-                bad = ~torch.isfinite(torch.cat(pending.losses).cpu())
-                return sorted(set(torch.cat(pending.timesteps)[bad].tolist()))
-        return []
+        trace = self._find(step)
+        losses, images, timesteps = (
+            torch.cat(part).tolist() for part in (trace.losses, trace.images, trace.timesteps)
+        )
+        return [Sample(*facts) for facts in zip(images, timesteps, losses, strict=True)]
+
+    def norms(self, step: int) -> list[float]:
+        """The norms of the gradients of the network's parameters in a step.
+
+        Args:
+            step: as in `samples`.
+        """
+        found: list[float] = self._find(step).norms.tolist()
+        return found
+
+    def _find(self, step: int) -> _Pending:
+        return next(pending for pending in (*self._pending, *self._last_read) if pending.step == step)
 
 
 def first_nonfinite(records: list[StepRecord], look_at_gradients: bool) -> StepRecord | None:
     """The step at which a run broke.
 
     Args:
-        records: oldest first.
-        look_at_gradients: whether an infinite gradient counts. Not under a loss scaler, which skips such steps.
+        records: oldest first; those that were not applied are no harm.
+        look_at_gradients: whether a gradient counts. Not under a loss scaler, which skips such steps.
 
     Returns:
         The first record whose loss or gradient is not finite, None if there is none.
     """
     for record in records:
-        broken_gradient = look_at_gradients and math.isinf(record.grad_norm)
-        if not math.isfinite(record.loss) or not math.isfinite(record.loss_simple) or broken_gradient:
+        values = (record.loss, record.loss_simple, *((record.grad_norm,) if look_at_gradients else ()))
+        if record.applied and not all(map(math.isfinite, values)):
             return record
     return None
 
 
-def warn(text: str) -> None:
-    """Tell a person, above the progress bar, of something that a run survives."""
-    tqdm.write(f"warning: {text}", file=sys.stderr)
+def _mean(rows: list[dict[str, float]]) -> dict[str, float]:
+    """The mean of rows with the same names; nothing of none."""
+    names = [name for name in rows[-1] if name not in ("step", "lr")] if rows else []
+    return {name: sum(row[name] for row in rows) / len(rows) for name in names}
 
 
 class Stopwatch:
@@ -206,6 +263,7 @@ class Records:
         bar: shows the last loss.
         watch: counts the seconds.
         waiting: rows by file that could not be written yet.
+        tracker_is_down: whether the tracker failed, and is not asked any more.
     """
 
     folder: Path
@@ -215,6 +273,7 @@ class Records:
     bar: tqdm
     watch: Stopwatch = field(default_factory=Stopwatch)
     waiting: dict[str, bytes] = field(default_factory=dict)
+    tracker_is_down: bool = False
 
     def start(self, size: int = 0) -> None:
         """Begin with empty files, or where a checkpoint was written.
@@ -259,9 +318,10 @@ class Records:
         speed = len(records) * self.images_per_step / max(seconds, 1e-9)
         timing = {"step": last.step, "seconds": round(self.watch.seconds, 3), "images_per_second": round(speed, 2)}
         self._append(TIMING, [timing])
-        mean = {name: sum(row[name] for row in rows) / len(rows) for name in rows[-1] if name not in ("step", "lr")}
-        self.track(mean | {"lr": last.learning_rate, "images_per_second": speed}, last.step)
-        self.bar.set_postfix_str(f"loss {mean['train/loss']:.4g}, lr {last.learning_rate:.2e}, {speed:.0f} images/s")
+        mean = _mean([row for row, record in zip(rows, records, strict=True) if record.applied])
+        self.follow(mean | {"lr": last.learning_rate, "images_per_second": speed}, last.step)
+        loss = f"loss {mean['train/loss']:.4g}, " if mean else ""
+        self.bar.set_postfix_str(f"{loss}lr {last.learning_rate:.2e}, {speed:.0f} images/s")
 
     def validation(self, step: int, values: Mapping[str, float]) -> None:
         """Write down the result of a validation.
@@ -271,7 +331,22 @@ class Records:
             values: by name.
         """
         self._append(METRICS, [{"step": step, **values}])
-        self.track(values, step)
+        self.follow(values, step)
+
+    def follow(self, values: Mapping[str, float], step: int) -> None:
+        """Hand numbers to the tracker. One that fails is named, and left alone from then on.
+
+        Args:
+            values: by name.
+            step: optimizer steps done.
+        """
+        if self.tracker_is_down:
+            return
+        try:
+            self.track(values, step)
+        except Exception as error:  # whatever a tracker's library raises, a run of a week does not end for it
+            self.tracker_is_down = True
+            warn(f"--report_to: {type(error).__name__} {error}; the tracker gets no more numbers, {METRICS} has them")
 
     def _append(self, name: str, rows: list[dict[str, float]]) -> None:
         """Add rows to a file that is opened for them alone, so that a dying process loses none.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from diffusers_ddpm_ext.training.optim import scaled_rate
 from diffusers_ddpm_ext.training.options import OptimOptions, ScheduleOptions
 
 COMPVIS_BETAS = {"scaled_linear": "linear", "linear": "sqrt_linear", "squaredcos_cap_v2": "cosine", "sqrt": "sqrt"}
@@ -68,11 +69,75 @@ def describe_schedule(options: ScheduleOptions) -> str:
     return f"{betas}, predicts {prediction} (CompVis: {compvis}, {COMPVIS_PREDICTIONS[prediction]})"
 
 
-def describe_rate(options: OptimOptions, logvar_rate: float | None) -> str:
-    """The learning rate and its course."""
+def describe_rate(options: OptimOptions, plan: Plan, logvar_rate: float | None) -> str:
+    """The learning rate, how it was scaled, and its course."""
     warmup = f" after {options.lr_warmup_steps} steps of warm-up" if options.lr_warmup_steps else ""
     logvar = f"; logvar {logvar_rate:g}" if logvar_rate is not None else ""
-    return f"{options.learning_rate:g} {options.lr_scheduler}{warmup}{logvar}"
+    rate = f"{options.learning_rate:g}"
+    if options.lr_scaling != "none":
+        factor = {"linear": "effective batch", "sqrt": "root of the effective batch"}[options.lr_scaling]
+        scaled = scaled_rate(options.learning_rate, options.lr_scaling, plan.effective_batch)
+        rate += f" x {factor} {plan.effective_batch} = {scaled:g}"
+    return f"{rate} {options.lr_scheduler}{warmup}{logvar}"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of a run's state.
+
+    Attributes:
+        weights: of what is trained; its gradients take as much.
+        optimizer: two moments.
+        average: EMA's.
+    """
+
+    weights: int
+    optimizer: int
+    average: int
+
+
+@dataclass(frozen=True)
+class Disk:
+    """What checkpoints take.
+
+    Attributes:
+        checkpoint: bytes of one.
+        kept: how many there will be at most.
+        free: bytes that are free now.
+    """
+
+    checkpoint: int
+    kept: int
+    free: int
+
+    @property
+    def is_enough(self) -> bool:
+        """Whether they fit, the pipeline and a checkpoint in the writing included."""
+        return (self.kept + 2) * self.checkpoint <= self.free
+
+
+def in_bytes(count: int) -> str:
+    """A number of bytes for people, in powers of 1000."""
+    size, unit = float(count), 0
+    while size >= 999.5 and unit < 4:
+        size, unit = size / 1000, unit + 1
+    return f"{size:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[unit]}"
+
+
+def describe_memory(sizes: Sizes, parts: int) -> str:
+    """Memory of weights, gradients, optimizer and EMA, in all and in each process."""
+    total = 2 * sizes.weights + sizes.optimizer + sizes.average
+    each = f", spread over {parts} processes: {in_bytes(total // parts)} each" if parts > 1 else ""
+    weights, optimizer, average = map(in_bytes, (sizes.weights, sizes.optimizer, sizes.average))
+    parts_of_it = f"{weights} weights + {weights} gradients + {optimizer} optimizer + {average} EMA"
+    return f"{parts_of_it} = {in_bytes(total)}{each}, and activations"
+
+
+def describe_checkpoints(disk: Disk) -> str:
+    """Checkpoints against the disk."""
+    need = f"{disk.kept} of {in_bytes(disk.checkpoint)} = {in_bytes(disk.kept * disk.checkpoint)} at most"
+    advice = "" if disk.is_enough else ": NOT ENOUGH, set --checkpoints_total_limit or make room"
+    return f"{need}; {in_bytes(disk.free)} free{advice}"
 
 
 def count_params(module: nn.Module) -> dict[str, int]:

@@ -21,10 +21,11 @@ from diffusers_ddpm_ext.training.checkpoints import (
     set_aside,
     set_aside_newer,
 )
-from diffusers_ddpm_ext.training.errors import ConfigError
+from diffusers_ddpm_ext.training.errors import ConfigError, warn
+from diffusers_ddpm_ext.training.flags import OPTIONS
 from diffusers_ddpm_ext.training.manifest import Checkpoint, DamagedCheckpoint, NewerCheckpoint, verify
 from diffusers_ddpm_ext.training.processes import same_fate
-from diffusers_ddpm_ext.training.records import METRICS, warn
+from diffusers_ddpm_ext.training.records import METRICS
 from diffusers_ddpm_ext.training.run import Run
 from diffusers_ddpm_ext.training.snapshot import Progress, Snapshot
 
@@ -176,9 +177,13 @@ def differing(own: Mapping[str, Any], held: Mapping[str, Any]) -> list[str]:
         One phrase an option.
     """
     names = [*own, *(name for name in held if name not in own)]
-    return [
-        f"--{name} is {own.get(name)} and was {held.get(name)}" for name in names if own.get(name) != held.get(name)
-    ]
+    # A checkpoint of an older version does not know an option that is new; its run was one with the default.
+    was = {name: held[name] if name in held else _default(name) for name in names}
+    return [f"--{name} is {own.get(name)} and was {was[name]}" for name in names if own.get(name) != was[name]]
+
+
+def _default(name: str) -> Any:
+    return OPTIONS[name].default if name in OPTIONS else None
 
 
 def _is_finished(run: Run, snapshot: Snapshot | None) -> bool:
@@ -208,6 +213,7 @@ def _go_on(run: Run, progress: Progress) -> None:
     run.todo = list(progress.records.get("todo", []))
     run.stopped_early = bool(progress.records.get("stopped_early", False))
     run.metrics_size = int(progress.records.get("metrics_size", 0))
+    run.recoveries = int(progress.records.get("recoveries", 0))
     if run.monitor is not None and progress.monitor is not None:
         run.monitor.load_state_dict(progress.monitor)
 
@@ -231,6 +237,11 @@ def progress_of(run: Run, metrics_size: int) -> Progress:
         world_size=run.accelerator.num_processes,
         config=identity(run),
         data_fingerprint=run.data.fingerprint,
-        records={"metrics_size": metrics_size, "todo": run.todo, "stopped_early": run.stopped_early},
+        records={
+            "metrics_size": metrics_size,
+            "todo": run.todo,
+            "stopped_early": run.stopped_early,
+            "recoveries": run.recoveries,
+        },
         monitor=None if run.monitor is None else run.monitor.state_dict(),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,19 +15,30 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from diffusers_ddpm_ext.ema import LitEMA
+from diffusers_ddpm_ext.shards import is_sharded
 from diffusers_ddpm_ext.training.build import Parts, build_ema, build_parts, refusing
 from diffusers_ddpm_ext.training.config import TrainConfig
 from diffusers_ddpm_ext.training.data import ImageData, load_data
-from diffusers_ddpm_ext.training.errors import ConfigError
+from diffusers_ddpm_ext.training.errors import ConfigError, warn
 from diffusers_ddpm_ext.training.evaluate import Workers
 from diffusers_ddpm_ext.training.folder import take_output_dir
 from diffusers_ddpm_ext.training.lock import FolderLock
 from diffusers_ddpm_ext.training.monitor import Monitor
-from diffusers_ddpm_ext.training.optim import adamw, lr_schedule, parameter_groups
-from diffusers_ddpm_ext.training.processes import make_accelerator, same_fate, sum_over_ranks
+from diffusers_ddpm_ext.training.optim import adamw, adamw_8bit, lr_schedule, parameter_groups, scaled_rate
+from diffusers_ddpm_ext.training.processes import (
+    fsdp_was_asked_for,
+    largest_over_ranks,
+    make_accelerator,
+    same_fate,
+    sum_over_ranks,
+)
 from diffusers_ddpm_ext.training.records import LossMeter
 from diffusers_ddpm_ext.training.report import (
+    Disk,
     Plan,
+    Sizes,
+    describe_checkpoints,
+    describe_memory,
     describe_plan,
     describe_rate,
     describe_schedule,
@@ -57,6 +69,7 @@ class Run:
         todo: what the present step still calls for, in order; in every checkpoint.
         metrics_size: bytes of the metrics that belong to the run's past when it goes on.
         stopped_early: whether the monitor's patience is used up.
+        recoveries: steps in a row that were left out, or returns to the same checkpoint.
         monitor: follows the validations, None where nothing is monitored.
         last_row: numbers of the step that was read last.
         requests: what signals have asked for.
@@ -78,6 +91,7 @@ class Run:
     todo: list[str] = field(default_factory=list)
     metrics_size: int = 0
     stopped_early: bool = False
+    recoveries: int = 0
     monitor: Monitor | None = None
     last_row: dict[str, float] = field(default_factory=dict)
     requests: Requests = field(default_factory=Requests)
@@ -116,15 +130,26 @@ class Run:
         return table if isinstance(table, nn.Parameter) else None
 
     @property
+    def is_sharded(self) -> bool:
+        """Whether the network is spread over the processes, so that none can use it alone."""
+        return any(map(is_sharded, self.network))
+
+    @property
     def workers(self) -> Workers:
         """How the processes share a measurement."""
-        accelerator = self.accelerator
+        accelerator, lockstep = self.accelerator, self.is_sharded
+
+        def stopped() -> bool:
+            own = bool(self.requests.stopped_by)
+            return bool(largest_over_ranks(accelerator, int(own))) if lockstep else own
+
         return Workers(
             accelerator.process_index,
             accelerator.num_processes,
             accelerator.device,
             lambda tensor: sum_over_ranks(accelerator, tensor),
-            lambda: bool(self.requests.stopped_by),
+            stopped,
+            lockstep,
         )
 
 
@@ -149,7 +174,8 @@ def start(config: TrainConfig) -> Run:
         plan = make_plan(config, len(data.train), accelerator.num_processes)
         task = DenoisingTask(parts.denoiser, parts.objective).to(accelerator.device)
         ema = build_ema(config.ema, parts.denoiser)
-        optimizer = make_optimizer(config, parts)
+        prepare_network(config, parts.denoiser)
+        optimizer = make_optimizer(config, parts, plan)
         with refusing("--lr_scheduler"):
             optim = config.optim
             lr_scheduler = lr_schedule(
@@ -160,7 +186,37 @@ def start(config: TrainConfig) -> Run:
     run = Run(config, accelerator, data, parts, plan, wrapped, optimizer, lr_scheduler, ema)
     with same_fate(accelerator):
         run.monitor = make_monitor(run)
+    if fsdp_was_asked_for() and not run.is_sharded and accelerator.is_main_process:
+        warn(
+            f"FSDP was asked for, but Accelerate made {engine(run)} of it: it has no FSDP on {accelerator.device.type}"
+        )
     return run
+
+
+def prepare_network(config: TrainConfig, denoiser: UNet2DModel) -> None:
+    """Say how the network computes: activations kept or not, compiled or not.
+
+    Args:
+        config: as parsed.
+        denoiser: on its final device; its weights and their names stay.
+
+    Raises:
+        ConfigError: it cannot, or nothing can be compiled here.
+    """
+    if config.loop.gradient_checkpointing:
+        with refusing("--gradient_checkpointing"):
+            denoiser.enable_gradient_checkpointing()
+    if config.loop.torch_compile:
+        with refusing("--torch_compile"):  # a missing compiler shows here, not in the first step
+            torch.compile(torch.neg)(torch.zeros(2, device=denoiser.device))
+        denoiser.compile()  # in place: no wrapper, whose name would be in every checkpoint
+
+
+def engine(run: Run) -> str:
+    """What spreads the work over the processes."""
+    if run.is_sharded:
+        return "FSDP2"
+    return "DDP" if run.plan.processes > 1 else "one process"
 
 
 def metrics(run: Run) -> list[str]:
@@ -218,15 +274,19 @@ def make_plan(config: TrainConfig, images: int, processes: int) -> Plan:
     return Plan(loop.train_batch_size, loop.gradient_accumulation_steps, processes, steps, images)
 
 
-def make_optimizer(config: TrainConfig, parts: Parts) -> torch.optim.Optimizer:
+def make_optimizer(config: TrainConfig, parts: Parts, plan: Plan) -> torch.optim.Optimizer:
     """AdamW over the network and, in a group of its own, the log-variances.
 
     Args:
         config: as parsed.
         parts: on their final device.
+        plan: whose effective batch may scale the rate.
 
     Returns:
         The optimizer.
+
+    Raises:
+        ConfigError: it is not to be had here.
     """
     optim = config.optim
     groups = parameter_groups(
@@ -235,7 +295,10 @@ def make_optimizer(config: TrainConfig, parts: Parts) -> torch.optim.Optimizer:
         optim.adam_weight_decay,
         config.objective.logvar_learning_rate,
     )
-    return adamw(groups, optim.learning_rate, (optim.adam_beta1, optim.adam_beta2), optim.adam_epsilon)
+    rate = scaled_rate(optim.learning_rate, optim.lr_scaling, plan.effective_batch)
+    make = adamw_8bit if optim.use_8bit_adam else adamw
+    with refusing("--use_8bit_adam" if optim.use_8bit_adam else ""):
+        return make(groups, rate, (optim.adam_beta1, optim.adam_beta2), optim.adam_epsilon)
 
 
 def describe(run: Run) -> str:
@@ -254,20 +317,48 @@ def describe(run: Run) -> str:
         loss += f", min-SNR {objective.snr_gamma:g}"
     if objective.original_elbo_weight:
         loss += f", {objective.original_elbo_weight:g} x {objective.elbo_weights} ELBO"
-    rate = describe_rate(config.optim, objective.logvar_learning_rate if objective.learn_logvar else None)
+    rate = describe_rate(config.optim, run.plan, objective.logvar_learning_rate if objective.learn_logvar else None)
     threads = torch.get_num_threads()
-    device = f"{run.accelerator.device.type}, precision {run.accelerator.mixed_precision}"
+    device = f"{run.accelerator.device.type}, {engine(run)}, precision {run.accelerator.mixed_precision}"
+    loop = config.loop
+    computing = [name for name in ("gradient_checkpointing", "torch_compile") if getattr(loop, name)]
+    average = f"{ema.ema_decay:g}, every {ema.ema_every.replace('_', '-')}" if ema.use_ema else "off"
     rows = [
         ("data", run.data.description),
         ("schedule", describe_schedule(config.schedule)),
         ("loss", loss),
         ("learning rate", rate),
-        ("EMA", f"{ema.ema_decay:g}" if ema.use_ema else "off"),
+        ("EMA", average),
         ("parameters", f"{sum(parameter.numel() for parameter in run.network):,}"),
-        ("device", f"{device}, {threads} thread{'s' if threads > 1 else ''}"),
+        ("memory", describe_memory(sizes_of(run), run.plan.processes if run.is_sharded else 1)),
+        ("device", ", ".join([f"{device}, {threads} thread{'s' if threads > 1 else ''}", *computing])),
         ("output", str(run.folder or config.output.output_dir or "a fresh folder")),
+        ("checkpoints", describe_checkpoints(disk_of(run))),
     ]
     return f"{parameter_table(run.denoiser)}\n{describe_plan(run.plan, rows)}"
+
+
+def sizes_of(run: Run) -> Sizes:
+    """Bytes of a run's state; activations, which depend on the batch, not counted."""
+    parameters = [*run.network, *([] if run.logvar is None else [run.logvar])]
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    moments = 2 * sum(parameter.numel() for parameter in parameters) if run.config.optim.use_8bit_adam else 2 * weights
+    average = 0 if run.ema is None else sum(s.numel() * s.element_size() for s in run.ema.shadow.values())
+    return Sizes(weights, moments, average)
+
+
+def disk_of(run: Run) -> Disk:
+    """What a run's checkpoints take of the disk, and what is free there."""
+    options, plan = run.config.checkpoint, run.plan
+    every = options.checkpointing_steps
+    written = 1 + (0 if every is None else (plan.steps - 1) // every)
+    kept = written if options.checkpoints_total_limit is None else min(written, options.checkpoints_total_limit)
+    best = 0 if run.monitor is None else run.config.monitoring.save_top_k
+    folder = Path(run.folder or run.config.output.output_dir or ".").absolute()
+    while not folder.exists():
+        folder = folder.parent
+    sizes = sizes_of(run)
+    return Disk(sizes.weights + sizes.optimizer + sizes.average, kept + best, shutil.disk_usage(folder).free)
 
 
 def take_folder(run: Run) -> Path:

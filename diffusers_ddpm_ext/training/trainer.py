@@ -14,26 +14,23 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from accelerate.utils import gather_object
-from torch import Tensor
 from tqdm.auto import tqdm
 
-from diffusers_ddpm_ext.training import keys
 from diffusers_ddpm_ext.training.clock import Asked, Clock
 from diffusers_ddpm_ext.training.config import TrainConfig
 from diffusers_ddpm_ext.training.data import Batch, stream
-from diffusers_ddpm_ext.training.errors import Interrupted, RunError
+from diffusers_ddpm_ext.training.errors import Interrupted, RunError, warn
 from diffusers_ddpm_ext.training.evaluate import score, validation_draws
 from diffusers_ddpm_ext.training.export import save_pipeline
 from diffusers_ddpm_ext.training.gallery import SAMPLES, draw_data, draw_end, draw_samples
-from diffusers_ddpm_ext.training.keeping import keep, keep_best, mark_finished
-from diffusers_ddpm_ext.training.optim import clip_gradients
-from diffusers_ddpm_ext.training.processes import largest_over_ranks, leave_silently, mean_over_ranks, was_launched
-from diffusers_ddpm_ext.training.records import METRICS, Records, StepRecord, first_nonfinite, warn
+from diffusers_ddpm_ext.training.keeping import keep, keep_best, mark_finished, take_pipeline
+from diffusers_ddpm_ext.training.nonfinite import give_up, recover
+from diffusers_ddpm_ext.training.processes import largest_over_ranks, mean_over_ranks, was_launched
+from diffusers_ddpm_ext.training.records import METRICS, Records, first_nonfinite
 from diffusers_ddpm_ext.training.resume import resume
 from diffusers_ddpm_ext.training.run import Run, describe, start, take_folder
 from diffusers_ddpm_ext.training.signals import die_with_parent, listening
+from diffusers_ddpm_ext.training.step import train_step
 
 PROJECT = "diffusers-ddpm-ext"
 
@@ -89,6 +86,8 @@ def carry_out(run: Run, began: float) -> None:
     records = open_records(run)
     if run.step == 0:
         spared(run, draw_data)
+        if run.config.loop.on_nonfinite == "rollback":
+            keep(run, records)  # or there would be nothing to go back to before the first checkpoint
     try:
         fit(run, records, Clock(run, began))
     except Halt as halt:
@@ -144,11 +143,16 @@ def fit(run: Run, records: Records, clock: Clock) -> None:
         Halt: it is asked to stop; a checkpoint has been written.
     """
     batches = open_batches(run)
+    rolling = run.config.loop.on_nonfinite == "rollback"
     run.task.train()
     with records.watch.stopped():
         catch_up(run, records, clock)
     while run.step < run.plan.steps and not run.stopped_early:
-        train_step(run, batches)
+        applied = train_step(run, batches)
+        if not applied:
+            recover(run)
+        elif not rolling:
+            run.recoveries = 0
         records.bar.update()
         asked = clock.asked()
         now = due(run, asked)
@@ -158,6 +162,8 @@ def fit(run: Run, records: Records, clock: Clock) -> None:
         with records.watch.stopped():
             if now.checkpoint:
                 kept = keep(run, records)
+                if kept and applied:
+                    run.recoveries = 0
                 if asked.stops:
                     raise Halt(asked.signal, kept)
             catch_up(run, records, clock)
@@ -181,68 +187,6 @@ def catch_up(run: Run, records: Records, clock: Clock) -> None:
         asked = clock.asked()
         if asked.stops:
             raise Halt(asked.signal, keep(run, records))
-
-
-def train_step(run: Run, batches: Iterator[Batch]) -> None:
-    """One optimizer step over all micro-batches.
-
-    Args:
-        run: its step is one higher afterwards.
-        batches: this process's micro-batches.
-    """
-    accelerator, device = run.accelerator, run.accelerator.device
-    outputs, timesteps, grad_norm = [], [], None
-    for micro in range(run.plan.accumulation):
-        batch = next(batches)
-        t, noise = keys.sample_draws(
-            run.seed, run.step, batch.positions, batch.pixels.shape[1:], run.num_train_timesteps
-        )
-        seed_dropout(run, micro)
-        with accelerator.accumulate(run.task):
-            output = run.task(batch.pixels, noise.to(device, non_blocking=True), t.to(device, non_blocking=True))
-            accelerator.backward(output.loss)
-            if accelerator.sync_gradients:
-                grad_norm = clip(run)
-            run.optimizer.step()
-            run.optimizer.zero_grad()
-        outputs.append(output)
-        timesteps.append(t)
-    learning_rate = float(run.lr_scheduler.get_last_lr()[0])
-    run.lr_scheduler.step()
-    if run.ema is not None:
-        run.ema.step(run.denoiser)
-    run.step += 1
-    run.meter.add(run.step, learning_rate, outputs, timesteps, grad_norm)
-
-
-def seed_dropout(run: Run, micro: int) -> None:
-    """Make dropout a function of the seed, the step, the micro-batch and the process.
-
-    Args:
-        run: before a forward pass.
-        micro: number of the micro-batch in its step.
-    """
-    number = keys.key(keys.DROPOUT, run.seed, run.step, micro, run.accelerator.process_index)
-    if run.accelerator.device.type == "cpu":
-        torch.default_generator.manual_seed(number)  # torch.manual_seed looks for every kind of device each time
-    else:
-        torch.manual_seed(number)
-
-
-def clip(run: Run) -> Tensor:
-    """Limit the gradients, the network's and the log-variances' apart: one must not shrink the other's steps.
-
-    Args:
-        run: after the last backward pass of a step.
-
-    Returns:
-        The norm of the network's gradient before, on its device.
-    """
-    run.accelerator.unscale_gradients()
-    max_norm = run.config.optim.max_grad_norm
-    if run.logvar is not None:
-        clip_gradients([run.logvar], max_norm)
-    return clip_gradients(run.network, max_norm)
 
 
 END = ("model", "validation", "end")
@@ -318,21 +262,43 @@ def open_records(run: Run) -> Records:
     Returns:
         The records of this process; only the first one's write anything.
     """
-    accelerator, config = run.accelerator, run.config
+    accelerator, config, down = run.accelerator, run.config, False
     if accelerator.log_with:
         accelerator.project_configuration.logging_dir = str(run.taken_folder / config.output.logging_dir)
         flat = config.to_flat_dict().items()
         plain = {name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in flat}
-        accelerator.init_trackers(PROJECT, config=plain)
+        down = start_tracker(run, plain)
     bar = tqdm(total=run.plan.steps, initial=run.step, unit="step", disable=not accelerator.is_main_process)
     records = Records(run.taken_folder, accelerator.log, run.logvar is not None, run.plan.effective_batch, bar)
+    records.tracker_is_down = down
     if accelerator.is_main_process:
         records.start(run.metrics_size)
     return records
 
 
+def start_tracker(run: Run, options: dict[str, bool | int | float | str]) -> bool:
+    """Connect the tracker. One that cannot be reached is named, and the run goes on without it.
+
+    Args:
+        run: it has its folder.
+        options: of the run, as trackers take them.
+
+    Returns:
+        Whether it is down.
+    """
+    try:
+        run.accelerator.init_trackers(PROJECT, config=options)
+    except Exception as error:  # a library's own; metrics.jsonl has the numbers in any case
+        what = " ".join(f"{type(error).__name__} {error}".split())
+        warn(
+            f"--report_to {run.config.output.report_to}: {what}; the run goes on without it, {METRICS} has the numbers"
+        )
+        return True
+    return False
+
+
 def read_losses(run: Run, records: Records) -> None:
-    """Write down the losses that wait on the device, and stop a run whose losses are no numbers.
+    """Write down the losses that wait on the device, and end a run whose losses are no numbers.
 
     Args:
         run: after a step at which every process calls this.
@@ -349,31 +315,8 @@ def read_losses(run: Run, records: Records) -> None:
     if accelerator.is_main_process:
         records.training(rows if broken is None else rows[: rows.index(broken)])
     if broken is not None:
-        suspects = sorted(set(gather_object(run.meter.suspects(broken.step))))
-        if not accelerator.is_main_process:
-            leave_silently(1)
         records.bar.close()
-        raise RunError(explain(run, broken, suspects))
-
-
-def explain(run: Run, broken: StepRecord, suspects: list[int]) -> str:
-    """One line on a loss that is not finite.
-
-    Args:
-        run: that broke.
-        broken: the first such step.
-        suspects: timesteps of the samples whose loss was not finite.
-
-    Returns:
-        Step, timesteps, and the options to change.
-    """
-    where = f"timesteps {', '.join(map(str, suspects[:8]))}{', ...' if len(suspects) > 8 else ''}"
-    what = f"the loss was {broken.loss}" if suspects else "the gradient was not finite"
-    optim, precision = run.config.optim, run.accelerator.mixed_precision
-    advice = f"a lower --learning_rate than {optim.learning_rate:g} or --max_grad_norm than {optim.max_grad_norm:g}"
-    if precision != "no":
-        advice += f", or --mixed_precision {'bf16' if precision == 'fp16' else 'no'}"
-    return f"step {broken.step}: {what} ({where if suspects else 'at all timesteps'}); try {advice}"
+        give_up(run, broken.step)
 
 
 def validate(run: Run, records: Records) -> bool:
@@ -430,9 +373,10 @@ def save(run: Run, records: Records) -> bool:
         RunError: the final one could not be written; on the way there it is a warning.
     """
     failure = ""
-    if run.accelerator.is_main_process:
+    networks, logvar = take_pipeline(run)
+    if networks is not None:
         try:
-            save_pipeline(run.taken_folder, run.denoiser, run.parts.scheduler, run.ema, run.logvar)
+            save_pipeline(run.taken_folder, networks, run.parts.scheduler, logvar)
         except OSError as error:
             failure = f"the pipeline could not be saved in {run.folder} ({error.strerror or error})"
     run.accelerator.wait_for_everyone()

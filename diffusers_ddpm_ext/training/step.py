@@ -1,0 +1,110 @@
+"""One optimizer step, over all its micro-batches and processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from diffusers_ddpm_ext.objective import ObjectiveOutput
+from diffusers_ddpm_ext.training import keys
+from diffusers_ddpm_ext.training.data import Batch
+from diffusers_ddpm_ext.training.optim import clip_gradients, gradient_norms
+from diffusers_ddpm_ext.training.processes import largest_over_ranks
+from diffusers_ddpm_ext.training.records import StepTrace
+from diffusers_ddpm_ext.training.run import Run
+
+
+def train_step(run: Run, batches: Iterator[Batch]) -> bool:
+    """Take one optimizer step.
+
+    Args:
+        run: its step is one higher afterwards.
+        batches: this process's micro-batches.
+
+    Returns:
+        Whether the weights moved; the same in all processes. False where ``on_nonfinite`` looks at every step and this
+        one was not finite: weights, optimizer and average are as they were, the learning rate went on.
+    """
+    accelerator, device = run.accelerator, run.accelerator.device
+    learning_rate = float(run.lr_scheduler.get_last_lr()[0])
+    each_forward = run.config.ema.ema_every == "micro_batch"
+    taken: list[tuple[ObjectiveOutput, Tensor, Tensor]] = []
+    applied = True
+    norms = torch.empty(0)
+    for micro in range(run.plan.accumulation):
+        batch = next(batches)
+        t, noise = keys.sample_draws(
+            run.seed, run.step, batch.positions, batch.pixels.shape[1:], run.num_train_timesteps
+        )
+        seed_dropout(run, micro)
+        with accelerator.accumulate(run.task):
+            output = run.task(batch.pixels, noise.to(device, non_blocking=True), t.to(device, non_blocking=True))
+            accelerator.backward(output.loss)
+            taken.append((output, batch.indices, t))
+            if accelerator.sync_gradients:
+                norms = clip(run)
+                applied = run.config.loop.on_nonfinite == "stop" or is_finite(run, [out for out, *_ in taken], norms)
+                if applied:
+                    run.optimizer.step()
+                elif accelerator.scaler is not None:
+                    accelerator.scaler.update()  # or it would take the next step for this one
+            run.optimizer.zero_grad()
+        if run.ema is not None and each_forward and applied:
+            run.ema.step(run.denoiser)
+    run.lr_scheduler.step()
+    if run.ema is not None and not each_forward and applied:
+        run.ema.step(run.denoiser)
+    run.step += 1
+    outputs, images, timesteps = (list(part) for part in zip(*taken, strict=True))
+    run.meter.add(StepTrace(run.step, learning_rate, outputs, images, timesteps, norms, applied))
+    return applied
+
+
+def seed_dropout(run: Run, micro: int) -> None:
+    """Make dropout a function of the seed, the step, the micro-batch and the process.
+
+    Args:
+        run: before a forward pass.
+        micro: number of the micro-batch in its step.
+    """
+    number = keys.key(keys.DROPOUT, run.seed, run.step, micro, run.accelerator.process_index)
+    if run.accelerator.device.type == "cpu":
+        torch.default_generator.manual_seed(number)  # torch.manual_seed looks for every kind of device each time
+    else:
+        torch.manual_seed(number)
+
+
+def clip(run: Run) -> Tensor:
+    """Limit the gradients, the network's and the log-variances' apart: one must not shrink the other's steps.
+
+    Args:
+        run: after the last backward pass of a step.
+
+    Returns:
+        The norms of the gradients of the network's parameters before, (n,), on its device.
+    """
+    run.accelerator.unscale_gradients()
+    max_norm = run.config.optim.max_grad_norm
+    if run.logvar is not None:
+        clip_gradients([run.logvar], max_norm)
+    norms = gradient_norms(run.network)
+    clip_gradients(run.network, max_norm, norms)
+    return norms
+
+
+def is_finite(run: Run, outputs: list[ObjectiveOutput], norms: Tensor) -> bool:
+    """Whether a step may move the weights; all processes enter and agree.
+
+    Args:
+        run: after the last backward pass of a step.
+        outputs: of its micro-batches.
+        norms: from `clip`; they do not count under a loss scaler, which leaves such steps out itself.
+
+    Returns:
+        Whether every loss and gradient is finite.
+    """
+    losses = torch.stack([output.loss.detach() for output in outputs])
+    values = losses if run.accelerator.scaler is not None else torch.cat([losses, norms.to(losses)])
+    return not largest_over_ranks(run.accelerator, int(not bool(torch.isfinite(values).all())))
