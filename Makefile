@@ -28,6 +28,7 @@ bench:  ## ratios against named peers; tables in benchmarks/README.md
 torture:  ## what checkpoints promise, tried for an hour
 	$(PYTHON) benchmarks/torture/faults.py
 	$(PYTHON) benchmarks/torture/kill.py
+	$(PYTHON) benchmarks/torture/signals.py
 
 floors:  ## the suite on the oldest supported diffusers, in a virtual environment of its own
 	rm -rf .venv-floors

@@ -88,6 +88,10 @@ def _dispatch(argv: list[str]) -> int:
 
 
 def _train(argv: list[str]) -> None:
+    from diffusers_ddpm_ext.training.signals import die_with_parent, was_launched
+
+    if was_launched():
+        die_with_parent()  # before the imports, which take seconds
     try:
         config = _configure(argv)
     except ConfigError:

@@ -125,14 +125,6 @@ def test_killed_again_and_again(straight, tmp_path):
     assert_same(folder, straight)
 
 
-GRID = [
-    {"gradient_accumulation_steps": accumulation, "prediction_type": prediction, "learn_logvar": logvar}
-    | {"dataloader_num_workers": workers}
-    for workers in (0, 2)
-    for accumulation in (1, 2)
-    for prediction in ("epsilon", "v_prediction")
-    for logvar in (True, False)
-]
 SPECIAL = [
     {"snr_gamma": 5.0, "random_flip": True, "dropout": 0.1, "original_elbo_weight": 0.001},
     {"lr_scheduler": "polynomial", "use_ema": False},
@@ -144,32 +136,17 @@ SPECIAL = [
         },
     },
     {"train_batch_size": 700, "random_flip": True},  # a step is half an epoch
+    {"gradient_accumulation_steps": 2, "dataloader_num_workers": 1, "ema_every": "micro_batch"},
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("options", [*SPECIAL, GRID[3]], ids=lambda options: "-".join(map(str, options.values()))[:40])
+@pytest.mark.parametrize("options", SPECIAL, ids=lambda options: "-".join(map(str, options.values()))[:40])
 def test_options_go_on_too(options, tmp_path):
     options = {"max_train_steps": 4, "save_images_steps": None} | options
     life(tmp_path / "straight", **options)
     killed(tmp_path / "run", trainer, "train_step", 4, **options)
     life(tmp_path / "run", **options)
     assert_same(tmp_path / "run", tmp_path / "straight")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("options", GRID, ids=lambda options: "-".join(map(str, options.values())))
-def test_the_grid(options, tmp_path):
-    """Workers, accumulation, prediction and logvar; killed mid-epoch, at its border, before a validation."""
-    options = {"train_batch_size": 539 // options["gradient_accumulation_steps"], "max_train_steps": 7} | options
-    life(tmp_path / "straight", **options)
-    for call in (2, 4, 7):  # three steps are an epoch of 1,617 images
-        folder = tmp_path / f"run-{call}"
-        killed(folder, trainer, "train_step", call, checkpointing_steps=1, **options)
-        life(folder, **options)
-        for name in ("metrics.jsonl", "samples.png"):
-            assert (folder / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
-        for path in (tmp_path / "straight" / "checkpoint-7").glob("*.safetensors"):
-            assert (folder / "checkpoint-7" / path.name).read_bytes() == path.read_bytes()
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

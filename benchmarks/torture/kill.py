@@ -60,9 +60,10 @@ def rows(folder: Path) -> int:
 def wait_and_kill(process: subprocess.Popen[bytes], folder: Path, draw: random.Random, aimed: bool) -> str:
     """Kill a run at a moment of its work; what was hit, or "" where the run had ended before."""
     before, patience = rows(folder), draw.random() * 2
+    leftovers = set(folder.glob(".writing-*"))  # of the former life: cleaned once this one has imported everything
     began: float | None = None
     while process.poll() is None:
-        writing = any(folder.glob(".writing-*")) if folder.is_dir() else False
+        writing = bool(set(folder.glob(".writing-*")) - leftovers)
         if began is None and (rows(folder) > before or writing):
             began = time.monotonic()
         if began is not None:
@@ -71,7 +72,7 @@ def wait_and_kill(process: subprocess.Popen[bytes], folder: Path, draw: random.R
                 time.sleep(draw.random() * 0.01 if inside else 0)
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-                return "save" if any(folder.glob(".writing-*")) else "elsewhere"
+                return "save" if set(folder.glob(".writing-*")) - leftovers else "elsewhere"
         time.sleep(0.0005)
     return ""
 
@@ -124,7 +125,8 @@ def main() -> int:
                 print(f"{mine} differs")
                 different += 1
         print(
-            f"run {runs}: {kills} kills, {saves} inside a save, {torn} torn, {backward} backward, {different} differ"
+            f"run {runs}: {kills} kills, {saves} inside a save, {torn} torn, {backward} backward, {different} differ",
+            flush=True,
         )
         shutil.rmtree(folder, ignore_errors=True)
     print(

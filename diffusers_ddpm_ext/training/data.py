@@ -463,11 +463,12 @@ def _fetch(shares: MicroBatches, requests: _Requests, num_workers: int, target: 
                 deaths = 0
                 requests = replace(requests, start_step=share.step, start_micro=share.micro + 1)
                 yield share
-        except RuntimeError as error:
-            deaths += 1
-            if isinstance(error, RunError) or num_workers == 0 or "DataLoader worker" not in str(error):
+        except (RuntimeError, OSError, EOFError) as error:
+            # Batches that a dead worker had handed on already cannot be fetched from it any more.
+            if num_workers == 0 or not ("worker (pid" in str(error) or isinstance(error, ConnectionError | EOFError)):
                 raise
-            what = " ".join(str(error).split())
+            deaths += 1
+            what = f"a worker died ({' '.join(str(error).split()) or type(error).__name__})"
             if deaths >= DEATHS_WITHOUT_A_BATCH:
                 raise RunError(
                     f"--dataloader_num_workers {num_workers}: {what}, {deaths} times without a batch; use fewer, or 0"

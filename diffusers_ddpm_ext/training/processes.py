@@ -23,6 +23,7 @@ from accelerate.utils import (
 from torch import Tensor
 
 from diffusers_ddpm_ext.training.errors import ConfigError
+from diffusers_ddpm_ext.training.signals import was_launched
 
 PATIENCE = timedelta(hours=2)
 """How long a process waits for the others: previews and the final pictures are made by the first one alone."""
@@ -31,8 +32,6 @@ SECONDS_TO_SPEAK = 10
 """A failing process that has nothing to say lives so much longer, or the launcher would end the one that speaks."""
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-
-LAUNCHERS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
 
 
 def make_accelerator(mixed_precision: str | None, accumulation: int, report_to: str) -> Accelerator:
@@ -67,6 +66,9 @@ def make_accelerator(mixed_precision: str | None, accumulation: int, report_to: 
         raise ConfigError(f"{option}: {' '.join(str(error).split())}") from error
     if tracker is not None and not accelerator.log_with:
         raise ConfigError(f"--report_to {report_to}: this tracker is not installed (`pip install {report_to}`).")
+    if (plugin := getattr(accelerator.state, "fsdp_plugin", None)) is not None:
+        # Its policy would cast the images and the noise to bfloat16 before they meet; autocast leaves them alone.
+        plugin.mixed_precision_policy = None
     if accelerator.device.type == "cpu":
         if accelerator.mixed_precision == "fp16":  # Accelerate would take it and train in float32
             raise ConfigError("--mixed_precision fp16 needs an accelerator: on a CPU say bf16, or no.")
@@ -120,11 +122,6 @@ def keep_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_THRESHOLD, 32 * 1024**2)  # the most that glibc takes
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def was_launched() -> bool:
-    """Whether ``accelerate launch`` or ``torchrun`` started this process."""
-    return any(name in os.environ for name in LAUNCHERS)
 
 
 def cores() -> int:

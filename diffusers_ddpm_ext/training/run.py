@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import DynamoBackend, broadcast_object_list
 from diffusers import UNet2DModel
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -174,7 +174,7 @@ def start(config: TrainConfig) -> Run:
         plan = make_plan(config, len(data.train), accelerator.num_processes)
         task = DenoisingTask(parts.denoiser, parts.objective).to(accelerator.device)
         ema = build_ema(config.ema, parts.denoiser)
-        prepare_network(config, parts.denoiser)
+        prepare_network(config, accelerator, parts.denoiser)
         optimizer = make_optimizer(config, parts, plan)
         with refusing("--lr_scheduler"):
             optim = config.optim
@@ -193,11 +193,12 @@ def start(config: TrainConfig) -> Run:
     return run
 
 
-def prepare_network(config: TrainConfig, denoiser: UNet2DModel) -> None:
+def prepare_network(config: TrainConfig, accelerator: Accelerator, denoiser: UNet2DModel) -> None:
     """Say how the network computes: activations kept or not, compiled or not.
 
     Args:
         config: as parsed.
+        accelerator: whose configuration may ask for a compiler; it is taken over here, for the network alone.
         denoiser: on its final device; its weights and their names stay.
 
     Raises:
@@ -206,10 +207,15 @@ def prepare_network(config: TrainConfig, denoiser: UNet2DModel) -> None:
     if config.loop.gradient_checkpointing:
         with refusing("--gradient_checkpointing"):
             denoiser.enable_gradient_checkpointing()
-    if config.loop.torch_compile:
+    plugin = accelerator.state.dynamo_plugin
+    asked = plugin.backend not in (None, DynamoBackend.NO)
+    if asked or config.loop.torch_compile:
+        how = plugin.to_kwargs() if asked else {}
+        how.pop("use_regional_compilation", None)
+        plugin.backend = DynamoBackend.NO
         with refusing("--torch_compile"):  # a missing compiler shows here, not in the first step
-            torch.compile(torch.neg)(torch.zeros(2, device=denoiser.device))
-        denoiser.compile()  # in place: no wrapper, whose name would be in every checkpoint
+            torch.compile(torch.nn.Identity(), **how)(torch.zeros(2, device=denoiser.device))
+        denoiser.compile(**how)  # in place: no wrapper, whose name would be in every checkpoint
 
 
 def engine(run: Run) -> str:

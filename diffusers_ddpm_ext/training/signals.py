@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any
 
 PR_SET_PDEATHSIG = 1
+LAUNCHERS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
 
 
 class Wish(IntEnum):
@@ -90,6 +91,11 @@ def listening() -> Iterator[Requests]:
     finally:
         for caught, handler in before.items():
             signal.signal(caught, handler)
+
+
+def was_launched() -> bool:
+    """Whether ``accelerate launch`` or ``torchrun`` started this process."""
+    return any(name in os.environ for name in LAUNCHERS)
 
 
 def die_with_parent() -> None:

@@ -25,11 +25,11 @@ from diffusers_ddpm_ext.training.export import save_pipeline
 from diffusers_ddpm_ext.training.gallery import SAMPLES, draw_data, draw_end, draw_samples
 from diffusers_ddpm_ext.training.keeping import keep, keep_best, mark_finished, take_pipeline
 from diffusers_ddpm_ext.training.nonfinite import give_up, recover
-from diffusers_ddpm_ext.training.processes import largest_over_ranks, mean_over_ranks, was_launched
+from diffusers_ddpm_ext.training.processes import largest_over_ranks, mean_over_ranks
 from diffusers_ddpm_ext.training.records import METRICS, Records, first_nonfinite
 from diffusers_ddpm_ext.training.resume import resume
 from diffusers_ddpm_ext.training.run import Run, describe, start, take_folder
-from diffusers_ddpm_ext.training.signals import die_with_parent, listening
+from diffusers_ddpm_ext.training.signals import listening
 from diffusers_ddpm_ext.training.step import train_step
 
 PROJECT = "diffusers-ddpm-ext"
@@ -50,12 +50,10 @@ def train(config: TrainConfig) -> Path | None:
         SystemExit: a signal asked to stop, with its status; a checkpoint has been written.
     """
     began = time.monotonic()
-    if was_launched():
-        die_with_parent()
     run = start(config)
     if config.loop.dry_run:
         run.accelerator.print(describe(run))
-        run.accelerator.end_training()
+        end(run)
         return None
     take_folder(run)
     try:
@@ -65,7 +63,7 @@ def train(config: TrainConfig) -> Path | None:
     finally:
         if run.lock is not None:
             run.lock.release()
-    run.accelerator.end_training()
+    end(run)
     return run.folder
 
 
@@ -94,7 +92,7 @@ def carry_out(run: Run, began: float) -> None:
         records.bar.close()
         say_how_to_go_on(run, halt)
         if halt.signal:
-            run.accelerator.end_training()
+            end(run)
             raise SystemExit(128 + halt.signal) from None
         return
     records.bar.close()
@@ -104,6 +102,14 @@ def carry_out(run: Run, began: float) -> None:
         f"The pipeline, its samples ({SAMPLES}) and its numbers ({METRICS}) are in {run.folder}; "
         f"draw from it: ddpm-ext sample {shlex.quote(str(run.folder))}"
     )
+
+
+def end(run: Run) -> None:
+    """Leave the tracker and the other processes."""
+    try:
+        run.accelerator.end_training()
+    except Exception as error:  # a tracker that was down, say; the run itself is complete
+        warn(f"--report_to {run.config.output.report_to}: {' '.join(f'{type(error).__name__} {error}'.split())}")
 
 
 class Halt(Exception):

@@ -72,8 +72,7 @@ ANSWERS = {
     "ema_power": "use --ema_decay and --ema_use_num_updates (warm-up (1 + n) / (10 + n))",
     "enable_xformers_memory_efficient_attention": "leave it out: PyTorch's own memory-efficient attention is in use",
     "preserve_input_precision": "images of more than 8 bits are not supported yet",
-    "scale_lr": "scaling the learning rate is not supported yet: give the final --learning_rate",
-    "lr_scaling": "scaling the learning rate is not supported yet: give the final --learning_rate",
+    "scale_lr": "use --lr_scaling linear",
     "validation_epochs": "use --validation_steps, in optimizer steps",
     "predict_xstart": "use --prediction_type sample",
     "use_fp16": "use --mixed_precision fp16",
@@ -86,9 +85,8 @@ ANSWERS = {
 }
 
 UNSUPPORTED = {
-    # precision, memory, scaling
-    "ema_every", "on_nonfinite", "gradient_checkpointing", "use_8bit_adam",
-    "torch_compile", "allow_tf32",
+    # precision
+    "allow_tf32",
     # publishing
     "push_to_hub", "hub_token", "hub_model_id", "hub_private_repo",
     # original checkpoints, conditioning, other objectives
