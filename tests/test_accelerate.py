@@ -8,11 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 from runs import tiny_run
+from safetensors.torch import load_file
 
 from diffusers_ddpm_ext import cli
 from diffusers_ddpm_ext.training import trainer
@@ -85,7 +87,6 @@ def test_fsdp_on_a_cpu_is_said_to_be_something_else(tmp_path, monkeypatch, capsy
     assert "cpu, one process" in told.out
 
 
-@pytest.mark.skipif("bitsandbytes" in sys.modules, reason="it is installed")
 def test_an_optimizer_that_is_not_installed_is_an_error_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
@@ -95,3 +96,21 @@ def test_an_optimizer_that_is_not_installed_is_an_error_line(tmp_path, monkeypat
     assert told.startswith("error: --use_8bit_adam")
     assert "pip install bitsandbytes" in told
     assert os.listdir(tmp_path) == []
+
+
+def test_8_bit_resumes_to_the_bit(tmp_path):
+    """Where bitsandbytes is installed; what is smaller than 4,096 numbers stays in 32 bits there."""
+    pytest.importorskip("bitsandbytes")
+    options = {"use_8bit_adam": True, "checkpointing_steps": 2, "max_train_steps": 4, "block_out_channels": [32, 64]}
+    for folder, minutes in (("straight", None), ("run", 1e-9)):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        trainer.train(tiny_run(tmp_path / folder, **options, max_train_minutes=minutes))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    trainer.train(tiny_run(tmp_path / "run", **options, resume_from_checkpoint="latest"))
+    for name in ("model", "ema", "optimizer"):
+        paths = [tmp_path / folder / "checkpoint-4" / f"{name}.safetensors" for folder in ("straight", "run")]
+        assert paths[0].read_bytes() == paths[1].read_bytes()
+    stored = load_file(paths[0])
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float32, torch.uint8}

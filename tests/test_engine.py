@@ -174,7 +174,7 @@ def test_gradient_checkpointing_changes_no_bit(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # torch's own, when its compiler loads
-@pytest.mark.parametrize("how", ["option", "accelerate"])
+@pytest.mark.parametrize("how", ["option", pytest.param("accelerate", marks=pytest.mark.slow)])
 def test_a_compiled_run_saves_the_same_names_and_resumes(how, tmp_path, monkeypatch):
     """By the option, or by a configuration of Accelerate that wraps the task."""
     options: dict[str, Any] = {"max_train_steps": 4, "checkpointing_steps": 2, "validation_steps": 0}
@@ -237,6 +237,7 @@ def test_another_number_of_processes_goes_on(whole, tmp_path):
     assert losses(tmp_path / "one") == pytest.approx(theirs, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_a_sharded_run_is_the_same_run(whole, tmp_path):
     """`fully_shard` through all of the trainer: clipping, EMA, validation, pictures, checkpoints, `best`, pipeline.
 
@@ -327,6 +328,7 @@ def test_an_image_that_becomes_unreadable(skip, tmp_path, monkeypatch, capfd):
     assert len(losses(tmp_path / "run")) == 6
 
 
+@pytest.mark.slow
 def test_one_process_that_stops_takes_the_other_with_it(tmp_path):
     """The second process cannot read an image any more: the first does not wait for it."""
     options = {"train_data_dir": str(photos(tmp_path / "photos")), "validation_fraction": 0.0}

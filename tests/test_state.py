@@ -368,3 +368,38 @@ def test_draws_depend_on_the_step():
     """The oracle of these tests would be none if every step were the same."""
     one, other = draws(0, torch.arange(4)), draws(1, torch.arange(4))
     assert not torch.equal(one[1], other[1])
+
+
+class Nesting(torch.optim.AdamW):
+    """Writes a moment into a dict of its own, as bitsandbytes does with what it quantises."""
+
+    def state_dict(self):
+        state = super().state_dict()
+        nested = {
+            number: {"step": slots["step"], "quant": {"exp_avg": slots["exp_avg"]}, "exp_avg_sq": slots["exp_avg_sq"]}
+            for number, slots in state["state"].items()
+        }
+        return state | {"state": nested}
+
+    def load_state_dict(self, state_dict):
+        flat = {
+            number: {k: v for k, v in slots.items() if k != "quant"} | slots["quant"]
+            for number, slots in state_dict["state"].items()
+        }
+        super().load_state_dict(dict(state_dict) | {"state": flat})
+
+
+def test_an_optimizer_whose_state_is_nested(tmp_path):
+    runs = [small_run(small_task()) for _ in range(2)]
+    for number, run in enumerate(runs):
+        optimizer = Nesting(run.live.optimizer.param_groups, lr=1e-3)
+        runs[number].live = replace(run.live, optimizer=optimizer, lr_scheduler=lr_schedule("constant", optimizer, 9))
+    saved, resumed = runs
+    advance(saved, 2)
+    snapshot = through_files(gather(saved.live, saved.progress), tmp_path)
+    assert "denoiser.conv_in.weight.quant/exp_avg" in snapshot.optimizer
+    advance(resumed, 1)
+    resumed.step = apply(snapshot, resumed.live).step
+    for run in runs:
+        advance(run, 2)
+    assert_same(gather(saved.live, saved.progress), gather(resumed.live, resumed.progress))

@@ -2,8 +2,8 @@
 
     python benchmarks/torture/signals.py [--times 20] [--processes 1 2] [--seed 0] [--folder FOLDER]
 
-Starts `accelerate launch training/train.py` and, in turns, `torchrun --nproc_per_node 2 training/train.py`,
-and sends SIGTERM, then in other runs SIGKILL, to the launcher alone at a random moment of the run. Ten seconds later no
+Starts `accelerate launch training/train.py`, or in turns `torchrun --nproc_per_node 2 training/train.py`, and
+sends SIGTERM, then in other runs SIGKILL, to the launcher alone at a random moment of the run. Ten seconds later no
 process of the run may be there, every checkpoint must verify, and the same line must go on. Exit status 1 otherwise.
 """
 

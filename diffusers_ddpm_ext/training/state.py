@@ -39,6 +39,7 @@ from diffusers_ddpm_ext.training.snapshot import (
 )
 
 COMPILED = "_orig_mod."
+NESTED = "/"
 IMPLEMENTATION = ("params", "foreach", "fused", "capturable", "differentiable")
 """What a group of an optimizer says about how, not what; it stays that of the device at hand."""
 
@@ -192,12 +193,33 @@ def _split_slots(state: dict[str, dict[str, Any]]) -> tuple[dict[str, Tensor], d
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, dict[str, Any]] = {}
     for name, slots in state.items():
-        for slot, value in slots.items():
+        for slot, value in _flat(slots).items():
             if isinstance(value, Tensor):
                 tensors[f"{name}.{slot}"] = value
             else:
                 numbers.setdefault(name, {})[slot] = value
     return tensors, numbers
+
+
+def _flat(slots: dict[str, Any]) -> dict[str, Any]:
+    """Slots in which bitsandbytes has put some of its own into a dict: ``outer/inner`` for those."""
+    flat: dict[str, Any] = {}
+    for slot, value in slots.items():
+        inner = {f"{slot}{NESTED}{key}": item for key, item in value.items()} if isinstance(value, dict) else None
+        flat |= {slot: value} if inner is None else inner
+    return flat
+
+
+def _nested(slots: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `_flat`."""
+    nested: dict[str, Any] = {}
+    for slot, value in slots.items():
+        outer, _, inner = slot.rpartition(NESTED)
+        if outer:
+            nested.setdefault(outer, {})[inner] = value
+        else:
+            nested[slot] = value
+    return nested
 
 
 def _groups(live: Live) -> list[dict[str, Any]]:
@@ -337,7 +359,7 @@ def _apply_optimizer(letter: _Letter, tensors: dict[str, Tensor], live: Live, ow
     for key, facts in letter.slots.items():
         name, _, slot = key.rpartition(".")
         state.setdefault(name, {})[slot] = _receive(tensors.get(key), facts, parameters[name])
-    numbered = {number: state[name] for number, name in enumerate(parameters) if name in state}
+    numbered = {number: _nested(state[name]) for number, name in enumerate(parameters) if name in state}
     groups = optimizer.state_dict()["param_groups"]
     if not own_options:
         groups = [_with_options(own, new) for own, new in zip(groups, letter.numbers.groups, strict=True)]
