@@ -33,8 +33,10 @@ from diffusers_ddpm_ext.gaussian import q_sample
 from diffusers_ddpm_ext.objective import ObjectiveOutput
 from diffusers_ddpm_ext.training import keys
 from diffusers_ddpm_ext.training.config import TrainConfig
+from diffusers_ddpm_ext.training.records import StepTrace
 from diffusers_ddpm_ext.training.run import Run, start
-from diffusers_ddpm_ext.training.trainer import clip, open_records, read_losses, seed_dropout
+from diffusers_ddpm_ext.training.step import clip, seed_dropout
+from diffusers_ddpm_ext.training.trainer import open_records, read_losses
 
 STEPS = 10  # of a round; our logging interval, so that each round reads the losses once
 MODELS: dict[str, tuple[dict[str, object], int, int]] = {
@@ -90,7 +92,7 @@ def our_step(run: Run, batch: torch.Tensor) -> Callable[[], None]:
         t, noise = keys.sample_draws(run.seed, run.step, positions, batch.shape[1:], run.num_train_timesteps)
         seed_dropout(run, 0)
         q_sample(schedule, batch, noise, t)
-        norm = clip(run)
+        norms = clip(run)
         run.optimizer.step()
         run.optimizer.zero_grad()
         learning_rate = float(run.lr_scheduler.get_last_lr()[0])
@@ -98,7 +100,7 @@ def our_step(run: Run, batch: torch.Tensor) -> Callable[[], None]:
         assert run.ema is not None
         run.ema.step(run.denoiser)
         run.step += 1
-        run.meter.add(run.step, learning_rate, [output], [t], norm)
+        run.meter.add(StepTrace(run.step, learning_rate, [output], [positions], [t], norms))
         records.bar.update()
         if run.step % run.config.output.logging_steps == 0:
             read_losses(run, records)
