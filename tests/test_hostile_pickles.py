@@ -136,3 +136,46 @@ def test_none_acts_when_a_checkpoint_is_read(tmp_path):
     assert result.returncode == 0, result.stderr
     each = 60 * len(PLANTED_NAMES)
     assert result.stdout.strip() == f"{{'stray': {each}, 'damaged': {each}, 'named': {each}}} [] []"
+
+
+STATE = """
+    import shutil, sys
+    from pathlib import Path
+    from hostile_pickles import corpus
+    from state_cases import advance, small_run, small_task
+    from diffusers_ddpm_ext.training import manifest, snapshot
+    from diffusers_ddpm_ext.training.state import gather
+
+    markers, folder = Path(sys.argv[1]), Path(sys.argv[2]) / "checkpoint-1"
+    run = small_run(small_task())
+    advance(run, 1)
+    folder.mkdir(parents=True)
+    snapshot.write(gather(run.live, run.progress), folder)
+    sound = {path.name: path.read_bytes() for path in folder.iterdir()}
+    refused = 0
+    for name in sound:
+        for hostile in corpus(markers):
+            (folder / name).write_bytes(hostile.data)
+            facts = {}
+            for path in folder.iterdir():
+                if path.name != manifest.MANIFEST:
+                    with open(path, "rb", buffering=0) as file:
+                        facts[path.name] = manifest.facts_of(file)
+            (folder / manifest.MANIFEST).write_bytes(manifest.encode_manifest(1, facts, {}))
+            manifest.verify(folder)  # its checksums are right: the one who planted it could count
+            try:
+                snapshot.read(folder)
+            except ValueError as error:
+                refused += name in str(error)
+        (folder / name).write_bytes(sound[name])
+    snapshot.read(folder)
+    print(len(sound), refused, [path.name for path in markers.iterdir()])
+    """
+
+
+def test_none_acts_when_the_state_is_read(tmp_path):
+    """Under the four names that a resumed run reads, in a checkpoint that is sound in itself: refused by name."""
+    (tmp_path / "markers").mkdir()
+    result = run_script(STATE, tmp_path / "markers", tmp_path / "run")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == f"4 {4 * 60} []"

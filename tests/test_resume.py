@@ -6,6 +6,7 @@ import errno
 import itertools
 import json
 import os
+import resource
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -344,6 +345,39 @@ def test_a_full_disk_costs_checkpoints_not_the_run(straight, tmp_path, monkeypat
     life(folder)
     assert capsys.readouterr().err.count("warning: ") == 2
     assert rows(folder) == rows(straight)
+
+
+@pytest.mark.parametrize("mended", [True, False])
+def test_files_that_the_system_cuts_off(mended, straight, tmp_path, monkeypatch, capsys):
+    """A real limit, from step 3 on: nothing above 100 kB can be written, as on a disk that is almost full."""
+    folder, unlimited = tmp_path / "run", resource.getrlimit(resource.RLIMIT_FSIZE)
+    real = trainer.train_step
+
+    def limited(run: Any, batches: Any) -> bool:
+        if run.step in (2, 6):
+            limit = 100_000 if run.step == 2 or not mended else unlimited[0]
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, unlimited[1]))
+        return real(run, batches)
+
+    monkeypatch.setattr(trainer, "train_step", limited)
+    try:
+        if mended:
+            life(folder)
+        else:
+            with pytest.raises(RunError, match="File too large"):
+                life(folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    told = capsys.readouterr().err
+    assert "checkpoint-4 could not be written (File too large)" in told
+    verify(folder / "checkpoint-2")
+    if mended:
+        assert rows(folder) == rows(straight)
+    else:
+        assert not (folder / "model_index.json").exists()
+        monkeypatch.undo()
+        life(folder, resume_from_checkpoint="latest")
+        assert_same(folder, straight)
 
 
 def test_a_final_pipeline_that_cannot_be_saved_is_an_error(tmp_path, monkeypatch):

@@ -17,9 +17,9 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,19 +85,34 @@ def write_checkpoint(
     final, draft = parent / f"checkpoint-{step}", parent / f".writing-{step}-{secrets.token_hex(4)}"
     try:
         draft.mkdir()
-        fill(draft)
+        with system_errors():
+            fill(draft)
         _seal_files(draft, step, facts or {})
         put_in_place(draft, final)
     except OSError as error:
         raise _not_written(final, error.errno, error.strerror or str(error)) from error
-    except SafetensorError as error:  # its word for a write that the system refused
-        refused = re.search(r"os error (\d+)", str(error))
-        if refused is None:
-            raise
-        raise _not_written(final, int(refused[1]), os.strerror(int(refused[1]))) from error
     finally:
         _remove(draft)
     return final
+
+
+@contextmanager
+def system_errors() -> Iterator[None]:
+    """Let a write that the system refused be an OSError, where safetensors has a word of its own for it.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        OSError: in place of a SafetensorError that tells of one.
+    """
+    try:
+        yield
+    except SafetensorError as error:
+        refused = re.search(r"os error (\d+)", str(error))
+        if refused is None:
+            raise
+        raise OSError(int(refused[1]), os.strerror(int(refused[1]))) from error
 
 
 def _not_written(final: Path, number: int | None, reason: str) -> CheckpointNotWritten:

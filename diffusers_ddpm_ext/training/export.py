@@ -16,6 +16,7 @@ from diffusers_ddpm_ext.ema import LitEMA
 from diffusers_ddpm_ext.pipeline import DDPMExtPipeline
 from diffusers_ddpm_ext.scheduler import DDPMExtScheduler
 from diffusers_ddpm_ext.shards import full, is_first, is_sharded
+from diffusers_ddpm_ext.training.checkpoints import system_errors
 
 PIPELINE_FOLDERS = ("unet", "scheduler", "logvar")
 RAW = "raw"
@@ -84,14 +85,18 @@ def save_pipeline(folder: Path, networks: Networks, scheduler: DDPMExtScheduler,
         networks: from `take_networks`.
         scheduler: of the run.
         logvar: the learned log-variances, (T,), if there are any.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written; what was there stands.
     """
     pipeline = DDPMExtPipeline(unet=networks.default, scheduler=scheduler)
     pipeline.logvar = None if logvar is None else logvar.detach().float().cpu()
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as name:
         place = Path(name)
-        pipeline.save_pretrained(place)
-        if networks.raw is not None:
-            networks.raw.save_pretrained(place / "unet", variant=RAW)
+        with system_errors():
+            pipeline.save_pretrained(place)
+            if networks.raw is not None:
+                networks.raw.save_pretrained(place / "unet", variant=RAW)
         _move_in(place, folder)
 
 
