@@ -145,8 +145,8 @@ def sum_over_ranks(accelerator: Accelerator, tensor: Tensor) -> Tensor:
 
 
 @cache
-def _cpu_group() -> dist.ProcessGroup:
-    """A group for numbers that live on the CPU: asking an accelerator for one would stall it."""
+def _cpu_group(world: dist.ProcessGroup) -> dist.ProcessGroup:
+    """A group of these processes for numbers that live on the CPU: asking an accelerator for one would stall it."""
     return dist.new_group(backend="gloo")
 
 
@@ -155,7 +155,7 @@ def largest_over_ranks(accelerator: Accelerator, number: int) -> int:
     if accelerator.num_processes == 1:
         return number
     tensor = torch.tensor(number)
-    dist.all_reduce(tensor, dist.ReduceOp.MAX, group=_cpu_group())
+    dist.all_reduce(tensor, dist.ReduceOp.MAX, group=_cpu_group(dist.group.WORLD))
     return int(tensor)
 
 
