@@ -26,6 +26,7 @@ BASE: dict[str, Any] = {
     "max_train_steps": STEPS,
     "validation_steps": 3,
     "checkpointing_steps": 1,
+    "checkpoints_total_limit": 99,  # the digits' recipe keeps two
     "save_top_k": 0,  # or the checkpoint before the validation would be replaced by the one after it
     "random_flip": True,
     "seed": 5,

@@ -14,7 +14,7 @@ from runs import losses, rows, tiny_run
 from safetensors.torch import load_file
 
 from diffusers_ddpm_ext import DDPMExtPipeline
-from diffusers_ddpm_ext.training import processes
+from diffusers_ddpm_ext.training import processes, signals
 from diffusers_ddpm_ext.training.clock import Asked
 from diffusers_ddpm_ext.training.errors import ConfigError, RunError
 from diffusers_ddpm_ext.training.run import Run, describe, start
@@ -285,7 +285,7 @@ def test_wrong_precision_for_the_machine(tmp_path: Path):
     ],
 )
 def test_a_launchers_single_thread_is_undone(monkeypatch: pytest.MonkeyPatch, environment, expected):
-    for name in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE", *processes.LAUNCHERS):
+    for name in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE", *signals.LAUNCHERS):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)

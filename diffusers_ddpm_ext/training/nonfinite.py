@@ -126,8 +126,10 @@ def report(run: Run, step: int) -> str:
     suspects = sorted({sample.timestep for _, sample in facts if not math.isfinite(sample.loss)})
     norms = run.meter.norms(step)
     if suspects:
-        where = f"timesteps {', '.join(map(str, suspects[:8]))}{', ...' if len(suspects) > 8 else ''}"
         losses = [sample.loss for _, sample in facts if not math.isfinite(sample.loss)]
+        where = f"timesteps {', '.join(map(str, suspects[:8]))}{', ...' if len(suspects) > 8 else ''}"
+        if len(losses) == len(facts):
+            where = "every sample"
         line = f"step {step}: the loss was {losses[0]} ({where})"
     else:
         first = next((name for name, norm in _by_module(run, norms) if not math.isfinite(norm)), "")
