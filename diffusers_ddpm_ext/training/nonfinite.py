@@ -129,7 +129,7 @@ def report(run: Run, step: int) -> str:
         losses = [sample.loss for _, sample in facts if not math.isfinite(sample.loss)]
         where = f"timesteps {', '.join(map(str, suspects[:8]))}{', ...' if len(suspects) > 8 else ''}"
         if len(losses) == len(facts):
-            where = "every sample"
+            where = f"every sample; {where}"
         line = f"step {step}: the loss was {losses[0]} ({where})"
     else:
         first = next((name for name, norm in _by_module(run, norms) if not math.isfinite(norm)), "")
