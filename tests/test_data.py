@@ -12,9 +12,10 @@ import torch
 from sklearn.datasets import load_digits
 
 from diffusers_ddpm_ext.training import keys
-from diffusers_ddpm_ext.training.data import ImageSet, MicroBatches, load_data, stream, unit_range
+from diffusers_ddpm_ext.training.data import ImageSet, load_data, unit_range
 from diffusers_ddpm_ext.training.options import DataOptions
 from diffusers_ddpm_ext.training.pictures import PackedImages
+from diffusers_ddpm_ext.training.stream import MicroBatches, stream
 
 DIGITS = DataOptions(resolution=(8, 8))
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 from diffusers_ddpm_ext import DDPMExtPipeline
 from diffusers_ddpm_ext.ema import LitEMA
-from diffusers_ddpm_ext.training import data, step, trainer
+from diffusers_ddpm_ext.training import data, step, stream, trainer
 from diffusers_ddpm_ext.training.errors import RunError
 
 SCRIPT = Path(__file__).parent / "run_list.py"
@@ -268,7 +268,7 @@ def test_a_sharded_run_is_the_same_run(whole, tmp_path):
 def test_a_worker_that_dies_costs_no_bit(tmp_path, monkeypatch, capfd):
     options = {"max_train_steps": 12, "dataloader_num_workers": 1, "random_flip": True, "validation_steps": 0}
     straight = train(tmp_path / "straight", **options)
-    real = data._loader
+    real = stream._loader
     workers: list[int] = []
 
     class Watched:
@@ -285,7 +285,7 @@ def test_a_worker_that_dies_costs_no_bit(tmp_path, monkeypatch, capfd):
             os.kill(workers[0], signal.SIGKILL)
         return step.train_step(run, batches)
 
-    monkeypatch.setattr(data, "_loader", lambda *arguments: Watched(real(*arguments)))
+    monkeypatch.setattr(stream, "_loader", lambda *arguments: Watched(real(*arguments)))
     monkeypatch.setattr(trainer, "train_step", killing)
     folder = train(tmp_path / "run", **options)
     assert len(workers) == 2

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from diffusers_ddpm_ext.objective import ObjectiveOutput
 from diffusers_ddpm_ext.training import keys
-from diffusers_ddpm_ext.training.data import Batch
 from diffusers_ddpm_ext.training.optim import clip_gradients, gradient_norms
 from diffusers_ddpm_ext.training.processes import largest_over_ranks
 from diffusers_ddpm_ext.training.records import StepTrace
 from diffusers_ddpm_ext.training.run import Run
+from diffusers_ddpm_ext.training.stream import Batch
 
 
 def train_step(run: Run, batches: Iterator[Batch]) -> bool:

@@ -18,7 +18,6 @@ from tqdm.auto import tqdm
 
 from diffusers_ddpm_ext.training.clock import Asked, Clock
 from diffusers_ddpm_ext.training.config import TrainConfig
-from diffusers_ddpm_ext.training.data import Batch, stream
 from diffusers_ddpm_ext.training.errors import Interrupted, RunError, warn
 from diffusers_ddpm_ext.training.evaluate import score, validation_draws
 from diffusers_ddpm_ext.training.export import save_pipeline
@@ -31,6 +30,7 @@ from diffusers_ddpm_ext.training.resume import resume
 from diffusers_ddpm_ext.training.run import Run, describe, start, take_folder
 from diffusers_ddpm_ext.training.signals import listening
 from diffusers_ddpm_ext.training.step import train_step
+from diffusers_ddpm_ext.training.stream import Batch, stream
 
 PROJECT = "diffusers-ddpm-ext"
 
