@@ -103,6 +103,8 @@ MOMENTS: dict[str, tuple[Any, str, int, bool]] = {
     "between validation and its row": (trainer, "measure", 1, False),
     "in a picture": (gallery, "preview", 2, True),
     "while the best is written": (keeping, "_export_best", 1, True),
+    "while the best of all is written": (keeping, "_export_best", 3, True),  # each of the three is better
+    "just before the best of all is written": (trainer, "keep_best_pipeline", 3, True),
     "at the end, before the pipeline": (trainer, "save_pipeline", 1, True),
     "at the end, in the last pictures": (gallery, "draw_last_samples", 1, True),
     "just before the end is noted": (trainer, "mark_finished", 1, True),

@@ -89,7 +89,9 @@ def drop(run: Run) -> None:
 
 
 def keep_best(run: Run, records: Records, verdict: Verdict) -> None:
-    """Keep a validation that is among the best: its checkpoint, and the best one's pipeline; all processes enter.
+    """Keep the checkpoint of a validation that is among the best; all processes enter.
+
+    The best one's pipeline is a task of its own, and the checkpoint says so: a run that dies in between makes it anew.
 
     Args:
         run: after a validation.
@@ -98,17 +100,34 @@ def keep_best(run: Run, records: Records, verdict: Verdict) -> None:
     """
     if not verdict.entered:
         return
+    if verdict.best:
+        run.todo = [BEST, *run.todo]
     keep(run, records)
-    best = take_pipeline(run) if verdict.best else None
-    if not run.accelerator.is_main_process:
+    if verdict.dropped is None or not run.accelerator.is_main_process:
         return
     try:
-        if verdict.dropped is not None:
-            _drop_former(run, verdict.dropped)
-        if best is not None:
-            _export_best(run, *best)
+        _drop_former(run, verdict.dropped)
     except OSError as error:
-        warn(f"{run.taken_folder / BEST} could not be written ({error.strerror or error}); the former one stands")
+        warn(f"checkpoint-{verdict.dropped} could not be deleted ({error.strerror or error})")
+
+
+def keep_best_pipeline(run: Run) -> bool:
+    """Put the pipeline of the present weights, the best so far, into the folder ``best``; all processes enter.
+
+    Args:
+        run: after the validation that was the best.
+
+    Returns:
+        True: it is done, or cannot be.
+    """
+    networks, logvar = take_pipeline(run)
+    if networks is not None:
+        try:
+            _export_best(run, networks, logvar)
+        except OSError as error:
+            warn(f"{run.taken_folder / BEST} could not be written ({error.strerror or error}); the former one stands")
+    run.accelerator.wait_for_everyone()
+    return True
 
 
 def _drop_former(run: Run, step: int) -> None:
@@ -131,9 +150,9 @@ def take_pipeline(run: Run) -> tuple[Networks | None, Tensor | None]:
     return take_networks(run.denoiser, run.ema), None if run.logvar is None else full(run.logvar.detach())
 
 
-def _export_best(run: Run, networks: Networks | None, logvar: Tensor | None) -> None:
+def _export_best(run: Run, networks: Networks, logvar: Tensor | None) -> None:
     folder, monitor = run.taken_folder, run.monitor
-    if monitor is None or monitor.best is None or networks is None:
+    if monitor is None or monitor.best is None:
         return
     draft = folder / f".writing-{run.step}-{secrets.token_hex(4)}"
     draft.mkdir()

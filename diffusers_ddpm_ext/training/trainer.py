@@ -22,11 +22,11 @@ from diffusers_ddpm_ext.training.errors import Interrupted, RunError, warn
 from diffusers_ddpm_ext.training.evaluate import score, validation_draws
 from diffusers_ddpm_ext.training.export import save_pipeline
 from diffusers_ddpm_ext.training.gallery import SAMPLES, draw_data, draw_end, draw_samples
-from diffusers_ddpm_ext.training.keeping import keep, keep_best, mark_finished, take_pipeline
+from diffusers_ddpm_ext.training.keeping import keep, keep_best, keep_best_pipeline, mark_finished, take_pipeline
 from diffusers_ddpm_ext.training.nonfinite import give_up, recover
 from diffusers_ddpm_ext.training.processes import largest_over_ranks, mean_over_ranks
 from diffusers_ddpm_ext.training.records import METRICS, Records, first_nonfinite
-from diffusers_ddpm_ext.training.resume import resume
+from diffusers_ddpm_ext.training.resume import BEST, resume
 from diffusers_ddpm_ext.training.run import Run, describe, start, take_folder
 from diffusers_ddpm_ext.training.signals import listening
 from diffusers_ddpm_ext.training.step import train_step
@@ -415,6 +415,7 @@ def spared(run: Run, picture: Callable[[Run], None]) -> bool:
 
 TASKS: dict[str, Callable[[Run, Records], bool]] = {
     "validation": validate,
+    BEST: lambda run, records: keep_best_pipeline(run),
     "images": lambda run, records: spared(run, draw_samples),
     "model": save,
     "end": lambda run, records: spared(run, draw_end),
