@@ -41,7 +41,7 @@ FLOORS: list[set[str]] = [
         "training.report",
         "training.stream",
     },
-    {"training.run", "training.stream"},
+    {"training.run"},
     {"training.clock", "training.resume", "training.step"},
     {"training.keeping", "training.nonfinite"},
     {"training.gallery"},
