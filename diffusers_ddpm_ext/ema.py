@@ -7,9 +7,13 @@ and here too: 1 - 0.9999 is then 1.0001659e-4, not 1e-4.
 
 from __future__ import annotations
 
+import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -251,3 +255,55 @@ def _checked_decay(decay: Any) -> float:
     if not 0 <= decay <= 1:
         raise ValueError(f"decay={decay!r} must lie in [0, 1]; the usual value is 0.9999.")
     return float(decay)
+
+
+FACTS_NAME = "ema.json"
+FACTS_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class EmaFacts:
+    """What a pipeline's folder says of the average that its default weights are.
+
+    Attributes:
+        decay: the limit of the decay.
+        num_updates: number of updates; -1 without a warm-up of the decay, as in the original.
+    """
+
+    decay: float
+    num_updates: int
+
+
+def save_ema_facts(folder: str | os.PathLike[str], facts: EmaFacts) -> None:
+    """Write ``ema.json`` into a pipeline's folder.
+
+    Args:
+        folder: it exists.
+        facts: of the average.
+    """
+    content = {"format": FACTS_FORMAT, "decay": facts.decay, "num_updates": facts.num_updates}
+    Path(folder, FACTS_NAME).write_text(json.dumps(content) + "\n", encoding="utf-8")
+
+
+def load_ema_facts(folder: str | os.PathLike[str]) -> EmaFacts | None:
+    """Read ``ema.json`` of a pipeline's folder.
+
+    Args:
+        folder: of a pipeline.
+
+    Returns:
+        What it says; None without such a file.
+
+    Raises:
+        ValueError: it is damaged or of another format.
+    """
+    path = Path(folder, FACTS_NAME)
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["format"] != FACTS_FORMAT:
+            raise ValueError(f'it says "format": {content["format"]}, this version reads {FACTS_FORMAT}')
+        return EmaFacts(_checked_decay(content["decay"]), int(content["num_updates"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read: {error!r}") from error

@@ -12,7 +12,7 @@ from accelerate import init_empty_weights
 from diffusers import UNet2DModel
 from torch import Tensor
 
-from diffusers_ddpm_ext.ema import LitEMA
+from diffusers_ddpm_ext.ema import EmaFacts, LitEMA, save_ema_facts
 from diffusers_ddpm_ext.pipeline import DDPMExtPipeline
 from diffusers_ddpm_ext.scheduler import DDPMExtScheduler
 from diffusers_ddpm_ext.shards import full, is_first, is_sharded
@@ -29,10 +29,12 @@ class Networks:
     Attributes:
         default: what the pipeline samples with: the EMA weights, or the raw ones where there is no average.
         raw: the raw weights; None where they are the default.
+        facts: decay and updates of the average; None where there is none.
     """
 
     default: UNet2DModel
     raw: UNet2DModel | None
+    facts: EmaFacts | None = None
 
 
 @torch.no_grad()
@@ -54,7 +56,8 @@ def take_networks(denoiser: UNet2DModel, ema: LitEMA | None) -> Networks | None:
     if ema is None:
         return Networks(_network(denoiser, raw), None)
     average = {name: tensor.to(raw[name].dtype) for name, tensor in average.items()}
-    return Networks(_network(denoiser, raw | average), _network(denoiser, raw))
+    facts = EmaFacts(ema.decay, ema.num_updates)
+    return Networks(_network(denoiser, raw | average), _network(denoiser, raw), facts)
 
 
 def _whole(tensor: Tensor) -> Tensor:
@@ -97,6 +100,8 @@ def save_pipeline(folder: Path, networks: Networks, scheduler: DDPMExtScheduler,
             pipeline.save_pretrained(place)
             if networks.raw is not None:
                 networks.raw.save_pretrained(place / "unet", variant=RAW)
+            if networks.facts is not None:
+                save_ema_facts(place, networks.facts)
         _move_in(place, folder)
 
 

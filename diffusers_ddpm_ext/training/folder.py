@@ -17,8 +17,8 @@ RUNS = Path("runs")
 OURS = ("config.yaml", LOCK)  # a folder with one of these is a run's; an interrupted start may leave the lock alone
 PRODUCTS = (
     "config.yaml", "metrics.jsonl", "timing.jsonl", "samples", "samples.png", "loss.png", "logvar.png",
-    "model_index.json", "unet", "scheduler", "logvar", "finished.json", "best", "checkpoint-*", ".writing-*",
-    ".deleting-*", ".replaced-*", ".saving-*",
+    "model_index.json", "unet", "scheduler", "logvar", "ema.json", "finished.json", "best", "checkpoint-*",
+    ".writing-*", ".deleting-*", ".replaced-*", ".saving-*",
 )  # fmt: skip
 
 
