@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from diffusers_ddpm_ext.pipeline import DDPMExtPipeline, DDPMExtPipelineOutput
     from diffusers_ddpm_ext.schedule import NoiseSchedule
     from diffusers_ddpm_ext.scheduler import DDPMExtScheduler
+    from diffusers_ddpm_ext.unet import UNet2DExtModel
 
 __all__ = [
     "DDPMExtPipeline",
@@ -35,6 +36,7 @@ __all__ = [
     "LitEMA",
     "NoiseSchedule",
     "ObjectiveOutput",
+    "UNet2DExtModel",
     "__version__",
 ]
 
@@ -49,10 +51,11 @@ _ROOMS = {
     "LitEMA": "ema",
     "NoiseSchedule": "schedule",
     "ObjectiveOutput": "objective",
+    "UNet2DExtModel": "unet",
 }
 # Diffusers finds a class of ours by its name in its own namespace: when a saved folder names it, when a scheduler
 # lists what it is compatible with.
-_KNOWN_TO_DIFFUSERS = ("DDPMExtPipeline", "DDPMExtScheduler")
+_KNOWN_TO_DIFFUSERS = ("DDPMExtPipeline", "DDPMExtScheduler", "UNet2DExtModel")
 
 
 def __getattr__(name: str) -> Any:

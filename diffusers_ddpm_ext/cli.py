@@ -1,4 +1,4 @@
-"""The command line: `ddpm-ext train` and `ddpm-ext sample`.
+"""The command line: `ddpm-ext train`, `sample`, `convert` and `convert-config`.
 
 A user's mistake is one `error:` line and status 2; a run that could not go on is one line and status 1. Anything else
 that goes wrong is ours, and shows its traceback.
@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 USAGE = """usage: ddpm-ext COMMAND [options]
 
 commands:
-  train     train a diffusion model on images (with no option: on handwritten digits) and save it as a pipeline
-  sample    draw images from a saved pipeline
+  train            train a diffusion model on images (with no option: on handwritten digits), save it as a pipeline
+  sample           draw images from a saved pipeline
+  convert          original checkpoints (CompVis, OpenAI) to pipelines, and back
+  convert-config   a CompVis YAML file to a configuration of `ddpm-ext train`
 
   ddpm-ext COMMAND --help    every option of a command
   ddpm-ext --version
@@ -74,7 +76,12 @@ def _tell(error: object) -> None:
 
 
 def _dispatch(argv: list[str]) -> int:
-    commands: dict[str, Callable[[list[str]], None]] = {"train": _train, "sample": _sample}
+    commands: dict[str, Callable[[list[str]], None]] = {
+        "train": _train,
+        "sample": _sample,
+        "convert": _convert,
+        "convert-config": _convert_config,
+    }
     if argv and argv[0] in ("-h", "--help", "help"):
         sys.stdout.write(USAGE)
     elif argv and argv[0] == "--version":
@@ -83,7 +90,7 @@ def _dispatch(argv: list[str]) -> int:
         commands[argv[0]](argv[1:])
     else:
         got = f"got {argv[0]!r}: " if argv else ""
-        raise ConfigError(f"{got}the commands are {' and '.join(commands)}; see ddpm-ext --help")
+        raise ConfigError(f"{got}the commands are {', '.join(commands)}; see ddpm-ext --help")
     return 0
 
 
@@ -128,6 +135,18 @@ def _sample(argv: list[str]) -> None:
     from diffusers_ddpm_ext.sample_command import parse_sample_args, sample
 
     sys.stdout.write(sample(parse_sample_args(argv)) + "\n")
+
+
+def _convert(argv: list[str]) -> None:
+    from diffusers_ddpm_ext.convert_command import convert, parse_convert_args
+
+    sys.stdout.write(convert(parse_convert_args(argv)) + "\n")
+
+
+def _convert_config(argv: list[str]) -> None:
+    from diffusers_ddpm_ext.convert_config_command import convert_config, parse_convert_config_args
+
+    sys.stdout.write(convert_config(parse_convert_config_args(argv)) + "\n")
 
 
 if __name__ == "__main__":

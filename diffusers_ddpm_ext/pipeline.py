@@ -9,37 +9,25 @@ Source: [DDPM] Ho et al. 2020, algorithm 2.
 from __future__ import annotations
 
 import inspect
-import json
-import logging
 import math
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import diffusers
 import numpy as np
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UNet2DModel
+from diffusers import DDPMScheduler, ImagePipelineOutput, SchedulerMixin, UNet2DConditionModel, UNet2DModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils.torch_utils import randn_tensor
-from huggingface_hub import upload_folder
 from torch import Tensor
 
-from diffusers_ddpm_ext.layout import (
-    LEARNED_VARIANCES,
-    fetch_logvar,
-    has_logvar,
-    is_ours_only,
-    reads_variance,
-    remove_logvar,
-    stock_words,
-)
-from diffusers_ddpm_ext.logvar import FOLDER, load_logvar, save_logvar
+from diffusers_ddpm_ext.conditioning import Join
+from diffusers_ddpm_ext.guidance import Given, Labels, Model, make_guidance
+from diffusers_ddpm_ext.layout import LEARNED_VARIANCES, reads_variance
+from diffusers_ddpm_ext.pipeline_files import PipelineFiles
 from diffusers_ddpm_ext.scheduler import DDPMExtScheduler
-
-logger = logging.getLogger(__name__)
+from diffusers_ddpm_ext.unet import UNet2DExtModel
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -62,24 +50,47 @@ class DDPMExtPipelineOutput(ImagePipelineOutput):
     pred_x0: list[Tensor] | None = None
 
 
-class DDPMExtPipeline(DiffusionPipeline):
-    """Draws images from an unconditional diffusion model ([DDPM] algorithm 2), step by step as CompVis' ``DDPM``.
+class DDPMExtPipeline(PipelineFiles):
+    """Draws images from a diffusion model ([DDPM] algorithm 2), step by step as CompVis' ``DDPM``.
 
     Args:
-        unet: network from (B, C, H, W) and a step to (B, C, H, W), or to (B, 2C, H, W) with learned variances.
+        unet: network from (B, C, H, W) and a step to (B, C, H, W), or to (B, 2C, H, W) with learned variances. One
+            that is fed concatenated inputs becomes a `UNet2DExtModel`, which stock Diffusers refuses: it would sample
+            it without them, and without an error.
         scheduler: any Diffusers scheduler. A plain ``DDPMScheduler`` becomes a `DDPMExtScheduler` with its config,
             here and whenever one is assigned to ``pipeline.scheduler``; other classes stay what they are.
+        conditioning_key: how conditions reach the network (`diffusers_ddpm_ext.conditioning`); None: there are none.
+        use_positional_encodings: whether the network's last two input channels are the pixels' coordinates.
+        null_class_label: the class that stands for none, in guidance.
     """
 
     model_cpu_offload_seq = "unet"
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents", "model_output"]
 
-    def __init__(self, unet: UNet2DModel, scheduler: SchedulerMixin) -> None:
+    def __init__(
+        self,
+        unet: UNet2DModel | UNet2DConditionModel,
+        scheduler: SchedulerMixin,
+        conditioning_key: str | None = None,
+        use_positional_encodings: bool = False,
+        null_class_label: int | None = None,
+    ) -> None:
         super().__init__()
         self._logvar: Tensor | None = None
+        self._class_embedder: Tensor | None = None
         self._num_timesteps = 0
         self._interrupt = False
+        self._join = Join(conditioning_key, use_positional_encodings)
+        if self._join.widens_input and type(unet) is UNet2DModel:
+            unet = UNet2DExtModel.of(unet)
         self.register_modules(unet=unet, scheduler=as_ours(scheduler))
+        said = {
+            "conditioning_key": conditioning_key,
+            "use_positional_encodings": use_positional_encodings or None,
+            "null_class_label": null_class_label,
+        }
+        # What is not said leaves no trace, so that an unconditional folder is a stock one.
+        self.register_to_config(**{name: value for name, value in said.items() if value is not None})
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Assign, and turn a stock scheduler into ours on the way."""
@@ -109,6 +120,24 @@ class DDPMExtPipeline(DiffusionPipeline):
         self._logvar = table
 
     @property
+    def class_embedder(self) -> Tensor | None:
+        """What turns class labels into ``encoder_hidden_states``: (num_classes, dim), float32, CPU, or None."""
+        return self._class_embedder
+
+    @class_embedder.setter
+    def class_embedder(self, table: Tensor | None) -> None:
+        if table is not None:
+            table = torch.as_tensor(table).detach().to(device="cpu", dtype=torch.float32, copy=True)
+            width = self.unet.config.get("cross_attention_dim")
+            if table.ndim != 2 or table.shape[1] != width:
+                raise ValueError(
+                    f"class_embedder has shape {tuple(table.shape)}; it must be (num_classes, {width}), as wide as "
+                    "the network's cross attention."
+                )
+            _check_finite(table, "class_embedder")
+        self._class_embedder = table
+
+    @property
     def num_timesteps(self) -> int:
         """Number of steps of the last call."""
         return self._num_timesteps
@@ -134,11 +163,19 @@ class DDPMExtPipeline(DiffusionPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         latents: Tensor | None = None,
         timesteps: Sequence[int] | None = None,
+        class_labels: Labels | None = None,
+        concat_inputs: Tensor | Sequence[Tensor] | None = None,
+        encoder_hidden_states: Tensor | Sequence[Tensor] | None = None,
+        guidance_scale: float = 1.0,
+        guidance_interval: tuple[float, float] | None = None,
+        negative_class_labels: Labels | None = None,
+        negative_concat_inputs: Tensor | Sequence[Tensor] | None = None,
+        negative_encoder_hidden_states: Tensor | Sequence[Tensor] | None = None,
     ) -> DDPMExtPipelineOutput | tuple[Any, ...]:
         """Draw a batch of images.
 
         Args:
-            batch_size: how many images.
+            batch_size: how many images; at 1, as many as the conditions are for.
             generator: source of all noise, or a list of them, one an image: then image i depends on generator i only,
                 whatever the batch.
             num_inference_steps: number K of steps kept of the T trained ones. None takes all T.
@@ -153,6 +190,16 @@ class DDPMExtPipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs: which tensors it gets: "latents" (the sample), "model_output".
             latents: the starting noise, (batch_size, C, H, W), standard normal, instead of a drawn one.
             timesteps: the steps to keep, descending, instead of ``num_inference_steps``.
+            class_labels: a class for all images or one an image; floating, (B, width), for a projected embedding. With
+                a ``class_embedder`` they stand for ``encoder_hidden_states``.
+            concat_inputs: (B, c, H, W), in data units, joined to the network's input; several along the channels.
+            encoder_hidden_states: (B, tokens, width) of cross attention; several are joined along the tokens.
+            guidance_scale: s of ``u + s (c - u)``, with c the network's output under the conditions and u without; 1
+                is c alone, and one call of the network instead of two.
+            guidance_interval: lowest and highest step of the chain of training at which there is guidance.
+            negative_class_labels: in place of the null class.
+            negative_concat_inputs: in place of zeros.
+            negative_encoder_hidden_states: in place of zeros, or of the null class.
 
         Returns:
             `DDPMExtPipelineOutput`, or a tuple whose first entry is the images.
@@ -160,6 +207,8 @@ class DDPMExtPipeline(DiffusionPipeline):
         Raises:
             ValueError: an argument is out of its range, the model does not fit, or the samples are not finite.
         """
+        given = Given(class_labels, concat_inputs, encoder_hidden_states)
+        batch_size = given.batch if batch_size == 1 else batch_size
         self._check_call(batch_size, output_type, log_every_t, temperature)
         generator = _check_generators(generator, batch_size)
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
@@ -168,6 +217,10 @@ class DDPMExtPipeline(DiffusionPipeline):
         shape = self._sample_shape(batch_size, output_type)
 
         device = self._execution_device
+        negative = Given(negative_class_labels, negative_concat_inputs, negative_encoder_hidden_states)
+        denoise = make_guidance(
+            self._model(device), given, negative, batch_size, float(guidance_scale), guidance_interval
+        )
         steps = self._set_timesteps(num_inference_steps, timesteps, device)
         sample = self._start(shape, generator, latents, device)
         record = _Record(log_every_t, len(steps), sample)
@@ -180,7 +233,7 @@ class DDPMExtPipeline(DiffusionPipeline):
 
         for i, t in enumerate(self.progress_bar(steps)):
             model_input = self.scheduler.scale_model_input(sample, t)
-            model_output = self.unet(model_input.to(network_dtype), t, return_dict=False)[0].to(sample.dtype)
+            model_output = denoise(model_input.to(network_dtype), t).to(sample.dtype)
             if i == 0:
                 _check_finite(model_output, "the model's first output")
             model_output = self._drop_unread_variance(model_output, sample)
@@ -203,6 +256,19 @@ class DDPMExtPipeline(DiffusionPipeline):
         output = DDPMExtPipelineOutput(self._as_images(sample, output_type), record.intermediates, record.pred_x0)
         self.maybe_free_model_hooks()
         return output if return_dict else output.to_tuple()
+
+    @property
+    def _channels(self) -> int:
+        """Channels of a sample."""
+        config = self.unet.config
+        if not self._join.widens_input:
+            return int(config.in_channels)
+        learned = self.scheduler.config.get("variance_type") in LEARNED_VARIANCES
+        return int(config.out_channels) // (2 if learned else 1)
+
+    def _model(self, device: torch.device) -> Model:
+        null = self.config.get("null_class_label")
+        return Model(self.unet, self._join, self._class_embedder, null, self._channels, device)
 
     def _check_call(
         self, batch_size: int, output_type: str | None, log_every_t: int | None, temperature: float
@@ -230,8 +296,7 @@ class DDPMExtPipeline(DiffusionPipeline):
             )
 
     def _sample_shape(self, batch_size: int, output_type: str | None) -> tuple[int, int, int, int]:
-        config = self.unet.config
-        channels, size = config.in_channels, config.sample_size
+        channels, size = self._channels, self.unet.config.sample_size
         if size is None:
             raise ValueError(
                 "The model's config has sample_size None, so the size of an image is unknown. Set it once: "
@@ -299,112 +364,6 @@ class DDPMExtPipeline(DiffusionPipeline):
         array: np.ndarray = images.cpu().permute(0, 2, 3, 1).float().numpy()
         return self.numpy_to_pil(array) if output_type == "pil" else array
 
-    # ------------------------------------------------------------------ saving and loading
-
-    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """Save to a folder that stock Diffusers opens too; takes the arguments of ``DiffusionPipeline``'s method.
-
-        Args:
-            save_directory: the folder, made if it is missing.
-            *args: as in Diffusers.
-            **kwargs: as in Diffusers; with ``push_to_hub=True`` everything travels in one commit, logvar included.
-        """
-        folder = os.fspath(save_directory)
-        if os.path.isfile(folder):
-            raise ValueError(f"save_directory is {folder}, which is a file; give a folder.")
-        # Before the components: the upload is the last thing that happens below.
-        if self._logvar is not None:
-            self.logvar = self._logvar  # the scheduler may have been replaced by one of another length
-            save_logvar(folder, self._logvar)
-        else:
-            remove_logvar(folder)
-        if is_ours_only(self.unet, self.scheduler):
-            logger.warning(
-                "Stock Diffusers cannot sample this model right (variance_type %s): the folder names DDPMExtPipeline, "
-                "and readers need diffusers-ddpm-ext.",
-                self.scheduler.config.get("variance_type"),
-            )
-        super().save_pretrained(folder, *args, **kwargs)
-
-    def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
-        """Write ``model_index.json`` in words that stock Diffusers knows."""
-        index = stock_words(json.loads(self.to_json_string()), self.unet, self.scheduler)
-        Path(json_file_path).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-    def _upload_folder(
-        self,
-        working_dir: str | os.PathLike[str],
-        repo_id: str,
-        token: str | None = None,
-        commit_message: str | None = None,
-        create_pr: bool = False,
-        subfolder: str | None = None,
-    ) -> Any:
-        """Diffusers' upload; a pipeline without a logvar also takes an older one out of the repository."""
-        return upload_folder(
-            repo_id=repo_id,
-            folder_path=os.fspath(working_dir),
-            path_in_repo=subfolder,
-            token=token,
-            commit_message=commit_message or f"Upload {type(self).__name__}",
-            create_pr=create_pr,
-            delete_patterns=[f"{FOLDER}/*"] if self._logvar is None else None,
-        )
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
-        """Load from a folder or a Hub id, saved by this class or by stock ``DDPMPipeline``.
-
-        Args:
-            pretrained_model_name_or_path: the folder or ``user/name``.
-            **kwargs: as in ``DiffusionPipeline.from_pretrained``.
-
-        Returns:
-            The pipeline, with ``logvar`` if one was saved.
-        """
-        source = os.fspath(pretrained_model_name_or_path)
-        if kwargs.get("custom_pipeline") is not None or (not os.path.isdir(source) and source.count("/") > 1):
-            return super().from_pretrained(source, **kwargs)  # another class, or a path that does not exist
-        folder = source if os.path.isdir(source) else os.fspath(cls.download(source, **kwargs))
-        pipeline = super().from_pretrained(folder, **kwargs)
-        pipeline.register_to_config(_name_or_path=source)
-        # Stock Diffusers may have cached a repository's table without its config: to us that is none (and was logged).
-        if folder == source or has_logvar(folder):
-            pipeline.logvar = load_logvar(folder)
-        return pipeline
-
-    @classmethod
-    def download(cls, pretrained_model_name: str, **kwargs: Any) -> str | os.PathLike[str]:
-        """Bring a repository into the cache, as Diffusers does, and its ``logvar/`` too.
-
-        Args:
-            pretrained_model_name: the Hub id.
-            **kwargs: as in ``DiffusionPipeline.download``.
-
-        Returns:
-            The snapshot's folder.
-        """
-        folder = super().download(pretrained_model_name, **kwargs)
-        names = ("cache_dir", "token", "local_files_only", "force_download")
-        fetch_logvar(pretrained_model_name, Path(folder).name, **{name: kwargs.get(name) for name in names})
-        return folder
-
-    @classmethod
-    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Any:
-        """Build one on another pipeline's components, sharing them.
-
-        Args:
-            pipeline: e.g. a stock ``DDPMPipeline``.
-            **kwargs: as in ``DiffusionPipeline.from_pipe``.
-
-        Returns:
-            The new pipeline; from one of ours it takes ``logvar`` along.
-        """
-        new = super().from_pipe(pipeline, **kwargs)
-        if isinstance(pipeline, DDPMExtPipeline) and isinstance(new, DDPMExtPipeline):
-            new.logvar = pipeline.logvar
-        return new
-
 
 class _Record:
     """Keeps CompVis' intermediates during one call."""
@@ -451,6 +410,6 @@ def _check_finite(values: Tensor, what: str) -> None:
         )
 
 
-for _class in (DDPMExtPipeline, DDPMExtScheduler):
+for _class in (DDPMExtPipeline, DDPMExtScheduler, UNet2DExtModel):
     # A folder that names one of ours is looked up here by Diffusers.
     setattr(diffusers, _class.__name__, _class)

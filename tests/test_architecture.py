@@ -10,13 +10,23 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "diffusers_ddpm_ext"
 FLOORS: list[set[str]] = [
     {"_version", "shards"},
-    {"schedule", "distance", "logvar", "ema", "lr_lambdas"},
+    {"schedule", "distance", "logvar", "ema", "lr_lambdas", "unet", "class_embedder"},
+    {"conditioning"},
+    {"guidance"},
     {"gaussian", "weighting", "plots", "respacing", "stock_config"},
     {"reverse"},
     {"compvis_names"},
     {"scheduler", "objective"},
     {"layout"},
+    {"pipeline_files"},
     {"pipeline"},
+    {"compvis.unpickle", "compvis.rows", "compvis.targets", "compvis.architecture"},
+    {"compvis.storages", "compvis.zips", "compvis.backwards", "compvis.names", "compvis.config", "compvis.openai"},
+    {"compvis.archive", "compvis.weights"},
+    {"compvis.contents", "compvis.recipes"},
+    {"compvis.report"},
+    {"compvis.checkpoint", "compvis.export"},
+    {"compvis.converted"},
     {"training.errors", "training.lock", "training.manifest", "training.keys", "training.signals"},
     {"training.options", "training.words", "training.checkpoints"},
     {"training.flags", "training.folder", "training.yaml_text"},
@@ -40,17 +50,18 @@ FLOORS: list[set[str]] = [
         "training.evaluate",
         "training.report",
         "training.stream",
+        "training.warm_start",
     },
     {"training.run"},
     {"training.clock", "training.resume", "training.step"},
     {"training.keeping", "training.nonfinite"},
     {"training.gallery"},
     {"training.trainer"},
-    {"sample_command"},
+    {"sample_command", "convert_command", "convert_config_command"},
     {"cli"},
 ]
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-DOORS = {"", "training"}  # __init__ files: names handed out lazily, imported by nobody inside
+DOORS = {"", "training", "compvis"}  # __init__ files: names handed out lazily, imported by nobody inside
 
 
 def rooms() -> list[str]:

@@ -82,7 +82,7 @@ def test_yaml_numbers_that_yaml_reads_as_text():
     [
         ("learnin_rate: 1\n", "did you mean learning_rate?"),
         ("parameterization: eps\n", "--prediction_type"),
-        ("ckpt_path: model.ckpt\n", "not supported yet"),
+        ("ckpt_config: model.yaml\n", "does not exist"),
         ("seed: 1\nseed: 2\n", "seed is given twice"),
         ("loop: {seed: 1}\nseed: 2\n", "given twice"),
         ("ddpm_num_steps: 5\nnum_train_timesteps: 5\n", "given twice"),

@@ -31,6 +31,7 @@ checkpointing_steps checkpointing_minutes checkpoints_total_limit resume_from_ch
 max_train_minutes monitor monitor_mode save_top_k early_stopping_patience early_stopping_min_delta
 output_dir overwrite_output_dir report_to logging_dir logging_steps save_images_epochs save_images_steps
 num_preview_images ddpm_num_inference_steps save_model_epochs
+ckpt_path ckpt_config ignore_keys load_only_unet reset_ema reset_num_ema_updates make_it_fit
 """  # a frozen surface: a name that goes is a user's broken script
 
 # what train_unconditional.py of Diffusers 0.42 says, where it has the option (its EMA is off, ours on)
@@ -82,9 +83,6 @@ STOCK_OTHERS = (
 COMPVIS = {
     "unet_config": "--model_config_name_or_path",
     "timesteps": "--num_train_timesteps",
-    "ckpt_path": "not supported yet",
-    "ignore_keys": "not supported yet",
-    "load_only_unet": "not supported yet",
     "first_stage_key": "--image_column",
     "image_size": "--resolution",
     "log_every_t": "DDPMExtPipeline",
@@ -96,14 +94,11 @@ COMPVIS = {
     "parameterization": "--prediction_type",
     "scheduler_config": "--lr_scheduler",
     "use_positional_encodings": "no effect",
-    "make_it_fit": "not supported yet",
     "ucg_training": "not supported yet",
-    "reset_ema": "not supported yet",
-    "reset_num_ema_updates": "not supported yet",
 }
 COMPVIS_SAME = (
     "monitor beta_schedule loss_type use_ema channels cosine_s original_elbo_weight l_simple_weight v_posterior"
-    " learn_logvar logvar_init"
+    " learn_logvar logvar_init ckpt_path ignore_keys load_only_unet make_it_fit reset_ema reset_num_ema_updates"
 )
 
 

@@ -26,6 +26,7 @@ PUBLIC = {
     "LitEMA",
     "NoiseSchedule",
     "ObjectiveOutput",
+    "UNet2DExtModel",
     "__version__",
 }
 

@@ -52,14 +52,15 @@ def test_what_a_run_leaves(finished: Path):
     found = {path.relative_to(finished).as_posix() for path in finished.rglob("*") if path.is_file()}
     pictures = {"inputs", "diffusion_row", "samples-6", "denoise_row-6", "loss", "logvar"}
     best = {path for path in found if path.startswith("best/")}
-    saved = {path for path in found if path.startswith(("unet/", "scheduler/", "logvar/"))} | {"model_index.json"}
+    saved = {path for path in found if path.startswith(("unet/", "scheduler/", "logvar/"))}
+    saved |= {"model_index.json", "ema.json"}
     assert {path.removeprefix("best/") for path in best} == saved | {"monitor.json"}
     checkpoints = {path for path in found if path.startswith("checkpoint-")}
     names = {path.rpartition("/")[2] for path in checkpoints}
     assert names == {"manifest.json", "state.json", *(f"{n}.safetensors" for n in ("model", "ema", "optimizer"))}
     assert found - best - checkpoints == {
-        "finished.json", "config.yaml", "metrics.jsonl", "timing.jsonl", "samples.png", "model_index.json",
-        "scheduler/scheduler_config.json", "unet/config.json", UNET, RAW,
+        "finished.json", "ema.json", "config.yaml", "metrics.jsonl", "timing.jsonl", "samples.png",
+        "model_index.json", "scheduler/scheduler_config.json", "unet/config.json", UNET, RAW,
         "logvar/config.json", "logvar/diffusion_pytorch_model.safetensors",
         *(f"samples/{name}.png" for name in pictures),
     }  # fmt: skip

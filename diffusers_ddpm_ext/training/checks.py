@@ -39,7 +39,10 @@ NEEDS: dict[str, tuple[str, Any]] = {
     "ema_decay": ("use_ema", True),
     "ema_use_num_updates": ("use_ema", True),
     "ema_every": ("use_ema", True),
+    "reset_ema": ("use_ema", True),
+    "reset_num_ema_updates": ("use_ema", True),
 }
+START = ("ckpt_config", "ignore_keys", "load_only_unet", "reset_ema", "reset_num_ema_updates", "make_it_fit")
 
 
 def check(flat: Flat, typed: Set[str]) -> None:
@@ -59,6 +62,7 @@ def check(flat: Flat, typed: Set[str]) -> None:
     _check_schedule(flat, typed)
     _check_objective(flat)
     _check_model(flat)
+    _check_start(flat, typed)
     _check_course(flat)
     _check_resume(flat, typed)
     _check_output(flat)
@@ -86,6 +90,14 @@ def _check_needs(flat: Flat, typed: Set[str]) -> None:
         if name in typed and flat[parent] != wanted:
             say = f"--{parent}" if wanted is True else f"--{parent} {wanted}"
             raise ConfigError(f"--{name} {flat[name]} has no effect without {say}: add that, or leave --{name} out")
+
+
+def _check_start(flat: Flat, typed: Set[str]) -> None:
+    for name in START:
+        if name in typed and flat[name] and flat["ckpt_path"] is None:
+            raise ConfigError(f"--{name} has no effect without --ckpt_path: add that, or leave --{name} out")
+    if flat["ckpt_config"] is not None and not Path(flat["ckpt_config"]).expanduser().is_file():
+        raise ConfigError(f"--ckpt_config {flat['ckpt_config']} does not exist: give the YAML file of --ckpt_path")
 
 
 def _check_data(flat: Flat) -> None:

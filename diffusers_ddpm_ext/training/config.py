@@ -34,6 +34,7 @@ from diffusers_ddpm_ext.training.options import (
     OptimOptions,
     OutputOptions,
     ScheduleOptions,
+    StartOptions,
     ValidationOptions,
 )
 
@@ -77,6 +78,7 @@ class TrainConfig:
 
     data: DataOptions = field(default_factory=DataOptions)
     model: ModelOptions = field(default_factory=ModelOptions)
+    start: StartOptions = field(default_factory=StartOptions)
     schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
     objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
     optim: OptimOptions = field(default_factory=OptimOptions)

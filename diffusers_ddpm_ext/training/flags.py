@@ -66,6 +66,8 @@ class Option:
         words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
         if self.element is float:
             return "a list of numbers in JSON, or a .json or .npy file that holds one"
+        if self.element is str:
+            return "words"
         return "whole numbers" if self.element else words.get(self.hint, "a JSON object")
 
 
@@ -181,6 +183,13 @@ def _read_choice(option: Option, value: Any) -> str:
     raise ConfigError(f"{value!r} is not {option.wants}{f': did you mean {near[0]}?' if near else ''}")
 
 
+def _read_words(option: Option, value: Any) -> tuple[str, ...]:
+    value = value.split() if isinstance(value, str) else value
+    if not isinstance(value, (list, tuple)) or not value or not all(isinstance(v, str) and v.strip() for v in value):
+        raise ValueError
+    return tuple(value)
+
+
 def _read_tuple(option: Option, value: Any) -> tuple[Any, ...]:
     if option.element is float:
         value = _betas(value) if isinstance(value, str) else value
@@ -233,6 +242,7 @@ _READERS: dict[Any, Callable[[Option, Any], Any]] = {
     float: _read_float,
     bool: _read_bool,
     str: _read_str,
+    tuple[str, ...]: _read_words,
 }
 
 
@@ -307,14 +317,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
                 group.add_argument(
                     f"--no_{option.name}", dest=option.name, action=_Store, nargs=0, help=argparse.SUPPRESS
                 )
-            elif option.element is int:
+            elif option.element in (int, str):
                 settings["nargs"] = "+"
             text = f"{option.metadata['help']}{choices} (default: {_shown(option)})".replace("%", "%%")
             names = [f"--{name}" for name in (option.name, *option.metadata["alias"])]
             group.add_argument(*names, dest=option.name, action=_Store, help=text, **settings)
 
 
-_METAVARS = {bool: "true|false", str: "TEXT", float: "X", dict[str, Any]: "JSON", tuple[float, ...]: "JSON|FILE"}
+_METAVARS: dict[Any, str] = {
+    bool: "true|false",
+    str: "TEXT",
+    float: "X",
+    dict[str, Any]: "JSON",
+    tuple[float, ...]: "JSON|FILE",
+    tuple[str, ...]: "TEXT",
+}
 
 
 def train_flags() -> set[str]:

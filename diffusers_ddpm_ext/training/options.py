@@ -96,6 +96,33 @@ class ModelOptions:
     dropout: float | None = option(0.0, "Dropout in the residual blocks.", low=0, below=1)
 
 
+@dataclass(frozen=True)
+class StartOptions:
+    """Starting from weights that exist: of a CompVis checkpoint, or a pipeline's folder. A run says what it took."""
+
+    ckpt_path: str | None = option(
+        None,
+        "A CompVis checkpoint (.ckpt, .pt, .safetensors), or the folder of a pipeline or network. Read when a run"
+        " begins; one that goes on from its own checkpoint has its weights there.",
+        unset="random weights",
+    )
+    ckpt_config: str | None = option(
+        None, "YAML file that belongs to a CompVis --ckpt_path: needed where its attention has the new order of heads."
+    )
+    ignore_keys: tuple[str, ...] | None = option(
+        None, "Prefixes of names in the file that are left out.", unset="none"
+    )
+    load_only_unet: bool = option(False, "Take the network alone: no log-variances.")
+    reset_ema: bool = option(False, "Begin the average anew from the loaded weights, whatever the file holds.")
+    reset_num_ema_updates: bool = option(False, "Begin the warm-up of the average's decay again.")
+    make_it_fit: Literal["correct", "compvis"] | None = option(
+        None,
+        "Fill layers of another width by repeating channels. correct: inputs are divided by how often they are used;"
+        " compvis: by one more than that, as the published code does. Never applied to the schedule.",
+        unset="refuse other shapes",
+    )
+
+
 COMPVIS_SCHEDULES = {
     "cosine": "'cosine' is CompVis' word: say squaredcos_cap_v2 (and --cosine_s)",
     "sqrt_linear": "'sqrt_linear' is CompVis' word: say linear (CompVis' linear is scaled_linear here)",
@@ -347,6 +374,7 @@ class MonitorOptions:
 SECTIONS: dict[str, type] = {
     "data": DataOptions,
     "model": ModelOptions,
+    "start": StartOptions,
     "schedule": ScheduleOptions,
     "objective": ObjectiveOptions,
     "optim": OptimOptions,

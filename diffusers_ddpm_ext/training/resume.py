@@ -34,7 +34,7 @@ BEST = "best"
 MONITOR = "monitor.json"
 # Sections that decide the weights, and in the others the few options that do. What is left decides when something is
 # written, shown or read.
-MATHEMATICS = ("model", "schedule", "objective", "optim", "ema")
+MATHEMATICS = ("model", "start", "schedule", "objective", "optim", "ema")
 ALSO = ("resolution", "center_crop", "random_flip", "channels", "mixed_precision", "seed")
 COURSES_WITHOUT_END = (
     "constant",
@@ -93,6 +93,11 @@ def resume(run: Run) -> bool:
     exists, done = found[0]
     if done:
         accelerator.print(f"{run.folder} is finished: nothing is left to do. For more steps raise --max_train_steps.")
+    elif not exists and run.start_is_missing:
+        path = run.config.start.ckpt_path
+        raise ConfigError(
+            f"--ckpt_path {path} does not exist, and there is no checkpoint to go on from: give the file"
+        )
     elif exists:
         with same_fate(accelerator):
             progress = state.apply(snapshot, live(run), run.config.checkpoint.allow_config_change)

@@ -47,6 +47,7 @@ from diffusers_ddpm_ext.training.report import (
 )
 from diffusers_ddpm_ext.training.signals import Requests
 from diffusers_ddpm_ext.training.task import DenoisingTask
+from diffusers_ddpm_ext.training.warm_start import begin, fill_average
 
 
 @dataclass
@@ -74,6 +75,7 @@ class Run:
         last_row: numbers of the step that was read last.
         requests: what signals have asked for.
         meter: losses not read back from the device yet.
+        start_is_missing: whether ``ckpt_path`` was not found, which a run that goes on does without.
     """
 
     config: TrainConfig
@@ -96,6 +98,7 @@ class Run:
     last_row: dict[str, float] = field(default_factory=dict)
     requests: Requests = field(default_factory=Requests)
     meter: LossMeter = field(default_factory=LossMeter)
+    start_is_missing: bool = False
 
     @property
     def seed(self) -> int:
@@ -172,8 +175,11 @@ def start(config: TrainConfig) -> Run:
         data = load_data(config.data, progress=accelerator.is_main_process)
         parts = build_parts(config.model, config.schedule, config.objective, data.size, data.channels, loop.seed)
         plan = make_plan(config, len(data.train), accelerator.num_processes)
+        given = begin(config, parts.denoiser, parts.objective)
         task = DenoisingTask(parts.denoiser, parts.objective).to(accelerator.device)
         ema = build_ema(config.ema, parts.denoiser)
+        if given is not None:
+            accelerator.print(given.told([] if ema is None else [fill_average(given, ema, config.start)]))
         prepare_network(config, accelerator, parts.denoiser)
         optimizer = make_optimizer(config, parts, plan)
         with refusing("--lr_scheduler"):
@@ -184,6 +190,7 @@ def start(config: TrainConfig) -> Run:
     # The scheduler is kept from Accelerate, whose wrapper steps once per process and step.
     wrapped, optimizer = accelerator.prepare(task, optimizer)
     run = Run(config, accelerator, data, parts, plan, wrapped, optimizer, lr_scheduler, ema)
+    run.start_is_missing = given is None and config.start.ckpt_path is not None
     with same_fate(accelerator):
         run.monitor = make_monitor(run)
     if fsdp_was_asked_for() and not run.is_sharded and accelerator.is_main_process:

@@ -79,6 +79,7 @@ ANSWERS = {
     "fp16": "use --mixed_precision fp16",
     "bf16": "use --mixed_precision bf16",
     "learn_sigma": "training with a learned variance is not supported yet",
+    "pretrained_model_name_or_path": "use --ckpt_path for the weights of a checkpoint or a pipeline's folder",
     "seed_everything": "use --seed",
     "resume": "use --resume_from_checkpoint latest, or auto",
     "scheduler": "use --lr_scheduler for the learning rate, --beta_schedule for the noise",
@@ -90,8 +91,7 @@ UNSUPPORTED = {
     # publishing
     "push_to_hub", "hub_token", "hub_model_id", "hub_private_repo",
     # original checkpoints, conditioning, other objectives
-    "ckpt_path", "ignore_keys", "load_only_unet", "make_it_fit", "reset_ema", "reset_num_ema_updates",
-    "conditioning_key", "ucg_training", "pretrained_model_name_or_path", "noise_offset", "input_perturbation",
+    "conditioning_key", "ucg_training", "noise_offset", "input_perturbation",
     "class_conditional", "streaming",
 }  # fmt: skip
 

@@ -1,0 +1,297 @@
+"""From the arguments of CompVis' (and OpenAI's) ``UNetModel`` to the Diffusers network that computes the same.
+
+    UNet2DModel            wherever it can express the network
+    UNet2DConditionModel   with cross attention (use_spatial_transformer, context_dim)
+    UNet2DExtModel         a number of heads over several widths, other heads on the way up, projected labels, scaled
+                           time, and inputs that are concatenated, which stock Diffusers would sample wrongly
+
+The way back is in :mod:`diffusers_ddpm_ext.compvis.backwards`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from diffusers import UNet2DConditionModel, UNet2DModel
+from torch import nn
+
+from diffusers_ddpm_ext.unet import UNet2DExtModel
+
+CLASSES: dict[str, type[nn.Module]] = {
+    "UNet2DModel": UNet2DModel,
+    "UNet2DConditionModel": UNet2DConditionModel,
+    "UNet2DExtModel": UNet2DExtModel,
+}
+GROUPS = 32
+DEFAULTS: dict[str, Any] = {
+    "image_size": None, "in_channels": None, "model_channels": None, "out_channels": None, "num_res_blocks": None,
+    "attention_resolutions": None, "dropout": 0, "channel_mult": (1, 2, 4, 8), "conv_resample": True, "dims": 2,
+    "num_classes": None, "use_checkpoint": False, "use_fp16": False, "use_bf16": False, "num_heads": -1,
+    "num_head_channels": -1, "num_heads_upsample": -1, "use_scale_shift_norm": False, "resblock_updown": False,
+    "use_new_attention_order": False, "use_spatial_transformer": False, "transformer_depth": 1, "context_dim": None,
+    "n_embed": None, "legacy": True, "disable_self_attentions": None, "num_attention_blocks": None,
+    "disable_middle_self_attn": False, "use_linear_in_transformer": False, "adm_in_channels": None,
+}  # fmt: skip
+NEEDED = ("in_channels", "model_channels", "out_channels", "num_res_blocks", "attention_resolutions")
+# Options of the original's that change no number here.
+WITHOUT_EFFECT = {
+    "use_checkpoint": "gradient checkpointing: pipeline.unet.enable_gradient_checkpointing()",
+    "use_fp16": "weights are float32; load with torch_dtype=torch.float16",
+    "use_bf16": "weights are float32; load with torch_dtype=torch.bfloat16",
+}
+# Option -> the only value that a Diffusers network can express, and why.
+ONLY: dict[str, tuple[Any, str]] = {
+    "dims": (2, "Diffusers' UNet2D networks are two-dimensional"),
+    "n_embed": (None, "no Diffusers network predicts codebook entries"),
+    "num_attention_blocks": (None, "every residual block of a level has attention, or none"),
+}
+
+
+@dataclass(frozen=True)
+class Network:
+    """A Diffusers network, not built yet.
+
+    Attributes:
+        kind: name of its class.
+        config: its keyword arguments.
+    """
+
+    kind: str
+    config: dict[str, Any]
+
+    def build(self) -> nn.Module:
+        """Build it, with random weights.
+
+        Returns:
+            The network; on the meta device inside ``torch.device("meta")``.
+        """
+        return CLASSES[self.kind](**self.config)
+
+
+def complete(unet_params: Mapping[str, Any]) -> dict[str, Any]:
+    """All arguments of UNetModel, defaults filled in, and refused what no Diffusers network can express.
+
+    Args:
+        unet_params: keyword arguments of UNetModel; its defaults are those of the published classes.
+
+    Returns:
+        Every option by name; sequences as lists.
+
+    Raises:
+        ValueError: an option is unknown, missing, or cannot be expressed; its name is given.
+    """
+    for name in unet_params:
+        if name not in DEFAULTS:
+            near = difflib.get_close_matches(name, DEFAULTS, n=1)
+            hint = f"did you mean {near[0]}?" if near else "leave it out if it changes nothing."
+            raise ValueError(f"{name} is no option of UNetModel that is known here: {hint}")
+    options = DEFAULTS | {name: plain(value) for name, value in unet_params.items()}
+    missing = [name for name in NEEDED if options[name] is None]
+    if missing:
+        raise ValueError(f"UNetModel needs {', '.join(missing)}: its configuration does not give them.")
+    for name, (value, why) in ONLY.items():
+        if options[name] != value:
+            raise ValueError(f"{name} {options[name]} cannot be expressed by a Diffusers network: {why}.")
+    if not options["use_spatial_transformer"]:  # where the original ignores them
+        options |= {"disable_self_attentions": None, "disable_middle_self_attn": False}
+    blocks = options["num_res_blocks"]
+    if isinstance(blocks, list):
+        if len(set(blocks)) != 1 or len(blocks) != len(options["channel_mult"]):
+            raise ValueError(
+                f"num_res_blocks {blocks} cannot be expressed by a Diffusers network: layers_per_block is one number."
+            )
+        options["num_res_blocks"] = blocks[0]
+    _check_widths(options)
+    return options
+
+
+def _check_widths(options: Mapping[str, Any]) -> None:
+    channels, mult = options["model_channels"], options["channel_mult"]
+    if not mult or mult[0] != 1:
+        raise ValueError(
+            f"channel_mult {mult} cannot be expressed by a Diffusers network: it must begin with 1, since the first "
+            "convolution makes model_channels."
+        )
+    for width in (channels * m for m in mult):
+        if width != int(width) or width % GROUPS:
+            raise ValueError(
+                f"model_channels {channels} times channel_mult {mult} gives a width of {width}; it must be a multiple "
+                f"of {GROUPS}, the number of norm groups."
+            )
+    if options["num_heads"] == -1 and options["num_head_channels"] == -1:
+        raise ValueError("UNetModel needs num_heads or num_head_channels: its configuration gives neither.")
+
+
+def translate_unet(
+    unet_params: Mapping[str, Any], *, conditioning_key: str | None = None, timestep_scale: float = 1.0
+) -> Network:
+    """Find the Diffusers network that computes what a UNetModel computes, from the same weights.
+
+    Args:
+        unet_params: keyword arguments of UNetModel.
+        conditioning_key: how inputs are joined; a network that is fed concatenated inputs becomes a
+            `UNet2DExtModel`, since stock Diffusers would sample it wrongly.
+        timestep_scale: factor on the timestep before the network sees it.
+
+    Returns:
+        The network's class and arguments.
+
+    Raises:
+        ValueError: no Diffusers network can express it; the option is named.
+    """
+    options = complete(unet_params)
+    if options["use_spatial_transformer"] or options["context_dim"] is not None:
+        if timestep_scale != 1:
+            raise ValueError(f"timestep_scale {timestep_scale} with cross attention is not supported.")
+        return Network("UNet2DConditionModel", _condition_config(options))
+    config = _shared_config(options) | _types(options, "AttnDownBlock2D", "AttnUpBlock2D")
+    config |= {
+        "attn_norm_num_groups": GROUPS,
+        "downsample_type": "resnet" if options["resblock_updown"] else "conv",
+        "upsample_type": "resnet" if options["resblock_updown"] else "conv",
+    }
+    special = _heads(options) | _labels(options)
+    config["attention_head_dim"] = special.pop("attention_head_dim", None)
+    if timestep_scale != 1:
+        special["timestep_scale"] = float(timestep_scale)
+    concatenated = options["in_channels"] > options["out_channels"] or conditioning_key in ("concat", "hybrid")
+    kind = "UNet2DExtModel" if concatenated or set(special) - {"num_class_embeds"} else "UNet2DModel"
+    return Network(kind, config | special)
+
+
+def attention_levels(options: Mapping[str, Any]) -> list[bool]:
+    """Whether each level has attention."""
+    return [2**level in options["attention_resolutions"] for level in range(len(options["channel_mult"]))]
+
+
+def widths(options: Mapping[str, Any]) -> list[int]:
+    """Channels of each level."""
+    return [int(options["model_channels"] * mult) for mult in options["channel_mult"]]
+
+
+def head_counts(options: Mapping[str, Any]) -> tuple[list[int], int, list[int]]:
+    """Heads of each level's down blocks, of the middle block, and of each level's up blocks.
+
+    Args:
+        options: from `complete`.
+
+    Returns:
+        The three, levels in order of falling resolution.
+
+    Raises:
+        ValueError: heads do not divide a width that has attention.
+    """
+    size, count, cross = options["num_head_channels"], options["num_heads"], options["use_spatial_transformer"]
+    # Without `legacy`, or with cross attention, the original ignores num_heads_upsample.
+    up = options["num_heads_upsample"] if options["legacy"] and not cross else -1
+    up = count if up == -1 else up
+    levels = widths(options)
+    attends = [width for width, has in zip(levels, attention_levels(options), strict=True) if has] + levels[-1:]
+    named = {"num_head_channels": size} if size != -1 else {"num_heads": count, "num_heads_upsample": up}
+    for name, number in named.items():
+        for width in attends:
+            if number < 1 or width % number:
+                raise ValueError(f"{name} {number} does not divide {width}, the width of an attention.")
+    if size != -1:
+        heads = [max(width // size, 1) for width in levels]
+        return heads, heads[-1], heads
+    return [count] * len(levels), count, [up] * len(levels)
+
+
+def _heads(options: Mapping[str, Any]) -> dict[str, Any]:
+    """How UNet2DModel says the heads, or else UNet2DExtModel."""
+    down, middle, up = head_counts(options)
+    if options["num_head_channels"] != -1:
+        return {"attention_head_dim": options["num_head_channels"]}
+    attends, levels = attention_levels(options), widths(options)
+    used = {(levels[-1], middle)}
+    for heads in (down, up):
+        used |= {(width, n) for width, n, has in zip(levels, heads, attends, strict=True) if has}
+    if all(n == 1 for _, n in used):
+        return {"attention_head_dim": None}
+    sizes = {width // n for width, n in used}
+    if len(sizes) == 1:
+        return {"attention_head_dim": sizes.pop()}
+    return {"num_attention_heads": middle, "num_attention_heads_up": up[0]}
+
+
+def _labels(options: Mapping[str, Any]) -> dict[str, Any]:
+    classes = options["num_classes"]
+    if classes is None:
+        return {}
+    if isinstance(classes, int):
+        return {"num_class_embeds": classes}
+    if classes == "continuous":
+        return {"class_embed_type": "simple_projection", "projection_class_embeddings_input_dim": 1}
+    if classes == "sequential" and options["adm_in_channels"]:
+        width = options["adm_in_channels"]
+        return {"class_embed_type": "projection", "projection_class_embeddings_input_dim": width}
+    if classes == "sequential":
+        raise ValueError("num_classes sequential needs adm_in_channels, the width of a label.")
+    raise ValueError(f"num_classes {classes!r} cannot be expressed: it must be a number, continuous or sequential.")
+
+
+def _shared_config(options: Mapping[str, Any]) -> dict[str, Any]:
+    size = options["image_size"]
+    return {
+        "sample_size": size if size is None or isinstance(size, int) else list(size),
+        "in_channels": options["in_channels"],
+        "out_channels": options["out_channels"],
+        "block_out_channels": widths(options),
+        "layers_per_block": options["num_res_blocks"],
+        "dropout": float(options["dropout"]),
+        "norm_num_groups": GROUPS,
+        "norm_eps": 1e-5,
+        "act_fn": "silu",
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+        "downsample_padding": 1,
+        "resnet_time_scale_shift": "scale_shift" if options["use_scale_shift_norm"] else "default",
+    }
+
+
+def _types(options: Mapping[str, Any], down: str, up: str) -> dict[str, Any]:
+    """Block types: with attention as given, without it by how the block resamples."""
+    plain = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D")
+    plain = plain if options["resblock_updown"] else ("DownBlock2D", "UpBlock2D")
+    attends = attention_levels(options)
+    return {
+        "down_block_types": [down if has else plain[0] for has in attends],
+        "up_block_types": [up if has else plain[1] for has in reversed(attends)],
+    }
+
+
+def _condition_config(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of UNet2DConditionModel."""
+    if not options["use_spatial_transformer"] or options["context_dim"] is None:
+        raise ValueError("use_spatial_transformer and context_dim go together: the configuration gives one of them.")
+    if options["resblock_updown"]:
+        raise ValueError("resblock_updown with use_spatial_transformer cannot be expressed by a Diffusers network.")
+    depth, context = options["transformer_depth"], options["context_dim"]
+    contexts = context if isinstance(context, list) else [context]
+    if len(set(contexts)) != 1:
+        raise ValueError(f"context_dim {contexts} cannot be expressed by a Diffusers network: it is one number there.")
+    if not isinstance(depth, int):
+        raise ValueError(f"transformer_depth {depth} cannot be expressed: UNetModel takes one number.")
+    down, middle, _ = head_counts(options)
+    assert middle == down[-1]
+    config = _shared_config(options) | _types(options, "CrossAttnDownBlock2D", "CrossAttnUpBlock2D") | _labels(options)
+    levels = len(options["channel_mult"])
+    without_self = options["disable_self_attentions"] or [False] * levels
+    if len(without_self) != levels:
+        raise ValueError(f"disable_self_attentions {without_self} must say true or false for each of {levels} levels.")
+    return config | {
+        "only_cross_attention": [bool(value) for value in without_self],
+        "mid_block_only_cross_attention": bool(options["disable_middle_self_attn"]),
+        "cross_attention_dim": contexts[0],
+        "transformer_layers_per_block": depth,
+        "attention_head_dim": down,  # which Diffusers means as the number of heads
+        "use_linear_projection": bool(options["use_linear_in_transformer"]),
+    }
+
+
+def plain(value: Any) -> Any:
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
