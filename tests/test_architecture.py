@@ -33,6 +33,7 @@ FLOORS: list[set[str]] = [
     {"training.checks"},
     {"training.config"},
     {"training.pictures", "training.sources"},
+    {"training.columns"},
     {
         "training.data",
         "training.task",
@@ -45,13 +46,14 @@ FLOORS: list[set[str]] = [
     },
     {
         "training.state",
-        "training.build",
+        "training.denoisers",
         "training.preview",
         "training.evaluate",
         "training.report",
         "training.stream",
         "training.warm_start",
     },
+    {"training.build"},
     {"training.run"},
     {"training.clock", "training.resume", "training.step"},
     {"training.keeping", "training.nonfinite"},

@@ -42,6 +42,9 @@ NEEDS: dict[str, tuple[str, Any]] = {
     "reset_ema": ("use_ema", True),
     "reset_num_ema_updates": ("use_ema", True),
 }
+SIZES = (
+    "block_out_channels", "layers_per_block", "attention_levels", "attention_head_dim", "norm_num_groups", "dropout",
+)  # fmt: skip
 START = ("ckpt_config", "ignore_keys", "load_only_unet", "reset_ema", "reset_num_ema_updates", "make_it_fit")
 
 
@@ -183,8 +186,9 @@ def _check_model(flat: Flat) -> None:
         if is_path and not Path(named).expanduser().exists():
             raise ConfigError(f"--model_config_name_or_path {named} does not exist: give a UNet2DModel's JSON file")
         return
-    missing = [o.name for o in OPTIONS.values() if o.section == "model" and o.optional and flat[o.name] is None]
-    missing.remove("model_config_name_or_path")
+    if flat["model_config"] is not None:
+        return
+    missing = [name for name in SIZES if flat[name] is None]
     if missing:
         raise ConfigError(f"--{missing[0]} is not set: give it, or --model_config_name_or_path")
     widths, levels = flat["block_out_channels"], flat["attention_levels"]

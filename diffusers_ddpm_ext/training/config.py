@@ -38,13 +38,16 @@ from diffusers_ddpm_ext.training.options import (
     ValidationOptions,
 )
 
-MODEL_SIZES = tuple(o.name for o in OPTIONS.values() if o.section == "model" and o.name != "model_config_name_or_path")
+NO_SIZES = (
+    "model_config_name_or_path", "model_config", "conditioning_key", "num_class_embeds", "use_positional_encodings",
+)  # fmt: skip
+MODEL_SIZES = tuple(o.name for o in OPTIONS.values() if o.section == "model" and o.name not in NO_SIZES)
 # Ways to say the same thing. One source (file, command line) gives at most one; it replaces what the others said.
 ALTERNATIVES: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("num_epochs",), ("max_train_steps",)),
     (("train_data_dir",), ("dataset_name",)),
     (("validation_fraction",), ("validation_split",), ("validation_data_dir",)),
-    (("model_config_name_or_path",), MODEL_SIZES),
+    (("model_config_name_or_path",), ("model_config",), MODEL_SIZES),
     (("save_images_epochs",), ("save_images_steps",)),
 )
 FOLLOWERS = {"dataset_name": ("dataset_config_name", "image_column")}  # set aside with their leader

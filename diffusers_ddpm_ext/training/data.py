@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from diffusers_ddpm_ext.conditioning import Conditions
 from diffusers_ddpm_ext.training import keys
+from diffusers_ddpm_ext.training.columns import (
+    Columns,
+    DigitTable,
+    Dropout,
+    FolderTable,
+    RowTable,
+    Table,
+    column_names,
+    read_columns,
+)
 from diffusers_ddpm_ext.training.errors import ConfigError, RunError
 from diffusers_ddpm_ext.training.options import DataOptions
 from diffusers_ddpm_ext.training.pictures import (
@@ -24,7 +35,15 @@ from diffusers_ddpm_ext.training.pictures import (
     mixed_channels,
     read,
 )
-from diffusers_ddpm_ext.training.sources import RowSource, digit_levels, digit_rows, load_rows, scan_folder
+from diffusers_ddpm_ext.training.sources import (
+    FolderSource,
+    RowSource,
+    digit_labels,
+    digit_levels,
+    digit_rows,
+    load_rows,
+    scan_folder,
+)
 
 MEMORY_LIMIT = 2 * 1024**3  # bytes of resized pixels; while they are packed there are twice as many for a moment
 DIGITS = "digits of scikit-learn"
@@ -44,6 +63,8 @@ class ImageSet:
         random_flip: mirror half of the images while training.
         names: of all images that were read.
         replace_unreadable: let the next image take the place of one that became unreadable.
+        columns: what the images are conditioned on, by row.
+        dropout: of conditions, while training.
     """
 
     images: Images
@@ -53,6 +74,8 @@ class ImageSet:
     random_flip: bool = False
     names: Sequence[str] = ()
     replace_unreadable: bool = False
+    columns: Columns | None = None
+    dropout: Dropout | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -81,6 +104,37 @@ class ImageSet:
             (b, C, H, W), float32 in [-1, 1].
         """
         return unit_range(self.level_values(indices), self.levels)
+
+    def conditions(
+        self, indices: Sequence[int] | Tensor, seed: int = 0, epochs: Sequence[int] | None = None
+    ) -> Conditions:
+        """Return what images are conditioned on, on the CPU.
+
+        Args:
+            indices: which images of the set, (b,).
+            seed: the run's seed.
+            epochs: as in `level_values`: images that are joined to the input are cut and mirrored with it.
+
+        Returns:
+            The conditions; none where the run has none.
+
+        Raises:
+            RunError: an image that is joined to the input cannot be read any more.
+        """
+        columns = self.columns
+        if columns is None:
+            return Conditions()
+        rows = self.rows[torch.as_tensor(indices, dtype=torch.int64)]
+        concat = None
+        if columns.concat is not None:
+            beside = replace(self, images=columns.concat, columns=None, replace_unreadable=False)
+            concat = unit_range(beside.level_values(indices, seed, epochs), 256)
+        contexts = columns.contexts
+        return Conditions(
+            None if columns.labels is None else columns.labels[rows],
+            concat,
+            None if contexts is None else torch.stack([torch.from_numpy(contexts[row]) for row in rows.tolist()]),
+        )
 
     def level_values(
         self,
@@ -180,11 +234,18 @@ def unit_range(levels_of_pixels: Tensor, levels: int) -> Tensor:
     return levels_of_pixels.to(torch.float32).mul_(2).sub_(top).div_(top)
 
 
-def load_data(options: DataOptions, *, progress: bool = False, memory_limit: int = MEMORY_LIMIT) -> ImageData:
+def load_data(
+    options: DataOptions,
+    conditioning_key: str | None = None,
+    *,
+    progress: bool = False,
+    memory_limit: int = MEMORY_LIMIT,
+) -> ImageData:
     """Read the images that the options name, every one of them once, and hold some out for validation.
 
     Args:
         options: the section ``data`` of a run's configuration.
+        conditioning_key: of the run: which columns are read.
         progress: show a bar where reading takes longer than a second.
         memory_limit: bytes of resized pixels that are kept in memory; more are decoded again when asked for.
 
@@ -195,31 +256,51 @@ def load_data(options: DataOptions, *, progress: bool = False, memory_limit: int
         raise ConfigError(f"--channels {options.channels}: say 1 (grey), 3 (colour) or 4 (colour with transparency).")
     preparation = Preparation(options.resolution, options.channels, options.center_crop)
     read_one = partial(read, skip_bad=options.skip_bad_images, memory_limit=memory_limit, progress=progress)
-    if options.train_data_dir is not None:
-        reading = read_one(scan_folder("--train_data_dir", options.train_data_dir), preparation)
-    elif options.dataset_name is not None:
-        reading = read_one(_rows(options, "train"), preparation)
-    else:
-        return _digits(options, preparation)
-    held_out = None
-    if options.validation_data_dir is not None:
-        held_out = read_one(scan_folder("--validation_data_dir", options.validation_data_dir), preparation)
-    elif options.validation_split is not None:
-        held_out = read_one(_rows(options, options.validation_split), preparation)
+    digits = options.train_data_dir is None and options.dataset_name is None
+    wanted = column_names(conditioning_key, options, digits=digits, folder=options.train_data_dir is not None)
+    if digits:
+        return _digits(options, preparation, wanted)
+    source = _source(options, "--train_data_dir", options.train_data_dir, "train")
+    reading = read_one(source, preparation)
+    columns = read_columns(_table(source), reading.names, wanted, preparation)
+    held_out = held_columns = None
+    if options.validation_data_dir is not None or options.validation_split is not None:
+        place, split = options.validation_data_dir, options.validation_split
+        apart = _source(options, "--validation_data_dir", place, str(split))
+        held_out = read_one(apart, preparation)
+        names = None if columns is None else columns.class_names
+        held_columns = read_columns(_table(apart), held_out.names, wanted, preparation, names)
     where = options.train_data_dir if options.train_data_dir is not None else options.dataset_name
-    return _assemble(options, f"images of {where}", reading, held_out)
+    return _assemble(options, f"images of {where}", reading, held_out, columns=columns, held_columns=held_columns)
 
 
-def _digits(options: DataOptions, preparation: Preparation) -> ImageData:
+def _source(options: DataOptions, option: str, folder: str | None, split: str) -> FolderSource | RowSource:
+    """A folder, or else a split of the dataset."""
+    return scan_folder(option, folder) if folder is not None else _rows(options, split)
+
+
+def _table(source: FolderSource | RowSource) -> Table:
+    """Where the columns of a source's images are."""
+    if isinstance(source, FolderSource):
+        return FolderTable(source.option, source.folder, source.names)
+    return RowTable(source.option, source.names, source.table)
+
+
+def _digits(options: DataOptions, preparation: Preparation, wanted: Mapping[str, str]) -> ImageData:
     """Take the digits: as they are, in their 17 levels, or as any other images where another size is asked for."""
     if options.resolution != DIGITS_SIZE or options.channels not in (None, 1):
         reading = read(digit_rows(), preparation, skip_bad=False, memory_limit=MEMORY_LIMIT)
-        return _assemble(options, DIGITS, reading, None)
+        return _assemble(options, DIGITS, reading, None, columns=_digit_columns(reading.names, wanted, preparation))
     values = digit_levels()
     names = [str(index) for index in range(len(values))]
     fingerprint = hashlib.sha256(values.numpy().tobytes()).hexdigest()
     reading = Reading(PackedImages(list(values)), names, 0, 0, fingerprint)
-    return _assemble(options, DIGITS, reading, None, levels=DIGITS_LEVELS)
+    columns = _digit_columns(names, wanted, preparation)
+    return _assemble(options, DIGITS, reading, None, levels=DIGITS_LEVELS, columns=columns)
+
+
+def _digit_columns(names: Sequence[str], wanted: Mapping[str, str], preparation: Preparation) -> Columns | None:
+    return read_columns(DigitTable(names, digit_labels() if wanted else [0] * len(names)), names, wanted, preparation)
 
 
 def _rows(options: DataOptions, split: str) -> RowSource:
@@ -230,7 +311,13 @@ def _rows(options: DataOptions, split: str) -> RowSource:
 
 
 def _assemble(
-    options: DataOptions, what: str, reading: Reading, held_out: Reading | None, levels: int = 256
+    options: DataOptions,
+    what: str,
+    reading: Reading,
+    held_out: Reading | None,
+    levels: int = 256,
+    columns: Columns | None = None,
+    held_columns: Columns | None = None,
 ) -> ImageData:
     """Divide what was read into the two sets, and describe them."""
     rows, apart = torch.arange(len(reading.names)), torch.empty(0, dtype=torch.int64)
@@ -239,16 +326,25 @@ def _assemble(
     elif held_out.images.channels != reading.images.channels:
         raise mixed_channels(reading, held_out)
     train = ImageSet(
-        reading.images, rows, options.resolution, levels, options.random_flip, reading.names, options.skip_bad_images
+        reading.images,
+        rows,
+        options.resolution,
+        levels,
+        options.random_flip,
+        reading.names,
+        options.skip_bad_images and columns is None,  # another image would be given the condition of this one
+        columns,
     )
     validation = None
     if held_out is not None:
         rows = torch.arange(len(held_out.names))
         validation = replace(train, images=held_out.images, rows=rows, random_flip=False, names=held_out.names)
+        validation = replace(validation, columns=held_columns)
     elif len(apart):
         validation = replace(train, rows=apart, random_flip=False)
     readings = [one for one in (reading, held_out) if one is not None]
     marks = [one.fingerprint for one in readings] + [str(row) for row in apart.tolist()]
+    marks += [one.fingerprint for one in (columns, held_columns) if one is not None]
     return ImageData(
         train,
         validation,

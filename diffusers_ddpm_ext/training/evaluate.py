@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffusers_ddpm_ext.conditioning import Conditions
 from diffusers_ddpm_ext.shards import reshard
 from diffusers_ddpm_ext.training import keys
 from diffusers_ddpm_ext.training.data import ImageSet
@@ -137,8 +138,8 @@ def score(task: DenoisingTask, images: ImageSet, draws: Draws, batch_size: int, 
         The means over all draws, the same on every process.
     """
 
-    def terms(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        output = task(x0, noise, t)
+    def terms(x0: Tensor, noise: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
+        output = task(x0, noise, t, conditions)
         return torch.stack([output.loss, output.loss_simple, output.loss_vlb]).cpu().double() * len(t)
 
     batches = _run(task, images, draws, batch_size, workers, terms, torch.zeros(-(-len(draws) // batch_size), 3))
@@ -167,8 +168,8 @@ def measure_log_loss(
     chosen = torch.cat([torch.randperm(len(images), generator=order) for _ in range(-(-count // len(images)))])
     draws = Draws(chosen[:count], timesteps, LOGVAR, seed)
 
-    def terms(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        losses = task(x0, noise, t).per_sample_simple.cpu().double()
+    def terms(x0: Tensor, noise: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
+        losses = task(x0, noise, t, conditions).per_sample_simple.cpu().double()
         return torch.zeros(chain, dtype=torch.float64).index_add_(0, t.cpu(), losses)
 
     total = _run(task, images, draws, batch_size, workers, terms, torch.zeros(1, chain))[0].numpy()
@@ -182,7 +183,7 @@ def _run(
     draws: Draws,
     batch_size: int,
     workers: Workers,
-    terms: Callable[[Tensor, Tensor, Tensor], Tensor],
+    terms: Callable[[Tensor, Tensor, Tensor, Conditions], Tensor],
     table: Tensor,
 ) -> Tensor:
     """Add the terms of every batch to a row of a table: row b for batch b, or the only row there is."""
@@ -199,7 +200,8 @@ def _run(
         x0 = images.pixels(draws.images[places.start : places.stop])
         _, noise = keys.sample_draws(draws.seed, 0, places, x0.shape[1:], 1, draws.stream)
         t = draws.timesteps[places.start : places.stop]
-        row = terms(x0.to(workers.device), noise.to(workers.device), t.to(workers.device))
+        conditions = images.conditions(draws.images[places.start : places.stop]).to(workers.device)
+        row = terms(x0.to(workers.device), noise.to(workers.device), t.to(workers.device), conditions)
         if mine:
             table[number % len(table)] += row
     task.train(training)

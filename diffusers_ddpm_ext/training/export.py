@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -71,14 +73,20 @@ def _whole(tensor: Tensor) -> Tensor:
 def _network(like: UNet2DModel, tensors: dict[str, Tensor]) -> UNet2DModel:
     """A network of the same kind that holds these very tensors."""
     with init_empty_weights(include_buffers=False):
-        network = UNet2DModel.from_config(like.config)
+        network: UNet2DModel = type(like).from_config(like.config)
     network.load_state_dict(tensors, assign=True)
     network.eval()
     return network
 
 
 @torch.no_grad()
-def save_pipeline(folder: Path, networks: Networks, scheduler: DDPMExtScheduler, logvar: Tensor | None) -> None:
+def save_pipeline(
+    folder: Path,
+    networks: Networks,
+    scheduler: DDPMExtScheduler,
+    logvar: Tensor | None,
+    joined: Mapping[str, Any] | None = None,
+) -> None:
     """Put a pipeline into a run's folder, which opens at every moment: each file appears whole, in place of the old.
 
     The EMA weights are the default files and the raw ones ``variant="raw"``; without EMA the raw ones are the default.
@@ -88,11 +96,12 @@ def save_pipeline(folder: Path, networks: Networks, scheduler: DDPMExtScheduler,
         networks: from `take_networks`.
         scheduler: of the run.
         logvar: the learned log-variances, (T,), if there are any.
+        joined: how conditions reach the network: arguments of the pipeline.
 
     Raises:
         OSError: the disk is full, or the folder cannot be written; what was there stands.
     """
-    pipeline = DDPMExtPipeline(unet=networks.default, scheduler=scheduler)
+    pipeline = DDPMExtPipeline(unet=networks.default, scheduler=scheduler, **joined or {})
     pipeline.logvar = None if logvar is None else logvar.detach().float().cpu()
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as name:
         place = Path(name)

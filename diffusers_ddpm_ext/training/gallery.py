@@ -6,7 +6,7 @@ Networks are measured by all processes together; the first one alone draws.
 from __future__ import annotations
 
 import json
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from diffusers import UNet2DModel
@@ -56,7 +56,27 @@ def preview(run: Run) -> Preview:
         output.ddpm_num_inference_steps,
         run.config.validation.eval_batch_size,
         stopped=lambda: bool(run.requests.stopped_by),
+        joined=run.parts.joined,
+        conditions=lambda images: conditions_of(run, images),
+        guidance_scale=output.preview_guidance_scale,
     )
+
+
+def conditions_of(run: Run, images: range) -> dict[str, Any]:
+    """What the images of a grid are conditioned on: the classes in turn, and what held-out images have beside them.
+
+    Args:
+        run: of the grid.
+        images: numbers of some of its images.
+
+    Returns:
+        Arguments of the pipeline's call, on the run's device.
+    """
+    data = run.data.validation if run.data.validation is not None else run.data.train
+    named = data.conditions([image % len(data) for image in images]).to(run.accelerator.device).named()
+    if run.parts.num_classes is not None and "class_labels" in named:
+        named["class_labels"] = torch.tensor([image % run.parts.num_classes for image in images])
+    return named
 
 
 def draw_data(run: Run) -> None:

@@ -157,7 +157,7 @@ def _export_best(run: Run, networks: Networks, logvar: Tensor | None) -> None:
     draft = folder / f".writing-{run.step}-{secrets.token_hex(4)}"
     draft.mkdir()
     try:
-        save_pipeline(draft, networks, run.parts.scheduler, logvar)
+        save_pipeline(draft, networks, run.parts.scheduler, logvar, run.parts.joined)
         facts = {
             "format": 1,
             "monitor": monitor.name,

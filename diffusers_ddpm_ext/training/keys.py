@@ -13,6 +13,7 @@ Streams and their coordinates (the name goes first, so that two streams never sh
 ``DROPOUT``             seed, optimizer step, micro-batch, rank
 ``PREVIEW``             seed, what the picture shows, image
 ``VALIDATION``          seed, image
+``CONDITION``           seed, optimizer step, position in the effective batch, which condition
 ``SPLIT``               name of the image (no seed: runs with different seeds are judged on the same images)
 ======================  ================================================
 """
@@ -34,6 +35,7 @@ CROP = "augment/crop"
 DROPOUT = "dropout"
 PREVIEW = "preview"
 VALIDATION = "validation"
+CONDITION = "condition"
 SPLIT = "split"
 
 

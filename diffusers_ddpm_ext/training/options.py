@@ -71,15 +71,48 @@ class DataOptions:
         None, "Channels of the images: 1 grey, 3 colour, 4 with transparency.", low=1, unset="those of the data"
     )
     skip_bad_images: bool = option(False, "Leave out files that cannot be read, instead of stopping before the run.")
+    class_column: str | None = option(
+        None,
+        "Column with the class of each image: of --dataset_name, or of metadata.csv or metadata.jsonl in the folder;"
+        " `folder`: the name of the folder that an image lies in.",
+        unset="with --conditioning_key adm: the digit, or `folder`",
+    )
+    concat_column: str | None = option(None, "Column with images, or paths of images, that are joined to the input.")
+    context_column: str | None = option(
+        None,
+        "Column with stored embeddings (tokens, width) for cross attention: .npy, .safetensors or lists.",
+    )
+    conditioning_dropout: dict[str, Any] | None = option(  # noqa: RUF009 - None is not mutable
+        None,
+        "Leave a condition out with a probability, for guidance later (CompVis' `ucg_training`): a JSON object such as"
+        ' \'{"class_labels": 0.1}\', or \'{"concat_inputs": {"p": 0.1, "val": 0}}\'. Classes get a null class.',
+        unset="never",
+    )
     dataloader_num_workers: int = option(0, "Processes that read images. 0: the main process does.", low=0)
 
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """The network, a UNet2DModel: its JSON file, or its sizes."""
+    """The network: its JSON configuration, or its sizes; and how conditions reach it."""
 
     model_config_name_or_path: str | None = option(
         None, "JSON configuration of a UNet2DModel: a file, a folder, or a Hub id. Replaces the sizes below."
+    )
+    model_config: dict[str, Any] | None = option(  # noqa: RUF009 - None is not mutable
+        None, "The same, in place: a JSON object; its _class_name may be UNet2DConditionModel, too.", unset="the sizes"
+    )
+    conditioning_key: Literal["concat", "crossattn", "hybrid", "adm", "hybrid-adm", "crossattn-adm"] | None = option(
+        None,
+        "How conditions reach the network: joined to its input (concat), as tokens of cross attention (crossattn), as"
+        " class labels (adm), or together. The digits need nothing else: --conditioning_key adm.",
+        unset="unconditional",
+        words={"none": "leave it out for an unconditional network"},
+    )
+    num_class_embeds: int | None = option(
+        None, "Classes that the network knows.", low=1, unset="those of the data, and a null class where one is needed"
+    )
+    use_positional_encodings: bool = option(
+        False, "Give the network two more input channels, with the column and row of each pixel from -1 to 1."
     )
     block_out_channels: tuple[int, ...] | None = option(
         (128, 128, 256, 256, 512, 512), "Width of each level. Every level but the last halves the image.", low=1
@@ -328,6 +361,7 @@ class OutputOptions:
     save_images_steps: int | None = option(None, "The same, counted in optimizer steps.", low=1)
     num_preview_images: int = option(16, "Images of a grid.", low=1)
     ddpm_num_inference_steps: int = option(1000, "Sampling steps of the grids, at most T.", low=1)
+    preview_guidance_scale: float = option(1.0, "Classifier-free guidance of the grids; 1: none.")
     save_model_epochs: int | None = option(10, "Save the pipeline every so many epochs, and at the end.", low=1)
 
 

@@ -7,8 +7,8 @@ weight. Image i starts from the same noise at every step of training: one can wa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,9 @@ class Preview:
         batch_size: images drawn at a time.
         log_every_t: rows show every so many steps; None gives them about ten columns.
         stopped: whether to break off; then nothing is drawn, and Interrupted raised.
+        joined: how conditions reach the network: arguments of the pipeline.
+        conditions: arguments of the pipeline's call for some of the images; none by default.
+        guidance_scale: of the samples.
     """
 
     folder: Path
@@ -49,6 +52,9 @@ class Preview:
     batch_size: int = 16
     log_every_t: int | None = None
     stopped: Callable[[], bool] = lambda: False
+    joined: Mapping[str, Any] = field(default_factory=dict)
+    conditions: Callable[[range], dict[str, Any]] = lambda images: {}
+    guidance_scale: float = 1.0
 
     def draw_data(self, images: ImageSet, scheduler: DDPMExtScheduler) -> tuple[Path, Path]:
         """Draw ``inputs.png``, some images, and ``diffusion_row.png``, a few of them as noise covers them.
@@ -101,7 +107,7 @@ class Preview:
             Samples (N, C, H, W), and the way of the first ones (rows, columns, C, H, W), x_T first; data units, on the
             CPU.
         """
-        pipeline = DDPMExtPipeline(denoiser, DDPMExtScheduler.from_config(scheduler.config))
+        pipeline = DDPMExtPipeline(denoiser, DDPMExtScheduler.from_config(scheduler.config), **self.joined)
         pipeline.set_progress_bar_config(disable=True)
         chain = int(scheduler.config.num_train_timesteps)
         steps = min(self.num_inference_steps or chain, chain)
@@ -119,6 +125,8 @@ class Preview:
                     output_type="latent",
                     log_every_t=(self.log_every_t or every(steps)) if start == 0 else None,
                     callback_on_step_end=self._look_up,
+                    guidance_scale=self.guidance_scale,
+                    **self.conditions(some),
                 )
                 assert isinstance(output, DDPMExtPipelineOutput)
                 samples.append(output.images.float().cpu())

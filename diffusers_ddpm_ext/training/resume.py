@@ -35,7 +35,10 @@ MONITOR = "monitor.json"
 # Sections that decide the weights, and in the others the few options that do. What is left decides when something is
 # written, shown or read.
 MATHEMATICS = ("model", "start", "schedule", "objective", "optim", "ema")
-ALSO = ("resolution", "center_crop", "random_flip", "channels", "mixed_precision", "seed")
+ALSO = (
+    "resolution", "center_crop", "random_flip", "channels", "mixed_precision", "seed",
+    "class_column", "concat_column", "context_column", "conditioning_dropout",
+)  # fmt: skip
 COURSES_WITHOUT_END = (
     "constant",
     "constant_with_warmup",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -16,9 +16,10 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from diffusers_ddpm_ext.ema import LitEMA
 from diffusers_ddpm_ext.shards import is_sharded
-from diffusers_ddpm_ext.training.build import Parts, build_ema, build_parts, refusing
+from diffusers_ddpm_ext.training.build import Parts, build_ema, build_parts
 from diffusers_ddpm_ext.training.config import TrainConfig
 from diffusers_ddpm_ext.training.data import ImageData, load_data
+from diffusers_ddpm_ext.training.denoisers import refusing
 from diffusers_ddpm_ext.training.errors import ConfigError, warn
 from diffusers_ddpm_ext.training.evaluate import Workers
 from diffusers_ddpm_ext.training.folder import take_output_dir
@@ -172,11 +173,21 @@ def start(config: TrainConfig) -> Run:
     tracker = "none" if loop.dry_run else config.output.report_to
     accelerator = make_accelerator(loop.mixed_precision, loop.gradient_accumulation_steps, tracker)
     with same_fate(accelerator):
-        data = load_data(config.data, progress=accelerator.is_main_process)
-        parts = build_parts(config.model, config.schedule, config.objective, data.size, data.channels, loop.seed)
+        data = load_data(config.data, config.model.conditioning_key, progress=accelerator.is_main_process)
+        parts = build_parts(
+            config.model,
+            config.schedule,
+            config.objective,
+            data.size,
+            data.channels,
+            loop.seed,
+            data.train.columns,
+            config.data.conditioning_dropout,
+        )
+        data = replace(data, train=replace(data.train, dropout=parts.dropout))
         plan = make_plan(config, len(data.train), accelerator.num_processes)
         given = begin(config, parts.denoiser, parts.objective)
-        task = DenoisingTask(parts.denoiser, parts.objective).to(accelerator.device)
+        task = DenoisingTask(parts.denoiser, parts.objective, parts.join).to(accelerator.device)
         ema = build_ema(config.ema, parts.denoiser)
         if given is not None:
             accelerator.print(given.told([] if ema is None else [fill_average(given, ema, config.start)]))

@@ -54,6 +54,7 @@ class RowSource:
     rows: Sequence[dict[str, Any]]
     column: str
     names: Sequence[str]
+    table: Any = None  # with all its columns
 
     def payload(self, index: int) -> bytes | Path | None:
         """Return the bytes of an image, or the path of its file."""
@@ -142,13 +143,14 @@ def load_rows(
     except Exception as error:  # `datasets` raises whatever its readers and the network raise
         raise ConfigError(f"{told}, split {split!r}, cannot be opened: {_one_line(error)}") from error
     column = _image_column(told, table.features, datasets.Image, image_column)
+    whole = table
     try:
         table = table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
     except Exception as error:
         raise ConfigError(f"--image_column {column!r} of {told} holds no images: {_one_line(error)}") from error
     if len(table) == 0:
         raise ConfigError(f"{told}, split {split!r}, has no rows.")
-    return RowSource(told, table, column, [f"row {index}" for index in range(len(table))])
+    return RowSource(told, table, column, [f"row {index}" for index in range(len(table))], whole)
 
 
 def _image_column(told: str, features: dict[str, object], image_type: type, wanted: str | None) -> str:
@@ -176,6 +178,13 @@ def digit_levels() -> Tensor:
     except ImportError:
         raise ConfigError(f"the digits come with scikit-learn: {NEEDS_TRAIN}") from None
     return torch.from_numpy(load_digits().images.astype(np.uint8)).unsqueeze(1)
+
+
+def digit_labels() -> list[int]:
+    """Return which digit each of scikit-learn's is."""
+    from sklearn.datasets import load_digits
+
+    return [int(label) for label in load_digits().target]
 
 
 def digit_rows() -> RowSource:

@@ -40,7 +40,8 @@ def train_step(run: Run, batches: Iterator[Batch]) -> bool:
         )
         seed_dropout(run, micro)
         with accelerator.accumulate(run.task):
-            output = run.task(batch.pixels, noise.to(device, non_blocking=True), t.to(device, non_blocking=True))
+            draws = (noise.to(device, non_blocking=True), t.to(device, non_blocking=True))
+            output = run.task(batch.pixels, *draws, batch.conditions)
             accelerator.backward(output.loss)
             taken.append((output, batch.indices, t))
             if accelerator.sync_gradients:

@@ -20,10 +20,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from diffusers_ddpm_ext.conditioning import Conditions
 from diffusers_ddpm_ext.training import keys
 from diffusers_ddpm_ext.training.data import ImageSet, unit_range
 from diffusers_ddpm_ext.training.errors import RunError, warn
 
+NONE = Conditions()
 DEATHS_WITHOUT_A_BATCH = 3
 """So many data workers in a row may die before one of them has handed on a batch."""
 
@@ -37,12 +39,14 @@ class Batch:
         positions: their places in the effective batch, (b,), int64, on the CPU.
         indices: which images of the set they are, (b,), int64, on the CPU.
         step: the optimizer step that they belong to.
+        conditions: what they are conditioned on, on the same device as the pixels.
     """
 
     pixels: Tensor
     positions: Tensor
     indices: Tensor
     step: int
+    conditions: Conditions = NONE
 
 
 class Share(NamedTuple):
@@ -55,6 +59,7 @@ class Share(NamedTuple):
         step: as in `Batch`.
         micro: number of the micro-batch in its step.
         replaced: one sentence for each image that became unreadable and whose place another one took.
+        conditions: as in `Batch`, on the CPU.
     """
 
     levels: Tensor
@@ -63,6 +68,7 @@ class Share(NamedTuple):
     step: int
     micro: int
     replaced: list[str]
+    conditions: Conditions = NONE
 
 
 @dataclass(frozen=True)
@@ -94,9 +100,12 @@ class MicroBatches(Dataset[Share | RunError]):
         replaced: list[str] = []
         try:
             levels = self.images.level_values(indices, self.seed, epochs.tolist(), replaced)
+            conditions = self.images.conditions(indices, self.seed, epochs.tolist())
         except RunError as error:
             return error
-        return Share(levels, positions, indices, step, micro, replaced)
+        if self.images.dropout is not None:
+            conditions = self.images.dropout.apply(conditions, self.seed, step, positions)
+        return Share(levels, positions, indices, step, micro, replaced, conditions)
 
     def order(self, epoch: int) -> Tensor:
         """Return the shuffle of an epoch, (n,): a function of the seed and the epoch alone."""
@@ -231,4 +240,4 @@ def _to_device(shares: Iterator[Share], levels: int, device: torch.device) -> It
                 told.add(sentence)
                 warn(sentence)
         pixels = unit_range(share.levels.to(device, non_blocking=True), levels)
-        yield Batch(pixels, share.positions, share.indices, share.step)
+        yield Batch(pixels, share.positions, share.indices, share.step, share.conditions.to(device))

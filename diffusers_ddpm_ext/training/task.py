@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from diffusers_ddpm_ext.conditioning import Conditions, Join
 from diffusers_ddpm_ext.gaussian import q_sample
 from diffusers_ddpm_ext.objective import DDPMObjective, ObjectiveOutput
 
@@ -18,14 +19,16 @@ class DenoisingTask(nn.Module):
     Args:
         denoiser: a network called as ``denoiser(xt, t)`` whose output has ``.sample``, as UNet2DModel's has.
         objective: the loss, with the schedule that the noise follows.
+        join: how conditions reach the denoiser; by default there are none.
     """
 
-    def __init__(self, denoiser: nn.Module, objective: DDPMObjective) -> None:
+    def __init__(self, denoiser: nn.Module, objective: DDPMObjective, join: Join | None = None) -> None:
         super().__init__()
+        self.join = join or Join()
         self.denoiser = denoiser
         self.objective = objective
 
-    def forward(self, x0: Tensor, noise: Tensor, t: Tensor) -> ObjectiveOutput:
+    def forward(self, x0: Tensor, noise: Tensor, t: Tensor, conditions: Conditions | None = None) -> ObjectiveOutput:
         """The training terms of one micro-batch.
 
         Only the network runs in the precision of a surrounding autocast: in bfloat16 the first noise levels would
@@ -35,12 +38,14 @@ class DenoisingTask(nn.Module):
             x0: clean samples, (B, ...), float32, data units.
             noise: standard normal, same shape.
             t: steps, (B,), integer.
+            conditions: of the samples, exactly those that ``join`` asks for.
 
         Returns:
             The objective's terms, float32.
         """
         with torch.autocast(x0.device.type, enabled=False):
             xt = q_sample(self.objective.schedule, x0.float(), noise.float(), t)
-        output = self.denoiser(xt, t).sample
+        inputs, named = self.join(xt, conditions or Conditions())
+        output = self.denoiser(inputs, t, **named).sample
         with torch.autocast(x0.device.type, enabled=False):
             return self.objective(output.float(), x0.float(), noise.float(), t)

@@ -382,7 +382,7 @@ def save(run: Run, records: Records) -> bool:
     networks, logvar = take_pipeline(run)
     if networks is not None:
         try:
-            save_pipeline(run.taken_folder, networks, run.parts.scheduler, logvar)
+            save_pipeline(run.taken_folder, networks, run.parts.scheduler, logvar, run.parts.joined)
         except OSError as error:
             failure = f"the pipeline could not be saved in {run.folder} ({error.strerror or error})"
     run.accelerator.wait_for_everyone()

@@ -64,7 +64,6 @@ ANSWERS = {
     "attention_resolutions": "use --attention_levels (0 is the full resolution, 1 half of it, ...)",
     "channel_mult": "use --block_out_channels with the widths themselves",
     "log_every_t": "it is an argument of DDPMExtPipeline's call; a training run draws its own rows of steps",
-    "use_positional_encodings": "it has no effect in the original and does not exist here",
     "gpus": "choose devices with `accelerate launch`",
     "devices": "choose devices with `accelerate launch`",
     "local_rank": "start processes with `accelerate launch` or `torchrun`, which say it in LOCAL_RANK",
@@ -80,6 +79,8 @@ ANSWERS = {
     "bf16": "use --mixed_precision bf16",
     "learn_sigma": "training with a learned variance is not supported yet",
     "pretrained_model_name_or_path": "use --ckpt_path for the weights of a checkpoint or a pipeline's folder",
+    "ucg_training": "use --conditioning_dropout '{\"class_labels\": 0.1}'",
+    "class_conditional": "use --conditioning_key adm, and --class_column",
     "seed_everything": "use --seed",
     "resume": "use --resume_from_checkpoint latest, or auto",
     "scheduler": "use --lr_scheduler for the learning rate, --beta_schedule for the noise",
@@ -91,8 +92,8 @@ UNSUPPORTED = {
     # publishing
     "push_to_hub", "hub_token", "hub_model_id", "hub_private_repo",
     # original checkpoints, conditioning, other objectives
-    "conditioning_key", "ucg_training", "noise_offset", "input_perturbation",
-    "class_conditional", "streaming",
+    "noise_offset", "input_perturbation",
+    "streaming",
 }  # fmt: skip
 
 
