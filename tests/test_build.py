@@ -12,9 +12,16 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 
-from diffusers_ddpm_ext.training.build import build_denoiser, build_ema, build_objective, build_parts, build_scheduler
+from diffusers_ddpm_ext.conditioning import Join
+from diffusers_ddpm_ext.training import denoisers
+from diffusers_ddpm_ext.training.build import build_ema, build_objective, build_parts, build_scheduler
 from diffusers_ddpm_ext.training.errors import ConfigError
 from diffusers_ddpm_ext.training.options import EmaOptions, ModelOptions, ObjectiveOptions, ScheduleOptions
+
+
+def build_denoiser(model: ModelOptions, size: tuple[int, int], channels: int, seed: int) -> UNet2DModel:
+    return denoisers.build_denoiser(model, denoisers.Shape(size, channels, Join()), seed)
+
 
 SMALL = ModelOptions(block_out_channels=(8, 16), layers_per_block=1, attention_levels=(1,), norm_num_groups=4)
 UNET: dict[str, Any] = {
@@ -75,7 +82,7 @@ def test_a_json_file_a_models_folder_or_a_pipelines(tmp_path: Path, place: str):
         ({"out_channels": 5}, ["out_channels is 5"]),
         ({"_class_name": "UNet2DConditionModel"}, ["UNet2DConditionModel"]),
         ({"block_out_chanels": [8]}, ["block_out_chanels"]),
-        ({"num_class_embeds": 10}, ["class-conditional"]),
+        ({"num_class_embeds": 10}, ["conditioned on classes", "--conditioning_key adm"]),
         ({"up_block_types": ["UpBlock2D"]}, []),
         ({"down_block_types": ["DownBlock2D", "NoBlock2D"]}, []),
         ({"norm_num_groups": 3}, []),

@@ -31,6 +31,8 @@ checkpointing_steps checkpointing_minutes checkpoints_total_limit resume_from_ch
 max_train_minutes monitor monitor_mode save_top_k early_stopping_patience early_stopping_min_delta
 output_dir overwrite_output_dir report_to logging_dir logging_steps save_images_epochs save_images_steps
 num_preview_images ddpm_num_inference_steps save_model_epochs
+class_column concat_column context_column conditioning_dropout model_config conditioning_key num_class_embeds
+use_positional_encodings preview_guidance_scale
 ckpt_path ckpt_config ignore_keys load_only_unet reset_ema reset_num_ema_updates make_it_fit
 """  # a frozen surface: a name that goes is a user's broken script
 
@@ -90,15 +92,14 @@ COMPVIS = {
     "linear_start": "--beta_start",
     "linear_end": "--beta_end",
     "given_betas": "--trained_betas",
-    "conditioning_key": "not supported yet",
     "parameterization": "--prediction_type",
     "scheduler_config": "--lr_scheduler",
-    "use_positional_encodings": "no effect",
-    "ucg_training": "not supported yet",
+    "ucg_training": "--conditioning_dropout",
 }
 COMPVIS_SAME = (
     "monitor beta_schedule loss_type use_ema channels cosine_s original_elbo_weight l_simple_weight v_posterior"
     " learn_logvar logvar_init ckpt_path ignore_keys load_only_unet make_it_fit reset_ema reset_num_ema_updates"
+    " conditioning_key use_positional_encodings"
 )
 
 

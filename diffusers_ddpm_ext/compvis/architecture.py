@@ -47,6 +47,7 @@ ONLY: dict[str, tuple[Any, str]] = {
     "dims": (2, "Diffusers' UNet2D networks are two-dimensional"),
     "n_embed": (None, "no Diffusers network predicts codebook entries"),
     "num_attention_blocks": (None, "every residual block of a level has attention, or none"),
+    "disable_middle_self_attn": (False, "the middle block always has self-attention"),
 }
 
 
@@ -96,7 +97,7 @@ def complete(unet_params: Mapping[str, Any]) -> dict[str, Any]:
         if options[name] != value:
             raise ValueError(f"{name} {options[name]} cannot be expressed by a Diffusers network: {why}.")
     if not options["use_spatial_transformer"]:  # where the original ignores them
-        options |= {"disable_self_attentions": None, "disable_middle_self_attn": False}
+        options["disable_self_attentions"] = None
     blocks = options["num_res_blocks"]
     if isinstance(blocks, list):
         if len(set(blocks)) != 1 or len(blocks) != len(options["channel_mult"]):
@@ -285,7 +286,6 @@ def _condition_config(options: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"disable_self_attentions {without_self} must say true or false for each of {levels} levels.")
     return config | {
         "only_cross_attention": [bool(value) for value in without_self],
-        "mid_block_only_cross_attention": bool(options["disable_middle_self_attn"]),
         "cross_attention_dim": contexts[0],
         "transformer_layers_per_block": depth,
         "attention_head_dim": down,  # which Diffusers means as the number of heads

@@ -80,7 +80,11 @@ def _params(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
     down = [stock_name(block) for block in config["down_block_types"]]
     attends = [2**level for level, block in enumerate(down) if "Attn" in block]
     resnets = "resnet" in (config.get("downsample_type"),) or any("Resnet" in block for block in down)
-    mult = [width // levels[0] if width % levels[0] == 0 else width / levels[0] for width in levels]
+    if any(width % levels[0] for width in levels):
+        raise ValueError(
+            f"block_out_channels {levels} does not go back: UNetModel's widths are multiples of its first."
+        )
+    mult = [width // levels[0] for width in levels]
     params: dict[str, Any] = {
         "image_size": plain(config["sample_size"]),
         "in_channels": config["in_channels"],
@@ -130,17 +134,14 @@ def _cross_params(config: Mapping[str, Any]) -> dict[str, Any]:
         "transformer_depth": plain(config["transformer_layers_per_block"]),
         "use_linear_in_transformer": bool(config["use_linear_projection"]),
         "legacy": False,
-        "disable_self_attentions": _only_cross(config)[0],
-        "disable_middle_self_attn": _only_cross(config)[1],
+        "disable_self_attentions": _only_cross(config),
     }
 
 
-def _only_cross(config: Mapping[str, Any]) -> tuple[list[bool], bool]:
-    """Where self-attention is left out: on each level, and in the middle."""
-    only, middle = config["only_cross_attention"], config.get("mid_block_only_cross_attention")
-    if isinstance(only, bool):
-        return [only] * len(config["block_out_channels"]), only if middle is None else bool(middle)
-    return [bool(value) for value in only], bool(middle)
+def _only_cross(config: Mapping[str, Any]) -> list[bool]:
+    """On which levels self-attention is left out."""
+    only = config["only_cross_attention"]
+    return [only] * len(config["block_out_channels"]) if isinstance(only, bool) else [bool(value) for value in only]
 
 
 def _function(config: Mapping[str, Any], kind: str) -> dict[str, Any]:

@@ -154,6 +154,15 @@ def _parameter(arguments: tuple[Any, ...]) -> Any:
     return _first(arguments, 1)[0]
 
 
+def _of_type(arguments: tuple[Any, ...]) -> Any:
+    """A tensor of another class, such as a buffer: what it is made of, by the function that is named."""
+    function, _, inner = _first(arguments, 3)
+    maker = MAKERS.get((function.module, function.name)) if isinstance(function, Name) else None
+    if maker is None or maker is _of_type or not isinstance(inner, tuple):
+        raise UnreadableCheckpoint("It holds a tensor of a class that is not known.")
+    return maker(inner)
+
+
 def _first(arguments: tuple[Any, ...], count: int) -> tuple[Any, ...]:
     if len(arguments) < count:
         raise UnreadableCheckpoint("It describes a tensor with parts missing.")
@@ -170,5 +179,6 @@ MAKERS: Makers = {
     ("torch._utils", "_rebuild_tensor_v3"): _rebuild_v3,
     ("torch._utils", "_rebuild_parameter"): _parameter,
     ("torch._utils", "_rebuild_parameter_with_state"): _parameter,
+    ("torch._tensor", "_rebuild_from_type_v2"): _of_type,
     ("torch", "Size"): _size,
 }

@@ -58,7 +58,9 @@ def _read_members(memory: mmap.mmap) -> dict[str, Member]:
     end = memory.rfind(END, max(0, len(memory) - LONGEST_COMMENT - 22))
     if end < 0:
         raise UnreadableCheckpoint("Its table of contents is missing: the file is incomplete, a download broken off.")
-    count, size, offset = struct.unpack_from("<HLL", memory, end + 10)
+    count, size, offset, comment = struct.unpack_from("<HLLH", memory, end + 10)
+    if end + 22 + comment != len(memory):
+        raise UnreadableCheckpoint("Its table of contents is damaged, or the file incomplete.")
     if count == FULL16 or FULL32 in (size, offset):
         count, size, offset = _zip64(memory, end)
     if size > MOST_DIRECTORY_BYTES:
