@@ -266,7 +266,6 @@ def stride_zero() -> bytes:
 
 def bombs() -> list[tuple[str, bytes]]:
     """What would cost time or memory rather than run something."""
-    size = 20 * 2**20
     doubling = b"\x80\x02]" + b"q\x00" + b"".join(b"](h%ch%ce" % (i, i) + b"q%c" % (i + 1) for i in range(60)) + b"."
     nest = b"\x80\x02" + b"]" * 200_000 + b"a" * 199_999 + b"."
     tuples = b"\x80\x02)" + b"".join(b"q%c" % i + b"h%ch%c\x86" % (i, i) for i in range(60)) + b"K\x01}"

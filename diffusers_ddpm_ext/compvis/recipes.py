@@ -92,6 +92,9 @@ def recipe(config: CompVisConfig) -> dict[str, dict[str, Any]]:
         **config.objective,
         **config.training,
     }
+    monitor = flat.get("monitor")
+    if monitor and monitor.endswith("_ema") and not config.use_ema:
+        flat["monitor"] = monitor.removesuffix("_ema")  # which a run without an average does not log
     if flat.pop("make_it_fit", False):
         flat["make_it_fit"] = "compvis"
     if config.channels in (1, 3, 4):
