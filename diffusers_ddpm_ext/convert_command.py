@@ -306,10 +306,7 @@ def _draw(pipeline: Any, path: Path, options: ConvertOptions) -> None:
         raise ConfigError(f"--samples {options.samples}: the model makes latents of {channels} channels, no pictures")
     named: dict[str, Any] = {}
     if key is not None:
-        classes = (
-            pipeline.unet.config.num_class_embeds if pipeline.class_embedder is None else len(pipeline.class_embedder)
-        )
-        named["class_labels"] = [index % classes for index in range(options.samples)]
+        named["class_labels"] = [index % pipeline.num_classes for index in range(options.samples)]
     images = pipeline(
         batch_size=options.samples,
         generator=[generator("sample", options.seed, index) for index in range(options.samples)],

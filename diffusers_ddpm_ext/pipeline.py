@@ -22,7 +22,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from diffusers_ddpm_ext.conditioning import Join
+from diffusers_ddpm_ext.conditioning import NEEDS, Join
 from diffusers_ddpm_ext.guidance import Given, Labels, Model, make_guidance
 from diffusers_ddpm_ext.layout import LEARNED_VARIANCES, reads_variance
 from diffusers_ddpm_ext.pipeline_files import PipelineFiles
@@ -136,6 +136,13 @@ class DDPMExtPipeline(PipelineFiles):
                 )
             _check_finite(table, "class_embedder")
         self._class_embedder = table
+
+    @property
+    def num_classes(self) -> int | None:
+        """How many classes it can be asked for, a null class included; None where there are none."""
+        model = self._model(torch.device("cpu"))
+        by_class = "class_labels" in NEEDS[self._join.conditioning_key] or model.embeds_classes
+        return model.num_classes if by_class else None
 
     @property
     def num_timesteps(self) -> int:

@@ -27,6 +27,7 @@ TAIL = """examples:
   ddpm-ext sample runs/digits --num_images 100 --num_inference_steps 250 --out grid.png
   ddpm-ext sample runs/digits --num_images 1000 --out samples.npy     float32 (N, height, width, channels) in [0, 1]
   ddpm-ext sample google/ddpm-cifar10-32 --device cuda --dtype bfloat16
+  ddpm-ext sample runs/classes --class_labels 3 --guidance_scale 2     the class of all images, or several in turn
 
 Image i follows from the seed and from i alone: it is the same whatever --num_images and --batch_size."""
 
@@ -46,6 +47,11 @@ class SampleOptions:
     variant: str | None
     device: str | None
     dtype: str
+    class_labels: tuple[int, ...] | None = None
+    concat_inputs: Path | None = None
+    encoder_hidden_states: Path | None = None
+    guidance_scale: float = 1.0
+    guidance_interval: tuple[float, float] | None = None
 
 
 def parse_sample_args(argv: Sequence[str], prog: str = "ddpm-ext sample") -> SampleOptions:
@@ -88,6 +94,33 @@ def parse_sample_args(argv: Sequence[str], prog: str = "ddpm-ext sample") -> Sam
             metavar="X",
             help="Factor on the noise of each step (default: 1).",
         ),
+        parser.add_argument(
+            "--class_labels",
+            nargs="+",
+            type=int,
+            metavar="N",
+            help="Classes, in turn over the images (default, where the model needs them: all in turn).",
+        ),
+        parser.add_argument(
+            "--concat_inputs",
+            metavar="FILE",
+            help="What is joined to the input: .npy (N, C, height, width) in [-1, 1], in turn over the images.",
+        ),
+        parser.add_argument(
+            "--encoder_hidden_states",
+            metavar="FILE",
+            help="Embeddings of cross attention: .npy (N, tokens, width), in turn over the images.",
+        ),
+        parser.add_argument(
+            "--guidance_scale", type=float, default=1.0, metavar="S", help="u + S (c - u); 1: no guidance (default)."
+        ),
+        parser.add_argument(
+            "--guidance_interval",
+            nargs=2,
+            type=float,
+            metavar=("LOW", "HIGH"),
+            help="Guide only at steps of the training chain from LOW to HIGH (default: all).",
+        ),
         parser.add_argument("--variant", metavar="NAME", help="`raw`: the weights without averaging."),
         parser.add_argument(
             "--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: the fastest there is)."
@@ -100,6 +133,10 @@ def parse_sample_args(argv: Sequence[str], prog: str = "ddpm-ext sample") -> Sam
     given = vars(parser.parse_args(checked_names(argv, known)))
     out = Path(given.pop("out") or _default_out(given["folder"], given["seed"]))
     individual = given.pop("individual")
+    for name in ("class_labels", "guidance_interval"):
+        given[name] = None if given[name] is None else tuple(given[name])
+    for name in ("concat_inputs", "encoder_hidden_states"):
+        given[name] = None if given[name] is None else Path(given[name])
     options = SampleOptions(out=out, individual=Path(individual) if individual else None, **given)
     _check_numbers(options)
     _check_folder(options.folder)
@@ -119,6 +156,12 @@ def _check_numbers(options: SampleOptions) -> None:
             raise ConfigError(f"--{name} must be at least {low}, got {value}")
     if not 0 <= options.temperature < math.inf:
         raise ConfigError(f"--temperature must be at least 0, got {options.temperature}")
+    if not math.isfinite(options.guidance_scale):
+        raise ConfigError(f"--guidance_scale must be a finite number, got {options.guidance_scale}")
+    for name in ("concat_inputs", "encoder_hidden_states"):
+        path = getattr(options, name)
+        if path is not None and (path.suffix != ".npy" or not path.is_file()):
+            raise ConfigError(f"--{name} {path} is no .npy file: give an array")
     if options.dtype not in ("float32", "bfloat16", "float16"):
         raise ConfigError(f"--dtype {options.dtype!r} is not one of float32, bfloat16, float16")
 
@@ -235,6 +278,7 @@ def _batches(pipeline: Any, options: SampleOptions) -> Iterator[Pixels]:
 
     from diffusers_ddpm_ext.training.keys import generator
 
+    conditions = _conditions(pipeline, options)
     starts = range(0, options.num_images, options.batch_size)
     steps = options.num_inference_steps or pipeline.scheduler.config.num_train_timesteps
 
@@ -252,8 +296,34 @@ def _batches(pipeline: Any, options: SampleOptions) -> Iterator[Pixels]:
                 temperature=options.temperature,
                 output_type="np",
                 callback_on_step_end=advance,
+                guidance_scale=options.guidance_scale,
+                guidance_interval=options.guidance_interval,
+                **{name: value[[index % len(value) for index in indices]] for name, value in conditions.items()},
             )
             yield output.images
+
+
+def _conditions(pipeline: Any, options: SampleOptions) -> dict[str, Any]:
+    """What the images are conditioned on, to be taken in turn: given, and else all classes."""
+    import numpy as np
+    import torch
+
+    found: dict[str, Any] = {}
+    for name in ("concat_inputs", "encoder_hidden_states"):
+        path = getattr(options, name)
+        if path is not None:
+            try:
+                found[name] = torch.from_numpy(np.load(path, allow_pickle=False).astype(np.float32))
+            except (OSError, ValueError) as error:
+                raise ConfigError(f"--{name} {path} cannot be read: {error}") from None
+            if found[name].ndim != (4 if name == "concat_inputs" else 3) or not len(found[name]):
+                raise ConfigError(f"--{name} {path} has shape {tuple(found[name].shape)}; see --help")
+    if options.class_labels is not None:
+        found["class_labels"] = torch.tensor(options.class_labels)
+    elif pipeline.num_classes is not None and "encoder_hidden_states" not in found:
+        classes, null = range(pipeline.num_classes), pipeline.config.get("null_class_label")
+        found["class_labels"] = torch.tensor([label for label in classes if label != null])
+    return found
 
 
 def _write(images: Pixels, options: SampleOptions) -> None:

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline
+from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel, UNet2DModel
 from huggingface_hub import HfApi
 from tiny import tiny_unet
 
-from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtScheduler
+from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtScheduler, UNet2DExtModel
 
 
 def tried(call: Any) -> str:
@@ -36,6 +36,31 @@ def pipeline_with(value: float) -> DDPMExtPipeline:
 def value_of(pipeline: DDPMExtPipeline) -> float | None:
     """That number."""
     return None if pipeline.logvar is None else float(pipeline.logvar[0])
+
+
+def special_pipeline() -> DDPMExtPipeline:
+    """A network that stock Diffusers cannot express, conditioned on classes."""
+    unet = UNet2DExtModel(**tiny_unet(1).config | {"num_attention_heads": 2, "num_class_embeds": 4})
+    return DDPMExtPipeline(unet, DDPMExtScheduler(num_train_timesteps=20), "adm", null_class_label=3)
+
+
+def token_pipeline() -> DDPMExtPipeline:
+    """Classes that become tokens of cross attention."""
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+        cross_attention_dim=6,
+        attention_head_dim=2,
+    )
+    pipeline = DDPMExtPipeline(unet, DDPMExtScheduler(num_train_timesteps=20), "crossattn")
+    pipeline.class_embedder = torch.randn(5, 6)
+    return pipeline
 
 
 def main(root: Path) -> None:
@@ -100,6 +125,21 @@ def main(root: Path) -> None:
     pipeline_with(6.0).push_to_hub("alice/retrained")
     DDPMExtPipeline(tiny_unet(1), DDPMExtScheduler(num_train_timesteps=20)).push_to_hub("alice/retrained")
     facts["retrained"] = value_of(load("alice/retrained"))
+
+    # a special network with classes and a table of class embeddings: ours opens it by its id, stock does not
+    special = special_pipeline()
+    special.push_to_hub("alice/special")
+    again = load("alice/special")
+    facts["special"] = [
+        type(again.unet).__name__,
+        all(torch.equal(a, b) for a, b in zip(special.unet.parameters(), again.unet.parameters(), strict=True)),
+        again.config.conditioning_key,
+        again.config.null_class_label,
+    ]
+    facts["special_stock"] = tried(lambda: UNet2DModel.from_pretrained("alice/special", subfolder="unet"))
+    tokens = token_pipeline()
+    tokens.push_to_hub("alice/tokens")
+    facts["tokens"] = bool(torch.equal(load("alice/tokens").class_embedder, tokens.class_embedder))
 
     # private repositories and tokens
     pipeline_with(4.0).push_to_hub("alice/private", private=True)

@@ -52,6 +52,13 @@ def test_revisions(facts):
     assert facts["name_or_path"] == "alice/saved"
 
 
+def test_special_networks_and_tables(facts):
+    """By its id, ours opens what stock Diffusers refuses."""
+    assert facts["special"] == ["UNet2DExtModel", True, "adm", 3]
+    assert "ValueError" in facts["special_stock"]
+    assert facts["tokens"]
+
+
 def test_repository_named_after_the_folder(facts):
     assert facts["default_name"] == 1.5
 
