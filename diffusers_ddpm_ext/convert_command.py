@@ -22,7 +22,7 @@ TAIL = """examples:
   ddpm-ext convert --from compvis --checkpoint model.ckpt --config model.yaml --out my-model
   ddpm-ext convert --from openai --checkpoint ema_0.9999_500000.pt --model_flags flags.json --out my-model
   ddpm-ext convert --check my-model --checkpoint model.ckpt --config model.yaml
-  ddpm-ext convert --to compvis my-model --out model.ckpt [--base original.ckpt]
+  ddpm-ext convert --to compvis my-model --out model.ckpt --config_out model.yaml [--base original.ckpt]
 
 The folder holds the EMA weights as its default files and the raw ones as variant="raw", a learned logvar, and
 conversion.json: where each tensor came from, what was left out, and why. Nothing that a checkpoint or a YAML file
@@ -49,6 +49,7 @@ class ConvertOptions:
     ignore_keys: tuple[str, ...]
     load_only_unet: bool
     base: Path | None
+    config_out: Path | None
     use_ema: bool
     samples: int
     num_inference_steps: int | None
@@ -98,6 +99,7 @@ def parse_convert_args(argv: Sequence[str], prog: str = "ddpm-ext convert") -> C
         add("--ignore_keys", nargs="+", default=[], metavar="PREFIX", help="compvis: leave such tensors out."),
         add("--load_only_unet", action="store_true", help="compvis: the network and nothing else."),
         add("--base", metavar="FILE", help="--to: take first stage, conditioning stage and scale factor from it."),
+        add("--config_out", metavar="FILE", help="--to: also write the YAML file that belongs to the checkpoint."),
         add("--no_ema", action="store_true", help="--to: write no model_ema.*."),
         add("--samples", type=int, default=0, metavar="N", help="Also draw N images into samples.png (default: 0)."),
         add("--num_inference_steps", type=int, metavar="K", help="Steps of those images (default: all T)."),
@@ -107,7 +109,17 @@ def parse_convert_args(argv: Sequence[str], prog: str = "ddpm-ext convert") -> C
     ]
     known = [name[2:] for flag in flags for name in flag.option_strings]
     given = vars(parser.parse_args(checked_names(argv, known)))
-    for name in ("check", "folder", "checkpoint", "config", "model_flags", "ema_checkpoint", "out", "base"):
+    for name in (
+        "check",
+        "folder",
+        "checkpoint",
+        "config",
+        "model_flags",
+        "ema_checkpoint",
+        "out",
+        "base",
+        "config_out",
+    ):
         given[name] = None if given[name] is None else Path(given[name])
     given["ignore_keys"] = tuple(given["ignore_keys"])
     options = ConvertOptions(use_ema=not given.pop("no_ema"), **given)
@@ -164,7 +176,7 @@ def _check_source(options: ConvertOptions) -> None:
         raise ConfigError(f"{way} needs {' and '.join(missing)}; see ddpm-ext convert --help")
     strange = {"config": options.config} if openai else {"model_flags": options.model_flags}
     strange |= {} if openai else {"ema_checkpoint": options.ema_checkpoint}
-    strange |= {"base": options.base}
+    strange |= {"base": options.base, "config_out": options.config_out}
     for name, value in strange.items():
         if value is not None:
             raise ConfigError(f"--{name} {value} has no meaning for this conversion: leave it out")
@@ -189,6 +201,8 @@ def _check_way_back(options: ConvertOptions) -> None:
             raise ConfigError(f"--{name} has no meaning for --to compvis: leave it out")
     if options.samples:
         raise ConfigError("--samples has no meaning for --to compvis: ddpm-ext sample draws from the folder")
+    if options.config_out is not None and options.config_out.exists() and not options.overwrite:
+        raise ConfigError(f"--config_out {options.config_out} exists: name another place, or say --overwrite")
     if options.base is not None and not options.base.is_file():
         raise ConfigError(f"--base {options.base} does not exist: give the original checkpoint")
     if options.out is not None and options.out.suffix not in CHECKPOINTS:
@@ -329,10 +343,17 @@ def _compare(options: ConvertOptions, converted: Converted) -> str:
 
 
 def _back(options: ConvertOptions) -> str:
-    from diffusers_ddpm_ext.compvis.export import save_compvis
+    import yaml
+
+    from diffusers_ddpm_ext.compvis.export import configuration_of, save_compvis
 
     assert options.folder is not None
     assert options.out is not None
     save_compvis(options.folder, options.out, base=options.base, use_ema=options.use_ema)
     size = options.out.stat().st_size / 2**20
-    return f"{options.out} written, {size:.1f} MiB: the original classes load its state_dict with strict=True"
+    told = f"{options.out} written, {size:.1f} MiB: the original classes load its state_dict with strict=True"
+    if options.config_out is None:
+        return told
+    text = yaml.safe_dump(configuration_of(options.folder), sort_keys=False, default_flow_style=None)
+    options.config_out.write_text(text, encoding="utf-8")
+    return f"{told}, under the configuration {options.config_out}"

@@ -6,6 +6,7 @@ import collections
 import json
 import os
 import random
+import struct
 import subprocess
 import sys
 import textwrap
@@ -312,6 +313,23 @@ def test_the_hostile_corpus(tmp_path):
     assert f"files {3 * (60 + len(bombs())) + 2}" in done.stdout
     read = [line for line in done.stdout.splitlines() if line.startswith("READ")]
     assert read == ["READ pickle_in_safetensors"], "which is a sound file to that library, its pickle never looked at"
+
+
+def test_members_that_lie_over_each_other(tmp_path):
+    """A small file whose table says thousands of times the same large member."""
+    data = write(tmp_path / "m.ckpt", {"a": torch.zeros(10**6)}, "zip").read_bytes()
+    end = data.rfind(b"PK\5\6")
+    count, size, offset = struct.unpack_from("<HLL", data, end + 10)
+    table = data[offset : offset + size]
+    start = table.find(b"PK\1\2", table.find(b"/data.pkl"))
+    large = next(i for i in range(len(table)) if table[i : i + 4] == b"PK\1\2" and b"/data/0" in table[i : i + 90])
+    entry = table[large : large + 46 + sum(struct.unpack_from("<HHH", table, large + 28))]
+    copies = b"".join(entry.replace(b"/data/0", b"/data/%c" % (97 + i)) for i in range(20))
+    more = struct.pack("<HHLLH", count + 20, count + 20, size + len(copies), offset, 0)
+    (tmp_path / "m.ckpt").write_bytes(data[:offset] + table + copies + b"PK\5\6" + bytes(4) + more)
+    assert start
+    with pytest.raises(UnreadableCheckpoint, match="over each other"):
+        read_tensors(tmp_path / "m.ckpt")
 
 
 def test_globals_cannot_be_changed():

@@ -41,6 +41,10 @@ def test_in_check_and_out(tmp_path, capsys):
     assert convert("--check", folder, *SOURCE) == 0
     assert "equal to the bit" in capsys.readouterr().out
     assert convert("--to", "compvis", folder, "--out", tmp_path / "back.ckpt") == 0
+    made = [tmp_path / "again.ckpt", "--config_out", tmp_path / "again.yaml"]
+    assert convert("--to", "compvis", folder, "--out", *made) == 0
+    again = ["--checkpoint", tmp_path / "again.ckpt", "--config", tmp_path / "again.yaml"]
+    assert convert("--check", folder, *again) == 0, "file and configuration give the same folder"
     theirs = torch.load(FOLDER / "ema.ckpt", weights_only=True)["state_dict"]
     ours = torch.load(tmp_path / "back.ckpt", weights_only=True)["state_dict"]
     assert ours.keys() == theirs.keys()

@@ -20,7 +20,7 @@ from diffusers_ddpm_ext.compvis.rows import Row
 from diffusers_ddpm_ext.stock_config import COMPVIS_SCHEDULES
 
 MOST_BYTES = 4 * 2**20
-MOST_ALIASES = 100
+MOST_ALIASES = 8  # more could stand for more text than any memory holds
 PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 CONDITIONING_KEYS = ("concat", "crossattn", "hybrid", "adm", "hybrid-adm", "crossattn-adm")
 MISSING = object()
@@ -79,6 +79,9 @@ def read_config(source: str | os.PathLike[str] | Mapping[str, Any], *, strict: b
         ValueError: the file is no configuration of a diffusion model, or (strict) a key is refused.
     """
     content = load_yaml(source) if not isinstance(source, Mapping) else source
+    for key, value in leaves(content, ""):
+        if isinstance(value, str) and "${" in value:
+            raise ValueError(f"{key.lstrip('.')} {_short(value)!r} refers to another key: write the value itself.")
     reader = _Reader(content)
     config = reader.read()
     refused = [row for row in config.rows if row.fate == "refused"]

@@ -20,8 +20,11 @@ from diffusers_ddpm_ext.compvis.weights import ema_names, export_unet, is_synthe
 from diffusers_ddpm_ext.ema import EmaFacts, load_ema_facts
 from diffusers_ddpm_ext.pipeline import DDPMExtPipeline
 from diffusers_ddpm_ext.scheduler import DDPMExtScheduler
+from diffusers_ddpm_ext.stock_config import COMPVIS_SCHEDULES
 
 PATH = str | os.PathLike[str]
+DDPM = "ldm.models.diffusion.ddpm.DDPM"
+UNET = "ldm.modules.diffusionmodules.openaimodel.UNetModel"
 RAW_FILES = ("diffusion_pytorch_model.raw.safetensors", "diffusion_pytorch_model.safetensors.index.raw.json")
 
 
@@ -140,6 +143,42 @@ def state_dict_of(sides: Sides, use_ema: bool = True) -> dict[str, Tensor]:
     if embedder is not None:
         state[CLASS_EMBEDDING] = embedder
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
+
+
+def configuration_of(pipeline_or_folder: DDPMExtPipeline | PATH) -> dict[str, Any]:
+    """The configuration that belongs to what `save_compvis` writes.
+
+    Args:
+        pipeline_or_folder: a pipeline, or the folder of one.
+
+    Returns:
+        The content of a YAML file of the original's base class.
+
+    Raises:
+        ValueError: as in `save_compvis`, or the schedule has no word there.
+    """
+    sides = _sides(pipeline_or_folder)
+    pipeline = sides.pipeline
+    config = pipeline.scheduler.config
+    words = {ours: theirs for theirs, ours in reversed(COMPVIS_SCHEDULES.items())}
+    params: dict[str, Any] = {
+        "timesteps": config.num_train_timesteps,
+        "beta_schedule": words.get(config.beta_schedule, config.beta_schedule),
+        "linear_start": config.beta_start,
+        "linear_end": config.beta_end,
+        "cosine_s": config.cosine_s,
+        "v_posterior": pipeline.scheduler.schedule.v_posterior,
+        "parameterization": {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}[config.prediction_type],
+        "clip_denoised": config.clip_sample,
+        "learn_logvar": pipeline.logvar is not None,
+        "conditioning_key": pipeline.config.get("conditioning_key"),
+        "image_size": pipeline.unet.config.sample_size,
+        "channels": pipeline.unet.config.out_channels,
+        "unet_config": {"target": UNET, "params": _params(sides)},
+    }
+    if config.trained_betas is not None or config.beta_schedule not in words:
+        params["given_betas"] = [float(beta) for beta in pipeline.scheduler.schedule.betas]
+    return {"model": {"target": DDPM, "params": params}}
 
 
 def _with_base(state: dict[str, Tensor], base: PATH) -> dict[str, Tensor]:

@@ -73,6 +73,8 @@ def _read_members(memory: mmap.mmap) -> dict[str, Member]:
         at = _read_entry(memory, table, at, members)
     if at != size:
         raise UnreadableCheckpoint("Its table of contents is damaged.")
+    if sum(member.size for member in members.values()) > len(memory):
+        raise UnreadableCheckpoint("Its members lie over each other: the file was made to be slow to check.")
     return members
 
 
