@@ -41,7 +41,8 @@ def train_step(run: Run, batches: Iterator[Batch]) -> bool:
         seed_dropout(run, micro)
         with accelerator.accumulate(run.task):
             draws = (noise.to(device, non_blocking=True), t.to(device, non_blocking=True))
-            output = run.task(batch.pixels, *draws, batch.conditions)
+            conditions = () if run.parts.join.conditioning_key is None else (batch.conditions,)
+            output = run.task(batch.pixels, *draws, *conditions)
             accelerator.backward(output.loss)
             taken.append((output, batch.indices, t))
             if accelerator.sync_gradients:
