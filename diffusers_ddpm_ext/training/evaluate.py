@@ -139,7 +139,7 @@ def score(task: DenoisingTask, images: ImageSet, draws: Draws, batch_size: int, 
     """
 
     def terms(x0: Tensor, noise: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
-        output = task(x0, noise, t, conditions)
+        output = task(x0, noise, t, *_given(conditions))
         return torch.stack([output.loss, output.loss_simple, output.loss_vlb]).cpu().double() * len(t)
 
     batches = _run(task, images, draws, batch_size, workers, terms, torch.zeros(-(-len(draws) // batch_size), 3))
@@ -169,12 +169,17 @@ def measure_log_loss(
     draws = Draws(chosen[:count], timesteps, LOGVAR, seed)
 
     def terms(x0: Tensor, noise: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
-        losses = task(x0, noise, t, conditions).per_sample_simple.cpu().double()
+        losses = task(x0, noise, t, *_given(conditions)).per_sample_simple.cpu().double()
         return torch.zeros(chain, dtype=torch.float64).index_add_(0, t.cpu(), losses)
 
     total = _run(task, images, draws, batch_size, workers, terms, torch.zeros(1, chain))[0].numpy()
     counts = np.bincount(timesteps.numpy(), minlength=chain)
     return np.log(np.divide(total, counts, out=np.full(chain, np.nan), where=counts > 0))
+
+
+def _given(conditions: Conditions) -> tuple[Conditions, ...]:
+    """What a task is called with besides, where it is conditioned on anything."""
+    return (conditions,) if conditions.named() else ()
 
 
 def _run(
