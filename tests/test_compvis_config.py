@@ -13,8 +13,9 @@ from bridge_cases import BASE, CASES, FOLDER, content
 from diffusers_ddpm_ext import DDPMExtScheduler, DDPMObjective
 from diffusers_ddpm_ext.cli import main
 from diffusers_ddpm_ext.compvis.architecture import translate_unet
-from diffusers_ddpm_ext.compvis.config import leaves, load_yaml, read_config
+from diffusers_ddpm_ext.compvis.config import leaves, read_config
 from diffusers_ddpm_ext.compvis.recipes import recipe
+from diffusers_ddpm_ext.compvis.yaml_file import load_yaml
 from diffusers_ddpm_ext.training.config import parse_train_args
 
 DDPM = "ldm.models.diffusion.ddpm.DDPM"

@@ -19,7 +19,7 @@ from diffusers_ddpm_ext import DDPMExtPipeline, UNet2DExtModel
 from diffusers_ddpm_ext.cli import main
 from diffusers_ddpm_ext.conditioning import CONDITIONING_KEYS, NEEDS, Conditions
 from diffusers_ddpm_ext.training import trainer
-from diffusers_ddpm_ext.training.columns import make_dropout
+from diffusers_ddpm_ext.training.condition_dropout import make_dropout
 from diffusers_ddpm_ext.training.config import TrainConfig
 from diffusers_ddpm_ext.training.data import load_data
 from diffusers_ddpm_ext.training.errors import ConfigError

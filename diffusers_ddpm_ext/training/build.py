@@ -17,7 +17,8 @@ from diffusers_ddpm_ext.conditioning import Join
 from diffusers_ddpm_ext.ema import LitEMA
 from diffusers_ddpm_ext.objective import DDPMObjective
 from diffusers_ddpm_ext.scheduler import DDPMExtScheduler
-from diffusers_ddpm_ext.training.columns import Columns, Dropout, make_dropout
+from diffusers_ddpm_ext.training.columns import Columns
+from diffusers_ddpm_ext.training.condition_dropout import Dropout, make_dropout
 from diffusers_ddpm_ext.training.denoisers import build_denoiser, refusing, shape_of
 from diffusers_ddpm_ext.training.options import EmaOptions, ModelOptions, ObjectiveOptions, ScheduleOptions
 

@@ -15,13 +15,13 @@ from diffusers_ddpm_ext.training import keys
 from diffusers_ddpm_ext.training.columns import (
     Columns,
     DigitTable,
-    Dropout,
     FolderTable,
     RowTable,
     Table,
     column_names,
     read_columns,
 )
+from diffusers_ddpm_ext.training.condition_dropout import Dropout
 from diffusers_ddpm_ext.training.errors import ConfigError, RunError
 from diffusers_ddpm_ext.training.options import DataOptions
 from diffusers_ddpm_ext.training.pictures import (
