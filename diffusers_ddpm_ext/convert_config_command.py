@@ -86,7 +86,7 @@ def convert_config(options: ConvertConfigOptions) -> str:
         ConfigError: the file is no such configuration, or a key has no place here.
     """
     from diffusers_ddpm_ext.compvis.config import read_config
-    from diffusers_ddpm_ext.compvis.recipes import recipe, write_recipe
+    from diffusers_ddpm_ext.compvis.recipes import LATENTS, recipe, write_recipe
     from diffusers_ddpm_ext.compvis.report import columns
 
     try:
@@ -101,5 +101,6 @@ def convert_config(options: ConvertConfigOptions) -> str:
     rows = [(row.key, " ".join(str(row.value).split())[:40], row.fate, row.note) for row in config.rows]
     network = content["model"]["model_config"]["_class_name"]
     told = f"{config.target}: a {network}, conditioning_key {config.conditioning_key}"
+    told += f"\nnote: {LATENTS}" if config.latent else ""
     where = f"\nwritten to {options.out}: ddpm-ext train --config {options.out} --train_data_dir FOLDER"
     return f"{columns(('key', 'value', 'fate', 'here'), rows)}\n{told}{where if options.out is not None else ''}"

@@ -14,6 +14,7 @@ from diffusers_ddpm_ext.compvis.config import CompVisConfig
 # What the published classes do and our defaults do not: AdamW's own defaults, and no clipping by Lightning's default.
 OPTIMIZER = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_weight_decay": 0.01}
 NO_CLIPPING = 1e12
+LATENTS = "The original trains on latents of its first stage; this run trains on the images that it is given."
 SECTIONS = {
     "data": ("resolution", "channels", "dataloader_num_workers", "conditioning_dropout"),
     "model": ("model_config", "conditioning_key", "use_positional_encodings"),
@@ -135,6 +136,8 @@ def write_recipe(config: CompVisConfig, path: str | os.PathLike[str], source: st
     import yaml
 
     lines = [f"# From {source}: {config.target}, by `ddpm-ext convert-config`. Name the images with --train_data_dir."]
+    if config.latent:
+        lines.append(f"# {LATENTS}")
     beside = [row for row in config.rows if row.fate != "translated"]
     lines += [f"# {row.fate}: {row.key}: {_short(row.value)}  ({row.note})" for row in beside]
     content = recipe(config)

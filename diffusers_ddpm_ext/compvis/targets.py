@@ -32,6 +32,7 @@ COURSES = ("LambdaWarmUpCosineScheduler", "LambdaWarmUpCosineScheduler2", "Lambd
 START = ("ckpt_path", "ignore_keys", "load_only_unet", "make_it_fit", "reset_ema", "reset_num_ema_updates",
          "use_positional_encodings")  # fmt: skip
 NO_EFFECT = {
+    "load_ema": "a file's average is loaded, unless --reset_ema",
     "first_stage_key": "name the images' column with --image_column",
     "cond_stage_key": "name the condition's column with --class_column, --concat_column or --context_column",
     "log_every_t": "pipe(log_every_t=...)",
