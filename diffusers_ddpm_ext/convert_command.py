@@ -241,11 +241,14 @@ def convert(options: ConvertOptions) -> str:
         ConfigError: the files cannot be read, do not belong together, or cannot be converted.
         RunError: --check found a difference.
     """
+    from diffusers_ddpm_ext.quiet import quiet
+
     try:
-        if options.target is not None:
-            return _back(options)
-        converted = _read(options)
-        return _compare(options, converted) if options.check is not None else _make(options, converted)
+        with quiet():
+            if options.target is not None:
+                return _back(options)
+            converted = _read(options)
+            return _compare(options, converted) if options.check is not None else _make(options, converted)
     except (RunError, ConfigError):
         raise
     except ValueError as error:

@@ -6,11 +6,11 @@ import math
 import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffusers_ddpm_ext.quiet import quiet
 from diffusers_ddpm_ext.training.errors import ConfigError
 from diffusers_ddpm_ext.training.flags import Parser, checked_names
 
@@ -229,7 +229,7 @@ def _load(options: SampleOptions) -> Any:
 
     device = _device(options.device)
     try:
-        with _quiet():
+        with quiet():
             pipeline = DDPMExtPipeline.from_pretrained(options.folder, variant=options.variant)
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
         place = "the folder" if Path(options.folder).is_dir() else "neither a folder here nor, it seems, on the Hub:"
@@ -238,23 +238,8 @@ def _load(options: SampleOptions) -> Any:
     if not all(bool(torch.isfinite(weight).all()) for weight in pipeline.unet.parameters()):
         raise ConfigError(f"{options.folder}: its weights are not finite (NaN or infinity), so that it cannot sample")
     pipeline.set_progress_bar_config(disable=True)
-    with _quiet():
+    with quiet():
         return pipeline.to(device, getattr(torch, options.dtype))
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep Diffusers' bars and warnings back while a pipeline is read: what is wrong, we say."""
-    from diffusers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        logging.enable_progress_bar()
 
 
 def _device(name: str | None) -> Any:
