@@ -19,11 +19,13 @@ def faults():
         del blocks
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-faults()
-given_back = faults()
+def fewest():  # a system that takes pages away meanwhile adds some
+    return min(faults() for _ in range(5))
+
+given_back = fewest()
 keep_memory()
 faults()
-print(given_back, faults())
+print(given_back, fewest())
 """
 
 
