@@ -233,7 +233,7 @@ def test_five_hundred_mutations_without_checksums(kind, tmp_path):
 HOSTILE = """
     import resource, sys, time
     from pathlib import Path
-    from diffusers_ddpm_ext.compvis.archive import read_checkpoint, read_tensors
+    from diffusers_ddpm_ext.compvis.archive import read_tensors
     from diffusers_ddpm_ext.compvis.unpickle import UnreadableCheckpoint
     from test_archive import hostile_files
     marks, place = Path(sys.argv[1]), Path(sys.argv[2])
@@ -242,16 +242,14 @@ HOSTILE = """
     for name, data in files:
         path = place / "x.ckpt"
         path.write_bytes(data)
-        for read in (read_tensors, read_checkpoint):
-            before, began = peak(), time.monotonic()
-            try:
-                read(path)
-                if read is read_tensors:
-                    print("READ", name)
-            except UnreadableCheckpoint as error:
-                assert "\\n" not in str(error), name
-            assert time.monotonic() - began < 10, name
-            assert peak() - before <= 2 * len(data) + 64 * 2**20, (name, (peak() - before) / 2**20)
+        before, began = peak(), time.monotonic()
+        try:
+            read_tensors(path)
+            print("READ", name)
+        except UnreadableCheckpoint as error:
+            assert "\\n" not in str(error), name
+        assert time.monotonic() - began < 10, name
+        assert peak() - before <= 2 * len(data) + 64 * 2**20, (name, (peak() - before) / 2**20)
     print("files", len(files))
     """
 

@@ -174,7 +174,8 @@ def test_gradient_checkpointing_changes_no_bit(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # torch's own, when its compiler loads
-@pytest.mark.parametrize("how", ["option", pytest.param("accelerate", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["option", "accelerate"])
 def test_a_compiled_run_saves_the_same_names_and_resumes(how, tmp_path, monkeypatch):
     """By the option, or by a configuration of Accelerate that wraps the task."""
     options: dict[str, Any] = {"max_train_steps": 4, "checkpointing_steps": 2, "validation_steps": 0}

@@ -109,24 +109,30 @@ def test_doors(tmp_path):
 DOORS = """
     import sys
     from diffusers import AutoModel, DDPMPipeline, DiffusionPipeline, UNet2DModel
-    folder = sys.argv[1]
-    for door in (
-        lambda: DDPMPipeline.from_pretrained(folder),
-        lambda: DiffusionPipeline.from_pretrained(folder),
-        lambda: AutoModel.from_pretrained(folder, subfolder="unet"),
-        lambda: UNet2DModel.from_pretrained(folder + "/unet"),
-    ):
-        try:
-            door()
-        except Exception as error:
-            print("refused", type(error).__name__)
+    for folder in sys.argv[1:]:
+        for door in (
+            lambda: DDPMPipeline.from_pretrained(folder),
+            lambda: DiffusionPipeline.from_pretrained(folder),
+            lambda: AutoModel.from_pretrained(folder, subfolder="unet"),
+            lambda: UNet2DModel.from_pretrained(folder + "/unet"),
+        ):
+            try:
+                door()
+            except Exception as error:
+                print("refused", type(error).__name__)
     assert "diffusers_ddpm_ext" not in sys.modules
     """
 
 
 def test_doors_without_this_package(tmp_path):
+    """Both kinds: another function of its weights, and grey images with one channel joined to them.
+
+    Of the second one, stock DDPMPipeline would draw two channels, without an error.
+    """
     network = UNet2DExtModel(**CONFIG, num_attention_heads=4)
-    DDPMExtPipeline(network, DDPMExtScheduler(num_train_timesteps=20)).save_pretrained(tmp_path)
-    command = [sys.executable, "-c", textwrap.dedent(DOORS), str(tmp_path)]
+    DDPMExtPipeline(network, DDPMExtScheduler(num_train_timesteps=20)).save_pretrained(tmp_path / "heads")
+    grey = UNet2DModel(**CONFIG | {"in_channels": 2, "out_channels": 1})
+    DDPMExtPipeline(grey, DDPMExtScheduler(num_train_timesteps=20), "concat").save_pretrained(tmp_path / "concat")
+    command = [sys.executable, "-c", textwrap.dedent(DOORS), str(tmp_path / "heads"), str(tmp_path / "concat")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.count("refused") == 4
+    assert done.stdout.count("refused") == 8
