@@ -23,7 +23,7 @@ def fewest():  # a system that takes pages away meanwhile adds some
     return min(faults() for _ in range(5))
 
 libc = ctypes.CDLL(None)
-for option in (-1, -3):  # thresholds of trimming and of mapping, held at their defaults: else the heap's layout decides
+for option in (-1, -3):  # trimming and mapping at their default thresholds: else the heap's layout decides
     libc.mallopt(option, 128 * 1024)
 given_back = fewest()
 keep_memory()
