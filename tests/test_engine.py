@@ -223,6 +223,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(tmp_path_factory.mktemp("whole") / "run", **TWENTY)
 
 
+@pytest.mark.slow
 def test_another_number_of_processes_goes_on(whole, tmp_path):
     """7 steps of 1 x 8, then 13 of 2 x 4; and one process takes over what two have begun."""
     broken_off(tmp_path / "two", 10, **TWENTY)
