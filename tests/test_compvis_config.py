@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import copy
+import json
 from typing import Any
 
 import numpy as np
 import pytest
 import yaml
 from bridge_cases import BASE, CASES, FOLDER, content
+from PIL import Image
 
 from diffusers_ddpm_ext import DDPMExtScheduler, DDPMObjective
 from diffusers_ddpm_ext.cli import main
 from diffusers_ddpm_ext.compvis.architecture import translate_unet
-from diffusers_ddpm_ext.compvis.config import leaves, read_config
-from diffusers_ddpm_ext.compvis.recipes import recipe
+from diffusers_ddpm_ext.compvis.config import read_config
+from diffusers_ddpm_ext.compvis.recipes import recipe, write_recipe
+from diffusers_ddpm_ext.compvis.run_keys import leaves
 from diffusers_ddpm_ext.compvis.yaml_file import load_yaml
-from diffusers_ddpm_ext.training.config import parse_train_args
+from diffusers_ddpm_ext.training.config import TrainConfig, parse_train_args
 
 DDPM = "ldm.models.diffusion.ddpm.DDPM"
 LATENT = "ldm.models.diffusion.ddpm.LatentDiffusion"
@@ -213,3 +216,142 @@ def test_recipes_are_runs_of_ours(case, tmp_path, capsys, monkeypatch):
 def test_a_run_without_an_average_monitors_what_it_logs():
     config = changed("model.params.use_ema", False)
     assert recipe(read_config(config))["monitoring"]["monitor"] == "val/loss_simple"
+
+
+MORE = {
+    "use_ema": True, "clip_denoised": True, "beta_schedule": "linear", "l_simple_weight": 1.0, "cosine_s": 0.008,
+    "given_betas": None, "conditioning_key": "crossattn", "ucg_training": {"class_label": {"p": 0.1, "val": 3}},
+    "ckpt_path": "model.ckpt", "ignore_keys": [], "load_only_unet": False, "make_it_fit": False, "reset_ema": False,
+    "reset_num_ema_updates": False, "use_positional_encodings": False, "force_null_conditioning": False,
+}  # fmt: skip
+ODD = (None, True, "x", "5", 5.5, -1, 0, [], [1], ["a"], {}, {"a": 1}, float("nan"), float("inf"), {1: 2})
+
+
+def full_of_keys() -> dict[str, Any]:
+    config = copy.deepcopy(FULL)
+    config["model"]["params"] |= copy.deepcopy(MORE)
+    config["model"]["scale_lr"] = True
+    config["lightning"] |= {
+        "modelcheckpoint": {"params": {"every_n_train_steps": 5, "save_top_k": 3}},
+        "callbacks": {"image_logger": {"params": {"batch_frequency": 5, "max_images": 4}}},
+    }
+    config["lightning"]["trainer"] |= {"max_steps": 100, "gradient_clip_val": 1.0, "precision": 16}
+    return config
+
+
+def test_any_value_in_any_place_is_a_run_or_a_sentence(tmp_path, monkeypatch):
+    """Nothing but a ValueError of one line; what passes is options that our trainer reads."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model.ckpt").touch()
+    places = [key.lstrip(".").split(".") for key, _ in leaves(full_of_keys(), "")]
+    places += [["model", "params"], ["model", "params", "unet_config"], ["data"], ["lightning", "trainer"]]
+    read, told = 0, []
+    for *steps, last in places:
+        for odd in ODD:
+            config = full_of_keys()
+            place = config
+            for step in steps:
+                place = place[step]
+            place[last] = odd
+            try:
+                options = recipe(read_config(config))
+            except ValueError as error:
+                told.append((last, odd, str(error)))
+            else:
+                TrainConfig.from_flat(options)
+                read += 1
+    assert not [case for case in told if "\n" in case[2]]
+    assert not [case for case in told if case[0] not in case[2] and case[0] not in ("params", "unet_config")]
+    assert 200 < read < 0.7 * len(places) * len(ODD)
+
+
+@pytest.mark.parametrize("key", ["evil\nmax_train_steps: 1", "evil\x85seed: 1", "evil\x00\x1b[31m"])
+def test_no_key_or_value_becomes_an_option(key, tmp_path):
+    """What is told in comments stays in comments, and the file is read again."""
+    config = copy.deepcopy(FULL)
+    config["data"]["params"] |= {key: 1, "other": key}
+    write_recipe(read_config(config), tmp_path / "run.yaml", "a\nseed: 2\n")
+    write_recipe(read_config(FULL), tmp_path / "plain.yaml", "a")
+    assert load_yaml(tmp_path / "run.yaml") == load_yaml(tmp_path / "plain.yaml")
+
+
+def test_a_configuration_that_contains_itself(tmp_path):
+    (tmp_path / "m.yaml").write_text("model: &a {target: ldm.DDPM, params: {x: *a}}\n")
+    with pytest.raises(ValueError, match="contains itself"):
+        read_config(tmp_path / "m.yaml")
+
+
+def test_powers_that_plain_yaml_takes_for_text():
+    config = changed("model.params.linear_start", "15e-4")
+    config["model"]["base_learning_rate"] = "1e-6"
+    read = read_config(config)
+    assert (read.schedule["beta_start"], read.training["learning_rate"]) == (0.0015, 1e-6)
+
+
+def test_a_rate_of_ours_is_not_one_of_an_image():
+    config = copy.deepcopy(FULL)
+    del config["model"]["base_learning_rate"]
+    assert recipe(read_config(config))["optim"]["lr_scaling"] == "none"
+    assert "learning_rate" not in recipe(read_config(config))["optim"]
+
+
+def test_an_unknown_course_is_refused_whole():
+    course = {"target": "torch.Mystery", "params": {"a": 1}, "interval": "epoch"}
+    refused = [row.key for row in read_config(changed("model.params.scheduler_config", course), strict=False).rows
+               if row.fate == "refused"]  # fmt: skip
+    assert {key.rpartition(".")[2] for key in refused} == {"target", "params", "interval"}
+
+
+@pytest.mark.parametrize(
+    ("target", "key", "stage", "entry", "expected"),
+    [
+        (DDPM, "adm", None, {"label": {"p": 0.2, "val": 4}}, {"class_labels": {"p": 0.2, "val": 4}}),
+        (DDPM, "concat", None, {"mask": {"p": 0.2}}, {"concat_inputs": {"p": 0.2}}),
+        (DDPM, None, None, {"mask": {"p": 0.2}}, None),
+        (DDPM, "hybrid", None, {"mask": {"p": 0.2}}, None),
+        (LATENT, "adm", "torch.nn.Identity", {"class_label": {"p": 0.2, "val": 4}},
+         {"class_labels": {"p": 0.2, "val": 4}}),
+        (LATENT, "adm", "torch.nn.Identity", {"image": {"p": 0.2, "val": 4}}, None),
+        (LATENT, "crossattn", "ldm.FrozenCLIPEmbedder", {"class_label": {"p": 0.2, "val": ""}}, None),
+        (LATENT, "crossattn", "ldm.ClassEmbedder", {"class_label": {"p": 0.2, "val": 4}}, None),
+    ],
+)  # fmt: skip
+def test_dropped_conditions_are_kept_or_told(target, key, stage, entry, expected):
+    """Only where the original replaces what the network itself is given can our dropout be the same."""
+    config = changed("model.params.ucg_training", entry)
+    config["model"]["target"] = target
+    config["model"]["params"] |= {"conditioning_key": key}
+    config["model"]["params"]["cond_stage_config"] = {"target": stage} if stage else "__is_unconditional__"
+    read = read_config(config)
+    assert read.ucg == entry
+    assert read.training.get("conditioning_dropout") == expected
+    (row,) = [row for row in read.rows if row.key.startswith("model.params.ucg_training")]
+    assert row.fate == ("translated" if expected else "without effect")
+    assert recipe(read).get("data", {}).get("conditioning_dropout") == expected
+
+
+def test_what_a_start_needs_has_no_effect_without_one():
+    config = copy.deepcopy(FULL)
+    config["model"]["params"] |= {"ignore_keys": ["loss."], "load_only_unet": True}
+    assert {row.key: row.fate for row in read_config(config).rows}["model.params.ignore_keys"] == "without effect"
+    config["model"]["params"] |= {"ckpt_path": "a.ckpt", "ignore_keys": []}
+    assert recipe(read_config(config))["start"] == {"ckpt_path": "a.ckpt", "load_only_unet": True}
+
+
+def test_a_recipe_runs(tmp_path, monkeypatch):
+    """Two steps of a translated configuration on a folder of images, at the rate that the original computes."""
+    monkeypatch.chdir(tmp_path)
+    images = tmp_path / "images"
+    images.mkdir()
+    for i in range(8):
+        Image.fromarray(np.full((8, 8, 3), 30 * i, np.uint8)).save(images / f"{i}.png")
+    config = load_yaml(FOLDER / "ema.yaml")
+    config |= {"data": {"params": {"batch_size": 2}}, "lightning": {"trainer": {"max_steps": 2}}}
+    (tmp_path / "model.yaml").write_text(yaml.safe_dump(config))
+    assert main(["convert-config", "model.yaml", "--out", "run.yaml"]) == 0
+    flags = ["--output_dir", "run", "--report_to", "none", "--ddpm_num_inference_steps", "2"]
+    assert main(["train", "--config", "run.yaml", "--train_data_dir", str(images), *flags]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rates = [value for row in rows for name, value in row.items() if name in ("lr", "lr_abs", "learning_rate")]
+    assert rates
+    assert rates == pytest.approx([config["model"]["base_learning_rate"] * 2] * len(rates))

@@ -18,6 +18,7 @@ from typing import Any
 from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import nn
 
+from diffusers_ddpm_ext.compvis import kinds
 from diffusers_ddpm_ext.unet import UNet2DExtModel
 
 CLASSES: dict[str, type[nn.Module]] = {
@@ -82,17 +83,18 @@ def complete(unet_params: Mapping[str, Any]) -> dict[str, Any]:
         Every option by name; sequences as lists.
 
     Raises:
-        ValueError: an option is unknown, missing, or cannot be expressed; its name is given.
+        ValueError: an option is unknown, missing, of another type, or cannot be expressed; its name is given.
     """
     for name in unet_params:
         if name not in DEFAULTS:
-            near = difflib.get_close_matches(name, DEFAULTS, n=1)
+            near = difflib.get_close_matches(str(name), DEFAULTS, n=1)
             hint = f"did you mean {near[0]}?" if near else "leave it out if it changes nothing."
             raise ValueError(f"{name} is no option of UNetModel that is known here: {hint}")
     options = DEFAULTS | {name: plain(value) for name, value in unet_params.items()}
     missing = [name for name in NEEDED if options[name] is None]
     if missing:
         raise ValueError(f"UNetModel needs {', '.join(missing)}: its configuration does not give them.")
+    options |= kinds.checked({name: options[name] for name in unet_params}, kinds.NETWORK)
     for name, (value, why) in ONLY.items():
         if options[name] != value:
             raise ValueError(f"{name} {options[name]} cannot be expressed by a Diffusers network: {why}.")

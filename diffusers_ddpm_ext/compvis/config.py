@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from diffusers_ddpm_ext.compvis import targets
+from diffusers_ddpm_ext.compvis import kinds, targets
 from diffusers_ddpm_ext.compvis.architecture import DEFAULTS, WITHOUT_EFFECT
-from diffusers_ddpm_ext.compvis.rows import Row
+from diffusers_ddpm_ext.compvis.kinds import short
+from diffusers_ddpm_ext.compvis.rows import Fate, Row
+from diffusers_ddpm_ext.compvis.run_keys import RunKeys, leaves, mapping
 from diffusers_ddpm_ext.compvis.yaml_file import load_yaml
+from diffusers_ddpm_ext.conditioning import NEEDS
 from diffusers_ddpm_ext.stock_config import COMPVIS_SCHEDULES
 
 PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
@@ -77,53 +79,52 @@ def read_config(source: str | os.PathLike[str] | Mapping[str, Any], *, strict: b
         ValueError: the file is no configuration of a diffusion model, or (strict) a key is refused.
     """
     content = load_yaml(source) if not isinstance(source, Mapping) else source
-    for key, value in leaves(content, ""):
+    try:
+        entries = list(leaves(content, ""))
+    except RecursionError:
+        raise ValueError("The configuration contains itself: write its values out.") from None
+    for key, value in entries:
         if isinstance(value, str) and "${" in value:
-            raise ValueError(f"{key.lstrip('.')} {_short(value)!r} refers to another key: write the value itself.")
+            raise ValueError(f"{key.lstrip('.')} {short(value)!r} refers to another key: write the value itself.")
     reader = _Reader(content)
     config = reader.read()
     refused = [row for row in config.rows if row.fate == "refused"]
     if strict and refused:
-        raise ValueError(f"{refused[0].key} {_short(refused[0].value)} is not supported: {refused[0].note}.")
+        raise ValueError(
+            f"{short(refused[0].key, 200)} {short(refused[0].value)} is not supported: {refused[0].note}."
+        )
     return config
 
 
-class _Reader:
+class _Reader(RunKeys):
     """Goes through a configuration once, and notes what becomes of each key."""
-
-    def __init__(self, content: Mapping[str, Any]) -> None:
-        self.content = content
-        self.rows: list[Row] = []
-        self.training: dict[str, Any] = {}
-
-    def note(self, key: str, value: Any, fate: Any, text: str) -> None:
-        self.rows.append(Row(key, value, fate, text))
 
     def read(self) -> CompVisConfig:
         model = self.content.get("model")
         if not isinstance(model, Mapping) or not isinstance(model.get("target"), str):
             raise ValueError("The configuration has no section model with a target: it is none of CompVis'.")
         target = model["target"].rpartition(".")[2]
-        params = _mapping(model.get("params"), "model.params")
         if target not in targets.MODELS:
-            raise ValueError(targets.unknown_model(model["target"], target))
+            raise ValueError(targets.unknown_model(short(model["target"], 200), target))
+        model = kinds.checked(model, kinds.RATE, "model.")
+        params = kinds.checked(mapping(model.get("params"), "model.params"), kinds.MODEL, "model.params.")
         self.note("model.target", model["target"], "translated", "the pipeline, its scheduler and objective")
         self.latent = targets.MODELS[target]
         self.params = params
         made = self._model(target, params)
-        self._training_keys(model, params)
+        self.training_keys(model, params)
         for key in model:
             if key not in ("target", "params", "base_learning_rate", "scale_lr"):
                 self.note(f"model.{key}", model[key], "refused", "no key of a model that is known here")
         for key in self.content:
             if key not in ("model", "data", "lightning"):
                 self.note(key, self.content[key], "refused", "sections are model, data and lightning")
-        self._around()
+        self.around()
         return CompVisConfig(**made, training=self.training, rows=tuple(self.rows))
 
     # ---- model.params
 
-    def take(self, name: str, default: Any, note: str, fate: str = "translated") -> Any:
+    def take(self, name: str, default: Any, note: str, fate: Fate = "translated") -> Any:
         """Return a parameter, and note it where it stands in the file."""
         value = self.params.get(name, MISSING)
         if value is MISSING:
@@ -133,7 +134,7 @@ class _Reader:
 
     def _model(self, target: str, params: Mapping[str, Any]) -> dict[str, Any]:
         made: dict[str, Any] = {"target": target, "latent": self.latent}
-        made["unet_params"] = self._unet(_mapping(params.get("unet_config"), "model.params.unet_config"))
+        made["unet_params"] = self._unet(mapping(params.get("unet_config"), "model.params.unet_config"))
         made["schedule"] = self._schedule()
         made["objective"] = self._objective()
         made["conditioning_key"] = self._conditioning()
@@ -144,21 +145,24 @@ class _Reader:
         made["channels"] = self.take("channels", 3, "channels of a sample; --channels")
         made["first_stage"] = self._stage("first_stage_config", "decode latents with it")
         made["cond_stage"] = self._stage("cond_stage_config", "give its output as a condition")
-        made["ucg"] = dict(_mapping(self.take("ucg_training", None, "--conditioning_dropout"), "ucg_training"))
+        made["ucg"] = self._dropout(made["conditioning_key"], made["cond_stage"])
         handled = {row.key.split(".")[2] for row in self.rows if row.key.startswith("model.params.")}
         for name in params:
-            if name in handled or name in ("monitor", "scheduler_config"):
+            if name in handled or name in ("monitor", "scheduler_config", "ucg_training"):
                 continue
-            if name in targets.START:
-                self.training[name] = params[name]
+            if name in targets.START and name in targets.OF_A_START and not params.get("ckpt_path"):
+                self.note(f"model.params.{name}", params[name], "without effect", "there is no ckpt_path")
+            elif name in targets.START:
+                switch = kinds.MODEL[name] is kinds.SWITCH
+                self.training[name] = bool(params[name]) if switch else params[name]
                 self.note(f"model.params.{name}", params[name], "translated", f"--{name}")
             elif name in targets.NO_EFFECT:
                 self.note(f"model.params.{name}", params[name], "without effect", targets.NO_EFFECT[name])
             elif name in targets.REFUSED_UNLESS_NONE:
-                fate = "without effect" if not params[name] else "refused"
+                fate: Fate = "without effect" if not params[name] else "refused"
                 self.note(f"model.params.{name}", params[name], fate, targets.REFUSED_UNLESS_NONE[name])
             else:
-                near = difflib.get_close_matches(name, targets.KNOWN_PARAMS, n=1)
+                near = difflib.get_close_matches(str(name), targets.KNOWN_PARAMS, n=1)
                 hint = f"did you mean {near[0]}" if near else "no parameter of these classes"
                 self.note(f"model.params.{name}", params[name], "refused", hint)
         return made
@@ -172,7 +176,7 @@ class _Reader:
                 + targets.OTHER_NETWORKS.get(name, "the network must be a UNetModel.")
             )
         self.note("model.params.unet_config.target", target, "translated", "a Diffusers UNet")
-        params = dict(_mapping(unet.get("params"), "model.params.unet_config.params"))
+        params = dict(mapping(unet.get("params"), "model.params.unet_config.params"))
         for key, value in params.items():
             full = f"model.params.unet_config.params.{key}"
             if key in WITHOUT_EFFECT:
@@ -180,7 +184,7 @@ class _Reader:
             elif key in DEFAULTS:
                 self.note(full, value, "translated", "the network's configuration")
             else:
-                near = difflib.get_close_matches(key, DEFAULTS, n=1)
+                near = difflib.get_close_matches(str(key), DEFAULTS, n=1)
                 self.note(full, value, "refused", f"did you mean {near[0]}" if near else "no option of UNetModel")
         for key in unet:
             if key not in ("target", "params"):
@@ -223,7 +227,7 @@ class _Reader:
                 self.take("original_elbo_weight", 0.0, "original_elbo_weight, with elbo_weights compvis")
             ),
             "elbo_weights": "compvis",
-            "learn_logvar": bool(self.take("learn_logvar", False, "learn_logvar")),
+            "learn_logvar": bool(self.take("learn_logvar", False, "learn_logvar" + self.unlike_the_base())),
             "logvar_init": float(self.take("logvar_init", 0.0, "logvar_init")),
         }
 
@@ -240,6 +244,29 @@ class _Reader:
         unconditional = self.params.get("cond_stage_config") == "__is_unconditional__"
         return None if unconditional and not force else key
 
+    def _dropout(self, key: str | None, stage: str | None) -> dict[str, Any]:
+        """Conditions left out: here of what the network is given, there of what a conditioning stage is given."""
+        given = dict(mapping(self.params.get("ucg_training"), "model.params.ucg_training"))
+        direct = not self.latent or str(stage).rpartition(".")[2] == "Identity"
+        dropout = {}
+        for name, entry in given.items():
+            full = f"model.params.ucg_training.{name}"
+            entry = kinds.checked(mapping(entry, full), kinds.DROPOUT, f"{full}.")
+            if "p" not in entry:
+                raise ValueError(f"{full} lacks p, the probability.")
+            own = not self.latent or name == self.params.get("cond_stage_key", "image")
+            if direct and own and len(NEEDS[key]) == 1 and not isinstance(entry.get("val"), str):
+                dropout[NEEDS[key][0]] = {k: entry[k] for k in ("p", "val") if entry.get(k) is not None}
+                self.note(full, given[name], "translated", f"--conditioning_dropout of {NEEDS[key][0]}")
+            else:
+                why = "there it replaces what a stage is given; --conditioning_dropout what the network is given"
+                self.note(full, given[name], "without effect", why if key else "there is no condition")
+        if not given and "ucg_training" in self.params:
+            self.note("model.params.ucg_training", self.params["ucg_training"], "translated", "no dropout")
+        if dropout:
+            self.training["conditioning_dropout"] = dropout
+        return given
+
     def _stage(self, name: str, use: str) -> str | None:
         stage = self.params.get(name)
         if stage is None:
@@ -255,87 +282,3 @@ class _Reader:
         else:
             self.note(f"model.params.{name}", stage, "without effect", f"{last} is no part of the pipeline: {use}")
         return target
-
-    # ---- training
-
-    def _training_keys(self, model: Mapping[str, Any], params: Mapping[str, Any]) -> None:
-        if "base_learning_rate" in model:
-            self.training["learning_rate"] = float(model["base_learning_rate"])
-            rate = model["base_learning_rate"]
-            self.note("model.base_learning_rate", rate, "translated", "learning_rate, and lr_scaling")
-        scale = model.get("scale_lr", True)
-        self.training["lr_scaling"] = "linear" if scale else "none"
-        if "scale_lr" in model:
-            self.note("model.scale_lr", scale, "translated", "lr_scaling")
-        if "monitor" in params:
-            self._monitor(params["monitor"])
-        if params.get("scheduler_config") is not None:
-            self._course(_mapping(params["scheduler_config"], "model.params.scheduler_config"))
-        elif "scheduler_config" in params:
-            self.note("model.params.scheduler_config", None, "translated", "lr_scheduler constant")
-
-    def _monitor(self, name: Any) -> None:
-        if name is None or re.fullmatch(r"(val|train)/loss(_simple|_vlb)?(_ema)?", str(name)):
-            self.training["monitor"] = name
-            self.note("model.params.monitor", name, "translated", "monitor")
-        else:
-            self.note("model.params.monitor", name, "refused", "it is not logged here; see --monitor")
-
-    def _course(self, course: Mapping[str, Any]) -> None:
-        name = str(course.get("target", "")).rpartition(".")[2]
-        given = dict(_mapping(course.get("params"), "model.params.scheduler_config.params"))
-        verbosity = given.pop("verbosity_interval", None)
-        if name not in targets.COURSES:
-            known = ", ".join(targets.COURSES)
-            self.note("model.params.scheduler_config.target", course.get("target"), "refused", f"known are {known}")
-            return
-        self.note("model.params.scheduler_config.target", course["target"], "translated", f"lr_scheduler {name}")
-        for key, value in given.items():
-            self.note(f"model.params.scheduler_config.params.{key}", value, "translated", "lr_scheduler_args")
-        if verbosity is not None:
-            key = "model.params.scheduler_config.params.verbosity_interval"
-            self.note(key, verbosity, "without effect", "the rate is in metrics.jsonl")
-        self.training |= {"lr_scheduler": name, "lr_scheduler_args": given}
-
-    # ---- data, lightning
-
-    def _around(self) -> None:
-        for section in ("data", "lightning"):
-            if section in self.content:
-                for key, value in leaves(self.content[section], section):
-                    self._leaf(key, value)
-
-    def _leaf(self, key: str, value: Any) -> None:
-        flag = targets.LEAVES.get(key)
-        if flag is None:
-            why = next((why for start, why in targets.AROUND.items() if key.startswith(start)), targets.ELSE)
-            self.note(key, value, "without effect", why)
-            return
-        converted = targets.LEAF_VALUES.get(key, lambda given: given)(value)
-        if converted is None:
-            self.note(key, value, "without effect", f"{flag} takes other values here")
-        else:
-            self.training[flag] = converted
-            self.note(key, value, "translated", flag)
-
-
-def leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """Every entry of nested mappings that is no mapping itself, under its dotted key."""
-    if isinstance(value, Mapping) and value:
-        for key, inner in value.items():
-            yield from leaves(inner, f"{path}.{key}")
-    else:
-        yield path, value
-
-
-def _mapping(value: Any, where: str) -> Mapping[str, Any]:
-    if value is None:
-        return {}
-    if not isinstance(value, Mapping):
-        raise ValueError(f"{where} must be a mapping, got {_short(value)}.")
-    return value
-
-
-def _short(value: Any) -> str:
-    text = " ".join(str(value).split())
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -10,6 +10,7 @@ from typing import Any
 
 from diffusers_ddpm_ext.compvis.architecture import translate_unet
 from diffusers_ddpm_ext.compvis.config import CompVisConfig
+from diffusers_ddpm_ext.compvis.kinds import short
 
 # What the published classes do and our defaults do not: AdamW's own defaults, and no clipping by Lightning's default.
 OPTIMIZER = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_weight_decay": 0.01}
@@ -112,6 +113,8 @@ def recipe(config: CompVisConfig) -> dict[str, dict[str, Any]]:
     if not config.use_ema:
         for name in ("reset_ema", "reset_num_ema_updates"):
             flat.pop(name, None)
+    if not flat.get("ignore_keys"):
+        flat.pop("ignore_keys", None)  # an empty list is no option
     if not flat.get("ckpt_path"):
         for name in SECTIONS["start"]:
             flat.pop(name, None)
@@ -135,11 +138,12 @@ def write_recipe(config: CompVisConfig, path: str | os.PathLike[str], source: st
     """
     import yaml
 
-    lines = [f"# From {source}: {config.target}, by `ddpm-ext convert-config`. Name the images with --train_data_dir."]
+    where = "Name the images with --train_data_dir."
+    lines = [f"# From {short(source, 200)}: {config.target}, by `ddpm-ext convert-config`. {where}"]
     if config.latent:
         lines.append(f"# {LATENTS}")
     beside = [row for row in config.rows if row.fate != "translated"]
-    lines += [f"# {row.fate}: {row.key}: {_short(row.value)}  ({row.note})" for row in beside]
+    lines += [f"# {row.fate}: {short(row.key, 200)}: {short(row.value)}  ({row.note})" for row in beside]
     content = recipe(config)
     text = (
         "\n".join(lines) + "\n" + yaml.safe_dump(_plain(content), sort_keys=False, default_flow_style=None, width=110)
@@ -157,8 +161,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): _plain(inner) for key, inner in value.items()}
     return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
-
-
-def _short(value: Any) -> str:
-    text = " ".join(str(value).split())
-    return text if len(text) <= 60 else text[:57] + "..."

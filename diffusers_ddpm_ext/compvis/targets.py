@@ -31,6 +31,7 @@ COURSES = ("LambdaWarmUpCosineScheduler", "LambdaWarmUpCosineScheduler2", "Lambd
 # Parameters that are flags of the same names.
 START = ("ckpt_path", "ignore_keys", "load_only_unet", "make_it_fit", "reset_ema", "reset_num_ema_updates",
          "use_positional_encodings")  # fmt: skip
+OF_A_START = ("ignore_keys", "load_only_unet", "make_it_fit", "reset_ema", "reset_num_ema_updates")
 NO_EFFECT = {
     "load_ema": "a file's average is loaded, unless --reset_ema",
     "first_stage_key": "name the images' column with --image_column",
@@ -93,17 +94,20 @@ LEAVES = {
 PRECISIONS = {16: "fp16", "16": "fp16", "16-mixed": "fp16", "bf16": "bf16", "bf16-mixed": "bf16", 32: "no", "32": "no"}
 
 
-def _positive(value: Any) -> Any:
-    return value if isinstance(value, int | float) and not isinstance(value, bool) and value > 0 else None
+def _from(low: int) -> Callable[[Any], Any]:
+    return lambda value: value if isinstance(value, int) and not isinstance(value, bool) and value >= low else None
 
 
-LEAF_VALUES: dict[str, Callable[[Any], Any]] = {
-    key: _positive for key in LEAVES if not key.endswith(("precision", "save_top_k", "num_workers"))
-} | {
+def _norm(value: Any) -> Any:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if number and 0 < value < float("inf") else None
+
+
+LEAF_VALUES: dict[str, Callable[[Any], Any]] = dict.fromkeys(LEAVES, _from(1)) | {
+    "data.params.num_workers": _from(0),
+    "lightning.modelcheckpoint.params.save_top_k": _from(0),
+    "lightning.trainer.gradient_clip_val": _norm,
     "lightning.trainer.precision": lambda value: PRECISIONS.get(value) if isinstance(value, int | str) else None,
-    "lightning.modelcheckpoint.params.save_top_k": lambda value: (
-        value if isinstance(value, int) and value >= 0 else None
-    ),
 }
 # Beginnings of the keys that have no effect, and why.
 AROUND = {
