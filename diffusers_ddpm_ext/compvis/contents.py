@@ -16,11 +16,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from diffusers_ddpm_ext.compvis.weights import ema_names, unet_keys
+from diffusers_ddpm_ext.compvis.weights import EMA, PREFIXES, ema_names, unet_keys
 from diffusers_ddpm_ext.schedule import TABLE_NAMES, NoiseSchedule
 
-PREFIXES = ("model.diffusion_model.", "diffusion_model.")
-EMA = "model_ema."
 CLASS_EMBEDDING = "cond_stage_model.embedding.weight"
 TABLES = tuple(name for name in TABLE_NAMES if name != "lvlb_weights")
 """The 12 tables that the original saves; it computes ``lvlb_weights`` anew."""

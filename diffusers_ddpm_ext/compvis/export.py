@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from diffusers_ddpm_ext.compvis.archive import read_tensors
 from diffusers_ddpm_ext.compvis.backwards import unet_params_of
-from diffusers_ddpm_ext.compvis.contents import CLASS_EMBEDDING, EMA, PREFIXES, TABLES
-from diffusers_ddpm_ext.compvis.weights import ema_names, export_unet, is_synthetic
+from diffusers_ddpm_ext.compvis.contents import CLASS_EMBEDDING, TABLES
+from diffusers_ddpm_ext.compvis.weights import EMA, PREFIXES, ema_names, export_unet, is_synthetic
 from diffusers_ddpm_ext.ema import EmaFacts, load_ema_facts
 from diffusers_ddpm_ext.pipeline import DDPMExtPipeline
 from diffusers_ddpm_ext.scheduler import DDPMExtScheduler
