@@ -1,4 +1,4 @@
-"""The command line: `ddpm-ext train`, `sample`, `convert` and `convert-config`.
+"""The command line, `ddpm-ext`: `train`, `sample`, `evaluate`, `fit-variance`, `plot`, `convert`, `convert-config`.
 
 A user's mistake is one `error:` line and status 2; a run that could not go on is one line and status 1. Anything else
 that goes wrong is ours, and shows its traceback.
@@ -25,6 +25,9 @@ commands:
   train            train a diffusion model on images (with no option: on handwritten digits), save it as a pipeline
   sample           draw images from a saved pipeline
   convert          original checkpoints (CompVis, OpenAI) to pipelines, and back
+  evaluate         bits per dimension of held-out images, with an interval
+  fit-variance     the best reverse variance and the best few steps of a trained network
+  plot             schedule, weights, log-variances, bound and chosen steps of a folder, as pictures
   convert-config   a CompVis YAML file to a configuration of `ddpm-ext train`
 
   ddpm-ext COMMAND --help    every option of a command
@@ -81,6 +84,9 @@ def _dispatch(argv: list[str]) -> int:
         "sample": _sample,
         "convert": _convert,
         "convert-config": _convert_config,
+        "evaluate": _evaluate,
+        "fit-variance": _fit_variance,
+        "plot": _plot,
     }
     if argv and argv[0] in ("-h", "--help", "help"):
         sys.stdout.write(USAGE)
@@ -128,7 +134,7 @@ def _configure(argv: list[str]) -> TrainConfig:
 def _need(modules: dict[str, str]) -> None:
     missing = [package for module, package in modules.items() if find_spec(module) is None]
     if missing:
-        raise ConfigError(f"training needs {', '.join(missing)}: {EXTRA}")
+        raise ConfigError(f"this command needs {', '.join(missing)}: {EXTRA}")
 
 
 def _sample(argv: list[str]) -> None:
@@ -147,6 +153,34 @@ def _convert_config(argv: list[str]) -> None:
     from diffusers_ddpm_ext.convert_config_command import convert_config, parse_convert_config_args
 
     sys.stdout.write(convert_config(parse_convert_config_args(argv)) + "\n")
+
+
+def _evaluate(argv: list[str]) -> None:
+    from diffusers_ddpm_ext.evaluate_command import evaluate, parse_evaluate_args
+
+    options = parse_evaluate_args(argv)
+    _need({**TRAIN_MODULES, "scipy": "scipy"})
+    _say(evaluate(options))
+
+
+def _fit_variance(argv: list[str]) -> None:
+    from diffusers_ddpm_ext.fit_command import fit_variance, parse_fit_args
+
+    options = parse_fit_args(argv)
+    _need(TRAIN_MODULES)
+    _say(fit_variance(options))
+
+
+def _plot(argv: list[str]) -> None:
+    from diffusers_ddpm_ext.plot_command import parse_plot_args, plot
+
+    options = parse_plot_args(argv)
+    _need(TRAIN_MODULES)
+    _say(plot(options))
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(f"{text}\n" if text else "")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from torch import Tensor
 Distance = Callable[[Tensor, Tensor], Tensor]
 
 LOSS_TYPES = ("l2", "l1", "huber")
-NOT_YET = ("perceptual", "hybrid")
 
 
 def _mean_per_sample(values: Tensor) -> Tensor:
@@ -50,18 +49,19 @@ def huber(prediction: Tensor, target: Tensor, c: float = 0.1) -> Tensor:
     return _mean_per_sample(2 * c * square / ((square + c**2).sqrt() + c))
 
 
-def get_distance(loss_type: str | Distance, huber_c: float = 0.1) -> Distance:
+def get_distance(loss_type: str | Distance, huber_c: float = 0.1, allowed: tuple[str, ...] = LOSS_TYPES) -> Distance:
     """The distance of a name.
 
     Args:
         loss_type: ``l2``, ``l1``, ``huber``, or a callable ``distance(prediction, target) -> (B,)``, returned as is.
         huber_c: the ``c`` of ``huber``, above 0.
+        allowed: names that an error lists, where more than the distances are allowed.
 
     Returns:
         ``distance(prediction, target) -> (B,)``.
 
     Raises:
-        ValueError: the name is unknown or not supported yet, or ``huber_c`` is out of its range.
+        ValueError: the name is unknown, or ``huber_c`` is out of its range.
     """
     _check_huber_c(huber_c)
     if callable(loss_type):
@@ -72,10 +72,8 @@ def get_distance(loss_type: str | Distance, huber_c: float = 0.1) -> Distance:
         return l1
     if loss_type == "huber":
         return partial(huber, c=float(huber_c))
-    allowed = f"choose one of {', '.join(LOSS_TYPES)}, or give a callable distance(prediction, target) -> (B,)."
-    if loss_type in NOT_YET:
-        raise ValueError(f"loss_type={loss_type!r} is not supported yet: {allowed}")
-    raise ValueError(f"loss_type={loss_type!r} is unknown: {allowed}")
+    way_out = f"choose one of {', '.join(allowed)}, or give a callable distance(prediction, target) -> (B,)."
+    raise ValueError(f"loss_type={loss_type!r} is unknown: {way_out}")
 
 
 def _check_huber_c(huber_c: Any) -> None:

@@ -55,10 +55,12 @@ def ours_only(unet: Any, scheduler: Any, config: Mapping[str, Any]) -> str:
         return f"conditioning_key {config['conditioning_key']}"
     if config.get("use_positional_encodings"):
         return "use_positional_encodings"
+    if isinstance(scheduler, DDPMExtScheduler) and variance_type in NAN_IN_STOCK:
+        return f"variance_type {variance_type}"
     if type(unet) is not UNet2DModel:
         return f"a {type(unet).__name__}"
     if isinstance(scheduler, DDPMExtScheduler):
-        return f"variance_type {variance_type}" if variance_type in NAN_IN_STOCK else ""
+        return ""
     twice = unet.config.out_channels == 2 * unet.config.in_channels
     learned = variance_type in LEARNED_VARIANCES and twice and not reads_variance(scheduler)
     return f"variance_type {variance_type}" if learned else ""

@@ -1,28 +1,38 @@
-"""The log-variance table of LatentDiffusion: one number per training step, fixed or learned.
+"""The log-variance of each step: LatentDiffusion's table, fixed or learned, or a function of the log-SNR.
 
 Training minimises ``loss / exp(logvar[t]) + logvar[t]``, whose minimum over logvar lies at the log of step t's
-expected loss: a learned table is an estimate of the network's log loss per step ([LDM] Rombach et al. 2022, code).
+expected loss: a learned table is an estimate of the network's log loss per step ([LDM] Rombach et al. 2022, code). A
+table's entry learns from its own step alone; the continuous kind shares what it sees among neighbours ([EDM2] Karras
+et al. 2024, section 2.1 and appendix B.2: random Fourier features of the noise level, and one linear layer that starts
+at 0).
 
 File format 1, a folder ``logvar/`` beside a pipeline's components: ``config.json`` with ``format`` and
-``num_train_timesteps``, and ``diffusion_pytorch_model.safetensors`` with the key ``logvar``, float32 (T,).
+``num_train_timesteps``, and ``diffusion_pytorch_model.safetensors`` with the key ``logvar``, float32 (T,). Of the
+continuous kind ``config.json`` says ``"kind": "continuous"``; beside ``logvar``, here what the function says at the
+T steps, stand its ``continuous.*``: any reader of the table reads it.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load, save
-from torch import Tensor
+from torch import Tensor, nn
 
 FORMAT = 1
 FOLDER = "logvar"
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 KEY = "logvar"
+LOGVAR_KINDS = ("table", "continuous")
+CONTINUOUS = "continuous."
+CHANNELS = 128
+CLAMP = 20.0  # of the log-SNR: zero terminal SNR has none
 
 
 def make_logvar(num_train_timesteps: int, init: float | Tensor = 0.0) -> Tensor:
@@ -50,12 +60,69 @@ def make_logvar(num_train_timesteps: int, init: float | Tensor = 0.0) -> Tensor:
     return table.clone()
 
 
-def save_logvar(folder: str | os.PathLike[str], table: Tensor, **meta: Any) -> Path:
+class ContinuousLogvar(nn.Module):
+    """Log-variance as a smooth function of the log-SNR: fixed random Fourier features, one linear layer, an offset.
+
+    Called as ``logvar(log_snr)``, natural log, any shape, float32; the same network serves any schedule.
+
+    Args:
+        log_snr: of the T steps that :meth:`table` speaks of, (T,), float64.
+        init: its value everywhere at the start.
+        channels: number of features.
+        seed: of the features.
+
+    Attributes:
+        weights: (channels + 1,), the parameter: the linear layer, and the offset last.
+        frequencies, phases: (channels,), fixed; with ``centre`` and ``spread``, of the log-SNR, in the state dict.
+    """
+
+    weights: nn.Parameter
+    frequencies: Tensor
+    phases: Tensor
+    centre: Tensor
+    spread: Tensor
+    log_snr: Tensor
+
+    def __init__(self, log_snr: Tensor, init: float = 0.0, channels: int = CHANNELS, seed: int = 0) -> None:
+        super().__init__()
+        if not math.isfinite(init):
+            raise ValueError(f"logvar_init={init!r} must be finite; the usual value is 0.")
+        levels = log_snr.detach().double().clamp(-CLAMP, CLAMP)
+        spread = levels.std(correction=0) if len(levels) > 1 else torch.ones(())
+        generator = torch.Generator().manual_seed(seed)
+        self.register_buffer("frequencies", 2 * math.pi * torch.randn(channels, generator=generator))
+        self.register_buffer("phases", 2 * math.pi * torch.rand(channels, generator=generator))
+        self.register_buffer("centre", levels.mean().float())
+        self.register_buffer("spread", spread.float().clamp(min=1e-6))
+        self.register_buffer("log_snr", levels.float(), persistent=False)
+        self.weights = nn.Parameter(torch.zeros(channels + 1))
+        with torch.no_grad():
+            self.weights[-1] = init
+
+    def forward(self, log_snr: Tensor) -> Tensor:
+        """See the class."""
+        return self._say(log_snr, self.weights)
+
+    def _say(self, log_snr: Tensor, weights: Tensor) -> Tensor:
+        level = (log_snr.to(self.centre).clamp(-CLAMP, CLAMP) - self.centre) / self.spread
+        # A quarter of the standard deviation's frequencies: [EDM2] divides its log sigma by 4 likewise.
+        features = torch.cos(0.25 * level.unsqueeze(-1) * self.frequencies + self.phases)
+        return features @ weights[:-1] * math.sqrt(2 / len(self.frequencies)) + weights[-1]
+
+    def table(self, weights: Tensor | None = None) -> Tensor:
+        """What it says at the T steps, (T,), part of the graph; with other weights than its own if they are given."""
+        return self._say(self.log_snr, self.weights if weights is None else weights)
+
+
+def save_logvar(
+    folder: str | os.PathLike[str], table: Tensor, network: ContinuousLogvar | None = None, **meta: Any
+) -> Path:
     """Write a table beside a pipeline's components.
 
     Args:
         folder: the pipeline's folder; ``logvar/`` is made in it.
         table: (T,), floating, any device.
+        network: that the table was taken from, of the continuous kind.
         **meta: further entries of ``config.json``, JSON values.
 
     Returns:
@@ -69,8 +136,12 @@ def save_logvar(folder: str | os.PathLike[str], table: Tensor, **meta: Any) -> P
     place = Path(folder) / FOLDER
     place.mkdir(parents=True, exist_ok=True)
     config = {**meta, "format": FORMAT, "num_train_timesteps": len(table)}
-    values = table.detach().to("cpu", torch.float32).contiguous()
-    (place / WEIGHTS_NAME).write_bytes(save({KEY: values}, metadata={"format": "pt"}))
+    tensors = {KEY: table}
+    if network is not None:
+        config["kind"] = "continuous"
+        tensors |= {CONTINUOUS + name: tensor for name, tensor in network.state_dict().items()}
+    values = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in tensors.items()}
+    (place / WEIGHTS_NAME).write_bytes(save(values, metadata={"format": "pt"}))
     (place / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return place
 
@@ -109,14 +180,45 @@ def load_logvar(folder: str | os.PathLike[str], num_train_timesteps: int | None 
     return table
 
 
-def _read_length(path: Path) -> int:
+def load_continuous(folder: str | os.PathLike[str], log_snr: Tensor) -> ContinuousLogvar | None:
+    """Read the function that :func:`save_logvar` wrote beside a table.
+
+    Args:
+        folder: the pipeline's folder, the parent of ``logvar/``.
+        log_snr: of the steps that its table is to speak of, (T,).
+
+    Returns:
+        The function, on the CPU; None where there is none, or the folder's log-variances are a table alone.
+
+    Raises:
+        ValueError: a file is missing or damaged; the message names it.
+    """
+    place = Path(folder) / FOLDER
+    if not place.is_dir() or _read_config(place / CONFIG_NAME).get("kind") != "continuous":
+        return None
+    path = place / WEIGHTS_NAME
+    try:
+        tensors = load(path.read_bytes())
+        state = {name.removeprefix(CONTINUOUS): t for name, t in tensors.items() if name.startswith(CONTINUOUS)}
+        network = ContinuousLogvar(log_snr, channels=len(state["frequencies"]))
+        network.load_state_dict(state)
+    except Exception as error:  # safetensors' own error class differs between its versions
+        raise ValueError(f"{path} does not hold a continuous log-variance: {error}") from error
+    return network
+
+
+def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise ValueError(f'{path} must say "format": {FORMAT}; a newer version of this package may read it.')
-    length = config.get("num_train_timesteps")
+    return config
+
+
+def _read_length(path: Path) -> int:
+    length = _read_config(path).get("num_train_timesteps")
     if not isinstance(length, int):
         raise ValueError(f"{path} must name num_train_timesteps, the number of steps, got {length!r}.")
     return length

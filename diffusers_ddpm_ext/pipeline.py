@@ -81,9 +81,11 @@ class DDPMExtPipeline(PipelineFiles):
         self._num_timesteps = 0
         self._interrupt = False
         self._join = Join(conditioning_key, use_positional_encodings)
-        if self._join.widens_input and type(unet) is UNet2DModel:
+        scheduler = as_ours(scheduler)
+        log_variance = isinstance(scheduler, DDPMExtScheduler) and scheduler.config.variance_type == "learned"
+        if (self._join.widens_input or log_variance) and type(unet) is UNet2DModel:
             unet = UNet2DExtModel.of(unet)
-        self.register_modules(unet=unet, scheduler=as_ours(scheduler))
+        self.register_modules(unet=unet, scheduler=scheduler)
         said = {
             "conditioning_key": conditioning_key,
             "use_positional_encodings": use_positional_encodings or None,
@@ -178,6 +180,7 @@ class DDPMExtPipeline(PipelineFiles):
         negative_class_labels: Labels | None = None,
         negative_concat_inputs: Tensor | Sequence[Tensor] | None = None,
         negative_encoder_hidden_states: Tensor | Sequence[Tensor] | None = None,
+        optimal_timesteps: bool = False,
     ) -> DDPMExtPipelineOutput | tuple[Any, ...]:
         """Draw a batch of images.
 
@@ -207,6 +210,8 @@ class DDPMExtPipeline(PipelineFiles):
             negative_class_labels: in place of the null class.
             negative_concat_inputs: in place of zeros.
             negative_encoder_hidden_states: in place of zeros, or of the null class.
+            optimal_timesteps: take the K steps that `ddpm-ext fit-variance` found best for the bound, which the
+                scheduler's config holds, instead of evenly spaced ones.
 
         Returns:
             `DDPMExtPipelineOutput`, or a tuple whose first entry is the images.
@@ -228,7 +233,7 @@ class DDPMExtPipeline(PipelineFiles):
         denoise = make_guidance(
             self._model(device), given, negative, batch_size, float(guidance_scale), guidance_interval
         )
-        steps = self._set_timesteps(num_inference_steps, timesteps, device)
+        steps = self._set_timesteps(num_inference_steps, timesteps, device, optimal_timesteps)
         sample = self._start(shape, generator, latents, device)
         record = _Record(log_every_t, len(steps), sample)
         accepts_generator = "generator" in inspect.signature(self.scheduler.step).parameters
@@ -265,8 +270,13 @@ class DDPMExtPipeline(PipelineFiles):
         return output if return_dict else output.to_tuple()
 
     @property
-    def _channels(self) -> int:
-        """Channels of a sample."""
+    def join(self) -> Join:
+        """How conditions reach the network."""
+        return self._join
+
+    @property
+    def channels(self) -> int:
+        """Channels C of a sample."""
         config = self.unet.config
         if not self._join.widens_input:
             return int(config.in_channels)
@@ -275,7 +285,7 @@ class DDPMExtPipeline(PipelineFiles):
 
     def _model(self, device: torch.device) -> Model:
         null = self.config.get("null_class_label")
-        return Model(self.unet, self._join, self._class_embedder, null, self._channels, device)
+        return Model(self.unet, self._join, self._class_embedder, null, self.channels, device)
 
     def _check_call(
         self, batch_size: int, output_type: str | None, log_every_t: int | None, temperature: float
@@ -303,7 +313,7 @@ class DDPMExtPipeline(PipelineFiles):
             )
 
     def _sample_shape(self, batch_size: int, output_type: str | None) -> tuple[int, int, int, int]:
-        channels, size = self._channels, self.unet.config.sample_size
+        channels, size = self.channels, self.unet.config.sample_size
         if size is None:
             raise ValueError(
                 "The model's config has sample_size None, so the size of an image is unknown. Set it once: "
@@ -318,8 +328,17 @@ class DDPMExtPipeline(PipelineFiles):
         height, width = (size, size) if isinstance(size, int) else size
         return batch_size, channels, height, width
 
-    def _set_timesteps(self, count: int | None, timesteps: Sequence[int] | None, device: torch.device) -> Tensor:
-        if timesteps is not None:
+    def _set_timesteps(
+        self, count: int | None, timesteps: Sequence[int] | None, device: torch.device, optimal: bool
+    ) -> Tensor:
+        if optimal and (count is None or timesteps is not None or not isinstance(self.scheduler, DDPMExtScheduler)):
+            raise ValueError(
+                "optimal_timesteps needs num_inference_steps (without timesteps) and a DDPMExtScheduler, whose config "
+                f"holds them; this is a {type(self.scheduler).__name__}."
+            )
+        if optimal:
+            self.scheduler.set_timesteps(count, device=device, optimal=True)
+        elif timesteps is not None:
             if count is not None:
                 raise ValueError("num_inference_steps and timesteps both say which steps to take; give one of them.")
             if "timesteps" not in inspect.signature(self.scheduler.set_timesteps).parameters:

@@ -15,7 +15,9 @@ from torch import Tensor
 from diffusers_ddpm_ext import class_embedder, logvar
 from diffusers_ddpm_ext.class_embedder import load_class_embedder, save_class_embedder
 from diffusers_ddpm_ext.layout import JOINED, fetch_tables, has_logvar, ours_only, remove_table, stock_words
-from diffusers_ddpm_ext.logvar import load_logvar, save_logvar
+from diffusers_ddpm_ext.logvar import ContinuousLogvar, load_continuous, load_logvar, save_logvar
+from diffusers_ddpm_ext.objective_checks import log_snr
+from diffusers_ddpm_ext.scheduler import DDPMExtScheduler
 
 logger = logging.getLogger(__name__)
 
@@ -26,10 +28,12 @@ class PipelineFiles(DiffusionPipeline):
     Attributes:
         logvar: (T,), or None.
         class_embedder: (num_classes, dim), or None.
+        logvar_network: the function that ``logvar`` was taken from, where it is of the continuous kind, or None.
     """
 
     logvar: Tensor | None
     class_embedder: Tensor | None
+    logvar_network: ContinuousLogvar | None = None
 
     def save_tables(self, folder: str) -> None:
         """Write the tables into a folder, and take out those that this pipeline does not have.
@@ -39,7 +43,7 @@ class PipelineFiles(DiffusionPipeline):
         """
         if self.logvar is not None:
             self.logvar = self.logvar  # checked again: the scheduler may have been replaced by one of another length
-            save_logvar(folder, self.logvar)
+            save_logvar(folder, self.logvar, self.logvar_network)
         if self.class_embedder is not None:
             save_class_embedder(folder, self.class_embedder)
         for name in self.missing_tables():
@@ -117,6 +121,8 @@ class PipelineFiles(DiffusionPipeline):
         # Stock Diffusers may have cached a repository's table without its config: to us that is none (and was logged).
         if folder == source or has_logvar(folder):
             pipeline.logvar = load_logvar(folder)
+            if isinstance(pipeline.scheduler, DDPMExtScheduler):
+                pipeline.logvar_network = load_continuous(folder, log_snr(pipeline.scheduler.schedule))
         pipeline.class_embedder = load_class_embedder(folder)
         return pipeline
 
@@ -153,4 +159,5 @@ class PipelineFiles(DiffusionPipeline):
         new = super().from_pipe(pipeline, **kwargs)
         if isinstance(pipeline, PipelineFiles) and isinstance(new, PipelineFiles):
             new.logvar, new.class_embedder = pipeline.logvar, pipeline.class_embedder
+            new.logvar_network = pipeline.logvar_network
         return new

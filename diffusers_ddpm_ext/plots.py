@@ -174,11 +174,11 @@ def plot_losses(
             _draw_curve(axes, curve, steps, values)
         everything = np.concatenate([values for _, _, values in finite])
         if everything.min() > 0 and everything.max() > 5 * everything.min():
-            _log_axis(axes)
+            log_axis(axes)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set(title=title, xlabel="optimizer step", ylabel=quantity)
 
-    return _figure(path, draw)
+    return figure(path, draw)
 
 
 def plot_logvar(
@@ -218,7 +218,7 @@ def plot_logvar(
             ylabel="natural log of the loss (squared data units)",
         )
 
-    return _figure(path, draw)
+    return figure(path, draw)
 
 
 def running_mean(values: ArrayLike, width: int) -> NDArray[np.float64]:
@@ -252,7 +252,7 @@ def _draw_curve(axes: Axes, curve: Curve, steps: NDArray[Any], values: NDArray[A
     )
 
 
-def _log_axis(axes: Axes) -> None:
+def log_axis(axes: Axes) -> None:
     """Make the vertical axis logarithmic, with plain numbers at 1, 2 and 5 of each decade."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -262,7 +262,7 @@ def _log_axis(axes: Axes) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _figure(path: str | os.PathLike[str], draw: Callable[[Axes], None]) -> Path:
+def figure(path: str | os.PathLike[str], draw: Callable[[Axes], None]) -> Path:
     """Draw one pair of axes and write it as PNG; no window, no global figure, nothing left open."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffusers_ddpm_ext.quiet import quiet
+from diffusers_ddpm_ext.opening import check_dtype, check_folder, find_device, open_pipeline
 from diffusers_ddpm_ext.training.errors import ConfigError
 from diffusers_ddpm_ext.training.flags import Parser, checked_names
 
@@ -139,7 +138,7 @@ def parse_sample_args(argv: Sequence[str], prog: str = "ddpm-ext sample") -> Sam
         given[name] = None if given[name] is None else Path(given[name])
     options = SampleOptions(out=out, individual=Path(individual) if individual else None, **given)
     _check_numbers(options)
-    _check_folder(options.folder)
+    check_folder(options.folder)
     _check_places(options)
     return options
 
@@ -162,19 +161,7 @@ def _check_numbers(options: SampleOptions) -> None:
         path = getattr(options, name)
         if path is not None and (path.suffix != ".npy" or not path.is_file()):
             raise ConfigError(f"--{name} {path} is no .npy file: give an array")
-    if options.dtype not in ("float32", "bfloat16", "float16"):
-        raise ConfigError(f"--dtype {options.dtype!r} is not one of float32, bfloat16, float16")
-
-
-def _check_folder(name: str) -> None:
-    folder = Path(name)
-    if folder.is_dir():
-        if not (folder / "model_index.json").is_file():
-            raise ConfigError(f"{name} holds no pipeline (no model_index.json): give the output folder of a run")
-    elif folder.exists():
-        raise ConfigError(f"{name} is a file: give the folder of a pipeline")
-    elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
-        raise ConfigError(f"{name} does not exist: give the folder of a pipeline, or a Hub id")
+    check_dtype(options.dtype)
 
 
 def _check_places(options: SampleOptions) -> None:
@@ -208,7 +195,8 @@ def sample(options: SampleOptions) -> str:
     """
     import numpy as np
 
-    pipeline = _load(options)
+    asked = f"--variant {options.variant}"
+    pipeline = open_pipeline(options.folder, options.variant, find_device(options.device), options.dtype, asked)
     try:
         images = np.concatenate(list(_batches(pipeline, options)))
     except ValueError as error:
@@ -220,42 +208,6 @@ def sample(options: SampleOptions) -> str:
         raise ConfigError(f"cannot write {error.filename or options.out}: {error.strerror or error}") from None
     beside = f" and, one by one, to {options.individual}" if options.individual else ""
     return f"{count} images of {height}x{width}x{channels} written to {options.out}{beside}"
-
-
-def _load(options: SampleOptions) -> Any:
-    import torch
-
-    from diffusers_ddpm_ext.pipeline import DDPMExtPipeline
-
-    device = _device(options.device)
-    try:
-        with quiet():
-            pipeline = DDPMExtPipeline.from_pretrained(options.folder, variant=options.variant)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
-        place = "the folder" if Path(options.folder).is_dir() else "neither a folder here nor, it seems, on the Hub:"
-        variant = f" with --variant {options.variant}" if options.variant else ""
-        raise ConfigError(f"cannot open {place} {options.folder}{variant}: {error}") from None
-    if not all(bool(torch.isfinite(weight).all()) for weight in pipeline.unet.parameters()):
-        raise ConfigError(f"{options.folder}: its weights are not finite (NaN or infinity), so that it cannot sample")
-    pipeline.set_progress_bar_config(disable=True)
-    with quiet():
-        return pipeline.to(device, getattr(torch, options.dtype))
-
-
-def _device(name: str | None) -> Any:
-    import torch
-
-    if name is None:
-        found = torch.accelerator.current_accelerator(check_available=True)
-        return found if found is not None else torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise ConfigError(f"--device {name} is not there: say cpu, or leave it out for the fastest there is") from None
-    if device.type == "meta":
-        raise ConfigError("--device meta computes nothing: say cpu, or leave it out for the fastest there is")
-    return device
 
 
 def _batches(pipeline: Any, options: SampleOptions) -> Iterator[Pixels]:

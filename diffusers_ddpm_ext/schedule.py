@@ -150,14 +150,41 @@ def _checked_betas(betas: Any) -> Table:
     return table
 
 
-def check_v_posterior(v_posterior: Any) -> None:
-    """Raise ValueError unless ``v_posterior`` is a number in [0, 1]."""
-    if isinstance(v_posterior, bool) or not isinstance(v_posterior, (int, float, np.number)):
-        raise ValueError(f"v_posterior={v_posterior!r} must be a number in [0, 1].")
-    if not 0 <= v_posterior <= 1:
+def checked_v_posterior(v_posterior: Any, num_train_timesteps: int, name: str = "v_posterior") -> float | Table:
+    """The dial of the reverse variance, for all steps or for each.
+
+    Args:
+        v_posterior: a number in [0, 1], or a list, array or tensor of one for each step.
+        num_train_timesteps: T.
+        name: of the option, for the message.
+
+    Returns:
+        A float, or a read-only float64 table (T,).
+
+    Raises:
+        ValueError: it is neither, or leaves [0, 1].
+    """
+    is_bool = isinstance(v_posterior, (bool, str))
+    try:
+        values = np.array(v_posterior, dtype=np.float64)
+    except (TypeError, ValueError):
+        is_bool, values = True, np.zeros(0)
+    if is_bool or values.shape not in ((), (num_train_timesteps,)):
+        shown = f"of shape {values.shape}" if values.ndim and not is_bool else f"{v_posterior!r}"
         raise ValueError(
-            f"v_posterior={v_posterior!r} must lie in [0, 1]: 0 is the posterior's variance, 1 the forward beta."
+            f"{name}={shown} must be a number in [0, 1], or one for each of the {num_train_timesteps} training steps."
         )
+    bad = ~((values >= 0) & (values <= 1))
+    if bad.any():
+        where = f" at step {int(np.argmax(bad))}" if values.ndim else ""
+        raise ValueError(
+            f"{name}={float(values.flat[np.argmax(bad)])!r}{where} must lie in [0, 1]: 0 is the posterior's variance, "
+            "1 the forward beta."
+        )
+    if values.ndim == 0:
+        return float(values)
+    values.flags.writeable = False
+    return values
 
 
 def _check_prediction_type(prediction_type: str) -> None:
@@ -179,8 +206,10 @@ class NoiseSchedule:
         trained_betas: the betas themselves, (T,); T is then their number, and the arguments above are not used.
         cosine_s: offset of ``squaredcos_cap_v2``.
         rescale_betas_zero_snr: whether the betas are rescaled to zero terminal SNR.
-        v_posterior: reverse variance ``(1 - v) * posterior + v * beta``, v in [0, 1].
+        v_posterior: reverse variance ``(1 - v) * posterior + v * beta``, v in [0, 1]; one number, or (T,), one a step.
         prediction_type: what the network predicts; ``lvlb_weights`` depends on it.
+        v_decoder: (T,), the v of the first step of a chain that begins at each step, in place of its ``v_posterior``:
+            the variance with which data are read off, which only a likelihood sees.
 
     Attributes:
         num_train_timesteps: number of steps of this chain; also ``len(schedule)``.
@@ -223,8 +252,9 @@ class NoiseSchedule:
         *,
         cosine_s: float = 0.008,
         rescale_betas_zero_snr: bool = False,
-        v_posterior: float = 0.0,
+        v_posterior: float | Sequence[float] | npt.NDArray[Any] = 0.0,
         prediction_type: str = "epsilon",
+        v_decoder: Sequence[float] | npt.NDArray[Any] | None = None,
     ) -> None:
         if trained_betas is None:
             trained_betas = make_betas(beta_schedule, num_train_timesteps, beta_start, beta_end, cosine_s)
@@ -232,15 +262,22 @@ class NoiseSchedule:
         if rescale_betas_zero_snr:
             betas = _checked_betas(rescale_zero_terminal_snr(betas))
         abar = np.cumprod(1 - betas, dtype=np.float64)
-        self._fill(betas, abar, np.arange(len(betas)), v_posterior, prediction_type)
+        self._fill(betas, abar, np.arange(len(betas)), v_posterior, prediction_type, v_decoder)
 
     def _fill(
-        self, betas: Table, abar: Table, timesteps: npt.NDArray[np.int64], v: float, prediction_type: str
+        self, betas: Table, abar: Table, timesteps: npt.NDArray[np.int64], v: Any, prediction_type: str, first: Any
     ) -> None:
-        check_v_posterior(v)
         _check_prediction_type(prediction_type)
         self.num_train_timesteps = len(betas)
-        self.v_posterior = float(v)
+        self.v_posterior = checked_v_posterior(v, len(betas))
+        self.v_decoder: Table | None = None
+        v = np.broadcast_to(self.v_posterior, len(betas))
+        if first is not None:
+            table = checked_v_posterior(first, len(betas), "v_decoder")
+            if isinstance(table, float):
+                raise ValueError(f"v_decoder={table!r} must hold one number for each of the {len(betas)} steps.")
+            self.v_decoder = table
+            v = np.append(table[:1], v[1:])
         self.prediction_type = prediction_type
         self.zero_terminal_snr = bool(abar[-1] == 0)
         self.timesteps = timesteps
@@ -258,14 +295,21 @@ class NoiseSchedule:
         return self.num_train_timesteps
 
     def __repr__(self) -> str:
+        v = self.v_posterior
+        shown = f"{v:g}" if isinstance(v, float) else f"{v.min():.3g} to {v.max():.3g}"
         return (
             f"NoiseSchedule({self.num_train_timesteps} steps, betas {self.betas[0]:.3g} to {self.betas[-1]:.3g}, "
-            f"v_posterior={self.v_posterior:g}, prediction_type={self.prediction_type!r})"
+            f"v_posterior={shown}, prediction_type={self.prediction_type!r})"
         )
 
-    def _derived(self, betas: Table, abar: Table, timesteps: Any, v: float, prediction_type: str) -> NoiseSchedule:
+    def _derived(self, v: Any, prediction_type: str, first: Any, steps: Any = None) -> NoiseSchedule:
+        """The same chain, or that of ascending ``steps``, with these settings."""
         schedule = object.__new__(type(self))
-        schedule._fill(betas.copy(), abar.copy(), np.array(timesteps, dtype=np.int64), v, prediction_type)
+        betas, abar, timesteps = self.betas, self.alphas_cumprod, self.timesteps
+        if steps is not None and len(steps) < len(self):
+            abar, timesteps = abar[steps], timesteps[steps]
+            betas = 1 - abar / np.append(1.0, abar[:-1])
+        schedule._fill(betas.copy(), abar.copy(), timesteps.copy(), v, prediction_type, first)
         return schedule
 
     def respaced(self, timesteps: Sequence[int] | npt.NDArray[Any]) -> NoiseSchedule:
@@ -276,7 +320,7 @@ class NoiseSchedule:
 
         Returns:
             A schedule of K steps in ascending order, ``timesteps`` naming the originals; the same ``v_posterior``,
-            applied to the new chain's variances.
+            applied to the new chain's variances (of one a step, those of the kept steps).
 
         Raises:
             ValueError: no step, a step twice, or one outside [0, T).
@@ -284,21 +328,22 @@ class NoiseSchedule:
         steps = np.sort(np.asarray(timesteps).astype(np.int64))
         if len(steps) == 0 or steps[0] < 0 or steps[-1] >= len(self) or (np.diff(steps) == 0).any():
             raise ValueError(f"timesteps must be distinct whole numbers in [0, {len(self)}), at least one.")
-        abar = self.alphas_cumprod[steps]
-        whole = len(steps) == len(self)
-        betas = self.betas if whole else 1 - abar / np.append(1.0, abar[:-1])
-        return self._derived(betas, abar, self.timesteps[steps], self.v_posterior, self.prediction_type)
+        v = self.v_posterior if isinstance(self.v_posterior, float) else self.v_posterior[steps]
+        first = None if self.v_decoder is None else self.v_decoder[steps]
+        return self._derived(v, self.prediction_type, first, steps)
 
     def with_prediction_type(self, prediction_type: str) -> NoiseSchedule:
         """The same chain for a network that predicts something else (it enters ``lvlb_weights`` alone)."""
-        return self._derived(self.betas, self.alphas_cumprod, self.timesteps, self.v_posterior, prediction_type)
+        return self._derived(self.v_posterior, prediction_type, self.v_decoder)
 
-    def with_v_posterior(self, v_posterior: float) -> NoiseSchedule:
-        """The same chain with another reverse variance."""
-        return self._derived(self.betas, self.alphas_cumprod, self.timesteps, v_posterior, self.prediction_type)
+    def with_v_posterior(
+        self, v_posterior: float | Sequence[float] | Table, v_decoder: Sequence[float] | Table | None = None
+    ) -> NoiseSchedule:
+        """The same chain with another reverse variance; arguments as in the constructor."""
+        return self._derived(v_posterior, self.prediction_type, v_decoder)
 
 
-def _tables(b: Table, abar: Table, v: float) -> dict[str, Table]:
+def _tables(b: Table, abar: Table, v: Table) -> dict[str, Table]:
     a, prev = 1 - b, np.append(1.0, abar[:-1])
     variance = (1 - v) * b * (1 - prev) / (1 - abar) + v * b
     return {

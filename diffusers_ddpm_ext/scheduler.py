@@ -13,7 +13,7 @@ and section 4 (respacing); [Imagen] Saharia et al. 2022, section 2.3 (thresholdi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,8 +39,13 @@ from diffusers_ddpm_ext.reverse import (
     small_variance,
     split_variance,
 )
-from diffusers_ddpm_ext.schedule import MIN_VARIANCE, NoiseSchedule, check_v_posterior
-from diffusers_ddpm_ext.stock_config import COMPVIS_SCHEDULES, DEFAULT_COSINE_S, DEFAULT_NUM_TRAIN_TIMESTEPS
+from diffusers_ddpm_ext.schedule import MIN_VARIANCE, NoiseSchedule, checked_v_posterior
+from diffusers_ddpm_ext.stock_config import (
+    COMPVIS_SCHEDULES,
+    DEFAULT_COSINE_S,
+    DEFAULT_NUM_TRAIN_TIMESTEPS,
+    as_floats,
+)
 
 VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
 LEARNED_VARIANCES = ("learned", "learned_range")
@@ -75,9 +80,14 @@ class DDPMExtScheduler(CompVisNames, SchedulerMixin, ConfigMixin):
         steps_offset: added to the steps of ``leading``.
         rescale_betas_zero_snr: whether the betas are rescaled to zero terminal SNR; sampling then needs a network that
             predicts v or the sample.
-        v_posterior: reverse variance ``(1 - v) * small + v * large``, in [0, 1]. It wins over ``fixed_small`` and
-            ``fixed_large``; None lets ``variance_type`` decide.
+        v_posterior: reverse variance ``(1 - v) * small + v * large``, in [0, 1]: one number, or (T,), one a step, of
+            which a shorter chain takes those of the steps it keeps. It wins over ``fixed_small`` and ``fixed_large``;
+            None lets ``variance_type`` decide.
         cosine_s: offset of ``squaredcos_cap_v2``.
+        v_decoder: (T,), the v of the first step of a chain that begins at each step, in place of its ``v_posterior``.
+            Only a likelihood sees it: samples end in the mean.
+        optimal_timesteps: K as a string -> the K steps to keep, strictly descending, for
+            ``set_timesteps(K, optimal=True)``; ``ddpm-ext fit-variance`` finds them.
 
     Attributes:
         schedule: the :class:`~diffusers_ddpm_ext.schedule.NoiseSchedule` of all T steps.
@@ -110,27 +120,33 @@ class DDPMExtScheduler(CompVisNames, SchedulerMixin, ConfigMixin):
         timestep_spacing: str = "leading",
         steps_offset: int = 0,
         rescale_betas_zero_snr: bool = False,
-        v_posterior: float | None = None,
+        v_posterior: float | Betas | None = None,
         cosine_s: float = DEFAULT_COSINE_S,
+        v_decoder: Betas | None = None,
+        optimal_timesteps: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
         _check_one_of("variance_type", variance_type, VARIANCE_TYPES)
         _check_one_of("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS)
         if v_posterior is not None:
             if variance_type not in ("fixed_small", "fixed_large"):
+                shown = v_posterior if isinstance(v_posterior, (int, float)) else "[...]"
                 raise ValueError(
-                    f"v_posterior={v_posterior} contradicts variance_type={variance_type!r}: leave v_posterior out, "
+                    f"v_posterior={shown} contradicts variance_type={variance_type!r}: leave v_posterior out, "
                     "or leave variance_type at 'fixed_small'."
                 )
-            check_v_posterior(v_posterior)
             # What comes closest in a reader that does not know v_posterior.
-            variance_type = "fixed_small" if v_posterior < 0.5 else "fixed_large"
-            v_posterior = float(v_posterior)
-        self.register_to_config(variance_type=variance_type, v_posterior=v_posterior)
+            variance_type = "fixed_small" if np.mean(_dial("v_posterior", v_posterior)) < 0.5 else "fixed_large"
+        self.register_to_config(
+            variance_type=variance_type,
+            v_posterior=None if v_posterior is None else _dial("v_posterior", v_posterior),
+            v_decoder=None if v_decoder is None else _dial("v_decoder", v_decoder),
+        )
         self._learned = variance_type in LEARNED_VARIANCES
         self.init_noise_sigma = 1.0
         self._set_process(
             num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, cosine_s, rescale_betas_zero_snr
         )
+        self.register_to_config(optimal_timesteps=_checked_choices(optimal_timesteps, len(self.schedule)))
         # Keys in this list are dropped when a config is handed to another class, which would then use its own
         # defaults: other betas, silently.
         self.register_to_config(_use_default_values=[])
@@ -162,6 +178,7 @@ class DDPMExtScheduler(CompVisNames, SchedulerMixin, ConfigMixin):
             rescale_betas_zero_snr=rescale_betas_zero_snr,
             v_posterior=v_posterior,
             prediction_type=self.config.prediction_type,
+            v_decoder=self.config.v_decoder,
         )
         self.register_to_config(
             num_train_timesteps=len(self.schedule),
@@ -269,6 +286,7 @@ class DDPMExtScheduler(CompVisNames, SchedulerMixin, ConfigMixin):
         num_inference_steps: int | None = None,
         device: str | torch.device | None = None,
         timesteps: Sequence[int] | npt.NDArray[Any] | Tensor | None = None,
+        optimal: bool = False,
     ) -> None:
         """Choose the steps to sample with; the posterior becomes that of the chain of those steps.
 
@@ -276,15 +294,18 @@ class DDPMExtScheduler(CompVisNames, SchedulerMixin, ConfigMixin):
             num_inference_steps: K, in [1, T], placed by ``timestep_spacing``.
             device: where ``scheduler.timesteps`` goes.
             timesteps: the steps themselves instead, strictly descending, each in [0, T).
+            optimal: whether to take the K steps of ``config.optimal_timesteps`` instead of evenly spaced ones.
 
         Raises:
-            ValueError: both or none given, K distinct steps in [0, T) do not come out, or zero terminal SNR with
-                ``epsilon``, where the first step would divide by zero.
+            ValueError: both or none given, no optimal steps are known for K, K distinct steps in [0, T) do not come
+                out, or zero terminal SNR with ``epsilon``, where the first step would divide by zero.
         """
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError("set_timesteps takes one of num_inference_steps and timesteps, not both and not none.")
         _check_terminal_snr(self.schedule)
-        if timesteps is not None:
+        if optimal:
+            steps = self._optimal_timesteps(num_inference_steps)
+        elif timesteps is not None:
             steps = custom_timesteps(timesteps.tolist() if isinstance(timesteps, Tensor) else timesteps, len(self))
         elif num_inference_steps is not None:
             steps = spaced_timesteps(
@@ -293,6 +314,16 @@ class DDPMExtScheduler(CompVisNames, SchedulerMixin, ConfigMixin):
         self.num_inference_steps = len(steps)
         self.custom_timesteps = timesteps is not None
         self._keep(steps, device)
+
+    def _optimal_timesteps(self, num_inference_steps: int | None) -> npt.NDArray[np.int64]:
+        known = self.config.optimal_timesteps or {}
+        if str(num_inference_steps) not in known:
+            have = f"known are those for {_ranges(known)} steps" if known else "none are known"
+            raise ValueError(
+                f"num_inference_steps={num_inference_steps} with optimal=True: {have}; find them with "
+                "`ddpm-ext fit-variance FOLDER`, or leave optimal out."
+            )
+        return np.array(known[str(num_inference_steps)], dtype=np.int64)
 
     def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
         """``sample`` itself: nothing is scaled in DDPM."""
@@ -474,6 +505,40 @@ class DDPMExtScheduler(CompVisNames, SchedulerMixin, ConfigMixin):
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """The velocity of samples x0 and their noise; shapes and precision as in :meth:`add_noise`."""
         return gaussian.velocity(self.schedule, sample, noise, for_each(timesteps, sample)).to(sample.dtype)
+
+
+def _dial(name: str, value: Any) -> float | list[float]:
+    """``v_posterior`` or ``v_decoder`` as JSON can hold it; its range and length are checked with the tables."""
+    if isinstance(value, (bool, str)) or np.ndim(value) == 0:
+        return float(checked_v_posterior(value, 1, name))  # a scalar gives a scalar
+    return as_floats(value, name)
+
+
+def _checked_choices(choices: Any, num_train_timesteps: int) -> dict[str, list[int]] | None:
+    """``optimal_timesteps`` as JSON can hold it.
+
+    Raises:
+        ValueError: it is not a mapping from K to K descending steps.
+    """
+    if choices is None:
+        return None
+    if not isinstance(choices, Mapping):
+        raise ValueError(f"optimal_timesteps={choices!r} must map a number of steps to the steps, or be None.")
+    checked = {}
+    for count, steps in choices.items():
+        kept = custom_timesteps(list(steps), num_train_timesteps).tolist()
+        if str(count) != str(len(kept)):
+            raise ValueError(f"optimal_timesteps[{count!r}] holds {len(kept)} steps; it must hold {count}.")
+        checked[str(count)] = kept
+    return checked
+
+
+def _ranges(known: Mapping[str, Any]) -> str:
+    """Numbers of steps as a person writes them: 1-4, 10."""
+    counts = sorted(map(int, known))
+    starts = [k for k in counts if k - 1 not in counts]
+    ends = [k for k in counts if k + 1 not in counts]
+    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
 
 
 def _check_one_of(name: str, value: Any, allowed: Sequence[str]) -> None:

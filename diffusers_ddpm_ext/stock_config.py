@@ -78,19 +78,19 @@ def resolve_betas(
     return num_train_timesteps, None
 
 
-def as_floats(betas: Any) -> list[float]:
-    """Betas (list, array or tensor) as JSON can hold them: float64, exact also from float32.
+def as_floats(values: Any, name: str = "trained_betas") -> list[float]:
+    """Betas or the like (list, array or tensor) as JSON can hold them: float64, exact also from float32.
 
     Raises:
         ValueError: they are not a list of numbers.
     """
     try:
-        values = np.asarray(betas.tolist() if hasattr(betas, "tolist") else betas, dtype=np.float64)
+        table = np.asarray(values.tolist() if hasattr(values, "tolist") else values, dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise ValueError("trained_betas must be a list of numbers.") from error
-    if values.ndim != 1:
-        raise ValueError(f"trained_betas must be a list of numbers, got shape {values.shape}.")
-    return values.tolist()
+        raise ValueError(f"{name} must be a list of numbers.") from error
+    if table.ndim != 1:
+        raise ValueError(f"{name} must be a list of numbers, got shape {table.shape}.")
+    return table.tolist()
 
 
 def incoming(config: Mapping[str, Any], overridden: Collection[str]) -> dict[str, Any]:

@@ -21,6 +21,12 @@ CASES: dict[str, dict[str, Any]] = {
     "v_posterior_1": {"v_posterior": 1.0},
     "v_posterior_04": {"v_posterior": 0.4},
     "sqrt": {"beta_schedule": "sqrt"},
+    "fitted": {
+        "num_train_timesteps": 20,
+        "v_posterior": np.linspace(0.9, 0.2, 20).tolist(),
+        "v_decoder": np.linspace(0.5, 0.1, 20).tolist(),
+        "optimal_timesteps": {"2": [19, 3], "3": [19, 9, 0]},
+    },
     "given_betas": {"trained_betas": np.linspace(2e-4, 0.08, 200).tolist()},
 }
 STEPS = 5

@@ -41,6 +41,7 @@ def main(folders: Path, stem: Path) -> None:
     for source, place in (("folder", str(folders / "learned")), ("id", repo_of("learned"))):
         for door in (DDPMPipeline, DiffusionPipeline):
             findings.error(f"learned/{source}/{door.__name__}", lambda d=door, p=place: d.from_pretrained(p))
+        findings.error(f"learned/{source}/unet", lambda p=place: UNet2DModel.from_pretrained(p, subfolder="unet"))
     findings.write(stem)
 
 

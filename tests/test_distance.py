@@ -51,9 +51,12 @@ def test_names_and_callables():
 
 
 @pytest.mark.parametrize("name", ["perceptual", "hybrid"])
-def test_later_distances_say_so(name):
-    with pytest.raises(ValueError, match=f"{name}.*not supported yet"):
+def test_what_is_no_distance_is_listed_where_it_is_allowed(name):
+    """These losses are the objective's; a distance alone they are not."""
+    with pytest.raises(ValueError, match=f"{name}' is unknown: choose one of l2, l1, huber, or"):
         get_distance(name)
+    with pytest.raises(ValueError, match="choose one of l2, other, or"):
+        get_distance(name, allowed=("l2", "other"))
 
 
 @pytest.mark.parametrize("name", ["l3", "", None, 2])

@@ -31,7 +31,7 @@ def test_help_teaches_every_option(tmp_path):
         assert words in told
 
 
-@pytest.mark.parametrize("command", ["train", "sample"])
+@pytest.mark.parametrize("command", ["train", "sample", "evaluate", "fit-variance", "plot"])
 def test_help_imports_nothing_heavy(command, tmp_path):
     code = f"{REPORT}from diffusers_ddpm_ext.cli import main; sys.exit(main(['{command}', '--help']))"
     done = run(sys.executable, "-c", code, cwd=tmp_path)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from diffusers_ddpm_ext.logvar import load_logvar, make_logvar, save_logvar
+from diffusers_ddpm_ext.logvar import ContinuousLogvar, load_continuous, load_logvar, make_logvar, save_logvar
 
 WEIGHTS = "logvar/diffusion_pytorch_model.safetensors"
 
@@ -115,3 +115,33 @@ def test_only_a_table_is_written(tmp_path):
         with pytest.raises(ValueError, match="logvar must be a floating tensor"):
             save_logvar(tmp_path, table)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_continuous_one_travels_beside_its_table(tmp_path):
+    levels = torch.linspace(9, -10, 50, dtype=torch.float64)
+    network = ContinuousLogvar(levels, init=0.25)
+    assert network.table().tolist() == [0.25] * 50
+    with torch.no_grad():
+        network.weights.normal_(generator=torch.Generator().manual_seed(0))
+    save_logvar(tmp_path, network.table(), network)
+    torch.testing.assert_close(load_logvar(tmp_path, 50), network.table().detach(), rtol=0, atol=0)
+    again = load_continuous(tmp_path, levels)
+    torch.testing.assert_close(again.table(), network.table(), rtol=0, atol=0)
+    finer = load_continuous(tmp_path, torch.linspace(9, -10, 99, dtype=torch.float64))
+    torch.testing.assert_close(finer.table()[::2], network.table(), rtol=1e-5, atol=1e-5)
+    assert bool(torch.isfinite(network(torch.tensor([-float("inf"), 500.0]))).all())
+
+
+def test_a_table_alone_has_no_function(tmp_path):
+    assert load_continuous(tmp_path, torch.zeros(3)) is None
+    save_logvar(tmp_path, torch.zeros(3))
+    assert load_continuous(tmp_path, torch.zeros(3)) is None
+
+
+def test_a_damaged_function_is_named(tmp_path):
+    levels = torch.linspace(1, -1, 5)
+    network = ContinuousLogvar(levels)
+    place = save_logvar(tmp_path, network.table(), network)
+    save_file({"logvar": torch.zeros(5)}, place / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(ValueError, match="does not hold a continuous log-variance"):
+        load_continuous(tmp_path, levels)

@@ -307,8 +307,20 @@ def test_custom_distance_of_another_shape_is_refused(distance):
         ({"prediction_type": "sample"}, "prediction_type='sample' differs from the scheduler's 'epsilon'"),
         ({"prediction_type": "x0"}, "'sample' here"),
         ({"prediction_type": "noise"}, "choose one of epsilon, sample, v_prediction"),
-        ({"loss_type": "perceptual"}, "not supported yet"),
-        ({"loss_type": "hybrid"}, "not supported yet"),
+        ({"loss_type": "perceptual"}, "needs features"),
+        ({"features": lambda a, b: a.flatten(1).mean(1)}, "'perceptual' alone"),
+        ({"loss_type": "hybrid"}, "nothing to learn from the bound with variance_type='fixed_small'"),
+        ({"loss_type": "vlb", "learn_logvar": True}, "learn_logvar has no place"),
+        ({"loss_type": "vlb", "vlb_weight": -1.0}, "vlb_weight"),
+        ({"loss_type": "vlb", "decoder": "tanh"}, "decoder='tanh' is unknown"),
+        ({"loss_type": "vlb", "bin_width": 3.0}, "bin_width"),
+        ({"perceptual_weight": 1.5}, "perceptual_weight"),
+        ({"loss_weighting": "snr"}, "choose one of simple, min_snr"),
+        ({"loss_weighting": "p2", "snr_gamma": 5.0}, "'min_snr' and 'soft_min_snr' alone"),
+        ({"loss_weighting": "p2", "p2_k": 0.0}, "p2_k"),
+        ({"logvar_kind": "continuous"}, "needs learn_logvar=True"),
+        ({"logvar_kind": "spline"}, "choose one of table, continuous"),
+        ({"logvar_kind": "continuous", "learn_logvar": True, "logvar_init": torch.zeros(20)}, "must be one number"),
         ({"loss_type": "l3"}, "loss_type"),
         ({"loss_type": "huber", "huber_c": 0}, "huber_c"),
         ({"l_simple_weight": -1.0}, "l_simple_weight"),
@@ -326,9 +338,133 @@ def test_bad_options_are_refused_by_name(options, match):
 
 
 @pytest.mark.parametrize("variance_type", ["learned", "learned_range"])
-def test_learned_variances_are_not_trained_yet(variance_type):
-    with pytest.raises(ValueError, match=f"{variance_type}.*not supported yet"):
-        DDPMObjective(scheduler(variance_type=variance_type))
+@pytest.mark.parametrize("loss_type", ["l2", "huber", "perceptual"])
+def test_learned_variances_need_the_bound(variance_type, loss_type):
+    with pytest.raises(ValueError, match=f"{variance_type}.*use loss_type='hybrid'"):
+        DDPMObjective(scheduler(variance_type=variance_type), loss_type=loss_type)
+
+
+@pytest.mark.parametrize("name", PREDICTION_TYPES)
+def test_hybrid_moves_the_variance_by_the_bound_and_the_mean_by_l2(name):
+    """Its gradient in the mean's channels is that of l2 alone, in the variance's that of the bound alone."""
+    owner = scheduler(name, "learned_range")
+    output, x0, noise, t = batch(5, 3, 4, 4, dtype=torch.float64)
+    both = torch.cat([output, torch.randn_like(output)], 1).requires_grad_()
+    got = DDPMObjective(owner, loss_type="hybrid", vlb_weight=0.7)(both, x0, noise, t)
+    got.loss.backward()
+    plain = output.clone().requires_grad_()
+    l2 = DDPMObjective(scheduler(name))(plain, x0, noise, t)
+    l2.loss.backward()
+    torch.testing.assert_close(both.grad[:, :3], plain.grad, rtol=1e-12, atol=1e-15)
+    again = both.detach().clone().requires_grad_()
+    bound = DDPMObjective(owner, loss_type="vlb")(again, x0, noise, t)
+    bound.loss.backward()
+    share = 0.7 / 1000  # hybrid's T / 1000 against T
+    torch.testing.assert_close(both.grad[:, 3:], share * again.grad[:, 3:], rtol=1e-12, atol=1e-15)
+    assert got.loss.item() == pytest.approx(l2.loss.item() + share * bound.loss.item(), rel=1e-12)
+    assert got.loss_bound.item() == pytest.approx(bound.loss.item(), rel=1e-12)
+    assert l2.loss_bound is None
+    assert torch.equal(got.per_sample_simple, l2.per_sample_simple)
+
+
+def test_hybrid_is_single_precision_for_half_inputs():
+    owner = scheduler("v_prediction", "learned")
+    output, x0, noise, t = batch(5, 3, 4, 4)
+    both = torch.cat([output, output], 1).bfloat16().requires_grad_()
+    got = DDPMObjective(owner, loss_type="hybrid", learn_logvar=True)(both, x0, noise, t)
+    assert got.loss.dtype == torch.float32
+    got.loss.backward()
+    assert bool(torch.isfinite(both.grad).all())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"learn_logvar": True}, {"loss_weighting": "p2", "original_elbo_weight": 0.3}, {"loss_type": "vlb"}],
+)
+def test_weights_of_drawn_steps_weigh_every_mean(options):
+    objective = DDPMObjective(scheduler("v_prediction"), **options)
+    given = batch(6, 2, 3, 3, dtype=torch.float64)
+    weights = torch.linspace(0.2, 3, 6, dtype=torch.float64)
+    plain, weighted = objective(*given), objective(*given, weights=weights)
+    assert torch.equal(plain.per_sample_loss, weighted.per_sample_loss)
+    assert weighted.loss.item() == pytest.approx((weights * plain.per_sample_loss).mean().item(), rel=1e-12)
+    assert weighted.loss_simple.item() == pytest.approx((weights * plain.per_sample_simple).mean().item(), rel=1e-12)
+    even = objective(*given, weights=torch.ones(6, dtype=torch.float64))
+    for name in ("loss", "loss_simple", "loss_vlb", "loss_gamma"):
+        assert getattr(even, name).item() == pytest.approx(getattr(plain, name).item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("weighting", ["soft_min_snr", "p2", "debiased", "elbo", "min_snr"])
+def test_weighted_losses_are_one_function_in_all_parameterizations(weighting):
+    """One predicted clean sample, said in three ways, costs the same."""
+    _, x0, noise, t = batch(8, 2, 3, 3, dtype=torch.float64)
+    guess = x0 + 0.3 * torch.randn_like(x0)
+    losses = []
+    for name in PREDICTION_TYPES:
+        owner = scheduler(name)
+        abar = torch.from_numpy(owner.schedule.alphas_cumprod.copy())[t].reshape(-1, 1, 1, 1)
+        xt = abar.sqrt() * x0 + (1 - abar).sqrt() * noise
+        eps = (xt - abar.sqrt() * guess) / (1 - abar).sqrt()
+        said = {"epsilon": eps, "sample": guess, "v_prediction": abar.sqrt() * eps - (1 - abar).sqrt() * guess}
+        losses.append(DDPMObjective(owner, loss_weighting=weighting)(said[name], x0, noise, t).per_sample_loss)
+    for other in losses[1:]:
+        torch.testing.assert_close(other, losses[0], rtol=1e-9, atol=1e-12)
+
+
+def test_gamma_alone_is_min_snr():
+    given = batch(4, 3, 2, 2)
+    owner = scheduler("v_prediction")
+    alone, named = DDPMObjective(owner, snr_gamma=4.0), DDPMObjective(owner, loss_weighting="min_snr", snr_gamma=4.0)
+    assert torch.equal(alone(*given).loss, named(*given).loss)
+    usual = DDPMObjective(owner, loss_weighting="min_snr")
+    assert torch.equal(usual(*given).loss, DDPMObjective(owner, snr_gamma=5.0)(*given).loss)
+
+
+def test_weights_that_are_not_finite_are_refused():
+    owner = scheduler("v_prediction", rescale_betas_zero_snr=True)
+    for weighting in ("min_snr", "soft_min_snr", "p2", "debiased", "elbo"):
+        table = DDPMObjective(owner, loss_weighting=weighting).weight_table
+        assert np.isfinite(table).all()
+
+
+def test_perceptual_is_a_share_of_features_of_the_predicted_image():
+    def features(prediction: Tensor, image: Tensor) -> Tensor:
+        return (prediction.flatten(1).mean(1) - image.flatten(1).mean(1)).abs()
+
+    output, x0, noise, t = batch(4, 3, 2, 2, dtype=torch.float64)
+    owner = scheduler("sample")
+    got = DDPMObjective(owner, loss_type="perceptual", features=features, perceptual_weight=0.25)(output, x0, noise, t)
+    l2 = DDPMObjective(owner)(output, x0, noise, t)
+    expected = 0.75 * l2.per_sample_simple + 0.25 * features(output, x0)
+    torch.testing.assert_close(got.per_sample_loss, expected, rtol=1e-12, atol=0)
+    bad = DDPMObjective(owner, loss_type="perceptual", features=lambda a, b: (a - b).abs())
+    with pytest.raises(ValueError, match="features: the distance must return one number per sample"):
+        bad(output, x0, noise, t)
+
+
+def test_continuous_logvar_learns_what_the_table_would_say():
+    """At the optimum of the loss both are the log of the mean distance; the function has it for unseen steps too."""
+    owner = scheduler("v_prediction", num_train_timesteps=100)
+    objective = DDPMObjective(owner, learn_logvar=True, logvar_kind="continuous", logvar_init=0.5)
+    assert set(objective.state_dict()) == {
+        f"logvar_network.{name}" for name in ("weights", "frequencies", "phases", "centre", "spread")
+    }
+    torch.testing.assert_close(objective.log_variances(), torch.full((100,), 0.5))
+    truth = torch.linspace(1.0, -3.0, 100)
+    optimizer = torch.optim.Adam(objective.parameters(), lr=2e-2)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(800):
+        t = torch.randint(0, 100, (64,), generator=generator)
+        t = t[(t < 40) | (t >= 50)]  # ten steps are never seen
+        distances = torch.exp(truth[t]).sqrt().reshape(-1, 1, 1, 1)
+        zero = torch.zeros(len(t), 1, 1, 1)
+        output = objective.target(zero, zero, t) + distances
+        loss = objective(output, zero, zero, t).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert float((objective.log_variances().detach() - truth).abs().max()) < 0.25
+    assert float((objective.log_variances().detach() - truth).abs().mean()) < 0.08
 
 
 def test_zero_terminal_snr_with_epsilon_names_the_way_out():

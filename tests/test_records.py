@@ -56,7 +56,7 @@ def test_one_exchange_reads_many_steps():
         return tensor * 2
 
     records = meter.read(mean_over_ranks)
-    assert exchanges == [(3, 6)]
+    assert exchanges == [(3, 7)]
     assert [record.loss for record in records] == [2.0, 4.0, 6.0]
 
 

@@ -104,7 +104,12 @@ def test_saving_keeps_everything(kwargs, tmp_path):
 
 def test_keys_of_the_config():
     """A file format: names of the keys are for ever."""
-    assert set(plain(DDPMExtScheduler().config)) == set(plain(DDPMScheduler().config)) | {"v_posterior", "cosine_s"}
+    assert set(plain(DDPMExtScheduler().config)) == set(plain(DDPMScheduler().config)) | {
+        "v_posterior",
+        "cosine_s",
+        "v_decoder",
+        "optimal_timesteps",
+    }
 
 
 @pytest.mark.parametrize(

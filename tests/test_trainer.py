@@ -230,12 +230,14 @@ def test_logvar_is_clipped_apart(tmp_path: Path):
     """A limit far below the network's norm leaves the gradient of logvar as it is if that is small."""
     seen: list[torch.Tensor] = []
     run = start(tiny_run(tmp_path / "run", max_grad_norm=0.01, l_simple_weight=0.001, original_elbo_weight=1.0))
-    assert run.logvar is not None
+    assert run.learns_logvar
     step = run.optimizer.step
 
     def spy() -> None:
         seen.append(
-            torch.stack([run.logvar.grad.norm(), torch.nn.utils.get_total_norm([p.grad for p in run.network])])
+            torch.stack(
+                [run.parts.objective.logvar.grad.norm(), torch.nn.utils.get_total_norm([p.grad for p in run.network])]
+            )
         )
         step()
 

@@ -84,7 +84,7 @@ def test_weights_average_and_logvar(kind, original, tmp_path, capsys):
     assert equal(weights(run.denoiser), weights(raw.unet))
     assert equal(run.ema.shadow, weights(average.unet))
     assert run.ema.num_updates == 77
-    assert torch.equal(run.logvar.detach(), average.logvar)
+    assert torch.equal(run.parts.objective.logvar.detach(), average.logvar)
     told = capsys.readouterr().out
     count = len(run.ema.shadow)
     assert f"{count} of {count} tensors" in told
@@ -122,7 +122,7 @@ def test_ignored_keys_and_the_network_alone(original, tmp_path, capsys):
     own = weights(run.denoiser)
     assert torch.equal(own["conv_out.weight"], plain["conv_out.weight"])
     assert torch.equal(own["conv_in.weight"], raw["conv_in.weight"])
-    assert float(run.logvar.detach().abs().max()) == 0
+    assert float(run.parts.objective.logvar.detach().abs().max()) == 0
     told = capsys.readouterr().out
     assert "initialised afresh: " in told
     assert "in ignore_keys" in told

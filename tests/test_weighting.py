@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
 from diffusers_ddpm_ext.schedule import PREDICTION_TYPES, NoiseSchedule
-from diffusers_ddpm_ext.weighting import elbo_weights, min_snr_weights
+from diffusers_ddpm_ext.weighting import WEIGHTINGS, elbo_weights, loss_weights, min_snr_weights
 
 CHAINS = {
     "linear": {"num_train_timesteps": 1000},
@@ -142,7 +144,15 @@ def test_results_do_not_alias_the_schedule():
 
 
 @pytest.mark.parametrize("chain", CHAINS)
-@pytest.mark.parametrize("weights_of", [elbo_weights, min_snr_weights])
+@pytest.mark.parametrize(
+    "weights_of",
+    [
+        elbo_weights,
+        min_snr_weights,
+        *(partial(loss_weights, weighting=name) for name in ("min_snr", "soft_min_snr", "debiased", "elbo")),
+        partial(loss_weights, weighting="p2", p2_k=0.5, p2_gamma=0.7),
+    ],
+)
 def test_all_three_parameterizations_minimise_the_same_function(chain, weights_of):
     """The errors of one and the same clean sample: |x0|^2 = |eps|^2 / SNR = (1 - A) |v|^2."""
     schedule = NoiseSchedule(**CHAINS[chain], v_posterior=0.4)
@@ -180,3 +190,40 @@ def test_gamma_out_of_range(gamma):
 def test_unknown_kind():
     with pytest.raises(ValueError, match=r"elbo_weights='legacy'.*exact.*compvis"):
         elbo_weights(NoiseSchedule(10), "legacy")
+
+
+def test_weightings_are_their_papers_formulas():
+    schedule = NoiseSchedule(1000)
+    snr = schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)
+    formulas = {
+        "simple": np.ones(1000),
+        "soft_min_snr": (snr * 5 / (snr + 5)) / snr,
+        "p2": 1 / (1 + snr),
+        "debiased": 1 / np.sqrt(snr),
+        "min_snr": np.minimum(snr, 5) / snr,
+        "elbo": elbo_weights(schedule),
+        "compvis_elbo": schedule.lvlb_weights,
+    }
+    assert set(formulas) == set(WEIGHTINGS)
+    for name, weights in formulas.items():
+        np.testing.assert_allclose(loss_weights(schedule, name), weights, rtol=1e-9, err_msg=name)
+    np.testing.assert_allclose(loss_weights(schedule, "p2", p2_k=2, p2_gamma=0.5), (2 + snr) ** -0.5, rtol=1e-9)
+    assert (loss_weights(schedule, "p2", p2_gamma=0) == 1).all()
+
+
+@pytest.mark.parametrize("name", ["simple", "min_snr", "soft_min_snr", "p2", "debiased"])
+@pytest.mark.parametrize("space", ["sample", "v_prediction"])
+def test_weightings_are_finite_at_zero_terminal_snr(name, space):
+    schedule = NoiseSchedule(100, rescale_betas_zero_snr=True, prediction_type=space)
+    weights = loss_weights(schedule, name)
+    assert np.isfinite(weights).all()
+    assert weights[-1] == (1 if name == "simple" else 0)
+
+
+def test_unknown_weighting_and_bad_numbers():
+    schedule = NoiseSchedule(10)
+    with pytest.raises(ValueError, match=r"loss_weighting='snr' is unknown: choose one of simple"):
+        loss_weights(schedule, "snr")
+    for name, value in (("p2_k", 0.0), ("p2_k", -1.0), ("p2_gamma", -0.1), ("p2_gamma", float("nan")), ("p2_k", True)):
+        with pytest.raises(ValueError, match=name):
+            loss_weights(schedule, "p2", **{name: value})

@@ -127,6 +127,7 @@ def state_dict_of(sides: Sides, use_ema: bool = True) -> dict[str, Tensor]:
         )
     if pipeline.config.get("use_positional_encodings"):
         raise ValueError("use_positional_encodings does not go back: the original's classes cannot feed them.")
+    _check_dial(scheduler)
     params = _params(sides)
     default = export_unet(pipeline.unet, params)
     raw = default if sides.raw is None else export_unet(sides.raw, params)
@@ -145,6 +146,16 @@ def state_dict_of(sides: Sides, use_ema: bool = True) -> dict[str, Tensor]:
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
 
 
+def _check_dial(scheduler: DDPMExtScheduler) -> None:
+    """The original has one number for the reverse variance of all steps, and no learned ones."""
+    if not isinstance(scheduler.schedule.v_posterior, float) or scheduler.schedule.v_decoder is not None:
+        raise ValueError(
+            "v_posterior is a table, which does not go back: the original has one number. Give the pipeline a "
+            "scheduler with one (DDPMExtScheduler.from_config(config, v_posterior=1.0, v_decoder=None)), or undo the "
+            "fit: ddpm-ext fit-variance FOLDER --undo."
+        )
+
+
 def configuration_of(pipeline_or_folder: DDPMExtPipeline | PATH) -> dict[str, Any]:
     """The configuration that belongs to what `save_compvis` writes.
 
@@ -159,6 +170,7 @@ def configuration_of(pipeline_or_folder: DDPMExtPipeline | PATH) -> dict[str, An
     """
     sides = _sides(pipeline_or_folder)
     pipeline = sides.pipeline
+    _check_dial(pipeline.scheduler)
     config = pipeline.scheduler.config
     words = {ours: theirs for theirs, ours in reversed(COMPVIS_SCHEDULES.items())}
     params: dict[str, Any] = {

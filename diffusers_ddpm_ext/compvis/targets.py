@@ -66,8 +66,8 @@ NO_EFFECT = {
 REFUSED_UNLESS_NONE = {
     "finetune_keys": "growing an input layer while loading: --make_it_fit does that",
     "keep_finetune_dims": "growing an input layer while loading: --make_it_fit does that",
-    "p2_gamma": "P2 weighting is not supported yet: --snr_gamma is the nearest",
-    "p2_k": "P2 weighting is not supported yet: --snr_gamma is the nearest",
+    "p2_gamma": "forks weigh different errors by P2: leave it out, and say --loss_weighting p2 in the run",
+    "p2_k": "forks weigh different errors by P2: leave it out, and say --loss_weighting p2 in the run",
 }
 KNOWN_PARAMS = (
     "unet_config", "timesteps", "beta_schedule", "loss_type", "monitor", "use_ema", "image_size", "channels",

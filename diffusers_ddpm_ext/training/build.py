@@ -16,7 +16,9 @@ from diffusers import UNet2DModel
 from diffusers_ddpm_ext.conditioning import Join
 from diffusers_ddpm_ext.ema import LitEMA
 from diffusers_ddpm_ext.objective import DDPMObjective
+from diffusers_ddpm_ext.perceptual import PerceptualDistance
 from diffusers_ddpm_ext.scheduler import DDPMExtScheduler
+from diffusers_ddpm_ext.timesteps import TimestepSampler, make_sampler
 from diffusers_ddpm_ext.training.columns import Columns
 from diffusers_ddpm_ext.training.condition_dropout import Dropout, make_dropout
 from diffusers_ddpm_ext.training.denoisers import build_denoiser, refusing, shape_of
@@ -35,6 +37,7 @@ class Parts:
         dropout: of conditions.
         null_class: that stands for no class; None where there is none.
         num_classes: that can be asked for; None where labels are no classes.
+        sampler: of the steps that a batch trains on; None draws them evenly.
     """
 
     denoiser: UNet2DModel
@@ -44,6 +47,7 @@ class Parts:
     dropout: Dropout | None = None
     null_class: int | None = None
     num_classes: int | None = None
+    sampler: TimestepSampler | None = None
 
     @property
     def joined(self) -> dict[str, Any]:
@@ -64,6 +68,7 @@ def build_parts(
     seed: int,
     columns: Columns | None = None,
     conditioning_dropout: Mapping[str, Any] | None = None,
+    levels: int = 256,
 ) -> Parts:
     """Everything that is trained, and what it is trained on.
 
@@ -76,6 +81,7 @@ def build_parts(
         seed: of the run.
         columns: what the images are conditioned on.
         conditioning_dropout: see `make_dropout`.
+        levels: values that a pixel can take.
 
     Returns:
         The parts, the cheap ones checked before the network is made.
@@ -84,11 +90,16 @@ def build_parts(
         ConfigError: an option that cannot be met, by name.
     """
     scheduler = build_scheduler(schedule)
-    loss = build_objective(objective, scheduler)
+    loss = build_objective(objective, scheduler, levels)
+    with refusing(""):
+        sampler = make_sampler(
+            objective.timestep_sampler, loss.schedule, objective.log_snr_mean, objective.log_snr_std
+        )
     classes = None if columns is None else len(columns.class_names) or None
     dropout, null_class = make_dropout(conditioning_dropout, model.conditioning_key, classes)
-    shape = shape_of(model, size, channels, columns, null_class)
-    return Parts(build_denoiser(model, shape, seed), scheduler, loss, shape.join, dropout, null_class, classes)
+    shape = shape_of(model, size, channels, columns, null_class, schedule.variance_type)
+    denoiser = build_denoiser(model, shape, seed)
+    return Parts(denoiser, scheduler, loss, shape.join, dropout, null_class, classes, sampler)
 
 
 def build_scheduler(options: ScheduleOptions) -> DDPMExtScheduler:
@@ -112,12 +123,13 @@ def build_scheduler(options: ScheduleOptions) -> DDPMExtScheduler:
         return DDPMExtScheduler(**values)
 
 
-def build_objective(options: ObjectiveOptions, scheduler: DDPMExtScheduler) -> DDPMObjective:
+def build_objective(options: ObjectiveOptions, scheduler: DDPMExtScheduler, levels: int = 256) -> DDPMObjective:
     """The loss of a run.
 
     Args:
         options: section ``objective``.
         scheduler: whose tables and prediction type the loss takes.
+        levels: values that a pixel can take, which make the bins of the bound.
 
     Returns:
         The objective, with its log-variances.
@@ -127,8 +139,16 @@ def build_objective(options: ObjectiveOptions, scheduler: DDPMExtScheduler) -> D
     """
     known = inspect.signature(DDPMObjective.__init__).parameters
     values = {name: value for name, value in vars(options).items() if name in known}
+    values["bin_width"] = bin_width_of(options, levels)
     with refusing(""):
+        if options.loss_type == "perceptual":
+            values["features"] = PerceptualDistance.from_pretrained(str(options.perceptual_model))
         return DDPMObjective(scheduler, **values)
+
+
+def bin_width_of(options: ObjectiveOptions, levels: int) -> float:
+    """Distance of two levels of the data, in data units, unless the options name it."""
+    return 2 / (levels - 1) if options.bin_width is None else options.bin_width
 
 
 def build_ema(options: EmaOptions, denoiser: torch.nn.Module) -> LitEMA | None:

@@ -31,6 +31,15 @@ WITHOUT_WARMUP = {*LAMBDA_ARGS, "constant", "piecewise_constant"}
 # typed on the command line, an option is refused while the one it depends on is off
 NEEDS: dict[str, tuple[str, Any]] = {
     "logvar_learning_rate": ("learn_logvar", True),
+    "logvar_kind": ("learn_logvar", True),
+    "p2_k": ("loss_weighting", "p2"),
+    "p2_gamma": ("loss_weighting", "p2"),
+    "log_snr_mean": ("timestep_sampler", "log_snr_normal"),
+    "log_snr_std": ("timestep_sampler", "log_snr_normal"),
+    "vlb_weight": ("loss_type", ("hybrid", "vlb")),
+    "perceptual_model": ("loss_type", "perceptual"),
+    "perceptual_weight": ("loss_type", "perceptual"),
+    "validation_bpd_steps": ("validation_bpd", True),
     "huber_c": ("loss_type", "huber"),
     "cosine_s": ("beta_schedule", "squaredcos_cap_v2"),
     "dynamic_thresholding_ratio": ("thresholding", True),
@@ -59,11 +68,11 @@ def check(flat: Flat, typed: Set[str]) -> None:
         ConfigError: the first fault found; it names the option, its value and the way out.
     """
     for name, value in flat.items():
-        _check_limits(OPTIONS[name], value)
+        check_limits(OPTIONS[name], value)
     _check_needs(flat, typed)
-    _check_data(flat)
+    check_data(flat)
     _check_schedule(flat, typed)
-    _check_objective(flat)
+    _check_objective(flat, typed)
     _check_model(flat)
     _check_start(flat, typed)
     _check_course(flat)
@@ -71,7 +80,8 @@ def check(flat: Flat, typed: Set[str]) -> None:
     _check_output(flat)
 
 
-def _check_limits(option: Option, value: Any) -> None:
+def check_limits(option: Option, value: Any) -> None:
+    """Refuse a value outside the limits of its option."""
     limits = option.metadata
     for number in value if isinstance(value, tuple) else (value,):
         if isinstance(number, bool) or not isinstance(number, (int, float)):
@@ -90,8 +100,9 @@ def _check_limits(option: Option, value: Any) -> None:
 
 def _check_needs(flat: Flat, typed: Set[str]) -> None:
     for name, (parent, wanted) in NEEDS.items():
-        if name in typed and flat[parent] != wanted:
-            say = f"--{parent}" if wanted is True else f"--{parent} {wanted}"
+        allowed = wanted if isinstance(wanted, tuple) else (wanted,)
+        if name in typed and flat[parent] not in allowed:
+            say = f"--{parent}" if wanted is True else f"--{parent} {' or '.join(map(str, allowed))}"
             raise ConfigError(f"--{name} {flat[name]} has no effect without {say}: add that, or leave --{name} out")
 
 
@@ -103,7 +114,8 @@ def _check_start(flat: Flat, typed: Set[str]) -> None:
         raise ConfigError(f"--ckpt_config {flat['ckpt_config']} does not exist: give the YAML file of --ckpt_path")
 
 
-def _check_data(flat: Flat) -> None:
+def check_data(flat: Flat) -> None:
+    """Refuse images that cannot be meant; see `check`."""
     digits = flat["train_data_dir"] is None and flat["dataset_name"] is None
     for name in ("dataset_config_name", "image_column", "validation_split"):
         if flat[name] is not None and flat["dataset_name"] is None:
@@ -172,8 +184,39 @@ def _check_schedule(flat: Flat, typed: Set[str]) -> None:
         )
 
 
-def _check_objective(flat: Flat) -> None:
-    if flat["l_simple_weight"] == 0 and flat["original_elbo_weight"] == 0:
+def _check_objective(flat: Flat, typed: Set[str]) -> None:
+    loss, variance = flat["loss_type"], flat["variance_type"]
+    learned, bound = variance in ("learned", "learned_range"), loss in ("hybrid", "vlb")
+    if learned and not bound:
+        raise ConfigError(
+            f"--variance_type {variance} is learned from the bound: say --loss_type hybrid, or a fixed variance"
+        )
+    if loss == "hybrid" and not learned:
+        raise ConfigError(
+            "--loss_type hybrid learns the variance from the bound: say --variance_type learned_range, or"
+            " --loss_type l2"
+        )
+    if learned and flat["v_posterior"] is not None:
+        raise ConfigError(
+            f"--v_posterior {flat['v_posterior']:g} contradicts --variance_type {variance}: leave one of them out"
+        )
+    if loss == "perceptual" and flat["perceptual_model"] is None:
+        raise ConfigError("--loss_type perceptual needs --perceptual_model: a vision model of transformers")
+    if loss == "vlb":
+        for name in ("learn_logvar", "loss_weighting", "snr_gamma", "l_simple_weight", "original_elbo_weight"):
+            if name in typed and flat[name] not in (False, None):
+                raise ConfigError(f"--{name} {flat[name]} has no effect with --loss_type vlb: leave it out")
+    if not bound and not flat["validation_bpd"]:
+        for name in ("decoder", "bin_width"):
+            if name in typed and flat[name] is not None:
+                raise ConfigError(
+                    f"--{name} {flat[name]} has no effect without --loss_type hybrid or vlb, or --validation_bpd:"
+                    f" add one, or leave --{name} out"
+                )
+    gamma, weighting = flat["snr_gamma"], flat["loss_weighting"]
+    if gamma is not None and weighting not in ("simple", "min_snr", "soft_min_snr"):
+        raise ConfigError(f"--snr_gamma {gamma:g} has no effect with --loss_weighting {weighting}: leave one out")
+    if flat["l_simple_weight"] == 0 and flat["original_elbo_weight"] == 0 and not bound:
         raise ConfigError(
             "--l_simple_weight 0 with --original_elbo_weight 0 leaves no loss: give one of them a weight"
         )

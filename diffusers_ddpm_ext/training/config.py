@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from diffusers_ddpm_ext.training.checks import WITHOUT_WARMUP, check
+from diffusers_ddpm_ext.training.checks import WITHOUT_WARMUP, check, check_data, check_limits
 from diffusers_ddpm_ext.training.errors import ConfigError
 from diffusers_ddpm_ext.training.flags import (
     CANONICAL,
@@ -157,6 +157,31 @@ def parse_train_args(argv: Sequence[str], prog: str = "ddpm-ext train") -> Train
     return _resolve([*layers, _Layer("the command line", typed)], typed=set(typed))
 
 
+def data_options(file: Path | None, typed: Mapping[str, Any], defaults: Mapping[str, Any]) -> DataOptions:
+    """The images that a command looks at: those of a run's written configuration, under the command line.
+
+    Args:
+        file: ``config.yaml`` of the run, if there is one.
+        typed: options of the section ``data`` from the command line, converted.
+        defaults: what holds where neither says anything.
+
+    Returns:
+        The section, checked.
+
+    Raises:
+        ConfigError: the file or an option is wrong.
+    """
+    flat = {name: option.default for name, option in OPTIONS.items()} | dict(defaults)
+    layers = [] if file is None else [read_config(str(file))]
+    for layer in (*layers, _Layer("the command line", dict(typed))):
+        flat |= _replaced(layer) | {n: value for n, value in layer.options.items() if OPTIONS[n].section == "data"}
+    for name, option in OPTIONS.items():
+        if option.section == "data":
+            check_limits(option, flat[name])
+    check_data(flat)
+    return DataOptions(**{name: flat[name] for name, option in OPTIONS.items() if option.section == "data"})
+
+
 def recipes() -> list[str]:
     """Names of the recipes that come with the package."""
     folder = resources.files("diffusers_ddpm_ext.training").joinpath("recipes")
@@ -286,6 +311,8 @@ def _derived(flat: Mapping[str, Any], said: Mapping[str, Any]) -> dict[str, Any]
     derived: dict[str, Any] = {}
     if flat["trained_betas"] is not None and "num_train_timesteps" not in said:
         derived["num_train_timesteps"] = len(flat["trained_betas"])
+    if flat["loss_type"] == "vlb" and "learn_logvar" not in said:
+        derived["learn_logvar"] = False  # the digits' recipe learns it, and the bound has no place for it
     steps = derived.get("num_train_timesteps", flat["num_train_timesteps"])
     if "ddpm_num_inference_steps" not in said:
         derived["ddpm_num_inference_steps"] = min(flat["ddpm_num_inference_steps"], steps)

@@ -17,6 +17,7 @@ import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 
 from diffusers_ddpm_ext.conditioning import COORDINATES, NEEDS, Conditions, Join
+from diffusers_ddpm_ext.objective_checks import LEARNED_VARIANCES
 from diffusers_ddpm_ext.training import keys
 from diffusers_ddpm_ext.training.columns import Columns
 from diffusers_ddpm_ext.training.errors import ConfigError
@@ -62,6 +63,7 @@ class Shape:
         num_classes: of the labels, a null class included; None where they are no numbers.
         label_width: of labels that are no classes.
         context_shape: tokens and width of the embeddings.
+        variance: ``learned`` or ``learned_range`` where the network says its variance too.
     """
 
     size: tuple[int, int]
@@ -71,6 +73,12 @@ class Shape:
     num_classes: int | None = None
     label_width: int | None = None
     context_shape: tuple[int, int] | None = None
+    variance: str | None = None
+
+    @property
+    def out_channels(self) -> int:
+        """Channels that the network returns: with a learned variance each image has a second one."""
+        return self.channels * (1 if self.variance is None else 2)
 
     @property
     def in_channels(self) -> int:
@@ -93,7 +101,12 @@ class Shape:
 
 
 def shape_of(
-    options: ModelOptions, size: tuple[int, int], channels: int, columns: Columns | None, null_class: int | None
+    options: ModelOptions,
+    size: tuple[int, int],
+    channels: int,
+    columns: Columns | None,
+    null_class: int | None,
+    variance_type: str = "fixed_small",
 ) -> Shape:
     """Put together what a run's network is fed.
 
@@ -103,6 +116,7 @@ def shape_of(
         channels: of the images.
         columns: what they are conditioned on.
         null_class: that stands for no class; None where there is none.
+        variance_type: of the scheduler.
 
     Returns:
         The shape.
@@ -111,8 +125,9 @@ def shape_of(
         ConfigError: fewer classes were asked for than there are.
     """
     join = Join(options.conditioning_key, options.use_positional_encodings)
+    variance = variance_type if variance_type in LEARNED_VARIANCES else None
     if columns is None:
-        return Shape(size, channels, join)
+        return Shape(size, channels, join, variance=variance)
     classes = len(columns.class_names) or None
     if classes is not None:
         least = max(classes, 0 if null_class is None else null_class + 1)
@@ -128,6 +143,7 @@ def shape_of(
         classes,
         columns.label_width,
         None if contexts is None else (contexts[0].shape[0], contexts[0].shape[1]),
+        variance,
     )
 
 
@@ -155,7 +171,7 @@ def build_denoiser(options: ModelOptions, shape: Shape, seed: int) -> UNet2DMode
         kind = _kind(shape)
     size = shape.size
     config = config | {"sample_size": size[0] if size[0] == size[1] else list(size)}
-    config = {"in_channels": shape.in_channels, "out_channels": shape.channels} | config
+    config = {"in_channels": shape.in_channels, "out_channels": shape.out_channels} | config
     if shape.needs("class_labels") and not config.get("class_embed_type"):
         config = {"num_class_embeds": shape.num_classes} | config
     _check_halvings(config, size, option)
@@ -170,7 +186,9 @@ def _kind(shape: Shape) -> str:
     """Name of the class of network that takes such inputs."""
     if shape.needs("encoder_hidden_states"):
         return "UNet2DConditionModel"
-    return "UNet2DExtModel" if shape.join.widens_input or shape.label_width is not None else "UNet2DModel"
+    # Stock Diffusers would sample a wide input, projected labels or learned log-variances wrongly without a word.
+    special = shape.join.widens_input or shape.label_width is not None or shape.variance == "learned"
+    return "UNet2DExtModel" if special else "UNet2DModel"
 
 
 def _config_of_sizes(options: ModelOptions, shape: Shape) -> dict[str, Any]:
@@ -236,7 +254,7 @@ def _check_config(config: dict[str, Any], shape: Shape, option: str) -> str:
         key = shape.join.conditioning_key
         raise ConfigError(f"{option} describes a {kind}; --conditioning_key {key or 'none'} needs a {needed}.")
     _check_labels(config, shape, option)
-    inputs, outputs = config.get("in_channels", shape.in_channels), config.get("out_channels", shape.channels)
+    inputs, outputs = config.get("in_channels", shape.in_channels), config.get("out_channels", shape.out_channels)
     if inputs != shape.in_channels:
         extra = (
             "" if shape.in_channels == shape.channels else f" and {shape.in_channels - shape.channels} joined to them"
@@ -244,10 +262,14 @@ def _check_config(config: dict[str, Any], shape: Shape, option: str) -> str:
         raise ConfigError(
             f"{option}: in_channels is {inputs}, the images have {shape.channels}{extra}; see --channels."
         )
-    if outputs == 2 * shape.channels:
-        raise ConfigError(f"{option}: out_channels {outputs} is a learned variance, not supported yet in training.")
-    if outputs != shape.channels:
-        raise ConfigError(f"{option}: out_channels is {outputs} and must be {shape.channels}, those of the images.")
+    if outputs == 2 * shape.channels and shape.variance is None:
+        raise ConfigError(
+            f"{option}: out_channels {outputs} is a learned variance: say --variance_type learned_range and"
+            f" --loss_type hybrid, or give it {shape.channels}."
+        )
+    if outputs != shape.out_channels:
+        whose = "those of the images" if shape.variance is None else "prediction and variance of the images"
+        raise ConfigError(f"{option}: out_channels is {outputs} and must be {shape.out_channels}, {whose}.")
     return kind
 
 
@@ -295,5 +317,5 @@ def _try(denoiser: UNet2DModel, shape: Shape, option: str) -> None:
         denoiser.eval()
         made = denoiser(inputs, torch.zeros(1, dtype=torch.long), **named).sample.shape
         denoiser.train()
-    if made != empty.shape:
+    if made != (1, shape.out_channels, *shape.size):
         raise ConfigError(f"{option}: the network turns {tuple(empty.shape)} into {tuple(made)}.")

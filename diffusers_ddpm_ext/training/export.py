@@ -15,6 +15,7 @@ from diffusers import UNet2DModel
 from torch import Tensor
 
 from diffusers_ddpm_ext.ema import EmaFacts, LitEMA, save_ema_facts
+from diffusers_ddpm_ext.logvar import ContinuousLogvar
 from diffusers_ddpm_ext.pipeline import DDPMExtPipeline
 from diffusers_ddpm_ext.scheduler import DDPMExtScheduler
 from diffusers_ddpm_ext.shards import full, is_first, is_sharded
@@ -86,6 +87,7 @@ def save_pipeline(
     scheduler: DDPMExtScheduler,
     logvar: Tensor | None,
     joined: Mapping[str, Any] | None = None,
+    logvar_network: ContinuousLogvar | None = None,
 ) -> None:
     """Put a pipeline into a run's folder, which opens at every moment: each file appears whole, in place of the old.
 
@@ -97,12 +99,14 @@ def save_pipeline(
         scheduler: of the run.
         logvar: the learned log-variances, (T,), if there are any.
         joined: how conditions reach the network: arguments of the pipeline.
+        logvar_network: that the log-variances are taken from, of the continuous kind.
 
     Raises:
         OSError: the disk is full, or the folder cannot be written; what was there stands.
     """
     pipeline = DDPMExtPipeline(unet=networks.default, scheduler=scheduler, **joined or {})
     pipeline.logvar = None if logvar is None else logvar.detach().float().cpu()
+    pipeline.logvar_network = logvar_network
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as name:
         place = Path(name)
         with system_errors():

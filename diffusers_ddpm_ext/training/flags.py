@@ -300,13 +300,16 @@ def _shown(option: Option) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+def add_options(parser: argparse.ArgumentParser, only: Sequence[str] | None = None) -> None:
     """Give a parser every option, one group a section.
 
     Args:
         parser: the parser to fill.
+        only: sections to add; by default all.
     """
     for section, cls in SECTIONS.items():
+        if only is not None and section not in only:
+            continue
         group = parser.add_argument_group(section, cls.__doc__)
         for option in (o for o in OPTIONS.values() if o.section == section):
             metavar = "NAME" if option.choices else _METAVARS.get(option.hint, "N")
@@ -334,9 +337,12 @@ _METAVARS: dict[Any, str] = {
 }
 
 
-def train_flags() -> set[str]:
+def train_flags(only: Sequence[str] | None = None) -> set[str]:
     """Every flag that `add_options` makes, without dashes."""
-    return {*CANONICAL, *SWITCHES}
+    flags = {*CANONICAL, *SWITCHES}
+    if only is None:
+        return flags
+    return {flag for flag in flags if OPTIONS[CANONICAL[flag.removeprefix("no_")]].section in only}
 
 
 def checked_names(argv: Sequence[str], known: Iterable[str], *, words: bool = False) -> list[str]:

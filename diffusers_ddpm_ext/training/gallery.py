@@ -12,12 +12,11 @@ import torch
 from diffusers import UNet2DModel
 
 from diffusers_ddpm_ext.plots import Curve, plot_logvar, plot_losses
-from diffusers_ddpm_ext.shards import full
 from diffusers_ddpm_ext.training.evaluate import measure_log_loss
 from diffusers_ddpm_ext.training.export import take_networks
 from diffusers_ddpm_ext.training.preview import Preview
 from diffusers_ddpm_ext.training.records import METRICS
-from diffusers_ddpm_ext.training.run import Run
+from diffusers_ddpm_ext.training.run import Run, take_logvar
 
 FOLDER = "samples"
 SAMPLES = "samples.png"
@@ -141,7 +140,7 @@ def draw_losses(run: Run) -> None:
 
 def draw_logvar(run: Run) -> None:
     """Draw ``logvar.png``: what was learned, and the log loss of the raw weights that it estimates."""
-    if run.logvar is None:
+    if not run.learns_logvar:
         return
     chain = run.num_train_timesteps
     budget = max(MIN_DRAWS, run.plan.steps * run.plan.effective_batch // COST_OF_LOGVAR)
@@ -154,6 +153,6 @@ def draw_logvar(run: Run) -> None:
         run.config.validation.eval_batch_size,
         run.workers,
     )
-    logvar = full(run.logvar.detach()).float().cpu()
-    if run.accelerator.is_main_process:
-        plot_logvar(run.taken_folder / FOLDER / "logvar.png", logvar, log_loss)
+    logvar = take_logvar(run)
+    if logvar is not None and run.accelerator.is_main_process:
+        plot_logvar(run.taken_folder / FOLDER / "logvar.png", logvar.float().cpu(), log_loss)

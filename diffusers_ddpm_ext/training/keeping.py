@@ -14,7 +14,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from diffusers_ddpm_ext.shards import full
+from diffusers_ddpm_ext.logvar import ContinuousLogvar
 from diffusers_ddpm_ext.training import snapshot as snapshots
 from diffusers_ddpm_ext.training import state
 from diffusers_ddpm_ext.training.checkpoints import discard, prune, put_in_place, step_of, write_checkpoint
@@ -25,7 +25,7 @@ from diffusers_ddpm_ext.training.monitor import Verdict
 from diffusers_ddpm_ext.training.processes import largest_over_ranks, same_fate
 from diffusers_ddpm_ext.training.records import Records
 from diffusers_ddpm_ext.training.resume import BEST, FINISHED, MONITOR, live, progress_of
-from diffusers_ddpm_ext.training.run import Run
+from diffusers_ddpm_ext.training.run import Run, take_logvar
 
 
 def keep(run: Run, records: Records) -> bool:
@@ -147,7 +147,13 @@ def take_pipeline(run: Run) -> tuple[Networks | None, Tensor | None]:
     Returns:
         The networks, None but in the first process; the log-variances, None where they are not learned.
     """
-    return take_networks(run.denoiser, run.ema), None if run.logvar is None else full(run.logvar.detach())
+    return take_networks(run.denoiser, run.ema), take_logvar(run)
+
+
+def logvar_network(run: Run) -> ContinuousLogvar | None:
+    """The function that the log-variances are, where they are one and it is not spread over processes."""
+    network = run.parts.objective.logvar_network
+    return None if run.is_sharded else network
 
 
 def _export_best(run: Run, networks: Networks, logvar: Tensor | None) -> None:
@@ -157,7 +163,7 @@ def _export_best(run: Run, networks: Networks, logvar: Tensor | None) -> None:
     draft = folder / f".writing-{run.step}-{secrets.token_hex(4)}"
     draft.mkdir()
     try:
-        save_pipeline(draft, networks, run.parts.scheduler, logvar, run.parts.joined)
+        save_pipeline(draft, networks, run.parts.scheduler, logvar, run.parts.joined, logvar_network(run))
         facts = {
             "format": 1,
             "monitor": monitor.name,

@@ -14,6 +14,9 @@ Streams and their coordinates (the name goes first, so that two streams never sh
 ``PREVIEW``             seed, what the picture shows, image
 ``VALIDATION``          seed, image
 ``CONDITION``           seed, optimizer step, position in the effective batch, which condition
+``BOUND``               seed, image, step of the chain; or ``"steps"``
+``FIT``                 seed, image, step of the chain
+``TIMESTEP``            seed, optimizer step, position in the effective batch; or ``"order"``
 ``SPLIT``               name of the image (no seed: runs with different seeds are judged on the same images)
 ======================  ================================================
 """
@@ -36,6 +39,9 @@ DROPOUT = "dropout"
 PREVIEW = "preview"
 VALIDATION = "validation"
 CONDITION = "condition"
+BOUND = "bound"
+FIT = "fit"
+TIMESTEP = "timestep"
 SPLIT = "split"
 
 
@@ -108,6 +114,44 @@ def sample_draws(
         t.random_(0, num_train_timesteps, generator=draw)
         eps.normal_(generator=draw)
     return timesteps, noise
+
+
+def noise_of_steps(
+    stream: str, seed: int, images: Iterable[int], steps: Iterable[int], shape: Sequence[int]
+) -> Tensor:
+    """Draw the noise of pairs of an image and a step, each from its own key.
+
+    Args:
+        stream: name of the stream.
+        seed: of the measurement.
+        images: numbers of the images, (B,).
+        steps: of the chain, (B,).
+        shape: of one image.
+
+    Returns:
+        (B, *shape), float32, standard normal, on the CPU.
+    """
+    drawn = [torch.randn(*shape, generator=generator(stream, seed, *pair)) for pair in zip(images, steps, strict=True)]
+    return torch.stack(drawn)
+
+
+def uniform_draws(seed: int, step: int, positions: Tensor | Iterable[int], stream: str = TIMESTEP) -> Tensor:
+    """Draw a number in [0, 1) for each sample from its own key.
+
+    Args:
+        seed: the run's seed.
+        step: optimizer step that the samples belong to.
+        positions: of the samples in the effective batch, (B,).
+        stream: name of the stream.
+
+    Returns:
+        (B,), float64, on the CPU.
+    """
+    places = positions.tolist() if isinstance(positions, Tensor) else list(positions)
+    values = torch.empty(len(places), dtype=torch.float64)
+    for place, value in zip(places, values.unbind(), strict=True):
+        value.uniform_(generator=generator(stream, seed, step, place))
+    return values
 
 
 def _hash(parts: Iterable[str | SupportsIndex]) -> hashlib.blake2b:

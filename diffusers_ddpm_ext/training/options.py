@@ -165,7 +165,6 @@ COMPVIS_PREDICTIONS = {
     "x0": "'x0' is CompVis' word: say sample",
     "v": "'v' is CompVis' word: say v_prediction",
 }
-LEARNED_VARIANCE = "training with a learned variance is not supported yet: say fixed_small or fixed_large"
 
 
 @dataclass(frozen=True)
@@ -192,10 +191,12 @@ class ScheduleOptions:
     prediction_type: Literal["epsilon", "sample", "v_prediction"] = option(
         "epsilon", "What the network predicts: the noise, the clean image, or the velocity.", words=COMPVIS_PREDICTIONS
     )
-    variance_type: Literal["fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"] = option(
+    variance_type: Literal[
+        "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range"
+    ] = option(
         "fixed_small",
-        "Variance of a step back: the posterior's (small) or beta (large).",
-        words={"learned": LEARNED_VARIANCE, "learned_range": LEARNED_VARIANCE},
+        "Variance of a step back: the posterior's (small), beta (large), or what the network says, for each pixel"
+        " (learned_range: where between the two; learned: its logarithm), which needs --loss_type hybrid or vlb.",
     )
     v_posterior: float | None = option(
         None,
@@ -215,22 +216,15 @@ class ScheduleOptions:
     steps_offset: int = option(0, "Added to the kept steps under `leading`.", low=0)
 
 
-NOT_YET_LOSS = "the loss '{}' is not supported yet: say l2, l1 or huber"
-
-
 @dataclass(frozen=True)
 class ObjectiveOptions:
     """The loss. The logged `loss_simple` is never weighted, so it can be compared across these settings."""
 
-    loss_type: Literal["l2", "l1", "huber"] = option(
+    loss_type: Literal["l2", "l1", "huber", "perceptual", "hybrid", "vlb"] = option(
         "l2",
-        "Distance between prediction and target.",
-        words={
-            "mse": "say l2",
-            "mae": "say l1",
-            "perceptual": NOT_YET_LOSS.format("perceptual"),
-            "hybrid": NOT_YET_LOSS.format("hybrid"),
-        },
+        "Distance between prediction and target; perceptual: l2, and a distance of features of the predicted image;"
+        " hybrid: l2, and the variational bound for a learned variance; vlb: the bound alone.",
+        words={"mse": "say l2", "mae": "say l1"},
     )
     huber_c: float = option(0.1, "Where the huber distance turns from a square into a line, in data units.", above=0)
     l_simple_weight: float = option(1.0, "Weight of the simple loss.", low=0)
@@ -240,13 +234,45 @@ class ObjectiveOptions:
         "exact: the coefficients of the variational bound. compvis: the published code's table, for parity runs.",
     )
     learn_logvar: bool = option(False, "Learn the log of the loss at each step, and weigh each step by it.")
+    logvar_kind: Literal["table", "continuous"] = option(
+        "table",
+        "What --learn_logvar learns: a number for each step, or a smooth function of the log-SNR for all steps.",
+    )
     logvar_init: float = option(0.0, "Log-variance at the start, and for good without --learn_logvar.")
     logvar_learning_rate: float = option(2e-2, "Learning rate of the log-variance. Follows --lr_scheduler.", above=0)
+    loss_weighting: Literal["simple", "min_snr", "soft_min_snr", "p2", "debiased", "elbo", "compvis_elbo"] = option(
+        "simple",
+        "Weight of each step. simple: 1, whatever is predicted; the others, but compvis_elbo, are one function of the"
+        " SNR, the same in every prediction type.",
+    )
     snr_gamma: float | None = option(
-        None,
-        "Min-SNR weighting with this gamma; 5 is usual. The same function in every prediction type.",
-        above=0,
-        unset="off",
+        None, "Gamma of min_snr and soft_min_snr. Given alone it means min_snr.", above=0, unset="5"
+    )
+    p2_k: float = option(1.0, "k of p2.", above=0)
+    p2_gamma: float = option(1.0, "Gamma of p2; 0 is even weights of the noise's error.", low=0)
+    timestep_sampler: Literal["uniform", "stratified", "loss_second_moment", "log_snr_normal", "log_snr_uniform"] = (
+        option(
+            "uniform",
+            "Which steps a batch trains on; weights keep each choice unbiased. stratified: spread over the chain;"
+            " loss_second_moment: in proportion to their last losses; log_snr_*: by a density of the log-SNR.",
+        )
+    )
+    log_snr_mean: float = option(0.0, "Mean of log_snr_normal.")
+    log_snr_std: float = option(2.0, "Standard deviation of log_snr_normal.", above=0)
+    vlb_weight: float = option(1.0, "Weight of the bound in hybrid and vlb.", low=0)
+    decoder: Literal["exact", "improved_diffusion", "continuous"] = option(
+        "exact",
+        "How the bound counts the first step: the mass of a level's bin, exactly or by improved-diffusion's"
+        " approximation, or the density of continuous data.",
+    )
+    bin_width: float | None = option(
+        None, "Distance of two levels of the data, in data units.", above=0, high=2, unset="that of the images"
+    )
+    perceptual_model: str | None = option(
+        None, "Backbone of the perceptual loss: folder or Hub id of a vision model of `transformers`."
+    )
+    perceptual_weight: float = option(
+        0.5, "Share of the features in the perceptual loss; the rest is l2.", low=0, high=1
     )
 
 
@@ -334,6 +360,12 @@ class ValidationOptions:
     """Loss on the held-out images, raw and EMA weights on the same noise."""
 
     validation_steps: int = option(500, "Validate every so many optimizer steps. 0: only at the end.", low=0)
+    validation_bpd: bool = option(
+        False,
+        "Measure val/bpd too, the variational bound in bits per dimension, which can be monitored. All T steps of an"
+        " image cost T calls of the network; each image draws --validation_bpd_steps of them.",
+    )
+    validation_bpd_steps: int = option(10, "Steps of each image that --validation_bpd looks at; at most T.", low=1)
     validation_max_images: int | None = option(1000, "Validate on at most so many images.", low=1)
     eval_batch_size: int = option(16, "Images at a time in validation and previews.", low=1)
 

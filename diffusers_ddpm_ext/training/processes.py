@@ -144,6 +144,28 @@ def sum_over_ranks(accelerator: Accelerator, tensor: Tensor) -> Tensor:
     return tensor if accelerator.num_processes == 1 else accelerator.reduce(tensor, reduction="sum")
 
 
+def gather_rows(accelerator: Accelerator, rows: Tensor) -> Tensor:
+    """The rows of all processes, in the order of their ranks; all call this, with any numbers of rows.
+
+    Args:
+        accelerator: of the run.
+        rows: (n, k), on the CPU; k and dtype are the same everywhere.
+
+    Returns:
+        (N, k), the same in all processes.
+    """
+    if accelerator.num_processes == 1:
+        return rows
+    group = _cpu_group(dist.group.WORLD)
+    counts = [torch.zeros(1, dtype=torch.int64) for _ in range(accelerator.num_processes)]
+    dist.all_gather(counts, torch.tensor([len(rows)]), group=group)
+    most = max(int(count) for count in counts)
+    padded = torch.cat([rows, rows.new_zeros(most - len(rows), *rows.shape[1:])])
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded, group=group)
+    return torch.cat([part[: int(count)] for part, count in zip(parts, counts, strict=True)])
+
+
 @cache
 def _cpu_group(world: dist.ProcessGroup) -> dist.ProcessGroup:
     """A group of these processes for numbers that live on the CPU: asking an accelerator for one would stall it."""

@@ -39,6 +39,7 @@ class StepRecord:
         loss_gamma: the distance under the log-variances, ``mean(loss / exp(logvar) + logvar)``.
         logvar: mean of the table of log-variances.
         grad_norm: 2-norm of the network's gradient before clipping.
+        loss_bound: bits per dimension, an estimate of the bound without its prior; None where the loss has no bound.
         applied: whether the step moved the weights; False where it was left out because it was not finite.
     """
 
@@ -50,6 +51,7 @@ class StepRecord:
     loss_gamma: float
     logvar: float
     grad_norm: float
+    loss_bound: float | None = None
     applied: bool = True
 
     def row(self, learned_logvar: bool) -> dict[str, float]:
@@ -69,6 +71,8 @@ class StepRecord:
             "train/loss_simple": self.loss_simple,
             "train/loss_vlb": self.loss_vlb,
         }
+        if self.loss_bound is not None:
+            row["train/loss_bound"] = self.loss_bound
         if learned_logvar:
             row |= {"train/loss_gamma": self.loss_gamma, "logvar": self.logvar}
         return row | {"train/grad_norm": self.grad_norm, "lr": self.learning_rate}
@@ -117,7 +121,7 @@ class _Pending:
     step: int
     learning_rate: float
     applied: bool
-    means: Tensor  # (6,): the six means of a StepRecord
+    means: Tensor  # (7,): the means of a StepRecord
     norms: Tensor
     losses: list[Tensor]  # per sample, one tensor a micro-batch
     images: list[Tensor]
@@ -143,13 +147,13 @@ class LossMeter:
         """
         with torch.no_grad():
             terms = [
-                torch.stack([out.loss, out.loss_simple, out.loss_vlb, out.loss_gamma, out.logvar_mean])
+                torch.stack([out.loss, out.loss_simple, out.loss_vlb, out.loss_gamma, out.logvar_mean, _bound(out)])
                 for out in trace.outputs
             ]
             mean = torch.stack(terms).mean(0)
             norm = torch.linalg.vector_norm(trace.norms).to(mean).reshape(1)
         losses = [out.per_sample_loss.detach() for out in trace.outputs]
-        means = torch.cat([mean, norm])
+        means = torch.cat([mean[:5], norm, mean[5:]])
         self._pending.append(
             _Pending(
                 trace.step,
@@ -177,7 +181,11 @@ class LossMeter:
             return []
         values = mean_over_ranks(torch.stack([pending.means for pending in self._last_read])).tolist()
         return [
-            replace(StepRecord(p.step, p.learning_rate, *row), applied=p.applied)
+            replace(
+                StepRecord(p.step, p.learning_rate, *row[:6]),
+                loss_bound=None if math.isnan(row[6]) else row[6],
+                applied=p.applied,
+            )
             for p, row in zip(self._last_read, values, strict=True)
         ]
 
@@ -204,6 +212,10 @@ class LossMeter:
 
     def _find(self, step: int) -> _Pending:
         return next(pending for pending in (*self._pending, *self._last_read) if pending.step == step)
+
+
+def _bound(output: ObjectiveOutput) -> Tensor:
+    return torch.full_like(output.loss, math.nan) if output.loss_bound is None else output.loss_bound.to(output.loss)
 
 
 def first_nonfinite(records: list[StepRecord], look_at_gradients: bool) -> StepRecord | None:

@@ -11,11 +11,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DynamoBackend, broadcast_object_list
 from diffusers import UNet2DModel
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from diffusers_ddpm_ext.ema import LitEMA
-from diffusers_ddpm_ext.shards import is_sharded
+from diffusers_ddpm_ext.objective_checks import BOUND_LOSSES
+from diffusers_ddpm_ext.shards import full, is_sharded
 from diffusers_ddpm_ext.training.build import Parts, build_ema, build_parts
 from diffusers_ddpm_ext.training.config import TrainConfig
 from diffusers_ddpm_ext.training.data import ImageData, load_data
@@ -128,10 +129,14 @@ class Run:
         return self.parts.objective.schedule.num_train_timesteps
 
     @property
-    def logvar(self) -> nn.Parameter | None:
-        """The learned log-variances, (T,); None where they are not learned."""
-        table = self.parts.objective.logvar
-        return table if isinstance(table, nn.Parameter) else None
+    def learns_logvar(self) -> bool:
+        """Whether log-variances are learned."""
+        return self.parts.objective.learn_logvar
+
+    @cached_property
+    def logvar_parameters(self) -> list[nn.Parameter]:
+        """Those of the log-variances; none where they are not learned."""
+        return list(self.parts.objective.parameters())
 
     @property
     def is_sharded(self) -> bool:
@@ -155,6 +160,16 @@ class Run:
             stopped,
             lockstep,
         )
+
+
+@torch.no_grad()
+def take_logvar(run: Run) -> Tensor | None:
+    """The learned log-variances as they are now, (T,); None where they are not learned. All processes enter."""
+    objective = run.parts.objective
+    if not objective.learn_logvar:
+        return None
+    network = objective.logvar_network
+    return full(objective.logvar.detach()) if network is None else network.table(full(network.weights.detach()))
 
 
 def start(config: TrainConfig) -> Run:
@@ -183,11 +198,12 @@ def start(config: TrainConfig) -> Run:
             loop.seed,
             data.train.columns,
             config.data.conditioning_dropout,
+            data.train.levels,
         )
         data = replace(data, train=replace(data.train, dropout=parts.dropout))
         plan = make_plan(config, len(data.train), accelerator.num_processes)
         given = begin(config, parts.denoiser, parts.objective)
-        task = DenoisingTask(parts.denoiser, parts.objective, parts.join).to(accelerator.device)
+        task = DenoisingTask(parts.denoiser, parts.objective, parts.join, parts.sampler).to(accelerator.device)
         ema = build_ema(config.ema, parts.denoiser)
         if given is not None:
             accelerator.print(given.told([] if ema is None else [fill_average(given, ema, config.start)]))
@@ -247,8 +263,12 @@ def metrics(run: Run) -> list[str]:
     """Names that the run logs at a validation, and that can be monitored."""
     kinds = ["loss", "loss_simple", "loss_vlb"]
     names = [f"train/{kind}" for kind in kinds]
-    if run.logvar is not None:
+    if run.config.objective.loss_type in BOUND_LOSSES:
+        names.append("train/loss_bound")
+    if run.learns_logvar:
         names += ["train/loss_gamma", "logvar"]
+    if run.config.validation.validation_bpd:
+        kinds.append("bpd")
     if run.data.validation is not None:
         names += [f"val/{kind}{suffix}" for suffix in ("", "_ema")[: 1 + (run.ema is not None)] for kind in kinds]
     return names
@@ -337,8 +357,11 @@ def describe(run: Run) -> str:
     config = run.config
     objective, ema = config.objective, config.ema
     loss = f"{objective.loss_type}, logvar {'learned' if objective.learn_logvar else objective.logvar_init}"
-    if objective.snr_gamma is not None:
-        loss += f", min-SNR {objective.snr_gamma:g}"
+    if run.parts.objective.loss_weighting != "simple":
+        gamma = "" if objective.snr_gamma is None else f" {objective.snr_gamma:g}"
+        loss += f", weights {run.parts.objective.loss_weighting}{gamma}"
+    if objective.timestep_sampler != "uniform":
+        loss += f", steps {objective.timestep_sampler}"
     if objective.original_elbo_weight:
         loss += f", {objective.original_elbo_weight:g} x {objective.elbo_weights} ELBO"
     rate = describe_rate(config.optim, run.plan, objective.logvar_learning_rate if objective.learn_logvar else None)
@@ -364,7 +387,7 @@ def describe(run: Run) -> str:
 
 def sizes_of(run: Run) -> Sizes:
     """Bytes of a run's state; activations, which depend on the batch, not counted."""
-    parameters = [*run.network, *([] if run.logvar is None else [run.logvar])]
+    parameters = [*run.network, *run.logvar_parameters]
     weights = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
     moments = 2 * sum(parameter.numel() for parameter in parameters) if run.config.optim.use_8bit_adam else 2 * weights
     average = 0 if run.ema is None else sum(s.numel() * s.element_size() for s in run.ema.shadow.values())

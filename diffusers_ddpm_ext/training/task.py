@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from diffusers_ddpm_ext.conditioning import Conditions, Join
 from diffusers_ddpm_ext.gaussian import q_sample
 from diffusers_ddpm_ext.objective import DDPMObjective, ObjectiveOutput
+from diffusers_ddpm_ext.timesteps import TimestepSampler
 
 
 class DenoisingTask(nn.Module):
@@ -20,15 +21,30 @@ class DenoisingTask(nn.Module):
         denoiser: a network called as ``denoiser(xt, t)`` whose output has ``.sample``, as UNet2DModel's has.
         objective: the loss, with the schedule that the noise follows.
         join: how conditions reach the denoiser; by default there are none.
+        sampler: of the steps; here so that what it has learned is part of the task's state.
     """
 
-    def __init__(self, denoiser: nn.Module, objective: DDPMObjective, join: Join | None = None) -> None:
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        objective: DDPMObjective,
+        join: Join | None = None,
+        sampler: TimestepSampler | None = None,
+    ) -> None:
         super().__init__()
         self.join = join or Join()
         self.denoiser = denoiser
         self.objective = objective
+        self.timestep_sampler = sampler
 
-    def forward(self, x0: Tensor, noise: Tensor, t: Tensor, conditions: Conditions | None = None) -> ObjectiveOutput:
+    def forward(
+        self,
+        x0: Tensor,
+        noise: Tensor,
+        t: Tensor,
+        conditions: Conditions | None = None,
+        weights: Tensor | None = None,
+    ) -> ObjectiveOutput:
         """The training terms of one micro-batch.
 
         Only the network runs in the precision of a surrounding autocast: in bfloat16 the first noise levels would
@@ -39,6 +55,7 @@ class DenoisingTask(nn.Module):
             noise: standard normal, same shape.
             t: steps, (B,), integer.
             conditions: of the samples, exactly those that ``join`` asks for.
+            weights: of the samples' steps, (B,), None where they are drawn evenly.
 
         Returns:
             The objective's terms, float32.
@@ -48,4 +65,4 @@ class DenoisingTask(nn.Module):
         inputs, named = self.join(xt, conditions or Conditions())
         output = self.denoiser(inputs, t, **named).sample
         with torch.autocast(x0.device.type, enabled=False):
-            return self.objective(output.float(), x0.float(), noise.float(), t)
+            return self.objective(output.float(), x0.float(), noise.float(), t, weights)

@@ -14,15 +14,29 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
+from diffusers_ddpm_ext.conditioning import Conditions
+from diffusers_ddpm_ext.estimate import Strata, estimate
+from diffusers_ddpm_ext.shards import reshard
+from diffusers_ddpm_ext.training.bound import Measure, measure_bound
 from diffusers_ddpm_ext.training.clock import Asked, Clock
 from diffusers_ddpm_ext.training.config import TrainConfig
+from diffusers_ddpm_ext.training.data import ImageSet
 from diffusers_ddpm_ext.training.errors import Interrupted, RunError, warn
 from diffusers_ddpm_ext.training.evaluate import score, validation_draws
 from diffusers_ddpm_ext.training.export import save_pipeline
 from diffusers_ddpm_ext.training.gallery import SAMPLES, draw_data, draw_end, draw_samples
-from diffusers_ddpm_ext.training.keeping import keep, keep_best, keep_best_pipeline, mark_finished, take_pipeline
+from diffusers_ddpm_ext.training.keeping import (
+    keep,
+    keep_best,
+    keep_best_pipeline,
+    logvar_network,
+    mark_finished,
+    take_pipeline,
+)
 from diffusers_ddpm_ext.training.nonfinite import give_up, recover
 from diffusers_ddpm_ext.training.processes import largest_over_ranks, mean_over_ranks
 from diffusers_ddpm_ext.training.records import METRICS, Records, first_nonfinite
@@ -275,7 +289,7 @@ def open_records(run: Run) -> Records:
         plain = {name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in flat}
         down = start_tracker(run, plain)
     bar = tqdm(total=run.plan.steps, initial=run.step, unit="step", disable=not accelerator.is_main_process)
-    records = Records(run.taken_folder, accelerator.log, run.logvar is not None, run.plan.effective_batch, bar)
+    records = Records(run.taken_folder, accelerator.log, run.learns_logvar, run.plan.effective_batch, bar)
     records.tracker_is_down = down
     if accelerator.is_main_process:
         records.start(run.metrics_size)
@@ -317,7 +331,7 @@ def read_losses(run: Run, records: Records) -> None:
     rows = run.meter.read(lambda tensor: mean_over_ranks(accelerator, tensor))
     broken = first_nonfinite(rows, look_at_gradients=accelerator.scaler is None)
     if rows:
-        run.last_row = rows[-1].row(run.logvar is not None)
+        run.last_row = rows[-1].row(run.learns_logvar)
     if accelerator.is_main_process:
         records.training(rows if broken is None else rows[: rows.index(broken)])
     if broken is not None:
@@ -358,11 +372,56 @@ def measure(run: Run) -> dict[str, float]:
         return {}
     draws = validation_draws(run.seed, len(images), run.num_train_timesteps, options.validation_max_images)
     task = run.accelerator.unwrap_model(run.task)
-    values = score(task, images, draws, options.eval_batch_size, run.workers).named()
+
+    def measured(suffix: str = "") -> dict[str, float]:
+        values = score(task, images, draws, options.eval_batch_size, run.workers).named(suffix)
+        if options.validation_bpd:
+            values[f"val/bpd{suffix}"] = validation_bpd(run, images)
+        return values
+
+    values = measured()
     if run.ema is not None:
         with run.ema.scope(run.denoiser):
-            values |= score(task, images, draws, options.eval_batch_size, run.workers).named("_ema")
+            values |= measured("_ema")
     return values
+
+
+def validation_bpd(run: Run, images: ImageSet) -> float:
+    """The bound of the validation images with the weights that are in the network now, bits per dimension.
+
+    Args:
+        run: after a step.
+        images: held out.
+
+    Returns:
+        The mean over the images that validation looks at, on the same steps and noise every time.
+    """
+    options, objective, task = run.config.validation, run.config.objective, run.parts
+    chain = len(task.scheduler.kept)
+    strata = Strata.of(task.scheduler.kept, min(chain, max(2, options.validation_bpd_steps)))
+    used = min(len(images), options.validation_max_images or len(images))
+    measure_of = Measure(
+        task.scheduler,
+        images,
+        torch.arange(used) * len(images) // used,
+        strata,
+        run.seed,
+        batch_size=options.eval_batch_size,
+        decoder=objective.decoder,
+        bin_width=task.objective.bin_width,
+    )
+
+    def network(xt: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
+        inputs, named = task.join(xt, conditions)
+        output: Tensor = run.denoiser(inputs, t, **named).sample
+        return output
+
+    training = run.denoiser.training
+    run.denoiser.eval()
+    rows = measure_bound(network, measure_of, run.workers)
+    run.denoiser.train(training)
+    reshard(run.denoiser)
+    return estimate(rows.bits, rows.prior, strata).bits_per_dim
 
 
 def save(run: Run, records: Records) -> bool:
@@ -382,7 +441,9 @@ def save(run: Run, records: Records) -> bool:
     networks, logvar = take_pipeline(run)
     if networks is not None:
         try:
-            save_pipeline(run.taken_folder, networks, run.parts.scheduler, logvar, run.parts.joined)
+            save_pipeline(
+                run.taken_folder, networks, run.parts.scheduler, logvar, run.parts.joined, logvar_network(run)
+            )
         except OSError as error:
             failure = f"the pipeline could not be saved in {run.folder} ({error.strerror or error})"
     run.accelerator.wait_for_everyone()

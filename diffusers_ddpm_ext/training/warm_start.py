@@ -149,12 +149,14 @@ def fill_average(start: Start, ema: LitEMA, options: StartOptions) -> str:
 
 
 def _take_logvar(start: Start, objective: DDPMObjective, only_unet: bool) -> None:
-    table, own = start.logvar, objective.logvar
+    table, own = start.logvar, objective.log_variances()
     assert table is not None
     if only_unet:
         start.notes.append("its log-variances are left out (--load_only_unet)")
-    elif not isinstance(own, nn.Parameter):
+    elif not objective.learn_logvar:
         start.notes.append("its log-variances are left out: this run does not learn them (--learn_logvar)")
+    elif objective.logvar_network is not None:
+        start.notes.append("its log-variances are left out: this run learns a function (--logvar_kind continuous)")
     elif table.shape != own.shape:
         start.notes.append(f"its log-variances are left out: they are of {len(table)} steps, this run has {len(own)}")
     else:

@@ -1,0 +1,399 @@
+"""`ddpm-ext evaluate`: bits per dimension of held-out images, with an interval."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffusers_ddpm_ext.opening import check_dtype, check_folder, find_device, open_pipeline
+from diffusers_ddpm_ext.subject import Caller, add_data_flags, held_out, load_images, spread_evenly, take_data_flags
+from diffusers_ddpm_ext.training.errors import ConfigError, RunError
+from diffusers_ddpm_ext.training.flags import Parser, checked_names, train_flags
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from diffusers_ddpm_ext.training.evaluate import Workers
+
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+DECODERS = ("exact", "improved_diffusion", "continuous")
+NAME = "evaluation"
+SECONDS_BETWEEN_SAVES = 30.0
+HEAD = """Bits per dimension of held-out images: the variational bound on their negative log-likelihood, in parts
+(prior, steps, decoder), with an interval over images. By default the run's own validation images, and all T
+steps of each."""
+TAIL = """examples:
+  ddpm-ext evaluate runs/digits                              all steps of all held-out digits
+  ddpm-ext evaluate runs/digits --num_timesteps 20           20 steps of each image, unbiased: T/20 times as fast
+  ddpm-ext evaluate runs/digits --num_inference_steps 50     the bound of the chain of 50 steps that sampling takes
+  ddpm-ext evaluate runs/photos --validation_data_dir other --json bits.json --device cuda
+  accelerate launch -m diffusers_ddpm_ext.cli evaluate runs/photos      on as many devices as configured
+
+In FOLDER/evaluation (--out) it leaves evaluation.json, steps.csv (every step that was drawn) and steps.png. A command
+that was broken off goes on where it was when it is given again. --batch_size counts rows of the network: one image at
+one step."""
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """What `ddpm-ext evaluate` was asked for; checked."""
+
+    folder: str
+    data: dict[str, Any]
+    split: str
+    weights: str | None
+    device: str | None
+    dtype: str
+    json: Path | None
+    out: Path
+    num_timesteps: int | None
+    num_inference_steps: int | None
+    optimal_timesteps: bool
+    max_images: int | None
+    confidence: float
+    seed: int
+    batch_size: int
+    clip_denoised: bool
+    decoder: str
+    bin_width: float | None
+
+
+def parse_evaluate_args(argv: Sequence[str], prog: str = "ddpm-ext evaluate") -> EvaluateOptions:
+    """Read and check the command line. Imports nothing heavy, writes nothing.
+
+    Args:
+        argv: the arguments after the command.
+        prog: how help calls the program.
+
+    Returns:
+        The options.
+
+    Raises:
+        ConfigError: anything a person must put right; one sentence.
+        SystemExit: `--help` was asked for.
+    """
+    parser = Parser(prog=prog, usage=f"{prog} FOLDER [options]", description=HEAD, epilog=TAIL)
+    parser.add_argument("folder", metavar="FOLDER", help="Output folder of a run, saved pipeline, or Hub id.")
+    add = parser.add_argument
+    flags = [
+        add("--num_timesteps", default="all", metavar="all|K", help="Steps of each image (default: all)."),
+        add(
+            "--num_inference_steps",
+            type=int,
+            metavar="K",
+            help="Evaluate the shorter chain that sampling with K steps takes (default: the full one).",
+        ),
+        add(
+            "--optimal_timesteps",
+            action="store_true",
+            help="The K steps are those that `ddpm-ext fit-variance` chose.",
+        ),
+        add("--split", default="validation", metavar="{validation,train}", help="Which images (default: validation)."),
+        add("--max_images", type=int, metavar="N", help="At most so many, evenly from all (default: all)."),
+        add("--weights", metavar="{ema,raw}", help="Averaged or raw weights (default: those that sampling takes)."),
+        add("--confidence", type=float, default=0.95, metavar="P", help="Of the interval (default: 0.95)."),
+        add("--seed", type=int, default=0, metavar="N", help="Of steps and noise (default: 0)."),
+        add("--batch_size", type=int, default=256, metavar="N", help="Rows of the network at a time (default: 256)."),
+        add("--clip_denoised", action="store_true", help="Clip the predicted image to [-1, 1], as sampling may."),
+        add(
+            "--decoder",
+            default="exact",
+            metavar="NAME",
+            help="exact: the mass of a level's bin; improved_diffusion: its tanh approximation; continuous: the"
+            " density, for data that are no levels (default: exact).",
+        ),
+        add(
+            "--bin_width",
+            type=float,
+            metavar="X",
+            help="Distance of two levels, data units (default: that of the data).",
+        ),
+        add("--json", metavar="FILE", help="Also write the result here."),
+        add("--out", metavar="DIR", help="Folder of the result (default: FOLDER/evaluation)."),
+        add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: the fastest there is)."),
+        add("--dtype", default="float32", metavar="NAME", help=f"Of the network: {', '.join(DTYPES)}."),
+    ]
+    add_data_flags(parser)
+    known = {name[2:] for flag in flags for name in flag.option_strings} | train_flags(("data",))
+    given = vars(parser.parse_args(checked_names(argv, known)))
+    data = take_data_flags(given)
+    given["num_timesteps"] = _count(given["num_timesteps"])
+    given["json"] = None if given["json"] is None else Path(given["json"])
+    folder = given["folder"]
+    default = Path(folder) / NAME if Path(folder).is_dir() else Path(f"{Path(folder).name}-{NAME}")
+    given["out"] = default if given["out"] is None else Path(given["out"])
+    options = EvaluateOptions(data=data, **given)
+    _check(options)
+    return options
+
+
+def _count(word: str) -> int | None:
+    if word == "all":
+        return None
+    if not re.fullmatch(r"\d+", word) or int(word) < 1:
+        raise ConfigError(f"--num_timesteps {word!r}: say all, or how many steps of each image")
+    return int(word)
+
+
+def _check(options: EvaluateOptions) -> None:
+    for name, low in (("num_inference_steps", 1), ("max_images", 1), ("batch_size", 1), ("seed", 0)):
+        value = getattr(options, name)
+        if value is not None and value < low:
+            raise ConfigError(f"--{name} must be at least {low}, got {value}")
+    for name, allowed in (
+        ("split", ("validation", "train")),
+        ("weights", ("ema", "raw", None)),
+        ("decoder", DECODERS),
+    ):
+        if getattr(options, name) not in allowed:
+            words = ", ".join(word for word in allowed if word)
+            raise ConfigError(f"--{name} {getattr(options, name)!r} is not one of {words}")
+    if not 0 < options.confidence < 1:
+        raise ConfigError(f"--confidence must lie between 0 and 1, got {options.confidence}; 0.95 is usual")
+    if options.bin_width is not None and not 0 < options.bin_width <= 2:
+        raise ConfigError(f"--bin_width must be above 0 and at most 2, got {options.bin_width}; 8 bits have 2/255")
+    if options.bin_width is not None and options.decoder == "continuous":
+        raise ConfigError(f"--bin_width {options.bin_width} has no effect with --decoder continuous: leave one out")
+    if options.optimal_timesteps and options.num_inference_steps is None:
+        raise ConfigError("--optimal_timesteps needs --num_inference_steps: how many steps are chosen")
+    check_dtype(options.dtype, DTYPES)
+    check_folder(options.folder)
+    for name, path in (("json", options.json), ("out", options.out)):
+        if path is None:
+            continue
+        parent = path.absolute().parent
+        if path.is_dir() != (name == "out") and path.exists():
+            raise ConfigError(
+                f"--{name} {path} is a {'folder: name a file' if path.is_dir() else 'file: name a folder'}"
+            )
+        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+            raise ConfigError(f"--{name} {path} lies in a folder that does not exist or is not writable")
+
+
+def evaluate(options: EvaluateOptions) -> str:
+    """Measure, and write what was measured.
+
+    Args:
+        options: what was asked for.
+
+    Returns:
+        The lines to print; empty but in the first process.
+
+    Raises:
+        ConfigError: the pipeline cannot be opened, or does not take these options.
+        RunError: the bound is not finite, or cannot be written.
+    """
+    import numpy as np
+    import torch
+    from tqdm import tqdm
+
+    from diffusers_ddpm_ext.estimate import Strata, estimate, step_table
+    from diffusers_ddpm_ext.scheduler import DDPMExtScheduler
+    from diffusers_ddpm_ext.training.bound import Measure, measure_bound
+
+    workers = _workers(options.device)
+    folder, variant = options.folder, _variant(options)
+    asked = f"--weights {options.weights}"
+    pipeline = open_pipeline(folder, variant, workers.device, options.dtype, asked)
+    scheduler = pipeline.scheduler
+    if not isinstance(scheduler, DDPMExtScheduler):
+        raise ConfigError(f"{folder}: a {type(scheduler).__name__} defines no chain to evaluate; it needs DDPM's")
+    data = load_images(folder, pipeline, options.data, workers.rank == 0)
+    images = held_out(data, options.split)
+    bin_width = 2 / (images.levels - 1) if options.bin_width is None else options.bin_width
+    try:
+        if options.num_inference_steps is not None:
+            scheduler.set_timesteps(options.num_inference_steps, optimal=options.optimal_timesteps)
+        strata = Strata.of(scheduler.kept, options.num_timesteps)
+    except ValueError as error:
+        raise ConfigError(f"--num_{_named(str(error))}: {error}") from None
+    measure = Measure(
+        scheduler,
+        images,
+        spread_evenly(len(images), options.max_images),
+        strata,
+        options.seed,
+        batch_size=options.batch_size,
+        clip_denoised=options.clip_denoised,
+        decoder=options.decoder,
+        bin_width=bin_width,
+    )
+    options.out.mkdir(exist_ok=True)
+    ledger = Pages(options.out, _fingerprint(options, data.fingerprint, pipeline), workers, measure.batches)
+    pipeline.unet.eval()
+    with tqdm(total=-(-measure.rows // workers.world), desc="evaluating", unit="row", disable=workers.rank > 0) as bar:
+        rows = measure_bound(Caller(pipeline), measure, workers, getattr(torch, options.dtype), ledger, bar.update)
+    if not np.isfinite(rows.bits).all():
+        place = int(rows.places[~np.isfinite(rows.bits)].min())
+        raise RunError(f"the bound is not finite at step {int(scheduler.kept.timesteps[place])} of {folder}")
+    if workers.rank > 0:
+        return ""
+    result = estimate(rows.bits, rows.prior, strata, options.confidence)
+    table = step_table(rows.bits, rows.places, scheduler.kept.timesteps)
+    facts = asdict(result) | {
+        "num_timesteps": len(strata),
+        "chain": len(scheduler.kept),
+        "chain_timesteps": "all" if scheduler.kept is scheduler.schedule else scheduler.kept.timesteps.tolist(),
+        "weights": options.weights or ("ema" if (Path(folder) / "ema.json").is_file() else "default"),
+        "split": options.split,
+        "seed": options.seed,
+        "decoder_kind": options.decoder,
+        "bin_width": None if options.decoder == "continuous" else bin_width,
+        "clip_denoised": options.clip_denoised,
+        "unit": "bits per dimension",
+        "data": data.description,
+    }
+    try:
+        _write(options, facts, table)
+    except OSError as error:
+        raise RunError(f"cannot write {error.filename or options.out}: {error.strerror or error}") from None
+    ledger.close()
+    return _told(facts, options)
+
+
+def _named(message: str) -> str:
+    return "timesteps" if message.startswith("num_timesteps") else "inference_steps"
+
+
+def _variant(options: EvaluateOptions) -> str | None:
+    """Name of the weights' variant: averaged weights are the default files, raw ones stand beside them."""
+    averaged = (Path(options.folder) / "ema.json").is_file()
+    if options.weights == "ema" and Path(options.folder).is_dir() and not averaged:
+        raise ConfigError(f"--weights ema: {options.folder} has no averaged weights (no ema.json): leave it out")
+    raw = options.weights == "raw" and (averaged or not Path(options.folder).is_dir())
+    return "raw" if raw else None
+
+
+def _workers(device: str | None) -> Workers:
+    """This process alone, or all that a launcher started."""
+    from diffusers_ddpm_ext.training.evaluate import Workers
+
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return Workers(0, 1, find_device(device), lambda tensor: tensor)
+    from diffusers_ddpm_ext.training.processes import make_accelerator, sum_over_ranks
+
+    accelerator = make_accelerator(None, 1, "none")
+    if device is not None and find_device(device).type != accelerator.device.type:
+        raise ConfigError(f"--device {device}: the launcher gives each process its own: leave it out")
+    return Workers(
+        accelerator.process_index,
+        accelerator.num_processes,
+        accelerator.device,
+        lambda tensor: sum_over_ranks(accelerator, tensor),
+    )
+
+
+def _fingerprint(options: EvaluateOptions, data: str, pipeline: Any) -> str:
+    """Of all that decides the rows' numbers."""
+    import torch
+
+    asked = {name: value for name, value in vars(options).items() if name not in ("json", "out", "data", "confidence")}
+    weights = hashlib.sha256()
+    for name, tensor in sorted(pipeline.unet.state_dict().items()):
+        weights.update(name.encode())
+        weights.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    parts = [json.dumps(asked, sort_keys=True, default=str), data, weights.hexdigest()]
+    parts.append(json.dumps(dict(pipeline.scheduler.config), sort_keys=True, default=str))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+class Pages:
+    """Rows of this process on the disk, for a command that is broken off.
+
+    Args:
+        folder: where they go.
+        fingerprint: of what is measured; pages of anything else are not read.
+        workers: whose share they are.
+        batches: of all processes.
+    """
+
+    def __init__(self, folder: Path, fingerprint: str, workers: Workers, batches: int) -> None:
+        import time
+
+        self.clock = time.monotonic
+        self.path = folder / f".rows-{workers.rank}-of-{workers.world}.safetensors"
+        self.fingerprint, self.batches = fingerprint, batches
+        self.values: dict[str, Tensor] = {}
+        self.saved = self.clock()
+        self._read()
+
+    def _read(self) -> None:
+        from safetensors import safe_open
+
+        try:
+            with safe_open(self.path, "pt") as file:
+                if (file.metadata() or {}).get("fingerprint") == self.fingerprint:
+                    self.values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except Exception:  # none, or damaged: it is measured again
+            self.values = {}
+
+    def known(self, batch: int) -> Tensor | None:
+        """See `diffusers_ddpm_ext.training.bound.Ledger`."""
+        return self.values.get(str(batch))
+
+    def note(self, batch: int, values: Tensor) -> None:
+        """See `diffusers_ddpm_ext.training.bound.Ledger`."""
+        self.values[str(batch)] = values
+        if self.clock() - self.saved > SECONDS_BETWEEN_SAVES:
+            self.save()
+
+    def save(self) -> None:
+        """Write what is known, whole or not at all; a full disk is no reason to stop."""
+        from safetensors.torch import save
+
+        from diffusers_ddpm_ext.plots import write_whole
+        from diffusers_ddpm_ext.training.errors import warn
+
+        content = save(self.values, metadata={"fingerprint": self.fingerprint})
+        try:
+            write_whole(self.path, lambda file: file.write(content))
+        except OSError as error:
+            warn(f"{self.path} could not be written ({error.strerror}); what is measured so far would be lost")
+        self.saved = self.clock()
+
+    def close(self) -> None:
+        """The result stands: nothing is left to go on with."""
+        for path in self.path.parent.glob(".rows-*-of-*.safetensors"):
+            path.unlink(missing_ok=True)
+
+
+def _write(options: EvaluateOptions, facts: dict[str, Any], table: list[tuple[int, float, float | None, int]]) -> None:
+    from diffusers_ddpm_ext.bound_plots import plot_steps
+    from diffusers_ddpm_ext.plots import write_whole
+
+    text = json.dumps(facts, indent=1) + "\n"
+    sheet = io.StringIO()
+    writer = csv.writer(sheet, lineterminator="\n")
+    writer.writerow(["timestep", "bits_per_dim", "standard_error", "draws"])
+    writer.writerows([t, f"{mean:.9g}", "" if error is None else f"{error:.3g}", n] for t, mean, error, n in table)
+    places = [options.out / f"{NAME}.json", *([] if options.json is None else [options.json])]
+    write_whole(options.out / "steps.csv", lambda file: file.write(sheet.getvalue().encode()))
+    steps, means = [row[0] for row in table], [row[1] for row in table]
+    plot_steps(options.out / "steps.png", steps, means, facts["bits_per_dim"])
+    for place in places:
+        write_whole(place, lambda file: file.write(text.encode()))
+
+
+def _told(facts: dict[str, Any], options: EvaluateOptions) -> str:
+    interval = ""
+    if facts["low"] is not None:
+        interval = f"  {100 * facts['confidence']:g} % interval {facts['low']:.4f} to {facts['high']:.4f}"
+    kind = "" if options.decoder != "continuous" else " (of the density: no levels are counted)"
+    return "\n".join(
+        [
+            f"bits per dimension{kind}  {facts['bits_per_dim']:.4f}{interval}",
+            f"  prior    {facts['prior']:.4f}",
+            f"  steps    {facts['steps']:.4f}",
+            f"  decoder  {facts['decoder']:.4f}",
+            f"{facts['num_images']:,} images, {facts['num_timesteps']:,} of the {facts['chain']:,} steps of the chain"
+            f" each; written to {options.out}",
+        ]
+    )

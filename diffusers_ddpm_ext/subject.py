@@ -1,0 +1,109 @@
+"""What `evaluate` and `fit-variance` look at: a saved pipeline, and the images that it is asked about."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffusers_ddpm_ext.training.errors import ConfigError
+from diffusers_ddpm_ext.training.flags import OPTIONS, add_options, convert
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from diffusers_ddpm_ext.conditioning import Conditions
+    from diffusers_ddpm_ext.training.data import ImageData, ImageSet
+
+CONFIG = "config.yaml"
+DIGITS_SHAPE = (8, 1)  # pixels a side, channels
+
+
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    """Give a parser the data flags of the trainer, in a group of their own."""
+    add_options(parser, ("data",))
+
+
+def take_data_flags(given: dict[str, Any]) -> dict[str, Any]:
+    """Take what was said about data out of the parsed arguments, converted."""
+    names = [name for name, option in OPTIONS.items() if option.section == "data" and name in given]
+    pairs = {name: given.pop(name) for name in names}
+    return {name: convert(OPTIONS[name], pair[1], pair[0]) for name, pair in pairs.items() if pair is not None}
+
+
+def load_images(folder: str, pipeline: Any, typed: Mapping[str, Any], progress: bool) -> ImageData:
+    """The images of the run that left the pipeline, or those that the command line names.
+
+    Args:
+        folder: of the pipeline.
+        pipeline: opened.
+        typed: from `take_data_flags`.
+        progress: whether to show a bar.
+
+    Returns:
+        The images, of the shape that the network takes.
+
+    Raises:
+        ConfigError: nothing says which images, or they do not fit the network.
+    """
+    from diffusers_ddpm_ext.training.config import data_options
+    from diffusers_ddpm_ext.training.data import load_data
+
+    file = Path(folder) / CONFIG
+    size = pipeline.unet.config.sample_size
+    size = (size, size) if isinstance(size, int) else tuple(size) if size else None
+    channels = pipeline.channels
+    named = any(typed.get(name) is not None for name in ("train_data_dir", "dataset_name"))
+    if not file.is_file() and not named and (size, channels) != ((8, 8), 1):
+        raise ConfigError(
+            f"{folder} does not say which images it was trained on (no {CONFIG}): give --train_data_dir or"
+            " --dataset_name"
+        )
+    defaults = {} if size is None else {"resolution": size}
+    options = data_options(file if file.is_file() else None, typed, defaults)
+    data = load_data(options, pipeline.config.get("conditioning_key"), progress=progress)
+    if data.channels != channels:
+        raise ConfigError(
+            f"{folder} makes images of {channels} channel{'s' if channels > 1 else ''}, the data have {data.channels}:"
+            f" see --channels"
+        )
+    return data
+
+
+def held_out(data: ImageData, split: str) -> ImageSet:
+    """The images of a split.
+
+    Raises:
+        ConfigError: no image is held out.
+    """
+    if split == "train":
+        return data.train
+    if data.validation is None:
+        raise ConfigError(
+            "no image is held out: give --validation_data_dir, --validation_split or --validation_fraction, or"
+            " --split train"
+        )
+    return data.validation
+
+
+def spread_evenly(count: int, wanted: int | None) -> Tensor:
+    """Numbers of at most ``wanted`` images, evenly from all ``count``, (n,), int64."""
+    import torch
+
+    used = count if wanted is None else min(count, wanted)
+    return torch.arange(used) * count // used
+
+
+@dataclass(frozen=True)
+class Caller:
+    """A pipeline's network, called with conditions as data sets hold them."""
+
+    pipeline: Any
+
+    def __call__(self, xt: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
+        """From noisy samples (R, C, H, W), steps (R,) and conditions to the network's output."""
+        inputs, named = self.pipeline.join(xt, conditions)
+        output: Tensor = self.pipeline.unet(inputs, t, **named).sample
+        return output
