@@ -24,10 +24,10 @@ USAGE = """usage: ddpm-ext COMMAND [options]
 commands:
   train            train a diffusion model on images (with no option: on handwritten digits), save it as a pipeline
   sample           draw images from a saved pipeline
-  convert          original checkpoints (CompVis, OpenAI) to pipelines, and back
   evaluate         bits per dimension of held-out images, with an interval
   fit-variance     the best reverse variance and the best few steps of a trained network
   plot             schedule, weights, log-variances, bound and chosen steps of a folder, as pictures
+  convert          original checkpoints (CompVis, OpenAI) to pipelines, and back
   convert-config   a CompVis YAML file to a configuration of `ddpm-ext train`
 
   ddpm-ext COMMAND --help    every option of a command

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusers_ddpm_ext.opening import check_dtype, check_folder, find_device, open_pipeline
-from diffusers_ddpm_ext.subject import Caller, add_data_flags, load_images, take_data_flags
+from diffusers_ddpm_ext.subject import CONFIG, Caller, add_data_flags, load_images, take_data_flags
 from diffusers_ddpm_ext.training.errors import ConfigError, RunError
 from diffusers_ddpm_ext.training.flags import Parser, checked_names, train_flags
 
@@ -156,6 +156,8 @@ def fit_variance(options: FitOptions) -> str:
         )
     if options.source == "logvar" and pipeline.logvar is None:
         raise ConfigError(f"--source logvar: {folder} has no learned log-variances (--learn_logvar): say measured")
+    if options.source == "logvar":
+        _check_loss(folder)
     data = load_images(options.folder, pipeline, options.data, progress=True)
     schedule, images = scheduler.schedule, data.train
     if options.first_step is not None and options.first_step >= len(schedule):
@@ -206,6 +208,18 @@ def fit_variance(options: FitOptions) -> str:
     fitted = DDPMExtScheduler.from_config(scheduler.config, variance_type="fixed_small", **changes)
     _write(folder, fitted, record)
     return _told(folder, fit, chosen_steps)
+
+
+def _check_loss(folder: Path) -> None:
+    """Refuse log-variances that are not of squared errors, where the run says what they are of."""
+    from diffusers_ddpm_ext.training.config import read_config
+
+    file = folder / CONFIG
+    loss = read_config(str(file)).options.get("loss_type", "l2") if file.is_file() else "l2"
+    if loss != "l2":
+        raise ConfigError(
+            f"--source logvar: the run's log-variances are of --loss_type {loss}, not of squared errors: say measured"
+        )
 
 
 def _before(folder: Path, config: dict[str, Any]) -> dict[str, Any]:

@@ -18,12 +18,13 @@ if TYPE_CHECKING:
     from diffusers_ddpm_ext.training.data import ImageData, ImageSet
 
 CONFIG = "config.yaml"
-DIGITS_SHAPE = (8, 1)  # pixels a side, channels
+ABOUT = """Images, by default those of the run: the default of each option is what FOLDER/config.yaml says. They are
+taken as in validation: their middle, never mirrored."""
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
     """Give a parser the data flags of the trainer, in a group of their own."""
-    add_options(parser, ("data",))
+    add_options(parser, ("data",), ABOUT)
 
 
 def take_data_flags(given: dict[str, Any]) -> dict[str, Any]:

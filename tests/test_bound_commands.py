@@ -211,6 +211,14 @@ def test_fitting_again_and_undoing(folder):
     assert cli.main(["fit-variance", str(folder), "--undo"]) == 2
 
 
+def test_log_variances_of_another_loss_are_no_errors(folder, capsys):
+    text = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(text.replace("loss_type: l2", "loss_type: huber"))
+    line = refused(capsys, "fit-variance", str(folder), "--source", "logvar", "--device", "cpu")
+    assert "--source logvar" in line
+    assert "huber" in line
+
+
 def test_pictures_of_all_there_is(fitted, trained, tmp_path, capsys):
     evaluated(fitted)
     capsys.readouterr()

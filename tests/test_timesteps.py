@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffusers_ddpm_ext import DDPMExtScheduler
+from diffusers_ddpm_ext import DDPMExtScheduler, DDPMObjective
 from diffusers_ddpm_ext.timesteps import (
     SAMPLERS,
     LossSecondMomentSampler,
@@ -158,3 +158,27 @@ def test_short_chains_and_zero_terminal_snr(name, steps, rescaled):
 def test_bad_options_are_refused(name, options, match):
     with pytest.raises(ValueError, match=match):
         sampler_of(name, **options)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_weighted_gradients_are_those_of_even_steps(name):
+    """The objective's own gradient, one draw a step: its mean over 10,000 is the even one, to its standard error."""
+    steps, count = 50, 10_000
+    scheduler = DDPMExtScheduler(num_train_timesteps=steps, prediction_type="v_prediction")
+    objective = DDPMObjective(scheduler)
+    sampler = warm(steps) if name == "loss_second_moment" else make_sampler(name, scheduler.schedule)
+    source = torch.Generator().manual_seed(4)
+    x0 = torch.linspace(-1, 1, 4, dtype=torch.float64).reshape(1, 1, 2, 2)
+    noise = torch.linspace(1, -0.5, 4, dtype=torch.float64).reshape(1, 1, 2, 2)
+
+    def gradients(t: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+        """Of a network that returns one number, for each sample by itself."""
+        said = torch.full((len(t), 1, 2, 2), 0.2, dtype=torch.float64, requires_grad=True)
+        many = (x0.expand(len(t), -1, -1, -1), noise.expand(len(t), -1, -1, -1))
+        objective(said, *many, t, weights).loss.backward()
+        return len(t) * said.grad.flatten(1).sum(1)
+
+    even = gradients(torch.arange(steps), None).mean()
+    u = torch.rand(count, generator=source, dtype=torch.float64)
+    got = gradients(*sampler.draw(u))
+    assert abs(float(got.mean() - even)) < 4 * float(got.std()) / count**0.5

@@ -300,17 +300,18 @@ def _shown(option: Option) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def add_options(parser: argparse.ArgumentParser, only: Sequence[str] | None = None) -> None:
+def add_options(parser: argparse.ArgumentParser, only: Sequence[str] | None = None, about: str | None = None) -> None:
     """Give a parser every option, one group a section.
 
     Args:
         parser: the parser to fill.
         only: sections to add; by default all.
+        about: what stands above them instead of a section's own words.
     """
     for section, cls in SECTIONS.items():
         if only is not None and section not in only:
             continue
-        group = parser.add_argument_group(section, cls.__doc__)
+        group = parser.add_argument_group(section, about or cls.__doc__)
         for option in (o for o in OPTIONS.values() if o.section == section):
             metavar = "NAME" if option.choices else _METAVARS.get(option.hint, "N")
             settings: dict[str, Any] = {"metavar": metavar}

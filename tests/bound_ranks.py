@@ -1,0 +1,36 @@
+"""One of two processes whose batches differ in size; started by test_bound_parallel.py.
+
+python bound_ranks.py FOLDER
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from diffusers_ddpm_ext.timesteps import LossSecondMomentSampler
+from diffusers_ddpm_ext.training.processes import gather_rows, make_accelerator
+
+
+def main() -> None:
+    """Share losses of batches of 3 and 5 samples, in an order that is not theirs."""
+    accelerator = make_accelerator(None, 1, "none")
+    rank = accelerator.process_index
+    sampler = LossSecondMomentSampler(4, history=3)
+    source = torch.Generator().manual_seed(0)
+    for _ in range(4):
+        whole = torch.rand(8, 2, generator=source, dtype=torch.float64)
+        rows = torch.cat([torch.arange(8).double()[:, None], (whole[:, :1] * 4).floor(), whole[:, 1:]], 1)
+        mine = torch.tensor([[1, 4, 6], [7, 0, 2, 3, 5]][rank])
+        got = gather_rows(accelerator, rows[mine])
+        got = got[torch.argsort(got[:, 0], stable=True)]
+        assert torch.equal(got, rows)
+        sampler.update(got[:, 1].long(), got[:, 2])
+    save_file(sampler.state_dict(), Path(sys.argv[1]) / f"rank-{rank}.safetensors")
+
+
+if __name__ == "__main__":
+    main()
