@@ -19,14 +19,11 @@ from diffusers_ddpm_ext.training.errors import ConfigError, RunError
 from diffusers_ddpm_ext.training.flags import Parser, checked_names, train_flags
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from diffusers_ddpm_ext.training.evaluate import Workers
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 DECODERS = ("exact", "improved_diffusion", "continuous")
 NAME = "evaluation"
-SECONDS_BETWEEN_SAVES = 30.0
 HEAD = """Bits per dimension of held-out images: the variational bound on their negative log-likelihood, in parts
 (prior, steps, decoder), with an interval over images. By default the run's own validation images, and all T
 steps of each."""
@@ -198,6 +195,7 @@ def evaluate(options: EvaluateOptions) -> str:
     from diffusers_ddpm_ext.estimate import Strata, estimate, step_table
     from diffusers_ddpm_ext.scheduler import DDPMExtScheduler
     from diffusers_ddpm_ext.training.bound import Measure, measure_bound
+    from diffusers_ddpm_ext.training.pages import Pages
 
     workers = _workers(options.device)
     folder, variant = options.folder, _variant(options)
@@ -303,66 +301,6 @@ def _fingerprint(options: EvaluateOptions, data: str, pipeline: Any) -> str:
     parts = [json.dumps(asked, sort_keys=True, default=str), data, weights.hexdigest()]
     parts.append(json.dumps(dict(pipeline.scheduler.config), sort_keys=True, default=str))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-class Pages:
-    """Rows of this process on the disk, for a command that is broken off.
-
-    Args:
-        folder: where they go.
-        fingerprint: of what is measured; pages of anything else are not read.
-        workers: whose share they are.
-        batches: of all processes.
-    """
-
-    def __init__(self, folder: Path, fingerprint: str, workers: Workers, batches: int) -> None:
-        import time
-
-        self.clock = time.monotonic
-        self.path = folder / f".rows-{workers.rank}-of-{workers.world}.safetensors"
-        self.fingerprint, self.batches = fingerprint, batches
-        self.values: dict[str, Tensor] = {}
-        self.saved = self.clock()
-        self._read()
-
-    def _read(self) -> None:
-        from safetensors import safe_open
-
-        try:
-            with safe_open(self.path, "pt") as file:
-                if (file.metadata() or {}).get("fingerprint") == self.fingerprint:
-                    self.values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except Exception:  # none, or damaged: it is measured again
-            self.values = {}
-
-    def known(self, batch: int) -> Tensor | None:
-        """See `diffusers_ddpm_ext.training.bound.Ledger`."""
-        return self.values.get(str(batch))
-
-    def note(self, batch: int, values: Tensor) -> None:
-        """See `diffusers_ddpm_ext.training.bound.Ledger`."""
-        self.values[str(batch)] = values
-        if self.clock() - self.saved > SECONDS_BETWEEN_SAVES:
-            self.save()
-
-    def save(self) -> None:
-        """Write what is known, whole or not at all; a full disk is no reason to stop."""
-        from safetensors.torch import save
-
-        from diffusers_ddpm_ext.plots import write_whole
-        from diffusers_ddpm_ext.training.errors import warn
-
-        content = save(self.values, metadata={"fingerprint": self.fingerprint})
-        try:
-            write_whole(self.path, lambda file: file.write(content))
-        except OSError as error:
-            warn(f"{self.path} could not be written ({error.strerror}); what is measured so far would be lost")
-        self.saved = self.clock()
-
-    def close(self) -> None:
-        """The result stands: nothing is left to go on with."""
-        for path in self.path.parent.glob(".rows-*-of-*.safetensors"):
-            path.unlink(missing_ok=True)
 
 
 def _write(options: EvaluateOptions, facts: dict[str, Any], table: list[tuple[int, float, float | None, int]]) -> None:

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from diffusers_ddpm_ext import gaussian, stock_config
 from diffusers_ddpm_ext.compvis_names import CompVisNames
+from diffusers_ddpm_ext.fitted_config import checked_choices, dial, ranges
 from diffusers_ddpm_ext.respacing import TIMESTEP_SPACINGS, custom_timesteps, spaced_timesteps
 from diffusers_ddpm_ext.reverse import (
     Generators,
@@ -39,12 +40,11 @@ from diffusers_ddpm_ext.reverse import (
     small_variance,
     split_variance,
 )
-from diffusers_ddpm_ext.schedule import MIN_VARIANCE, NoiseSchedule, checked_v_posterior
+from diffusers_ddpm_ext.schedule import MIN_VARIANCE, NoiseSchedule
 from diffusers_ddpm_ext.stock_config import (
     COMPVIS_SCHEDULES,
     DEFAULT_COSINE_S,
     DEFAULT_NUM_TRAIN_TIMESTEPS,
-    as_floats,
 )
 
 VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
@@ -135,18 +135,18 @@ class DDPMExtScheduler(CompVisNames, SchedulerMixin, ConfigMixin):
                     "or leave variance_type at 'fixed_small'."
                 )
             # What comes closest in a reader that does not know v_posterior.
-            variance_type = "fixed_small" if np.mean(_dial("v_posterior", v_posterior)) < 0.5 else "fixed_large"
+            variance_type = "fixed_small" if np.mean(dial("v_posterior", v_posterior)) < 0.5 else "fixed_large"
         self.register_to_config(
             variance_type=variance_type,
-            v_posterior=None if v_posterior is None else _dial("v_posterior", v_posterior),
-            v_decoder=None if v_decoder is None else _dial("v_decoder", v_decoder),
+            v_posterior=None if v_posterior is None else dial("v_posterior", v_posterior),
+            v_decoder=None if v_decoder is None else dial("v_decoder", v_decoder),
         )
         self._learned = variance_type in LEARNED_VARIANCES
         self.init_noise_sigma = 1.0
         self._set_process(
             num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, cosine_s, rescale_betas_zero_snr
         )
-        self.register_to_config(optimal_timesteps=_checked_choices(optimal_timesteps, len(self.schedule)))
+        self.register_to_config(optimal_timesteps=checked_choices(optimal_timesteps, len(self.schedule)))
         # Keys in this list are dropped when a config is handed to another class, which would then use its own
         # defaults: other betas, silently.
         self.register_to_config(_use_default_values=[])
@@ -318,7 +318,7 @@ class DDPMExtScheduler(CompVisNames, SchedulerMixin, ConfigMixin):
     def _optimal_timesteps(self, num_inference_steps: int | None) -> npt.NDArray[np.int64]:
         known = self.config.optimal_timesteps or {}
         if str(num_inference_steps) not in known:
-            have = f"known are those for {_ranges(known)} steps" if known else "none are known"
+            have = f"known are those for {ranges(known)} steps" if known else "none are known"
             raise ValueError(
                 f"num_inference_steps={num_inference_steps} with optimal=True: {have}; find them with "
                 "`ddpm-ext fit-variance FOLDER`, or leave optimal out."
@@ -505,40 +505,6 @@ class DDPMExtScheduler(CompVisNames, SchedulerMixin, ConfigMixin):
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """The velocity of samples x0 and their noise; shapes and precision as in :meth:`add_noise`."""
         return gaussian.velocity(self.schedule, sample, noise, for_each(timesteps, sample)).to(sample.dtype)
-
-
-def _dial(name: str, value: Any) -> float | list[float]:
-    """``v_posterior`` or ``v_decoder`` as JSON can hold it; its range and length are checked with the tables."""
-    if isinstance(value, (bool, str)) or np.ndim(value) == 0:
-        return float(checked_v_posterior(value, 1, name))  # a scalar gives a scalar
-    return as_floats(value, name)
-
-
-def _checked_choices(choices: Any, num_train_timesteps: int) -> dict[str, list[int]] | None:
-    """``optimal_timesteps`` as JSON can hold it.
-
-    Raises:
-        ValueError: it is not a mapping from K to K descending steps.
-    """
-    if choices is None:
-        return None
-    if not isinstance(choices, Mapping):
-        raise ValueError(f"optimal_timesteps={choices!r} must map a number of steps to the steps, or be None.")
-    checked = {}
-    for count, steps in choices.items():
-        kept = custom_timesteps(list(steps), num_train_timesteps).tolist()
-        if str(count) != str(len(kept)):
-            raise ValueError(f"optimal_timesteps[{count!r}] holds {len(kept)} steps; it must hold {count}.")
-        checked[str(count)] = kept
-    return checked
-
-
-def _ranges(known: Mapping[str, Any]) -> str:
-    """Numbers of steps as a person writes them: 1-4, 10."""
-    counts = sorted(map(int, known))
-    starts = [k for k in counts if k - 1 not in counts]
-    ends = [k for k in counts if k + 1 not in counts]
-    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
 
 
 def _check_one_of(name: str, value: Any, allowed: Sequence[str]) -> None:

@@ -134,11 +134,10 @@ def test_decoders_and_clipping(folder):
 
 
 def test_a_broken_off_command_goes_on_where_it_was(folder, monkeypatch):
-    from diffusers_ddpm_ext import evaluate_command
-    from diffusers_ddpm_ext.training import bound
+    from diffusers_ddpm_ext.training import bound, pages
 
     whole = evaluated(folder, "--num_timesteps", "5", "--batch_size", "8")
-    monkeypatch.setattr(evaluate_command, "SECONDS_BETWEEN_SAVES", -1.0)
+    monkeypatch.setattr(pages, "SECONDS_BETWEEN_SAVES", -1.0)
     real, calls = bound._of_rows, []
 
     def dying(*args):

@@ -14,19 +14,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
-from diffusers_ddpm_ext.conditioning import Conditions
-from diffusers_ddpm_ext.estimate import Strata, estimate
-from diffusers_ddpm_ext.shards import reshard
-from diffusers_ddpm_ext.training.bound import Measure, measure_bound
 from diffusers_ddpm_ext.training.clock import Asked, Clock
 from diffusers_ddpm_ext.training.config import TrainConfig
-from diffusers_ddpm_ext.training.data import ImageSet
 from diffusers_ddpm_ext.training.errors import Interrupted, RunError, warn
-from diffusers_ddpm_ext.training.evaluate import score, validation_draws
 from diffusers_ddpm_ext.training.export import save_pipeline
 from diffusers_ddpm_ext.training.gallery import SAMPLES, draw_data, draw_end, draw_samples
 from diffusers_ddpm_ext.training.keeping import (
@@ -45,6 +37,7 @@ from diffusers_ddpm_ext.training.run import Run, describe, start, take_folder
 from diffusers_ddpm_ext.training.signals import listening
 from diffusers_ddpm_ext.training.step import train_step
 from diffusers_ddpm_ext.training.stream import Batch, stream
+from diffusers_ddpm_ext.training.validation import measure
 
 PROJECT = "diffusers-ddpm-ext"
 
@@ -363,65 +356,6 @@ def validate(run: Run, records: Records) -> bool:
             run.accelerator.print(f"step {run.step:,}: {run.monitor.name} has not improved lately; stopping early")
         keep_best(run, records, verdict)
     return True
-
-
-def measure(run: Run) -> dict[str, float]:
-    """The validation losses by name; none without validation images."""
-    images, options = run.data.validation, run.config.validation
-    if images is None:
-        return {}
-    draws = validation_draws(run.seed, len(images), run.num_train_timesteps, options.validation_max_images)
-    task = run.accelerator.unwrap_model(run.task)
-
-    def measured(suffix: str = "") -> dict[str, float]:
-        values = score(task, images, draws, options.eval_batch_size, run.workers).named(suffix)
-        if options.validation_bpd:
-            values[f"val/bpd{suffix}"] = validation_bpd(run, images)
-        return values
-
-    values = measured()
-    if run.ema is not None:
-        with run.ema.scope(run.denoiser):
-            values |= measured("_ema")
-    return values
-
-
-def validation_bpd(run: Run, images: ImageSet) -> float:
-    """The bound of the validation images with the weights that are in the network now, bits per dimension.
-
-    Args:
-        run: after a step.
-        images: held out.
-
-    Returns:
-        The mean over the images that validation looks at, on the same steps and noise every time.
-    """
-    options, objective, task = run.config.validation, run.config.objective, run.parts
-    chain = len(task.scheduler.kept)
-    strata = Strata.of(task.scheduler.kept, min(chain, max(2, options.validation_bpd_steps)))
-    used = min(len(images), options.validation_max_images or len(images))
-    measure_of = Measure(
-        task.scheduler,
-        images,
-        torch.arange(used) * len(images) // used,
-        strata,
-        run.seed,
-        batch_size=options.eval_batch_size,
-        decoder=objective.decoder,
-        bin_width=task.objective.bin_width,
-    )
-
-    def network(xt: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
-        inputs, named = task.join(xt, conditions)
-        output: Tensor = run.denoiser(inputs, t, **named).sample
-        return output
-
-    training = run.denoiser.training
-    run.denoiser.eval()
-    rows = measure_bound(network, measure_of, run.workers)
-    run.denoiser.train(training)
-    reshard(run.denoiser)
-    return estimate(rows.bits, rows.prior, strata).bits_per_dim
 
 
 def save(run: Run, records: Records) -> bool:
