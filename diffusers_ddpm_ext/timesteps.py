@@ -93,7 +93,7 @@ class LossSecondMomentSampler(TimestepSampler):
         uniform_share: part of the draws that are made evenly, in (0, 1].
 
     Attributes:
-        losses: (T, history), float64, the last ones, oldest first.
+        losses: (T, history), float64 (float32 on MPS, which has no other), the last ones, oldest first.
         counts: (T,), int64, how many of them there are.
     """
 
@@ -114,14 +114,17 @@ class LossSecondMomentSampler(TimestepSampler):
         return True
 
     def _apply(self, fn: Any, recurse: bool = True) -> LossSecondMomentSampler:
-        """The memory stays on the CPU, where it is used, in float64."""
+        """The memory goes where the module goes, which synchronises it there, but keeps its precision."""
+        device = fn(torch.zeros(1)).device
+        self.losses = self.losses.to(device, torch.float32 if device.type == "mps" else torch.float64)
+        self.counts = self.counts.to(device)
         return self
 
     def probabilities(self) -> Table | None:
         """Of the T steps; even until every step has a full history, and where all losses are 0."""
         if not self.is_warm:
             return None
-        root = np.sqrt((self.losses.numpy() ** 2).mean(axis=1))
+        root = np.sqrt((self.losses.double().cpu().numpy() ** 2).mean(axis=1))
         total = root.sum()
         if total == 0 or not math.isfinite(total):
             return None
@@ -136,7 +139,7 @@ class LossSecondMomentSampler(TimestepSampler):
 
     def update(self, timesteps: Tensor, losses: Tensor) -> None:
         """See `TimestepSampler.update`."""
-        memory, counts = self.losses.numpy(), self.counts.numpy()
+        memory, counts = self.losses.cpu().numpy(), self.counts.cpu().numpy()
         full = memory.shape[1]
         for t, loss in zip(timesteps.tolist(), losses.double().tolist(), strict=True):
             if not math.isfinite(loss):
@@ -147,6 +150,8 @@ class LossSecondMomentSampler(TimestepSampler):
             else:
                 memory[t, counts[t]] = loss
                 counts[t] += 1
+        self.losses.copy_(torch.from_numpy(memory))
+        self.counts.copy_(torch.from_numpy(counts))
 
 
 def make_sampler(

@@ -17,12 +17,9 @@ RUNS = {
     "second moment": {"timestep_sampler": "loss_second_moment", "num_train_timesteps": 5},
     "stratified": {"timestep_sampler": "stratified"},
     "normal": {"timestep_sampler": "log_snr_normal", "log_snr_mean": 1.0, "log_snr_std": 1.5},
-    "uniform in log-SNR": {"timestep_sampler": "log_snr_uniform"},
     "hybrid": {"loss_type": "hybrid", "variance_type": "learned_range"},
     "bound": {"loss_type": "vlb", "variance_type": "learned"},
-    "bound, fixed": {"loss_type": "vlb", "timestep_sampler": "loss_second_moment", "num_train_timesteps": 5},
-    "continuous": {"learn_logvar": True, "logvar_kind": "continuous"},
-    "p2": {"loss_weighting": "p2", "p2_k": 2.0},
+    "continuous": {"learn_logvar": True, "logvar_kind": "continuous", "loss_weighting": "p2", "p2_k": 2.0},
 }
 
 
