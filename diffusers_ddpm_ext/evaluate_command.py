@@ -321,7 +321,7 @@ def _write(options: EvaluateOptions, facts: dict[str, Any], table: list[tuple[in
 
 
 def _told(facts: dict[str, Any], options: EvaluateOptions) -> str:
-    interval = ""
+    interval = "  (a single image has no interval)"
     if facts["low"] is not None:
         interval = f"  {100 * facts['confidence']:g} % interval {facts['low']:.4f} to {facts['high']:.4f}"
     kind = "" if options.decoder != "continuous" else " (of the density: no levels are counted)"
