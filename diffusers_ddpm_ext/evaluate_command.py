@@ -32,7 +32,7 @@ TAIL = """examples:
   ddpm-ext evaluate runs/digits --num_timesteps 20           20 steps of each image, unbiased: T/20 times as fast
   ddpm-ext evaluate runs/digits --num_inference_steps 50     the bound of the chain of 50 steps that sampling takes
   ddpm-ext evaluate runs/photos --validation_data_dir other --json bits.json --device cuda
-  accelerate launch -m diffusers_ddpm_ext.cli evaluate runs/photos      on as many devices as configured
+  accelerate launch -m diffusers_ddpm_ext evaluate runs/photos      on as many devices as configured
 
 In FOLDER/evaluation (--out) it leaves evaluation.json, steps.csv (every step that was drawn) and steps.png. A command
 that was broken off goes on where it was when it is given again. --batch_size counts rows of the network: one image at

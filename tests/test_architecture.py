@@ -70,6 +70,7 @@ FLOORS: list[set[str]] = [
     {"fit_command"},
     {"sample_command", "convert_command", "convert_config_command", "evaluate_command", "plot_command"},
     {"cli"},
+    {"__main__"},
 ]
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 DOORS = {"", "training", "compvis"}  # __init__ files: names handed out lazily, imported by nobody inside

@@ -57,6 +57,6 @@ def test_an_evaluation_is_the_same_on_two_processes(tmp_path):
     folder = train(tiny_run(tmp_path / "run"))
     flags = ["--num_timesteps", "5", "--max_images", "9", "--batch_size", "8"]
     assert cli.main(["evaluate", str(folder), *flags, "--device", "cpu", "--json", str(tmp_path / "one.json")]) == 0
-    launch("-m", "diffusers_ddpm_ext.cli", "evaluate", str(folder), *flags, "--json", str(tmp_path / "two.json"))
+    launch("-m", "diffusers_ddpm_ext", "evaluate", str(folder), *flags, "--json", str(tmp_path / "two.json"))
     assert json.loads((tmp_path / "two.json").read_text()) == json.loads((tmp_path / "one.json").read_text())
     assert not list((folder / "evaluation").glob(".rows-*"))

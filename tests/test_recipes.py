@@ -16,7 +16,7 @@ def test_one_source():
     """The clone's folder is the package's: a wheel and a clone cannot differ."""
     assert FOLDER.resolve() == (ROOT / "diffusers_ddpm_ext" / "training" / "recipes").resolve()
     assert recipes() == sorted(path.stem for path in FOLDER.iterdir())
-    assert {"digits", "cifar10", "folder64", "compvis"} <= set(recipes())
+    assert {"digits", "digits_hybrid", "cifar10", "folder64", "compvis"} <= set(recipes())
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
