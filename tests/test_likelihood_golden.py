@@ -101,6 +101,25 @@ def test_tables(case):
         np.testing.assert_allclose(table[case["at_index"]], row, rtol=1e-12)
 
 
+SPACED = [case for case in group("spaced_schedule") if "arrays" in case.values[0]]  # the others record an error
+
+
+@pytest.mark.parametrize("case", SPACED)
+def test_tables_of_shorter_chains(case):
+    """Of the steps that the recorded strings of section counts stand for."""
+    given = arrays(case)
+    steps = given["timestep_map"].tolist()
+    assert steps == BY_ID[case["use_timesteps"]]["use_timesteps"]
+    scheduler = DDPMExtScheduler(trained_betas=openai_betas(case["beta_schedule"], case["timesteps"]))
+    scheduler.set_timesteps(timesteps=steps[::-1])
+    kept = scheduler.kept
+    near(torch.from_numpy(kept.betas.copy()), given["betas"], 1e-12)
+    near(torch.from_numpy(kept.posterior_variance.copy()), given["posterior_variance"], 1e-12)
+    if len(steps) > 1:  # of a chain of one step the recorded code has no neighbour to take the first from
+        own = np.log(np.append(kept.posterior_variance[1], kept.posterior_variance[1:]))
+        near(torch.from_numpy(own), given["posterior_log_variance_clipped"], 1e-12)
+
+
 @pytest.mark.parametrize("case", group("vb_terms"))
 def test_terms_of_the_bound(case):
     given, options = arrays(case), {"clip_denoised": case["clip_denoised"], "decoder": "improved_diffusion"}
