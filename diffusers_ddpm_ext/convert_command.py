@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusers_ddpm_ext.training.errors import ConfigError, RunError
-from diffusers_ddpm_ext.training.flags import Parser, checked_names
+from diffusers_ddpm_ext.training.flags import Parser
 
 if TYPE_CHECKING:
     from diffusers_ddpm_ext.compvis.converted import Converted
@@ -75,40 +75,37 @@ def parse_convert_args(argv: Sequence[str], prog: str = "ddpm-ext convert") -> C
     parser = Parser(prog=prog, usage=f"{prog} [options]", description=HEAD, epilog=TAIL)
     parser.add_argument("folder", nargs="?", metavar="FOLDER", help="With --to: the pipeline's folder.")
     add = parser.add_argument
-    flags = [
-        add("--from", dest="source", metavar="{compvis,openai}", help="Whose checkpoint it is."),
-        add("--to", dest="target", metavar="{compvis}", help="Turn FOLDER back into an original checkpoint."),
-        add("--check", metavar="FOLDER", help="Compare a converted folder with its source, weight by weight."),
-        add("--checkpoint", metavar="FILE", help=".ckpt, .pt, .pth, .safetensors, or the index of its shards."),
-        add("--config", metavar="FILE", help="compvis: the YAML file that belongs to it."),
-        add("--model_flags", metavar="FILE", help="openai: the flags of the model and its diffusion, a JSON object."),
-        add("--ema_checkpoint", metavar="FILE", help="openai: the averaged weights; --checkpoint has the raw ones."),
-        add("--out", metavar="PATH", help="The folder to make; with --to, the checkpoint."),
-        add(
-            "--weights",
-            default="auto",
-            metavar="{auto,ema,raw}",
-            help="compvis: which weights are the default files; auto: EMA where there, else raw (default: auto).",
-        ),
-        add(
-            "--schedule",
-            default="config",
-            metavar="{config,checkpoint}",
-            help="compvis: whose schedule, where they differ (default: config).",
-        ),
-        add("--ignore_keys", nargs="+", default=[], metavar="PREFIX", help="compvis: leave such tensors out."),
-        add("--load_only_unet", action="store_true", help="compvis: the network and nothing else."),
-        add("--base", metavar="FILE", help="--to: take first stage, conditioning stage and scale factor from it."),
-        add("--config_out", metavar="FILE", help="--to: also write the YAML file that belongs to the checkpoint."),
-        add("--no_ema", action="store_true", help="--to: write no model_ema.*."),
-        add("--samples", type=int, default=0, metavar="N", help="Also draw N images into samples.png (default: 0)."),
-        add("--num_inference_steps", type=int, metavar="K", help="Steps of those images (default: all T)."),
-        add("--seed", type=int, default=0, metavar="N", help="Of those images (default: 0)."),
-        add("--overwrite", action="store_true", help="Replace what is at --out."),
-        add("--quiet", action="store_true", help="Print the summary alone, not the table of all tensors."),
-    ]
-    known = [name[2:] for flag in flags for name in flag.option_strings]
-    given = vars(parser.parse_args(checked_names(argv, known)))
+    add("--from", dest="source", metavar="{compvis,openai}", help="Whose checkpoint it is.")
+    add("--to", dest="target", metavar="{compvis}", help="Turn FOLDER back into an original checkpoint.")
+    add("--check", metavar="FOLDER", help="Compare a converted folder with its source, weight by weight.")
+    add("--checkpoint", metavar="FILE", help=".ckpt, .pt, .pth, .safetensors, or the index of its shards.")
+    add("--config", metavar="FILE", help="compvis: the YAML file that belongs to it.")
+    add("--model_flags", metavar="FILE", help="openai: the flags of the model and its diffusion, a JSON object.")
+    add("--ema_checkpoint", metavar="FILE", help="openai: the averaged weights; --checkpoint has the raw ones.")
+    add("--out", metavar="PATH", help="The folder to make; with --to, the checkpoint.")
+    add(
+        "--weights",
+        default="auto",
+        metavar="{auto,ema,raw}",
+        help="compvis: which weights are the default files; auto: EMA where there, else raw (default: auto).",
+    )
+    add(
+        "--schedule",
+        default="config",
+        metavar="{config,checkpoint}",
+        help="compvis: whose schedule, where they differ (default: config).",
+    )
+    add("--ignore_keys", nargs="+", default=[], metavar="PREFIX", help="compvis: leave such tensors out.")
+    add("--load_only_unet", action="store_true", help="compvis: the network and nothing else.")
+    add("--base", metavar="FILE", help="--to: take first stage, conditioning stage and scale factor from it.")
+    add("--config_out", metavar="FILE", help="--to: also write the YAML file that belongs to the checkpoint.")
+    add("--no_ema", action="store_true", help="--to: write no model_ema.*.")
+    add("--samples", type=int, default=0, metavar="N", help="Also draw N images into samples.png (default: 0).")
+    add("--num_inference_steps", type=int, metavar="K", help="Steps of those images (default: all T).")
+    add("--seed", type=int, default=0, metavar="N", help="Of those images (default: 0).")
+    add("--overwrite", action="store_true", help="Replace what is at --out.")
+    add("--quiet", action="store_true", help="Print the summary alone, not the table of all tensors.")
+    given = parser.parse_checked(argv)
     for name in (
         "check",
         "folder",

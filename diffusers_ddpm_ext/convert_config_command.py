@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffusers_ddpm_ext.training.errors import ConfigError
-from diffusers_ddpm_ext.training.flags import Parser, checked_names
+from diffusers_ddpm_ext.training.flags import Parser
 
 HEAD = "Translate a YAML file of CompVis' latent-diffusion, stablediffusion or a fork into one of ddpm-ext train."
 TAIL = """examples:
@@ -45,13 +45,10 @@ def parse_convert_config_args(argv: Sequence[str], prog: str = "ddpm-ext convert
     """
     parser = Parser(prog=prog, usage=f"{prog} FILE [options]", description=HEAD, epilog=TAIL)
     parser.add_argument("config", metavar="FILE", help="The YAML file.")
-    flags = [
-        parser.add_argument("--out", metavar="FILE", help="Where it goes (default: print the table only)."),
-        parser.add_argument("--overwrite", action="store_true", help="Replace --out."),
-        parser.add_argument("--allow_refused", action="store_true", help="Leave keys out that have no place here."),
-    ]
-    known = [name[2:] for flag in flags for name in flag.option_strings]
-    given = vars(parser.parse_args(checked_names(argv, known)))
+    parser.add_argument("--out", metavar="FILE", help="Where it goes (default: print the table only).")
+    parser.add_argument("--overwrite", action="store_true", help="Replace --out.")
+    parser.add_argument("--allow_refused", action="store_true", help="Leave keys out that have no place here.")
+    given = parser.parse_checked(argv)
     config, out = Path(given["config"]), None if given["out"] is None else Path(given["out"])
     if not config.is_file():
         raise ConfigError(f"{config} {'is a folder' if config.is_dir() else 'does not exist'}: give the YAML file")

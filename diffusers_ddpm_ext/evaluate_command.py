@@ -14,15 +14,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusers_ddpm_ext.opening import check_dtype, check_folder, find_device, open_pipeline
-from diffusers_ddpm_ext.subject import Caller, add_data_flags, held_out, load_images, spread_evenly, take_data_flags
+from diffusers_ddpm_ext.subject import (
+    Caller,
+    add_measuring_flags,
+    check_measuring,
+    held_out,
+    load_images,
+    spread_evenly,
+    take_data_flags,
+)
 from diffusers_ddpm_ext.training.errors import ConfigError, RunError
-from diffusers_ddpm_ext.training.flags import Parser, checked_names, train_flags
+from diffusers_ddpm_ext.training.flags import Parser
 
 if TYPE_CHECKING:
     from diffusers_ddpm_ext.training.evaluate import Workers
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
-DECODERS = ("exact", "improved_diffusion", "continuous")
 NAME = "evaluation"
 HEAD = """Bits per dimension of held-out images: the variational bound on their negative log-likelihood, in parts
 (prior, steps, decoder), with an interval over images. By default the run's own validation images, and all T
@@ -80,47 +87,27 @@ def parse_evaluate_args(argv: Sequence[str], prog: str = "ddpm-ext evaluate") ->
     parser = Parser(prog=prog, usage=f"{prog} FOLDER [options]", description=HEAD, epilog=TAIL)
     parser.add_argument("folder", metavar="FOLDER", help="Output folder of a run, saved pipeline, or Hub id.")
     add = parser.add_argument
-    flags = [
-        add("--num_timesteps", default="all", metavar="all|K", help="Steps of each image (default: all)."),
-        add(
-            "--num_inference_steps",
-            type=int,
-            metavar="K",
-            help="Evaluate the shorter chain that sampling with K steps takes (default: the full one).",
-        ),
-        add(
-            "--optimal_timesteps",
-            action="store_true",
-            help="The K steps are those that `ddpm-ext fit-variance` chose.",
-        ),
-        add("--split", default="validation", metavar="{validation,train}", help="Which images (default: validation)."),
-        add("--max_images", type=int, metavar="N", help="At most so many, evenly from all (default: all)."),
-        add("--weights", metavar="{ema,raw}", help="Averaged or raw weights (default: those that sampling takes)."),
-        add("--confidence", type=float, default=0.95, metavar="P", help="Of the interval (default: 0.95)."),
-        add("--seed", type=int, default=0, metavar="N", help="Of steps and noise (default: 0)."),
-        add("--batch_size", type=int, default=256, metavar="N", help="Rows of the network at a time (default: 256)."),
-        add("--clip_denoised", action="store_true", help="Clip the predicted image to [-1, 1], as sampling may."),
-        add(
-            "--decoder",
-            default="exact",
-            metavar="NAME",
-            help="exact: the mass of a level's bin; improved_diffusion: its tanh approximation; continuous: the"
-            " density, for data that are no levels (default: exact).",
-        ),
-        add(
-            "--bin_width",
-            type=float,
-            metavar="X",
-            help="Distance of two levels, data units (default: that of the data).",
-        ),
-        add("--json", metavar="FILE", help="Also write the result here."),
-        add("--out", metavar="DIR", help="Folder of the result (default: FOLDER/evaluation)."),
-        add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: the fastest there is)."),
-        add("--dtype", default="float32", metavar="NAME", help=f"Of the network: {', '.join(DTYPES)}."),
-    ]
-    add_data_flags(parser)
-    known = {name[2:] for flag in flags for name in flag.option_strings} | train_flags(("data",))
-    given = vars(parser.parse_args(checked_names(argv, known)))
+    add("--num_timesteps", default="all", metavar="all|K", help="Steps of each image (default: all).")
+    add(
+        "--num_inference_steps",
+        type=int,
+        metavar="K",
+        help="Evaluate the shorter chain that sampling with K steps takes (default: the full one).",
+    )
+    add(
+        "--optimal_timesteps",
+        action="store_true",
+        help="The K steps are those that `ddpm-ext fit-variance` chose.",
+    )
+    add("--split", default="validation", metavar="{validation,train}", help="Which images (default: validation).")
+    add("--max_images", type=int, metavar="N", help="At most so many, evenly from all (default: all).")
+    add("--weights", metavar="{ema,raw}", help="Averaged or raw weights (default: those that sampling takes).")
+    add("--confidence", type=float, default=0.95, metavar="P", help="Of the interval (default: 0.95).")
+    add("--clip_denoised", action="store_true", help="Clip the predicted image to [-1, 1], as sampling may.")
+    add("--json", metavar="FILE", help="Also write the result here.")
+    add("--out", metavar="DIR", help="Folder of the result (default: FOLDER/evaluation).")
+    add_measuring_flags(parser, DTYPES)
+    given = parser.parse_checked(argv)
     data = take_data_flags(given)
     given["num_timesteps"] = _count(given["num_timesteps"])
     given["json"] = None if given["json"] is None else Path(given["json"])
@@ -141,24 +128,10 @@ def _count(word: str) -> int | None:
 
 
 def _check(options: EvaluateOptions) -> None:
-    for name, low in (("num_inference_steps", 1), ("max_images", 1), ("batch_size", 1), ("seed", 0)):
-        value = getattr(options, name)
-        if value is not None and value < low:
-            raise ConfigError(f"--{name} must be at least {low}, got {value}")
-    for name, allowed in (
-        ("split", ("validation", "train")),
-        ("weights", ("ema", "raw", None)),
-        ("decoder", DECODERS),
-    ):
-        if getattr(options, name) not in allowed:
-            words = ", ".join(word for word in allowed if word)
-            raise ConfigError(f"--{name} {getattr(options, name)!r} is not one of {words}")
+    choices = {"split": ("validation", "train"), "weights": ("ema", "raw", None)}
+    check_measuring(options, {"num_inference_steps": 1, "max_images": 1}, choices)
     if not 0 < options.confidence < 1:
         raise ConfigError(f"--confidence must lie between 0 and 1, got {options.confidence}; 0.95 is usual")
-    if options.bin_width is not None and not 0 < options.bin_width <= 2:
-        raise ConfigError(f"--bin_width must be above 0 and at most 2, got {options.bin_width}; 8 bits have 2/255")
-    if options.bin_width is not None and options.decoder == "continuous":
-        raise ConfigError(f"--bin_width {options.bin_width} has no effect with --decoder continuous: leave one out")
     if options.optimal_timesteps and options.num_inference_steps is None:
         raise ConfigError("--optimal_timesteps needs --num_inference_steps: how many steps are chosen")
     check_dtype(options.dtype, DTYPES)
@@ -225,7 +198,7 @@ def evaluate(options: EvaluateOptions) -> str:
         bin_width=bin_width,
     )
     options.out.mkdir(exist_ok=True)
-    ledger = Pages(options.out, _fingerprint(options, data.fingerprint, pipeline), workers, measure.batches)
+    ledger = Pages(options.out, _fingerprint(options, data.fingerprint, pipeline), workers)
     pipeline.unet.eval()
     with tqdm(total=-(-measure.rows // workers.world), desc="evaluating", unit="row", disable=workers.rank > 0) as bar:
         rows = measure_bound(Caller(pipeline), measure, workers, getattr(torch, options.dtype), ledger, bar.update)

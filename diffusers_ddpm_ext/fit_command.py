@@ -9,14 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusers_ddpm_ext.opening import check_dtype, check_folder, find_device, open_pipeline
-from diffusers_ddpm_ext.subject import CONFIG, Caller, add_data_flags, load_images, take_data_flags
+from diffusers_ddpm_ext.opening import DTYPES, check_dtype, check_folder, find_device, open_pipeline
+from diffusers_ddpm_ext.subject import (
+    CONFIG,
+    Caller,
+    add_measuring_flags,
+    check_measuring,
+    load_images,
+    take_data_flags,
+)
 from diffusers_ddpm_ext.training.errors import ConfigError, RunError
-from diffusers_ddpm_ext.training.flags import Parser, checked_names, train_flags
+from diffusers_ddpm_ext.training.flags import Parser
 
 RECORD = "variance_fit.json"
 SCHEDULER = Path("scheduler") / "scheduler_config.json"
-DECODERS = ("exact", "improved_diffusion", "continuous")
 HEAD = """Measure a trained network once on its training images, and write into its folder what makes the variational
 bound least: the reverse variance of each step (v_posterior), that of the first step of a chain beginning anywhere
 (v_decoder), and for every number of steps up to --max_steps the best ones (optimal_timesteps)."""
@@ -69,34 +75,25 @@ def parse_fit_args(argv: Sequence[str], prog: str = "ddpm-ext fit-variance") -> 
     parser = Parser(prog=prog, usage=f"{prog} FOLDER [options]", description=HEAD, epilog=TAIL)
     parser.add_argument("folder", metavar="FOLDER", help="Output folder of a run, or a saved pipeline.")
     add = parser.add_argument
-    flags = [
-        add(
-            "--source",
-            default="measured",
-            metavar="{measured,logvar}",
-            help="Where the steps' errors come from: measured now, with the weights that sampling takes, or the"
-            " learned log-variances, which speak of the raw weights of an l2 loss. What the decoder costs is"
-            " measured in both cases (default: measured).",
-        ),
-        add("--draws", type=int, default=64, metavar="N", help="Images of each step (default: 64)."),
-        add("--max_steps", type=int, default=100, metavar="K", help="Choose steps for 1 to K (default: 100)."),
-        add(
-            "--first_step",
-            type=int,
-            metavar="T",
-            help="Make every chosen chain end at this step, e.g. 0 (default: wherever the bound is least).",
-        ),
-        add("--decoder", default="exact", metavar="NAME", help=f"{', '.join(DECODERS)} (default: exact)."),
-        add("--bin_width", type=float, metavar="X", help="Distance of two levels (default: that of the data)."),
-        add("--seed", type=int, default=0, metavar="N", help="Of the noise (default: 0)."),
-        add("--batch_size", type=int, default=256, metavar="N", help="Rows of the network at a time (default: 256)."),
-        add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: the fastest there is)."),
-        add("--dtype", default="float32", metavar="NAME", help="Of the network (default: float32)."),
-        add("--undo", action="store_true", help="Put the scheduler back to what it was before the first fit."),
-    ]
-    add_data_flags(parser)
-    known = {name[2:] for flag in flags for name in flag.option_strings} | train_flags(("data",))
-    given = vars(parser.parse_args(checked_names(argv, known)))
+    add(
+        "--source",
+        default="measured",
+        metavar="{measured,logvar}",
+        help="Where the steps' errors come from: measured now, with the weights that sampling takes, or the"
+        " learned log-variances, which speak of the raw weights of an l2 loss. What the decoder costs is"
+        " measured in both cases (default: measured).",
+    )
+    add("--draws", type=int, default=64, metavar="N", help="Images of each step (default: 64).")
+    add("--max_steps", type=int, default=100, metavar="K", help="Choose steps for 1 to K (default: 100).")
+    add(
+        "--first_step",
+        type=int,
+        metavar="T",
+        help="Make every chosen chain end at this step, e.g. 0 (default: wherever the bound is least).",
+    )
+    add("--undo", action="store_true", help="Put the scheduler back to what it was before the first fit.")
+    add_measuring_flags(parser, DTYPES)
+    given = parser.parse_checked(argv)
     data = take_data_flags(given)
     options = FitOptions(data=data, **given)
     _check(options)
@@ -104,15 +101,8 @@ def parse_fit_args(argv: Sequence[str], prog: str = "ddpm-ext fit-variance") -> 
 
 
 def _check(options: FitOptions) -> None:
-    for name, low in (("draws", 1), ("max_steps", 1), ("batch_size", 1), ("seed", 0), ("first_step", 0)):
-        value = getattr(options, name)
-        if value is not None and value < low:
-            raise ConfigError(f"--{name} must be at least {low}, got {value}")
-    for name, allowed in (("source", ("measured", "logvar")), ("decoder", DECODERS)):
-        if getattr(options, name) not in allowed:
-            raise ConfigError(f"--{name} {getattr(options, name)!r} is not one of {', '.join(allowed)}")
-    if options.bin_width is not None and not 0 < options.bin_width <= 2:
-        raise ConfigError(f"--bin_width must be above 0 and at most 2, got {options.bin_width}; 8 bits have 2/255")
+    least = {"draws": 1, "max_steps": 1, "first_step": 0}
+    check_measuring(options, least, {"source": ("measured", "logvar")})
     check_dtype(options.dtype)
     check_folder(options.folder)
     if not (Path(options.folder) / SCHEDULER).is_file():
@@ -138,9 +128,9 @@ def fit_variance(options: FitOptions) -> str:
     import torch
     from tqdm import tqdm
 
-    from diffusers_ddpm_ext.fitting import VarianceMeter
+    from diffusers_ddpm_ext.fitting import VarianceMeter, rows_of
     from diffusers_ddpm_ext.gaussian import predict_x0, q_sample
-    from diffusers_ddpm_ext.objective_checks import LEARNED_VARIANCES
+    from diffusers_ddpm_ext.reverse import LEARNED_VARIANCES
     from diffusers_ddpm_ext.scheduler import DDPMExtScheduler
     from diffusers_ddpm_ext.training import keys
     from diffusers_ddpm_ext.variance import x0_error_of_logvar
@@ -166,18 +156,16 @@ def fit_variance(options: FitOptions) -> str:
     meter = VarianceMeter(schedule, options.decoder, bin_width)
     network, dtype = Caller(pipeline), getattr(torch, options.dtype)
     pipeline.unet.eval()
-    rows = torch.arange(len(schedule) * options.draws)
-    with tqdm(total=len(rows), desc="measuring", unit="row") as bar, torch.no_grad():
-        for some in rows.split(options.batch_size):
-            t, turn = some % len(schedule), some // len(schedule)
-            chosen = (t * options.draws + turn) % len(images)
+    total = len(schedule) * options.draws
+    with tqdm(total=total, desc="measuring", unit="row") as bar, torch.no_grad():
+        for t, chosen in rows_of(len(schedule), options.draws, len(images), options.batch_size):
             x0 = images.pixels(chosen)
             noise = keys.noise_of_steps(keys.FIT, options.seed, chosen.tolist(), t.tolist(), x0.shape[1:])
             x0, noise, t = x0.to(device), noise.to(device), t.to(device)
             xt = q_sample(schedule, x0, noise, t)
             output = network(xt.to(dtype), t, images.conditions(chosen).to(device)).float()
             meter.add(x0, predict_x0(schedule, schedule.prediction_type, output, xt, t), t)
-            bar.update(len(some))
+            bar.update(len(t))
     try:
         error = None
         if options.source == "logvar" and pipeline.logvar is not None:

@@ -8,7 +8,7 @@ M, for a grid of v whose least value is then refined.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +24,8 @@ from diffusers_ddpm_ext.likelihood import (
     discretized_gaussian_log_likelihood,
     exact_type,
 )
-from diffusers_ddpm_ext.objective_checks import LEARNED_VARIANCES, SchedulerLike
+from diffusers_ddpm_ext.objective_checks import SchedulerLike
+from diffusers_ddpm_ext.reverse import LEARNED_VARIANCES
 from diffusers_ddpm_ext.schedule import NoiseSchedule, Table
 from diffusers_ddpm_ext.variance import OptimalV, Smoother, best_timesteps, optimal_v
 
@@ -146,6 +147,23 @@ def _least(costs: Table) -> tuple[float, float]:
     return float(middle - 0.25 * (left - right) * shift), float(np.exp(logs[place] + shift * (logs[1] - logs[0])))
 
 
+def rows_of(steps: int, draws: int, images: int, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Which image each step sees: ``draws`` in turn, so that no step sees one twice before it saw all.
+
+    Args:
+        steps: T.
+        draws: of each step.
+        images: how many there are.
+        rows: in one batch.
+
+    Yields:
+        Steps and numbers of images of a batch, (R,) each, int64.
+    """
+    for some in torch.arange(steps * draws).split(rows):
+        t, turn = some % steps, some // steps
+        yield t, (t * draws + turn) % images
+
+
 @torch.no_grad()
 def fit_logvar(
     denoiser: Denoiser,
@@ -186,11 +204,8 @@ def fit_logvar(
         raise ValueError(f"draws={draws} must be 1 or more, and there must be an image.")
     schedule = scheduler.schedule
     meter = VarianceMeter(schedule, decoder, bin_width)
-    steps = torch.arange(len(schedule)).repeat(draws)
-    for start in range(0, len(steps), rows):
-        t = steps[start : start + rows].to(x0.device)
-        turn = torch.arange(start, start + len(t)) // len(schedule)
-        clean = x0[(t.cpu() * draws + turn) % len(x0)]  # so that no step sees one image twice before it saw all
+    for t, chosen in rows_of(len(schedule), draws, len(x0), rows):
+        t, clean = t.to(x0.device), x0[chosen]
         place = generator.device if generator is not None else x0.device
         noise = torch.randn(clean.shape, generator=generator, device=place, dtype=clean.dtype).to(x0.device)
         xt = q_sample(schedule, clean, noise, t)

@@ -22,6 +22,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from diffusers_ddpm_ext import class_embedder
 from diffusers_ddpm_ext.logvar import CONFIG_NAME, FOLDER, WEIGHTS_NAME
+from diffusers_ddpm_ext.reverse import LEARNED_VARIANCES
 from diffusers_ddpm_ext.scheduler import DDPMExtScheduler
 from diffusers_ddpm_ext.unet import UNet2DExtModel
 
@@ -29,7 +30,6 @@ logger = logging.getLogger(__name__)
 
 TABLES = {name: (f"{name}/{CONFIG_NAME}", f"{name}/{WEIGHTS_NAME}") for name in (FOLDER, class_embedder.FOLDER)}
 JOINED = ("conditioning_key", "use_positional_encodings", "null_class_label")
-LEARNED_VARIANCES = ("learned", "learned_range")
 # Stock DDPMScheduler takes the root of a log-variance for these: every sample becomes NaN.
 NAN_IN_STOCK = ("learned", "fixed_large_log")
 

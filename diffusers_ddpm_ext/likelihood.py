@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from diffusers_ddpm_ext.gaussian import at_step, check_steps, predict_x0, q_sample
-from diffusers_ddpm_ext.reverse import log_variance, small_variance, split_variance
+from diffusers_ddpm_ext.reverse import LEARNED_VARIANCES, log_variance, small_variance, split_variance
 from diffusers_ddpm_ext.schedule import NoiseSchedule, Table
 
 DECODERS = ("exact", "improved_diffusion", "continuous")
@@ -221,7 +221,7 @@ class ReverseLaw:
         small = small_variance(kept)
         small[0] = small[1] if len(kept) > 1 else kept.betas[0]
         large, fixed = kept.betas.copy(), None
-        if variance_type not in ("learned", "learned_range"):
+        if variance_type not in LEARNED_VARIANCES:
             if follows_v:
                 fixed = np.where(kept.posterior_variance > 0, kept.posterior_variance, small)
             elif variance_type.startswith("fixed_large"):

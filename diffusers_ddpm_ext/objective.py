@@ -40,7 +40,6 @@ from diffusers_ddpm_ext.likelihood import EIGHT_BITS, ReverseLaw, check_decoder
 from diffusers_ddpm_ext.logvar import LOGVAR_KINDS, ContinuousLogvar, make_logvar
 from diffusers_ddpm_ext.objective_checks import (
     BOUND_LOSSES,
-    LEARNED_VARIANCES,
     OBJECTIVE_LOSSES,
     SchedulerLike,
     check_bound,
@@ -51,7 +50,7 @@ from diffusers_ddpm_ext.objective_checks import (
     log_snr,
     weight_table,
 )
-from diffusers_ddpm_ext.reverse import split_variance
+from diffusers_ddpm_ext.reverse import LEARNED_VARIANCES, split_variance
 from diffusers_ddpm_ext.weighting import elbo_weights as make_elbo_weights
 
 

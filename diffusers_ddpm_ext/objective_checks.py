@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from diffusers_ddpm_ext.distance import LOSS_TYPES, Distance
+from diffusers_ddpm_ext.reverse import LEARNED_VARIANCES
 from diffusers_ddpm_ext.schedule import PREDICTION_TYPES, NoiseSchedule, Table
 from diffusers_ddpm_ext.weighting import check_gamma, loss_weights
 
 COMPVIS_NAMES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 BOUND_LOSSES = ("hybrid", "vlb")
 OBJECTIVE_LOSSES = (*LOSS_TYPES, "perceptual", *BOUND_LOSSES)
-LEARNED_VARIANCES = ("learned", "learned_range")
 DEFAULT_GAMMA = 5.0
 
 

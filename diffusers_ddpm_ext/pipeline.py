@@ -24,8 +24,9 @@ from torch import Tensor
 
 from diffusers_ddpm_ext.conditioning import NEEDS, Join
 from diffusers_ddpm_ext.guidance import Given, Labels, Model, make_guidance
-from diffusers_ddpm_ext.layout import LEARNED_VARIANCES, reads_variance
+from diffusers_ddpm_ext.layout import reads_variance
 from diffusers_ddpm_ext.pipeline_files import PipelineFiles
+from diffusers_ddpm_ext.reverse import LEARNED_VARIANCES
 from diffusers_ddpm_ext.scheduler import DDPMExtScheduler
 from diffusers_ddpm_ext.unet import UNet2DExtModel
 

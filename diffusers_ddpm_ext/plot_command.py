@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffusers_ddpm_ext.opening import check_folder
 from diffusers_ddpm_ext.training.errors import ConfigError, RunError
-from diffusers_ddpm_ext.training.flags import Parser, checked_names
+from diffusers_ddpm_ext.training.flags import Parser
 
 if TYPE_CHECKING:
     from diffusers_ddpm_ext.scheduler import DDPMExtScheduler
@@ -50,13 +50,13 @@ def parse_plot_args(argv: Sequence[str], prog: str = "ddpm-ext plot") -> PlotOpt
     """
     parser = Parser(prog=prog, usage=f"{prog} FOLDER [options]", description=HEAD, epilog=TAIL)
     parser.add_argument("folder", metavar="FOLDER", help="Output folder of a run, or a saved pipeline.")
-    flag = parser.add_argument("--out", metavar="DIR", help="Where the pictures go (default: FOLDER/plots).")
-    given = parser.parse_args(checked_names(argv, [name[2:] for name in flag.option_strings]))
-    check_folder(given.folder)
-    folder = Path(given.folder)
+    parser.add_argument("--out", metavar="DIR", help="Where the pictures go (default: FOLDER/plots).")
+    given = parser.parse_checked(argv)
+    check_folder(given["folder"])
+    folder = Path(given["folder"])
     if not folder.is_dir():
         raise ConfigError(f"{folder} is no folder here: give that of a saved pipeline")
-    out = folder / "plots" if given.out is None else Path(given.out)
+    out = folder / "plots" if given["out"] is None else Path(given["out"])
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out} is a file: name a folder")
     return PlotOptions(folder, out)

@@ -23,6 +23,7 @@ from torch import Tensor
 from diffusers_ddpm_ext.gaussian import check_steps
 from diffusers_ddpm_ext.schedule import MIN_VARIANCE, NoiseSchedule, Table
 
+LEARNED_VARIANCES = ("learned", "learned_range")
 Generators = torch.Generator | list[torch.Generator] | None
 Row = tuple[float, float, float, float, float, float, float]
 

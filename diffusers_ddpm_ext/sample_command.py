@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffusers_ddpm_ext.opening import check_dtype, check_folder, find_device, open_pipeline
 from diffusers_ddpm_ext.training.errors import ConfigError
-from diffusers_ddpm_ext.training.flags import Parser, checked_names
+from diffusers_ddpm_ext.training.flags import Parser
 
 if TYPE_CHECKING:
     import numpy as np
@@ -69,67 +69,60 @@ def parse_sample_args(argv: Sequence[str], prog: str = "ddpm-ext sample") -> Sam
     """
     parser = Parser(prog=prog, usage=f"{prog} FOLDER [options]", description=HEAD, epilog=TAIL)
     parser.add_argument("folder", metavar="FOLDER", help="Output folder of a run, saved pipeline, or Hub id.")
-    flags = [
-        parser.add_argument("--num_images", type=int, default=16, metavar="N", help="How many (default: 16)."),
-        parser.add_argument(
-            "--out",
-            metavar="FILE",
-            help="A grid (.png, .jpg, .webp) or an array (.npy) (default: samples-seed<SEED>.png in FOLDER).",
-        ),
-        parser.add_argument("--individual", metavar="DIR", help="Also write every image as DIR/00000.png, ..."),
-        parser.add_argument(
-            "--num_inference_steps",
-            "--ddpm_num_inference_steps",
-            type=int,
-            metavar="K",
-            help="Sampling steps, at most T (default: all T).",
-        ),
-        parser.add_argument("--batch_size", type=int, default=64, metavar="N", help="Images at a time (default: 64)."),
-        parser.add_argument("--seed", type=int, default=0, metavar="N", help="(default: 0)"),
-        parser.add_argument(
-            "--temperature",
-            type=float,
-            default=1.0,
-            metavar="X",
-            help="Factor on the noise of each step (default: 1).",
-        ),
-        parser.add_argument(
-            "--class_labels",
-            nargs="+",
-            type=int,
-            metavar="N",
-            help="Classes, in turn over the images (default, where the model needs them: all in turn).",
-        ),
-        parser.add_argument(
-            "--concat_inputs",
-            metavar="FILE",
-            help="What is joined to the input: .npy (N, C, height, width) in [-1, 1], in turn over the images.",
-        ),
-        parser.add_argument(
-            "--encoder_hidden_states",
-            metavar="FILE",
-            help="Embeddings of cross attention: .npy (N, tokens, width), in turn over the images.",
-        ),
-        parser.add_argument(
-            "--guidance_scale", type=float, default=1.0, metavar="S", help="u + S (c - u); 1: no guidance (default)."
-        ),
-        parser.add_argument(
-            "--guidance_interval",
-            nargs=2,
-            type=float,
-            metavar=("LOW", "HIGH"),
-            help="Guide only at steps of the training chain from LOW to HIGH (default: all).",
-        ),
-        parser.add_argument("--variant", metavar="NAME", help="`raw`: the weights without averaging."),
-        parser.add_argument(
-            "--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: the fastest there is)."
-        ),
-        parser.add_argument(
-            "--dtype", default="float32", metavar="{float32,bfloat16,float16}", help="(default: float32)"
-        ),
-    ]
-    known = [name[2:] for flag in flags for name in flag.option_strings]
-    given = vars(parser.parse_args(checked_names(argv, known)))
+    parser.add_argument("--num_images", type=int, default=16, metavar="N", help="How many (default: 16).")
+    parser.add_argument(
+        "--out",
+        metavar="FILE",
+        help="A grid (.png, .jpg, .webp) or an array (.npy) (default: samples-seed<SEED>.png in FOLDER).",
+    )
+    parser.add_argument("--individual", metavar="DIR", help="Also write every image as DIR/00000.png, ...")
+    parser.add_argument(
+        "--num_inference_steps",
+        "--ddpm_num_inference_steps",
+        type=int,
+        metavar="K",
+        help="Sampling steps, at most T (default: all T).",
+    )
+    parser.add_argument("--batch_size", type=int, default=64, metavar="N", help="Images at a time (default: 64).")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="(default: 0)")
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="Factor on the noise of each step (default: 1).",
+    )
+    parser.add_argument(
+        "--class_labels",
+        nargs="+",
+        type=int,
+        metavar="N",
+        help="Classes, in turn over the images (default, where the model needs them: all in turn).",
+    )
+    parser.add_argument(
+        "--concat_inputs",
+        metavar="FILE",
+        help="What is joined to the input: .npy (N, C, height, width) in [-1, 1], in turn over the images.",
+    )
+    parser.add_argument(
+        "--encoder_hidden_states",
+        metavar="FILE",
+        help="Embeddings of cross attention: .npy (N, tokens, width), in turn over the images.",
+    )
+    parser.add_argument(
+        "--guidance_scale", type=float, default=1.0, metavar="S", help="u + S (c - u); 1: no guidance (default)."
+    )
+    parser.add_argument(
+        "--guidance_interval",
+        nargs=2,
+        type=float,
+        metavar=("LOW", "HIGH"),
+        help="Guide only at steps of the training chain from LOW to HIGH (default: all).",
+    )
+    parser.add_argument("--variant", metavar="NAME", help="`raw`: the weights without averaging.")
+    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: the fastest there is).")
+    parser.add_argument("--dtype", default="float32", metavar="{float32,bfloat16,float16}", help="(default: float32)")
+    given = parser.parse_checked(argv)
     out = Path(given.pop("out") or _default_out(given["folder"], given["seed"]))
     individual = given.pop("individual")
     for name in ("class_labels", "guidance_interval"):

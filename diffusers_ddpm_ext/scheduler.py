@@ -31,6 +31,7 @@ from diffusers_ddpm_ext.compvis_names import CompVisNames
 from diffusers_ddpm_ext.fitted_config import checked_choices, dial, ranges
 from diffusers_ddpm_ext.respacing import TIMESTEP_SPACINGS, custom_timesteps, spaced_timesteps
 from diffusers_ddpm_ext.reverse import (
+    LEARNED_VARIANCES,
     Generators,
     ReverseSteps,
     for_each,
@@ -48,7 +49,6 @@ from diffusers_ddpm_ext.stock_config import (
 )
 
 VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
-LEARNED_VARIANCES = ("learned", "learned_range")
 
 Betas = Sequence[float] | npt.NDArray[Any] | Tensor
 NoiseSource = tuple[Tensor, Generators, Tensor | None]  # the network's output, generators, noise of the caller
@@ -239,7 +239,8 @@ class DDPMExtScheduler(CompVisNames, SchedulerMixin, ConfigMixin):
     ) -> None:
         """Replace the schedule, in CompVis' words; the config follows, in Diffusers' words, and every step is in use.
 
-        ``v_posterior`` and ``prediction_type`` stay; ``rescale_betas_zero_snr``, which CompVis lacks, is switched off.
+        ``v_posterior`` and ``prediction_type`` stay; ``rescale_betas_zero_snr``, which CompVis lacks, is switched off,
+        and ``v_decoder`` and ``optimal_timesteps``, which were fitted on the old schedule, are dropped.
 
         Args:
             given_betas: the betas themselves, (T,); the other arguments are then not used.
@@ -261,6 +262,7 @@ class DDPMExtScheduler(CompVisNames, SchedulerMixin, ConfigMixin):
         if given_betas is not None:
             given_betas = stock_config.as_floats(given_betas)
             timesteps = len(given_betas)
+        self.register_to_config(v_decoder=None, optimal_timesteps=None)
         self._set_process(
             timesteps,
             linear_start,

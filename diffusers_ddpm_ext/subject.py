@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,9 +22,48 @@ ABOUT = """Images, by default those of the run: the default of each option is wh
 taken as in validation: their middle, never mirrored."""
 
 
-def add_data_flags(parser: argparse.ArgumentParser) -> None:
-    """Give a parser the data flags of the trainer, in a group of their own."""
+def add_measuring_flags(parser: argparse.ArgumentParser, dtypes: tuple[str, ...]) -> None:
+    """Give a parser the flags of a measurement, and the data flags of the trainer in a group of their own."""
+    add = parser.add_argument
+    add("--seed", type=int, default=0, metavar="N", help="Of all that is drawn (default: 0).")
+    add("--batch_size", type=int, default=256, metavar="N", help="Rows of the network at a time (default: 256).")
+    add(
+        "--decoder",
+        default="exact",
+        metavar="NAME",
+        help="exact: the mass of a level's bin; improved_diffusion: its tanh approximation; continuous: the density,"
+        " for data that are no levels (default: exact).",
+    )
+    add("--bin_width", type=float, metavar="X", help="Distance of two levels, data units (default: that of the data).")
+    add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: the fastest there is).")
+    add("--dtype", default="float32", metavar="NAME", help=f"Of the network: {', '.join(dtypes)} (default: float32).")
     add_options(parser, ("data",), ABOUT)
+
+
+def check_measuring(options: Any, least: Mapping[str, int], allowed: Mapping[str, Sequence[str | None]]) -> None:
+    """Refuse what is out of range in a command that measures.
+
+    Args:
+        options: of the command; its fields are named as the flags.
+        least: smallest values of numbers, beside those of `add_measuring_flags`.
+        allowed: the words of choices, beside the decoder's.
+
+    Raises:
+        ConfigError: the first fault found.
+    """
+    for name, low in {**least, "batch_size": 1, "seed": 0}.items():
+        value = getattr(options, name)
+        if value is not None and value < low:
+            raise ConfigError(f"--{name} must be at least {low}, got {value}")
+    for name, words in {**allowed, "decoder": OPTIONS["decoder"].choices}.items():
+        if getattr(options, name) not in words:
+            listed = ", ".join(word for word in words if word)
+            raise ConfigError(f"--{name} {getattr(options, name)!r} is not one of {listed}")
+    width = options.bin_width
+    if width is not None and not 0 < width <= 2:
+        raise ConfigError(f"--bin_width must be above 0 and at most 2, got {width}; 8 bits have 2/255")
+    if width is not None and options.decoder == "continuous":
+        raise ConfigError(f"--bin_width {width} has no effect with --decoder continuous: leave one out")
 
 
 def take_data_flags(given: dict[str, Any]) -> dict[str, Any]:

@@ -101,6 +101,8 @@ TYPED: dict[str, tuple[list[str], list[str]]] = {
     ),
     "bins of nothing": (["--bin_width", "0.1"], ["--bin_width", "--validation_bpd"]),
     "bound not measured": (["--monitor", "val/bpd"], ["--monitor val/bpd", "val/loss_simple"]),
+    "a bound of no images": (["--validation_bpd", "--validation_fraction", "0"], ["--validation_bpd", "held out"]),
+    "one step of a bound": (["--validation_bpd", "--validation_bpd_steps", "1"], ["--validation_bpd_steps", "2"]),
     "steps of no bound": (["--validation_bpd_steps", "5"], ["--validation_bpd_steps", "--validation_bpd"]),
     "precision": (["--mixed_precision", "fp8"], ["--mixed_precision", "'fp8'", "bf16"]),
     "tracker": (["--report_to", "paper"], ["--report_to", "'paper'", "tensorboard"]),

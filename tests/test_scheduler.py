@@ -594,3 +594,14 @@ def test_on_an_accelerator():
     torch.testing.assert_close(listed[1:2], alone)
     noised = ours.add_noise(x, out, each)
     torch.testing.assert_close(noised.cpu(), ours.add_noise(x.cpu(), out.cpu(), each.cpu()), rtol=1e-5, atol=1e-6)
+
+
+def test_a_new_schedule_drops_what_was_fitted_on_the_old_one():
+    fitted = {"v_decoder": [0.5] * 20, "optimal_timesteps": {"2": [19, 3]}}
+    scheduler = DDPMExtScheduler(20, v_posterior=0.4, **fitted)
+    scheduler.register_schedule(timesteps=10)
+    assert scheduler.config.v_decoder is None
+    assert scheduler.config.optimal_timesteps is None
+    assert scheduler.config.v_posterior == 0.4
+    with pytest.raises(ValueError, match="none are known"):
+        scheduler.set_timesteps(2, optimal=True)

@@ -206,6 +206,9 @@ def _check_objective(flat: Flat, typed: Set[str]) -> None:
         for name in ("learn_logvar", "loss_weighting", "snr_gamma", "l_simple_weight", "original_elbo_weight"):
             if name in typed and flat[name] not in (False, None):
                 raise ConfigError(f"--{name} {flat[name]} has no effect with --loss_type vlb: leave it out")
+    elsewhere = flat["validation_split"] is not None or flat["validation_data_dir"] is not None
+    if flat["validation_bpd"] and not flat["validation_fraction"] and not elsewhere:
+        raise ConfigError("--validation_bpd needs images that are held out: leave --validation_fraction above 0")
     if not bound and not flat["validation_bpd"]:
         for name in ("decoder", "bin_width"):
             if name in typed and flat[name] is not None:

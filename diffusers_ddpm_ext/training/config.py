@@ -16,9 +16,7 @@ from diffusers_ddpm_ext.training.flags import (
     OPTIONS,
     Parser,
     add_options,
-    checked_names,
     convert,
-    train_flags,
     unknown,
 )
 from diffusers_ddpm_ext.training.folder import check_output_dir
@@ -150,7 +148,7 @@ def parse_train_args(argv: Sequence[str], prog: str = "ddpm-ext train") -> Train
     parser = Parser(prog=prog, usage=f"{prog} [options]", description=HELP_HEAD, epilog=HELP_TAIL)
     parser.add_argument("--config", metavar="FILE", help="YAML file of options, or a recipe: " + ", ".join(recipes()))
     add_options(parser)
-    given = vars(parser.parse_args(checked_names(argv, {*train_flags(), "config"}, words=True)))
+    given = parser.parse_checked(argv, words=True)
     config = given.pop("config")
     typed = {n: convert(OPTIONS[n], pair[1], pair[0]) for n, pair in given.items() if pair is not None}
     layers = [] if config is None else [read_config(config)]

@@ -17,7 +17,7 @@ import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 
 from diffusers_ddpm_ext.conditioning import COORDINATES, NEEDS, Conditions, Join
-from diffusers_ddpm_ext.objective_checks import LEARNED_VARIANCES
+from diffusers_ddpm_ext.reverse import LEARNED_VARIANCES
 from diffusers_ddpm_ext.training import keys
 from diffusers_ddpm_ext.training.columns import Columns
 from diffusers_ddpm_ext.training.errors import ConfigError

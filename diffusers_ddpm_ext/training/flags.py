@@ -253,6 +253,22 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=_Help, add_help=False, **kwargs)
         self.add_argument("-h", "--help", action="help", help="Show this and stop.")
 
+    def parse_checked(self, argv: Sequence[str], *, words: bool = False) -> dict[str, Any]:
+        """Parse a command line whose flags are first looked up among this parser's own; see `checked_names`.
+
+        Args:
+            argv: the arguments.
+            words: whether other programs' words for a training run are answered.
+
+        Returns:
+            What was given, by name.
+
+        Raises:
+            ConfigError: a flag does not exist, or a value does not fit.
+        """
+        known = [name[2:] for action in self._actions for name in action.option_strings if name.startswith("--")]
+        return vars(self.parse_args(checked_names(argv, known, words=words)))
+
     def error(self, message: str) -> NoReturn:
         """Refuse the command line.
 
@@ -336,14 +352,6 @@ _METAVARS: dict[Any, str] = {
     tuple[float, ...]: "JSON|FILE",
     tuple[str, ...]: "TEXT",
 }
-
-
-def train_flags(only: Sequence[str] | None = None) -> set[str]:
-    """Every flag that `add_options` makes, without dashes."""
-    flags = {*CANONICAL, *SWITCHES}
-    if only is None:
-        return flags
-    return {flag for flag in flags if OPTIONS[CANONICAL[flag.removeprefix("no_")]].section in only}
 
 
 def checked_names(argv: Sequence[str], known: Iterable[str], *, words: bool = False) -> list[str]:

@@ -365,7 +365,7 @@ class ValidationOptions:
         "Measure val/bpd too, the variational bound in bits per dimension, which can be monitored. All T steps of an"
         " image cost T calls of the network; each image draws --validation_bpd_steps of them.",
     )
-    validation_bpd_steps: int = option(10, "Steps of each image that --validation_bpd looks at; at most T.", low=1)
+    validation_bpd_steps: int = option(10, "Steps of each image that --validation_bpd looks at; at most T.", low=2)
     validation_max_images: int | None = option(1000, "Validate on at most so many images.", low=1)
     eval_batch_size: int = option(16, "Images at a time in validation and previews.", low=1)
 

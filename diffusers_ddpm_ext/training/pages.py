@@ -23,12 +23,11 @@ class Pages:
         folder: where they go.
         fingerprint: of what is measured; pages of anything else are not read.
         workers: whose share they are.
-        batches: of all processes.
     """
 
-    def __init__(self, folder: Path, fingerprint: str, workers: Workers, batches: int) -> None:
+    def __init__(self, folder: Path, fingerprint: str, workers: Workers) -> None:
         self.path = folder / f".rows-{workers.rank}-of-{workers.world}.safetensors"
-        self.fingerprint, self.batches = fingerprint, batches
+        self.fingerprint = fingerprint
         self.values: dict[str, Tensor] = {}
         self.saved = time.monotonic()
         self._read()

@@ -47,7 +47,7 @@ def validation_bpd(run: Run, images: ImageSet) -> float:
     """
     options, objective, task = run.config.validation, run.config.objective, run.parts
     chain = len(task.scheduler.kept)
-    strata = Strata.of(task.scheduler.kept, min(chain, max(2, options.validation_bpd_steps)))
+    strata = Strata.of(task.scheduler.kept, min(chain, options.validation_bpd_steps))
     used = min(len(images), options.validation_max_images or len(images))
     what = Measure(
         task.scheduler,
