@@ -9,8 +9,9 @@ Source: [DDPM] Ho et al. 2020, algorithm 2.
 from __future__ import annotations
 
 import inspect
+import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -24,11 +25,13 @@ from torch import Tensor
 
 from diffusers_ddpm_ext.conditioning import NEEDS, Join
 from diffusers_ddpm_ext.guidance import Given, Labels, Model, make_guidance
-from diffusers_ddpm_ext.layout import reads_variance
 from diffusers_ddpm_ext.pipeline_files import PipelineFiles
 from diffusers_ddpm_ext.reverse import LEARNED_VARIANCES
+from diffusers_ddpm_ext.samplers import Sampler, find_sampler, tempered
 from diffusers_ddpm_ext.scheduler import DDPMExtScheduler
 from diffusers_ddpm_ext.unet import UNet2DExtModel
+
+logger = logging.getLogger(__name__)
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -59,14 +62,15 @@ class DDPMExtPipeline(PipelineFiles):
             that is fed concatenated inputs becomes a `UNet2DExtModel`, which stock Diffusers refuses: it would sample
             it without them, and without an error.
         scheduler: any Diffusers scheduler. A plain ``DDPMScheduler`` becomes a `DDPMExtScheduler` with its config,
-            here and whenever one is assigned to ``pipeline.scheduler``; other classes stay what they are.
+            here and whenever one is assigned to ``pipeline.scheduler``; other classes stay what they are, and the
+            network's output is said in their words (`diffusers_ddpm_ext.samplers`).
         conditioning_key: how conditions reach the network (`diffusers_ddpm_ext.conditioning`); None: there are none.
         use_positional_encodings: whether the network's last two input channels are the pixels' coordinates.
         null_class_label: the class that stands for none, in guidance.
     """
 
     model_cpu_offload_seq = "unet"
-    _callback_tensor_inputs: ClassVar[list[str]] = ["latents", "model_output"]
+    _callback_tensor_inputs: ClassVar[list[str]] = ["latents", "model_output", "model_input"]
 
     def __init__(
         self,
@@ -80,6 +84,7 @@ class DDPMExtPipeline(PipelineFiles):
         self._logvar: Tensor | None = None
         self._class_embedder: Tensor | None = None
         self._num_timesteps = 0
+        self._num_network_calls = 0
         self._interrupt = False
         self._join = Join(conditioning_key, use_positional_encodings)
         scheduler = as_ours(scheduler)
@@ -97,7 +102,10 @@ class DDPMExtPipeline(PipelineFiles):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Assign, and turn a stock scheduler into ours on the way."""
-        super().__setattr__(name, as_ours(value) if name == "scheduler" else value)
+        value = as_ours(value) if name == "scheduler" else value
+        super().__setattr__(name, value)
+        if name == "scheduler" and isinstance(value, DDPMExtScheduler):
+            self._trained_scheduler = value
 
     # ------------------------------------------------------------------ what it knows
 
@@ -148,9 +156,24 @@ class DDPMExtPipeline(PipelineFiles):
         return model.num_classes if by_class else None
 
     @property
+    def trained_scheduler(self) -> DDPMExtScheduler:
+        """A scheduler of ours with the schedule that the network was trained with, and what it predicts.
+
+        It is the last of ours that was assigned to ``scheduler`` (a folder's own, when ``from_pretrained`` is handed
+        another), and else what ``scheduler``'s config says.
+        """
+        known: DDPMExtScheduler | None = self.__dict__.get("_trained_scheduler")
+        return DDPMExtScheduler.from_config(self.scheduler.config) if known is None else known
+
+    @property
     def num_timesteps(self) -> int:
         """Number of steps of the last call."""
         return self._num_timesteps
+
+    @property
+    def num_network_calls(self) -> int:
+        """How often the last call asked the network: for many samplers more often than ``num_inference_steps``."""
+        return self._num_network_calls
 
     @property
     def interrupt(self) -> bool:
@@ -182,6 +205,8 @@ class DDPMExtPipeline(PipelineFiles):
         negative_concat_inputs: Tensor | Sequence[Tensor] | None = None,
         negative_encoder_hidden_states: Tensor | Sequence[Tensor] | None = None,
         optimal_timesteps: bool = False,
+        eta: float | None = None,
+        step_kwargs: Mapping[str, Any] | None = None,
     ) -> DDPMExtPipelineOutput | tuple[Any, ...]:
         """Draw a batch of images.
 
@@ -195,10 +220,11 @@ class DDPMExtPipeline(PipelineFiles):
             log_every_t: with n, the output also carries ``intermediates`` and ``pred_x0`` for each kept step i,
                 counted from K - 1 down to 0, with ``i % n == 0`` or ``i == K - 1`` (CompVis' ``log_every_t``).
             temperature: factor on the noise of each step, not on the starting noise (CompVis' ``temperature``). Other
-                values than 1 need a `DDPMExtScheduler`.
+                values than 1 need a scheduler whose ``step`` takes ``variance_noise`` and adds it.
             callback_on_step_end: called as ``callback(pipeline, i, t, tensors)`` after each step, i counting up from
                 0; ``latents`` in the dict it returns replaces the sample.
-            callback_on_step_end_tensor_inputs: which tensors it gets: "latents" (the sample), "model_output".
+            callback_on_step_end_tensor_inputs: which tensors it gets: "latents" (the sample), "model_output" (as
+                ``step`` got it), "model_input" (the sample as the network saw it).
             latents: the starting noise, (batch_size, C, H, W), standard normal, instead of a drawn one.
             timesteps: the steps to keep, descending, instead of ``num_inference_steps``.
             class_labels: a class for all images or one an image; floating, (B, width), for a projected embedding. With
@@ -213,17 +239,28 @@ class DDPMExtPipeline(PipelineFiles):
             negative_encoder_hidden_states: in place of zeros, or of the null class.
             optimal_timesteps: take the K steps that `ddpm-ext fit-variance` found best for the bound, which the
                 scheduler's config holds, instead of evenly spaced ones.
+            eta: for schedulers whose ``step`` has it: 0 is deterministic, 1 as noisy as DDPM.
+            step_kwargs: further arguments of the scheduler's ``step``, by name (``s_noise``, ``s_churn``, ...).
 
         Returns:
             `DDPMExtPipelineOutput`, or a tuple whose first entry is the images.
 
         Raises:
-            ValueError: an argument is out of its range, the model does not fit, or the samples are not finite.
+            ValueError: an argument is out of its range, the model does not fit, the scheduler cannot sample it, or
+                the samples are not finite.
         """
         given = Given(class_labels, concat_inputs, encoder_hidden_states)
         batch_size = given.batch if batch_size == 1 else batch_size
         self._check_call(batch_size, output_type, log_every_t, temperature)
         generator = _check_generators(generator, batch_size)
+        step_kwargs = dict(step_kwargs or {}) | ({} if eta is None else {"eta": eta})
+        sampler = find_sampler(self.scheduler, self.trained_scheduler, step_kwargs)
+        if temperature != 1.0 and not sampler.is_ours and not tempered(sampler.scheduler, step_kwargs):
+            raise ValueError(
+                f"temperature is {temperature}, but {type(self.scheduler).__name__} takes no noise from outside, or "
+                "adds none. Leave it at 1, or use pipeline.scheduler = "
+                "DDPMExtScheduler.from_config(pipeline.scheduler.config)."
+            )
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         self._check_callback_inputs(callback_on_step_end_tensor_inputs)
@@ -234,31 +271,39 @@ class DDPMExtPipeline(PipelineFiles):
         denoise = make_guidance(
             self._model(device), given, negative, batch_size, float(guidance_scale), guidance_interval
         )
-        steps = self._set_timesteps(num_inference_steps, timesteps, device, optimal_timesteps)
-        sample = self._start(shape, generator, latents, device)
+        steps = self._set_timesteps(sampler, num_inference_steps, timesteps, device, optimal_timesteps)
+        late = sampler.begins_late()
+        if late:
+            logger.warning(late)
+        sample = self._start(shape, generator, latents, sampler, device)
+        sampler = sampler.seeded(generator)
         record = _Record(log_every_t, len(steps), sample)
-        accepts_generator = "generator" in inspect.signature(self.scheduler.step).parameters
-        step_kwargs: dict[str, Any] = {"generator": generator} if accepts_generator else {}
-        self._num_timesteps, self._interrupt = len(steps), False
+        accepts_generator = "generator" in inspect.signature(sampler.scheduler.step).parameters
+        if accepts_generator and temperature == 1.0:
+            step_kwargs["generator"] = generator
+        self._num_timesteps, self._num_network_calls, self._interrupt = len(steps), 0, False
         network_dtype = self.unet.dtype
         # As ints, the steps cost our scheduler no read from the device.
-        step_arguments = steps.tolist() if isinstance(self.scheduler, DDPMExtScheduler) else steps
+        step_arguments = steps.tolist() if sampler.is_ours else steps
 
         for i, t in enumerate(self.progress_bar(steps)):
-            model_input = self.scheduler.scale_model_input(sample, t)
-            model_output = denoise(model_input.to(network_dtype), t).to(sample.dtype)
+            scale = sampler.scale(t)
+            model_input = sampler.scheduler.scale_model_input(sample, t)
+            model_output = denoise(model_input.to(network_dtype), sampler.network_time(scale, t)).to(sample.dtype)
+            self._num_network_calls += 1
             if i == 0:
                 _check_finite(model_output, "the model's first output")
-            model_output = self._drop_unread_variance(model_output, sample)
+                self._check_channels(model_output, sample)
+            model_output = sampler.translate(model_output, model_input, scale, t)
             if temperature != 1.0:
                 step_kwargs["variance_noise"] = None
                 if step_arguments[i] != 0:  # at 0 the scheduler draws nothing either
                     noise = randn_tensor(sample.shape, generator=generator, device=device, dtype=sample.dtype)
                     step_kwargs["variance_noise"] = noise.mul_(temperature)
-            result = self.scheduler.step(model_output, step_arguments[i], sample, **step_kwargs)
+            result = sampler.scheduler.step(model_output, step_arguments[i], sample, **step_kwargs)
             sample = result.prev_sample
             if callback_on_step_end is not None:
-                tensors = {"latents": sample, "model_output": model_output}
+                tensors = {"latents": sample, "model_output": model_output, "model_input": model_input}
                 chosen = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
                 sample = (callback_on_step_end(self, i, t, chosen) or {}).get("latents", sample)
             record.add(i, sample, result)
@@ -299,11 +344,6 @@ class DDPMExtPipeline(PipelineFiles):
             raise ValueError(f"log_every_t is {log_every_t}; it must be 1 or more, or None for no intermediates.")
         if not (math.isfinite(temperature) and temperature >= 0):
             raise ValueError(f"temperature is {temperature}; it must be a finite number, 0 or more.")
-        if temperature != 1.0 and not isinstance(self.scheduler, DDPMExtScheduler):
-            raise ValueError(
-                f"temperature is {temperature}, but {type(self.scheduler).__name__} draws its own noise. Leave it at "
-                "1, or use pipeline.scheduler = DDPMExtScheduler.from_config(pipeline.scheduler.config)."
-            )
 
     def _check_callback_inputs(self, names: Iterable[str]) -> None:
         unknown = [name for name in names if name not in self._callback_tensor_inputs]
@@ -330,34 +370,44 @@ class DDPMExtPipeline(PipelineFiles):
         return batch_size, channels, height, width
 
     def _set_timesteps(
-        self, count: int | None, timesteps: Sequence[int] | None, device: torch.device, optimal: bool
+        self,
+        sampler: Sampler,
+        count: int | None,
+        timesteps: Sequence[int] | None,
+        device: torch.device,
+        optimal: bool,
     ) -> Tensor:
-        if optimal and (count is None or timesteps is not None or not isinstance(self.scheduler, DDPMExtScheduler)):
+        scheduler = sampler.scheduler
+        if optimal and (count is None or timesteps is not None or not sampler.is_ours):
             raise ValueError(
                 "optimal_timesteps needs num_inference_steps (without timesteps) and a DDPMExtScheduler, whose config "
-                f"holds them; this is a {type(self.scheduler).__name__}."
+                f"holds them; this is a {type(scheduler).__name__}."
             )
+        chosen: dict[str, Any] = {"num_inference_steps": count}
         if optimal:
-            self.scheduler.set_timesteps(count, device=device, optimal=True)
+            chosen["optimal"] = True
         elif timesteps is not None:
             if count is not None:
                 raise ValueError("num_inference_steps and timesteps both say which steps to take; give one of them.")
-            if "timesteps" not in inspect.signature(self.scheduler.set_timesteps).parameters:
-                name = type(self.scheduler).__name__
+            if "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
+                name = type(scheduler).__name__
                 raise ValueError(f"timesteps is given, but {name} takes only num_inference_steps.")
-            self.scheduler.set_timesteps(timesteps=[int(t) for t in timesteps], device=device)
+            chosen = {"timesteps": [int(t) for t in timesteps]}
         else:
-            count = self.scheduler.config.num_train_timesteps if count is None else count
+            count = scheduler.config.num_train_timesteps if count is None else count
             if count < 1:
                 raise ValueError(f"num_inference_steps is {count}; it must be 1 or more, or None for all steps.")
-            self.scheduler.set_timesteps(count, device=device)
-        return self.scheduler.timesteps
+            chosen["num_inference_steps"] = count
+        for each in dict.fromkeys((self.scheduler, scheduler)):  # what a callback reads is that of the call, too
+            each.set_timesteps(**chosen, device=device)
+        return scheduler.timesteps
 
     def _start(
         self,
         shape: tuple[int, int, int, int],
         generator: torch.Generator | list[torch.Generator] | None,
         latents: Tensor | None,
+        sampler: Sampler,
         device: torch.device,
     ) -> Tensor:
         """x_T. The sample is never below float32: only the network runs in half precision."""
@@ -366,21 +416,17 @@ class DDPMExtPipeline(PipelineFiles):
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         elif latents.shape != shape:
             raise ValueError(f"latents has shape {tuple(latents.shape)}; batch_size and the model ask for {shape}.")
-        return latents.to(device=device, dtype=dtype) * self.scheduler.init_noise_sigma
+        return latents.to(device=device, dtype=dtype) * sampler.scheduler.init_noise_sigma
 
-    def _drop_unread_variance(self, model_output: Tensor, sample: Tensor) -> Tensor:
-        """Keep the half of the channels that the scheduler reads."""
+    def _check_channels(self, model_output: Tensor, sample: Tensor) -> None:
         channels, made = sample.shape[1], model_output.shape[1]
-        learned = self.scheduler.config.get("variance_type") in LEARNED_VARIANCES
-        if made == channels or (learned and made == 2 * channels and reads_variance(self.scheduler)):
-            return model_output
-        if learned and made == 2 * channels:
-            return model_output[:, :channels]
-        raise ValueError(
-            f"The model makes {made} channels of {channels}. An unconditional model makes as many as it takes, or "
-            f"twice as many when the scheduler's variance_type is one of {', '.join(LEARNED_VARIANCES)} (here: "
-            f"{self.scheduler.config.get('variance_type')})."
-        )
+        learned = self.trained_scheduler.config.variance_type in LEARNED_VARIANCES
+        if made != channels and not (learned and made == 2 * channels):
+            raise ValueError(
+                f"The model makes {made} channels of {channels}. An unconditional model makes as many as it takes, or "
+                f"twice as many when the scheduler's variance_type is one of {', '.join(LEARNED_VARIANCES)} (here: "
+                f"{self.scheduler.config.get('variance_type')})."
+            )
 
     def _as_images(self, sample: Tensor, output_type: str | None) -> Any:
         if output_type == "latent":

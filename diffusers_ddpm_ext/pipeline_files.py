@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, SchedulerMixin
 from huggingface_hub import upload_folder
 from torch import Tensor
 
@@ -118,6 +118,13 @@ class PipelineFiles(DiffusionPipeline):
         folder = source if os.path.isdir(source) else os.fspath(cls.download(source, **kwargs))
         pipeline = super().from_pretrained(folder, **kwargs)
         pipeline.register_to_config(_name_or_path=source)
+        if isinstance(kwargs.get("scheduler"), SchedulerMixin):
+            names = ("cache_dir", "token", "local_files_only")
+            hub: dict[str, Any] = {name: kwargs[name] for name in names if name in kwargs}
+            if folder != source:
+                hub["revision"] = Path(folder).name
+            config = DDPMExtScheduler.load_config(source, subfolder="scheduler", **hub)
+            pipeline._trained_scheduler = DDPMExtScheduler.from_config(config)
         # Stock Diffusers may have cached a repository's table without its config: to us that is none (and was logged).
         if folder == source or has_logvar(folder):
             pipeline.logvar = load_logvar(folder)

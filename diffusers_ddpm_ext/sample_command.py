@@ -2,33 +2,43 @@
 
 from __future__ import annotations
 
+import difflib
+import hashlib
+import inspect
+import json
 import math
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusers_ddpm_ext.opening import check_dtype, check_folder, find_device, open_pipeline
+from diffusers_ddpm_ext.quiet import quiet
 from diffusers_ddpm_ext.training.errors import ConfigError
 from diffusers_ddpm_ext.training.flags import Parser
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
+    from diffusers_ddpm_ext.sample_files import OneFile, PngFolder
 
-    Pixels = npt.NDArray[np.float32]
-
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+FILES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".npy", ".npz")
+OTHER_STEPS = 50
 HEAD = "Draw images from a trained pipeline: a folder of ours or of Diffusers' DDPMPipeline, or a Hub id."
 TAIL = """examples:
   ddpm-ext sample runs/digits
-  ddpm-ext sample runs/digits --num_images 100 --num_inference_steps 250 --out grid.png
-  ddpm-ext sample runs/digits --num_images 1000 --out samples.npy     float32 (N, height, width, channels) in [0, 1]
+  ddpm-ext sample runs/digits --scheduler DPMSolverMultistepScheduler --num_inference_steps 25 --num_images 64
+  ddpm-ext sample runs/digits --out samples --num_images 1000          samples/00000.png, ...
+  ddpm-ext sample runs/digits --out samples.npz --num_images 1000      uint8 (N, height, width, channels), as arr_0
+  ddpm-ext sample runs/digits --out samples.npy                        float32, the same in [0, 1]
+  ddpm-ext sample runs/digits --out video.gif --num_images 9           from noise to images
   ddpm-ext sample google/ddpm-cifar10-32 --device cuda --dtype bfloat16
   ddpm-ext sample runs/classes --class_labels 3 --guidance_scale 2     the class of all images, or several in turn
+  accelerate launch -m diffusers_ddpm_ext sample runs/digits --num_images 50000 --out samples     on all devices
 
-Image i follows from the seed and from i alone: it is the same whatever --num_images and --batch_size."""
+Image i follows from the seed and from i alone: it is the same whatever --num_images, --batch_size and the number of
+processes. The same line again goes on where it was cut off."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +61,16 @@ class SampleOptions:
     encoder_hidden_states: Path | None = None
     guidance_scale: float = 1.0
     guidance_interval: tuple[float, float] | None = None
+    scheduler: str | None = None
+    scheduler_args: dict[str, Any] = field(default_factory=dict)
+    step_args: dict[str, Any] = field(default_factory=dict)
+    eta: float | None = None
+    optimal_timesteps: bool = False
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether ``out`` is a folder of PNG files."""
+        return not self.out.suffix
 
 
 def parse_sample_args(argv: Sequence[str], prog: str = "ddpm-ext sample") -> SampleOptions:
@@ -72,16 +92,36 @@ def parse_sample_args(argv: Sequence[str], prog: str = "ddpm-ext sample") -> Sam
     parser.add_argument("--num_images", type=int, default=16, metavar="N", help="How many (default: 16).")
     parser.add_argument(
         "--out",
-        metavar="FILE",
-        help="A grid (.png, .jpg, .webp) or an array (.npy) (default: samples-seed<SEED>.png in FOLDER).",
+        metavar="PATH",
+        help="A grid (.png, .jpg, .webp), a video from noise to images (.gif), an array (.npy, .npz), or, without an"
+        " ending, a folder of PNG files (default: samples-seed<SEED>.png in FOLDER).",
     )
     parser.add_argument("--individual", metavar="DIR", help="Also write every image as DIR/00000.png, ...")
+    parser.add_argument(
+        "--scheduler",
+        metavar="NAME",
+        help="A Diffusers scheduler by its class, e.g. DPMSolverMultistepScheduler (default: the folder's).",
+    )
+    parser.add_argument(
+        "--scheduler_args",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="Of its configuration, e.g. use_karras_sigmas=true timestep_spacing=trailing.",
+    )
+    parser.add_argument(
+        "--step_args", nargs="+", default=[], metavar="KEY=VALUE", help="Of its step, e.g. s_noise=1.003."
+    )
+    parser.add_argument("--eta", type=float, metavar="X", help="Noise of DDIM: 0 is none, 1 that of DDPM.")
+    parser.add_argument(
+        "--optimal_timesteps", action="store_true", help="Take the steps that `ddpm-ext fit-variance` found best."
+    )
     parser.add_argument(
         "--num_inference_steps",
         "--ddpm_num_inference_steps",
         type=int,
         metavar="K",
-        help="Sampling steps, at most T (default: all T).",
+        help=f"Sampling steps, at most T (default: all T, and {OTHER_STEPS} with --scheduler).",
     )
     parser.add_argument("--batch_size", type=int, default=64, metavar="N", help="Images at a time (default: 64).")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="(default: 0)")
@@ -129,6 +169,10 @@ def parse_sample_args(argv: Sequence[str], prog: str = "ddpm-ext sample") -> Sam
         given[name] = None if given[name] is None else tuple(given[name])
     for name in ("concat_inputs", "encoder_hidden_states"):
         given[name] = None if given[name] is None else Path(given[name])
+    for name in ("scheduler_args", "step_args"):
+        given[name] = dict(_pair(name, text) for text in given[name])
+    if given["scheduler"] is not None and given["num_inference_steps"] is None:
+        given["num_inference_steps"] = OTHER_STEPS
     options = SampleOptions(out=out, individual=Path(individual) if individual else None, **given)
     _check_numbers(options)
     check_folder(options.folder)
@@ -141,6 +185,17 @@ def _default_out(folder: str, seed: int) -> Path:
     return Path(folder) / name if Path(folder).is_dir() else Path(f"{Path(folder).name}-{name}")
 
 
+def _pair(option: str, text: str) -> tuple[str, Any]:
+    """KEY=VALUE, with numbers, true, false and null as such."""
+    key, equals, value = text.partition("=")
+    if not (equals and key.isidentifier()):
+        raise ConfigError(f"--{option} {text!r} is not KEY=VALUE, e.g. timestep_spacing=trailing")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value
+
+
 def _check_numbers(options: SampleOptions) -> None:
     for name, low in (("num_images", 1), ("batch_size", 1), ("num_inference_steps", 1), ("seed", 0)):
         value = getattr(options, name)
@@ -150,6 +205,10 @@ def _check_numbers(options: SampleOptions) -> None:
         raise ConfigError(f"--temperature must be at least 0, got {options.temperature}")
     if not math.isfinite(options.guidance_scale):
         raise ConfigError(f"--guidance_scale must be a finite number, got {options.guidance_scale}")
+    if options.eta is not None and not 0 <= options.eta < math.inf:
+        raise ConfigError(f"--eta must be at least 0, got {options.eta}")
+    if options.optimal_timesteps and options.num_inference_steps is None:
+        raise ConfigError("--optimal_timesteps needs --num_inference_steps: how many of them")
     for name in ("concat_inputs", "encoder_hidden_states"):
         path = getattr(options, name)
         if path is not None and (path.suffix != ".npy" or not path.is_file()):
@@ -159,9 +218,14 @@ def _check_numbers(options: SampleOptions) -> None:
 
 def _check_places(options: SampleOptions) -> None:
     out, individual = options.out, options.individual
-    if out.suffix.lower() not in (*PICTURES, ".npy"):
-        raise ConfigError(f"--out {out} must end in one of {', '.join((*PICTURES, '.npy'))}")
-    if out.is_dir():
+    if out.suffix.lower() not in ("", *FILES):
+        raise ConfigError(f"--out {out} must end in one of {', '.join(FILES)}, or in nothing for a folder")
+    if options.is_folder:
+        if out.is_file():
+            raise ConfigError(f"--out {out} is a file: name a folder, or end it in one of {', '.join(FILES)}")
+        if individual is not None:
+            raise ConfigError("--individual has no effect where --out is a folder: leave it out")
+    elif out.is_dir():
         raise ConfigError(f"--out {out} is a folder: name a file")
     if not out.absolute().parent.is_dir():
         raise ConfigError(f"--out {out} lies in a folder that does not exist: make it first")
@@ -181,56 +245,199 @@ def sample(options: SampleOptions) -> str:
         options: what was asked for.
 
     Returns:
-        One line that says what was written where.
+        One line that says what was written where; nothing in other processes than the first.
 
     Raises:
         ConfigError: the pipeline cannot be opened, or does not take these options.
     """
-    import numpy as np
-
+    rank, world, device, wait = _workers(options)
     asked = f"--variant {options.variant}"
-    pipeline = open_pipeline(options.folder, options.variant, find_device(options.device), options.dtype, asked)
+    pipeline = open_pipeline(options.folder, options.variant, device, options.dtype, asked)
+    _set_scheduler(pipeline, options)
+    conditions = _conditions(pipeline, options)
+    store = _store(pipeline, options)
     try:
-        images = np.concatenate(list(_batches(pipeline, options)))
+        calls = _check_sampler(pipeline, options)
+        if rank == 0:
+            store.open()
+        wait()
+        missing = [index for index in range(options.num_images) if not store.has(index)]
+        if rank == 0 and len(missing) < options.num_images:
+            there = options.num_images - len(missing)
+            sys.stderr.write(f"{there} of {options.num_images} images are there already; going on\n")
+        wait()
+        _draw(pipeline, options, conditions, store, missing[rank::world], calls, rank == 0)
+        wait()
+        if rank:
+            return ""
+        store.finish(options.num_images)
+    except ConfigError:
+        raise
     except ValueError as error:
         raise ConfigError(f"{options.folder}: {error}") from None
-    count, height, width, channels = images.shape
-    try:
-        _write(images, options)
     except OSError as error:
         raise ConfigError(f"cannot write {error.filename or options.out}: {error.strerror or error}") from None
+    size = pipeline.unet.config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
     beside = f" and, one by one, to {options.individual}" if options.individual else ""
-    return f"{count} images of {height}x{width}x{channels} written to {options.out}{beside}"
+    return (
+        f"{options.num_images} images of {height}x{width}x{pipeline.channels} written to {options.out}{beside} "
+        f"({calls} calls of the network each)"
+    )
 
 
-def _batches(pipeline: Any, options: SampleOptions) -> Iterator[Pixels]:
+def _workers(options: SampleOptions) -> tuple[int, int, Any, Callable[[], None]]:
+    """Number of this process, number of all, its device, and how it waits for the others."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return 0, 1, find_device(options.device), lambda: None
+    from accelerate import PartialState
+
+    state = PartialState(cpu=options.device == "cpu")
+    device = state.device if options.device is None else find_device(options.device)
+    return state.process_index, state.num_processes, device, state.wait_for_everyone
+
+
+def _is_scheduler(kind: Any) -> bool:
+    """Whether it is a class of schedulers, or what stands for one whose packages are missing."""
+    from diffusers import SchedulerMixin
+
+    backends = getattr(kind, "_backends", None)
+    return isinstance(kind, type) and (issubclass(kind, SchedulerMixin) or backends is not None)
+
+
+def _set_scheduler(pipeline: Any, options: SampleOptions) -> None:
+    """Swap the scheduler, by the name of its class."""
+    import diffusers
+
+    name = options.scheduler
+    if name is None and not options.scheduler_args:
+        return
+    kind: Any = type(pipeline.scheduler) if name is None else getattr(diffusers, name, None)
+    if not _is_scheduler(kind):
+        known = sorted({each.__name__ for each in pipeline.trained_scheduler.compatibles} | {"DDPMExtScheduler"})
+        near = difflib.get_close_matches(name or "", known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"it is one of {', '.join(known)}"
+        raise ConfigError(f"--scheduler {name} is no scheduler of Diffusers: {hint}")
+    takes = [key for key in inspect.signature(kind.__init__).parameters if key not in ("self", "args", "kwargs")]
+    for key in options.scheduler_args:
+        if key not in takes and takes:
+            raise ConfigError(f"--scheduler_args {key}: {kind.__name__} takes {', '.join(takes)}")
+    try:
+        with quiet():
+            pipeline.scheduler = kind.from_config(pipeline.scheduler.config, **options.scheduler_args)
+    except ImportError:
+        needed = " and ".join(module for module in kind._backends if find_spec(module) is None)
+        raise ConfigError(f"--scheduler {name} needs {needed}: pip install {needed}") from None
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"--scheduler {kind.__name__}: {error}") from None
+
+
+def _check_sampler(pipeline: Any, options: SampleOptions) -> int:
+    """Refuse before anything is written what the pipeline would refuse at its first step.
+
+    Returns:
+        Number of calls of the network for an image.
+    """
+    from diffusers_ddpm_ext.samplers import find_sampler
+
+    step_args = options.step_args | ({} if options.eta is None else {"eta": options.eta})
+    with quiet():
+        sampler = find_sampler(pipeline.scheduler, pipeline.trained_scheduler, step_args)
+    known = {"optimal": True} if options.optimal_timesteps else {}
+    if known and not sampler.is_ours:
+        raise ConfigError(f"--optimal_timesteps needs DDPMExtScheduler; this is a {type(pipeline.scheduler).__name__}")
+    steps = options.num_inference_steps or pipeline.scheduler.config.num_train_timesteps
+    sampler.scheduler.set_timesteps(steps, **known)
+    return len(sampler.scheduler.timesteps)
+
+
+def _store(pipeline: Any, options: SampleOptions) -> OneFile | PngFolder:
+    """Where images go, and what they follow from."""
+    from diffusers_ddpm_ext.sample_files import OneFile, PngFolder
+
+    places = ("out", "individual", "num_images", "batch_size", "device")
+    settings: dict[str, Any] = {name: value for name, value in vars(options).items() if name not in places}
+    settings["scheduler"] = type(pipeline.scheduler).__name__
+    for name in ("concat_inputs", "encoder_hidden_states"):
+        path = getattr(options, name)
+        settings[name] = None if path is None else hashlib.sha256(path.read_bytes()).hexdigest()
+    settings["model"] = _fingerprint(pipeline)
+    settings = json.loads(json.dumps(settings))
+    if options.is_folder:
+        return PngFolder(options.out, settings)
+    return OneFile(options.out, settings, options.individual)
+
+
+def _fingerprint(pipeline: Any) -> str:
+    """A few numbers of every weight, and the configurations: other images, other fingerprint."""
+    known = hashlib.sha256(
+        repr([sorted(pipeline.unet.config.items()), sorted(pipeline.trained_scheduler.config.items())]).encode()
+    )
+    for name, weight in pipeline.unet.state_dict().items():
+        known.update(f"{name}{weight.flatten()[:8].float().tolist()}".encode())
+    return known.hexdigest()[:16]
+
+
+def _draw(
+    pipeline: Any,
+    options: SampleOptions,
+    conditions: dict[str, Any],
+    store: OneFile | PngFolder,
+    indices: Sequence[int],
+    steps: int,
+    shows: bool,
+) -> None:
+    """Draw images and put them where they go.
+
+    Args:
+        pipeline: with its scheduler.
+        options: of the command.
+        conditions: to be taken in turn.
+        store: that takes the images.
+        indices: of this process's images.
+        steps: number of calls of the network for each.
+        shows: whether to show a bar.
+    """
+    import numpy as np
     from tqdm import tqdm
 
+    from diffusers_ddpm_ext.sample_files import FRAMES, VIDEO
     from diffusers_ddpm_ext.training.keys import generator
 
-    conditions = _conditions(pipeline, options)
-    starts = range(0, options.num_images, options.batch_size)
-    steps = options.num_inference_steps or pipeline.scheduler.config.num_train_timesteps
+    batches = [indices[start : start + options.batch_size] for start in range(0, len(indices), options.batch_size)]
+    wanted = {round(place * (steps - 1) / max(FRAMES - 2, 1)) for place in range(FRAMES - 1)}
+    films = options.out.suffix.lower() == VIDEO
+    frames: list[Any] = []
 
     def advance(pipe: Any, i: int, t: int, tensors: dict[str, Any]) -> dict[str, Any]:
         bar.update()
-        return tensors
+        if films and i in wanted:
+            frames.append(tensors["model_input"].float().cpu().permute(0, 2, 3, 1).numpy() / 2 + 0.5)
+        return {}
 
-    with tqdm(total=len(starts) * steps, desc="sampling", unit="step", leave=False, disable=None) as bar:
-        for start in starts:
-            indices = range(start, min(start + options.batch_size, options.num_images))
-            output = pipeline(
-                batch_size=len(indices),
-                generator=[generator("sample", options.seed, index) for index in indices],
+    with tqdm(
+        total=len(batches) * steps, desc="sampling", unit="step", leave=False, disable=None if shows else True
+    ) as bar:
+        for batch in batches:
+            frames.clear()
+            images = pipeline(
+                batch_size=len(batch),
+                generator=[generator("sample", options.seed, index) for index in batch],
                 num_inference_steps=options.num_inference_steps,
                 temperature=options.temperature,
                 output_type="np",
                 callback_on_step_end=advance,
+                callback_on_step_end_tensor_inputs=["model_input"] if films else [],
                 guidance_scale=options.guidance_scale,
                 guidance_interval=options.guidance_interval,
-                **{name: value[[index % len(value) for index in indices]] for name, value in conditions.items()},
-            )
-            yield output.images
+                eta=options.eta,
+                step_kwargs=options.step_args,
+                optimal_timesteps=options.optimal_timesteps,
+                **{name: value[[index % len(value) for index in batch]] for name, value in conditions.items()},
+            ).images
+            levels = (np.stack([*frames, images], axis=1).clip(0, 1) * 255).round().astype(np.uint8) if films else None
+            for place, index in enumerate(batch):
+                store.put(index, images[place], None if levels is None else levels[place])
 
 
 def _conditions(pipeline: Any, options: SampleOptions) -> dict[str, Any]:
@@ -254,18 +461,3 @@ def _conditions(pipeline: Any, options: SampleOptions) -> dict[str, Any]:
         classes, null = range(pipeline.num_classes), pipeline.config.get("null_class_label")
         found["class_labels"] = torch.tensor([label for label in classes if label != null])
     return found
-
-
-def _write(images: Pixels, options: SampleOptions) -> None:
-    import numpy as np
-
-    from diffusers_ddpm_ext.plots import save_grid, write_whole
-
-    signed = images.transpose(0, 3, 1, 2) * 2 - 1
-    if options.individual is not None:
-        for index, pixels in enumerate(signed):
-            save_grid(pixels[None], options.individual / f"{index:05d}.png", enlarge=1)
-    if options.out.suffix.lower() == ".npy":
-        write_whole(options.out, lambda file: np.save(file, images.astype(np.float32)))
-    else:
-        save_grid(signed, options.out)

@@ -273,6 +273,28 @@ SAMPLE: dict[str, tuple[list[str], list[str]]] = {
     "picture in no folder": (["pipe", "--out", "no_such/grid.png"], ["--out no_such/grid.png", "does not exist"]),
     "folder for a picture": (["pipe", "--out", "folder.png"], ["--out folder.png", "is a folder"]),
     "pictures among others": (["pipe", "--individual", "photos"], ["--individual photos", "not empty"]),
+    "folder among others": (["pipe", "--out", "photos"], ["--out photos", "not empty"]),
+    "file for a folder": (["pipe", "--out", "plain"], ["--out plain", "is a file"]),
+    "twice one by one": (["pipe", "--out", "new", "--individual", "other"], ["--individual", "no effect"]),
+    "no scheduler": (["pipe", "--scheduler", "DDIMSchedulr"], ["--scheduler DDIMSchedulr", "DDIMScheduler?"]),
+    "a model for a scheduler": (["pipe", "--scheduler", "UNet2DModel"], ["--scheduler UNet2DModel", "DDIMScheduler"]),
+    "scheduler of other models": (["pipe", "--scheduler", "FlowMatchEulerDiscreteScheduler"], ["flow matching"]),
+    "consistency sampler": (["pipe", "--scheduler", "LCMScheduler"], ["LCMScheduler cannot sample"]),
+    "argument of no scheduler": (
+        ["pipe", "--scheduler", "DDIMScheduler", "--scheduler_args", "use_karras_sigmas=true"],
+        ["--scheduler_args use_karras_sigmas", "timestep_spacing"],
+    ),
+    "no pair": (["pipe", "--scheduler_args", "trailing"], ["--scheduler_args 'trailing'", "KEY=VALUE"]),
+    "spacing": (["pipe", "--scheduler_args", "timestep_spacing=wide"], ["timestep_spacing='wide'", "leading"]),
+    "eta of ours": (["pipe", "--eta", "0.5"], ["takes no eta"]),
+    "negative eta": (["pipe", "--eta", "-1"], ["--eta", "at least 0"]),
+    "argument of no step": (["pipe", "--step_args", "order=2"], ["takes no order"]),
+    "best steps of how many": (["pipe", "--optimal_timesteps"], ["--optimal_timesteps", "--num_inference_steps"]),
+    "best steps unknown": (["pipe", "--optimal_timesteps", "--num_inference_steps", "4"], ["none are known"]),
+    "best steps of another": (
+        ["pipe", "--scheduler", "DDIMScheduler", "--optimal_timesteps", "--num_inference_steps", "4"],
+        ["--optimal_timesteps needs DDPMExtScheduler", "DDIMScheduler"],
+    ),
 }
 COMMANDS: dict[str, tuple[list[str], list[str]]] = {
     "no command": ([], ["train", "sample"]),
@@ -311,6 +333,7 @@ def place(tmp_path_factory):
         (root / folder).mkdir()
     (root / "texts" / "a.txt").touch()
     (root / "notes.txt").touch()
+    (root / "plain").touch()
     (root / "unet.json").write_text(json.dumps(UNET))
     (root / "rgb.json").write_text(json.dumps({**UNET, "in_channels": 3, "out_channels": 3}))
     (root / "two.json").write_text(json.dumps({**UNET, "out_channels": 2}))
