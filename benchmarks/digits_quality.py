@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -59,8 +60,33 @@ def frechet(a: np.ndarray, b: np.ndarray) -> float:
     return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
 
 
-def judge(drawn: np.ndarray) -> bool:
-    """Print the comparison with real digits, and say whether it is passed."""
+@dataclass(frozen=True)
+class Quality:
+    """What the classifier says of samples.
+
+    Attributes:
+        confidence: mean probability of the class it chooses, of samples and of real digits.
+        classes: how often it chooses each of the ten, of samples and of real digits.
+        distance: Frechet distance to the first half of the real digits, of samples and of the other half.
+    """
+
+    confidence: tuple[float, float]
+    classes: tuple[list[int], list[int]]
+    distance: tuple[float, float]
+
+    @property
+    def sure(self) -> float:
+        """Confidence of samples over that of real digits."""
+        return self.confidence[0] / self.confidence[1]
+
+    @property
+    def far(self) -> float:
+        """Distance of samples over that of real digits."""
+        return self.distance[0] / self.distance[1]
+
+
+def look_at(drawn: np.ndarray) -> Quality:
+    """Compare samples, rows of 64 values in [0, 1], with real digits."""
     images, labels = load_digits(return_X_y=True)
     order = np.random.default_rng(0).permutation(len(images))
     images, labels = images[order] / 16.0, labels[order]
@@ -68,13 +94,20 @@ def judge(drawn: np.ndarray) -> bool:
     classifier = LogisticRegression(max_iter=5000).fit(images[:half], labels[:half])
     logits = [classifier.decision_function(part) for part in (images[:half], images[half:], drawn)]
     real, ours = (classifier.predict_proba(part) for part in (images[half:], drawn))
-    sure_real, sure_ours = (float(p.max(1).mean()) for p in (real, ours))
-    chosen = np.bincount(ours.argmax(1), minlength=10)
-    far_real, far_ours = frechet(logits[0], logits[1]), frechet(logits[0], logits[2])
-    write(f"confidence  samples {sure_ours:.4f}  real {sure_real:.4f}  ratio {sure_ours / sure_real:.3f}")
-    write(f"classes     samples {chosen.tolist()}  real {np.bincount(real.argmax(1), minlength=10).tolist()}")
-    write(f"Frechet     samples {far_ours:.3f}  real half {far_real:.3f}  ratio {far_ours / far_real:.2f}")
-    return sure_ours >= CONFIDENCE * sure_real and bool(chosen.all()) and far_ours <= DISTANCE * far_real
+    return Quality(
+        (float(ours.max(1).mean()), float(real.max(1).mean())),
+        (np.bincount(ours.argmax(1), minlength=10).tolist(), np.bincount(real.argmax(1), minlength=10).tolist()),
+        (frechet(logits[0], logits[2]), frechet(logits[0], logits[1])),
+    )
+
+
+def judge(drawn: np.ndarray) -> bool:
+    """Print the comparison with real digits, and say whether it is passed."""
+    found = look_at(drawn)
+    write(f"confidence  samples {found.confidence[0]:.4f}  real {found.confidence[1]:.4f}  ratio {found.sure:.3f}")
+    write(f"classes     samples {found.classes[0]}  real {found.classes[1]}")
+    write(f"Frechet     samples {found.distance[0]:.3f}  real half {found.distance[1]:.3f}  ratio {found.far:.2f}")
+    return found.sure >= CONFIDENCE and all(found.classes[0]) and found.far <= DISTANCE
 
 
 def judge_logvar(folder: Path, logvar: torch.Tensor, training: ImageSet) -> None:

@@ -1,0 +1,135 @@
+"""Every compatible Diffusers scheduler on the digits, with at most 50 calls of the network.
+
+    python benchmarks/digits_samplers.py PLAIN_RUN LEARNED_RANGE_RUN [--num_images 500] [--picture FILE]
+
+Both runs predict v. Each sampler draws from both, and is judged as in digits_quality.py. Then the same networks are
+asked to speak of the noise and of the clean sample, and the largest difference of 16 images to those of v is shown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from digits_quality import look_at, write
+from torch import Tensor
+
+from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtScheduler
+from diffusers_ddpm_ext.plots import figure
+from diffusers_ddpm_ext.training import keys
+
+CALLS = 50
+WORDS = {"plain": ("epsilon", "sample"), "learned range": ("epsilon",)}
+
+
+class Speaking(ModelMixin, ConfigMixin):
+    """A network of v that says it as the noise or as the clean sample."""
+
+    def __init__(self, unet: Any, schedule: Any, word: str) -> None:
+        super().__init__()
+        self.unet, self.word = unet, word
+        self._internal_dict = unet.config
+        abar = schedule.alphas_cumprod
+        self.log_sigma = 0.5 * np.log((1 - abar) / abar)
+
+    def forward(self, xt: Tensor, t: Tensor, return_dict: bool = True) -> tuple[Tensor]:
+        """The output in other words; a variance stays what it is."""
+        out = self.unet(xt, t, return_dict=False)[0]
+        v, rest = out[:, : xt.shape[1]], out[:, xt.shape[1] :]
+        sigma = float(np.exp(np.interp(float(t), np.arange(len(self.log_sigma)), self.log_sigma)))
+        root, other = 1 / (1 + sigma**2) ** 0.5, sigma / (1 + sigma**2) ** 0.5
+        said = other * xt + root * v if self.word == "epsilon" else root * xt - other * v
+        return (torch.cat([said, rest], dim=1),)
+
+
+def steps_within(scheduler: Any) -> int:
+    """The most steps that take at most `CALLS` calls."""
+    for steps in range(CALLS, 1, -1):
+        scheduler.set_timesteps(steps)
+        if len(scheduler.timesteps) <= CALLS:
+            return steps
+    raise AssertionError(scheduler)
+
+
+def draw(pipeline: DDPMExtPipeline, count: int, steps: int) -> np.ndarray:
+    """Images (count, 8, 8) in [0, 1]."""
+    parts = []
+    for start in range(0, count, 125):
+        each = [keys.generator("digits_samplers", image) for image in range(start, min(start + 125, count))]
+        parts.append(pipeline(len(each), each, steps, "np").images[..., 0])
+    return np.concatenate(parts)
+
+
+def speaking(pipeline: DDPMExtPipeline, word: str) -> DDPMExtPipeline:
+    """The same pipeline, whose network predicts something else."""
+    scheduler = DDPMExtScheduler.from_config(pipeline.trained_scheduler.config, prediction_type=word)
+    other = DDPMExtPipeline(Speaking(pipeline.unet, scheduler.schedule, word), scheduler)
+    other.set_progress_bar_config(disable=True)
+    return other
+
+
+def main() -> int:
+    """Draw, judge, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("plain", type=Path)
+    parser.add_argument("learned", type=Path)
+    parser.add_argument("--num_images", type=int, default=500)
+    parser.add_argument("--picture", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
+    warnings.filterwarnings("ignore")
+    names = sorted(kind.__name__ for kind in DDPMExtScheduler().compatibles)
+    sheets: dict[str, np.ndarray] = {}
+    write("| scheduler | steps | network calls | network | confidence | classes | Frechet | eps | x0 |")
+    write("|---|---|---|---|---|---|---|---|---|")
+    passed = True
+    for kind, folder in (("plain", arguments.plain), ("learned range", arguments.learned)):
+        pipeline = DDPMExtPipeline.from_pretrained(folder)
+        pipeline.set_progress_bar_config(disable=True)
+        for name in names:
+            pipeline.scheduler = getattr(diffusers, name).from_config(pipeline.trained_scheduler.config)
+            steps = steps_within(pipeline.scheduler)
+            images = draw(pipeline, arguments.num_images, steps)
+            found, apart = look_at(images.reshape(len(images), -1)), []
+            for word in ("epsilon", "sample"):
+                if word not in WORDS[kind]:
+                    apart.append("")
+                    continue
+                other = speaking(pipeline, word)
+                other.scheduler = getattr(diffusers, name).from_config(other.trained_scheduler.config)
+                apart.append(f"{np.abs(draw(other, 16, steps) - images[:16]).max():.0e}")
+            passed &= 0.95 <= found.sure <= 1.05 and all(found.classes[0]) and found.far <= 2
+            write(
+                f"| {name} | {steps} | {pipeline.num_network_calls} | {kind} | {found.sure:.3f} | "
+                f"{sum(map(bool, found.classes[0]))} | {found.far:.2f} | {' | '.join(apart)} |"
+            )
+            sheets[f"{name.removesuffix('Scheduler')}\n{kind}"] = images[:16]
+    if arguments.picture is not None:
+        save_picture(sheets, arguments.picture)
+    return 0 if passed else 1
+
+
+def save_picture(sheets: dict[str, np.ndarray], path: Path) -> None:
+    """One row a sampler: 16 images with the same noise to begin with."""
+    rows = np.concatenate([np.concatenate(list(images), axis=1) for images in sheets.values()])
+
+    def paint(axes: Any) -> None:
+        axes.imshow(rows, cmap="gray", interpolation="nearest", vmin=0, vmax=1)
+        axes.set_xticks([])
+        axes.set_yticks(np.arange(len(sheets)) * 8 + 3.5, [name.replace("\n", ", ") for name in sheets], fontsize=7)
+        axes.get_figure().set_size_inches(8, 0.26 * len(sheets) + 0.4)
+
+    figure(path, paint)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
