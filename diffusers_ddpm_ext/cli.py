@@ -1,4 +1,4 @@
-"""The command line, `ddpm-ext`: `train`, `sample`, `evaluate`, `fit-variance`, `plot`, `convert`, `convert-config`.
+"""The command line, `ddpm-ext`: every command is a module of its own, imported when it is called.
 
 A user's mistake is one `error:` line and status 2; a run that could not go on is one line and status 1. Anything else
 that goes wrong is ours, and shows its traceback.
@@ -27,6 +27,8 @@ commands:
   evaluate         bits per dimension of held-out images, with an interval
   fit-variance     the best reverse variance and the best few steps of a trained network
   plot             schedule, weights, log-variances, bound and chosen steps of a folder, as pictures
+  push             a folder to the Hugging Face Hub, with a model card and a proof of what was pushed
+  verify           a pushed pipeline: are its files whole, does it draw what its card shows
   convert          original checkpoints (CompVis, OpenAI) to pipelines, and back
   convert-config   a CompVis YAML file to a configuration of `ddpm-ext train`
 
@@ -87,6 +89,8 @@ def _dispatch(argv: list[str]) -> int:
         "evaluate": _evaluate,
         "fit-variance": _fit_variance,
         "plot": _plot,
+        "push": _push,
+        "verify": _verify,
     }
     if argv and argv[0] in ("-h", "--help", "help"):
         sys.stdout.write(USAGE)
@@ -140,7 +144,7 @@ def _need(modules: dict[str, str]) -> None:
 def _sample(argv: list[str]) -> None:
     from diffusers_ddpm_ext.sample_command import parse_sample_args, sample
 
-    sys.stdout.write(sample(parse_sample_args(argv)) + "\n")
+    _say(sample(parse_sample_args(argv)))
 
 
 def _convert(argv: list[str]) -> None:
@@ -177,6 +181,18 @@ def _plot(argv: list[str]) -> None:
     options = parse_plot_args(argv)
     _need(TRAIN_MODULES)
     _say(plot(options))
+
+
+def _push(argv: list[str]) -> None:
+    from diffusers_ddpm_ext.push_command import parse_push_args, push
+
+    _say(push(parse_push_args(argv)))
+
+
+def _verify(argv: list[str]) -> None:
+    from diffusers_ddpm_ext.verify_command import parse_verify_args, verify
+
+    _say(verify(parse_verify_args(argv)))
 
 
 def _say(text: str) -> None:

@@ -26,6 +26,25 @@ LARGE_SUFFIXES = (".safetensors", ".bin", ".pt", ".png", ".npz")
 
 
 @dataclass
+class Fault:
+    """What goes wrong: calls whose "METHOD path" matches are answered with a status, dropped, or never answered.
+
+    Attributes:
+        call: regular expression.
+        what: an HTTP status, ``"drop"`` (the connection is closed) or ``"stall"`` (nothing is said until the end).
+        times: how often.
+        message: of the answer.
+        error_code: what the Hub puts into X-Error-Code.
+    """
+
+    call: str
+    what: int | str
+    times: int = 10**9
+    message: str = "a fault"
+    error_code: str = "Fault"
+
+
+@dataclass
 class Commit:
     """One state of a repository: its id, the message it came with, and the oid of every file."""
 
@@ -57,6 +76,11 @@ class Repo:
         return next((commit for commit in self.commits if commit.sha == sha), None)
 
 
+def git_id(content: bytes) -> str:
+    """What git calls a file."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
 class LoopbackHub:
     """The server, its repositories and a log of every call.
 
@@ -72,6 +96,8 @@ class LoopbackHub:
         self.repos: dict[str, Repo] = {}
         self.blobs: dict[str, bytes] = {}
         self.calls: list[str] = []
+        self.faults: list[Fault] = []
+        self.closing = threading.Event()
         self.lock = threading.RLock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self._server.daemon_threads = True
@@ -124,6 +150,7 @@ class LoopbackHub:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        self.closing.set()
         self._server.shutdown()
         self._server.server_close()
         self._thread.join(timeout=5)
@@ -167,8 +194,20 @@ class _Handler(BaseHTTPRequestHandler):
     def _route(self, method: str) -> None:
         path = urlsplit(self.path).path
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        called = f"{self.command} {unquote(path)}"
+        fault = next((f for f in self.hub.faults if f.times > 0 and re.search(f.call, called)), None)
+        if fault is not None:
+            self.hub.calls.append(f"{called} !{fault.what}")
+            fault.times -= 1
+            if fault.what == "stall":
+                self.hub.closing.wait(60)
+            if not isinstance(fault.what, int):
+                self.close_connection = True
+                self.connection.close()
+                return None
+            return self._fail(fault.what, fault.error_code, fault.message)
         with self.hub.lock:
-            self.hub.calls.append(f"{self.command} {unquote(path)}")
+            self.hub.calls.append(called)
             for verb, pattern, name in self.ROUTES:
                 match = re.fullmatch(pattern, path)
                 if verb == method and match:
@@ -240,16 +279,15 @@ class _Handler(BaseHTTPRequestHandler):
         self._json({"errors": [], "warnings": []})
 
     def _preupload(self, body: bytes, repo: str, revision: str) -> None:
-        if not self._may_write() or self._find(repo, revision) is None:
+        found = self._find(repo, revision) if self._may_write() else None
+        if found is None:
             return None
-        files = [
-            {
-                "path": one["path"],
-                "uploadMode": "lfs" if one["path"].endswith(LARGE_SUFFIXES) else "regular",
-                "shouldIgnore": False,
-            }
-            for one in json.loads(body)["files"]
-        ]
+        files = []
+        for one in json.loads(body)["files"]:
+            name, held = one["path"], found[1].files.get(one["path"])
+            mode = "lfs" if name.endswith(LARGE_SUFFIXES) else "regular"
+            oid = None if held is None else held if mode == "lfs" else git_id(self.hub.blobs[held])
+            files.append({"path": name, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
         return self._json({"files": files})
 
     def _lfs_batch(self, body: bytes, repo: str) -> None:
@@ -337,7 +375,7 @@ class _Handler(BaseHTTPRequestHandler):
             if not name.startswith(path):
                 continue
             size = len(self.hub.blobs[oid])
-            entry: dict[str, object] = {"type": "file", "path": name, "size": size, "oid": oid[:40]}
+            entry: dict[str, object] = {"type": "file", "path": name, "size": size, "oid": git_id(self.hub.blobs[oid])}
             if name.endswith(LARGE_SUFFIXES):
                 entry["lfs"] = {"oid": oid, "size": size, "pointerSize": 130}
             entries.append(entry)

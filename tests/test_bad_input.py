@@ -52,7 +52,11 @@ TYPED: dict[str, tuple[list[str], list[str]]] = {
     "no checkpoint stays": (["--checkpoints_total_limit", "0"], ["--checkpoints_total_limit", "at least 1"]),
     "unknown metric": (["--monitor", "val/fid"], ["--monitor val/fid", "val/loss_simple_ema"]),
     "no patience": (["--early_stopping_patience", "0"], ["--early_stopping_patience", "at least 1"]),
-    "publishing to come": (["--push_to_hub"], ["--push_to_hub", "not supported yet"]),
+    "how to publish": (["--hub_strategy", "all"], ["--hub_strategy", "every_save", "checkpoint"]),
+    "two places to go on from": (
+        ["--resume_from_hub", "a/b", "--resume_from_checkpoint", "latest"],
+        ["--resume_from_checkpoint", "--resume_from_hub", "contradict"],
+    ),
     "stock's other average": (["--ema_power", "0.75"], ["--ema_power", "--ema_decay"]),
     "no value": (["--learning_rate"], ["--learning_rate", "argument"]),
     "text for a number": (["--learning_rate", "fast"], ["--learning_rate", "'fast'", "a number"]),

@@ -36,6 +36,7 @@ num_preview_images ddpm_num_inference_steps save_model_epochs
 class_column concat_column context_column conditioning_dropout model_config conditioning_key num_class_embeds
 use_positional_encodings preview_guidance_scale
 ckpt_path ckpt_config ignore_keys load_only_unet reset_ema reset_num_ema_updates make_it_fit
+push_to_hub hub_model_id hub_token hub_private_repo hub_strategy resume_from_hub
 """  # a frozen surface: a name that goes is a user's broken script
 
 # what train_unconditional.py of Diffusers 0.42 says, where it has the option (its EMA is off, ours on)
@@ -72,10 +73,6 @@ STOCK_REFUSED = {
     "ema_inv_gamma": "--ema_decay",
     "ema_power": "--ema_decay",
     "local_rank": "torchrun",
-    "push_to_hub": "not supported yet",
-    "hub_token": "not supported yet",
-    "hub_model_id": "not supported yet",
-    "hub_private_repo": "not supported yet",
     "enable_xformers_memory_efficient_attention": "PyTorch",
     "preserve_input_precision": "not supported yet",
 }

@@ -25,6 +25,7 @@ from diffusers_ddpm_ext.training.options import (
     CheckpointOptions,
     DataOptions,
     EmaOptions,
+    HubOptions,
     LoopOptions,
     ModelOptions,
     MonitorOptions,
@@ -47,10 +48,14 @@ ALTERNATIVES: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("validation_fraction",), ("validation_split",), ("validation_data_dir",)),
     (("model_config_name_or_path",), ("model_config",), MODEL_SIZES),
     (("save_images_epochs",), ("save_images_steps",)),
+    (("resume_from_checkpoint",), ("resume_from_hub",)),
 )
 FOLLOWERS = {"dataset_name": ("dataset_config_name", "image_column")}  # set aside with their leader
 # A written configuration says what a run is, not where it went: repeating it must not write over the first.
-NOT_WRITTEN = ("output_dir", "overwrite_output_dir", "dry_run", "resume_from_checkpoint", "allow_config_change")
+NOT_WRITTEN = (
+    "output_dir", "overwrite_output_dir", "dry_run", "resume_from_checkpoint", "allow_config_change", "hub_token",
+    "resume_from_hub",
+)  # fmt: skip
 EXTRA = "pip install diffusers-ddpm-ext[train]"
 
 HELP_HEAD = """Train a diffusion model on images, and save it as a pipeline that Diffusers opens.
@@ -89,6 +94,7 @@ class TrainConfig:
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     monitoring: MonitorOptions = field(default_factory=MonitorOptions)
     output: OutputOptions = field(default_factory=OutputOptions)
+    hub: HubOptions = field(default_factory=HubOptions)
 
     @classmethod
     def from_flat(cls, options: Mapping[str, Any]) -> TrainConfig:
@@ -107,13 +113,19 @@ class TrainConfig:
         return _resolve([_read_layer(options, "")], typed=set())
 
     @property
+    def resumes(self) -> bool:
+        """Whether the run may go on in a folder that is there."""
+        return self.checkpoint.resume_from_checkpoint is not None or self.hub.resume_from_hub is not None
+
+    @property
     def on_digits(self) -> bool:
         """Whether no data option was given."""
         return self.data.train_data_dir is None and self.data.dataset_name is None
 
     def to_flat_dict(self) -> dict[str, Any]:
         """Every option by name, as trackers and YAML want them: lists for tuples."""
-        flat = {name: getattr(getattr(self, option.section), name) for name, option in OPTIONS.items()}
+        named = [(name, option) for name, option in OPTIONS.items() if name != "hub_token"]
+        flat = {name: getattr(getattr(self, option.section), name) for name, option in named}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in flat.items()}
 
     def write_resolved(self, path: str | os.PathLike[str]) -> None:
@@ -245,6 +257,8 @@ def _read_layer(options: Mapping[str, Any], source: str) -> _Layer:
         if name is None:
             error = unknown(key, [*CANONICAL, *SECTIONS], flag=False)
             raise ConfigError(f"{error} (in {source})" if source else str(error))
+        if name == "hub_token" and source:
+            raise ConfigError(f"{label}: a token does not belong in a file; give HF_TOKEN, or call `hf auth login`")
         if name in read:
             raise ConfigError(f"{label} is given twice: keep one of them")
         read[name] = convert(OPTIONS[name], value, label)
@@ -284,7 +298,7 @@ def _resolve(layers: Sequence[_Layer], typed: set[str]) -> TrainConfig:
     }
     config = TrainConfig(**sections)
     if os.environ.get("RANK", "0") == "0":  # the first process takes the folder; a later one may find it in use
-        check_output_dir(config.output, config.checkpoint.resume_from_checkpoint is not None)
+        check_output_dir(config.output, config.resumes)
     return config
 
 

@@ -437,6 +437,31 @@ class MonitorOptions:
     early_stopping_min_delta: float = option(0.0, "What an improvement must gain, in units of the metric.", low=0)
 
 
+@dataclass(frozen=True)
+class HubOptions:
+    """The run on the Hugging Face Hub."""
+
+    push_to_hub: bool = option(False, "Push the pipeline with a model card; `ddpm-ext push` does it afterwards.")
+    hub_model_id: str | None = option(None, "Name of the repository, or user/name.", unset="the name of --output_dir")
+    hub_token: str | None = option(
+        None,
+        "Of the Hub; never written anywhere, and refused in a file.",
+        unset="HF_TOKEN, or what `hf auth login` has left",
+    )
+    hub_private_repo: bool = option(False, "A repository that is made new is private.")
+    hub_strategy: Literal["end", "every_save", "checkpoint"] = option(
+        "end",
+        "end: push once, at the end. every_save: whenever the pipeline is saved, in the background, too. checkpoint:"
+        " with the newest checkpoint besides, for --resume_from_hub.",
+    )
+    resume_from_hub: str | None = option(
+        None,
+        "Go on from the checkpoint that a run with --hub_strategy checkpoint has pushed last, on a new machine, too:"
+        " user/name.",
+        unset="start afresh",
+    )
+
+
 SECTIONS: dict[str, type] = {
     "data": DataOptions,
     "model": ModelOptions,
@@ -450,4 +475,5 @@ SECTIONS: dict[str, type] = {
     "checkpoint": CheckpointOptions,
     "monitoring": MonitorOptions,
     "output": OutputOptions,
+    "hub": HubOptions,
 }

@@ -79,6 +79,8 @@ def resume(run: Run) -> bool:
         ConfigError: there is no such checkpoint, or it is of another run; in the first process. Nothing is changed.
     """
     wanted = run.config.checkpoint.resume_from_checkpoint
+    if run.config.hub.resume_from_hub is not None:
+        wanted = "latest"
     if wanted is None:
         return True
     accelerator = run.accelerator

@@ -34,6 +34,7 @@ from diffusers_ddpm_ext.training.processes import (
     same_fate,
     sum_over_ranks,
 )
+from diffusers_ddpm_ext.training.publish import Publisher, check_token, fetch_run
 from diffusers_ddpm_ext.training.records import LossMeter
 from diffusers_ddpm_ext.training.report import (
     Disk,
@@ -78,6 +79,7 @@ class Run:
         requests: what signals have asked for.
         meter: losses not read back from the device yet.
         start_is_missing: whether ``ckpt_path`` was not found, which a run that goes on does without.
+        publisher: pushes the folder to the Hub, in the first process where that was asked for.
     """
 
     config: TrainConfig
@@ -101,6 +103,7 @@ class Run:
     requests: Requests = field(default_factory=Requests)
     meter: LossMeter = field(default_factory=LossMeter)
     start_is_missing: bool = False
+    publisher: Publisher | None = None
 
     @property
     def seed(self) -> int:
@@ -188,6 +191,7 @@ def start(config: TrainConfig) -> Run:
     tracker = "none" if loop.dry_run else config.output.report_to
     accelerator = make_accelerator(loop.mixed_precision, loop.gradient_accumulation_steps, tracker)
     with same_fate(accelerator):
+        check_token(config.hub)
         data = load_data(config.data, config.model.conditioning_key, progress=accelerator.is_main_process)
         parts = build_parts(
             config.model,
@@ -424,8 +428,9 @@ def take_folder(run: Run) -> Path:
     names: list[str | None] = [None]
     with same_fate(accelerator):
         if accelerator.is_main_process:
-            resuming = run.config.checkpoint.resume_from_checkpoint is not None
-            folder, run.lock = take_output_dir(run.config.data, run.config.output, resuming)
+            folder, run.lock = take_output_dir(run.config.data, run.config.output, run.config.resumes)
+            if run.config.hub.resume_from_hub is not None:
+                accelerator.print(fetch_run(run.config.hub.resume_from_hub, folder))
             names = [str(folder)]
     broadcast_object_list(names)
     run.folder = Path(str(names[0]))

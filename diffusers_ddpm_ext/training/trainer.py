@@ -6,6 +6,7 @@ steps, and everything random follows from the seed and their number.
 
 from __future__ import annotations
 
+import json
 import math
 import shlex
 import signal
@@ -14,8 +15,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from tqdm.auto import tqdm
 
+from diffusers_ddpm_ext.card import ENVIRONMENT, environment
+from diffusers_ddpm_ext.plots import write_whole
 from diffusers_ddpm_ext.training.clock import Asked, Clock
 from diffusers_ddpm_ext.training.config import TrainConfig
 from diffusers_ddpm_ext.training.errors import Interrupted, RunError, warn
@@ -31,6 +35,7 @@ from diffusers_ddpm_ext.training.keeping import (
 )
 from diffusers_ddpm_ext.training.nonfinite import give_up, recover
 from diffusers_ddpm_ext.training.processes import largest_over_ranks, mean_over_ranks
+from diffusers_ddpm_ext.training.publish import Publisher, take_token
 from diffusers_ddpm_ext.training.records import METRICS, Records, first_nonfinite
 from diffusers_ddpm_ext.training.resume import BEST, resume
 from diffusers_ddpm_ext.training.run import Run, describe, start, take_folder
@@ -57,21 +62,35 @@ def train(config: TrainConfig) -> Path | None:
         SystemExit: a signal asked to stop, with its status; a checkpoint has been written.
     """
     began = time.monotonic()
+    config = take_token(config)
     run = start(config)
     if config.loop.dry_run:
         run.accelerator.print(describe(run))
         end(run)
         return None
     take_folder(run)
+    publisher = open_publisher(run)
     try:
         if resume(run):
             with listening() as run.requests:
                 carry_out(run, began)
+        if publisher is not None:
+            run.accelerator.print(publisher.at_the_end())
     finally:
+        if publisher is not None:
+            publisher.stop()
         if run.lock is not None:
             run.lock.release()
     end(run)
     return run.folder
+
+
+def open_publisher(run: Run) -> Publisher | None:
+    """What pushes the run's folder; None in other processes than the first, and where nobody asked for it."""
+    if not run.accelerator.is_main_process or not run.config.hub.push_to_hub:
+        return None
+    run.publisher = Publisher(run.taken_folder, run.config.hub)
+    return run.publisher
 
 
 def carry_out(run: Run, began: float) -> None:
@@ -87,6 +106,7 @@ def carry_out(run: Run, began: float) -> None:
     """
     if run.accelerator.is_main_process:
         run.config.write_resolved(run.taken_folder / "config.yaml")
+        write_environment(run)
     run.accelerator.print(describe(run))
     records = open_records(run)
     if run.step == 0:
@@ -117,6 +137,23 @@ def end(run: Run) -> None:
         run.accelerator.end_training()
     except Exception as error:  # a tracker that was down, say; the run itself is complete
         warn(f"--report_to {run.config.output.report_to}: {' '.join(f'{type(error).__name__} {error}'.split())}")
+
+
+def write_environment(run: Run) -> None:
+    """Leave versions, device and images in the folder, for the model card."""
+    device, data = run.accelerator.device, run.data
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    facts = environment() | {
+        "device": f"{run.plan.processes} x {name}",
+        "data": {
+            "name": data.description,
+            "train": len(data.train),
+            "validation": 0 if data.validation is None else len(data.validation),
+            "fingerprint": data.fingerprint,
+        },
+    }
+    text = json.dumps(facts, indent=2) + "\n"
+    write_whole(run.taken_folder / ENVIRONMENT, lambda file: file.write(text.encode()))
 
 
 class Halt(Exception):
@@ -177,6 +214,8 @@ def fit(run: Run, records: Records, clock: Clock) -> None:
                 kept = keep(run, records)
                 if kept and applied:
                     run.recoveries = 0
+                if run.publisher is not None and run.publisher.with_checkpoint and run.step < run.plan.steps:
+                    run.publisher.on_the_way(run.step)
                 if asked.stops:
                     raise Halt(asked.signal, kept)
             catch_up(run, records, clock)
@@ -386,6 +425,8 @@ def save(run: Run, records: Records) -> bool:
         raise RunError(f"{failure}; make room and go on with --resume_from_checkpoint latest")
     if failure:
         warn(failure)
+    elif run.publisher is not None and "end" not in run.todo:
+        run.publisher.on_the_way(run.step)
     return True
 
 

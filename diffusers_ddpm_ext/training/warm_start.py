@@ -106,7 +106,7 @@ def begin(config: TrainConfig, denoiser: nn.Module, objective: DDPMObjective) ->
         return None
     path = Path(options.ckpt_path).expanduser()
     if not path.exists():
-        resumes, folder = config.checkpoint.resume_from_checkpoint is not None, config.output.output_dir
+        resumes, folder = config.resumes, config.output.output_dir
         if resumes and folder is not None and list_checkpoints(Path(folder)):
             return None
         raise ConfigError(f"--ckpt_path {path} does not exist: give a checkpoint, or the folder of a pipeline")

@@ -93,8 +93,6 @@ ANSWERS = {
 UNSUPPORTED = {
     # precision
     "allow_tf32",
-    # publishing
-    "push_to_hub", "hub_token", "hub_model_id", "hub_private_repo",
     # original checkpoints, conditioning, other objectives
     "noise_offset", "input_perturbation",
     "streaming",
