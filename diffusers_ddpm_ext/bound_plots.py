@@ -102,7 +102,10 @@ def plot_steps(path: str | os.PathLike[str], steps: ArrayLike, bits: ArrayLike, 
         axes.plot(where[:1], values[:1], "s", color=STYLES[1][0], label=f"decoder, at t = {where[0]}")
         positive = values[values > 0]
         if len(positive) and positive.max() > 5 * positive.min():
-            axes.set_yscale("symlog" if (values <= 0).any() else "log")
+            if (values <= 0).any():
+                axes.set_yscale("symlog", linthresh=positive.min())
+            else:
+                axes.set_yscale("log")
         whole = "" if total is None else f": {total:.3f} {BITS} with the prior"
         axes.set(title=f"The bound, step by step{whole}", xlabel=STEP, ylabel=f"{BITS}, of one step")
 
