@@ -112,21 +112,26 @@ def main() -> int:
                 f"| {name} | {steps} | {pipeline.num_network_calls} | {kind} | {found.sure:.3f} | "
                 f"{sum(map(bool, found.classes[0]))} | {found.far:.2f} | {' | '.join(apart)} |"
             )
-            sheets[f"{name.removesuffix('Scheduler')}\n{kind}"] = images[:16]
+            if kind == "plain":
+                sheets[name.removesuffix("Scheduler")] = images[:12]
     if arguments.picture is not None:
         save_picture(sheets, arguments.picture)
     return 0 if passed else 1
 
 
 def save_picture(sheets: dict[str, np.ndarray], path: Path) -> None:
-    """One row a sampler: 16 images with the same noise to begin with."""
-    rows = np.concatenate([np.concatenate(list(images), axis=1) for images in sheets.values()])
+    """One row a sampler: images with the same noise to begin with."""
+    rows = []
+    for images in sheets.values():
+        framed = np.pad(images, ((0, 0), (1, 1), (1, 1)), constant_values=0.5)
+        rows.append(np.concatenate(list(framed), axis=1))
 
     def paint(axes: Any) -> None:
-        axes.imshow(rows, cmap="gray", interpolation="nearest", vmin=0, vmax=1)
+        sheet = np.concatenate(rows)
+        axes.imshow(sheet, cmap="gray", interpolation="nearest", vmin=0, vmax=1, zorder=3)
         axes.set_xticks([])
-        axes.set_yticks(np.arange(len(sheets)) * 8 + 3.5, [name.replace("\n", ", ") for name in sheets], fontsize=7)
-        axes.get_figure().set_size_inches(8, 0.26 * len(sheets) + 0.4)
+        axes.set_yticks(np.arange(len(sheets)) * 10 + 4.5, list(sheets), fontsize=8)
+        axes.get_figure().set_size_inches(7.2, 7.2)
 
     figure(path, paint)
 

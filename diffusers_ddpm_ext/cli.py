@@ -27,10 +27,12 @@ commands:
   evaluate         bits per dimension of held-out images, with an interval
   fit-variance     the best reverse variance and the best few steps of a trained network
   plot             schedule, weights, log-variances, bound and chosen steps of a folder, as pictures
+  report           a run as one page for the browser: curves, samples, schedule, options
   push             a folder to the Hugging Face Hub, with a model card and a proof of what was pushed
   verify           a pushed pipeline: are its files whole, does it draw what its card shows
   convert          original checkpoints (CompVis, OpenAI) to pipelines, and back
   convert-config   a CompVis YAML file to a configuration of `ddpm-ext train`
+  doctor           this machine and environment, or a folder: what is wrong, and what to do about it
 
   ddpm-ext COMMAND --help    every option of a command
   ddpm-ext --version
@@ -89,6 +91,8 @@ def _dispatch(argv: list[str]) -> int:
         "evaluate": _evaluate,
         "fit-variance": _fit_variance,
         "plot": _plot,
+        "report": _report,
+        "doctor": _doctor,
         "push": _push,
         "verify": _verify,
     }
@@ -181,6 +185,20 @@ def _plot(argv: list[str]) -> None:
     options = parse_plot_args(argv)
     _need(TRAIN_MODULES)
     _say(plot(options))
+
+
+def _report(argv: list[str]) -> None:
+    from diffusers_ddpm_ext.report_command import parse_report_args, report
+
+    options = parse_report_args(argv)
+    _need(TRAIN_MODULES)
+    _say(report(options))
+
+
+def _doctor(argv: list[str]) -> None:
+    from diffusers_ddpm_ext.doctor_command import doctor, parse_doctor_args
+
+    doctor(parse_doctor_args(argv))
 
 
 def _push(argv: list[str]) -> None:

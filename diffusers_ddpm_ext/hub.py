@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from diffusers_ddpm_ext.training.errors import RunError
 
@@ -33,6 +33,9 @@ OURS = (
 ATTEMPTS, TIMEOUT = 4, 120.0
 ENOUGH = 20.0
 """Seconds after which a failed attempt is the last: some calls the client has tried five times by itself by then."""
+
+
+Result = TypeVar("Result")
 
 
 class PushError(RunError):
@@ -134,6 +137,28 @@ def git_id_of(path: Path) -> str:
     return digest.hexdigest()
 
 
+def claim(target: Target, say: Callable[[str], None] = lambda text: None) -> str:
+    """Make the repository, if it is not there.
+
+    Args:
+        target: where a folder is to go.
+        say: takes a sentence for the user when something is tried again.
+
+    Returns:
+        Its id, with the namespace.
+
+    Raises:
+        PushError: as `upload`.
+    """
+    from huggingface_hub import HfApi
+
+    def make() -> str:
+        url = HfApi(token=target.token).create_repo(target.repo_id, private=target.private, exist_ok=True)
+        return str(url.repo_id)
+
+    return _persist(make, target, say)
+
+
 def upload(place: Path, target: Target, message: str, say: Callable[[str], None] = lambda text: None) -> Pushed:
     """Bring a folder into one commit, and compare what the Hub then has with it.
 
@@ -141,7 +166,7 @@ def upload(place: Path, target: Target, message: str, say: Callable[[str], None]
 
     Args:
         place: all its files go, as they are.
-        target: where they go.
+        target: a repository that is there, by its whole id.
         message: of the commit.
         say: takes a sentence for the user when something is tried again.
 
@@ -151,11 +176,16 @@ def upload(place: Path, target: Target, message: str, say: Callable[[str], None]
     Raises:
         PushError: it did not succeed, with the reason in one sentence, free of tokens.
     """
+    return _persist(lambda: _upload_once(place, target, message), target, say)
+
+
+def _persist(act: Callable[[], Result], target: Target, say: Callable[[str], None]) -> Result:
+    """Try, and try again where it may pass."""
     began = time.monotonic()
     with patient(target.timeout):
         for attempt in range(ATTEMPTS):
             try:
-                return _upload_once(place, target, message)
+                return act()
             except PushError:
                 raise
             except Exception as error:  # the client's own, the transport's, the system's: a run survives them all
@@ -171,18 +201,15 @@ def upload(place: Path, target: Target, message: str, say: Callable[[str], None]
 
 
 def _upload_once(place: Path, target: Target, message: str) -> Pushed:
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, constants
 
-    api = HfApi(token=target.token)
-    url = api.create_repo(target.repo_id, private=target.private, exist_ok=True)
-    commit = api.upload_folder(
-        repo_id=url.repo_id, folder_path=place, commit_message=message, delete_patterns=list(OURS)
-    )
+    api, repo_id = HfApi(token=target.token), target.repo_id
+    commit = api.upload_folder(repo_id=repo_id, folder_path=place, commit_message=message, delete_patterns=list(OURS))
     names = [path.relative_to(place).as_posix() for path in place.rglob("*") if path.is_file()]
-    differing = compare(api, url.repo_id, commit.oid, {name: place / name for name in names})
+    differing = compare(api, repo_id, commit.oid, {name: place / name for name in names})
     if differing:
-        raise PushError(f"commit {commit.oid[:12]} of {url.repo_id} differs from the folder in {differing[0]}")
-    return Pushed(url.repo_id, commit.oid, str(url), len(names))
+        raise PushError(f"commit {commit.oid[:12]} of {repo_id} differs from the folder in {differing[0]}")
+    return Pushed(repo_id, commit.oid, f"{constants.ENDPOINT}/{repo_id}", len(names))
 
 
 def compare(api: Any, repo_id: str, commit: str, files: Mapping[str, Path]) -> list[str]:

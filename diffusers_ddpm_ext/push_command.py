@@ -8,12 +8,12 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-from diffusers_ddpm_ext.hub import TIMEOUT, Pushed, PushError, Target, clean, files_of, freeze, remember, upload
+from diffusers_ddpm_ext.hub import TIMEOUT, Pushed, PushError, Target, claim, clean, files_of, freeze, remember, upload
 from diffusers_ddpm_ext.opening import check_folder
 from diffusers_ddpm_ext.training.errors import ConfigError, RunError
 from diffusers_ddpm_ext.training.flags import Parser
@@ -134,7 +134,8 @@ def push(options: PushOptions) -> str:
         with tempfile.TemporaryDirectory(prefix=".pushing-", dir=options.folder) as name:
             place = Path(name)
             freeze(files_of(options.folder, checkpoint), place)
-            _complete(options, place)
+            target = replace(target, repo_id=claim(target, _tell))
+            _complete(options, place, target.repo_id)
             pushed = upload(place, target, options.commit_message, _tell)
             _take_back(options.folder, place)
         remember(options.folder, pushed)
@@ -168,7 +169,7 @@ def _checkpoint(options: PushOptions) -> Path | None:
     return found.path
 
 
-def _complete(options: PushOptions, place: Path) -> None:
+def _complete(options: PushOptions, place: Path, repo_id: str) -> None:
     """Add the card and the proof to what goes to the Hub."""
     from diffusers_ddpm_ext.card import README, is_ours, make_card
     from diffusers_ddpm_ext.proof import IMAGES, SHEET, write_proof
@@ -177,7 +178,7 @@ def _complete(options: PushOptions, place: Path) -> None:
         (place / name).unlink(missing_ok=True)
     drawn = _draw(place) if options.draws else None
     if is_ours(place):
-        text = make_card(place, options.hub_model_id, options.license)
+        text = make_card(place, repo_id, options.license)
         (place / README).unlink(missing_ok=True)  # it may be the folder's own file, by a link
         (place / README).write_text(text, encoding="utf-8")
     (place / "proof.json").unlink(missing_ok=True)

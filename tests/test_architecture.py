@@ -63,7 +63,7 @@ FLOORS: list[set[str]] = [
         "training.stream",
         "training.warm_start",
     },
-    {"training.build", "training.bound", "training.pages", "training.publish"},
+    {"training.build", "training.bound", "training.pages", "training.publish", "training.curves"},
     {"training.run"},
     {"training.clock", "training.resume", "training.step", "training.validation"},
     {"training.keeping", "training.nonfinite"},
@@ -79,6 +79,7 @@ FLOORS: list[set[str]] = [
         "plot_command",
         "verify_command",
     },
+    {"report_command", "doctor_command"},
     {"cli"},
     {"__main__"},
 ]

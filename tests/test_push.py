@@ -16,6 +16,7 @@ from hub_server import Fault, LoopbackHub
 from tiny import tiny_unet
 
 from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtScheduler, cli
+from diffusers_ddpm_ext.card import make_card
 
 TESTS = Path(__file__).parent
 TOKEN = "hf_secretsecretsecret"
@@ -95,6 +96,54 @@ def test_push_and_verify(call, hub, folder, tmp_path):
     fine = call("verify", "alice/digits", "--folder", str(folder))
     assert fine.returncode == 0, fine.stderr
     assert "agree in 100.00%" in fine.stdout
+
+
+def blocks_of(card: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", card, re.M | re.S)
+
+
+def test_every_snippet_of_a_card_runs(call, hub, folder, tmp_path):
+    """In a new process with an empty cache; the stock ones in one that cannot import this package."""
+    DDPMExtPipeline(tiny_unet(1, 2), DDPMExtScheduler(20, variance_type="learned")).save_pretrained(tmp_path / "ours")
+    assert call("push", str(folder), "--no_images").returncode == 0
+    assert call("push", str(tmp_path / "ours"), "--no_images").returncode == 0
+    plain, ours = (hub.files(f"alice/{name}")["README.md"].decode() for name in ("digits", "ours"))
+    assert "Stock Diffusers cannot sample this model" in ours
+    blocks = blocks_of(plain) + blocks_of(ours)
+    assert len(blocks) == 5
+    environment = {name: value for name, value in os.environ.items() if name != "HF_TOKEN"}
+    environment |= hub.environment(str(tmp_path / "new-home"), None) | {"PYTHONPATH": str(TESTS.parent)}
+    shutil.rmtree(folder)
+    for block in blocks:
+        stock = "" if "diffusers_ddpm_ext" in block else "import sys\nsys.modules['diffusers_ddpm_ext'] = None\n"
+        code = block.replace("_steps=50", "_steps=10").replace("_steps=20", "_steps=10")  # the chain has 20
+        done = subprocess.run(
+            [sys.executable, "-c", f"{stock}{code}\nassert len(images) == 4\n"],
+            cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+
+
+def test_metadata_of_a_card(trained, made):
+    """As the client's own classes read it."""
+    from huggingface_hub import ModelCard
+
+    text = (made / "README.md").read_text()
+    data = ModelCard(text).data
+    assert (data.library_name, data.pipeline_tag) == ("diffusers", "unconditional-image-generation")
+    (made / "evaluation").mkdir()
+    facts = {"bits_per_dim": 3.1, "low": 3.0, "high": 3.2, "num_images": 180, "split": "validation"}
+    (made / "evaluation" / "evaluation.json").write_text(json.dumps(facts))
+    text = make_card(made, "alice/digits", "mit")
+    shutil.rmtree(made / "evaluation")
+    card = ModelCard(text)
+    assert card.data.license == "mit"
+    (result,) = card.data.eval_results
+    assert (result.metric_type, result.metric_value) == ("bits_per_dim", 3.1)
+    assert "95% interval 3.0000 to 3.2000" in card.text
+    assert "| validation loss, averaged weights | 0.2500 |" in card.text
+    for name in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text):
+        assert (made / name).is_file(), name
 
 
 FAULTS = {
@@ -270,7 +319,7 @@ def made(trained, tmp_path_factory):
 
     place = tmp_path_factory.mktemp("pushed")
     freeze(files_of(trained), place)
-    _complete(parse_push_args([str(trained)]), place)
+    _complete(parse_push_args([str(trained)]), place, "alice/digits")
     return place
 
 

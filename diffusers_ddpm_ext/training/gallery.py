@@ -5,13 +5,13 @@ Networks are measured by all processes together; the first one alone draws.
 
 from __future__ import annotations
 
-import json
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers import UNet2DModel
 
-from diffusers_ddpm_ext.plots import Curve, plot_logvar, plot_losses
+from diffusers_ddpm_ext.plots import plot_logvar
+from diffusers_ddpm_ext.training.curves import draw_curves, read_rows
 from diffusers_ddpm_ext.training.evaluate import measure_log_loss
 from diffusers_ddpm_ext.training.export import take_networks
 from diffusers_ddpm_ext.training.preview import Preview
@@ -20,11 +20,6 @@ from diffusers_ddpm_ext.training.run import Run, take_logvar
 
 FOLDER = "samples"
 SAMPLES = "samples.png"
-CURVES: tuple[tuple[str, str, Literal["train", "raw", "ema"]], ...] = (
-    ("train/loss_simple", "training", "train"),
-    ("val/loss_simple", "validation, raw weights", "raw"),
-    ("val/loss_simple_ema", "validation, EMA weights", "ema"),
-)
 DRAWS_PER_STEP = 32
 """Draws that the log loss of a step is measured with, where the run was long enough for that."""
 COST_OF_LOGVAR = 6
@@ -126,16 +121,8 @@ def draw_last_samples(run: Run, network: UNet2DModel) -> None:
 
 def draw_losses(run: Run) -> None:
     """Draw ``loss.png`` from the run's rows."""
-    with (run.taken_folder / METRICS).open(encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
-    curves = []
-    for name, label, kind in CURVES:
-        points = [(row["step"], row[name]) for row in rows if name in row]
-        if points:
-            steps, values = zip(*points, strict=True)
-            curves.append(Curve(label, steps, values, kind))
-    quantity = f"loss_simple ({run.config.objective.loss_type})"
-    plot_losses(run.taken_folder / FOLDER / "loss.png", curves, quantity=quantity)
+    rows = read_rows(run.taken_folder / METRICS)
+    draw_curves(rows, run.taken_folder / FOLDER / "loss.png", run.config.objective.loss_type)
 
 
 def draw_logvar(run: Run) -> None:
