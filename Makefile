@@ -1,6 +1,6 @@
 PYTHON ?= python
 
-.PHONY: install style quality test slow bench torture floors
+.PHONY: install style quality test slow bench torture floors docs
 
 install:  ## the package with everything that development needs, pinned
 	$(PYTHON) -m pip install -r requirements/dev.txt -e .
@@ -35,3 +35,7 @@ floors:  ## the suite on the oldest supported diffusers, in a virtual environmen
 	$(PYTHON) -m venv .venv-floors
 	.venv-floors/bin/python -m pip install -q -r requirements/floors.txt -e .
 	.venv-floors/bin/python -m pytest
+
+docs:  ## the pages, into site/; needs the extra `docs`
+	$(PYTHON) -m pip install -q -r requirements/docs.txt
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict

@@ -130,8 +130,8 @@ def save_picture(sheets: dict[str, np.ndarray], path: Path) -> None:
         sheet = np.concatenate(rows)
         axes.imshow(sheet, cmap="gray", interpolation="nearest", vmin=0, vmax=1, zorder=3)
         axes.set_xticks([])
-        axes.set_yticks(np.arange(len(sheets)) * 10 + 4.5, list(sheets), fontsize=8)
-        axes.get_figure().set_size_inches(7.2, 7.2)
+        axes.set_yticks(np.arange(len(sheets)) * 10 + 4.5, list(sheets), fontsize=7)
+        axes.get_figure().set_size_inches(8.5, 7.2)
 
     figure(path, paint)
 

@@ -271,7 +271,8 @@ def figure(path: str | os.PathLike[str], draw: Callable[[Axes], None]) -> Path:
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     draw(axes)
-    axes.legend(framealpha=0.85, edgecolor="none")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(framealpha=0.85, edgecolor="none")
     axes.grid(color="0.9", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

@@ -95,6 +95,7 @@ def test_a_hub_that_fails_costs_no_step(call, hub, tmp_path):
     assert call("verify", "alice/run").returncode == 0
 
 
+@pytest.mark.slow
 def test_a_pushed_run_goes_on_elsewhere(call, hub, tmp_path):
     """Killed, and gone on from an empty disk with what was on the Hub: the bits of a run that nothing happened to."""
     options = SMALL | {

@@ -1,0 +1,175 @@
+"""Every code block of the pages is run, or says why not; every flag of train_unconditional.py has its row."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from diffusers import UNet2DModel
+from PIL import Image
+from runs import tiny_run
+from tiny import tiny_unet
+
+from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtScheduler, cli
+from diffusers_ddpm_ext.training import trainer
+
+ROOT = Path(__file__).parents[1]
+PAGES = ["CONTRIBUTING.md", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/*.md"))]
+NOT_RUN = r"\s*<!-- not run here: [^>]{8,} -->"
+FLAGS = """
+dataset_name dataset_config_name model_config_name_or_path train_data_dir output_dir overwrite_output_dir cache_dir
+resolution center_crop random_flip train_batch_size eval_batch_size dataloader_num_workers num_epochs
+save_images_epochs save_model_epochs gradient_accumulation_steps learning_rate lr_scheduler lr_warmup_steps adam_beta1
+adam_beta2 adam_weight_decay adam_epsilon use_ema ema_inv_gamma ema_power ema_max_decay push_to_hub hub_token
+hub_model_id hub_private_repo logger logging_dir local_rank mixed_precision prediction_type ddpm_num_steps
+ddpm_num_inference_steps ddpm_beta_schedule checkpointing_steps checkpoints_total_limit resume_from_checkpoint
+enable_xformers_memory_efficient_attention preserve_input_precision
+"""
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning"),
+]
+
+
+def blocks(page: str) -> list[tuple[str, str, bool]]:
+    """Language, text, and whether it is to be run, of each code block."""
+    text = (ROOT / page).read_text()
+    found = []
+    for match in re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.M | re.S):
+        found.append((match[1], match[2], re.match(NOT_RUN, text[match.end() :]) is None))
+    return found
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with all that the pages name: a run on the digits, one of classes, photos."""
+    root = tmp_path_factory.mktemp("docs")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    sizes = {
+        "num_train_timesteps": 1000,
+        "ddpm_num_inference_steps": 5,
+        "max_train_steps": 2,
+        "validation_max_images": None,
+    }
+    trainer.train(tiny_run(root / "runs" / "digits", **sizes, learn_logvar=True))
+    unet = UNet2DModel(**tiny_unet(1).config | {"num_class_embeds": 11})
+    classes = DDPMExtPipeline(unet, DDPMExtScheduler(), "adm", null_class_label=10)
+    classes.save_pretrained(root / "runs" / "classes")
+    (root / "photos").mkdir()
+    for index in range(20):
+        noise = np.random.default_rng(index).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(root / "photos" / f"{index}.png")
+    return root
+
+
+def run_commands(text: str) -> None:
+    for line in text.splitlines():
+        line = line.replace("accelerate launch training/train.py", "ddpm-ext train")
+        words = shlex.split(line, comments=True)
+        if not words:
+            continue
+        assert words[0] == "ddpm-ext", f"{line}: say why it is not run"
+        if words[1] == "train" and "--dry_run" not in words:
+            words.append("--dry_run")
+        if words[1] == "train":
+            words.append("--overwrite_output_dir")  # a dry run takes nothing away
+        if words[1] == "doctor":
+            words.append("--offline")
+        if words[1] == "fit-variance":
+            words += ["--draws", "2", "--max_steps", "10"]
+        if words[1] == "evaluate" and "--optimal_timesteps" not in words:
+            words += ["--max_images", "6"]
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        assert cli.main(words[1:]) == 0, line
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_block_runs_or_says_why_not(page, place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    names: dict = {"DDPMExtPipeline": DDPMExtPipeline, "torch": torch}
+    shared = {"docs/conditioning.md": 1, "docs/likelihood.md": 1}
+    for language, text, to_run in blocks(page):
+        if not to_run:
+            continue
+        if language == "python":
+            text = re.sub(r"num_inference_steps=\d\d+", "num_inference_steps=10", text)
+            if page not in shared:
+                names = {}
+            exec(compile(text, page, "exec"), names)
+        elif page == "CONTRIBUTING.md":
+            continue  # make's own targets and pytest's: what CI runs
+        else:
+            assert language == "", f"{page}: a block in {language} is not run"
+            run_commands(
+                text.replace("runs/digits --out grid.png", "runs/digits --num_inference_steps 4 --out grid.png")
+            )
+
+
+def test_examples_of_contributing_are_short():
+    examples = [text for language, text, _ in blocks("CONTRIBUTING.md") if language == "python"]
+    assert len(examples) == 4
+    assert all(len(text.splitlines()) <= 20 for text in examples)
+
+
+def test_every_flag_of_train_unconditional_has_its_row(capsys, tmp_path, monkeypatch):
+    """And what the row says is so: taken, or refused with an answer."""
+    monkeypatch.chdir(tmp_path)
+    rows = re.findall(r"^\| (.*?) \| (.*?) \|$", (ROOT / "docs/coming-from-train-unconditional.md").read_text(), re.M)
+    said = {flag: text for flags, text in rows for flag in re.findall(r"`--(\w+)`", flags)}
+    assert set(said) == set(FLAGS.split())
+    assert cli.main(["train", "--help"]) == 0
+    told = capsys.readouterr().out
+    for flag, text in said.items():
+        if text.startswith("refused"):
+            assert cli.main(["train", f"--{flag}", "1", "--dry_run"]) == 2
+            assert flag in capsys.readouterr().err
+        else:
+            assert f"--{flag}" in told, flag
+
+
+def test_every_page_is_in_the_navigation():
+    nav = (ROOT / "mkdocs.yml").read_text()
+    for path in ROOT.glob("docs/*.md"):
+        assert f": {path.name}" in nav, path.name
+
+
+@pytest.mark.slow
+def test_the_pages_build_without_a_warning(tmp_path):
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("mkdocstrings")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for page in (tmp_path / "site").rglob("*.html"):
+        for target in re.findall(r'href="([^"#:]+)["#]', page.read_text()):
+            place = tmp_path / "site" / target.lstrip("/") if target.startswith("/") else page.parent / target
+            if not target.startswith("../training"):
+                assert place.exists() or page.name == "404.html", f"{page}: {target}"
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path, monkeypatch):
+    """Its cells one after the other; what begins with ! in a shell."""
+    monkeypatch.chdir(tmp_path)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    names: dict = {}
+    for cell in json.loads((ROOT / "docs/quickstart.ipynb").read_text())["cells"]:
+        text = "".join(cell["source"])
+        if cell["cell_type"] != "code":
+            continue
+        if text.startswith("!"):
+            assert cli.main(shlex.split(text[1:])[1:]) == 0
+        else:
+            exec(compile(text, "quickstart.ipynb", "exec"), names)
+    assert names["pipe"].num_network_calls == 20
