@@ -34,7 +34,7 @@ FLOORS: list[set[str]] = [
     {"compvis.report"},
     {"compvis.checkpoint", "compvis.export"},
     {"compvis.converted"},
-    {"training.errors", "training.lock", "training.manifest", "training.keys", "training.signals"},
+    {"training.showing", "training.errors", "training.lock", "training.manifest", "training.keys", "training.signals"},
     {"training.options", "training.words", "training.checkpoints"},
     {"training.flags", "training.folder", "training.yaml_text", "opening", "hub"},
     {"proof"},

@@ -380,7 +380,8 @@ class OutputOptions:
     overwrite_output_dir: bool = option(False, "Take a folder that is not empty; an earlier run's files in it go.")
     report_to: str = option(
         "tensorboard",
-        "Tracker of Accelerate: tensorboard, wandb, ..., or none. metrics.jsonl is always written.",
+        "Tracker of Accelerate: tensorboard, wandb, trackio, mlflow, comet_ml, ..., all that are installed, or none."
+        " tensorboard and wandb get pictures and histograms, too. metrics.jsonl is always written.",
         alias=("logger",),
     )
     logging_dir: str = option("logs", "Folder of the tracker, inside --output_dir.")

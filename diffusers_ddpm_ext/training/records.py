@@ -10,10 +10,11 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from tqdm.auto import tqdm
 
 from diffusers_ddpm_ext.objective import ObjectiveOutput
 from diffusers_ddpm_ext.training.errors import warn
+from diffusers_ddpm_ext.training.showing import show
 
 METRICS = "metrics.jsonl"
 TIMING = "timing.jsonl"
@@ -276,6 +278,7 @@ class Records:
         watch: counts the seconds.
         waiting: rows by file that could not be written yet.
         tracker_is_down: whether the tracker failed, and is not asked any more.
+        recent: losses of single steps since the last pictures.
     """
 
     folder: Path
@@ -286,6 +289,7 @@ class Records:
     watch: Stopwatch = field(default_factory=Stopwatch)
     waiting: dict[str, bytes] = field(default_factory=dict)
     tracker_is_down: bool = False
+    recent: list[float] = field(default_factory=list)
 
     def start(self, size: int = 0) -> None:
         """Begin with empty files, or where a checkpoint was written.
@@ -330,6 +334,7 @@ class Records:
         speed = len(records) * self.images_per_step / max(seconds, 1e-9)
         timing = {"step": last.step, "seconds": round(self.watch.seconds, 3), "images_per_second": round(speed, 2)}
         self._append(TIMING, [timing])
+        self.recent += [record.loss_simple for record in records if record.applied]
         mean = _mean([row for row, record in zip(rows, records, strict=True) if record.applied])
         self.follow(mean | {"lr": last.learning_rate, "images_per_second": speed}, last.step)
         loss = f"loss {mean['train/loss']:.4g}, " if mean else ""
@@ -352,10 +357,25 @@ class Records:
             values: by name.
             step: optimizer steps done.
         """
+        self._ask(lambda: self.track(values, step))
+
+    def show(self, trackers: Sequence[Any], pictures: Mapping[str, Path], step: int) -> None:
+        """Hand pictures, and the losses of single steps as a histogram, to the trackers that take them.
+
+        Args:
+            trackers: of Accelerate.
+            pictures: by name.
+            step: optimizer steps done.
+        """
+        losses, self.recent = self.recent, []
+        if trackers:
+            self._ask(lambda: show(trackers, pictures, losses, step))
+
+    def _ask(self, tracker: Callable[[], None]) -> None:
         if self.tracker_is_down:
             return
         try:
-            self.track(values, step)
+            tracker()
         except Exception as error:  # whatever a tracker's library raises, a run of a week does not end for it
             self.tracker_is_down = True
             warn(f"--report_to: {type(error).__name__} {error}; the tracker gets no more numbers, {METRICS} has them")

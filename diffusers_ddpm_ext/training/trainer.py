@@ -24,7 +24,7 @@ from diffusers_ddpm_ext.training.clock import Asked, Clock
 from diffusers_ddpm_ext.training.config import TrainConfig
 from diffusers_ddpm_ext.training.errors import Interrupted, RunError, warn
 from diffusers_ddpm_ext.training.export import save_pipeline
-from diffusers_ddpm_ext.training.gallery import SAMPLES, draw_data, draw_end, draw_samples
+from diffusers_ddpm_ext.training.gallery import FOLDER, SAMPLES, draw_data, draw_end, draw_samples
 from diffusers_ddpm_ext.training.keeping import (
     keep,
     keep_best,
@@ -111,6 +111,10 @@ def carry_out(run: Run, began: float) -> None:
     records = open_records(run)
     if run.step == 0:
         spared(run, draw_data)
+        place = run.taken_folder / FOLDER
+        if run.accelerator.is_main_process:
+            pictures = {name: place / f"{name}.png" for name in ("inputs", "diffusion_row")}
+            records.show(run.accelerator.trackers, pictures, 0)
         if run.config.loop.on_nonfinite == "rollback":
             keep(run, records)  # or there would be nothing to go back to before the first checkpoint
     try:
@@ -449,10 +453,31 @@ def spared(run: Run, picture: Callable[[Run], None]) -> bool:
     return True
 
 
+def shown(run: Run, records: Records, picture: Callable[[Run], None]) -> bool:
+    """Draw, and let the trackers have what was drawn.
+
+    Args:
+        run: after a step.
+        records: of the run.
+        picture: draws.
+
+    Returns:
+        As `spared`.
+    """
+    done = spared(run, picture)
+    if done and run.accelerator.is_main_process:
+        place = run.taken_folder / FOLDER
+        names = [f"samples-{run.step}", f"denoise_row-{run.step}"]
+        names += ["loss", "logvar"] if run.step == run.plan.steps else []
+        pictures = {name.partition("-")[0]: place / f"{name}.png" for name in names}
+        records.show(run.accelerator.trackers, pictures, run.step)
+    return done
+
+
 TASKS: dict[str, Callable[[Run, Records], bool]] = {
     "validation": validate,
     BEST: lambda run, records: keep_best_pipeline(run),
-    "images": lambda run, records: spared(run, draw_samples),
+    "images": lambda run, records: shown(run, records, draw_samples),
     "model": save,
-    "end": lambda run, records: spared(run, draw_end),
+    "end": lambda run, records: shown(run, records, draw_end),
 }
