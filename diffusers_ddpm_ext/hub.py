@@ -30,7 +30,7 @@ OURS = (
     "checkpoint-*/*", "best/*",
 )  # fmt: skip
 """What a push takes out of the repository where the folder does not have it any more."""
-ATTEMPTS, TIMEOUT = 4, 120.0
+ATTEMPTS, TIMEOUT = 4, 60.0
 ENOUGH = 20.0
 """Seconds after which a failed attempt is the last: some calls the client has tried five times by itself by then."""
 

@@ -250,7 +250,7 @@ def sample(options: SampleOptions) -> str:
     Raises:
         ConfigError: the pipeline cannot be opened, or does not take these options.
     """
-    rank, world, device, wait = _workers(options)
+    rank, world, device, wait, leave = _workers(options)
     asked = f"--variant {options.variant}"
     pipeline = open_pipeline(options.folder, options.variant, device, options.dtype, asked)
     _set_scheduler(pipeline, options)
@@ -268,6 +268,7 @@ def sample(options: SampleOptions) -> str:
         wait()
         _draw(pipeline, options, conditions, store, missing[rank::world], calls, rank == 0)
         wait()
+        leave()
         if rank:
             return ""
         store.finish(options.num_images)
@@ -286,15 +287,15 @@ def sample(options: SampleOptions) -> str:
     )
 
 
-def _workers(options: SampleOptions) -> tuple[int, int, Any, Callable[[], None]]:
-    """Number of this process, number of all, its device, and how it waits for the others."""
+def _workers(options: SampleOptions) -> tuple[int, int, Any, Callable[[], None], Callable[[], None]]:
+    """Number of this process, number of all, its device, how it waits for the others, and how it leaves them."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return 0, 1, find_device(options.device), lambda: None
+        return 0, 1, find_device(options.device), lambda: None, lambda: None
     from accelerate import PartialState
 
     state = PartialState(cpu=options.device == "cpu")
     device = state.device if options.device is None else find_device(options.device)
-    return state.process_index, state.num_processes, device, state.wait_for_everyone
+    return state.process_index, state.num_processes, device, state.wait_for_everyone, state.destroy_process_group
 
 
 def _is_scheduler(kind: Any) -> bool:

@@ -30,6 +30,7 @@ def main() -> None:
         assert torch.equal(got, rows)
         sampler.update(got[:, 1].long(), got[:, 2])
     save_file(sampler.state_dict(), Path(sys.argv[1]) / f"rank-{rank}.safetensors")
+    accelerator.end_training()  # without it a process may abort while gloo's threads still run
 
 
 if __name__ == "__main__":

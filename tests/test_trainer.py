@@ -59,7 +59,8 @@ def test_what_a_run_leaves(finished: Path):
     names = {path.rpartition("/")[2] for path in checkpoints}
     assert names == {"manifest.json", "state.json", *(f"{n}.safetensors" for n in ("model", "ema", "optimizer"))}
     assert found - best - checkpoints == {
-        "finished.json", "ema.json", "config.yaml", "metrics.jsonl", "timing.jsonl", "samples.png",
+        "finished.json", "ema.json", "config.yaml",
+        "environment.json", "metrics.jsonl", "timing.jsonl", "samples.png",
         "model_index.json", "scheduler/scheduler_config.json", "unet/config.json", UNET, RAW,
         "logvar/config.json", "logvar/diffusion_pytorch_model.safetensors",
         *(f"samples/{name}.png" for name in pictures),

@@ -204,7 +204,7 @@ def test_a_thousand_steps_all_lengths_up_to_a_hundred():
         assert len(steps) == count
         assert (np.diff(steps) < 0).all()
     totals = [chain_cost(schedule, error, np.linspace(0, 5, 1000), 0.3, found[k]) for k in (1, 5, 25, 100)]
-    assert totals == sorted(totals, reverse=True)
+    assert (np.diff(totals) <= 1e-12).all()  # beyond the last step that pays, more steps only cost no more
 
 
 def test_smoothing_is_exact_on_lines_and_bridges_what_was_not_seen():
