@@ -146,9 +146,12 @@ def _need(modules: dict[str, str]) -> None:
 
 
 def _sample(argv: list[str]) -> None:
-    from diffusers_ddpm_ext.sample_command import parse_sample_args, sample
+    from diffusers_ddpm_ext.sample_options import parse_sample_args
 
-    _say(sample(parse_sample_args(argv)))
+    options = parse_sample_args(argv)  # before anything heavy
+    from diffusers_ddpm_ext.sample_command import sample
+
+    _say(sample(options))
 
 
 def _convert(argv: list[str]) -> None:

@@ -69,7 +69,7 @@ FLOORS: list[set[str]] = [
     {"training.keeping", "training.nonfinite"},
     {"training.gallery"},
     {"training.trainer"},
-    {"subject", "sample_files"},
+    {"subject", "sample_files", "sample_options"},
     {"fit_command"},
     {
         "sample_command",
