@@ -5,6 +5,7 @@ python bound_ranks.py FOLDER
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -30,7 +31,8 @@ def main() -> None:
         assert torch.equal(got, rows)
         sampler.update(got[:, 1].long(), got[:, 2])
     save_file(sampler.state_dict(), Path(sys.argv[1]) / f"rank-{rank}.safetensors")
-    accelerator.end_training()  # without it a process may abort while gloo's threads still run
+    accelerator.wait_for_everyone()
+    os._exit(0)  # gloo's threads may still be starting: an ordinary exit has aborted the process here
 
 
 if __name__ == "__main__":
