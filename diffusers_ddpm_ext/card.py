@@ -5,13 +5,13 @@ It is made from what the folder says itself; what is not there is left out. Impo
 
 from __future__ import annotations
 
-import json
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from diffusers_ddpm_ext.proof import SHEET
+from diffusers_ddpm_ext.run_files import read_json, read_rows
 
 README = "README.md"
 MARK = "<!-- made by ddpm-ext: without this line, your own text is kept -->"
@@ -91,14 +91,16 @@ class _Facts:
     """What a folder says of itself."""
 
     def __init__(self, folder: Path) -> None:
-        self.index = _json(folder / "model_index.json")
-        self.unet = _json(folder / "unet" / "config.json")
-        self.scheduler = _json(folder / "scheduler" / "scheduler_config.json")
-        self.environment = _json(folder / ENVIRONMENT)
-        self.bound = _json(folder / EVALUATION)
+        self.index = read_json(folder / "model_index.json")
+        self.unet = read_json(folder / "unet" / "config.json")
+        self.scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+        self.environment = read_json(folder / ENVIRONMENT)
+        self.bound = read_json(folder / EVALUATION)
         path = folder / CONFIG
         self.config = path.read_text(encoding="utf-8") if path.is_file() else ""
-        self.last = _last_rows(folder / METRICS)
+        self.last: dict[str, Any] = {}
+        for row in read_rows(folder / METRICS):
+            self.last |= row
 
     @property
     def dataset(self) -> str | None:
@@ -130,27 +132,6 @@ class _Facts:
         """Whether stock ``DDPMPipeline`` samples it."""
         stock = self.index.get("_class_name") == "DDPMPipeline"
         return stock and self.index.get("unet", ["", ""])[1] == "UNet2DModel"
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found
-
-
-def _last_rows(path: Path) -> dict[str, float]:
-    """The last value of every metric, and the last step."""
-    found: dict[str, float] = {}
-    if path.is_file():
-        with path.open(encoding="utf-8") as file:
-            for line in file:
-                try:
-                    found |= json.loads(line)
-                except ValueError:  # a row that is being written
-                    continue
-    return found
 
 
 def _body(folder: Path, repo_id: str, facts: _Facts) -> str:

@@ -18,7 +18,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, TypeVar
 
-from diffusers_ddpm_ext.training.errors import RunError
+from diffusers_ddpm_ext.run_files import read_json
+from diffusers_ddpm_ext.training.errors import ConfigError, RunError
 
 RECORD = ".hub.json"
 """What was pushed last from a folder; never goes to the Hub itself."""
@@ -74,6 +75,16 @@ class Pushed:
     commit: str
     url: str
     files: int
+
+
+def check_timeout(seconds: float) -> None:
+    """Refuse a patience that is none.
+
+    Raises:
+        ConfigError: it is not above 0.
+    """
+    if not seconds > 0:
+        raise ConfigError(f"--timeout must be above 0, got {seconds}")
 
 
 def files_of(folder: Path, checkpoint: Path | None = None) -> dict[str, Path]:
@@ -351,7 +362,7 @@ def remember(folder: Path, pushed: Pushed) -> None:
     """Note the commit beside the folder and beside the client's cache, for `ddpm-ext verify`."""
     facts = {"repo_id": pushed.repo_id, "commit": pushed.commit, "url": pushed.url}
     (folder / RECORD).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    known = _read(_memory()) | {pushed.repo_id: pushed.commit}
+    known = read_json(_memory()) | {pushed.repo_id: pushed.commit}
     _memory().parent.mkdir(parents=True, exist_ok=True)
     _memory().write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
 
@@ -359,14 +370,6 @@ def remember(folder: Path, pushed: Pushed) -> None:
 def last_push(repo_id: str, folder: Path | None = None) -> str | None:
     """The commit that was pushed last to a repository from a folder, or from this machine."""
     if folder is not None:
-        record = _read(folder / RECORD)
+        record = read_json(folder / RECORD)
         return record.get("commit") if record.get("repo_id") == repo_id else None
-    return _read(_memory()).get(repo_id)
-
-
-def _read(path: Path) -> dict[str, str]:
-    try:
-        found: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found
+    return read_json(_memory()).get(repo_id)

@@ -28,6 +28,18 @@ def check_folder(name: str) -> None:
         raise ConfigError(f"{name} does not exist: give the folder of a pipeline, or a Hub id")
 
 
+def check_here(name: str) -> Path:
+    """The folder of a pipeline on this machine.
+
+    Raises:
+        ConfigError: there is none of that name, or it holds no pipeline.
+    """
+    check_folder(name)
+    if not Path(name).is_dir():
+        raise ConfigError(f"{name} is no folder here: give that of a saved pipeline")
+    return Path(name)
+
+
 def check_dtype(dtype: str, allowed: tuple[str, ...] = DTYPES) -> None:
     """Refuse a precision that is not among those allowed."""
     if dtype not in allowed:

@@ -102,9 +102,12 @@ class DDPMExtPipeline(PipelineFiles):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Assign, and turn a stock scheduler into ours on the way."""
+        given = value
         value = as_ours(value) if name == "scheduler" else value
         super().__setattr__(name, value)
-        if name == "scheduler" and isinstance(value, DDPMExtScheduler):
+        # A stock scheduler says what a network was trained with only where nothing else has said it.
+        says = name == "scheduler" and (given is value or "_trained_scheduler" not in self.__dict__)
+        if says and isinstance(value, DDPMExtScheduler):
             self._trained_scheduler = value
 
     # ------------------------------------------------------------------ what it knows

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffusers_ddpm_ext.opening import check_folder
+from diffusers_ddpm_ext.opening import check_here
 from diffusers_ddpm_ext.training.errors import ConfigError, RunError
 from diffusers_ddpm_ext.training.flags import Parser
 
@@ -52,10 +52,7 @@ def parse_plot_args(argv: Sequence[str], prog: str = "ddpm-ext plot") -> PlotOpt
     parser.add_argument("folder", metavar="FOLDER", help="Output folder of a run, or a saved pipeline.")
     parser.add_argument("--out", metavar="DIR", help="Where the pictures go (default: FOLDER/plots).")
     given = parser.parse_checked(argv)
-    check_folder(given["folder"])
-    folder = Path(given["folder"])
-    if not folder.is_dir():
-        raise ConfigError(f"{folder} is no folder here: give that of a saved pipeline")
+    folder = check_here(given["folder"])
     out = folder / "plots" if given["out"] is None else Path(given["out"])
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out} is a file: name a folder")

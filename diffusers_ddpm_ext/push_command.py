@@ -13,8 +13,20 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-from diffusers_ddpm_ext.hub import TIMEOUT, Pushed, PushError, Target, claim, clean, files_of, freeze, remember, upload
-from diffusers_ddpm_ext.opening import check_folder
+from diffusers_ddpm_ext.hub import (
+    TIMEOUT,
+    Pushed,
+    PushError,
+    Target,
+    check_timeout,
+    claim,
+    clean,
+    files_of,
+    freeze,
+    remember,
+    upload,
+)
+from diffusers_ddpm_ext.opening import check_here
 from diffusers_ddpm_ext.training.errors import ConfigError, RunError
 from diffusers_ddpm_ext.training.flags import Parser
 
@@ -85,13 +97,9 @@ def parse_push_args(argv: Sequence[str], prog: str = "ddpm-ext push") -> PushOpt
         help=f"How long the Hub may stay silent (default: {TIMEOUT:g}).",
     )
     given = parser.parse_checked(argv)
-    check_folder(given["folder"])
-    folder = Path(given["folder"])
-    if not folder.is_dir():
-        raise ConfigError(f"{folder} is no folder here: give that of a saved pipeline")
+    folder = check_here(given["folder"])
     given["hub_model_id"] = check_repo_id(given["hub_model_id"] or folder.resolve().name)
-    if given["timeout"] <= 0:
-        raise ConfigError(f"--timeout must be above 0, got {given['timeout']}")
+    check_timeout(given["timeout"])
     return PushOptions(**given | {"folder": folder})
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import html
-import json
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -13,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from diffusers_ddpm_ext.card import CONFIG, ENVIRONMENT, EVALUATION, METRICS
-from diffusers_ddpm_ext.opening import check_folder
+from diffusers_ddpm_ext.opening import check_here
+from diffusers_ddpm_ext.run_files import read_json, read_rows
 from diffusers_ddpm_ext.training.errors import ConfigError, RunError
 from diffusers_ddpm_ext.training.flags import Parser
 
@@ -65,9 +65,7 @@ def parse_report_args(argv: Sequence[str], prog: str = "ddpm-ext report") -> Rep
     given = parser.parse_checked(argv)
     folder = Path(given["folder"])
     if not (folder / METRICS).is_file():
-        check_folder(given["folder"])
-    if not folder.is_dir():
-        raise ConfigError(f"{folder} is no folder here: give the output folder of a run")
+        folder = check_here(given["folder"])
     out = folder / "report.html" if given["out"] is None else Path(given["out"])
     if out.is_dir():
         raise ConfigError(f"--out {out} is a folder: name a file")
@@ -100,9 +98,7 @@ def report(options: ReportOptions) -> str:
 
 
 def _page(folder: Path, place: Path) -> Iterator[str]:
-    from diffusers_ddpm_ext.training.curves import read_rows
-
-    rows = read_rows(folder / METRICS) if (folder / METRICS).is_file() else []
+    rows = read_rows(folder / METRICS)
     name = html.escape(folder.resolve().name)
     yield f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}</title>'
     yield f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body><h1>{name}</h1>'
@@ -146,7 +142,7 @@ def _facts(folder: Path, rows: list[dict[str, Any]]) -> str:
         if key in last:
             best = min(row[key] for row in rows if key in row)
             pairs.append((key, f"{last[key]:.5f}" + (f" (least {best:.5f})" if key.startswith("val") else "")))
-    data = _json(folder / ENVIRONMENT).get("data", {})
+    data = read_json(folder / ENVIRONMENT).get("data", {})
     if data:
         pairs.append(("images", f"{data['name']}: {data['train']:,} for training, {data['validation']:,} held out"))
     checkpoints = sorted((path.name for path in folder.glob("checkpoint-*")), key=lambda name: int(name.split("-")[1]))
@@ -199,7 +195,7 @@ def _plots(folder: Path, place: Path) -> str:
 
 
 def _evaluation(folder: Path) -> str:
-    facts = _json(folder / EVALUATION)
+    facts = read_json(folder / EVALUATION)
     names = {"bits_per_dim": "bits per dimension", "prior": "prior", "steps": "steps", "decoder": "decoder"}
     pairs = [(text, f"{facts[name]:.4f}") for name, text in names.items() if name in facts]
     if pairs:
@@ -210,11 +206,3 @@ def _evaluation(folder: Path) -> str:
 
 def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8") if path.is_file() else ""
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads(_text(path) or "{}")
-    except ValueError:
-        return {}
-    return found

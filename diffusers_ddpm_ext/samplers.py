@@ -179,18 +179,15 @@ def find_sampler(scheduler: Any, trained: DDPMExtScheduler, step_kwargs: Mapping
     _check_step_kwargs(scheduler, step_kwargs or {})
     learned = scheduler.config.get("variance_type") in LEARNED_VARIANCES
     if isinstance(scheduler, DDPMExtScheduler):
+        _check_words(scheduler, trained)
+        _check_betas(scheduler, trained)
         return Sampler(scheduler, scheduler, scheduler.config.prediction_type, learned)
     _check_kind(scheduler)
     reads = learned and _reads_variance(scheduler)
     fitting = _changed(scheduler, trained, reads)
     _check_betas(fitting, trained)
+    _check_words(scheduler, trained)
     native, why = trained.config.prediction_type, ""
-    said = scheduler.config.get("prediction_type", native)
-    if said != native:
-        raise ValueError(
-            f"{type(scheduler).__name__} is told prediction_type={said!r}, but this model predicts {native!r}: use "
-            f"pipeline.scheduler = {type(scheduler).__name__}.from_config(pipeline.scheduler.config)."
-        )
     for spoken in dict.fromkeys((native, "v_prediction")):
         why = _tried(scheduler, trained, spoken)
         if not why:
@@ -255,6 +252,16 @@ def _speaking(scheduler: Any, spoken: str) -> Any:
     if scheduler.config.get("prediction_type") == spoken:
         return scheduler
     return type(scheduler).from_config(scheduler.config, prediction_type=spoken)
+
+
+def _check_words(scheduler: Any, trained: DDPMExtScheduler) -> None:
+    name, native = type(scheduler).__name__, trained.config.prediction_type
+    said = scheduler.config.get("prediction_type", native)
+    if said != native:
+        raise ValueError(
+            f"{name} is told prediction_type={said!r}, but this model predicts {native!r}: use "
+            f"pipeline.scheduler = {name}.from_config(pipeline.scheduler.config)."
+        )
 
 
 def _check_betas(scheduler: Any, trained: DDPMExtScheduler) -> None:

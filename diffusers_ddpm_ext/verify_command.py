@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusers_ddpm_ext.hub import TIMEOUT, Target, last_push, patient, reason
+from diffusers_ddpm_ext.hub import TIMEOUT, Target, check_timeout, last_push, patient, reason
 from diffusers_ddpm_ext.opening import check_folder, find_device, open_pipeline
 from diffusers_ddpm_ext.push_command import check_repo_id
 from diffusers_ddpm_ext.training.errors import ConfigError, RunError
@@ -68,6 +68,7 @@ def parse_verify_args(argv: Sequence[str], prog: str = "ddpm-ext verify") -> Ver
     add("--timeout", type=float, default=TIMEOUT, metavar="SECONDS", help=f"(default: {TIMEOUT:g})")
     given = parser.parse_checked(argv)
     check_folder(given["source"])
+    check_timeout(given["timeout"])
     folder = None if given["folder"] is None else Path(given["folder"])
     if folder is not None and not folder.is_dir():
         raise ConfigError(f"--folder {folder} is no folder: leave it out, or give the one that was pushed")

@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "diffusers_ddpm_ext"
 FLOORS: list[set[str]] = [
-    {"_version", "shards", "quiet"},
+    {"_version", "shards", "quiet", "run_files"},
     {"schedule", "distance", "logvar", "ema", "lr_lambdas", "unet", "class_embedder", "perceptual"},
     {"conditioning"},
     {"guidance"},

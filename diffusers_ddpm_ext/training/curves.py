@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,23 +14,11 @@ CURVES: tuple[tuple[str, str, Literal["train", "raw", "ema"]], ...] = (
 )
 
 
-def read_rows(metrics: Path) -> list[dict[str, Any]]:
-    """The rows of ``metrics.jsonl``; one that is being written is left out."""
-    rows = []
-    with metrics.open(encoding="utf-8") as file:
-        for line in file:
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                break
-    return rows
-
-
 def draw_curves(rows: list[dict[str, Any]], picture: Path, loss_type: str) -> Path | None:
     """Draw training and validation losses over optimizer steps.
 
     Args:
-        rows: from `read_rows`.
+        rows: of ``metrics.jsonl``.
         picture: PNG to write.
         loss_type: what was minimised, for the axis.
 

@@ -18,8 +18,8 @@ OURS = ("config.yaml", LOCK)  # a folder with one of these is a run's; an interr
 PRODUCTS = (
     "config.yaml", "metrics.jsonl", "timing.jsonl", "samples", "samples.png", "loss.png", "logvar.png",
     "model_index.json", "unet", "scheduler", "logvar", "ema.json", "finished.json", "best", "checkpoint-*",
-    ".writing-*", ".deleting-*", ".replaced-*", ".saving-*", ".pushing-*", ".hub.json", "environment.json",
-    "README.md", "proof.json", "card",
+    ".writing-*", ".deleting-*", ".replaced-*", ".saving-*", ".pushing-*", ".publishing-*", ".hub.json",
+    "environment.json", "README.md", "proof.json", "card",
 )  # fmt: skip
 
 

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from diffusers import UNet2DModel
 
-from diffusers_ddpm_ext.plots import plot_logvar
-from diffusers_ddpm_ext.training.curves import draw_curves, read_rows
+from diffusers_ddpm_ext.plots import plot_logvar, write_whole
+from diffusers_ddpm_ext.run_files import read_rows
+from diffusers_ddpm_ext.training.curves import draw_curves
 from diffusers_ddpm_ext.training.evaluate import measure_log_loss
 from diffusers_ddpm_ext.training.export import take_networks
 from diffusers_ddpm_ext.training.preview import Preview
@@ -116,7 +117,7 @@ def draw_end(run: Run) -> None:
 def draw_last_samples(run: Run, network: UNet2DModel) -> None:
     """Draw the last samples once, and put their sheet where a person looks first, too."""
     drawn, _ = preview(run).draw_samples(network, run.parts.scheduler, run.step)
-    (run.taken_folder / SAMPLES).write_bytes(drawn.read_bytes())
+    write_whole(run.taken_folder / SAMPLES, lambda file: file.write(drawn.read_bytes()))
 
 
 def draw_losses(run: Run) -> None:

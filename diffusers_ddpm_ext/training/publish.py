@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from diffusers_ddpm_ext.training.config import TrainConfig
 from diffusers_ddpm_ext.training.errors import ConfigError, RunError, warn
 from diffusers_ddpm_ext.training.options import HubOptions
 
-PLACE = ".pushing-"
+PLACE = ".publishing-"
 NICE = 15
 NOT_THE_RUN_S = ("README.md", "proof.json", "card/*", ".gitattributes")
 
@@ -73,6 +74,11 @@ class Publisher:
     place: Path | None = None
     told: str = ""
 
+    def __post_init__(self) -> None:
+        """Remove what a run that died had set aside."""
+        for old in self.folder.glob(f"{PLACE}*"):
+            shutil.rmtree(old, ignore_errors=True)
+
     @property
     def repo_id(self) -> str:
         """Where it goes."""
@@ -112,8 +118,10 @@ class Publisher:
             command += ["--no_images", "--commit_message", f"Step {step}"]
             self.child = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                env=_environment(), preexec_fn=_behind,
+                env=_environment(),
             )  # fmt: skip
+            with suppress(OSError):  # it may be gone already, which is told when it is looked at
+                os.setpriority(os.PRIO_PROCESS, self.child.pid, NICE)
         except OSError as error:
             self._warn(f"{error.strerror or error}")
             self._clear()
@@ -180,10 +188,6 @@ def _environment() -> Mapping[str, str]:
     gone = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
     own = {name: value for name, value in os.environ.items() if name not in gone}
     return own | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-
-
-def _behind() -> None:
-    os.nice(NICE)
 
 
 def fetch_run(repo_id: str, folder: Path) -> str:
