@@ -24,6 +24,7 @@ from diffusers_ddpm_ext.training.clock import Asked, Clock
 from diffusers_ddpm_ext.training.config import TrainConfig
 from diffusers_ddpm_ext.training.errors import Interrupted, RunError, warn
 from diffusers_ddpm_ext.training.export import save_pipeline
+from diffusers_ddpm_ext.training.folder import run_name
 from diffusers_ddpm_ext.training.gallery import FOLDER, SAMPLES, draw_data, draw_end, draw_samples
 from diffusers_ddpm_ext.training.keeping import (
     keep,
@@ -150,7 +151,7 @@ def write_environment(run: Run) -> None:
     facts = environment() | {
         "device": f"{run.plan.processes} x {name}",
         "data": {
-            "name": data.description,
+            "name": run.config.data.dataset_name or run_name(run.config.data),
             "train": len(data.train),
             "validation": 0 if data.validation is None else len(data.validation),
             "fingerprint": data.fingerprint,
