@@ -114,7 +114,7 @@ class _Facts:
     @property
     def dataset_name(self) -> str:
         """Of the images, for a reader."""
-        known: str = self.environment.get("data", {}).get("name") or self.dataset or "images of its own"
+        known: str = self.dataset or self.environment.get("data", {}).get("name") or "images of its own"
         return known
 
     @property

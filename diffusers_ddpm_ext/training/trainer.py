@@ -151,7 +151,7 @@ def write_environment(run: Run) -> None:
     facts = environment() | {
         "device": f"{run.plan.processes} x {name}",
         "data": {
-            "name": run.config.data.dataset_name or run_name(run.config.data),
+            "name": run_name(run.config.data),
             "train": len(data.train),
             "validation": 0 if data.validation is None else len(data.validation),
             "fingerprint": data.fingerprint,
