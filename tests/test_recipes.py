@@ -29,6 +29,7 @@ def test_recipe_parses(path, tmp_path, monkeypatch):
     assert by_path == parse_train_args(["--config", path.stem])
     assert by_path.loop.max_train_steps is not None
     assert path.read_text().startswith("# ")
+    assert by_path.checkpoint.checkpoints_total_limit is not None, "a recipe must not fill the disk"
 
 
 def test_compvis_words_are_translated():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -185,6 +186,25 @@ def test_dry_run_tells_the_plan_and_writes_nothing(tmp_path: Path, capsys: pytes
     ):
         assert words in told
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "left"),
+    [
+        ({"num_train_timesteps": 1000}, None),
+        ({"num_train_timesteps": 100}, "60%"),  # prod(1 - linspace(1e-4, 0.02, 100)) = 0.6030 ** 2
+        ({"num_train_timesteps": 100, "beta_end": 0.2}, None),
+        ({"num_train_timesteps": 100, "beta_schedule": "squaredcos_cap_v2"}, None),
+        ({"num_train_timesteps": 100, "rescale_betas_zero_snr": True}, None),
+    ],
+)
+def test_a_schedule_that_ends_before_the_image_is_gone_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: dict[str, Any], left: str | None
+):
+    train(tiny_run(tmp_path / "run", dry_run=True, **options))
+    told = capsys.readouterr().err
+    assert ("of the image's amplitude is left" in told) == (left is not None)
+    assert (left or "") in told
 
 
 def test_parameters_in_the_table_add_up(tmp_path: Path):

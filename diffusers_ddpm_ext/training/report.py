@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from diffusers_ddpm_ext.schedule import NoiseSchedule
 from diffusers_ddpm_ext.training.optim import scaled_rate
 from diffusers_ddpm_ext.training.options import OptimOptions, ScheduleOptions
 
 COMPVIS_BETAS = {"scaled_linear": "linear", "linear": "sqrt_linear", "squaredcos_cap_v2": "cosine", "sqrt": "sqrt"}
 COMPVIS_PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
+SIGNAL_LEFT = 0.1  # of the amplitude after the last step; Stable Diffusion's schedule leaves 0.068
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,25 @@ def describe_schedule(options: ScheduleOptions) -> str:
         betas, compvis = f"{betas}, zero terminal SNR", "given_betas"
     prediction = options.prediction_type
     return f"{betas}, predicts {prediction} (CompVis: {compvis}, {COMPVIS_PREDICTIONS[prediction]})"
+
+
+def doubt_schedule(schedule: NoiseSchedule) -> str | None:
+    """What is to be said of a schedule that ends before the image is gone, as betas made for 1,000 steps do in 100.
+
+    Args:
+        schedule: the training's.
+
+    Returns:
+        A sentence with the way out; None where at most ``SIGNAL_LEFT`` of the image's amplitude is left.
+    """
+    signal = float(schedule.sqrt_alphas_cumprod[-1])
+    if signal <= SIGNAL_LEFT:
+        return None
+    return (
+        f"after the last of the {len(schedule)} steps {signal:.0%} of the image's amplitude is left, but sampling "
+        "begins from noise alone, which it never sees: use --beta_schedule squaredcos_cap_v2, larger betas "
+        "(--beta_end), or, unless noise is predicted, --rescale_betas_zero_snr"
+    )
 
 
 def describe_rate(options: OptimOptions, plan: Plan, logvar_rate: float | None) -> str:

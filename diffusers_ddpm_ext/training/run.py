@@ -45,6 +45,7 @@ from diffusers_ddpm_ext.training.report import (
     describe_plan,
     describe_rate,
     describe_schedule,
+    doubt_schedule,
     parameter_table,
     steps_of,
 )
@@ -228,6 +229,9 @@ def start(config: TrainConfig) -> Run:
         warn(
             f"FSDP was asked for, but Accelerate made {engine(run)} of it: it has no FSDP on {accelerator.device.type}"
         )
+    doubt = doubt_schedule(parts.objective.schedule)
+    if doubt is not None and accelerator.is_main_process:
+        warn(doubt)
     return run
 
 
