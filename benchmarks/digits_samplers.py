@@ -1,9 +1,10 @@
 """Every compatible Diffusers scheduler on the digits, with at most 50 calls of the network.
 
-    python benchmarks/digits_samplers.py PLAIN_RUN LEARNED_RANGE_RUN [--num_images 500] [--picture FILE]
+    python benchmarks/digits_samplers.py PLAIN_RUN LEARNED_RANGE_RUN [--num_images 899] [--picture FILE]
 
 Both runs predict v. Each sampler draws from both, and is judged as in digits_quality.py. Then the same networks are
 asked to speak of the noise and of the clean sample, and the largest difference of 16 images to those of v is shown.
+As many images are drawn as the held-out half of the digits has: a Frechet distance is the larger the fewer there are.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("plain", type=Path)
     parser.add_argument("learned", type=Path)
-    parser.add_argument("--num_images", type=int, default=500)
+    parser.add_argument("--num_images", type=int, default=899)
     parser.add_argument("--picture", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
