@@ -169,7 +169,7 @@ def _devices() -> Iterator[Finding]:
 
     cores = os.cpu_count() or 1
     threads = torch.get_num_threads()
-    yield Finding(" ", f"{cores} processor cores, {threads} threads")
+    yield Finding(" ", f"{cores} processor cores, {threads} thread{'s' if threads > 1 else ''}")
     told = os.environ.get("OMP_NUM_THREADS")
     if told is not None and told.isdigit() and int(told) < cores:
         text = f"OMP_NUM_THREADS={told} leaves {cores - int(told)} of {cores} cores idle in a run of one process"

@@ -88,11 +88,20 @@ def open_pipeline(folder: str, variant: str | None, device: Any, dtype: str, ask
         with quiet():
             pipeline = DDPMExtPipeline.from_pretrained(folder, variant=variant)
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
-        place = "the folder" if Path(folder).is_dir() else "neither a folder here nor, it seems, on the Hub:"
         with_variant = f" with {asked}" if variant else ""
-        raise ConfigError(f"cannot open {place} {folder}{with_variant}: {error}") from None
+        if not Path(folder).is_dir():
+            raise ConfigError(
+                f"{folder}{with_variant} is no folder here, and could not be had from the Hub: check the name, the "
+                f"network and, for a private repository, `hf auth whoami` ({_first_sentence(error)})"
+            ) from None
+        raise ConfigError(f"cannot open the folder {folder}{with_variant}: {error}") from None
     if not all(bool(torch.isfinite(weight).all()) for weight in pipeline.unet.parameters()):
         raise ConfigError(f"{folder}: its weights are not finite (NaN or infinity), so that it cannot sample")
     pipeline.set_progress_bar_config(disable=True)
     with quiet():
         return pipeline.to(device, getattr(torch, dtype))
+
+
+def _first_sentence(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text.split(". ")[0].split(" (")[0].rstrip(".")
