@@ -11,12 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from diffusers_ddpm_ext.proof import SHEET
-from diffusers_ddpm_ext.run_files import read_json, read_rows
+from diffusers_ddpm_ext.run_files import CONFIG, ENVIRONMENT, EVALUATION, METRICS, read_json, read_rows
 
 README = "README.md"
 MARK = "<!-- made by ddpm-ext: without this line, your own text is kept -->"
-ENVIRONMENT, CONFIG, METRICS = "environment.json", "config.yaml", "metrics.jsonl"
-EVALUATION = "evaluation/evaluation.json"
 TASK = "unconditional-image-generation"
 PACKAGES = ("diffusers-ddpm-ext", "torch", "diffusers", "accelerate", "transformers", "datasets", "huggingface_hub")
 PICTURES = (

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from diffusers_ddpm_ext.opening import DTYPES, check_dtype, check_folder, find_device, open_pipeline
+from diffusers_ddpm_ext.run_files import CONFIG
 from diffusers_ddpm_ext.subject import (
-    CONFIG,
     Caller,
     add_measuring_flags,
     check_measuring,

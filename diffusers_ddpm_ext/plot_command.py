@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusers_ddpm_ext.opening import check_here
+from diffusers_ddpm_ext.run_files import CONFIG
 from diffusers_ddpm_ext.training.errors import ConfigError, RunError
 from diffusers_ddpm_ext.training.flags import Parser
 
@@ -17,7 +18,14 @@ if TYPE_CHECKING:
     from diffusers_ddpm_ext.scheduler import DDPMExtScheduler
 
 HEAD = "Draw what the folder of a trained pipeline says about its chain of noise."
-TAIL = """what is drawn, from what is there:
+TAIL = """examples:
+  ddpm-ext plot runs/digits                   to runs/digits/plots
+  ddpm-ext plot runs/digits --out pictures
+first, for the pictures that need it:
+  ddpm-ext fit-variance runs/digits
+  ddpm-ext evaluate runs/digits --num_timesteps 20
+
+what is drawn, from what is there:
   schedule.png      betas and signal-to-noise ratio
   weights.png       the weights in force: the loss weighting of the run, the bound's, CompVis' of the bound
   logvar.png        learned log-variances, against the measured log loss (after `ddpm-ext fit-variance`)
@@ -101,7 +109,7 @@ def _weights(options: PlotOptions, scheduler: DDPMExtScheduler) -> Path | None:
 
     schedule = scheduler.schedule
     shown: dict[str, Any] = {}
-    file = options.folder / "config.yaml"
+    file = options.folder / CONFIG
     if file.is_file():
         run = read_config(str(file)).options
         numbers = (run.get("p2_k", 1.0), run.get("p2_gamma", 1.0))

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusers_ddpm_ext.card import CONFIG, ENVIRONMENT, EVALUATION, METRICS
 from diffusers_ddpm_ext.opening import check_here
-from diffusers_ddpm_ext.run_files import read_json, read_rows
+from diffusers_ddpm_ext.run_files import CONFIG, ENVIRONMENT, EVALUATION, METRICS, read_json, read_rows
 from diffusers_ddpm_ext.training.errors import ConfigError, RunError
 from diffusers_ddpm_ext.training.flags import Parser
 

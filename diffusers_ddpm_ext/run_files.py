@@ -1,10 +1,13 @@
-"""JSON of a run's folder, read while the run may be writing it."""
+"""What the files of a run's folder are called; JSON among them, read while the run may be writing it."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 from typing import Any
+
+CONFIG, ENVIRONMENT, METRICS = "config.yaml", "environment.json", "metrics.jsonl"
+EVALUATION = "evaluation/evaluation.json"
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffusers_ddpm_ext.run_files import CONFIG
 from diffusers_ddpm_ext.training.errors import ConfigError
 from diffusers_ddpm_ext.training.flags import OPTIONS, add_options, convert
 
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from diffusers_ddpm_ext.conditioning import Conditions
     from diffusers_ddpm_ext.training.data import ImageData, ImageSet
 
-CONFIG = "config.yaml"
 ABOUT = """Images, by default those of the run: the default of each option is what FOLDER/config.yaml says. They are
 taken as in validation: their middle, never mirrored."""
 

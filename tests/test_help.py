@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from diffusers_ddpm_ext.cli import USAGE
 from diffusers_ddpm_ext.training.flags import OPTIONS
 from diffusers_ddpm_ext.training.options import SECTIONS
 
@@ -31,12 +33,13 @@ def test_help_teaches_every_option(tmp_path):
         assert words in told
 
 
-@pytest.mark.parametrize("command", ["train", "sample", "evaluate", "fit-variance", "plot"])
-def test_help_imports_nothing_heavy(command, tmp_path):
+@pytest.mark.parametrize("command", re.findall(r"^  ([a-z-]+)   ", USAGE, re.M))
+def test_help_teaches_by_examples_and_imports_nothing_heavy(command, tmp_path):
     code = f"{REPORT}from diffusers_ddpm_ext.cli import main; sys.exit(main(['{command}', '--help']))"
     done = run(sys.executable, "-c", code, cwd=tmp_path)
     assert done.returncode == 0
-    assert "usage: ddpm-ext" in done.stdout
+    assert f"usage: ddpm-ext {command}" in done.stdout
+    assert f"\n  ddpm-ext {command}" in done.stdout
     assert not set(done.stderr.split()) & set(HEAVY)
 
 

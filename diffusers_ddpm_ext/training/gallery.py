@@ -11,12 +11,11 @@ import torch
 from diffusers import UNet2DModel
 
 from diffusers_ddpm_ext.plots import plot_logvar, write_whole
-from diffusers_ddpm_ext.run_files import read_rows
+from diffusers_ddpm_ext.run_files import METRICS, read_rows
 from diffusers_ddpm_ext.training.curves import draw_curves
 from diffusers_ddpm_ext.training.evaluate import measure_log_loss
 from diffusers_ddpm_ext.training.export import take_networks
 from diffusers_ddpm_ext.training.preview import Preview
-from diffusers_ddpm_ext.training.records import METRICS
 from diffusers_ddpm_ext.training.run import Run, take_logvar
 
 FOLDER = "samples"

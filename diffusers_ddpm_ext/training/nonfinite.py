@@ -21,6 +21,7 @@ import torch
 from accelerate.utils import gather_object
 
 from diffusers_ddpm_ext.plots import save_grid
+from diffusers_ddpm_ext.run_files import CONFIG
 from diffusers_ddpm_ext.training import snapshot as snapshots
 from diffusers_ddpm_ext.training import state
 from diffusers_ddpm_ext.training.errors import ConfigError, RunError, warn
@@ -181,7 +182,7 @@ def _write(run: Run, step: int, line: str, facts: list[Facts], norms: list[float
         "versions": snapshots.library_versions(),
     }
     (folder / "event.json").write_text(json.dumps(what, indent=1) + "\n", encoding="utf-8")
-    run.config.write_resolved(folder / "config.yaml")
+    run.config.write_resolved(folder / CONFIG)
     # Those whose loss was no number come first: the picture shows them.
     order = sorted(facts, key=lambda fact: math.isfinite(fact[1].loss))
     chosen = torch.tensor([sample.image for _, sample in order[:PICTURES]])

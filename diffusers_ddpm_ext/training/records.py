@@ -21,10 +21,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from diffusers_ddpm_ext.objective import ObjectiveOutput
+from diffusers_ddpm_ext.run_files import METRICS
 from diffusers_ddpm_ext.training.errors import warn
 from diffusers_ddpm_ext.training.showing import show
 
-METRICS = "metrics.jsonl"
 TIMING = "timing.jsonl"
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list
 
+from diffusers_ddpm_ext.run_files import METRICS
 from diffusers_ddpm_ext.training import snapshot as snapshots
 from diffusers_ddpm_ext.training import state
 from diffusers_ddpm_ext.training.checkpoints import (
@@ -25,7 +26,6 @@ from diffusers_ddpm_ext.training.errors import ConfigError, warn
 from diffusers_ddpm_ext.training.flags import OPTIONS
 from diffusers_ddpm_ext.training.manifest import Checkpoint, DamagedCheckpoint, NewerCheckpoint, verify
 from diffusers_ddpm_ext.training.processes import same_fate
-from diffusers_ddpm_ext.training.records import METRICS
 from diffusers_ddpm_ext.training.run import Run
 from diffusers_ddpm_ext.training.snapshot import Progress, Snapshot
 

@@ -18,8 +18,9 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from diffusers_ddpm_ext.card import ENVIRONMENT, environment
+from diffusers_ddpm_ext.card import environment
 from diffusers_ddpm_ext.plots import write_whole
+from diffusers_ddpm_ext.run_files import CONFIG, ENVIRONMENT, METRICS
 from diffusers_ddpm_ext.training.clock import Asked, Clock
 from diffusers_ddpm_ext.training.config import TrainConfig
 from diffusers_ddpm_ext.training.errors import Interrupted, RunError, warn
@@ -37,7 +38,7 @@ from diffusers_ddpm_ext.training.keeping import (
 from diffusers_ddpm_ext.training.nonfinite import give_up, recover
 from diffusers_ddpm_ext.training.processes import largest_over_ranks, mean_over_ranks
 from diffusers_ddpm_ext.training.publish import Publisher, take_token
-from diffusers_ddpm_ext.training.records import METRICS, Records, first_nonfinite
+from diffusers_ddpm_ext.training.records import Records, first_nonfinite
 from diffusers_ddpm_ext.training.resume import BEST, resume
 from diffusers_ddpm_ext.training.run import Run, describe, start, take_folder
 from diffusers_ddpm_ext.training.signals import listening
@@ -106,7 +107,7 @@ def carry_out(run: Run, began: float) -> None:
         SystemExit: a signal asked to stop.
     """
     if run.accelerator.is_main_process:
-        run.config.write_resolved(run.taken_folder / "config.yaml")
+        run.config.write_resolved(run.taken_folder / CONFIG)
         write_environment(run)
     run.accelerator.print(describe(run))
     records = open_records(run)
