@@ -148,7 +148,8 @@ def nothing(given: Given, model: Model, positive: Conditions) -> Given:
     if by_class and labels is None:
         if model.null_class_label is None:
             raise ValueError(
-                "guidance_scale needs negative_class_labels: this model names no null class (null_class_label)."
+                "guidance_scale needs negative_class_labels: this model names no null class (null_class_label). A run "
+                "with --conditioning_dropout '{\"class_labels\": 0.1}' trains one."
             )
         labels = model.null_class_label
     if context is None and positive.encoder_hidden_states is not None and not model.embeds_classes:
