@@ -345,7 +345,7 @@ def test_a_full_disk_costs_checkpoints_not_the_run(straight, tmp_path, monkeypat
 
     monkeypatch.setattr(keeping, "write_checkpoint", refusing)
     life(folder)
-    assert capsys.readouterr().err.count("warning: ") == 2
+    assert capsys.readouterr().err.count("could not be written") == 2
     assert rows(folder) == rows(straight)
 
 
