@@ -69,7 +69,7 @@ def make_card(folder: Path, repo_id: str, license_name: str | None = None) -> st
                 dataset_name=facts.dataset_name,
                 dataset_split=str(bound.get("split", "validation")),
                 metric_type="bits_per_dim",
-                metric_name="bits per dimension",
+                metric_name=bound_name(bound),
                 metric_value=round(bound["bits_per_dim"], 4),
             )
         )
@@ -186,14 +186,33 @@ def _snippets(repo_id: str, facts: _Facts) -> str:
     return f"{ours}\n\n{other}\n\n{stock}"
 
 
+def bound_name(bound: dict[str, Any]) -> str:
+    """What a number of bits per dimension is of: without its chain and its bins it can be compared with nothing.
+
+    Args:
+        bound: what `ddpm-ext evaluate` has written.
+    """
+    of = []
+    kept = bound.get("chain_timesteps") or [0]
+    if "chain" in bound:
+        of.append(f"chain of {bound['chain']:,} steps{f' down to t = {min(kept)}' if min(kept) else ''}")
+    if bound.get("decoder_kind") == "continuous":
+        of.append("density")
+    elif "bin_width" in bound:
+        of.append(f"bins of {bound['bin_width']:.4g}")
+    if bound.get("decoder_kind") == "improved_diffusion":
+        of.append("improved-diffusion's decoder")
+    return f"bits per dimension ({', '.join(of)})" if of else "bits per dimension"
+
+
 def _numbers(facts: _Facts) -> str:
     rows = []
     if facts.bound:
         low, high = facts.bound["low"], facts.bound["high"]
         confidence = facts.bound.get("confidence", 0.95)
         rows.append(
-            f"| bits per dimension, {facts.bound.get('num_images', '?')} images | {facts.bound['bits_per_dim']:.4f} "
-            f"({confidence:.0%} interval {low:.4f} to {high:.4f}) |"
+            f"| {bound_name(facts.bound)}, {facts.bound.get('num_images', '?')} images | "
+            f"{facts.bound['bits_per_dim']:.4f} ({confidence:.0%} interval {low:.4f} to {high:.4f}) |"
         )
     names = {
         "val/loss_simple_ema": "validation loss, averaged weights",

@@ -194,8 +194,10 @@ def _plots(folder: Path, place: Path) -> str:
 
 
 def _evaluation(folder: Path) -> str:
+    from diffusers_ddpm_ext.card import bound_name
+
     facts = read_json(folder / EVALUATION)
-    names = {"bits_per_dim": "bits per dimension", "prior": "prior", "steps": "steps", "decoder": "decoder"}
+    names = {"bits_per_dim": bound_name(facts), "prior": "prior", "steps": "steps", "decoder": "decoder"}
     pairs = [(text, f"{facts[name]:.4f}") for name, text in names.items() if name in facts]
     if pairs:
         pairs.insert(1, ("interval", f"{facts['low']:.4f} to {facts['high']:.4f}"))

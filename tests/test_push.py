@@ -133,6 +133,7 @@ def test_metadata_of_a_card(trained, made):
     assert (data.library_name, data.pipeline_tag) == ("diffusers", "unconditional-image-generation")
     (made / "evaluation").mkdir()
     facts = {"bits_per_dim": 3.1, "low": 3.0, "high": 3.2, "num_images": 180, "split": "validation"}
+    facts |= {"chain": 10, "chain_timesteps": [20, 999], "bin_width": 0.125, "decoder_kind": "exact"}
     (made / "evaluation" / "evaluation.json").write_text(json.dumps(facts))
     text = make_card(made, "alice/digits", "mit")
     shutil.rmtree(made / "evaluation")
@@ -140,6 +141,8 @@ def test_metadata_of_a_card(trained, made):
     assert card.data.license == "mit"
     (result,) = card.data.eval_results
     assert (result.metric_type, result.metric_value) == ("bits_per_dim", 3.1)
+    assert result.metric_name == "bits per dimension (chain of 10 steps down to t = 20, bins of 0.125)"
+    assert f"| {result.metric_name}, 180 images | 3.1000" in card.text
     assert "95% interval 3.0000 to 3.2000" in card.text
     assert "| validation loss, averaged weights | 0.2500 |" in card.text
     for name in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text):
