@@ -59,19 +59,7 @@ class ConvertOptions:
 
 
 def parse_convert_args(argv: Sequence[str], prog: str = "ddpm-ext convert") -> ConvertOptions:
-    """Read and check the command line. Imports nothing heavy, writes nothing.
-
-    Args:
-        argv: the arguments after the command.
-        prog: how help calls the program.
-
-    Returns:
-        The options.
-
-    Raises:
-        ConfigError: anything a person must put right; one sentence.
-        SystemExit: `--help` was asked for.
-    """
+    """The options of a command line, checked; arguments and errors are those of `Parser.parse_checked`."""
     parser = Parser(prog=prog, usage=f"{prog} [options]", description=HEAD, epilog=TAIL)
     parser.add_argument("folder", nargs="?", metavar="FOLDER", help="With --to: the pipeline's folder.")
     add = parser.add_argument

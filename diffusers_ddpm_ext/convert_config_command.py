@@ -30,19 +30,7 @@ class ConvertConfigOptions:
 
 
 def parse_convert_config_args(argv: Sequence[str], prog: str = "ddpm-ext convert-config") -> ConvertConfigOptions:
-    """Read and check the command line. Imports nothing heavy, writes nothing.
-
-    Args:
-        argv: the arguments after the command.
-        prog: how help calls the program.
-
-    Returns:
-        The options.
-
-    Raises:
-        ConfigError: anything a person must put right; one sentence.
-        SystemExit: `--help` was asked for.
-    """
+    """The options of a command line, checked; arguments and errors are those of `Parser.parse_checked`."""
     parser = Parser(prog=prog, usage=f"{prog} FILE [options]", description=HEAD, epilog=TAIL)
     parser.add_argument("config", metavar="FILE", help="The YAML file.")
     parser.add_argument("--out", metavar="FILE", help="Where it goes (default: print the table only).")

@@ -66,19 +66,7 @@ class DoctorOptions:
 
 
 def parse_doctor_args(argv: Sequence[str], prog: str = "ddpm-ext doctor") -> DoctorOptions:
-    """Read and check the command line.
-
-    Args:
-        argv: the arguments after the command.
-        prog: how help calls the program.
-
-    Returns:
-        The options.
-
-    Raises:
-        ConfigError: anything a person must put right; one sentence.
-        SystemExit: `--help` was asked for.
-    """
+    """The options of a command line, checked; arguments and errors are those of `Parser.parse_checked`."""
     parser = Parser(prog=prog, usage=f"{prog} [FOLDER] [options]", description=HEAD, epilog=TAIL)
     parser.add_argument("folder", nargs="?", metavar="FOLDER", help="Output folder of a run, or a saved pipeline.")
     parser.add_argument("--offline", action="store_true", help="Do not ask the Hub who is logged in.")

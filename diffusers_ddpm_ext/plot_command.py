@@ -43,19 +43,7 @@ class PlotOptions:
 
 
 def parse_plot_args(argv: Sequence[str], prog: str = "ddpm-ext plot") -> PlotOptions:
-    """Read and check the command line.
-
-    Args:
-        argv: the arguments after the command.
-        prog: how help calls the program.
-
-    Returns:
-        The options.
-
-    Raises:
-        ConfigError: anything a person must put right; one sentence.
-        SystemExit: `--help` was asked for.
-    """
+    """The options of a command line, checked; arguments and errors are those of `Parser.parse_checked`."""
     parser = Parser(prog=prog, usage=f"{prog} FOLDER [options]", description=HEAD, epilog=TAIL)
     parser.add_argument("folder", metavar="FOLDER", help="Output folder of a run, or a saved pipeline.")
     parser.add_argument("--out", metavar="DIR", help="Where the pictures go (default: FOLDER/plots).")

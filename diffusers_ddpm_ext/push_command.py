@@ -66,19 +66,7 @@ class PushOptions:
 
 
 def parse_push_args(argv: Sequence[str], prog: str = "ddpm-ext push") -> PushOptions:
-    """Read and check the command line.
-
-    Args:
-        argv: the arguments after the command.
-        prog: how help calls the program.
-
-    Returns:
-        The options.
-
-    Raises:
-        ConfigError: anything a person must put right; one sentence.
-        SystemExit: `--help` was asked for.
-    """
+    """The options of a command line, checked; arguments and errors are those of `Parser.parse_checked`."""
     parser = Parser(prog=prog, usage=f"{prog} FOLDER [options]", description=HEAD, epilog=TAIL)
     add = parser.add_argument
     add("folder", metavar="FOLDER", help="Output folder of a run, or a saved pipeline.")

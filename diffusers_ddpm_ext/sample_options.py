@@ -65,19 +65,7 @@ class SampleOptions:
 
 
 def parse_sample_args(argv: Sequence[str], prog: str = "ddpm-ext sample") -> SampleOptions:
-    """Read and check the command line. Imports nothing heavy, writes nothing.
-
-    Args:
-        argv: the arguments after the command.
-        prog: how help calls the program.
-
-    Returns:
-        The options.
-
-    Raises:
-        ConfigError: anything a person must put right; one sentence.
-        SystemExit: `--help` was asked for.
-    """
+    """The options of a command line, checked; arguments and errors are those of `Parser.parse_checked`."""
     parser = Parser(prog=prog, usage=f"{prog} FOLDER [options]", description=HEAD, epilog=TAIL)
     parser.add_argument("folder", metavar="FOLDER", help="Output folder of a run, saved pipeline, or Hub id.")
     parser.add_argument("--num_images", type=int, default=16, metavar="N", help="How many (default: 16).")

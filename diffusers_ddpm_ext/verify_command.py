@@ -45,19 +45,7 @@ class VerifyOptions:
 
 
 def parse_verify_args(argv: Sequence[str], prog: str = "ddpm-ext verify") -> VerifyOptions:
-    """Read and check the command line.
-
-    Args:
-        argv: the arguments after the command.
-        prog: how help calls the program.
-
-    Returns:
-        The options.
-
-    Raises:
-        ConfigError: anything a person must put right; one sentence.
-        SystemExit: `--help` was asked for.
-    """
+    """The options of a command line, checked; arguments and errors are those of `Parser.parse_checked`."""
     parser = Parser(prog=prog, usage=f"{prog} ID [options]", description=HEAD, epilog=TAIL)
     add = parser.add_argument
     add("source", metavar="ID", help="user/name on the Hub, or a folder here.")

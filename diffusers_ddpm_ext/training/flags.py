@@ -256,15 +256,19 @@ class Parser(argparse.ArgumentParser):
     def parse_checked(self, argv: Sequence[str], *, words: bool = False) -> dict[str, Any]:
         """Parse a command line whose flags are first looked up among this parser's own; see `checked_names`.
 
+        Every command has a function ``parse_<command>_args(argv, prog)`` over this: it imports nothing heavy, writes
+        nothing, and returns a dataclass of options that are checked as far as that goes without the model.
+
         Args:
-            argv: the arguments.
+            argv: the arguments after the command.
             words: whether other programs' words for a training run are answered.
 
         Returns:
             What was given, by name.
 
         Raises:
-            ConfigError: a flag does not exist, or a value does not fit.
+            ConfigError: a flag does not exist, or a value does not fit; one sentence, as for all a person must put right.
+            SystemExit: ``--help`` was asked for.
         """
         known = [name[2:] for action in self._actions for name in action.option_strings if name.startswith("--")]
         return vars(self.parse_args(checked_names(argv, known, words=words)))
