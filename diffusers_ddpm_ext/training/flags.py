@@ -267,7 +267,7 @@ class Parser(argparse.ArgumentParser):
             What was given, by name.
 
         Raises:
-            ConfigError: a flag does not exist, or a value does not fit; one sentence, as for all a person must put right.
+            ConfigError: a flag does not exist, or a value does not fit; one sentence for whoever must put it right.
             SystemExit: ``--help`` was asked for.
         """
         known = [name[2:] for action in self._actions for name in action.option_strings if name.startswith("--")]
