@@ -139,7 +139,12 @@ def _store(pipeline: Any, options: SampleOptions) -> OneFile | PngFolder:
     """Where images go, and what they follow from."""
     from diffusers_ddpm_ext.sample_files import OneFile, PngFolder
 
-    places = ("out", "individual", "num_images", "batch_size", "device")
+    bit_depth = options.bit_depth
+    if bit_depth == 16 and pipeline.channels != 1 and options.out.suffix.lower() != ".npz":
+        raise ConfigError(
+            f"--bit_depth 16 writes PNG files of one channel, and the images have {pipeline.channels}: --out FILE.npz"
+        )
+    places = ("out", "individual", "num_images", "batch_size", "device", "bit_depth")
     settings: dict[str, Any] = {name: value for name, value in vars(options).items() if name not in places}
     settings["scheduler"] = type(pipeline.scheduler).__name__
     for name in ("concat_inputs", "encoder_hidden_states"):
@@ -148,8 +153,8 @@ def _store(pipeline: Any, options: SampleOptions) -> OneFile | PngFolder:
     settings["model"] = _fingerprint(pipeline)
     settings = json.loads(json.dumps(settings))
     if options.is_folder:
-        return PngFolder(options.out, settings)
-    return OneFile(options.out, settings, options.individual)
+        return PngFolder(options.out, settings, bit_depth)
+    return OneFile(options.out, settings, options.individual, bit_depth)
 
 
 def _fingerprint(pipeline: Any) -> str:

@@ -28,9 +28,25 @@ VIDEO = ".gif"
 FRAMES, FRAME_MS, LAST_MS = 48, 60, 2000
 
 
-def save_png(path: Path, image: Pixels) -> None:
-    """Write one image, (height, width, C) in [0, 1], at its own size."""
-    save_grid(image.transpose(2, 0, 1)[None] * 2 - 1, path, enlarge=1)
+def save_png(path: Path, image: Pixels, bit_depth: int = 8) -> None:
+    """Write one image, (height, width, C) in [0, 1], at its own size.
+
+    Args:
+        path: of the file.
+        image: its pixels.
+        bit_depth: 8, or 16 for an image of one channel.
+    """
+    if bit_depth == 8:
+        save_grid(image.transpose(2, 0, 1)[None] * 2 - 1, path, enlarge=1)
+        return
+    picture = Image.fromarray(_levels(image[..., 0], bit_depth))
+    write_whole(path, lambda file: picture.save(file, "PNG"))
+
+
+def _levels(images: Pixels, bit_depth: int) -> NDArray[np.unsignedinteger[Any]]:
+    """Values in [0, 1] as levels of so many bits."""
+    top = 2**bit_depth - 1
+    return (images * top).round().astype(np.uint8 if bit_depth == 8 else np.uint16)
 
 
 @dataclass(frozen=True)
@@ -40,10 +56,12 @@ class PngFolder:
     Attributes:
         path: the folder; made with its first file.
         settings: what the images follow from.
+        bit_depth: of the files.
     """
 
     path: Path
     settings: Mapping[str, Any]
+    bit_depth: int = 8
 
     def open(self) -> None:
         """Look at what is there, and say in the folder how its images are drawn.
@@ -52,19 +70,20 @@ class PngFolder:
             ConfigError: it holds other files, or images that were drawn in another way.
         """
         kept = self.path / SETTINGS
+        settings = {**self.settings, "bit_depth": self.bit_depth}
         if kept.is_file():
-            other = json.loads(kept.read_text(encoding="utf-8"))
-            differing = [name for name in {*other, *self.settings} if other.get(name) != self.settings.get(name)]
+            other = {"bit_depth": 8, **json.loads(kept.read_text(encoding="utf-8"))}
+            differing = [name for name in {*other, *settings} if other.get(name) != settings.get(name)]
             if differing:
                 name = sorted(differing, key=lambda each: (each == "model", each))[0]
                 raise ConfigError(
-                    f"--out {self.path} holds images with {name} {other.get(name)}, not {self.settings.get(name)}: "
+                    f"--out {self.path} holds images with {name} {other.get(name)}, not {settings.get(name)}: "
                     "name another folder"
                 )
         elif self.path.is_dir() and any(self.path.iterdir()):
             raise ConfigError(f"--out {self.path} is not empty: name another folder")
         else:
-            text = json.dumps(self.settings, indent=2) + "\n"
+            text = json.dumps(settings, indent=2) + "\n"
             write_whole(kept, lambda file: file.write(text.encode()))
 
     def has(self, index: int) -> bool:
@@ -78,7 +97,7 @@ class PngFolder:
 
     def put(self, index: int, image: Pixels, frames: NDArray[np.uint8] | None) -> None:
         """Keep an image, (height, width, C) in [0, 1]."""
-        save_png(self.path / f"{index:05d}.png", image)
+        save_png(self.path / f"{index:05d}.png", image, self.bit_depth)
 
     def finish(self, count: int) -> None:
         """Nothing is left to be done."""
@@ -92,11 +111,13 @@ class OneFile:
         path: the file.
         settings: what the images follow from.
         individual: a folder for each image beside, or None.
+        bit_depth: of arrays of levels, and of the files in that folder.
     """
 
     path: Path
     settings: Mapping[str, Any]
     individual: Path | None
+    bit_depth: int = 8
 
     @property
     def waiting(self) -> Path:
@@ -128,11 +149,11 @@ class OneFile:
         images = np.stack([self._kept(index, "image") for index in range(count)]).astype(np.float32)
         if self.individual is not None:
             for index, image in enumerate(images):
-                save_png(self.individual / f"{index:05d}.png", image)
+                save_png(self.individual / f"{index:05d}.png", image, self.bit_depth)
         if suffix == ".npy":
             write_whole(self.path, lambda file: np.save(file, images))
         elif suffix == ".npz":
-            levels = (images * 255).round().astype(np.uint8)
+            levels = _levels(images, self.bit_depth)
             write_whole(self.path, lambda file: np.savez_compressed(file, arr_0=levels))
         elif suffix == VIDEO:
             save_video(np.stack([self._kept(index, "frames") for index in range(count)]), self.path)

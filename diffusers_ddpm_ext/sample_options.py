@@ -22,6 +22,7 @@ TAIL = """examples:
   ddpm-ext sample runs/digits --scheduler DPMSolverMultistepScheduler --num_inference_steps 25 --num_images 64
   ddpm-ext sample runs/digits --out samples --num_images 1000          samples/00000.png, ...
   ddpm-ext sample runs/digits --out samples.npz --num_images 1000      uint8 (N, height, width, channels), as arr_0
+  ddpm-ext sample runs/xray --out samples --bit_depth 16               what was trained on grey images of 16 bits
   ddpm-ext sample runs/digits --out samples.npy                        float32, the same in [0, 1]
   ddpm-ext sample runs/digits --out video.gif --num_images 9           from noise to images
   ddpm-ext sample google/ddpm-cifar10-32 --device cuda --dtype bfloat16
@@ -57,6 +58,7 @@ class SampleOptions:
     step_args: dict[str, Any] = field(default_factory=dict)
     eta: float | None = None
     optimal_timesteps: bool = False
+    bit_depth: int = 8
 
     @property
     def is_folder(self) -> bool:
@@ -76,6 +78,13 @@ def parse_sample_args(argv: Sequence[str], prog: str = "ddpm-ext sample") -> Sam
         " ending, a folder of PNG files (default: samples-seed<SEED>.png in FOLDER).",
     )
     parser.add_argument("--individual", metavar="DIR", help="Also write every image as DIR/00000.png, ...")
+    parser.add_argument(
+        "--bit_depth",
+        type=int,
+        default=8,
+        metavar="{8,16}",
+        help="Of a folder's PNG files, of one channel, and of .npz: what was trained on 16 bits keeps them.",
+    )
     parser.add_argument(
         "--scheduler",
         metavar="NAME",
@@ -193,6 +202,11 @@ def _check_numbers(options: SampleOptions) -> None:
         if path is not None and (path.suffix != ".npy" or not path.is_file()):
             raise ConfigError(f"--{name} {path} is no .npy file: give an array")
     check_dtype(options.dtype)
+    if options.bit_depth not in (8, 16):
+        raise ConfigError(f"--bit_depth must be 8 or 16, got {options.bit_depth}")
+    deep = options.is_folder or options.individual is not None or options.out.suffix.lower() == ".npz"
+    if options.bit_depth == 16 and not deep:
+        raise ConfigError(f"--bit_depth 16 has no effect on --out {options.out}: name a folder or a .npz file")
 
 
 def _check_places(options: SampleOptions) -> None:

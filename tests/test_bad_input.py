@@ -239,7 +239,8 @@ LOOKED_AT: dict[str, tuple[list[str], list[str]]] = {
     "broken image": (["--train_data_dir", "broken"], ["broken.png", "--skip_bad_images"]),
     "truncated image": (["--train_data_dir", "truncated"], ["cut.png", "--skip_bad_images"]),
     "mixed channels": (["--train_data_dir", "mixed"], ["--channels"]),
-    "16-bit image": (["--train_data_dir", "deep"], ["deep.png", "not supported yet"]),
+    "16-bit and 8-bit images": (["--train_data_dir", "deep"], ["'deep.png' has 16 bits", "'shallow.png' has 8"]),
+    "32-bit image": (["--train_data_dir", "wide"], ["wide.tiff", "not supported yet"]),
     "float image": (["--train_data_dir", "floating"], ["float.tiff", "not supported yet"]),
     "two channels": ([*PHOTOS, "--channels", "2"], ["--channels 2"]),
     "no such dataset": (["--dataset_name", "./no_such_dataset"], ["--dataset_name", "no_such_dataset"]),
@@ -256,6 +257,8 @@ LOOKED_AT: dict[str, tuple[list[str], list[str]]] = {
     ),
 }
 SAMPLE: dict[str, tuple[list[str], list[str]]] = {
+    "bits": (["pipe", "--bit_depth", "12", "--out", "a.npz"], ["--bit_depth", "8 or 16"]),
+    "bits of a grid": (["pipe", "--bit_depth", "16", "--out", "a.png"], ["--bit_depth 16", "a.png", ".npz"]),
     "no folder": ([], ["FOLDER"]),
     "unknown flag": (["pipe", "--num_image", "3"], ["--num_image", "--num_images"]),
     "no images": (["pipe", "--num_images", "0"], ["--num_images", "at least 1", "0"]),
@@ -332,6 +335,8 @@ def place(tmp_path_factory):
     picture(root / "mixed" / "colour.png")
     picture(root / "mixed" / "grey.png", "L")
     picture(root / "deep" / "deep.png", "I;16")
+    picture(root / "deep" / "shallow.png", "L")
+    picture(root / "wide" / "wide.tiff", "I")
     picture(root / "floating" / "float.tiff", "F")
     for folder in ("empty", "texts", "folder.png", "half"):
         (root / folder).mkdir()

@@ -91,6 +91,24 @@ def test_all_steps_are_the_librarys_own_bound(folder):
     assert json.loads((folder / "evaluation" / "evaluation.json").read_text()) == got
 
 
+def test_sixteen_bits_have_the_bound_of_eight_in_bins_of_eight(folder, tmp_path):
+    """Level v of 8 bits is level 257 v of 16; their own bins are 257 times as narrow, which costs some 8 bits more."""
+    rng = np.random.default_rng(0)
+    for place in ("eight", "sixteen"):
+        (tmp_path / place).mkdir()
+    for index in range(20):
+        levels = rng.integers(0, 256, (8, 8), dtype=np.uint8)
+        Image.fromarray(levels).save(tmp_path / "eight" / f"{index}.png")
+        Image.fromarray(levels.astype(np.uint16) * 257).save(tmp_path / "sixteen" / f"{index}.png")
+    eight = evaluated(folder, "--train_data_dir", str(tmp_path / "eight"))
+    deep = ["--train_data_dir", str(tmp_path / "sixteen")]
+    same = evaluated(folder, *deep, "--bin_width", str(2 / 255))
+    assert same["bits_per_dim"] == pytest.approx(eight["bits_per_dim"], rel=1e-6)
+    own = evaluated(folder, *deep)
+    assert (eight["bin_width"], own["bin_width"]) == (2 / 255, 2 / 65535)
+    assert own["decoder"] - eight["decoder"] == pytest.approx(np.log2(257), rel=0.1)
+
+
 def test_few_steps_agree_with_all_within_their_interval(folder):
     whole = evaluated(folder)
     few = evaluated(folder, "--num_timesteps", "10", "--confidence", "0.9999")

@@ -9,6 +9,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.datasets import load_digits
 
 from diffusers_ddpm_ext.training import keys
@@ -267,3 +268,47 @@ def test_the_fingerprint_names_the_data():
     ]
     assert len(set(marks)) == 3
     assert load_data(DIGITS).fingerprint == marks[0]
+
+
+# ---------------------------------------------------------------- 16 bits
+
+
+def deep_numbered(n: int, **options) -> ImageSet:
+    """The numbered images, every level v as 257 v of 16 bits, which is the same value."""
+    shallow = numbered(n, 5, 6, **options)
+    images = [(shallow.images.image(i).to(torch.int32) * 257).to(torch.uint16) for i in range(n)]
+    return ImageSet(PackedImages(images), shallow.rows, shallow.size, 65536, **options)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_sixteen_bits_are_cut_and_mirrored_as_eight_are(num_workers):
+    shallow, deep = (
+        take(make, 6, batch=4, num_workers=num_workers)
+        for make in (numbered(9, 5, 6, random_flip=True), deep_numbered(9, random_flip=True))
+    )
+    for one, other in zip(shallow, deep, strict=True):
+        assert torch.equal(one.indices, other.indices)
+        torch.testing.assert_close(one.pixels, other.pixels, rtol=0, atol=1e-7)
+    assert len({tuple(batch.pixels[0].flatten().tolist()) for batch in deep}) > 1
+
+
+def test_the_ends_of_sixteen_bits_are_exact_and_neighbours_differ():
+    levels = torch.tensor([0, 1, 2, 32767, 32768, 65533, 65534, 65535]).to(torch.uint16)
+    values = unit_range(levels, 65536)
+    assert values[0] == -1
+    assert values[-1] == 1
+    assert (values.diff() > 0).all()
+    torch.testing.assert_close(values.double(), levels.double() * 2 / 65535 - 1, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize(("top", "doubted"), [(4095, True), (65535, False)])
+def test_twelve_bits_in_sixteen_are_doubted(tmp_path, top, doubted):
+    for index in range(3):
+        values = np.linspace(0, top, 64).round().astype(np.uint16).reshape(8, 8)
+        Image.fromarray(np.roll(values, index)).save(tmp_path / f"{index}.png")
+    data = load_data(DataOptions(train_data_dir=str(tmp_path), resolution=(8, 8), validation_fraction=0.0))
+    assert data.train.levels == 65536
+    assert "16 bits" in data.description
+    assert (data.doubt is not None) == doubted
+    if doubted:
+        assert "4,095 of 65,535" in data.doubt

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusers_ddpm_ext.training import pictures
+from diffusers_ddpm_ext.training import depth, pictures
 from diffusers_ddpm_ext.training.errors import ConfigError, RunError
 from diffusers_ddpm_ext.training.pictures import BadImage, LazyImages, PackedImages, Preparation, read, read_picture
 
@@ -149,10 +149,13 @@ def test_of_an_animation_the_first_frame_is_taken():
 # ---------------------------------------------------------------- more than 8 bits
 
 
+DEEP_NOISE = RNG.integers(0, 65536, (20, 30)).astype(np.uint16)
+
+
 def png16(colour_type: int) -> bytes:
     """A 16-bit PNG, written by hand: Pillow writes none in colour."""
     channels = {0: 1, 2: 3, 4: 2, 6: 4}[colour_type]
-    values = RNG.integers(0, 65536, (20, 30, channels)).astype(">u2")
+    values = np.repeat(DEEP_NOISE[..., None], channels, -1).astype(">u2")
 
     def chunk(name, body):
         return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
@@ -170,23 +173,36 @@ def jpeg2000(bits: int) -> bytes:
     return bytes(data)
 
 
-def tiff16() -> bytes:
-    """A 16-bit colour TIFF, written by hand (TIFF 6.0, section 6)."""
-    body = RNG.integers(0, 65536, (20, 30, 3)).astype("<u2").tobytes()
-    tags = [(256, 3, 1, 30), (257, 3, 1, 20), (258, 3, 3, 8), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 1, 14)]
-    tags += [(277, 3, 1, 3), (278, 3, 1, 20), (279, 4, 1, len(body))]
-    depths = struct.pack("<HHH", 16, 16, 16)
-    directory = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags) + b"\0" * 4
-    return struct.pack("<2sHI", b"II", 42, 14 + len(body)) + depths + body + directory
+def tiff16(order: str, photometric: int) -> bytes:
+    """A 16-bit TIFF, written by hand (TIFF 6.0, sections 2 and 6).
+
+    Args:
+        order: of the bytes, "<" or ">".
+        photometric: 0 white is zero, 1 black is zero, 2 colour.
+    """
+    count = 3 if photometric == 2 else 1
+    values = np.repeat(DEEP_NOISE[..., None], count, -1)
+    body = (65535 - values if photometric == 0 else values).astype(f"{order}u2").tobytes()
+    depth = 8 if count == 3 else 16  # where they stand, or the depth itself
+    tags = [(256, 3, 1, 30), (257, 3, 1, 20), (258, 3, count, depth), (259, 3, 1, 1), (262, 3, 1, photometric)]
+    tags += [(273, 4, 1, 14), (277, 3, 1, count), (278, 3, 1, 20), (279, 4, 1, len(body))]
+    entries = [
+        struct.pack(f"{order}HHIHH", tag, kind, n, value, 0) if kind == 3 and n == 1
+        else struct.pack(f"{order}HHII", tag, kind, n, value)
+        for tag, kind, n, value in tags
+    ]  # fmt: skip
+    directory = struct.pack(f"{order}H", len(tags)) + b"".join(entries) + b"\0" * 4
+    head = struct.pack(f"{order}2sHI", b"II" if order == "<" else b"MM", 42, 14 + len(body))
+    return head + struct.pack(f"{order}HHH", 16, 16, 16) + body + directory
 
 
 WIDE = {
-    "grey PNG": png16(0),
     "colour PNG": png16(2),
     "grey PNG with alpha": png16(4),
     "colour PNG with alpha": png16(6),
-    "grey TIFF": encode(Image.fromarray(RNG.integers(0, 65536, (20, 30)).astype(np.uint16)), "TIFF"),
-    "colour TIFF": tiff16(),
+    "colour TIFF": tiff16("<", 2),
+    "big colour TIFF": tiff16(">", 2),
+    "signed TIFF": encode(Image.fromarray(DEEP_NOISE), "TIFF", tiffinfo={339: 2}),
     "32-bit TIFF": encode(Image.fromarray(RNG.integers(0, 70000, (20, 30)).astype(np.int32)), "TIFF"),
     "float TIFF": encode(Image.fromarray(RNG.random((20, 30)).astype(np.float32)), "TIFF"),
     "float PFM": encode(Image.fromarray(RNG.random((20, 30)).astype(np.float32)), "PPM"),
@@ -194,6 +210,95 @@ WIDE = {
     "12-bit PGM": b"P5\n30 20\n4095\n" + RNG.integers(0, 16, 1200, dtype=np.uint8).tobytes(),
     "JPEG 2000": jpeg2000(12),
 }
+
+
+def deep(kind: str = "PNG", **options) -> bytes:
+    return encode(Image.fromarray(DEEP_NOISE), kind, **options)
+
+
+DEEP_GREY = {
+    "PNG by hand": png16(0),
+    "PNG": deep(),
+    "TIFF": deep("TIFF"),
+    "TIFF, little end first": tiff16("<", 1),
+    "TIFF, big end first": tiff16(">", 1),
+    "TIFF whose white is zero": tiff16("<", 0),
+    "TIFF by LZW": deep("TIFF", compression="tiff_lzw"),
+    "PGM": b"P5\n30 20\n65535\n" + DEEP_NOISE.astype(">u2").tobytes(),
+    "JPEG 2000": deep("JPEG2000", irreversible=False),
+}
+
+
+@pytest.mark.parametrize("name", DEEP_GREY)
+def test_one_channel_of_sixteen_bits_is_read_whole(name):
+    picture = read_picture(DEEP_GREY[name], AS_IS)
+    assert picture.levels == 65536
+    assert picture.pixels.dtype == np.uint16
+    np.testing.assert_array_equal(picture.pixels[0], DEEP_NOISE)
+
+
+@pytest.mark.parametrize(("channels", "opaque"), [(1, []), (3, []), (4, [65535])])
+def test_sixteen_bits_become_colour_where_it_is_asked_for(channels, opaque):
+    found = pixels(deep(), channels=channels)
+    assert found.shape == (channels, 20, 30)
+    for plane in found[:3]:
+        np.testing.assert_array_equal(plane, DEEP_NOISE)
+    assert (found[3:] == 65535).all()
+    assert len(found[3:]) == len(opaque)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_sixteen_bits_are_turned_upright(kind):
+    exif = Image.Exif()
+    exif[274] = 6
+    lying = encode(Image.fromarray(np.rot90(DEEP_NOISE, 1).copy()), kind, exif=exif)
+    np.testing.assert_array_equal(pixels(lying)[0], DEEP_NOISE)
+
+
+@pytest.mark.parametrize("size", [(20, 30), (16, 16), (7, 9), (33, 40)])
+@pytest.mark.parametrize("center_crop", [False, True])
+def test_sixteen_bits_are_resized_as_eight_are(size, center_crop):
+    """Level v of 8 bits and level 257 v of 16 are the same value; 8 bits are rounded to half a level."""
+    shallow = RNG.integers(0, 256, (28, 45), dtype=np.uint8)
+    preparation = Preparation(size, center_crop=center_crop)
+    eight = read_picture(encode(Image.fromarray(shallow), "PNG"), preparation)
+    sixteen = read_picture(encode(Image.fromarray(shallow.astype(np.uint16) * 257), "PNG"), preparation)
+    assert sixteen.pixels.shape == eight.pixels.shape
+    assert sixteen.enlarged == eight.enlarged
+    assert np.abs(sixteen.pixels / 257 - eight.pixels).max() < 1.1
+    assert np.abs(sixteen.pixels / 257 - eight.pixels).mean() < 0.5
+
+
+def test_depths_do_not_mix():
+    with pytest.raises(ConfigError, match=r"'0.png' has 8 bits a channel, '1.png' has 16; convert"):
+        read_given([encode(colour("L"), "PNG"), deep()])
+    reading = read_given([deep(), deep()])
+    assert (reading.images.levels, reading.highest) == (65536, DEEP_NOISE.max())
+    with pytest.raises(ConfigError, match="differ in depth"):
+        pictures.check_alike(reading, read_given([encode(colour("L"), "PNG")]))
+
+
+def test_sixteen_bits_from_memory_and_from_the_file():
+    payloads = [encode(Image.fromarray(np.roll(DEEP_NOISE, i)), "PNG") for i in range(3)]
+    packed, lazy = read_given(payloads), read_given(payloads, memory_limit=0)
+    assert isinstance(lazy.images, LazyImages)
+    assert packed.fingerprint == lazy.fingerprint
+    for index in range(3):
+        assert torch.equal(packed.images.image(index), lazy.images.image(index))
+    assert packed.images.stack.dtype == torch.uint16
+    assert lazy.images.levels == 65536
+
+
+@pytest.mark.parametrize("other", [encode(colour("L"), "PNG"), encode(colour(), "PNG")])
+def test_an_image_that_becomes_another_kind_is_named(other):
+    """Eight bits among sixteen would be almost black, without an error."""
+    given = Given(["a.png", "b.png"], [deep(), deep()])
+    reading = read(given, AS_IS, skip_bad=False, memory_limit=0)
+    given.payloads[1] = other
+    with pytest.raises(
+        RunError, match=r"'b.png' of .* became another kind of image: it is .*, not grey \(1 channel of"
+    ):
+        reading.images.image(1)
 
 
 @pytest.mark.parametrize("name", WIDE)
@@ -214,7 +319,7 @@ def test_the_depth_of_avif_stands_in_its_header(flags, bits):
     data = encode(colour(), "AVIF")
     place = data.index(b"av1C") + 6
     assert data[place] == 0x0C
-    assert pictures._depth_in_header("AVIF", data[:place] + bytes([flags]) + data[place + 1 :]) == bits
+    assert depth._depth_in_header("AVIF", data[:place] + bytes([flags]) + data[place + 1 :]) == bits
 
 
 @pytest.mark.parametrize("header", [b"P6\n30 20\n255\n", b"P6\n30 20\n100\n"])

@@ -87,6 +87,35 @@ def test_every_kind_of_file_holds_the_same_images(sample):
     assert sorted(path.name for path in Path().iterdir()) == ["a.gif", "a.npy", "a.npz", "a.png", "each"]
 
 
+def test_sixteen_bits_keep_what_eight_cut(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    DDPMExtPipeline(tiny_unet(channels=1), DDPMExtScheduler(100)).save_pretrained("grey")
+    line = ["sample", "grey", "--device", "cpu", "--num_inference_steps", "3", "--num_images", "2"]
+    assert cli.main([*line, "--out", "a.npy"]) == 0
+    assert cli.main([*line, "--bit_depth", "16", "--out", "each"]) == 0
+    assert cli.main([*line, "--bit_depth", "16", "--out", "a.npz", "--individual", "beside"]) == 0
+    images, levels = np.load("a.npy"), np.load("a.npz")["arr_0"]
+    assert levels.dtype == np.uint16
+    assert np.abs(levels / 65535 - images).max() <= 0.5 / 65535 + 1e-6
+    for place in ("each", "beside"):
+        for index, image in enumerate(levels):
+            with Image.open(f"{place}/{index:05d}.png") as picture:
+                assert picture.mode == "I;16"
+                assert np.array_equal(np.asarray(picture), image[..., 0])
+    assert cli.main([*line, "--bit_depth", "16", "--out", "each"]) == 0  # they are there
+    capsys.readouterr()
+    assert cli.main([*line, "--out", "each"]) == 2
+    assert "bit_depth 16, not 8" in capsys.readouterr().err
+
+
+def test_sixteen_bits_of_colour_go_into_an_array(sample, capsys):
+    assert sample("--bit_depth", "16", "--out", "a.npz") == 0
+    assert np.load("a.npz")["arr_0"].shape == (5, 8, 8, 3)
+    assert sample("--bit_depth", "16", "--out", "each") == 2
+    assert "one channel" in capsys.readouterr().err
+    assert not Path("each").exists()
+
+
 def test_a_video_goes_from_noise_to_images(sample):
     assert sample("--out", "a.gif") == 0
     assert sample("--out", "a.png") == 0

@@ -22,6 +22,7 @@ from diffusers_ddpm_ext.training.columns import (
     read_columns,
 )
 from diffusers_ddpm_ext.training.condition_dropout import Dropout
+from diffusers_ddpm_ext.training.depth import DEEP, SHALLOW
 from diffusers_ddpm_ext.training.errors import ConfigError, RunError
 from diffusers_ddpm_ext.training.options import DataOptions
 from diffusers_ddpm_ext.training.pictures import (
@@ -32,7 +33,7 @@ from diffusers_ddpm_ext.training.pictures import (
     Preparation,
     Reading,
     Size,
-    mixed_channels,
+    check_alike,
     read,
 )
 from diffusers_ddpm_ext.training.sources import (
@@ -59,7 +60,8 @@ class ImageSet:
         images: all images that were read.
         rows: which of them are in this set, (n,), int64.
         size: height and width in pixels.
-        levels: values that a pixel can take: 256, or 17 for the digits. Level k stands for 2 k / (levels - 1) - 1.
+        levels: values that a pixel can take: 256, 65536 of 16 bits, or 17 for the digits. Level k stands for
+            2 k / (levels - 1) - 1.
         random_flip: mirror half of the images while training.
         names: of all images that were read.
         replace_unreadable: let the next image take the place of one that became unreadable.
@@ -128,7 +130,7 @@ class ImageSet:
         concat = None
         if columns.concat is not None:
             beside = replace(self, images=columns.concat, columns=None, replace_unreadable=False)
-            concat = unit_range(beside.level_values(indices, seed, epochs), 256)
+            concat = unit_range(beside.level_values(indices, seed, epochs), columns.concat.levels)
         contexts = columns.contexts
         return Conditions(
             None if columns.labels is None else columns.labels[rows],
@@ -143,7 +145,7 @@ class ImageSet:
         epochs: Sequence[int] | None = None,
         replaced: list[str] | None = None,
     ) -> Tensor:
-        """Return images as levels, (b, C, H, W), uint8.
+        """Return images as levels, (b, C, H, W), uint8, or uint16 of 16-bit images.
 
         Args:
             indices: which images of the set, (b,).
@@ -160,7 +162,8 @@ class ImageSet:
         if stack is not None and tuple(stack.shape[-2:]) == self.size:
             out = stack[self.rows[wanted]]
         else:
-            out = torch.empty(len(wanted), *self.shape, dtype=torch.uint8)
+            kind = torch.uint8 if self.images.levels == SHALLOW else torch.uint16
+            out = torch.empty(len(wanted), *self.shape, dtype=kind)
             for place, index in enumerate(wanted.tolist()):
                 out[place] = self._readable(index, seed, None if epochs is None else epochs[place], replaced)
         if self.random_flip and epochs is not None:
@@ -169,7 +172,8 @@ class ImageSet:
                 for place, (index, epoch) in enumerate(zip(wanted.tolist(), epochs, strict=True))
                 if keys.key(keys.FLIP, seed, epoch, index) & 1
             ]
-            out[mirrored] = out[mirrored].flip(-1)
+            moved = out.view(torch.int16) if out.dtype == torch.uint16 else out  # torch cannot flip uint16
+            moved[mirrored] = moved[mirrored].flip(-1)
         return out
 
     def _readable(self, index: int, seed: int, epoch: int | None, replaced: list[str] | None) -> Tensor:
@@ -209,6 +213,7 @@ class ImageData:
         description: one line for the plan.
         fingerprint: sha256 over the names and the pixels of both sets, in hexadecimal.
         skipped: how many unreadable images were left out.
+        doubt: what is to be said of the values of the pixels; None where there is nothing.
     """
 
     train: ImageSet
@@ -216,6 +221,7 @@ class ImageData:
     description: str
     fingerprint: str
     skipped: int = 0
+    doubt: str | None = None
 
     @property
     def channels(self) -> int:
@@ -294,7 +300,7 @@ def _digits(options: DataOptions, preparation: Preparation, wanted: Mapping[str,
     values = digit_levels()
     names = [str(index) for index in range(len(values))]
     fingerprint = hashlib.sha256(values.numpy().tobytes()).hexdigest()
-    reading = Reading(PackedImages(list(values)), names, 0, 0, fingerprint)
+    reading = Reading(PackedImages(list(values)), names, 0, 0, fingerprint, DIGITS_LEVELS - 1)
     columns = _digit_columns(names, wanted, preparation)
     return _assemble(options, DIGITS, reading, None, levels=DIGITS_LEVELS, columns=columns)
 
@@ -315,7 +321,7 @@ def _assemble(
     what: str,
     reading: Reading,
     held_out: Reading | None,
-    levels: int = 256,
+    levels: int | None = None,
     columns: Columns | None = None,
     held_columns: Columns | None = None,
 ) -> ImageData:
@@ -323,13 +329,13 @@ def _assemble(
     rows, apart = torch.arange(len(reading.names)), torch.empty(0, dtype=torch.int64)
     if held_out is None:
         rows, apart = _divide(reading.names, options.validation_fraction or 0, by_key=what != DIGITS)
-    elif held_out.images.channels != reading.images.channels:
-        raise mixed_channels(reading, held_out)
+    else:
+        check_alike(reading, held_out)
     train = ImageSet(
         reading.images,
         rows,
         options.resolution,
-        levels,
+        reading.images.levels if levels is None else levels,
         options.random_flip,
         reading.names,
         options.skip_bad_images and columns is None,  # another image would be given the condition of this one
@@ -351,6 +357,7 @@ def _assemble(
         _describe(options, what, readings, train, validation),
         hashlib.sha256(" ".join(marks).encode()).hexdigest(),
         sum(one.skipped for one in readings),
+        _doubt(readings),
     )
 
 
@@ -369,6 +376,17 @@ def _divide(names: Sequence[str], fraction: float, *, by_key: bool) -> tuple[Ten
     return sides[: count - apart].sort().values, sides[count - apart :].sort().values
 
 
+def _doubt(readings: Sequence[Reading]) -> str | None:
+    """What is to be said of images of 16 bits that use few of them, as those of scanners with 12 bits do."""
+    highest = max(one.highest for one in readings)
+    if readings[0].images.levels != DEEP or highest >= DEEP // 4:
+        return None
+    return (
+        f"the images have 16 bits, but no pixel is above {highest:,} of 65,535, so that the network sees almost black:"
+        " scale them to the whole range"
+    )
+
+
 def _describe(
     options: DataOptions, what: str, readings: Sequence[Reading], train: ImageSet, validation: ImageSet | None
 ) -> str:
@@ -379,8 +397,8 @@ def _describe(
         f"{len(validation):,} to validate on" if validation is not None else "none to validate on",
         f"{height}x{width}, {train.shape[0]} channel{'s' if train.shape[0] > 1 else ''}",
     ]
-    if train.levels != 256:
-        facts.append(f"{train.levels} levels")
+    if train.levels != SHALLOW:
+        facts.append("16 bits" if train.levels == DEEP else f"{train.levels} levels")
     if what != DIGITS:
         facts.append("middle crop" if options.center_crop else "random crop")
     if options.random_flip:

@@ -1,8 +1,8 @@
 """How a file becomes pixels: decoded once before the run, then kept in memory or decoded again.
 
 Every image is decoded at the start, so that a broken one is named there and not in the middle of a night. What was
-decoded stays in memory, resized, as bytes (``PackedImages``); where there is too much of it, it is decoded again
-whenever it is asked for (``LazyImages``).
+decoded stays in memory, resized, with the depth of its files (``PackedImages``); where there is too much of it, it is
+decoded again whenever it is asked for (``LazyImages``).
 """
 
 from __future__ import annotations
@@ -10,11 +10,10 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import re
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -24,6 +23,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
+from diffusers_ddpm_ext.training.depth import DEEP, SHALLOW, deep_values, is_deep_grey, wide_values
 from diffusers_ddpm_ext.training.errors import ConfigError, RunError
 
 Size = tuple[int, int]  # height, width in pixels
@@ -68,15 +68,25 @@ class Preparation:
 
 @dataclass(frozen=True)
 class Picture:
-    """One decoded image: pixels (C, h, w) uint8 with h and w at least the size asked for."""
+    """One decoded image: pixels (C, h, w), uint8 or uint16, with h and w at least the size asked for."""
 
     pixels: np.ndarray
     enlarged: bool
 
     @property
+    def levels(self) -> int:
+        """Values that a pixel can take: 256 or 65536."""
+        return levels_of(torch.from_numpy(self.pixels))
+
+    @property
     def channels(self) -> int:
         """Number of channels."""
         return int(self.pixels.shape[0])
+
+
+def levels_of(pixels: Tensor) -> int:
+    """Values that a pixel of this type can take: 256 or 65536."""
+    return SHALLOW if pixels.dtype == torch.uint8 else DEEP
 
 
 def read_picture(payload: bytes | Path | None, preparation: Preparation) -> Picture:
@@ -87,17 +97,20 @@ def read_picture(payload: bytes | Path | None, preparation: Preparation) -> Pict
 
     Raises:
         BadImage: the image cannot be decoded.
-        ConfigError: its values are wider than 8 bits.
+        ConfigError: its values are wider than 8 bits, and not one channel of 16.
     """
     if payload is None:
         raise BadImage("it is empty")
     try:
         with Image.open(io.BytesIO(payload) if isinstance(payload, bytes) else payload) as image:
-            wide = _wide_values(image, payload)
+            deep = is_deep_grey(image, payload)
+            wide = None if deep else wide_values(image, payload)
             if wide is None:
                 image.load()
                 ImageOps.exif_transpose(image, in_place=True)
-                plain = _convert(image, preparation.channels)
+                # Of 16 bits Pillow resizes only floats well; they hold them exactly.
+                whole = Image.fromarray(deep_values(image).astype(np.float32)) if deep else None
+                plain = _convert(image, preparation.channels) if whole is None else whole
     except UnidentifiedImageError:
         raise BadImage("not an image that Pillow knows") from None
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError, ...
@@ -105,42 +118,19 @@ def read_picture(payload: bytes | Path | None, preparation: Preparation) -> Pict
         raise BadImage(lines[0] if lines else type(error).__name__) from error
     if wide is not None:
         raise ConfigError(
-            f"16-bit and float images are not supported yet (it holds {wide}, and cutting them to 8 bits would lose"
-            " most of it): convert it to 8 bits a channel."
+            f"{wide} are not supported yet (cutting them to 8 bits would lose most of it): convert it to 8 bits a"
+            " channel, or to one channel of 16 bits (PNG, TIFF, PGM)."
         )
-    return _fit(plain, preparation)
+    picture = _fit(plain, preparation)
+    return picture if plain.mode != "F" else replace(picture, pixels=_deep_channels(picture, preparation.channels))
 
 
-def _wide_values(image: Image.Image, payload: bytes | Path) -> str | None:
-    """Say which values wider than 8 bits an opened, not yet decoded image holds; None where it holds none.
-
-    The mode alone does not tell: Pillow opens 48-bit colour as RGB and cuts it to 8 bits a channel.
-    """
-    if image.mode == "F":
-        return "float values"
-    if image.mode.startswith("I"):
-        return "16-bit or 32-bit values"
-    for tile in getattr(image, "tile", ()):
-        told = tile[3] if isinstance(tile[3], tuple) else (tile[3],)
-        if any(isinstance(word, str) and re.search(r";(16[BLNS]|32)", word) for word in told):
-            return "16-bit values"
-        if tile[0].startswith("ppm") and isinstance(told[-1], int) and told[-1] > 255:
-            return f"values up to {told[-1]}"
-    bits = _depth_in_header(image.format, payload)
-    return f"{bits}-bit values" if bits > 8 else None
-
-
-def _depth_in_header(kind: str | None, payload: bytes | Path) -> int:
-    """Read the bits a channel of the two formats whose depth Pillow keeps to itself; 8 for all others."""
-    if kind not in ("JPEG2000", "AVIF"):
-        return 8
-    head = payload if isinstance(payload, bytes) else payload.read_bytes()
-    if kind == "JPEG2000":
-        start = head.find(b"\xff\x4f\xff\x51")  # start of codestream, then its SIZ segment with the depth, Ssiz
-        return (head[start + 42] & 0x7F) + 1 if 0 <= start < len(head) - 42 else 8
-    start = head.find(b"av1C")  # AV1's configuration box: the third byte holds the flags of 10 and 12 bits
-    flags = head[start + 6] if 0 <= start < len(head) - 6 else 0
-    return 8 if not flags & 0x40 else 12 if flags & 0x20 else 10
+def _deep_channels(picture: Picture, channels: int | None) -> np.ndarray:
+    """One channel of 16 bits, in so many: all alike, and opaque."""
+    if channels in (None, 1):
+        return picture.pixels
+    colour = picture.pixels.repeat(3, axis=0)
+    return colour if channels == 3 else np.concatenate([colour, np.full_like(picture.pixels, 65535)])
 
 
 def _natural_channels(image: Image.Image) -> int:
@@ -180,8 +170,11 @@ def _fit(image: Image.Image, preparation: Preparation) -> Picture:
     if preparation.center_crop:
         left, top = (image.width - width) // 2, (image.height - height) // 2
         image = image.crop((left, top, left + width, top + height))
+    values = np.asarray(image)
+    if image.mode == "F":
+        values = values.round().clip(0, 65535).astype(np.uint16)
     # A copy, because Pillow's own array cannot be written to, and torch warns of that.
-    return Picture(np.array(np.atleast_3d(np.asarray(image)).transpose(2, 0, 1), order="C"), enlarged)
+    return Picture(np.array(np.atleast_3d(values).transpose(2, 0, 1), order="C"), enlarged)
 
 
 class Images(Protocol):
@@ -191,10 +184,14 @@ class Images(Protocol):
     def channels(self) -> int:
         """Number of channels."""
 
+    @property
+    def levels(self) -> int:
+        """Values that a pixel can take: 256 where they are uint8, 65536 where they are uint16."""
+
     def __len__(self) -> int: ...
 
     def image(self, index: int) -> Tensor:
-        """Return an image, (C, h, w), uint8."""
+        """Return an image, (C, h, w), uint8 or uint16."""
 
     @property
     def stack(self) -> Tensor | None:
@@ -206,11 +203,12 @@ class PackedImages:
 
     def __init__(self, pictures: Sequence[Tensor]) -> None:
         self.channels = int(pictures[0].shape[0])
+        self.levels = levels_of(pictures[0])
         self.shapes = [tuple(picture.shape) for picture in pictures]
         self.alike = len(set(self.shapes)) == 1
         sizes = [picture.numel() for picture in pictures]
         self.starts = [0, *np.cumsum(sizes).tolist()]
-        self.buffer = torch.empty(self.starts[-1], dtype=torch.uint8)
+        self.buffer = torch.empty(self.starts[-1], dtype=pictures[0].dtype)
         for picture, start, size in zip(pictures, self.starts, sizes, strict=False):
             self.buffer[start : start + size] = picture.reshape(-1)
 
@@ -218,7 +216,7 @@ class PackedImages:
         return len(self.shapes)
 
     def image(self, index: int) -> Tensor:
-        """Return a view of an image, (C, h, w), uint8."""
+        """Return a view of an image, (C, h, w), uint8 or uint16."""
         return self.buffer[self.starts[index] : self.starts[index + 1]].view(self.shapes[index])
 
     @property
@@ -235,16 +233,17 @@ class LazyImages:
     kept: Sequence[int]
     preparation: Preparation
     channels: int
+    levels: int = SHALLOW
     stack: None = None
 
     def __len__(self) -> int:
         return len(self.kept)
 
     def image(self, index: int) -> Tensor:
-        """Decode an image, (C, h, w), uint8.
+        """Decode an image, (C, h, w), uint8 or uint16.
 
         Raises:
-            RunError: it could be read before the run and cannot any more.
+            RunError: it could be read before the run and cannot any more, or has become another kind of image.
         """
         place = self.kept[index]
         try:
@@ -252,6 +251,11 @@ class LazyImages:
         except (BadImage, ConfigError) as reason:
             name = self.source.names[place]
             raise RunError(f"{name!r} of {self.source.option} became unreadable: {reason}") from None
+        if (picture.channels, picture.levels) != (self.channels, self.levels):
+            raise RunError(
+                f"{self.source.names[place]!r} of {self.source.option} became another kind of image: it is"
+                f" {_kind(picture.channels, picture.levels)}, not {_kind(self.channels, self.levels)}"
+            )
         return torch.from_numpy(picture.pixels)
 
 
@@ -265,6 +269,7 @@ class Reading:
         skipped: how many were left out.
         enlarged: how many are smaller than the size asked for.
         fingerprint: sha256 over names and pixels, in hexadecimal.
+        highest: the largest value of a pixel.
     """
 
     images: Images
@@ -272,6 +277,7 @@ class Reading:
     skipped: int
     enlarged: int
     fingerprint: str
+    highest: int
 
 
 def read(
@@ -287,13 +293,14 @@ def read(
         progress: show a bar where it takes longer than a second.
 
     Raises:
-        ConfigError: an image cannot be decoded, has values wider than 8 bits, or other channels than the first one;
-            or no image is left.
+        ConfigError: an image cannot be decoded, has values that cannot be read whole, or other channels or another
+            depth than the first one; or no image is left.
     """
     bad: list[tuple[str, BadImage]] = []
     kept: list[int] = []
     pictures: list[Tensor] | None = []
-    total = enlarged = channels = 0
+    total = enlarged = highest = 0
+    first: tuple[int, int] | None = None
     digest = hashlib.sha256()
     count = len(source.names)
     with tqdm(total=count, desc="reading images", unit="image", delay=1, leave=False, disable=not progress) as bar:
@@ -303,10 +310,12 @@ def read(
             if isinstance(picture, BadImage):
                 bad.append((name, picture))
                 continue
-            if kept and picture.channels != channels:
-                raise _mixed(source.names[kept[0]], channels, name, picture.channels)
+            kind = (picture.channels, picture.levels)
+            if first is not None and kind != first:
+                raise _mixed(source.names[kept[0]], first, name, kind)
             kept.append(index)
-            channels = picture.channels
+            first = kind
+            highest = max(highest, int(picture.pixels.max()))
             enlarged += picture.enlarged
             total += picture.pixels.nbytes
             digest.update(os.fsencode(name) + b"\0" + str(picture.pixels.shape).encode() + picture.pixels.tobytes())
@@ -316,8 +325,8 @@ def read(
                 pictures = None
     if bad and not (skip_bad and kept):
         raise _unreadable(source, bad, skip_bad)
-    images = PackedImages(pictures) if pictures else LazyImages(source, kept, preparation, channels)
-    return Reading(images, [source.names[i] for i in kept], len(bad), enlarged, digest.hexdigest())
+    images = PackedImages(pictures) if pictures else LazyImages(source, kept, preparation, *(first or (0, SHALLOW)))
+    return Reading(images, [source.names[i] for i in kept], len(bad), enlarged, digest.hexdigest(), highest)
 
 
 def _decode_all(source: Source, preparation: Preparation) -> Iterator[Picture | BadImage]:
@@ -341,16 +350,33 @@ def _decode_all(source: Source, preparation: Preparation) -> Iterator[Picture | 
             yield from pool.map(decode, [(source.names[index], source.payload(index)) for index in block])
 
 
-def mixed_channels(reading: Reading, other: Reading) -> ConfigError:
-    """Return the error that names an image of each of two readings whose channels differ."""
-    return _mixed(reading.names[0], reading.images.channels, other.names[0], other.images.channels)
+def check_alike(reading: Reading, other: Reading) -> None:
+    """Refuse two readings whose channels or depths differ, by naming an image of each.
+
+    Raises:
+        ConfigError: they differ.
+    """
+    kinds = [(one.images.channels, one.images.levels) for one in (reading, other)]
+    if kinds[0] != kinds[1]:
+        raise _mixed(reading.names[0], kinds[0], other.names[0], kinds[1])
 
 
-def _mixed(first: str, channels: int, other: str, others: int) -> ConfigError:
-    """Name two images whose channels differ."""
+def _kind(channels: int, levels: int) -> str:
+    """What an image is, in words: its channels, and its depth where that is not 8 bits."""
+    return f"{CHANNEL_NAMES[channels]} ({channels}{' channel of 16 bits' if levels == DEEP else ''})"
+
+
+def _mixed(first: str, kind: tuple[int, int], other: str, others: tuple[int, int]) -> ConfigError:
+    """Name two images whose channels or depths differ."""
+    if kind[1] != others[1]:
+        bits = {SHALLOW: 8, DEEP: 16}
+        return ConfigError(
+            f"the images differ in depth: {first!r} has {bits[kind[1]]} bits a channel, {other!r} has"
+            f" {bits[others[1]]}; convert them all to one of the two."
+        )
     return ConfigError(
-        f"the images differ in channels: {first!r} is {CHANNEL_NAMES[channels]} ({channels}), {other!r} is"
-        f" {CHANNEL_NAMES[others]} ({others}); --channels 1, 3 or 4 converts them all."
+        f"the images differ in channels: {first!r} is {_kind(*kind)}, {other!r} is {_kind(*others)};"
+        " --channels 1, 3 or 4 converts them all."
     )
 
 

@@ -229,9 +229,9 @@ def start(config: TrainConfig) -> Run:
         warn(
             f"FSDP was asked for, but Accelerate made {engine(run)} of it: it has no FSDP on {accelerator.device.type}"
         )
-    doubt = doubt_schedule(parts.objective.schedule)
-    if doubt is not None and accelerator.is_main_process:
-        warn(doubt)
+    for doubt in (data.doubt, doubt_schedule(parts.objective.schedule)):
+        if doubt is not None and accelerator.is_main_process:
+            warn(doubt)
     return run
 
 

@@ -53,7 +53,7 @@ class Share(NamedTuple):
     """A micro-batch on its way out of a data worker.
 
     Attributes:
-        levels: (b, C, H, W), uint8.
+        levels: (b, C, H, W), uint8, or uint16 of 16-bit images.
         positions: as in `Batch`.
         indices: as in `Batch`.
         step: as in `Batch`.
