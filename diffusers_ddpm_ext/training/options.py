@@ -381,7 +381,7 @@ class OutputOptions:
     report_to: str = option(
         "tensorboard",
         "Tracker of Accelerate: tensorboard, wandb, trackio, mlflow, comet_ml, ..., all that are installed, or none."
-        " tensorboard and wandb get pictures and histograms, too. metrics.jsonl is always written.",
+        " They get pictures too, and histograms where they have them. metrics.jsonl is always written.",
         alias=("logger",),
     )
     logging_dir: str = option("logs", "Folder of the tracker, inside --output_dir.")
