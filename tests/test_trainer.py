@@ -207,6 +207,26 @@ def test_a_schedule_that_ends_before_the_image_is_gone_is_told(
     assert (left or "") in told
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs take the accelerator, where size is no matter")
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"block_out_channels": [128, 256, 512], "resolution": 32}, True),
+        ({"block_out_channels": [128, 256, 512], "resolution": 8}, False),
+        ({"block_out_channels": [32, 64, 64], "resolution": 32}, False),
+    ],
+)
+def test_a_network_too_large_for_a_processor_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: dict[str, Any], told: bool
+):
+    """And the smaller one that is named is one that can be asked for."""
+    small = {"num_train_timesteps": 1000, "attention_levels": [2], "norm_num_groups": 8, "layers_per_block": 2}
+    train(tiny_run(tmp_path / "run", dry_run=True, **(small | options)))
+    line = capsys.readouterr().err
+    assert ("parameters on a CPU" in line) == told
+    assert ("--block_out_channels 32 64 64 --attention_levels 2 --norm_num_groups 8" in line) == told
+
+
 def test_parameters_in_the_table_add_up(tmp_path: Path):
     run = start(tiny_run(tmp_path / "run"))
     total = sum(parameter.numel() for parameter in run.denoiser.parameters())

@@ -13,6 +13,7 @@ from diffusers_ddpm_ext.training.options import OptimOptions, ScheduleOptions
 
 COMPVIS_BETAS = {"scaled_linear": "linear", "linear": "sqrt_linear", "squaredcos_cap_v2": "cosine", "sqrt": "sqrt"}
 COMPVIS_PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
+SLOW_ON_CPU = 20_000_000  # parameters; that many take seconds a step at 64x64
 SIGNAL_LEFT = 0.1  # of the amplitude after the last step; Stable Diffusion's schedule leaves 0.068
 
 
@@ -87,6 +88,25 @@ def doubt_schedule(schedule: NoiseSchedule) -> str | None:
         f"after the last of the {len(schedule)} steps {signal:.0%} of the image's amplitude is left, but sampling "
         "begins from noise alone, which it never sees: use --beta_schedule squaredcos_cap_v2, larger betas "
         "(--beta_end), or, unless noise is predicted, --rescale_betas_zero_snr"
+    )
+
+
+def doubt_size(parameters: int, device: str, size: tuple[int, int]) -> str | None:
+    """What is to be said of a network that is too large for a processor.
+
+    Args:
+        parameters: that are trained.
+        device: its type.
+        size: height and width of an image, in pixels.
+
+    Returns:
+        A sentence with the way out; None where there is nothing to be said.
+    """
+    if device != "cpu" or parameters < SLOW_ON_CPU or size[0] * size[1] < 32 * 32:
+        return None
+    return (
+        f"{parameters:,} parameters on a CPU take many seconds a step: use an accelerator, or a smaller network, e.g."
+        " --block_out_channels 32 64 64 --attention_levels 2 --norm_num_groups 8"
     )
 
 

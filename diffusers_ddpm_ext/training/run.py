@@ -46,6 +46,7 @@ from diffusers_ddpm_ext.training.report import (
     describe_rate,
     describe_schedule,
     doubt_schedule,
+    doubt_size,
     parameter_table,
     steps_of,
 )
@@ -229,7 +230,13 @@ def start(config: TrainConfig) -> Run:
         warn(
             f"FSDP was asked for, but Accelerate made {engine(run)} of it: it has no FSDP on {accelerator.device.type}"
         )
-    for doubt in (data.doubt, doubt_schedule(parts.objective.schedule)):
+    size = sum(parameter.numel() for parameter in run.network)
+    doubts = (
+        data.doubt,
+        doubt_schedule(parts.objective.schedule),
+        doubt_size(size, accelerator.device.type, data.size),
+    )
+    for doubt in doubts:
         if doubt is not None and accelerator.is_main_process:
             warn(doubt)
     return run
