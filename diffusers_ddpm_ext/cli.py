@@ -126,6 +126,7 @@ def _train(argv: list[str]) -> None:
 
 
 def _configure(argv: list[str]) -> TrainConfig:
+    from diffusers_ddpm_ext.training.checks import tracker_names
     from diffusers_ddpm_ext.training.config import parse_train_args
 
     if not {"-h", "--help"} & {*argv}:
@@ -133,9 +134,10 @@ def _configure(argv: list[str]) -> TrainConfig:
     config = parse_train_args(argv)
     _need({"sklearn": "scikit-learn"} if config.on_digits else {})
     _need({"datasets": "datasets"} if config.data.dataset_name else {})
-    tracker = config.output.report_to
-    if tracker not in ("none", "all") and not config.loop.dry_run and find_spec(tracker) is None:
-        raise ConfigError(f"--report_to {tracker}: {tracker} is not installed: install it, or say --report_to none")
+    told = config.output.report_to
+    for tracker in [] if config.loop.dry_run else tracker_names(told):
+        if tracker != "all" and find_spec(tracker) is None:
+            raise ConfigError(f"--report_to {told}: {tracker} is not installed: install it, or say --report_to none")
     return config
 
 

@@ -239,7 +239,7 @@ def _workers(device: str | None) -> Workers:
         return Workers(0, 1, find_device(device), lambda tensor: tensor)
     from diffusers_ddpm_ext.training.processes import make_accelerator, sum_over_ranks
 
-    accelerator = make_accelerator(None, 1, "none")
+    accelerator = make_accelerator(None, 1, [])
     if device is not None and find_device(device).type != accelerator.device.type:
         raise ConfigError(f"--device {device}: the launcher gives each process its own: leave it out")
     return Workers(

@@ -18,7 +18,7 @@ from diffusers_ddpm_ext.training.processes import gather_rows, make_accelerator
 
 def main() -> None:
     """Share losses of batches of 3 and 5 samples, in an order that is not theirs."""
-    accelerator = make_accelerator(None, 1, "none")
+    accelerator = make_accelerator(None, 1, [])
     rank = accelerator.process_index
     sampler = LossSecondMomentSampler(4, history=3)
     source = torch.Generator().manual_seed(0)

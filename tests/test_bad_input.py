@@ -109,6 +109,8 @@ TYPED: dict[str, tuple[list[str], list[str]]] = {
     "one step of a bound": (["--validation_bpd", "--validation_bpd_steps", "1"], ["--validation_bpd_steps", "2"]),
     "steps of no bound": (["--validation_bpd_steps", "5"], ["--validation_bpd_steps", "--validation_bpd"]),
     "precision": (["--mixed_precision", "fp8"], ["--mixed_precision", "'fp8'", "bf16"]),
+    "tracker among several": (["--report_to", "tensorboard,paper"], ["'tensorboard,paper'", "wandb"]),
+    "no tracker and one": (["--report_to", "none,tensorboard"], ["'none,tensorboard'", "alone"]),
     "tracker": (["--report_to", "paper"], ["--report_to", "'paper'", "tensorboard"]),
     "no noise steps": (["--num_train_timesteps", "0"], ["--num_train_timesteps", "at least 1", "0"]),
     "beta of 0": (["--beta_start", "0"], ["--beta_start", "above 0"]),
@@ -433,6 +435,7 @@ def test_the_real_program(argv, told, place):
         ("sklearn", [], ["scikit-learn", "pip install diffusers-ddpm-ext[train]"]),
         ("datasets", ["--dataset_name", "a/b"], ["datasets", "pip install diffusers-ddpm-ext[train]"]),
         ("wandb", ["--report_to", "wandb"], ["--report_to wandb", "not installed", "none"]),
+        ("comet_ml", ["--report_to", "tensorboard,comet"], ["tensorboard,comet: comet_ml is not installed"]),
     ],
 )
 def test_missing_extra(module, argv, told, place, monkeypatch, capfd):

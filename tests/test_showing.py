@@ -88,6 +88,16 @@ def test_mlflow(tmp_path, monkeypatch, capfd):
 
 
 @THEIR_WARNINGS
+def test_two_at_once(tmp_path, monkeypatch, capfd):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    folder = run_in(tmp_path, monkeypatch, "tensorboard, mlflow")
+    assert "--report_to" not in capfd.readouterr().err
+    assert list(folder.rglob("events.out*"))
+    assert mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}").search_experiments()
+
+
+@THEIR_WARNINGS
 def test_trackio(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when it is imported
     pytest.importorskip("trackio")

@@ -317,8 +317,25 @@ def _check_lambda(course: str, given: Mapping[str, Any]) -> None:
         raise ConfigError(f"--lr_scheduler_args: {error}") from None
 
 
+def tracker_names(told: str) -> list[str]:
+    """Trackers as Accelerate calls them.
+
+    Args:
+        told: of ``--report_to``, several of them with commas between.
+
+    Returns:
+        Their names; none of ``none``.
+    """
+    names = [name.strip() for name in told.split(",")]
+    return [{"comet": "comet_ml"}.get(name, name) for name in names if name != "none"]
+
+
 def _check_output(flat: Flat) -> None:
-    if flat["report_to"] not in TRACKERS:
-        raise ConfigError(f"--report_to {flat['report_to']!r} is not one of {', '.join(TRACKERS)}")
+    told = flat["report_to"]
+    names = tracker_names(told)
+    if not {*names} <= {*TRACKERS}:
+        raise ConfigError(f"--report_to {told!r} is not one, or several by commas, of {', '.join(TRACKERS)}")
+    if "," in told and ("all" in names or len(names) < len(told.split(","))):
+        raise ConfigError(f"--report_to {told!r}: all and none stand alone")
     if flat["overwrite_output_dir"] and flat["output_dir"] is None:
         raise ConfigError("--overwrite_output_dir needs --output_dir: without a name a fresh folder is taken")

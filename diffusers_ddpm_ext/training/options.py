@@ -380,8 +380,8 @@ class OutputOptions:
     overwrite_output_dir: bool = option(False, "Take a folder that is not empty; an earlier run's files in it go.")
     report_to: str = option(
         "tensorboard",
-        "Tracker of Accelerate: tensorboard, wandb, trackio, mlflow, comet_ml, ..., all that are installed, or none."
-        " They get pictures too, and histograms where they have them. metrics.jsonl is always written.",
+        "Trackers of Accelerate, with commas between: tensorboard, wandb, trackio, mlflow, comet_ml, ...; all that are"
+        " installed, or none. They get pictures and histograms, too. metrics.jsonl is always written.",
         alias=("logger",),
     )
     logging_dir: str = option("logs", "Folder of the tracker, inside --output_dir.")

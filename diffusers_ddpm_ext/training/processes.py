@@ -34,13 +34,13 @@ SECONDS_TO_SPEAK = 10
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
-def make_accelerator(mixed_precision: str | None, accumulation: int, report_to: str) -> Accelerator:
+def make_accelerator(mixed_precision: str | None, accumulation: int, trackers: list[str]) -> Accelerator:
     """The Accelerator of a run.
 
     Args:
         mixed_precision: ``no``, ``fp16``, ``bf16``, or None for what the launcher says.
         accumulation: micro-batches of an optimizer step.
-        report_to: name of a tracker, or ``none``.
+        trackers: by their names in Accelerate.
 
     Returns:
         One process of the run. Started by ``torchrun`` on a machine without accelerators, the processes are connected,
@@ -51,21 +51,22 @@ def make_accelerator(mixed_precision: str | None, accumulation: int, report_to: 
     """
     refuse_engines()
     no_accelerator = not torch.accelerator.is_available()
-    tracker = None if report_to in ("none", "") else report_to
     try:
         accelerator = Accelerator(
             cpu=no_accelerator,
             mixed_precision=mixed_precision,
             gradient_accumulation_steps=accumulation,
-            log_with=tracker,
+            log_with=trackers or None,
             project_config=ProjectConfiguration(logging_dir="."),  # where it really goes is known later
             kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         )
     except ValueError as error:
         option = "--report_to" if "logging" in str(error).lower() else "--mixed_precision"
         raise ConfigError(f"{option}: {' '.join(str(error).split())}") from error
-    if tracker is not None and not accelerator.log_with:
-        raise ConfigError(f"--report_to {report_to}: this tracker is not installed (`pip install {report_to}`).")
+    found = {str(getattr(tracker, "value", tracker)) for tracker in accelerator.log_with}
+    missing = [name for name in trackers if name not in found and not (name == "all" and found)]
+    if missing:
+        raise ConfigError(f"--report_to {missing[0]}: this tracker is not installed (`pip install {missing[0]}`).")
     if (plugin := getattr(accelerator.state, "fsdp_plugin", None)) is not None:
         # Its policy would cast the images and the noise to bfloat16 before they meet; autocast leaves them alone.
         plugin.mixed_precision_policy = None

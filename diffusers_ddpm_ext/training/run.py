@@ -18,6 +18,7 @@ from diffusers_ddpm_ext.ema import LitEMA
 from diffusers_ddpm_ext.objective_checks import BOUND_LOSSES
 from diffusers_ddpm_ext.shards import full, is_sharded
 from diffusers_ddpm_ext.training.build import Parts, build_ema, build_parts
+from diffusers_ddpm_ext.training.checks import tracker_names
 from diffusers_ddpm_ext.training.config import TrainConfig
 from diffusers_ddpm_ext.training.data import ImageData, load_data
 from diffusers_ddpm_ext.training.denoisers import refusing
@@ -190,8 +191,8 @@ def start(config: TrainConfig) -> Run:
         ConfigError: an option that cannot be met, with its name; in the first process that found one.
     """
     loop = config.loop
-    tracker = "none" if loop.dry_run else config.output.report_to
-    accelerator = make_accelerator(loop.mixed_precision, loop.gradient_accumulation_steps, tracker)
+    trackers = [] if loop.dry_run else tracker_names(config.output.report_to)
+    accelerator = make_accelerator(loop.mixed_precision, loop.gradient_accumulation_steps, trackers)
     with same_fate(accelerator):
         check_token(config.hub)
         data = load_data(config.data, config.model.conditioning_key, progress=accelerator.is_main_process)
