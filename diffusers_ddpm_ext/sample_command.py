@@ -140,9 +140,10 @@ def _store(pipeline: Any, options: SampleOptions) -> OneFile | PngFolder:
     from diffusers_ddpm_ext.sample_files import OneFile, PngFolder
 
     bit_depth = options.bit_depth
-    if bit_depth == 16 and pipeline.channels != 1 and options.out.suffix.lower() != ".npz":
+    if bit_depth == 16 and pipeline.channels != 1 and (options.is_folder or options.individual is not None):
         raise ConfigError(
-            f"--bit_depth 16 writes PNG files of one channel, and the images have {pipeline.channels}: --out FILE.npz"
+            f"--bit_depth 16 writes PNG files of one channel, and the images have {pipeline.channels}: "
+            "--out FILE.npz takes them, without --individual"
         )
     places = ("out", "individual", "num_images", "batch_size", "device", "bit_depth")
     settings: dict[str, Any] = {name: value for name, value in vars(options).items() if name not in places}

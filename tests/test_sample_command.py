@@ -111,9 +111,10 @@ def test_sixteen_bits_keep_what_eight_cut(tmp_path, monkeypatch, capsys):
 def test_sixteen_bits_of_colour_go_into_an_array(sample, capsys):
     assert sample("--bit_depth", "16", "--out", "a.npz") == 0
     assert np.load("a.npz")["arr_0"].shape == (5, 8, 8, 3)
-    assert sample("--bit_depth", "16", "--out", "each") == 2
-    assert "one channel" in capsys.readouterr().err
-    assert not Path("each").exists()
+    for places in (["--out", "each"], ["--out", "b.npz", "--individual", "each"]):
+        assert sample("--bit_depth", "16", *places) == 2
+        assert "one channel" in capsys.readouterr().err
+    assert [path.name for path in Path().iterdir()] == ["a.npz"]
 
 
 def test_a_video_goes_from_noise_to_images(sample):

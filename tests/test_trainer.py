@@ -207,7 +207,7 @@ def test_a_schedule_that_ends_before_the_image_is_gone_is_told(
     assert (left or "") in told
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="runs take the accelerator, where size is no matter")
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="runs take the accelerator, where size is no matter")
 @pytest.mark.parametrize(
     ("options", "told"),
     [

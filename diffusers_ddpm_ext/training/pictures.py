@@ -76,7 +76,7 @@ class Picture:
     @property
     def levels(self) -> int:
         """Values that a pixel can take: 256 or 65536."""
-        return levels_of(torch.from_numpy(self.pixels))
+        return levels_of(self.pixels)
 
     @property
     def channels(self) -> int:
@@ -84,9 +84,9 @@ class Picture:
         return int(self.pixels.shape[0])
 
 
-def levels_of(pixels: Tensor) -> int:
+def levels_of(pixels: np.ndarray | Tensor) -> int:
     """Values that a pixel of this type can take: 256 or 65536."""
-    return SHALLOW if pixels.dtype == torch.uint8 else DEEP
+    return SHALLOW if pixels.itemsize == 1 else DEEP
 
 
 def read_picture(payload: bytes | Path | None, preparation: Preparation) -> Picture:
