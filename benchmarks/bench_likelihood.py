@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtScheduler
-from diffusers_ddpm_ext.likelihood import bits_per_dim
-from diffusers_ddpm_ext.training.data import load_data
-from diffusers_ddpm_ext.training.options import DataOptions
+from diffusers_ddpm_ext.diffusion.likelihood import bits_per_dim
+from diffusers_ddpm_ext.training.config.options import DataOptions
+from diffusers_ddpm_ext.training.data.dataset import load_data
 
 
 def load_peer(checkout: Path) -> Any:

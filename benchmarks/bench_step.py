@@ -29,14 +29,14 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
-from diffusers_ddpm_ext.gaussian import q_sample
-from diffusers_ddpm_ext.objective import ObjectiveOutput
-from diffusers_ddpm_ext.training import keys
-from diffusers_ddpm_ext.training.config import TrainConfig
-from diffusers_ddpm_ext.training.records import StepTrace
-from diffusers_ddpm_ext.training.run import Run, start
-from diffusers_ddpm_ext.training.step import clip, seed_dropout
+from diffusers_ddpm_ext.diffusion.gaussian import q_sample
+from diffusers_ddpm_ext.losses.objective import ObjectiveOutput
+from diffusers_ddpm_ext.training.config.train_config import TrainConfig
+from diffusers_ddpm_ext.training.loop.run import Run, start
+from diffusers_ddpm_ext.training.loop.step import clip, seed_dropout
+from diffusers_ddpm_ext.training.tracking.metrics import StepTrace
 from diffusers_ddpm_ext.training.trainer import open_records, read_losses
+from diffusers_ddpm_ext.utils import random_keys as keys
 
 STEPS = 10  # of a round; our logging interval, so that each round reads the losses once
 MODELS: dict[str, tuple[dict[str, object], int, int]] = {

@@ -27,12 +27,12 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtScheduler
-from diffusers_ddpm_ext.estimate import half_width
-from diffusers_ddpm_ext.fitting import VarianceFit, fit_logvar
-from diffusers_ddpm_ext.likelihood import bits_per_dim
-from diffusers_ddpm_ext.training import keys
-from diffusers_ddpm_ext.training.data import load_data
-from diffusers_ddpm_ext.training.options import DataOptions
+from diffusers_ddpm_ext.diffusion.likelihood import bits_per_dim
+from diffusers_ddpm_ext.diffusion.likelihood_estimate import half_width
+from diffusers_ddpm_ext.diffusion.variance_fit import VarianceFit, fit_logvar
+from diffusers_ddpm_ext.training.config.options import DataOptions
+from diffusers_ddpm_ext.training.data.dataset import load_data
+from diffusers_ddpm_ext.utils import random_keys as keys
 
 COUNTS = (10, 25, 50, 100, 1000)
 SEARCH = (10, 25, 50, 100, 125, 150, 200, 250, 300, 400, 500, 600, 700, 800, 900, 1000)

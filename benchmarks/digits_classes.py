@@ -19,7 +19,7 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
 from diffusers_ddpm_ext import DDPMExtPipeline
-from diffusers_ddpm_ext.training import keys
+from diffusers_ddpm_ext.utils import random_keys as keys
 
 WANTED = 0.9
 

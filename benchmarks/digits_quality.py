@@ -29,11 +29,11 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
 from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtScheduler, DDPMObjective
-from diffusers_ddpm_ext.training import keys
-from diffusers_ddpm_ext.training.data import ImageSet, load_data
-from diffusers_ddpm_ext.training.evaluate import Workers, measure_log_loss
-from diffusers_ddpm_ext.training.options import DataOptions
-from diffusers_ddpm_ext.training.task import DenoisingTask
+from diffusers_ddpm_ext.training.config.options import DataOptions
+from diffusers_ddpm_ext.training.data.dataset import ImageSet, load_data
+from diffusers_ddpm_ext.training.evaluation.validation_loss import Workers, measure_log_loss
+from diffusers_ddpm_ext.training.factory.task import DenoisingTask
+from diffusers_ddpm_ext.utils import random_keys as keys
 
 CONFIDENCE, DISTANCE = 0.97, 2.0
 

@@ -24,8 +24,8 @@ from digits_quality import look_at, write
 from torch import Tensor
 
 from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtScheduler
-from diffusers_ddpm_ext.plots import figure
-from diffusers_ddpm_ext.training import keys
+from diffusers_ddpm_ext.plotting.curves import figure
+from diffusers_ddpm_ext.utils import random_keys as keys
 
 CALLS = 50
 WORDS = {"plain": ("epsilon", "sample"), "learned range": ("epsilon",)}

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from diffusers_ddpm_ext.timesteps import LossSecondMomentSampler
-from diffusers_ddpm_ext.training.processes import gather_rows, make_accelerator
+from diffusers_ddpm_ext.diffusion.timesteps import LossSecondMomentSampler
+from diffusers_ddpm_ext.training.distributed import gather_rows, make_accelerator
 
 
 def main() -> None:

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from runs import tiny_run
 
-from diffusers_ddpm_ext.training import processes, run, step, trainer
-from diffusers_ddpm_ext.training.errors import ConfigError
-from diffusers_ddpm_ext.training.optim import clip_gradients
+from diffusers_ddpm_ext.errors import ConfigError
+from diffusers_ddpm_ext.training import distributed as processes
+from diffusers_ddpm_ext.training import trainer
+from diffusers_ddpm_ext.training.factory.optimizer import clip_gradients
+from diffusers_ddpm_ext.training.loop import run, step
 
 
 def main() -> None:

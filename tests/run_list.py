@@ -17,7 +17,8 @@ from runs import tiny_run
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from diffusers_ddpm_ext.training import data, trainer
+from diffusers_ddpm_ext.training import trainer
+from diffusers_ddpm_ext.training.data import dataset as data
 
 
 def prepare_sharded(accelerator: Accelerator, task: nn.Module, optimizer: torch.optim.Optimizer) -> Any:

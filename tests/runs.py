@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from diffusers_ddpm_ext.training.config import TrainConfig
+from diffusers_ddpm_ext.training.config.train_config import TrainConfig
 
 TINY: dict[str, Any] = {
     "resolution": 8,

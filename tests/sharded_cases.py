@@ -20,12 +20,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from diffusers_ddpm_ext.ema import LitEMA
-from diffusers_ddpm_ext.shards import full, is_sharded, local, reshard
-from diffusers_ddpm_ext.training.optim import clip_gradients
-from diffusers_ddpm_ext.training.snapshot import Progress, Snapshot, read, write
-from diffusers_ddpm_ext.training.state import Live, apply, gather
-from diffusers_ddpm_ext.training.task import DenoisingTask
+from diffusers_ddpm_ext.models.ema import LitEMA
+from diffusers_ddpm_ext.training.checkpoints.snapshot import Progress, Snapshot, read, write
+from diffusers_ddpm_ext.training.checkpoints.state import Live, apply, gather
+from diffusers_ddpm_ext.training.factory.optimizer import clip_gradients
+from diffusers_ddpm_ext.training.factory.task import DenoisingTask
+from diffusers_ddpm_ext.utils.dtensor import full, is_sharded, local, reshard
 
 LIMIT = 60
 """Seconds a case may take; one that hangs ends the process and says where."""

@@ -9,14 +9,14 @@ import torch
 from tiny import tiny_unet
 from torch import Tensor, nn
 
-from diffusers_ddpm_ext.ema import LitEMA
-from diffusers_ddpm_ext.objective import DDPMObjective
-from diffusers_ddpm_ext.scheduler import DDPMExtScheduler
-from diffusers_ddpm_ext.training import keys
-from diffusers_ddpm_ext.training.optim import adamw, clip_gradients, lr_schedule, parameter_groups
-from diffusers_ddpm_ext.training.snapshot import Progress, Snapshot, read, write
-from diffusers_ddpm_ext.training.state import Live
-from diffusers_ddpm_ext.training.task import DenoisingTask
+from diffusers_ddpm_ext.losses.objective import DDPMObjective
+from diffusers_ddpm_ext.models.ema import LitEMA
+from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
+from diffusers_ddpm_ext.training.checkpoints.snapshot import Progress, Snapshot, read, write
+from diffusers_ddpm_ext.training.checkpoints.state import Live
+from diffusers_ddpm_ext.training.factory.optimizer import adamw, clip_gradients, lr_schedule, parameter_groups
+from diffusers_ddpm_ext.training.factory.task import DenoisingTask
+from diffusers_ddpm_ext.utils import random_keys as keys
 
 T = 20
 BATCH = 4

@@ -17,8 +17,8 @@ from runs import tiny_run
 from safetensors.torch import load_file
 
 from diffusers_ddpm_ext import cli
+from diffusers_ddpm_ext.errors import ConfigError
 from diffusers_ddpm_ext.training import trainer
-from diffusers_ddpm_ext.training.errors import ConfigError
 
 FOLDER = Path(__file__).parents[1] / "training" / "accelerate"
 EXPECTED = {

@@ -18,9 +18,9 @@ import torch
 from hostile_pickles import corpus, torch_archive, torch_legacy
 from safetensors.torch import save_file
 
-from diffusers_ddpm_ext.compvis.archive import read_checkpoint, read_named, read_tensors
-from diffusers_ddpm_ext.compvis.storages import LazyTensor
-from diffusers_ddpm_ext.compvis.unpickle import Name, Standin, UnreadableCheckpoint, unpickle
+from diffusers_ddpm_ext.compvis.reader.archive import read_checkpoint, read_named, read_tensors
+from diffusers_ddpm_ext.compvis.reader.storages import LazyTensor
+from diffusers_ddpm_ext.compvis.reader.unpickle import Name, Standin, UnreadableCheckpoint, unpickle
 
 TESTS = Path(__file__).parent
 FORMATS = {"zip": True, "legacy": False}
@@ -233,8 +233,8 @@ def test_five_hundred_mutations_without_checksums(kind, tmp_path):
 HOSTILE = """
     import resource, sys, time
     from pathlib import Path
-    from diffusers_ddpm_ext.compvis.archive import read_tensors
-    from diffusers_ddpm_ext.compvis.unpickle import UnreadableCheckpoint
+    from diffusers_ddpm_ext.compvis.reader.archive import read_tensors
+    from diffusers_ddpm_ext.compvis.reader.unpickle import UnreadableCheckpoint
     from test_archive import hostile_files
     marks, place = Path(sys.argv[1]), Path(sys.argv[2])
     files = hostile_files(marks, place)
@@ -348,7 +348,7 @@ def test_four_gigabytes_are_mapped(tmp_path):
     """A sparse file of 4 GB: reading one small tensor of it grows memory by the size of nothing."""
     script = """
         import resource, sys, torch
-        from diffusers_ddpm_ext.compvis.archive import read_tensors
+        from diffusers_ddpm_ext.compvis.reader.archive import read_tensors
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         found = read_tensors(sys.argv[1])
         total = float(found["a"][:5].sum())

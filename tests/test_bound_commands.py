@@ -15,11 +15,11 @@ from PIL import Image
 from runs import rows, tiny_run
 
 from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtScheduler, cli
-from diffusers_ddpm_ext.estimate import half_width
-from diffusers_ddpm_ext.likelihood import bits_per_dim
-from diffusers_ddpm_ext.training.data import load_data
-from diffusers_ddpm_ext.training.keys import noise_of_steps
+from diffusers_ddpm_ext.diffusion.likelihood import bits_per_dim
+from diffusers_ddpm_ext.diffusion.likelihood_estimate import half_width
+from diffusers_ddpm_ext.training.data.dataset import load_data
 from diffusers_ddpm_ext.training.trainer import train
+from diffusers_ddpm_ext.utils.random_keys import noise_of_steps
 
 LIMIT = ["--max_images", "12", "--device", "cpu"]
 
@@ -152,7 +152,8 @@ def test_decoders_and_clipping(folder):
 
 
 def test_a_broken_off_command_goes_on_where_it_was(folder, monkeypatch):
-    from diffusers_ddpm_ext.training import bound, pages
+    from diffusers_ddpm_ext.training.evaluation import bound
+    from diffusers_ddpm_ext.training.evaluation import cache as pages
 
     whole = evaluated(folder, "--num_timesteps", "5", "--batch_size", "8")
     monkeypatch.setattr(pages, "SECONDS_BETWEEN_SAVES", -1.0)

@@ -13,7 +13,7 @@ from runs import tiny_flags, tiny_run
 from safetensors.torch import load_file
 
 from diffusers_ddpm_ext import cli
-from diffusers_ddpm_ext.timesteps import LossSecondMomentSampler
+from diffusers_ddpm_ext.diffusion.timesteps import LossSecondMomentSampler
 from diffusers_ddpm_ext.training.trainer import train
 
 ROOT = Path(__file__).parents[1]

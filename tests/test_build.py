@@ -12,11 +12,11 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 
-from diffusers_ddpm_ext.conditioning import Join
-from diffusers_ddpm_ext.training import denoisers
-from diffusers_ddpm_ext.training.build import build_ema, build_objective, build_parts, build_scheduler
-from diffusers_ddpm_ext.training.errors import ConfigError
-from diffusers_ddpm_ext.training.options import EmaOptions, ModelOptions, ObjectiveOptions, ScheduleOptions
+from diffusers_ddpm_ext.errors import ConfigError
+from diffusers_ddpm_ext.models.conditioning import Join
+from diffusers_ddpm_ext.training.config.options import EmaOptions, ModelOptions, ObjectiveOptions, ScheduleOptions
+from diffusers_ddpm_ext.training.factory import denoiser as denoisers
+from diffusers_ddpm_ext.training.factory.parts import build_ema, build_objective, build_parts, build_scheduler
 
 
 def build_denoiser(model: ModelOptions, size: tuple[int, int], channels: int, seed: int) -> UNet2DModel:

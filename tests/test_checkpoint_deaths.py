@@ -18,8 +18,8 @@ import pytest
 from checkpoint_cases import ROOT, fill, names, run_script
 from safetensors import SafetensorError
 
-from diffusers_ddpm_ext.training import checkpoints
-from diffusers_ddpm_ext.training.checkpoints import (
+from diffusers_ddpm_ext.training.checkpoints import folders as checkpoints
+from diffusers_ddpm_ext.training.checkpoints.folders import (
     CheckpointNotWritten,
     clean_leftovers,
     list_checkpoints,
@@ -27,7 +27,7 @@ from diffusers_ddpm_ext.training.checkpoints import (
     set_aside,
     write_checkpoint,
 )
-from diffusers_ddpm_ext.training.manifest import verify
+from diffusers_ddpm_ext.training.checkpoints.manifest import verify
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_a_disk_that_refuses_loses_nothing(run):
     script = """
         import resource, sys
         from pathlib import Path
-        from diffusers_ddpm_ext.training.checkpoints import CheckpointNotWritten, write_checkpoint
+        from diffusers_ddpm_ext.training.checkpoints.folders import CheckpointNotWritten, write_checkpoint
         import numpy, safetensors.numpy
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
         fills = {
@@ -167,9 +167,10 @@ def test_each_refused_call_leaves_the_older_ones(run, monkeypatch, failing):
 DIE = """
     import os, signal, sys
     from pathlib import Path
-    from diffusers_ddpm_ext.training import checkpoints
-    from diffusers_ddpm_ext.training.checkpoints import clean_leftovers, list_checkpoints, prune, write_checkpoint
-    from diffusers_ddpm_ext.training.manifest import verify
+    from diffusers_ddpm_ext.training.checkpoints import folders as checkpoints
+    from diffusers_ddpm_ext.training.checkpoints.folders import clean_leftovers, list_checkpoints
+    from diffusers_ddpm_ext.training.checkpoints.folders import prune, write_checkpoint
+    from diffusers_ddpm_ext.training.checkpoints.manifest import verify
 
     CALLS = ("open", "write", "fsync", "rename", "mkdir", "rmdir", "unlink")
     if sys.argv[2] == "rename":
@@ -264,8 +265,8 @@ def test_killed_at_random_moments(tmp_path):
     script = """
         import sys
         from pathlib import Path
-        from diffusers_ddpm_ext.training.checkpoints import clean_leftovers, newest, prune, write_checkpoint
-        from diffusers_ddpm_ext.training.lock import FolderLock
+        from diffusers_ddpm_ext.training.checkpoints.folders import clean_leftovers, newest, prune, write_checkpoint
+        from diffusers_ddpm_ext.training.checkpoints.lock import FolderLock
         with FolderLock(Path(sys.argv[1])):
             clean_leftovers(Path(sys.argv[1]))
             found = newest(Path(sys.argv[1]))

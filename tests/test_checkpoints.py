@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 from checkpoint_cases import CONTENT, ROOT, fill, names, run_script
 
-from diffusers_ddpm_ext.training import checkpoints, manifest
-from diffusers_ddpm_ext.training.checkpoints import (
+from diffusers_ddpm_ext.training.checkpoints import folders as checkpoints
+from diffusers_ddpm_ext.training.checkpoints import manifest
+from diffusers_ddpm_ext.training.checkpoints.folders import (
     clean_leftovers,
     list_checkpoints,
     newest,
@@ -23,7 +24,13 @@ from diffusers_ddpm_ext.training.checkpoints import (
     set_aside_newer,
     write_checkpoint,
 )
-from diffusers_ddpm_ext.training.manifest import DamagedCheckpoint, NewerCheckpoint, read_manifest, seal, verify
+from diffusers_ddpm_ext.training.checkpoints.manifest import (
+    DamagedCheckpoint,
+    NewerCheckpoint,
+    read_manifest,
+    seal,
+    verify,
+)
 
 
 @pytest.fixture
@@ -318,8 +325,8 @@ def test_pruning(run):
 
 
 def test_no_torch_is_needed():
-    rooms = ("checkpoints", "manifest", "lock")
-    lines = "\n".join(f"import diffusers_ddpm_ext.training.{room}" for room in rooms)
+    rooms = ("folders", "manifest", "lock")
+    lines = "\n".join(f"import diffusers_ddpm_ext.training.checkpoints.{room}" for room in rooms)
     result = run_script(f"{lines}\nimport sys\nassert not {{'torch', 'diffusers', 'pickle'}} & set(sys.modules)\n")
     assert result.returncode == 0, result.stderr
 

@@ -14,7 +14,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
 
 from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtScheduler, __version__, cli
-from diffusers_ddpm_ext.training.errors import RunError
+from diffusers_ddpm_ext.errors import RunError
 
 ROOT = Path(__file__).parents[1]
 STEPS = 5
@@ -135,7 +135,7 @@ def test_image_i_is_the_same_whatever_the_batch(drawn):
 
 def test_sample_is_what_the_pipeline_draws(folder, drawn):
     """The same generators handed to the pipeline by hand."""
-    from diffusers_ddpm_ext.training.keys import generator
+    from diffusers_ddpm_ext.utils.random_keys import generator
 
     pipeline = DDPMExtPipeline.from_pretrained(folder / "grey")
     pipeline.set_progress_bar_config(disable=True)

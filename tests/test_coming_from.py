@@ -11,8 +11,8 @@ import pytest
 
 from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtScheduler, DDPMObjective
 from diffusers_ddpm_ext.compvis import load_compvis
-from diffusers_ddpm_ext.compvis.openai import OWN, REFUSED, SHARED
-from diffusers_ddpm_ext.training.flags import OPTIONS
+from diffusers_ddpm_ext.compvis.config.openai import OWN, REFUSED, SHARED
+from diffusers_ddpm_ext.training.config.flags import OPTIONS
 
 ROOT = Path(__file__).parents[1]
 # DDPM.__init__ of stablediffusion, whose arguments include latent-diffusion's.

@@ -13,10 +13,10 @@ from bridge_cases import BASE, CASES, FOLDER, HELD, content, random_weights, rec
 from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtScheduler, UNet2DExtModel
 from diffusers_ddpm_ext.compvis import load_compvis, save_compvis
 from diffusers_ddpm_ext.compvis.architecture import translate_unet
-from diffusers_ddpm_ext.compvis.archive import read_tensors
-from diffusers_ddpm_ext.compvis.converted import convert_compvis
+from diffusers_ddpm_ext.compvis.convert import convert_compvis
+from diffusers_ddpm_ext.compvis.reader.archive import read_tensors
 from diffusers_ddpm_ext.compvis.weights import export_unet
-from diffusers_ddpm_ext.ema import load_ema_facts
+from diffusers_ddpm_ext.models.ema import load_ema_facts
 
 TABLES = 12
 
@@ -237,7 +237,7 @@ def convert_synthetic():
 
 def test_a_trained_folder_goes_out_with_its_average(tmp_path):
     """Raw and EMA weights of a run's folder, its decay and its count."""
-    from diffusers_ddpm_ext.ema import EmaFacts, save_ema_facts
+    from diffusers_ddpm_ext.models.ema import EmaFacts, save_ema_facts
 
     raw, average = (random_weights(translate_unet(BASE).build(), seed) for seed in (1, 2))
     DDPMExtPipeline(average, DDPMExtScheduler()).save_pretrained(tmp_path / "run")

@@ -15,11 +15,11 @@ from PIL import Image
 from diffusers_ddpm_ext import DDPMExtScheduler, DDPMObjective
 from diffusers_ddpm_ext.cli import main
 from diffusers_ddpm_ext.compvis.architecture import translate_unet
-from diffusers_ddpm_ext.compvis.config import read_config
-from diffusers_ddpm_ext.compvis.recipes import recipe, write_recipe
-from diffusers_ddpm_ext.compvis.run_keys import leaves
+from diffusers_ddpm_ext.compvis.config.ddpm import read_config
+from diffusers_ddpm_ext.compvis.config.recipe import recipe, write_recipe
+from diffusers_ddpm_ext.compvis.config.run_keys import leaves
 from diffusers_ddpm_ext.compvis.yaml_file import load_yaml
-from diffusers_ddpm_ext.training.config import TrainConfig, parse_train_args
+from diffusers_ddpm_ext.training.config.train_config import TrainConfig, parse_train_args
 
 DDPM = "ldm.models.diffusion.ddpm.DDPM"
 LATENT = "ldm.models.diffusion.ddpm.LatentDiffusion"

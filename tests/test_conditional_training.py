@@ -17,13 +17,13 @@ from safetensors.torch import load_file
 
 from diffusers_ddpm_ext import DDPMExtPipeline, UNet2DExtModel
 from diffusers_ddpm_ext.cli import main
-from diffusers_ddpm_ext.conditioning import CONDITIONING_KEYS, NEEDS, Conditions
+from diffusers_ddpm_ext.errors import ConfigError
+from diffusers_ddpm_ext.models.conditioning import CONDITIONING_KEYS, NEEDS, Conditions
 from diffusers_ddpm_ext.training import trainer
-from diffusers_ddpm_ext.training.condition_dropout import make_dropout
-from diffusers_ddpm_ext.training.config import TrainConfig
-from diffusers_ddpm_ext.training.data import load_data
-from diffusers_ddpm_ext.training.errors import ConfigError
-from diffusers_ddpm_ext.training.options import DataOptions
+from diffusers_ddpm_ext.training.config.options import DataOptions
+from diffusers_ddpm_ext.training.config.train_config import TrainConfig
+from diffusers_ddpm_ext.training.data.condition_dropout import make_dropout
+from diffusers_ddpm_ext.training.data.dataset import load_data
 
 COLUMNS = {
     "class_labels": ("class_column", "kind"),

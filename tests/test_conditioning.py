@@ -12,7 +12,7 @@ from torch import nn
 
 from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtScheduler
 from diffusers_ddpm_ext.compvis.architecture import translate_unet
-from diffusers_ddpm_ext.conditioning import CONDITIONING_KEYS, NEEDS, ConditionedDenoiser, coordinates
+from diffusers_ddpm_ext.models.conditioning import CONDITIONING_KEYS, NEEDS, ConditionedDenoiser, coordinates
 
 GENERATOR = torch.Generator().manual_seed(0)
 X = torch.randn(4, 3, 8, 8, generator=GENERATOR)

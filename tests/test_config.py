@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from diffusers_ddpm_ext.training.config import TrainConfig, parse_train_args
-from diffusers_ddpm_ext.training.errors import ConfigError
-from diffusers_ddpm_ext.training.folder import PRODUCTS, run_name, take_output_dir
-from diffusers_ddpm_ext.training.options import DataOptions, OutputOptions
+from diffusers_ddpm_ext.errors import ConfigError
+from diffusers_ddpm_ext.training.checkpoints.output_dir import PRODUCTS, run_name, take_output_dir
+from diffusers_ddpm_ext.training.config.options import DataOptions, OutputOptions
+from diffusers_ddpm_ext.training.config.train_config import TrainConfig, parse_train_args
 
 DIGITS = yaml.safe_load(
     (Path(__file__).parents[1] / "diffusers_ddpm_ext" / "training" / "recipes" / "digits.yaml").read_text()

@@ -12,7 +12,7 @@ from bridge_cases import FOLDER, random_weights
 from diffusers_ddpm_ext import DDPMExtPipeline
 from diffusers_ddpm_ext.cli import main
 from diffusers_ddpm_ext.compvis.architecture import translate_unet
-from diffusers_ddpm_ext.compvis.openai import read_flags
+from diffusers_ddpm_ext.compvis.config.openai import read_flags
 from diffusers_ddpm_ext.compvis.weights import export_unet
 
 SOURCE = ["--checkpoint", str(FOLDER / "ema.ckpt"), "--config", str(FOLDER / "ema.yaml")]

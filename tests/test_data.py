@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from diffusers_ddpm_ext.training import keys
-from diffusers_ddpm_ext.training.data import ImageSet, load_data, unit_range
-from diffusers_ddpm_ext.training.options import DataOptions
-from diffusers_ddpm_ext.training.pictures import PackedImages
-from diffusers_ddpm_ext.training.stream import MicroBatches, stream
+from diffusers_ddpm_ext.training.config.options import DataOptions
+from diffusers_ddpm_ext.training.data.batches import MicroBatches, stream
+from diffusers_ddpm_ext.training.data.dataset import ImageSet, load_data, unit_range
+from diffusers_ddpm_ext.training.data.decoding import PackedImages
+from diffusers_ddpm_ext.utils import random_keys as keys
 
 DIGITS = DataOptions(resolution=(8, 8))
 
@@ -253,7 +253,7 @@ def test_digits_in_another_size_and_in_colour():
 def test_digits_without_scikit_learn(monkeypatch):
     import sys
 
-    from diffusers_ddpm_ext.training.errors import ConfigError
+    from diffusers_ddpm_ext.errors import ConfigError
 
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(ConfigError, match=r"pip install diffusers-ddpm-ext\[train\]"):

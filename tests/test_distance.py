@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from diffusers_ddpm_ext.distance import get_distance, huber, l1, l2
+from diffusers_ddpm_ext.losses.distances import get_distance, huber, l1, l2
 
 
 def pair(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,7 +13,8 @@ import torch
 from runs import tiny_run
 from tiny import tiny_unet
 
-from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtScheduler, cli, doctor_command
+from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtScheduler, cli
+from diffusers_ddpm_ext.cli import doctor as doctor_command
 from diffusers_ddpm_ext.training import trainer
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from diffusers_ddpm_ext.ema import LitEMA
+from diffusers_ddpm_ext.models.ema import LitEMA
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = json.loads((GOLDEN / "e_litema.json").read_text())["cases"]

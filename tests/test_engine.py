@@ -21,9 +21,12 @@ from runs import losses, rows, tiny_run
 from safetensors.torch import load_file
 
 from diffusers_ddpm_ext import DDPMExtPipeline
-from diffusers_ddpm_ext.ema import LitEMA
-from diffusers_ddpm_ext.training import data, step, stream, trainer
-from diffusers_ddpm_ext.training.errors import RunError
+from diffusers_ddpm_ext.errors import RunError
+from diffusers_ddpm_ext.models.ema import LitEMA
+from diffusers_ddpm_ext.training import trainer
+from diffusers_ddpm_ext.training.data import batches as stream
+from diffusers_ddpm_ext.training.data import dataset as data
+from diffusers_ddpm_ext.training.loop import step
 
 SCRIPT = Path(__file__).parent / "run_list.py"
 MODEL = "unet/diffusion_pytorch_model.safetensors"

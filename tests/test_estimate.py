@@ -8,10 +8,10 @@ import torch
 from scipy import stats
 
 from diffusers_ddpm_ext import DDPMExtScheduler
-from diffusers_ddpm_ext.estimate import Strata, estimate, step_table
-from diffusers_ddpm_ext.likelihood import bound_terms, prior_bits
-from diffusers_ddpm_ext.schedule import NoiseSchedule
-from diffusers_ddpm_ext.training.keys import generator
+from diffusers_ddpm_ext.diffusion.likelihood import bound_terms, prior_bits
+from diffusers_ddpm_ext.diffusion.likelihood_estimate import Strata, estimate, step_table
+from diffusers_ddpm_ext.diffusion.schedule import NoiseSchedule
+from diffusers_ddpm_ext.utils.random_keys import generator
 
 
 def chain(length: int, **options) -> NoiseSchedule:

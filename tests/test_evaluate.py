@@ -9,13 +9,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffusers_ddpm_ext.objective import DDPMObjective
-from diffusers_ddpm_ext.scheduler import DDPMExtScheduler
-from diffusers_ddpm_ext.training import keys
-from diffusers_ddpm_ext.training.data import ImageSet, load_data
-from diffusers_ddpm_ext.training.evaluate import Workers, measure_log_loss, score, stratified, validation_draws
-from diffusers_ddpm_ext.training.options import DataOptions
-from diffusers_ddpm_ext.training.task import DenoisingTask
+from diffusers_ddpm_ext.losses.objective import DDPMObjective
+from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
+from diffusers_ddpm_ext.training.config.options import DataOptions
+from diffusers_ddpm_ext.training.data.dataset import ImageSet, load_data
+from diffusers_ddpm_ext.training.evaluation.validation_loss import (
+    Workers,
+    measure_log_loss,
+    score,
+    stratified,
+    validation_draws,
+)
+from diffusers_ddpm_ext.training.factory.task import DenoisingTask
+from diffusers_ddpm_ext.utils import random_keys as keys
 
 CHAIN = 40
 ALONE = Workers(0, 1, torch.device("cpu"), lambda tensor: tensor)
@@ -108,7 +114,7 @@ def test_score_leaves_training_alone(images):
 
 
 def test_names_are_compvis():
-    from diffusers_ddpm_ext.training.evaluate import Scores
+    from diffusers_ddpm_ext.training.evaluation.validation_loss import Scores
 
     assert Scores(1.0, 2.0, 3.0).named("_ema") == {
         "val/loss_ema": 1.0,

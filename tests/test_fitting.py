@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from diffusers_ddpm_ext import DDPMExtScheduler
-from diffusers_ddpm_ext.fitting import GRID, VarianceMeter, fit_logvar
-from diffusers_ddpm_ext.likelihood import bits_per_dim
+from diffusers_ddpm_ext.diffusion.likelihood import bits_per_dim
+from diffusers_ddpm_ext.diffusion.variance_fit import GRID, VarianceMeter, fit_logvar
 
 S2 = 0.5
 STEPS = 30

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from diffusers_ddpm_ext import gaussian
-from diffusers_ddpm_ext.schedule import NoiseSchedule
+from diffusers_ddpm_ext.diffusion import gaussian
+from diffusers_ddpm_ext.diffusion.schedule import NoiseSchedule
 
 SCHEDULE = NoiseSchedule(50, 0.001, 0.2, v_posterior=0.0)
 T = torch.tensor([0, 1, 20, 49])

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from diffusers_ddpm_ext.cli import USAGE
-from diffusers_ddpm_ext.training.flags import OPTIONS
-from diffusers_ddpm_ext.training.options import SECTIONS
+from diffusers_ddpm_ext.training.config.flags import OPTIONS
+from diffusers_ddpm_ext.training.config.options import SECTIONS
 
 TRAIN = Path(__file__).parents[1] / "training" / "train.py"
 HEAVY = ("torch", "diffusers", "transformers", "accelerate", "datasets", "numpy", "yaml", "PIL")

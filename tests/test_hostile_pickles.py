@@ -84,8 +84,8 @@ PLANT = """
     import pickle, sys
     from pathlib import Path
     from hostile_pickles import PLANTED_NAMES, corpus
-    from diffusers_ddpm_ext.training import checkpoints
-    from diffusers_ddpm_ext.training.manifest import MANIFEST, FileFacts, encode_manifest, facts_of
+    from diffusers_ddpm_ext.training.checkpoints import folders as checkpoints
+    from diffusers_ddpm_ext.training.checkpoints.manifest import MANIFEST, FileFacts, encode_manifest, facts_of
 
     CALLS = ("pickle.find_class", "marshal.loads", "exec", "compile", "os.system", "subprocess.Popen", "import")
     events = []
@@ -143,8 +143,9 @@ STATE = """
     from pathlib import Path
     from hostile_pickles import corpus
     from state_cases import advance, small_run, small_task
-    from diffusers_ddpm_ext.training import manifest, snapshot
-    from diffusers_ddpm_ext.training.state import gather
+    from diffusers_ddpm_ext.training.checkpoints import manifest
+    from diffusers_ddpm_ext.training.checkpoints import snapshot
+    from diffusers_ddpm_ext.training.checkpoints.state import gather
 
     markers, folder = Path(sys.argv[1]), Path(sys.argv[2]) / "checkpoint-1"
     run = small_run(small_task())

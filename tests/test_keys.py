@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from diffusers_ddpm_ext.training import keys
-from diffusers_ddpm_ext.training.keys import generator, key, sample_draws
+from diffusers_ddpm_ext.utils import random_keys as keys
+from diffusers_ddpm_ext.utils.random_keys import generator, key, sample_draws
 
 STREAMS = [keys.NOISE, keys.ORDER, keys.FLIP, keys.CROP, keys.DROPOUT, keys.PREVIEW, keys.VALIDATION, keys.SPLIT]
 
@@ -25,7 +25,9 @@ def test_a_key_is_the_hash_of_its_written_form():
 
 def test_a_key_is_the_same_in_another_process():
     """Python's own hash() of a string differs from process to process."""
-    code = "from diffusers_ddpm_ext.training.keys import key; import sys; sys.stdout.write(str(key('order', 3, 'a')))"
+    code = (
+        "from diffusers_ddpm_ext.utils.random_keys import key; import sys; sys.stdout.write(str(key('order', 3, 'a')))"
+    )
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(other.stdout) == key("order", 3, "a")
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from diffusers_ddpm_ext import DDPMExtScheduler, DDPMObjective
-from diffusers_ddpm_ext.likelihood import (
+from diffusers_ddpm_ext.diffusion.likelihood import (
     bits_per_dim,
     bound_terms,
     discretized_gaussian_log_likelihood,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from diffusers_ddpm_ext.logvar import ContinuousLogvar, load_continuous, load_logvar, make_logvar, save_logvar
+from diffusers_ddpm_ext.losses.logvar import ContinuousLogvar, load_continuous, load_logvar, make_logvar, save_logvar
 
 WEIGHTS = "logvar/diffusion_pytorch_model.safetensors"
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from diffusers_ddpm_ext import lr_lambdas
-from diffusers_ddpm_ext.lr_lambdas import (
+from diffusers_ddpm_ext.utils import lr_lambdas
+from diffusers_ddpm_ext.utils.lr_lambdas import (
     LambdaLinearScheduler,
     LambdaWarmUpCosineScheduler,
     LambdaWarmUpCosineScheduler2,
@@ -89,7 +89,7 @@ def test_drives_torchs_lambda_lr():
 
 def test_verbosity_goes_to_the_log_and_not_to_the_screen(caplog, capsys):
     f = LambdaLinearScheduler(**CYCLES, verbosity_interval=5)
-    with caplog.at_level(logging.INFO, logger="diffusers_ddpm_ext.lr_lambdas"):
+    with caplog.at_level(logging.INFO, logger="diffusers_ddpm_ext.utils.lr_lambdas"):
         for n in range(11):
             f(n)
     assert [record.args[0] for record in caplog.records] == [0, 5, 10]
@@ -130,5 +130,6 @@ def test_bad_numbers_are_refused_by_name(change, name):
 
 
 def test_imports_no_torch():
-    code = "import sys, diffusers_ddpm_ext.lr_lambdas; assert not {'torch', 'diffusers', 'numpy'} & set(sys.modules)"
+    heavy = {"torch", "diffusers", "numpy"}
+    code = f"import sys, diffusers_ddpm_ext.utils.lr_lambdas; assert not {heavy} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)

@@ -10,7 +10,7 @@ import pytest
 
 FAULTS = """
 import ctypes, resource, torch
-from diffusers_ddpm_ext.training.processes import keep_memory
+from diffusers_ddpm_ext.training.distributed import keep_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

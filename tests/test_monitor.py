@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from diffusers_ddpm_ext.training.monitor import Entry, Monitor
+from diffusers_ddpm_ext.training.tracking.monitor import Entry, Monitor
 
 
 @pytest.mark.parametrize("mode", ["min", "max"])

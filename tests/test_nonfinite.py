@@ -16,10 +16,11 @@ from accelerate.state import AcceleratorState, GradientState
 from runs import rows, tiny_run
 from safetensors.torch import load_file
 
-from diffusers_ddpm_ext.training import nonfinite, step, trainer
-from diffusers_ddpm_ext.training.config import parse_train_args
-from diffusers_ddpm_ext.training.errors import RunError
-from diffusers_ddpm_ext.training.task import DenoisingTask
+from diffusers_ddpm_ext.errors import RunError
+from diffusers_ddpm_ext.training import trainer
+from diffusers_ddpm_ext.training.config.train_config import parse_train_args
+from diffusers_ddpm_ext.training.factory.task import DenoisingTask
+from diffusers_ddpm_ext.training.loop import nonfinite, step
 
 OPTIONS = {"max_train_steps": 7, "checkpointing_steps": 3, "validation_steps": 0, "seed": 5, "logging_steps": 2}
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffusers_ddpm_ext.objective import DDPMObjective
-from diffusers_ddpm_ext.schedule import PREDICTION_TYPES, NoiseSchedule
+from diffusers_ddpm_ext.diffusion.schedule import PREDICTION_TYPES, NoiseSchedule
+from diffusers_ddpm_ext.losses.objective import DDPMObjective
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = json.loads((GOLDEN / "d_p_losses.json").read_text())["cases"]

@@ -11,8 +11,8 @@ from bridge_cases import random_weights
 
 from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtScheduler, UNet2DExtModel
 from diffusers_ddpm_ext.compvis.architecture import translate_unet
-from diffusers_ddpm_ext.compvis.converted import convert_openai
-from diffusers_ddpm_ext.compvis.openai import read_flags
+from diffusers_ddpm_ext.compvis.config.openai import read_flags
+from diffusers_ddpm_ext.compvis.convert import convert_openai
 from diffusers_ddpm_ext.compvis.weights import export_unet
 
 SMALL = {"image_size": 32, "num_channels": 32, "num_res_blocks": 1, "channel_mult": "1,2", "num_head_channels": 16}

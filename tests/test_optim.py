@@ -8,7 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from diffusers_ddpm_ext.training.optim import LR_SCHEDULERS, adamw, clip_gradients, lr_schedule, parameter_groups
+from diffusers_ddpm_ext.training.factory.optimizer import (
+    LR_SCHEDULERS,
+    adamw,
+    clip_gradients,
+    lr_schedule,
+    parameter_groups,
+)
 
 
 def parameters(seed: int = 0) -> list[nn.Parameter]:

@@ -7,9 +7,9 @@ import json
 import numpy as np
 import pytest
 
-from diffusers_ddpm_ext.training.config import TrainConfig, parse_train_args
-from diffusers_ddpm_ext.training.errors import ConfigError
-from diffusers_ddpm_ext.training.flags import OPTIONS
+from diffusers_ddpm_ext.errors import ConfigError
+from diffusers_ddpm_ext.training.config.flags import OPTIONS
+from diffusers_ddpm_ext.training.config.train_config import TrainConfig, parse_train_args
 
 FLAGS = """
 train_data_dir dataset_name dataset_config_name image_column cache_dir validation_fraction validation_split

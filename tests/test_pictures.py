@@ -12,9 +12,17 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusers_ddpm_ext.training import depth, pictures
-from diffusers_ddpm_ext.training.errors import ConfigError, RunError
-from diffusers_ddpm_ext.training.pictures import BadImage, LazyImages, PackedImages, Preparation, read, read_picture
+from diffusers_ddpm_ext.errors import ConfigError, RunError
+from diffusers_ddpm_ext.training.data import bit_depth as depth
+from diffusers_ddpm_ext.training.data import decoding as pictures
+from diffusers_ddpm_ext.training.data.decoding import (
+    BadImage,
+    LazyImages,
+    PackedImages,
+    Preparation,
+    read,
+    read_picture,
+)
 
 RNG = np.random.default_rng(0)
 NOISE = {channels: RNG.integers(0, 256, (20, 30, channels), dtype=np.uint8) for channels in (1, 3, 4)}

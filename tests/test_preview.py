@@ -8,11 +8,11 @@ import torch
 from diffusers import UNet2DModel
 from PIL import Image
 
-from diffusers_ddpm_ext.plots import GAP
-from diffusers_ddpm_ext.scheduler import DDPMExtScheduler
-from diffusers_ddpm_ext.training.data import ImageSet
-from diffusers_ddpm_ext.training.pictures import PackedImages
-from diffusers_ddpm_ext.training.preview import Preview, diffusion_rows, every
+from diffusers_ddpm_ext.plotting.curves import GAP
+from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
+from diffusers_ddpm_ext.training.data.dataset import ImageSet
+from diffusers_ddpm_ext.training.data.decoding import PackedImages
+from diffusers_ddpm_ext.training.loop.previews import Preview, diffusion_rows, every
 
 SIZE = (8, 4)
 

@@ -16,7 +16,7 @@ from hub_server import Fault, LoopbackHub
 from tiny import tiny_unet
 
 from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtScheduler, cli
-from diffusers_ddpm_ext.card import make_card
+from diffusers_ddpm_ext.hub.card import make_card
 
 TESTS = Path(__file__).parent
 TOKEN = "hf_secretsecretsecret"
@@ -325,8 +325,8 @@ def found_wrong_here(loaded, told, capsys):
 @pytest.fixture(scope="module")
 def made(trained, tmp_path_factory):
     """What a push brings to the Hub, in a folder."""
-    from diffusers_ddpm_ext.hub import files_of, freeze
-    from diffusers_ddpm_ext.push_command import _complete, parse_push_args
+    from diffusers_ddpm_ext.hub.push import _complete, parse_push_args
+    from diffusers_ddpm_ext.hub.upload import files_of, freeze
 
     place = tmp_path_factory.mktemp("pushed")
     freeze(files_of(trained), place)
@@ -378,7 +378,7 @@ def test_an_edited_scheduler(loaded, capsys):
 
 def test_weights_that_do_not_draw_the_card(loaded, capsys):
     """Someone swaps the weights and makes a new proof: the images tell."""
-    from diffusers_ddpm_ext.proof import read_proof, write_proof
+    from diffusers_ddpm_ext.hub.proof import read_proof, write_proof
 
     drawn = read_proof(loaded)["images"]
     unet = loaded / "unet"

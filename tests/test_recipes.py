@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from diffusers_ddpm_ext.training.config import parse_train_args, recipes
+from diffusers_ddpm_ext.training.config.train_config import parse_train_args, recipes
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "training" / "recipes"

@@ -10,8 +10,8 @@ import pytest
 import torch
 from tqdm.auto import tqdm
 
-from diffusers_ddpm_ext.objective import ObjectiveOutput
-from diffusers_ddpm_ext.training.records import (
+from diffusers_ddpm_ext.losses.objective import ObjectiveOutput
+from diffusers_ddpm_ext.training.tracking.metrics import (
     LossMeter,
     Records,
     Sample,

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from diffusers_ddpm_ext.compvis.architecture import translate_unet
-from diffusers_ddpm_ext.compvis.config import read_config
+from diffusers_ddpm_ext.compvis.config.ddpm import read_config
 
 ROOT = Path(__file__).parents[1]
 FACTS: dict[str, dict[str, Any]] = json.loads((ROOT / "tests" / "golden" / "released_models.json").read_text())

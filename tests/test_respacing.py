@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from diffusers import DDPMScheduler
 
-from diffusers_ddpm_ext.respacing import TIMESTEP_SPACINGS, custom_timesteps, spaced_timesteps
+from diffusers_ddpm_ext.diffusion.respacing import TIMESTEP_SPACINGS, custom_timesteps, spaced_timesteps
 
 
 def is_a_chain(steps: np.ndarray, count: int, total: int) -> bool:

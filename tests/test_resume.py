@@ -17,11 +17,13 @@ from accelerate.state import AcceleratorState, GradientState
 from runs import rows, tiny_run
 
 from diffusers_ddpm_ext import DDPMExtPipeline
-from diffusers_ddpm_ext.training import gallery, keeping, trainer
-from diffusers_ddpm_ext.training.checkpoints import CheckpointNotWritten, list_checkpoints, step_of
-from diffusers_ddpm_ext.training.errors import ConfigError, RunError
-from diffusers_ddpm_ext.training.lock import FolderLock
-from diffusers_ddpm_ext.training.manifest import verify
+from diffusers_ddpm_ext.errors import ConfigError, RunError
+from diffusers_ddpm_ext.training import trainer
+from diffusers_ddpm_ext.training.checkpoints.folders import CheckpointNotWritten, list_checkpoints, step_of
+from diffusers_ddpm_ext.training.checkpoints.lock import FolderLock
+from diffusers_ddpm_ext.training.checkpoints.manifest import verify
+from diffusers_ddpm_ext.training.loop import gallery
+from diffusers_ddpm_ext.training.loop import saving as keeping
 
 EVERY = {"checkpointing_steps": 2, "max_train_steps": 7, "validation_steps": 3, "save_images_steps": 4, "seed": 5}
 LIVES = itertools.count()

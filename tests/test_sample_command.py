@@ -15,7 +15,7 @@ from PIL import Image
 from tiny import tiny_unet
 
 from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtScheduler, cli
-from diffusers_ddpm_ext.training.keys import generator
+from diffusers_ddpm_ext.utils.random_keys import generator
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

@@ -23,7 +23,8 @@ from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
 from diffusers.utils.outputs import BaseOutput
 from tiny import tiny_unet
 
-from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtScheduler, samplers
+from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtScheduler
+from diffusers_ddpm_ext.schedulers import adapter as samplers
 
 NAMES = sorted(kind.__name__ for kind in DDPMScheduler().compatibles)
 NATIVES = ("epsilon", "sample", "v_prediction")

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from diffusers_ddpm_ext import DDPMExtScheduler
-from diffusers_ddpm_ext.schedule import NoiseSchedule
-from diffusers_ddpm_ext.stock_config import COMPVIS_SCHEDULES
+from diffusers_ddpm_ext.diffusion.schedule import NoiseSchedule
+from diffusers_ddpm_ext.schedulers.config import COMPVIS_SCHEDULES
 
 GOLDEN = Path(__file__).parent / "golden"
 PREDICTION_TYPES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}

@@ -13,7 +13,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from draws import F64, draws, seeded
 
 from diffusers_ddpm_ext import DDPMExtScheduler
-from diffusers_ddpm_ext import scheduler as module
+from diffusers_ddpm_ext.schedulers import scheduling_ddpm_ext as module
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 

@@ -13,7 +13,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler,
 from diffusers.utils.dummy_torch_and_torchsde_objects import DPMSolverSDEScheduler as NeedsTorchsde
 
 from diffusers_ddpm_ext import DDPMExtScheduler
-from diffusers_ddpm_ext.schedule import make_betas
+from diffusers_ddpm_ext.diffusion.schedule import make_betas
 
 STOCK = sorted(
     name

@@ -127,7 +127,7 @@ def test_comet_offline(tmp_path, monkeypatch, capfd):
 
 
 def test_a_tracker_that_takes_no_pictures_is_left_alone(tmp_path):
-    from diffusers_ddpm_ext.training.showing import show
+    from diffusers_ddpm_ext.training.tracking.trackers import show
 
     class Plain:
         name = "plain"

@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from diffusers_ddpm_ext.training.data import load_data
-from diffusers_ddpm_ext.training.errors import ConfigError, RunError
-from diffusers_ddpm_ext.training.options import DataOptions
-from diffusers_ddpm_ext.training.sources import load_rows, scan_folder
-from diffusers_ddpm_ext.training.stream import stream
+from diffusers_ddpm_ext.errors import ConfigError, RunError
+from diffusers_ddpm_ext.training.config.options import DataOptions
+from diffusers_ddpm_ext.training.data.batches import stream
+from diffusers_ddpm_ext.training.data.dataset import load_data
+from diffusers_ddpm_ext.training.data.sources import load_rows, scan_folder
 
 RNG = np.random.default_rng(0)
 

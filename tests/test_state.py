@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from state_cases import advance, assert_same, bits, draws, small_run, small_task, through_files
 from torch import nn
 
-from diffusers_ddpm_ext.ema import LitEMA
-from diffusers_ddpm_ext.training.optim import adamw, lr_schedule
-from diffusers_ddpm_ext.training.snapshot import Progress, library_versions, read, write
-from diffusers_ddpm_ext.training.state import Live, apply, gather
+from diffusers_ddpm_ext.models.ema import LitEMA
+from diffusers_ddpm_ext.training.checkpoints.snapshot import Progress, library_versions, read, write
+from diffusers_ddpm_ext.training.checkpoints.state import Live, apply, gather
+from diffusers_ddpm_ext.training.factory.optimizer import adamw, lr_schedule
 
 PROGRESS = Progress(3, 1, 48, 7, 1, {"seed": 7}, "abc", {"lines": 3}, {"best": [0.5, float("inf")]})
 

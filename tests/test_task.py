@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffusers_ddpm_ext.objective import DDPMObjective
-from diffusers_ddpm_ext.scheduler import DDPMExtScheduler
-from diffusers_ddpm_ext.training.task import DenoisingTask
+from diffusers_ddpm_ext.losses.objective import DDPMObjective
+from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
+from diffusers_ddpm_ext.training.factory.task import DenoisingTask
 
 
 class Scale(nn.Module):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from diffusers_ddpm_ext import DDPMExtScheduler, DDPMObjective
-from diffusers_ddpm_ext.timesteps import (
+from diffusers_ddpm_ext.diffusion.timesteps import (
     SAMPLERS,
     LossSecondMomentSampler,
     TimestepSampler,

@@ -15,10 +15,11 @@ from runs import losses, rows, tiny_run
 from safetensors.torch import load_file
 
 from diffusers_ddpm_ext import DDPMExtPipeline
-from diffusers_ddpm_ext.training import processes, signals
-from diffusers_ddpm_ext.training.clock import Asked
-from diffusers_ddpm_ext.training.errors import ConfigError, RunError
-from diffusers_ddpm_ext.training.run import Run, describe, start
+from diffusers_ddpm_ext.errors import ConfigError, RunError
+from diffusers_ddpm_ext.training import distributed as processes
+from diffusers_ddpm_ext.training import signals
+from diffusers_ddpm_ext.training.loop.run import Run, describe, start
+from diffusers_ddpm_ext.training.loop.stop_requests import Asked
 from diffusers_ddpm_ext.training.trainer import PROJECT, due, open_batches, train, train_step
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -341,7 +342,7 @@ def test_a_launchers_single_thread_is_undone(monkeypatch: pytest.MonkeyPatch, en
 
 
 def test_config_is_written_for_the_next_run(finished: Path):
-    from diffusers_ddpm_ext.training.config import parse_train_args
+    from diffusers_ddpm_ext.training.config.train_config import parse_train_args
 
     again = parse_train_args(["--config", str(finished / "config.yaml")])
     assert again.loop.seed == 3

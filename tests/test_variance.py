@@ -11,9 +11,8 @@ import pytest
 import torch
 
 from diffusers_ddpm_ext import DDPMExtScheduler
-from diffusers_ddpm_ext.likelihood import bits_per_dim
-from diffusers_ddpm_ext.schedule import NoiseSchedule
-from diffusers_ddpm_ext.variance import (
+from diffusers_ddpm_ext.diffusion.likelihood import bits_per_dim
+from diffusers_ddpm_ext.diffusion.optimal_variance import (
     Smoother,
     best_timesteps,
     optimal_v,
@@ -22,6 +21,7 @@ from diffusers_ddpm_ext.variance import (
     step_bits,
     x0_error_of_logvar,
 )
+from diffusers_ddpm_ext.diffusion.schedule import NoiseSchedule
 
 LN2 = math.log(2)
 

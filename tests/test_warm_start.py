@@ -16,12 +16,12 @@ from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtScheduler
 from diffusers_ddpm_ext.compvis import save_compvis
 from diffusers_ddpm_ext.compvis.architecture import translate_unet
 from diffusers_ddpm_ext.compvis.weights import export_unet
-from diffusers_ddpm_ext.ema import EmaFacts, save_ema_facts
+from diffusers_ddpm_ext.errors import ConfigError
+from diffusers_ddpm_ext.models.ema import EmaFacts, save_ema_facts
 from diffusers_ddpm_ext.training import trainer
-from diffusers_ddpm_ext.training.config import TrainConfig
-from diffusers_ddpm_ext.training.errors import ConfigError
-from diffusers_ddpm_ext.training.run import Run, start
-from diffusers_ddpm_ext.training.warm_start import fit
+from diffusers_ddpm_ext.training.config.train_config import TrainConfig
+from diffusers_ddpm_ext.training.factory.warm_start import fit
+from diffusers_ddpm_ext.training.loop.run import Run, start
 
 PARAMS = {
     "image_size": 8, "in_channels": 1, "out_channels": 1, "model_channels": 32, "num_res_blocks": 1,

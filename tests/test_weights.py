@@ -13,8 +13,8 @@ from torch import nn
 
 from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtScheduler
 from diffusers_ddpm_ext.compvis.architecture import translate_unet
-from diffusers_ddpm_ext.compvis.archive import read_tensors
-from diffusers_ddpm_ext.compvis.backwards import unet_params_of
+from diffusers_ddpm_ext.compvis.reader.archive import read_tensors
+from diffusers_ddpm_ext.compvis.unet_params import unet_params_of
 from diffusers_ddpm_ext.compvis.weights import convert_tensors, convert_unet, ema_names, export_unet, unet_keys
 
 

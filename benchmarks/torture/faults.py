@@ -19,7 +19,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from diffusers_ddpm_ext.training.checkpoints import newest, write_checkpoint
+from diffusers_ddpm_ext.training.checkpoints.folders import newest, write_checkpoint
 
 SIZES = {"model": 20_000, "ema": 20_000, "optimizer": 40_000, "logvar": 400}  # bytes of tensor data
 

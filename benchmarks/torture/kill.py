@@ -21,8 +21,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from diffusers_ddpm_ext.training.checkpoints import list_checkpoints, step_of
-from diffusers_ddpm_ext.training.manifest import DamagedCheckpoint, verify
+from diffusers_ddpm_ext.training.checkpoints.folders import list_checkpoints, step_of
+from diffusers_ddpm_ext.training.checkpoints.manifest import DamagedCheckpoint, verify
 
 LINE = (
     "--max_train_steps 60 --checkpointing_steps 4 --seed 7 --use_ema --learn_logvar --train_batch_size 16 "

@@ -20,8 +20,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from diffusers_ddpm_ext.training.checkpoints import list_checkpoints
-from diffusers_ddpm_ext.training.manifest import DamagedCheckpoint, verify
+from diffusers_ddpm_ext.training.checkpoints.folders import list_checkpoints
+from diffusers_ddpm_ext.training.checkpoints.manifest import DamagedCheckpoint, verify
 
 SCRIPT = Path(__file__).parents[2] / "training" / "train.py"
 LINE = (

@@ -5,7 +5,7 @@
     UNet2DExtModel         a number of heads over several widths, other heads on the way up, projected labels, scaled
                            time, and inputs that are concatenated, which stock Diffusers would sample wrongly
 
-The way back is in :mod:`diffusers_ddpm_ext.compvis.backwards`.
+The way back is in :mod:`diffusers_ddpm_ext.compvis.unet_params`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import nn
 
-from diffusers_ddpm_ext.compvis import kinds
-from diffusers_ddpm_ext.unet import UNet2DExtModel
+from diffusers_ddpm_ext.compvis import schema as kinds
+from diffusers_ddpm_ext.models.unet_2d_ext import UNet2DExtModel
 
 CLASSES: dict[str, type[nn.Module]] = {
     "UNet2DModel": UNet2DModel,

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from diffusers_ddpm_ext.compvis.architecture import complete, translate_unet
-from diffusers_ddpm_ext.compvis.backwards import unet_params_of
-from diffusers_ddpm_ext.compvis.names import Piece, name_map
+from diffusers_ddpm_ext.compvis.key_map import Piece, name_map
+from diffusers_ddpm_ext.compvis.unet_params import unet_params_of
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 EMA = "model_ema."

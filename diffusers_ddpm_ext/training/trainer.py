@@ -18,16 +18,20 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from diffusers_ddpm_ext.card import environment
-from diffusers_ddpm_ext.plots import write_whole
-from diffusers_ddpm_ext.run_files import CONFIG, ENVIRONMENT, METRICS
-from diffusers_ddpm_ext.training.clock import Asked, Clock
-from diffusers_ddpm_ext.training.config import TrainConfig
-from diffusers_ddpm_ext.training.errors import Interrupted, RunError, warn
-from diffusers_ddpm_ext.training.export import save_pipeline
-from diffusers_ddpm_ext.training.folder import run_name
-from diffusers_ddpm_ext.training.gallery import FOLDER, SAMPLES, draw_data, draw_end, draw_samples
-from diffusers_ddpm_ext.training.keeping import (
+from diffusers_ddpm_ext.errors import Interrupted, RunError, warn
+from diffusers_ddpm_ext.hub.card import environment
+from diffusers_ddpm_ext.plotting.curves import write_whole
+from diffusers_ddpm_ext.training.checkpoints.output_dir import run_name
+from diffusers_ddpm_ext.training.config.train_config import TrainConfig
+from diffusers_ddpm_ext.training.data.batches import Batch, stream
+from diffusers_ddpm_ext.training.distributed import largest_over_ranks, mean_over_ranks
+from diffusers_ddpm_ext.training.loop.export import save_pipeline
+from diffusers_ddpm_ext.training.loop.gallery import FOLDER, SAMPLES, draw_data, draw_end, draw_samples
+from diffusers_ddpm_ext.training.loop.hub_publisher import Publisher, take_token
+from diffusers_ddpm_ext.training.loop.nonfinite import give_up, recover
+from diffusers_ddpm_ext.training.loop.resume import BEST, resume
+from diffusers_ddpm_ext.training.loop.run import Run, describe, start, take_folder
+from diffusers_ddpm_ext.training.loop.saving import (
     keep,
     keep_best,
     keep_best_pipeline,
@@ -35,16 +39,12 @@ from diffusers_ddpm_ext.training.keeping import (
     mark_finished,
     take_pipeline,
 )
-from diffusers_ddpm_ext.training.nonfinite import give_up, recover
-from diffusers_ddpm_ext.training.processes import largest_over_ranks, mean_over_ranks
-from diffusers_ddpm_ext.training.publish import Publisher, take_token
-from diffusers_ddpm_ext.training.records import Records, first_nonfinite
-from diffusers_ddpm_ext.training.resume import BEST, resume
-from diffusers_ddpm_ext.training.run import Run, describe, start, take_folder
+from diffusers_ddpm_ext.training.loop.step import train_step
+from diffusers_ddpm_ext.training.loop.stop_requests import Asked, Clock
+from diffusers_ddpm_ext.training.loop.validation import measure
 from diffusers_ddpm_ext.training.signals import listening
-from diffusers_ddpm_ext.training.step import train_step
-from diffusers_ddpm_ext.training.stream import Batch, stream
-from diffusers_ddpm_ext.training.validation import measure
+from diffusers_ddpm_ext.training.tracking.metrics import Records, first_nonfinite
+from diffusers_ddpm_ext.utils.files import CONFIG, ENVIRONMENT, METRICS
 
 PROJECT = "diffusers-ddpm-ext"
 

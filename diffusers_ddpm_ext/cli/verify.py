@@ -1,0 +1,142 @@
+"""`ddpm-ext verify`: is a pushed pipeline whole, and does it draw what its card shows?"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffusers_ddpm_ext.errors import ConfigError, RunError
+from diffusers_ddpm_ext.hub.push import check_repo_id
+from diffusers_ddpm_ext.hub.upload import TIMEOUT, Target, check_timeout, last_push, patient, reason
+from diffusers_ddpm_ext.pipelines.loading import check_folder, find_device, open_pipeline
+from diffusers_ddpm_ext.training.config.flags import Parser
+
+HEAD = """Check a pipeline that `ddpm-ext push` has brought to the Hub: load the repository anew, compare each file
+with the proof that was pushed along, open the pipeline, draw the images of the card with their seed, and compare."""
+TAIL = """examples:
+  ddpm-ext verify me/digits                       the newest commit
+  ddpm-ext verify me/digits --folder runs/digits  and whether it is what was pushed last from that folder
+  ddpm-ext verify runs/digits                     a folder here, pushed or loaded before
+
+Each finding is a line; the status is 1 where there is one. On another machine images differ in rounding, which is
+allowed for."""
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """What `ddpm-ext verify` was asked for; checked."""
+
+    source: str
+    revision: str | None
+    folder: Path | None
+    device: str | None
+    timeout: float
+    hub_token: str | None = None
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is a folder here."""
+        return Path(self.source).is_dir()
+
+
+def parse_verify_args(argv: Sequence[str], prog: str = "ddpm-ext verify") -> VerifyOptions:
+    """The options of a command line, checked; arguments and errors are those of `Parser.parse_checked`."""
+    parser = Parser(prog=prog, usage=f"{prog} ID [options]", description=HEAD, epilog=TAIL)
+    add = parser.add_argument
+    add("source", metavar="ID", help="user/name on the Hub, or a folder here.")
+    add("--revision", metavar="NAME", help="Branch, tag or commit (default: main).")
+    add("--folder", metavar="FOLDER", help="That it was pushed from: is its last push the newest commit?")
+    add("--hub_token", metavar="TOKEN", help="Of the Hub (default: HF_TOKEN, or what `hf auth login` has left).")
+    add("--device", default="cpu", metavar="NAME", help="To draw on (default: cpu, as the card's images were).")
+    add("--timeout", type=float, default=TIMEOUT, metavar="SECONDS", help=f"(default: {TIMEOUT:g})")
+    given = parser.parse_checked(argv)
+    check_folder(given["source"])
+    check_timeout(given["timeout"])
+    folder = None if given["folder"] is None else Path(given["folder"])
+    if folder is not None and not folder.is_dir():
+        raise ConfigError(f"--folder {folder} is no folder: leave it out, or give the one that was pushed")
+    options = VerifyOptions(**given | {"folder": folder})
+    if options.is_local and (options.revision is not None or folder is not None):
+        raise ConfigError(
+            f"{options.source} is a folder here: --revision and --folder are about the Hub, leave them out"
+        )
+    if not options.is_local:
+        check_repo_id(options.source, "ID")
+    return options
+
+
+def verify(options: VerifyOptions) -> str:
+    """Load, compare and draw.
+
+    Args:
+        options: what was asked for.
+
+    Returns:
+        One line that says what was found right.
+
+    Raises:
+        ConfigError: it cannot be reached, or holds no proof.
+        RunError: something is wrong; a sentence for each finding.
+    """
+    from diffusers_ddpm_ext.hub.proof import PROOF, check_files, check_images, read_proof
+
+    device = find_device(options.device)
+    with _loaded(options) as (place, findings):
+        try:
+            facts = read_proof(place)
+        except ValueError as error:
+            raise RunError(f"{options.source}: {'; '.join([*findings, str(error)])}") from None
+        if facts is None:
+            raise ConfigError(f"{options.source} holds no {PROOF}: it was not pushed by `ddpm-ext push`")
+        findings += check_files(place, facts)
+        drawn, agreed = facts["images"], ""
+        try:
+            pipeline = open_pipeline(str(place), None, device, "float32")
+            if drawn is not None and (place / "card" / "samples.npz").is_file():
+                wrong, share = check_images(place, pipeline, drawn)
+                findings += [wrong] if wrong else []
+                agreed = f"; its {drawn['count']} images, drawn again, agree in {share:.2%} of their pixels"
+        except (ConfigError, ValueError, OSError) as error:
+            findings.append(f"it cannot be opened and drawn from: {' '.join(str(error).split())[:300]}")
+    if findings:
+        raise RunError(f"{options.source}: {'; '.join(findings)}")
+    return f"{options.source}: {len(facts['files'])} files are what was pushed{agreed}"
+
+
+@contextmanager
+def _loaded(options: VerifyOptions) -> Iterator[tuple[Path, list[str]]]:
+    """The repository in a folder of its own, loaded anew, and what its history says."""
+    if options.is_local:
+        yield Path(options.source), []
+        return
+    if options.hub_token is not None:
+        os.environ["HF_TOKEN"] = options.hub_token
+    with tempfile.TemporaryDirectory(prefix="verify-") as name, patient(options.timeout):
+        try:
+            findings = _fetch(options, Path(name))
+        except Exception as error:  # of the client or the transport
+            target = Target(options.source, token=options.hub_token)
+            raise ConfigError(f"cannot load {options.source}: {reason(error, target)}") from None
+        yield Path(name), findings
+
+
+def _fetch(options: VerifyOptions, place: Path) -> list[str]:
+    from huggingface_hub import HfApi
+
+    api: Any = HfApi(token=options.hub_token)
+    newest = api.model_info(options.source).sha
+    wanted = api.model_info(options.source, revision=options.revision).sha if options.revision else newest
+    api.snapshot_download(options.source, revision=wanted, local_dir=place)
+    findings = []
+    if wanted != newest:
+        findings.append(f"{options.revision} is commit {wanted[:12]}, main has gone on to {newest[:12]}")
+    pushed = last_push(options.source, options.folder)
+    if pushed is not None and pushed != wanted:
+        whence = options.folder or "this machine"
+        findings.append(f"this is commit {wanted[:12]}, but what {whence} pushed last is {pushed[:12]}")
+    return findings

@@ -1,0 +1,1 @@
+"""CompVis and OpenAI configurations, translated to our options."""

@@ -1,0 +1,1 @@
+"""Reading of checkpoint files; executes nothing that a file names."""

@@ -1,0 +1,278 @@
+"""The best reverse variance of each step, and the best few steps: tables in, tables out.
+
+Symbols, with t a step of the full chain and s < t the step that a shorter chain keeps below it:
+
+    A, SNR   alphas_cumprod, A / (1 - A)
+    M        mean squared error of the predicted x0 at step t, averaged over data, noise and dimensions
+    b, B     beta and posterior variance of the chain that goes from t to s in one step
+    c1       its posterior_mean_coef1
+    S        variance of the model's step back, (1 - v) B + v b
+
+The step's divergence, averaged, is ``(log(S / B) - 1 + B / S + c1^2 M / S) / 2`` nats a dimension. It is least at
+``S = B + c1^2 M``; and since ``b - B = c1^2 (1 - A)``, that is
+
+    v* = M / (1 - A),        the least divergence    log(1 + M (SNR_s - SNR_t)) / 2
+
+for every s: one table serves every shorter chain. v* is at most 1 where the network is no worse than the mean of data
+of variance 1 or less; beyond that it is clipped, which costs something.
+
+The first step of a chain has no step below it: there the data are read off by the decoder, whose cost and best
+variance do not follow from M and are measured.
+
+Sources: [DDPM] Ho et al. 2020, eqs. 5 to 7; [Analytic-DPM] Bao et al. 2022, theorem 1 (the optimal variance) and
+section 4 (the best steps by dynamic programming); [Watson] Watson et al. 2021 (the same recursion).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from diffusers_ddpm_ext.diffusion.schedule import NoiseSchedule, Table
+
+REACH = 0.5  # of the smoother, natural log of the SNR
+LARGEST_LOG_SNR = 20.0
+LEAST_V = 1e-6  # of a fitted table: 0 stands for "no choice" at the first step
+
+
+@dataclass(frozen=True)
+class OptimalV:
+    """The reverse variance that makes the bound least.
+
+    Attributes:
+        v: (T,), ``v_posterior`` of each step, in [0, 1].
+        clipped: int64, the steps whose best v lies above 1.
+        loss: bits per dimension that clipping costs, summed over the steps of the chain.
+    """
+
+    v: Table
+    clipped: np.ndarray
+    loss: float
+
+
+def x0_error_of_logvar(schedule: NoiseSchedule, logvar: Table) -> Table:
+    """M from the log of the mean squared error in the space of what the network predicts.
+
+    Args:
+        schedule: tables of T steps; its ``prediction_type`` names the space.
+        logvar: (T,), natural log: of an ``l2`` loss, learned or measured.
+
+    Returns:
+        float64, (T,), squared data units. Infinite at zero terminal SNR for ``epsilon``.
+
+    Raises:
+        ValueError: ``logvar`` is not one finite number a step.
+    """
+    table = np.asarray(logvar, dtype=np.float64)
+    if table.shape != (len(schedule),) or not np.isfinite(table).all():
+        raise ValueError(f"logvar must be {len(schedule)} finite numbers, got shape {table.shape}.")
+    error = np.exp(table)
+    if schedule.prediction_type == "v_prediction":
+        return (1 - schedule.alphas_cumprod) * error
+    if schedule.prediction_type == "sample":
+        return error
+    with np.errstate(divide="ignore"):
+        return error / schedule.snr
+
+
+def log_loss_of_x0_error(schedule: NoiseSchedule, x0_error: Table) -> Table:
+    """The inverse of :func:`x0_error_of_logvar`: log of the mean squared error of what the network predicts, (T,)."""
+    error = np.log(_checked_error(schedule, x0_error))
+    if schedule.prediction_type == "v_prediction":
+        return error - np.log1p(-schedule.alphas_cumprod)
+    return error if schedule.prediction_type == "sample" else error + np.log(schedule.snr)
+
+
+class Smoother:
+    """Curves over the steps, drawn through what was measured by local lines in the log-SNR.
+
+    A step's value is that of a line fitted to the steps within ``reach`` of its log-SNR, weighted by their draws and
+    falling off linearly. Steps that stand alone keep their value, as in short chains; a chain of a thousand lends each
+    step the draws of dozens of others. Without it the noise of the measurement would decide which steps are best.
+
+    Args:
+        schedule: of the full chain.
+        counts: (T,), draws of each step.
+        reach: half of the window, natural log.
+
+    Raises:
+        ValueError: there was no draw at all.
+    """
+
+    def __init__(self, schedule: NoiseSchedule, counts: Table | np.ndarray, reach: float = REACH) -> None:
+        seen = np.asarray(counts, dtype=np.float64)
+        if not seen.any():
+            raise ValueError("log_error: no step was measured; take at least one draw.")
+        with np.errstate(divide="ignore"):
+            level = np.log(schedule.alphas_cumprod) - np.log1p(-schedule.alphas_cumprod)
+        self.level = level = level.clip(-LARGEST_LOG_SNR, LARGEST_LOG_SNR)
+        self.known = np.flatnonzero(seen > 0)
+        offset = level[self.known][None] - level[:, None]
+        weight = seen[self.known] * np.clip(1 - np.abs(offset) / reach, 0, None)
+        total = np.where(weight.sum(1) > 0, weight.sum(1), 1)
+        centre = (weight * offset).sum(1) / total
+        spread = (weight * offset**2).sum(1) / total - centre**2
+        self.near = (weight.sum(1) > 0) & ((seen > 0) | (spread > 1e-9))
+        lever = np.where(spread > 1e-9, -centre / np.where(spread > 1e-9, spread, 1), 0)
+        # The line's value at the step itself, as a sum over the steps that were measured.
+        self.matrix = weight / total[:, None] * (1 + lever[:, None] * (offset - centre[:, None]))
+
+    def __call__(self, values: Table) -> Table:
+        """Smooth a curve.
+
+        Args:
+            values: (T,) or (T, n); those of steps without a draw are not looked at.
+
+        Returns:
+            float64, of the same shape; far from any draw the nearest values, joined by lines
+            in the log-SNR.
+        """
+        table = np.asarray(values, dtype=np.float64)
+        smooth: Table = self.matrix @ table[self.known]
+        if not self.near.all():
+            columns = smooth.reshape(len(self.near), -1)
+            filled = [np.interp(-self.level, -self.level[self.near], column[self.near]) for column in columns.T]
+            smooth = np.stack(filled, 1).reshape(smooth.shape)
+        return smooth
+
+
+def optimal_v(schedule: NoiseSchedule, x0_error: Table) -> OptimalV:
+    """v* of every step, for the chain and all shorter ones.
+
+    Args:
+        schedule: the chain in use, full or respaced.
+        x0_error: M of each of its steps, (K,), squared data units, 0 or more.
+
+    Returns:
+        The table, and what was clipped on this chain.
+
+    Raises:
+        ValueError: ``x0_error`` has another length, or negative or undefined numbers.
+    """
+    error = _checked_error(schedule, x0_error)
+    wanted = error / (1 - schedule.alphas_cumprod)
+    v = np.clip(wanted, LEAST_V, 1)
+    clipped = np.flatnonzero(wanted > 1 + 1e-12)
+    reach = clipped[clipped > 0]
+    prev = np.append(np.inf, schedule.snr[:-1])
+    with np.errstate(invalid="ignore"):
+        lost = step_bits(error, v, prev, schedule.snr, schedule.alphas_cumprod) - _least_bits(
+            error, prev, schedule.snr
+        )
+    return OptimalV(v, schedule.timesteps[clipped].copy(), float(lost[reach].sum()))
+
+
+def step_bits(x0_error: Table, v: Table, snr_below: Table, snr: Table, abar: Table) -> Table:
+    """Mean divergence of a step with any v, bits per dimension; arguments broadcast.
+
+    Args:
+        x0_error: M.
+        v: of the step's reverse variance, in [0, 1].
+        snr_below: SNR of the step that it goes to.
+        snr: SNR of the step itself.
+        abar: A of the step itself.
+
+    Returns:
+        Bits per dimension.
+    """
+    # b - B = c1^2 (1 - A) and c1^2 / B = SNR_s - SNR_t, so S / B = 1 + v (1 - A) (SNR_s - SNR_t).
+    gain = snr_below - snr
+    ratio = v * (1 - abar) * gain
+    return 0.5 * (np.log1p(ratio) + (x0_error * gain - ratio) / (1 + ratio)) / math.log(2)
+
+
+def _least_bits(x0_error: Table, snr_below: Table, snr: Table) -> Table:
+    return 0.5 * np.log1p(x0_error * (snr_below - snr)) / math.log(2)
+
+
+def pair_costs(schedule: NoiseSchedule, x0_error: Table) -> Table:
+    """Mean divergence of one step from t to s, with the best variance that v in [0, 1] gives.
+
+    Args:
+        schedule: the full chain.
+        x0_error: M, (T,).
+
+    Returns:
+        float64, (T, T), bits per dimension, at [s, t]; infinite unless s < t.
+
+    Raises:
+        ValueError: as in :func:`optimal_v`.
+    """
+    error, snr = _checked_error(schedule, x0_error), schedule.snr
+    costs = _least_bits(error[None], snr[:, None], snr[None]) if (error <= 1 - schedule.alphas_cumprod).all() else None
+    if costs is None:
+        v = optimal_v(schedule, error).v
+        costs = step_bits(error[None], v[None], snr[:, None], snr[None], schedule.alphas_cumprod[None])
+    costs[np.tril_indices(len(schedule))] = np.inf
+    return costs
+
+
+def prior_costs(schedule: NoiseSchedule, second_moment: float) -> Table:
+    """``KL(q(x_t) || N(0, I))`` of a chain that ends at t, bits per dimension, (T,).
+
+    Args:
+        schedule: the full chain.
+        second_moment: mean of x0^2 over data and dimensions.
+    """
+    abar = schedule.alphas_cumprod
+    return 0.5 * (abar * (second_moment - 1) - schedule.log_one_minus_alphas_cumprod) / math.log(2)
+
+
+def best_timesteps(
+    schedule: NoiseSchedule,
+    x0_error: Table,
+    decoder: Table,
+    second_moment: float,
+    counts: Iterable[int],
+    first: int | None = None,
+) -> dict[int, np.ndarray]:
+    """The K steps that make the bound least, for each K, by dynamic programming over the pairs of steps.
+
+    Args:
+        schedule: the full chain.
+        x0_error: M, (T,), squared data units.
+        decoder: cost of reading the data off at each step, bits per dimension, (T,); infinite where it may not be.
+        second_moment: mean of x0^2 over data and dimensions.
+        counts: the K that are asked for, each in [1, T].
+        first: a step that every chain must begin at; None: any.
+
+    Returns:
+        K -> int64, (K,), descending.
+
+    Raises:
+        ValueError: a K is out of its range, or too large for chains that begin at ``first``; tables do not fit.
+    """
+    wanted = sorted(set(counts))
+    total = len(schedule)
+    longest = total - (first or 0)
+    if not wanted or wanted[0] < 1 or wanted[-1] > longest:
+        raise ValueError(f"num_inference_steps={wanted} must lie in [1, {longest}].")
+    reading = np.array(decoder, dtype=np.float64)
+    if reading.shape != (total,) or np.isnan(reading).any():
+        raise ValueError(f"decoder must be {total} numbers, got shape {reading.shape}.")
+    if first is not None:
+        reading = np.where(np.arange(total) == first, reading, np.inf)
+    costs = np.ascontiguousarray(pair_costs(schedule, x0_error).T)  # [t, s]: the minimum runs over s in memory order
+    prior = prior_costs(schedule, second_moment)
+    best, came_from, found = reading, [], {}
+    for count in range(1, wanted[-1] + 1):
+        if count > 1:
+            through = costs + best
+            came_from.append(through.argmin(1))
+            best = through[np.arange(total), came_from[-1]]
+        if count in wanted:
+            steps = [int(np.argmin(best + prior))]
+            for back in reversed(came_from):
+                steps.append(int(back[steps[-1]]))
+            found[count] = np.array(steps, dtype=np.int64)
+    return found
+
+
+def _checked_error(schedule: NoiseSchedule, x0_error: Table) -> Table:
+    error = np.asarray(x0_error, dtype=np.float64)
+    if error.shape != (len(schedule),) or not (error >= 0).all():
+        raise ValueError(f"x0_error must be {len(schedule)} numbers of 0 or more, got shape {error.shape}.")
+    return error

@@ -1,0 +1,384 @@
+"""Noise schedules: betas by name, and the tables that follow from them.
+
+Symbols, with t counted from 0 to T-1:
+
+    b     betas              variance that step t adds
+    a     1 - b
+    A     alphas_cumprod     product of a over steps 0..t ("alpha bar" in [DDPM])
+    P     A of the step before, 1 at the first
+    SNR   A / (1 - A)
+    v     v_posterior        0: variance of the exact posterior, 1: variance of the forward step
+
+Everything is float64 and computed once. A float32 table is made by one cast at the end, never by float32 arithmetic,
+because ``1 - A / P`` cancels: float32 tables are wrong by up to 5e-4 at T = 1000.
+
+Sources: [DDPM] Ho et al. 2020, eqs. 2-7; [iDDPM] Nichol & Dhariwal 2021, eq. 17; [ZTSNR] Lin et al. 2023, algorithm 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Table = npt.NDArray[np.float64]
+
+BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace", "sqrt")
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+TABLE_NAMES = (
+    "betas",
+    "alphas_cumprod",
+    "alphas_cumprod_prev",
+    "sqrt_alphas_cumprod",
+    "sqrt_one_minus_alphas_cumprod",
+    "log_one_minus_alphas_cumprod",
+    "sqrt_recip_alphas_cumprod",
+    "sqrt_recipm1_alphas_cumprod",
+    "posterior_variance",
+    "posterior_log_variance_clipped",
+    "posterior_mean_coef1",
+    "posterior_mean_coef2",
+    "lvlb_weights",
+)
+MAX_BETA = 0.999
+MIN_VARIANCE = 1e-20  # what the log of a variance of zero is taken of
+
+
+def _betas_from_alpha_bar(alpha_bar: Callable[[float], float], num_train_timesteps: int) -> Table:
+    values = np.array([alpha_bar(i / num_train_timesteps) for i in range(num_train_timesteps + 1)])
+    return np.minimum(1 - values[1:] / values[:-1], MAX_BETA)
+
+
+def _laplace_alpha_bar(u: float) -> float:
+    log_snr = -0.5 * math.copysign(1, 0.5 - u) * math.log(1 - 2 * abs(0.5 - u) + 1e-6)
+    snr = math.exp(log_snr)
+    return math.sqrt(snr / (1 + snr))
+
+
+def make_betas(
+    beta_schedule: str,
+    num_train_timesteps: int,
+    beta_start: float = 1e-4,
+    beta_end: float = 0.02,
+    cosine_s: float = 0.008,
+) -> Table:
+    """Betas of a schedule by its name in Diffusers.
+
+    Args:
+        beta_schedule: ``linear``; ``scaled_linear`` (linear in the square root of beta); ``squaredcos_cap_v2``
+            (cosine, [iDDPM] eq. 17, capped at 0.999); ``sigmoid``; ``laplace``; ``sqrt`` (square root of ``linear``).
+        num_train_timesteps: T.
+        beta_start: first beta, in (0, 1); without effect on the cosine and ``laplace``.
+        beta_end: last beta, in (0, 1); likewise.
+        cosine_s: offset of the cosine near t = 0, above 0.
+
+    Returns:
+        float64 betas, (T,).
+
+    Raises:
+        ValueError: the name is unknown, or an argument is out of its range.
+    """
+    if beta_schedule not in BETA_SCHEDULES:
+        raise ValueError(
+            f"beta_schedule={beta_schedule!r} is unknown: choose one of {', '.join(BETA_SCHEDULES)}, "
+            "or give the betas themselves as trained_betas."
+        )
+    _check_num_train_timesteps(num_train_timesteps)
+    if beta_schedule == "laplace":
+        return _betas_from_alpha_bar(_laplace_alpha_bar, num_train_timesteps)
+    if beta_schedule == "squaredcos_cap_v2":
+        if not 0 < cosine_s < math.inf:
+            raise ValueError(f"cosine_s={cosine_s!r} must be a finite number above 0; the usual value is 0.008.")
+        return _betas_from_alpha_bar(
+            lambda u: math.cos((u + cosine_s) / (1 + cosine_s) * math.pi / 2) ** 2, num_train_timesteps
+        )
+    for name, value in (("beta_start", beta_start), ("beta_end", beta_end)):
+        if not 0 < value < 1:
+            raise ValueError(f"{name}={value!r} must lie between 0 and 1, both excluded; usual: 0.0001 to 0.02.")
+    if beta_schedule == "linear":
+        return np.linspace(beta_start, beta_end, num_train_timesteps)
+    if beta_schedule == "scaled_linear":
+        return np.linspace(beta_start**0.5, beta_end**0.5, num_train_timesteps) ** 2
+    if beta_schedule == "sqrt":
+        return np.linspace(beta_start, beta_end, num_train_timesteps) ** 0.5
+    logits = np.linspace(-6, 6, num_train_timesteps)
+    return 1 / (1 + np.exp(-logits)) * (beta_end - beta_start) + beta_start
+
+
+def rescale_zero_terminal_snr(betas: Table) -> Table:
+    """Betas shifted and scaled so that the last step leaves no signal ([ZTSNR] algorithm 1).
+
+    Args:
+        betas: float64, (T,), T >= 2.
+
+    Returns:
+        float64 betas, (T,); the first is unchanged, the last is 1.
+
+    Raises:
+        ValueError: T is 1, where the first step would have to be the last.
+    """
+    if len(betas) < 2:
+        raise ValueError("rescale_betas_zero_snr=True needs num_train_timesteps >= 2, got 1.")
+    root = np.sqrt(np.cumprod(1 - betas))
+    root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
+    abar = root**2
+    return 1 - abar / np.append(1.0, abar[:-1])
+
+
+def _check_num_train_timesteps(num_train_timesteps: Any) -> None:
+    if isinstance(num_train_timesteps, bool) or not isinstance(num_train_timesteps, (int, np.integer)):
+        raise ValueError(f"num_train_timesteps={num_train_timesteps!r} must be a whole number of at least 1.")
+    if num_train_timesteps < 1:
+        raise ValueError(f"num_train_timesteps={num_train_timesteps} must be at least 1; the usual value is 1000.")
+
+
+def _checked_betas(betas: Any) -> Table:
+    table = np.array(betas, dtype=np.float64)
+    if table.ndim != 1 or len(table) == 0:
+        raise ValueError(f"trained_betas must be a list of at least one number, got shape {table.shape}.")
+    bad = ~((table > 0) & (table < 1))
+    bad[-1] &= table[-1] != 1  # zero terminal SNR
+    if bad.any():
+        t = int(np.argmax(bad))
+        raise ValueError(
+            f"trained_betas: beta {table[t]} of step {t} must lie between 0 and 1, both excluded "
+            "(the last alone may be 1, for zero terminal SNR)."
+        )
+    return table
+
+
+def checked_v_posterior(v_posterior: Any, num_train_timesteps: int, name: str = "v_posterior") -> float | Table:
+    """The dial of the reverse variance, for all steps or for each.
+
+    Args:
+        v_posterior: a number in [0, 1], or a list, array or tensor of one for each step.
+        num_train_timesteps: T.
+        name: of the option, for the message.
+
+    Returns:
+        A float, or a read-only float64 table (T,).
+
+    Raises:
+        ValueError: it is neither, or leaves [0, 1].
+    """
+    is_bool = isinstance(v_posterior, (bool, str))
+    try:
+        values = np.array(v_posterior, dtype=np.float64)
+    except (TypeError, ValueError):
+        is_bool, values = True, np.zeros(0)
+    if is_bool or values.shape not in ((), (num_train_timesteps,)):
+        shown = f"of shape {values.shape}" if values.ndim and not is_bool else f"{v_posterior!r}"
+        raise ValueError(
+            f"{name}={shown} must be a number in [0, 1], or one for each of the {num_train_timesteps} training steps."
+        )
+    bad = ~((values >= 0) & (values <= 1))
+    if bad.any():
+        where = f" at step {int(np.argmax(bad))}" if values.ndim else ""
+        raise ValueError(
+            f"{name}={float(values.flat[np.argmax(bad)])!r}{where} must lie in [0, 1]: 0 is the posterior's variance, "
+            "1 the forward beta."
+        )
+    if values.ndim == 0:
+        return float(values)
+    values.flags.writeable = False
+    return values
+
+
+def _check_prediction_type(prediction_type: str) -> None:
+    if prediction_type not in PREDICTION_TYPES:
+        raise ValueError(
+            f"prediction_type={prediction_type!r} is unknown: choose one of {', '.join(PREDICTION_TYPES)} "
+            "(CompVis' eps, x0 and v)."
+        )
+
+
+class NoiseSchedule:
+    """The tables of a discrete diffusion process, under the names that CompVis' ``register_schedule`` gives them.
+
+    Args:
+        num_train_timesteps: T, the number of steps.
+        beta_start: first beta.
+        beta_end: last beta.
+        beta_schedule: a name of ``BETA_SCHEDULES``, with Diffusers' meaning.
+        trained_betas: the betas themselves, (T,); T is then their number, and the arguments above are not used.
+        cosine_s: offset of ``squaredcos_cap_v2``.
+        rescale_betas_zero_snr: whether the betas are rescaled to zero terminal SNR.
+        v_posterior: reverse variance ``(1 - v) * posterior + v * beta``, v in [0, 1]; one number, or (T,), one a step.
+        prediction_type: what the network predicts; ``lvlb_weights`` depends on it.
+        v_decoder: (T,), the v of the first step of a chain that begins at each step, in place of its ``v_posterior``:
+            the variance with which data are read off, which only a likelihood sees.
+
+    Attributes:
+        num_train_timesteps: number of steps of this chain; also ``len(schedule)``.
+        timesteps: int64, (K,), ascending: which steps of the full chain this one keeps (all of them, unless
+            :meth:`respaced`).
+        zero_terminal_snr: whether the last step leaves no signal.
+        alphas: ``1 - betas``.
+        snr: ``A / (1 - A)``, the signal-to-noise ratio of variances.
+        betas, alphas_cumprod, ..., lvlb_weights: the tables of ``TABLE_NAMES``, float64, (K,), read-only.
+            ``lvlb_weights`` follows the published code, in its float32 operation order, so that it reproduces its
+            numbers; exact weights of the bound are in :mod:`diffusers_ddpm_ext.diffusion.weighting`.
+
+    Raises:
+        ValueError: an argument is out of its range; the message names it and what is allowed.
+    """
+
+    betas: Table
+    alphas_cumprod: Table
+    alphas_cumprod_prev: Table
+    sqrt_alphas_cumprod: Table
+    sqrt_one_minus_alphas_cumprod: Table
+    log_one_minus_alphas_cumprod: Table
+    sqrt_recip_alphas_cumprod: Table
+    sqrt_recipm1_alphas_cumprod: Table
+    posterior_variance: Table
+    posterior_log_variance_clipped: Table
+    posterior_mean_coef1: Table
+    posterior_mean_coef2: Table
+    lvlb_weights: Table
+    alphas: Table
+    snr: Table
+
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 1e-4,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: Sequence[float] | npt.NDArray[Any] | None = None,
+        *,
+        cosine_s: float = 0.008,
+        rescale_betas_zero_snr: bool = False,
+        v_posterior: float | Sequence[float] | npt.NDArray[Any] = 0.0,
+        prediction_type: str = "epsilon",
+        v_decoder: Sequence[float] | npt.NDArray[Any] | None = None,
+    ) -> None:
+        if trained_betas is None:
+            trained_betas = make_betas(beta_schedule, num_train_timesteps, beta_start, beta_end, cosine_s)
+        betas = _checked_betas(trained_betas)
+        if rescale_betas_zero_snr:
+            betas = _checked_betas(rescale_zero_terminal_snr(betas))
+        abar = np.cumprod(1 - betas, dtype=np.float64)
+        self._fill(betas, abar, np.arange(len(betas)), v_posterior, prediction_type, v_decoder)
+
+    def _fill(
+        self, betas: Table, abar: Table, timesteps: npt.NDArray[np.int64], v: Any, prediction_type: str, first: Any
+    ) -> None:
+        _check_prediction_type(prediction_type)
+        self.num_train_timesteps = len(betas)
+        self.v_posterior = checked_v_posterior(v, len(betas))
+        self.v_decoder: Table | None = None
+        v = np.broadcast_to(self.v_posterior, len(betas))
+        if first is not None:
+            table = checked_v_posterior(first, len(betas), "v_decoder")
+            if isinstance(table, float):
+                raise ValueError(f"v_decoder={table!r} must hold one number for each of the {len(betas)} steps.")
+            self.v_decoder = table
+            v = np.append(table[:1], v[1:])
+        self.prediction_type = prediction_type
+        self.zero_terminal_snr = bool(abar[-1] == 0)
+        self.timesteps = timesteps
+        with np.errstate(divide="ignore"):  # zero terminal SNR: 1 / A is inf there, and so it should be
+            tables = _tables(betas, abar, v)
+            tables["lvlb_weights"] = _lvlb_weights(tables, prediction_type)
+            tables["alphas"] = 1 - betas
+            tables["snr"] = abar / (1 - abar)
+        for name, table in tables.items():
+            setattr(self, name, table)
+            table.flags.writeable = False
+        timesteps.flags.writeable = False
+
+    def __len__(self) -> int:
+        return self.num_train_timesteps
+
+    def __repr__(self) -> str:
+        v = self.v_posterior
+        shown = f"{v:g}" if isinstance(v, float) else f"{v.min():.3g} to {v.max():.3g}"
+        return (
+            f"NoiseSchedule({self.num_train_timesteps} steps, betas {self.betas[0]:.3g} to {self.betas[-1]:.3g}, "
+            f"v_posterior={shown}, prediction_type={self.prediction_type!r})"
+        )
+
+    def _derived(self, v: Any, prediction_type: str, first: Any, steps: Any = None) -> NoiseSchedule:
+        """The same chain, or that of ascending ``steps``, with these settings."""
+        schedule = object.__new__(type(self))
+        betas, abar, timesteps = self.betas, self.alphas_cumprod, self.timesteps
+        if steps is not None and len(steps) < len(self):
+            abar, timesteps = abar[steps], timesteps[steps]
+            betas = 1 - abar / np.append(1.0, abar[:-1])
+        schedule._fill(betas.copy(), abar.copy(), timesteps.copy(), v, prediction_type, first)
+        return schedule
+
+    def respaced(self, timesteps: Sequence[int] | npt.NDArray[Any]) -> NoiseSchedule:
+        """The chain that keeps only some steps ([iDDPM] section 4): their ``alphas_cumprod``, betas of their own.
+
+        Args:
+            timesteps: the steps to keep, in any order: distinct whole numbers in [0, T).
+
+        Returns:
+            A schedule of K steps in ascending order, ``timesteps`` naming the originals; the same ``v_posterior``,
+            applied to the new chain's variances (of one a step, those of the kept steps).
+
+        Raises:
+            ValueError: no step, a step twice, or one outside [0, T).
+        """
+        steps = np.sort(np.asarray(timesteps).astype(np.int64))
+        if len(steps) == 0 or steps[0] < 0 or steps[-1] >= len(self) or (np.diff(steps) == 0).any():
+            raise ValueError(f"timesteps must be distinct whole numbers in [0, {len(self)}), at least one.")
+        v = self.v_posterior if isinstance(self.v_posterior, float) else self.v_posterior[steps]
+        first = None if self.v_decoder is None else self.v_decoder[steps]
+        return self._derived(v, self.prediction_type, first, steps)
+
+    def with_prediction_type(self, prediction_type: str) -> NoiseSchedule:
+        """The same chain for a network that predicts something else (it enters ``lvlb_weights`` alone)."""
+        return self._derived(self.v_posterior, prediction_type, self.v_decoder)
+
+    def with_v_posterior(
+        self, v_posterior: float | Sequence[float] | Table, v_decoder: Sequence[float] | Table | None = None
+    ) -> NoiseSchedule:
+        """The same chain with another reverse variance; arguments as in the constructor."""
+        return self._derived(v_posterior, self.prediction_type, v_decoder)
+
+
+def _tables(b: Table, abar: Table, v: Table) -> dict[str, Table]:
+    a, prev = 1 - b, np.append(1.0, abar[:-1])
+    variance = (1 - v) * b * (1 - prev) / (1 - abar) + v * b
+    return {
+        "betas": b,
+        "alphas_cumprod": abar,
+        "alphas_cumprod_prev": prev,
+        "sqrt_alphas_cumprod": np.sqrt(abar),
+        "sqrt_one_minus_alphas_cumprod": np.sqrt(1 - abar),
+        "log_one_minus_alphas_cumprod": np.log(1 - abar),
+        "sqrt_recip_alphas_cumprod": np.sqrt(1 / abar),
+        "sqrt_recipm1_alphas_cumprod": np.sqrt(1 / abar - 1),
+        "posterior_variance": variance,
+        "posterior_log_variance_clipped": np.log(np.maximum(variance, MIN_VARIANCE)),
+        "posterior_mean_coef1": b * np.sqrt(prev) / (1 - abar),
+        "posterior_mean_coef2": (1 - prev) * np.sqrt(a) / (1 - abar),
+    }
+
+
+def _lvlb_weights(tables: dict[str, Table], prediction_type: str) -> Table:
+    """CompVis' weights of the bound, to the bit: float32 arithmetic in the published order of operations.
+
+    For ``sample`` the denominator is ``2 - A`` (the published ``2. * 1 - A``) and for ``v_prediction`` all are 1;
+    neither is the bound's weight. Entry 0 repeats entry 1.
+    """
+    one, two = np.float32(1), np.float32(2)
+    b, variance, abar = (tables[n].astype(np.float32) for n in ("betas", "posterior_variance", "alphas_cumprod"))
+    if prediction_type == "epsilon":
+        a = (1 - tables["betas"]).astype(np.float32)
+        if len(b) == 1:
+            variance = np.maximum(variance, b)  # one step has no second entry to repeat
+        weights = b * b / (two * variance * a * (one - abar))
+    elif prediction_type == "sample":
+        weights = np.float32(0.5) * np.sqrt(abar) / (two - abar)
+    else:
+        weights = np.ones_like(b)
+    if len(weights) > 1:
+        weights[0] = weights[1]
+    return weights.astype(np.float64)

@@ -1,0 +1,222 @@
+"""Which steps a batch trains on, and the weights that keep every choice unbiased.
+
+A step drawn with probability p carries the weight 1 / (T p): the weighted mean of any function of the step has the
+expectation of its uniform mean, whatever the sampler. Steps are drawn by the inverse of the distribution function at
+numbers u in [0, 1) that the caller draws, so that they are a function of its keys.
+
+======================  ==============================================================================================
+``uniform``             every step alike
+``stratified``          a batch's steps spread over the chain, one in each of its equal pieces; every step alike
+``loss_second_moment``  in proportion to the root mean square of a step's last losses ([iDDPM] section 3.3)
+``log_snr_normal``      log-SNR normally distributed, e.g. round the levels that matter to the eye ([EDM] section 5)
+``log_snr_uniform``     log-SNR evenly distributed ([VDM])
+======================  ==============================================================================================
+
+Sources: [iDDPM] Nichol & Dhariwal 2021, eq. 18, and its published code; [VDM] Kingma et al. 2021, appendix I.1 (one
+draw per piece); [EDM] Karras et al. 2022.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from diffusers_ddpm_ext.diffusion.schedule import NoiseSchedule, Table
+
+SAMPLERS = ("uniform", "stratified", "loss_second_moment", "log_snr_normal", "log_snr_uniform")
+HISTORY = 10  # losses kept of each step
+UNIFORM_SHARE = 0.001  # of the draws of loss_second_moment that are made evenly
+LOG_SNR_SHARE = 0.1  # of those of the log-SNR densities: no weight is above 10
+LARGEST_LOG_SNR = 20.0
+
+
+class TimestepSampler(nn.Module):
+    """Draws steps with fixed probabilities.
+
+    Args:
+        probabilities: of the T steps, (T,), float64, above 0, of sum 1; None for even ones.
+        stratified: whether a batch's steps spread over the chain.
+    """
+
+    def __init__(self, probabilities: Table | None, num_train_timesteps: int, stratified: bool = False) -> None:
+        super().__init__()
+        self.num_train_timesteps = num_train_timesteps
+        self.stratified = stratified
+        self._fixed = probabilities
+
+    @property
+    def learns(self) -> bool:
+        """Whether it wants to be told the losses."""
+        return False
+
+    def probabilities(self) -> Table | None:
+        """Of the T steps, (T,), float64; None where they are even."""
+        return self._fixed
+
+    def draw(self, u: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Steps at places of the distribution.
+
+        Args:
+            u: (B,), float64, on the CPU, each in [0, 1).
+
+        Returns:
+            Steps (B,), int64, and their weights 1 / (T p), (B,), float64; None where all are 1.
+        """
+        p, last = self.probabilities(), self.num_train_timesteps - 1
+        if p is None:
+            return (u.double() * self.num_train_timesteps).long().clamp(max=last), None
+        edges = np.cumsum(p)
+        places = np.searchsorted(edges / edges[-1], u.double().numpy(), side="right").clip(max=last)
+        return torch.from_numpy(places.astype(np.int64)), torch.from_numpy(1 / (len(p) * p[places]))
+
+    def update(self, timesteps: Tensor, losses: Tensor) -> None:
+        """Take note of losses, if the sampler learns from them.
+
+        Args:
+            timesteps: (N,), int64, of the whole batch, in an order that is the same on every rank.
+            losses: (N,), of the same samples, without the sampler's weights.
+        """
+
+
+class LossSecondMomentSampler(TimestepSampler):
+    """Steps in proportion to the root mean square of their last losses, once each has been seen often enough.
+
+    Until then they are drawn evenly. A loss that is not finite is left out. Its memory is in the state dict.
+
+    Args:
+        num_train_timesteps: T.
+        history: losses kept of each step.
+        uniform_share: part of the draws that are made evenly, in (0, 1].
+
+    Attributes:
+        losses: (T, history), float64 (float32 on MPS, which has no other), the last ones, oldest first.
+        counts: (T,), int64, how many of them there are.
+    """
+
+    losses: Tensor
+    counts: Tensor
+
+    def __init__(self, num_train_timesteps: int, history: int = HISTORY, uniform_share: float = UNIFORM_SHARE) -> None:
+        super().__init__(None, num_train_timesteps)
+        if history < 1 or not 0 < uniform_share <= 1:
+            raise ValueError(f"history={history} must be 1 or more, and uniform_share={uniform_share} lie in (0, 1].")
+        self.uniform_share = uniform_share
+        self.register_buffer("losses", torch.zeros(num_train_timesteps, history, dtype=torch.float64))
+        self.register_buffer("counts", torch.zeros(num_train_timesteps, dtype=torch.int64))
+
+    @property
+    def learns(self) -> bool:
+        """True."""
+        return True
+
+    def _apply(self, fn: Any, recurse: bool = True) -> LossSecondMomentSampler:
+        """The memory goes where the module goes, which synchronises it there, but keeps its precision."""
+        device = fn(torch.zeros(1)).device
+        self.losses = self.losses.to(device, torch.float32 if device.type == "mps" else torch.float64)
+        self.counts = self.counts.to(device)
+        return self
+
+    def probabilities(self) -> Table | None:
+        """Of the T steps; even until every step has a full history, and where all losses are 0."""
+        if not self.is_warm:
+            return None
+        root = np.sqrt((self.losses.double().cpu().numpy() ** 2).mean(axis=1))
+        total = root.sum()
+        if total == 0 or not math.isfinite(total):
+            return None
+        even = self.uniform_share / len(root)
+        p: Table = root / total * (1 - self.uniform_share) + even
+        return p
+
+    @property
+    def is_warm(self) -> bool:
+        """Whether every step has a full history."""
+        return bool((self.counts == self.losses.shape[1]).all())
+
+    def update(self, timesteps: Tensor, losses: Tensor) -> None:
+        """See `TimestepSampler.update`."""
+        memory, counts = self.losses.cpu().numpy(), self.counts.cpu().numpy()
+        full = memory.shape[1]
+        for t, loss in zip(timesteps.tolist(), losses.double().tolist(), strict=True):
+            if not math.isfinite(loss):
+                continue
+            if counts[t] == full:
+                memory[t, :-1] = memory[t, 1:].copy()
+                memory[t, -1] = loss
+            else:
+                memory[t, counts[t]] = loss
+                counts[t] += 1
+        self.losses.copy_(torch.from_numpy(memory))
+        self.counts.copy_(torch.from_numpy(counts))
+
+
+def make_sampler(
+    name: str, schedule: NoiseSchedule, log_snr_mean: float = 0.0, log_snr_std: float = 2.0
+) -> TimestepSampler:
+    """The sampler of a name.
+
+    Args:
+        name: one of the module's table.
+        schedule: of the full chain.
+        log_snr_mean: of ``log_snr_normal``.
+        log_snr_std: of ``log_snr_normal``, above 0.
+
+    Returns:
+        The sampler.
+
+    Raises:
+        ValueError: the name is unknown, or a number out of its range.
+    """
+    steps = len(schedule)
+    if name not in SAMPLERS:
+        raise ValueError(f"timestep_sampler={name!r} is unknown: choose one of {', '.join(SAMPLERS)}.")
+    if name == "loss_second_moment":
+        return LossSecondMomentSampler(steps)
+    if not name.startswith("log_snr"):
+        return TimestepSampler(None, steps, stratified=name == "stratified")
+    if not math.isfinite(log_snr_mean):
+        raise ValueError(f"log_snr_mean={log_snr_mean!r} must be finite; 0 is as much signal as noise.")
+    if not 0 < log_snr_std < math.inf:
+        raise ValueError(f"log_snr_std={log_snr_std!r} must be finite and above 0; 2 is usual.")
+    edges = log_snr_edges(schedule)
+    if name == "log_snr_uniform":
+        mass = np.diff(-edges)
+    else:
+        z = (edges - log_snr_mean) / log_snr_std
+        mass = np.diff(-np.array([math.erf(value / math.sqrt(2)) for value in z]))
+    total = mass.sum()
+    if not total > 0:
+        raise ValueError(
+            f"log_snr_mean={log_snr_mean} with log_snr_std={log_snr_std} lies outside the chain's log-SNR, "
+            f"{edges[-1]:.1f} to {edges[0]:.1f}."
+        )
+    return TimestepSampler((1 - LOG_SNR_SHARE) * mass / total + LOG_SNR_SHARE / steps, steps)
+
+
+def log_snr_edges(schedule: NoiseSchedule) -> Table:
+    """Edges of the cells round each step's log-SNR, falling, (T + 1,); their ends as far out as their neighbours."""
+    with np.errstate(divide="ignore"):
+        levels = np.log(schedule.alphas_cumprod) - np.log1p(-schedule.alphas_cumprod)
+    levels = levels.clip(-LARGEST_LOG_SNR, LARGEST_LOG_SNR)
+    if len(levels) == 1:
+        return np.array([levels[0] + 0.5, levels[0] - 0.5])
+    middles = (levels[1:] + levels[:-1]) / 2
+    return np.concatenate([[2 * levels[0] - middles[0]], middles, [2 * levels[-1] - middles[-1]]])
+
+
+def spread(u: Tensor, positions: Tensor, order: Tensor) -> Tensor:
+    """Move the places of a batch each into a piece of [0, 1) of its own.
+
+    Args:
+        u: (B,), float64, in [0, 1).
+        positions: (B,), of the samples in the effective batch of N.
+        order: (N,), a permutation: which piece each position takes.
+
+    Returns:
+        (B,), float64; each of them, over random orders, even in [0, 1).
+    """
+    return (order[positions].double() + u.double()) / len(order)

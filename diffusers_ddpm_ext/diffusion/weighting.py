@@ -1,0 +1,169 @@
+"""Weights of a step's squared error, in the space of what the network predicts.
+
+Symbols, with t counted from 0 to T-1:
+
+    b, a, A, P   betas, 1 - betas, alphas_cumprod, and alphas_cumprod of the step before (1 at the first)
+    S            posterior_variance, the variance of the model's reverse step
+    SNR          A / (1 - A)
+
+An error of the network is an error of the clean sample that it stands for, by the algebra of
+:mod:`diffusers_ddpm_ext.diffusion.gaussian`:
+
+    |x0 error|^2  =  |eps error|^2 / SNR  =  (1 - A) |v error|^2
+
+so a weight in x0 space has one equal in each of the others, and all three minimise the same function.
+
+Sources: [DDPM] Ho et al. 2020, eqs. 8 and 12; [VDM] Kingma et al. 2021; [min-SNR] Hang et al. 2023, eq. 8;
+[soft min-SNR] Crowson et al. 2024, section 4.2 (HDiT); [P2] Choi et al. 2022, eq. 8; [debiased] Yu et al. 2024.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from diffusers_ddpm_ext.diffusion.schedule import NoiseSchedule, Table
+
+ELBO_KINDS = ("exact", "compvis")
+WEIGHTINGS = ("simple", "min_snr", "soft_min_snr", "p2", "debiased", "elbo", "compvis_elbo")
+
+
+def elbo_weights(schedule: NoiseSchedule, kind: str = "exact") -> Table:
+    """Weights with which the mean squared errors of the steps make up the variational bound, up to constants.
+
+    ``exact``: the factor of the squared error in ``KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t))``, nats for the sum
+    over dimensions ([DDPM] eq. 8), where q has the exact posterior's variance and p the schedule's
+    ``posterior_variance`` S, whatever ``v_posterior``: ``b^2 P / (2 S (1 - A)^2)`` for ``sample``,
+    ``b^2 / (2 S a (1 - A))`` for ``epsilon`` and ``b^2 P / (2 S (1 - A))`` for ``v_prediction``. At t = 0 with
+    ``v_posterior`` 0, where S is 0 and the weight infinite, S is replaced by its neighbour ``posterior_variance[1]``
+    (by ``betas[0]`` in a chain of one step).
+
+    ``compvis``: the published code's ``lvlb_weights``, for parity runs; for ``sample`` and ``v_prediction`` they are
+    not the bound's.
+
+    Args:
+        schedule: tables of T steps, of a respaced chain as well; its ``prediction_type`` names the space.
+        kind: ``exact`` or ``compvis``.
+
+    Returns:
+        float64, (T,). Infinite at the last step of ``epsilon`` with zero terminal SNR alone.
+
+    Raises:
+        ValueError: ``kind`` is unknown.
+    """
+    if kind not in ELBO_KINDS:
+        raise ValueError(
+            f"elbo_weights={kind!r} is unknown: "
+            "choose exact (the bound's coefficients) or compvis (the published code's table)."
+        )
+    if kind == "compvis":
+        return schedule.lvlb_weights.astype(np.float64)
+    b, a, prev = schedule.betas, schedule.alphas, schedule.alphas_cumprod_prev
+    noise = 1 - schedule.alphas_cumprod
+    variance = schedule.posterior_variance.copy()
+    if variance[0] == 0:
+        variance[0] = variance[1] if len(variance) > 1 else b[0]
+    if schedule.prediction_type == "sample":
+        return b**2 * prev / (2 * variance * noise**2)
+    if schedule.prediction_type == "v_prediction":
+        return b**2 * prev / (2 * variance * noise)
+    with np.errstate(divide="ignore"):  # zero terminal SNR: no finite weight exists
+        return b**2 / (2 * variance * a * noise)
+
+
+def loss_weights(
+    schedule: NoiseSchedule, weighting: str, *, gamma: float = 5.0, p2_k: float = 1.0, p2_gamma: float = 1.0
+) -> Table:
+    """Weight of each step's squared error, in the space of what the network predicts.
+
+    All but ``simple`` and ``compvis_elbo`` are one function W(SNR) of the x0 error, mapped to the schedule's
+    ``prediction_type``, so that one and the same function is minimised in all three:
+
+    ================  =============================  ===============================================
+    ``simple``        1 in every space               [DDPM] eq. 14; three different functions
+    ``min_snr``       ``min(SNR, gamma)``            [min-SNR]; without a cap the eps error has weight 1
+    ``soft_min_snr``  ``SNR gamma / (SNR + gamma)``  [soft min-SNR], smooth where min-SNR has its corner
+    ``p2``            ``SNR / (k + SNR)^gamma``      [P2], with k = ``p2_k`` and gamma = ``p2_gamma``
+    ``debiased``      ``sqrt(SNR)``                  [debiased]: 1 / sqrt(SNR) on the eps error
+    ``elbo``          the bound's, `elbo_weights`    [DDPM] eq. 12
+    ``compvis_elbo``  the published code's table     its own in each space
+    ================  =============================  ===============================================
+
+    Args:
+        schedule: tables of T steps; its ``prediction_type`` names the space.
+        weighting: a name of the table.
+        gamma: of ``min_snr`` and ``soft_min_snr``, above 0.
+        p2_k: of ``p2``, above 0.
+        p2_gamma: of ``p2``, 0 or more; 0 is weight 1 of the eps error.
+
+    Returns:
+        float64, (T,). Infinite at the last step of ``epsilon`` with zero terminal SNR under ``debiased`` and ``elbo``.
+
+    Raises:
+        ValueError: the name is unknown, or an argument out of its range.
+    """
+    if weighting not in WEIGHTINGS:
+        raise ValueError(f"loss_weighting={weighting!r} is unknown: choose one of {', '.join(WEIGHTINGS)}.")
+    check_gamma(gamma)
+    _check_p2(p2_k, p2_gamma)
+    if weighting == "simple":
+        return np.ones(len(schedule))
+    if weighting == "min_snr":
+        return min_snr_weights(schedule, gamma)
+    if weighting in ("elbo", "compvis_elbo"):
+        return elbo_weights(schedule, "exact" if weighting == "elbo" else "compvis")
+    signal, noise = schedule.alphas_cumprod, 1 - schedule.alphas_cumprod
+    # W / SNR, which is the weight of the eps error, is finite wherever W is not much larger than the SNR.
+    with np.errstate(divide="ignore"):
+        if weighting == "soft_min_snr":
+            on_noise = gamma * noise / (signal + gamma * noise)
+        elif weighting == "p2":
+            on_noise = (noise / (p2_k * noise + signal)) ** p2_gamma
+        else:
+            on_noise = np.sqrt(noise / signal)
+    if schedule.prediction_type == "epsilon":
+        return on_noise
+    if weighting == "debiased":  # inf * 0 at zero terminal SNR, where the weight is 0
+        return np.sqrt(signal / noise) if schedule.prediction_type == "sample" else np.sqrt(signal * noise)
+    return on_noise * (signal / noise if schedule.prediction_type == "sample" else signal)
+
+
+def _check_p2(k: Any, gamma: Any) -> None:
+    for name, value, low in (("p2_k", k, "above 0"), ("p2_gamma", gamma, "0 or more")):
+        number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+        if not number or not 0 <= value < math.inf or (name == "p2_k" and value == 0):
+            raise ValueError(f"{name}={value!r} must be a finite number, {low}; the usual value is 1.")
+
+
+def min_snr_weights(schedule: NoiseSchedule, gamma: float = 5.0) -> Table:
+    """Weights ``min(SNR, gamma)`` of the x0 error ([min-SNR]), mapped to what the network predicts.
+
+    ``min(SNR, gamma)`` for ``sample``, ``min(1, gamma / SNR)`` for ``epsilon``, ``min(A, gamma (1 - A))`` for
+    ``v_prediction``: one function is minimised in all three, and all are finite at zero terminal SNR too.
+
+    Args:
+        schedule: tables of T steps; its ``prediction_type`` names the space.
+        gamma: cap of the weight in x0 space, above 0. Without a cap (infinity) the eps error has weight 1 everywhere.
+
+    Returns:
+        float64, (T,).
+
+    Raises:
+        ValueError: ``gamma`` is not a number above 0.
+    """
+    check_gamma(gamma)
+    abar, noise = schedule.alphas_cumprod, 1 - schedule.alphas_cumprod
+    if schedule.prediction_type == "sample":
+        return np.minimum(abar / noise, gamma)
+    if schedule.prediction_type == "v_prediction":
+        return np.minimum(abar, gamma * noise)
+    with np.errstate(divide="ignore"):  # SNR 0 at the last step: gamma / 0 is inf, and 1 is the smaller
+        return np.minimum(1.0, gamma * noise / abar)
+
+
+def check_gamma(gamma: Any) -> None:
+    number = isinstance(gamma, (int, float, np.number)) and not isinstance(gamma, bool)
+    if not number or math.isnan(gamma) or gamma <= 0:
+        raise ValueError(f"snr_gamma={gamma!r} must be above 0; the usual value is 5, and None leaves min-SNR off.")

@@ -1,0 +1,1 @@
+"""The Hugging Face Hub: upload, model card, proof of what was pushed."""

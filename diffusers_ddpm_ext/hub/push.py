@@ -1,0 +1,217 @@
+"""`ddpm-ext push`: a trained folder to the Hub, with its card and its proof."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO
+
+from diffusers_ddpm_ext.errors import ConfigError, RunError
+from diffusers_ddpm_ext.hub.upload import (
+    TIMEOUT,
+    Pushed,
+    PushError,
+    Target,
+    check_timeout,
+    claim,
+    clean,
+    files_of,
+    freeze,
+    remember,
+    upload,
+)
+from diffusers_ddpm_ext.pipelines.loading import check_here
+from diffusers_ddpm_ext.training.config.flags import Parser
+
+HEAD = """Push a trained folder to the Hugging Face Hub: the pipeline, its pictures and numbers, a model card, and a
+proof that `ddpm-ext verify` checks. After the upload the commit's files are compared with those of the folder."""
+TAIL = """examples:
+  ddpm-ext push runs/digits                                as digits, in your own account
+  ddpm-ext push runs/digits --hub_model_id me/digits --hub_private_repo --license mit
+  ddpm-ext push runs/digits --with_checkpoint              with the newest checkpoint: --resume_from_hub goes on there
+  HF_TOKEN=... ddpm-ext push runs/digits                   where `hf auth login` was never called
+
+The same line again finishes an upload that was cut off; where nothing is left to be done, it does nothing. A README.md
+of your own is kept. The token is used and never written anywhere."""
+
+
+@dataclass(frozen=True)
+class PushOptions:
+    """What `ddpm-ext push` was asked for; checked."""
+
+    folder: Path
+    hub_model_id: str
+    hub_private_repo: bool
+    with_checkpoint: bool
+    license: str | None
+    commit_message: str
+    draws: bool
+    timeout: float
+    hub_token: str | None = None
+
+    @property
+    def line(self) -> str:
+        """The command line that does this, without any token."""
+        parts = ["ddpm-ext", "push", str(self.folder), "--hub_model_id", self.hub_model_id]
+        parts += ["--hub_private_repo"] * self.hub_private_repo + ["--with_checkpoint"] * self.with_checkpoint
+        parts += ["--license", self.license] if self.license else []
+        return shlex.join(parts)
+
+
+def parse_push_args(argv: Sequence[str], prog: str = "ddpm-ext push") -> PushOptions:
+    """The options of a command line, checked; arguments and errors are those of `Parser.parse_checked`."""
+    parser = Parser(prog=prog, usage=f"{prog} FOLDER [options]", description=HEAD, epilog=TAIL)
+    add = parser.add_argument
+    add("folder", metavar="FOLDER", help="Output folder of a run, or a saved pipeline.")
+    add("--hub_model_id", metavar="ID", help="Name of the repository, or user/name (default: the folder's name).")
+    add("--hub_token", metavar="TOKEN", help="Of the Hub (default: HF_TOKEN, or what `hf auth login` has left).")
+    add("--hub_private_repo", "--private", action="store_true", help="A repository that is made new is private.")
+    add("--with_checkpoint", action="store_true", help="The newest checkpoint goes along, so that training can go on.")
+    add("--license", metavar="NAME", help="Of the weights, in the card, e.g. mit, cc-by-4.0 (default: not said).")
+    add("--commit_message", default="Upload by ddpm-ext", metavar="TEXT", help="(default: Upload by ddpm-ext)")
+    add("--no_images", dest="draws", action="store_false", help="Draw no images for the card and for `verify`.")
+    add(
+        "--timeout",
+        type=float,
+        default=TIMEOUT,
+        metavar="SECONDS",
+        help=f"How long the Hub may stay silent (default: {TIMEOUT:g}).",
+    )
+    given = parser.parse_checked(argv)
+    folder = check_here(given["folder"])
+    given["hub_model_id"] = check_repo_id(given["hub_model_id"] or folder.resolve().name)
+    check_timeout(given["timeout"])
+    return PushOptions(**given | {"folder": folder})
+
+
+def check_repo_id(name: str, option: str = "--hub_model_id") -> str:
+    """A repository's name, as the Hub allows it.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils._validators import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        raise ConfigError(
+            f"{option} {name!r} is no name of a repository: letters, digits and . _ - in `name` or `user/name`"
+        ) from None
+    return name
+
+
+def push(options: PushOptions) -> str:
+    """Make card and proof, upload, and compare.
+
+    Args:
+        options: what was asked for.
+
+    Returns:
+        One line that says what is where.
+
+    Raises:
+        ConfigError: there is no checkpoint to go along, or the pipeline cannot be opened.
+        RunError: the upload did not succeed; its sentence holds the line that finishes it.
+    """
+    if options.hub_token is not None:
+        os.environ["HF_TOKEN"] = options.hub_token
+    checkpoint = _checkpoint(options)
+    target = Target(options.hub_model_id, options.hub_private_repo or None, options.hub_token, options.timeout)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".pushing-", dir=options.folder) as name:
+            place = Path(name)
+            freeze(files_of(options.folder, checkpoint), place)
+            target = replace(target, repo_id=claim(target, _tell))
+            _complete(options, place, target.repo_id)
+            pushed = upload(place, target, options.commit_message, _tell)
+            _take_back(options.folder, place)
+        remember(options.folder, pushed)
+    except PushError as error:
+        raise RunError(f"{error}. {options.folder} is as it was; to finish: {options.line}") from None
+    except OSError as error:
+        why = clean(str(error), options.hub_token)
+        raise RunError(f"{why}. {options.folder} is as it was; to finish: {options.line}") from None
+    return _told(pushed)
+
+
+def _told(pushed: Pushed) -> str:
+    return (
+        f"{pushed.files} files are in {pushed.url} (commit {pushed.commit[:12]}), each compared with the folder's; "
+        f"to check them at any time: ddpm-ext verify {pushed.repo_id}"
+    )
+
+
+def _tell(text: str) -> None:
+    sys.stderr.write(f"warning: {text}\n")
+
+
+def _checkpoint(options: PushOptions) -> Path | None:
+    if not options.with_checkpoint:
+        return None
+    from diffusers_ddpm_ext.training.checkpoints.folders import newest
+
+    found = newest(options.folder).checkpoint
+    if found is None:
+        raise ConfigError(f"--with_checkpoint: {options.folder} holds no checkpoint that is whole: leave it out")
+    return found.path
+
+
+def _complete(options: PushOptions, place: Path, repo_id: str) -> None:
+    """Add the card and the proof to what goes to the Hub."""
+    from diffusers_ddpm_ext.hub.card import README, is_ours, make_card
+    from diffusers_ddpm_ext.hub.proof import IMAGES, SHEET, write_proof
+
+    for name in (IMAGES, SHEET):
+        (place / name).unlink(missing_ok=True)
+    drawn = _draw(place) if options.draws else None
+    if is_ours(place):
+        text = make_card(place, repo_id, options.license)
+        (place / README).unlink(missing_ok=True)  # it may be the folder's own file, by a link
+        (place / README).write_text(text, encoding="utf-8")
+    (place / "proof.json").unlink(missing_ok=True)
+    write_proof(place, drawn)
+
+
+def _draw(place: Path) -> dict[str, object] | None:
+    import numpy as np
+
+    from diffusers_ddpm_ext.hub.proof import IMAGES, SHEET, draw, what_to_draw
+    from diffusers_ddpm_ext.pipelines.loading import find_device, open_pipeline
+    from diffusers_ddpm_ext.plotting.curves import save_grid, write_whole
+
+    pipeline = open_pipeline(str(place), None, find_device("cpu"), "float32")
+    drawn = what_to_draw(pipeline)
+    if drawn is None:
+        return None
+    images = draw(pipeline, drawn)
+    write_whole(place / IMAGES, lambda file: np.savez_compressed(file, images=images))
+    save_grid(images.transpose(0, 3, 1, 2) / 127.5 - 1, place / SHEET)
+    return drawn
+
+
+def _copy(source: Path, file: BinaryIO) -> None:
+    file.write(source.read_bytes())
+
+
+def _take_back(folder: Path, place: Path) -> None:
+    """Keep card and proof in the folder, too."""
+    from diffusers_ddpm_ext.hub.card import README
+    from diffusers_ddpm_ext.hub.proof import IMAGES, PROOF, SHEET
+    from diffusers_ddpm_ext.plotting.curves import write_whole
+
+    for name in (README, PROOF, IMAGES, SHEET):
+        if (place / name).is_file():
+            write_whole(folder / name, partial(_copy, place / name))
+        elif name != README:
+            (folder / name).unlink(missing_ok=True)
+    if (folder / "card").is_dir() and not any((folder / "card").iterdir()):
+        shutil.rmtree(folder / "card")

@@ -1,0 +1,127 @@
+"""What a training objective refuses, and the tables that it makes of its options."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from diffusers_ddpm_ext.diffusion.reverse_step import LEARNED_VARIANCES
+from diffusers_ddpm_ext.diffusion.schedule import PREDICTION_TYPES, NoiseSchedule, Table
+from diffusers_ddpm_ext.diffusion.weighting import check_gamma, loss_weights
+from diffusers_ddpm_ext.losses.distances import LOSS_TYPES, Distance
+
+COMPVIS_NAMES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
+BOUND_LOSSES = ("hybrid", "vlb")
+OBJECTIVE_LOSSES = (*LOSS_TYPES, "perceptual", *BOUND_LOSSES)
+DEFAULT_GAMMA = 5.0
+
+
+class SchedulerLike(Protocol):
+    """What the objective needs of a scheduler; ``DDPMExtScheduler`` has it."""
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        """Tables of the full chain."""
+        ...
+
+    @property
+    def config(self) -> Any:
+        """Holds ``prediction_type``, ``variance_type`` and ``v_posterior``."""
+        ...
+
+
+def checked_weight(name: str, value: Any) -> float:
+    """A finite number of 0 or more."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise ValueError(f"{name}={value!r} must be a finite number of 0 or more.")
+    return float(value)
+
+
+def checked_schedule(scheduler: SchedulerLike, prediction_type: str | None) -> NoiseSchedule:
+    """The tables of a scheduler, for what its network predicts."""
+    schedule = getattr(scheduler, "schedule", None)
+    if not isinstance(schedule, NoiseSchedule):
+        raise ValueError(
+            f"scheduler={type(scheduler).__name__} has no tables of this package; "
+            "convert it with DDPMExtScheduler.from_config(scheduler.config)."
+        )
+    own = scheduler.config.prediction_type
+    if prediction_type is not None and prediction_type not in PREDICTION_TYPES:
+        hint = COMPVIS_NAMES.get(prediction_type)
+        way_out = f"it is called {hint!r} here" if hint else f"choose one of {', '.join(PREDICTION_TYPES)}"
+        raise ValueError(f"prediction_type={prediction_type!r} is unknown: {way_out}.")
+    if prediction_type is not None and prediction_type != own:
+        raise ValueError(
+            f"prediction_type={prediction_type!r} differs from the scheduler's {own!r}, whose tables are used; "
+            f"leave it out, or make the scheduler with prediction_type={prediction_type!r}."
+        )
+    if schedule.zero_terminal_snr and own == "epsilon":
+        raise ValueError(
+            "prediction_type='epsilon' cannot be trained at zero terminal SNR, where the last step holds no signal: "
+            "use prediction_type='v_prediction' or 'sample', or rescale_betas_zero_snr=False."
+        )
+    return schedule if schedule.prediction_type == own else schedule.with_prediction_type(own)
+
+
+def check_bound(loss_type: str, variance_type: str, learn_logvar: bool) -> None:
+    """Raise ValueError unless loss and variance belong together."""
+    learned = variance_type in LEARNED_VARIANCES
+    if learned and loss_type not in BOUND_LOSSES:
+        raise ValueError(
+            f"variance_type={variance_type!r} is learned from the bound alone: use loss_type='hybrid' (or 'vlb'), "
+            f"not {loss_type!r}, or a fixed variance."
+        )
+    if loss_type == "hybrid" and not learned:
+        raise ValueError(
+            f"loss_type='hybrid' has nothing to learn from the bound with variance_type={variance_type!r}: "
+            "use variance_type='learned_range' (or 'learned'), or loss_type='l2'."
+        )
+    if loss_type == "vlb" and learn_logvar:
+        raise ValueError("learn_logvar has no place in loss_type='vlb': use 'hybrid' or 'l2', or leave it out.")
+
+
+def checked_features(loss_type: str, features: Distance | None) -> Distance | None:
+    """The distance of ``perceptual``, which needs one; None with any other loss."""
+    if loss_type == "perceptual" and not callable(features):
+        raise ValueError("loss_type='perceptual' needs features: a callable features(pred_x0, x0) -> (B,).")
+    if loss_type != "perceptual" and features is not None:
+        raise ValueError(f"features are used by loss_type='perceptual' alone, not {loss_type!r}: leave them out.")
+    return features
+
+
+def checked_share(name: str, value: Any) -> float:
+    """A number in [0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise ValueError(f"{name}={value!r} must lie in [0, 1].")
+    return float(value)
+
+
+def weight_table(
+    schedule: NoiseSchedule, weighting: str, gamma: float | None, p2_k: float, p2_gamma: float
+) -> tuple[str, Table | None]:
+    """Name and weights (T,) of a weighting; no weights for ``simple``, and ``min_snr`` where gamma is given alone."""
+    if gamma is not None:
+        check_gamma(gamma)
+        if weighting == "simple":
+            weighting = "min_snr"
+        elif weighting not in ("min_snr", "soft_min_snr"):
+            raise ValueError(
+                f"snr_gamma={gamma!r} is used by loss_weighting='min_snr' and 'soft_min_snr' alone, not {weighting!r}."
+            )
+    used = DEFAULT_GAMMA if gamma is None else gamma
+    table = loss_weights(schedule, weighting, gamma=used, p2_k=p2_k, p2_gamma=p2_gamma)
+    if not (table < math.inf).all():
+        raise ValueError(
+            f"loss_weighting={weighting!r} has no finite weight for {schedule.prediction_type!r} at zero terminal "
+            "SNR: use prediction_type='v_prediction' or 'sample'."
+        )
+    return weighting, None if weighting == "simple" else table
+
+
+def log_snr(schedule: NoiseSchedule) -> Tensor:
+    """``log(A / (1 - A))`` of every step, (T,), float64; minus infinity at zero terminal SNR."""
+    signal = torch.from_numpy(schedule.alphas_cumprod.copy())
+    return torch.log(signal) - torch.log1p(-signal)

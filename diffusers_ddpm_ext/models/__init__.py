@@ -1,0 +1,1 @@
+"""Networks and what surrounds them: UNet2DExtModel, conditioning, class embeddings, EMA."""

@@ -1,0 +1,1 @@
+"""DDPMExtPipeline, guidance, and the saved folder."""

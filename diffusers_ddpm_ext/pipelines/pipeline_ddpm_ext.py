@@ -1,0 +1,492 @@
+"""DDPMExtPipeline: CompVis' ``p_sample_loop`` as a Diffusers pipeline, and the folder it is saved as.
+
+What is saved opens everywhere: a reader without this package gets ``DDPMPipeline`` and ``DDPMScheduler``, while
+`DDPMExtPipeline` turns the stock scheduler back into ours, with all its keys (`diffusers_ddpm_ext.pipelines.layout`).
+
+Source: [DDPM] Ho et al. 2020, algorithm 2.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import diffusers
+import numpy as np
+import torch
+from diffusers import DDPMScheduler, ImagePipelineOutput, SchedulerMixin, UNet2DConditionModel, UNet2DModel
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from diffusers_ddpm_ext.diffusion.reverse_step import LEARNED_VARIANCES
+from diffusers_ddpm_ext.models.conditioning import NEEDS, Join
+from diffusers_ddpm_ext.models.unet_2d_ext import UNet2DExtModel
+from diffusers_ddpm_ext.pipelines.guidance import Given, Labels, Model, make_guidance
+from diffusers_ddpm_ext.pipelines.serialization import PipelineFiles
+from diffusers_ddpm_ext.schedulers.adapter import Sampler, find_sampler, tempered
+from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
+
+logger = logging.getLogger(__name__)
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+
+@dataclass
+class DDPMExtPipelineOutput(ImagePipelineOutput):
+    """What one call of `DDPMExtPipeline` made.
+
+    Args:
+        images: list of PIL images, or an array (B, H, W, C) in [0, 1] for "np", a tensor (B, C, H, W) in [0, 1] for
+            "pt", the same in data units and unclipped for "latent".
+        intermediates: with ``log_every_t``, CompVis' list: x_T, then the sample after each logged step, each
+            (B, C, H, W) in data units on the pipeline's device. None otherwise.
+        pred_x0: with ``log_every_t``, the clean images predicted at the logged steps, so that ``pred_x0[k]`` belongs
+            to ``intermediates[k + 1]``. None also where the scheduler does not report its prediction.
+    """
+
+    intermediates: list[Tensor] | None = None
+    pred_x0: list[Tensor] | None = None
+
+
+class DDPMExtPipeline(PipelineFiles):
+    """Draws images from a diffusion model ([DDPM] algorithm 2), step by step as CompVis' ``DDPM``.
+
+    Args:
+        unet: network from (B, C, H, W) and a step to (B, C, H, W), or to (B, 2C, H, W) with learned variances. One
+            that is fed concatenated inputs becomes a `UNet2DExtModel`, which stock Diffusers refuses: it would sample
+            it without them, and without an error.
+        scheduler: any Diffusers scheduler. A plain ``DDPMScheduler`` becomes a `DDPMExtScheduler` with its config,
+            here and whenever one is assigned to ``pipeline.scheduler``; other classes stay what they are, and the
+            network's output is said in their words (`diffusers_ddpm_ext.schedulers.adapter`).
+        conditioning_key: how conditions reach the network (`diffusers_ddpm_ext.models.conditioning`); None: there
+            are none.
+        use_positional_encodings: whether the network's last two input channels are the pixels' coordinates.
+        null_class_label: the class that stands for none, in guidance.
+    """
+
+    model_cpu_offload_seq = "unet"
+    _callback_tensor_inputs: ClassVar[list[str]] = ["latents", "model_output", "model_input"]
+
+    def __init__(
+        self,
+        unet: UNet2DModel | UNet2DConditionModel,
+        scheduler: SchedulerMixin,
+        conditioning_key: str | None = None,
+        use_positional_encodings: bool = False,
+        null_class_label: int | None = None,
+    ) -> None:
+        super().__init__()
+        self._logvar: Tensor | None = None
+        self._class_embedder: Tensor | None = None
+        self._num_timesteps = 0
+        self._num_network_calls = 0
+        self._interrupt = False
+        self._join = Join(conditioning_key, use_positional_encodings)
+        scheduler = as_ours(scheduler)
+        log_variance = isinstance(scheduler, DDPMExtScheduler) and scheduler.config.variance_type == "learned"
+        if (self._join.widens_input or log_variance) and type(unet) is UNet2DModel:
+            unet = UNet2DExtModel.of(unet)
+        self.register_modules(unet=unet, scheduler=scheduler)
+        said = {
+            "conditioning_key": conditioning_key,
+            "use_positional_encodings": use_positional_encodings or None,
+            "null_class_label": null_class_label,
+        }
+        # What is not said leaves no trace, so that an unconditional folder is a stock one.
+        self.register_to_config(**{name: value for name, value in said.items() if value is not None})
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Assign, and turn a stock scheduler into ours on the way."""
+        given = value
+        value = as_ours(value) if name == "scheduler" else value
+        super().__setattr__(name, value)
+        # A stock scheduler says what a network was trained with only where nothing else has said it.
+        says = name == "scheduler" and (given is value or "_trained_scheduler" not in self.__dict__)
+        if says and isinstance(value, DDPMExtScheduler):
+            self._trained_scheduler = value
+
+    # ------------------------------------------------------------------ what it knows
+
+    @property
+    def logvar(self) -> Tensor | None:
+        """The learned log-variance of the training loss, one entry a step: (T,), float32, CPU. None if not learned.
+
+        `from_pretrained` of this class reads it; the generic ``DiffusionPipeline`` knows nothing of it.
+        """
+        return self._logvar
+
+    @logvar.setter
+    def logvar(self, table: Tensor | None) -> None:
+        steps = self.scheduler.config.num_train_timesteps
+        if table is not None:
+            table = torch.as_tensor(table).detach().to(device="cpu", dtype=torch.float32, copy=True)
+            if table.shape != (steps,):
+                raise ValueError(
+                    f"logvar has shape {tuple(table.shape)}; this pipeline's scheduler has {steps} steps, so it must "
+                    f"be ({steps},). Take the table of the objective that trained with this schedule."
+                )
+            _check_finite(table, "logvar")
+        self._logvar = table
+
+    @property
+    def class_embedder(self) -> Tensor | None:
+        """What turns class labels into ``encoder_hidden_states``: (num_classes, dim), float32, CPU, or None."""
+        return self._class_embedder
+
+    @class_embedder.setter
+    def class_embedder(self, table: Tensor | None) -> None:
+        if table is not None:
+            table = torch.as_tensor(table).detach().to(device="cpu", dtype=torch.float32, copy=True)
+            width = self.unet.config.get("cross_attention_dim")
+            if table.ndim != 2 or table.shape[1] != width:
+                raise ValueError(
+                    f"class_embedder has shape {tuple(table.shape)}; it must be (num_classes, {width}), as wide as "
+                    "the network's cross attention."
+                )
+            _check_finite(table, "class_embedder")
+        self._class_embedder = table
+
+    @property
+    def num_classes(self) -> int | None:
+        """How many classes it can be asked for, a null class included; None where there are none."""
+        model = self._model(torch.device("cpu"))
+        by_class = "class_labels" in NEEDS[self._join.conditioning_key] or model.embeds_classes
+        return model.num_classes if by_class else None
+
+    @property
+    def trained_scheduler(self) -> DDPMExtScheduler:
+        """A scheduler of ours with the schedule that the network was trained with, and what it predicts.
+
+        It is the last of ours that was assigned to ``scheduler`` (a folder's own, when ``from_pretrained`` is handed
+        another), and else what ``scheduler``'s config says.
+        """
+        known: DDPMExtScheduler | None = self.__dict__.get("_trained_scheduler")
+        return DDPMExtScheduler.from_config(self.scheduler.config) if known is None else known
+
+    @property
+    def num_timesteps(self) -> int:
+        """Number of steps of the last call."""
+        return self._num_timesteps
+
+    @property
+    def num_network_calls(self) -> int:
+        """How often the last call asked the network: for many samplers more often than ``num_inference_steps``."""
+        return self._num_network_calls
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether a callback asked to stop, by ``pipeline._interrupt = True``."""
+        return self._interrupt
+
+    # ------------------------------------------------------------------ sampling
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        num_inference_steps: int | None = None,
+        output_type: str | None = "pil",
+        return_dict: bool = True,
+        log_every_t: int | None = None,
+        temperature: float = 1.0,
+        callback_on_step_end: Callable[..., dict[str, Any]] | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        latents: Tensor | None = None,
+        timesteps: Sequence[int] | None = None,
+        class_labels: Labels | None = None,
+        concat_inputs: Tensor | Sequence[Tensor] | None = None,
+        encoder_hidden_states: Tensor | Sequence[Tensor] | None = None,
+        guidance_scale: float = 1.0,
+        guidance_interval: tuple[float, float] | None = None,
+        negative_class_labels: Labels | None = None,
+        negative_concat_inputs: Tensor | Sequence[Tensor] | None = None,
+        negative_encoder_hidden_states: Tensor | Sequence[Tensor] | None = None,
+        optimal_timesteps: bool = False,
+        eta: float | None = None,
+        step_kwargs: Mapping[str, Any] | None = None,
+    ) -> DDPMExtPipelineOutput | tuple[Any, ...]:
+        """Draw a batch of images.
+
+        Args:
+            batch_size: how many images; at 1, as many as the conditions are for.
+            generator: source of all noise, or a list of them, one an image: then image i depends on generator i only,
+                whatever the batch.
+            num_inference_steps: number K of steps kept of the T trained ones. None takes all T.
+            output_type: "pil", "np", "pt", or "latent" (the sample in data units, as the scheduler left it).
+            return_dict: whether to return a `DDPMExtPipelineOutput` or a tuple of its fields that are not None.
+            log_every_t: with n, the output also carries ``intermediates`` and ``pred_x0`` for each kept step i,
+                counted from K - 1 down to 0, with ``i % n == 0`` or ``i == K - 1`` (CompVis' ``log_every_t``).
+            temperature: factor on the noise of each step, not on the starting noise (CompVis' ``temperature``). Other
+                values than 1 need a scheduler whose ``step`` takes ``variance_noise`` and adds it.
+            callback_on_step_end: called as ``callback(pipeline, i, t, tensors)`` after each step, i counting up from
+                0; ``latents`` in the dict it returns replaces the sample.
+            callback_on_step_end_tensor_inputs: which tensors it gets: "latents" (the sample), "model_output" (as
+                ``step`` got it), "model_input" (the sample as the network saw it).
+            latents: the starting noise, (batch_size, C, H, W), standard normal, instead of a drawn one.
+            timesteps: the steps to keep, descending, instead of ``num_inference_steps``.
+            class_labels: a class for all images or one an image; floating, (B, width), for a projected embedding. With
+                a ``class_embedder`` they stand for ``encoder_hidden_states``.
+            concat_inputs: (B, c, H, W), in data units, joined to the network's input; several along the channels.
+            encoder_hidden_states: (B, tokens, width) of cross attention; several are joined along the tokens.
+            guidance_scale: s of ``u + s (c - u)``, with c the network's output under the conditions and u without; 1
+                is c alone, and one call of the network instead of two.
+            guidance_interval: lowest and highest step of the chain of training at which there is guidance.
+            negative_class_labels: in place of the null class.
+            negative_concat_inputs: in place of zeros.
+            negative_encoder_hidden_states: in place of zeros, or of the null class.
+            optimal_timesteps: take the K steps that `ddpm-ext fit-variance` found best for the bound, which the
+                scheduler's config holds, instead of evenly spaced ones.
+            eta: for schedulers whose ``step`` has it: 0 is deterministic, 1 as noisy as DDPM.
+            step_kwargs: further arguments of the scheduler's ``step``, by name (``s_noise``, ``s_churn``, ...).
+
+        Returns:
+            `DDPMExtPipelineOutput`, or a tuple whose first entry is the images.
+
+        Raises:
+            ValueError: an argument is out of its range, the model does not fit, the scheduler cannot sample it, or
+                the samples are not finite.
+        """
+        given = Given(class_labels, concat_inputs, encoder_hidden_states)
+        batch_size = given.batch if batch_size == 1 else batch_size
+        self._check_call(batch_size, output_type, log_every_t, temperature)
+        generator = _check_generators(generator, batch_size)
+        step_kwargs = dict(step_kwargs or {}) | ({} if eta is None else {"eta": eta})
+        sampler = find_sampler(self.scheduler, self.trained_scheduler, step_kwargs)
+        if temperature != 1.0 and not sampler.is_ours and not tempered(sampler.scheduler, step_kwargs):
+            raise ValueError(
+                f"temperature is {temperature}, but {type(self.scheduler).__name__} takes no noise from outside, or "
+                "adds none. Leave it at 1, or use pipeline.scheduler = "
+                "DDPMExtScheduler.from_config(pipeline.scheduler.config)."
+            )
+        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        self._check_callback_inputs(callback_on_step_end_tensor_inputs)
+        shape = self._sample_shape(batch_size, output_type)
+
+        device = self._execution_device
+        negative = Given(negative_class_labels, negative_concat_inputs, negative_encoder_hidden_states)
+        denoise = make_guidance(
+            self._model(device), given, negative, batch_size, float(guidance_scale), guidance_interval
+        )
+        steps = self._set_timesteps(sampler, num_inference_steps, timesteps, device, optimal_timesteps)
+        late = sampler.begins_late()
+        if late:
+            logger.warning(late)
+        sample = self._start(shape, generator, latents, sampler, device)
+        sampler = sampler.seeded(generator)
+        record = _Record(log_every_t, len(steps), sample)
+        accepts_generator = "generator" in inspect.signature(sampler.scheduler.step).parameters
+        if accepts_generator and temperature == 1.0:
+            step_kwargs["generator"] = generator
+        self._num_timesteps, self._num_network_calls, self._interrupt = len(steps), 0, False
+        network_dtype = self.unet.dtype
+        # As ints, the steps cost our scheduler no read from the device.
+        step_arguments = steps.tolist() if sampler.is_ours else steps
+
+        for i, t in enumerate(self.progress_bar(steps)):
+            scale = sampler.scale(t)
+            model_input = sampler.scheduler.scale_model_input(sample, t)
+            model_output = denoise(model_input.to(network_dtype), sampler.network_time(scale, t)).to(sample.dtype)
+            self._num_network_calls += 1
+            if i == 0:
+                _check_finite(model_output, "the model's first output")
+                self._check_channels(model_output, sample)
+            model_output = sampler.translate(model_output, model_input, scale, t)
+            if temperature != 1.0:
+                step_kwargs["variance_noise"] = None
+                if step_arguments[i] != 0:  # at 0 the scheduler draws nothing either
+                    noise = randn_tensor(sample.shape, generator=generator, device=device, dtype=sample.dtype)
+                    step_kwargs["variance_noise"] = noise.mul_(temperature)
+            result = sampler.scheduler.step(model_output, step_arguments[i], sample, **step_kwargs)
+            sample = result.prev_sample
+            if callback_on_step_end is not None:
+                tensors = {"latents": sample, "model_output": model_output, "model_input": model_input}
+                chosen = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                sample = (callback_on_step_end(self, i, t, chosen) or {}).get("latents", sample)
+            record.add(i, sample, result)
+            if self._interrupt:
+                break
+
+        _check_finite(sample, "the samples")
+        output = DDPMExtPipelineOutput(self._as_images(sample, output_type), record.intermediates, record.pred_x0)
+        self.maybe_free_model_hooks()
+        return output if return_dict else output.to_tuple()
+
+    @property
+    def join(self) -> Join:
+        """How conditions reach the network."""
+        return self._join
+
+    @property
+    def channels(self) -> int:
+        """Channels C of a sample."""
+        config = self.unet.config
+        if not self._join.widens_input:
+            return int(config.in_channels)
+        learned = self.scheduler.config.get("variance_type") in LEARNED_VARIANCES
+        return int(config.out_channels) // (2 if learned else 1)
+
+    def _model(self, device: torch.device) -> Model:
+        null = self.config.get("null_class_label")
+        return Model(self.unet, self._join, self._class_embedder, null, self.channels, device)
+
+    def _check_call(
+        self, batch_size: int, output_type: str | None, log_every_t: int | None, temperature: float
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be 1 or more.")
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type is {output_type!r}; it must be one of {', '.join(OUTPUT_TYPES)}.")
+        if log_every_t is not None and log_every_t < 1:
+            raise ValueError(f"log_every_t is {log_every_t}; it must be 1 or more, or None for no intermediates.")
+        if not (math.isfinite(temperature) and temperature >= 0):
+            raise ValueError(f"temperature is {temperature}; it must be a finite number, 0 or more.")
+
+    def _check_callback_inputs(self, names: Iterable[str]) -> None:
+        unknown = [name for name in names if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs has {', '.join(unknown)}; it may have "
+                f"{', '.join(self._callback_tensor_inputs)}."
+            )
+
+    def _sample_shape(self, batch_size: int, output_type: str | None) -> tuple[int, int, int, int]:
+        channels, size = self.channels, self.unet.config.sample_size
+        if size is None:
+            raise ValueError(
+                "The model's config has sample_size None, so the size of an image is unknown. Set it once: "
+                "pipeline.unet.register_to_config(sample_size=(height, width))."
+            )
+        if output_type == "pil" and channels not in PIL_MODES:
+            known = ", ".join(f"{count} ({mode})" for count, mode in PIL_MODES.items())
+            raise ValueError(
+                f'output_type is "pil", but the images have {channels} channels; PIL images have {known}. '
+                'Use output_type="np" or output_type="pt".'
+            )
+        height, width = (size, size) if isinstance(size, int) else size
+        return batch_size, channels, height, width
+
+    def _set_timesteps(
+        self,
+        sampler: Sampler,
+        count: int | None,
+        timesteps: Sequence[int] | None,
+        device: torch.device,
+        optimal: bool,
+    ) -> Tensor:
+        scheduler = sampler.scheduler
+        if optimal and (count is None or timesteps is not None or not sampler.is_ours):
+            raise ValueError(
+                "optimal_timesteps needs num_inference_steps (without timesteps) and a DDPMExtScheduler, whose config "
+                f"holds them; this is a {type(scheduler).__name__}."
+            )
+        chosen: dict[str, Any] = {"num_inference_steps": count}
+        if optimal:
+            chosen["optimal"] = True
+        elif timesteps is not None:
+            if count is not None:
+                raise ValueError("num_inference_steps and timesteps both say which steps to take; give one of them.")
+            if "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
+                name = type(scheduler).__name__
+                raise ValueError(f"timesteps is given, but {name} takes only num_inference_steps.")
+            chosen = {"timesteps": [int(t) for t in timesteps]}
+        else:
+            count = scheduler.config.num_train_timesteps if count is None else count
+            if count < 1:
+                raise ValueError(f"num_inference_steps is {count}; it must be 1 or more, or None for all steps.")
+            chosen["num_inference_steps"] = count
+        for each in dict.fromkeys((self.scheduler, scheduler)):  # what a callback reads is that of the call, too
+            each.set_timesteps(**chosen, device=device)
+        return scheduler.timesteps
+
+    def _start(
+        self,
+        shape: tuple[int, int, int, int],
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: Tensor | None,
+        sampler: Sampler,
+        device: torch.device,
+    ) -> Tensor:
+        """x_T. The sample is never below float32: only the network runs in half precision."""
+        dtype = torch.promote_types(torch.float32, self.unet.dtype)
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        elif latents.shape != shape:
+            raise ValueError(f"latents has shape {tuple(latents.shape)}; batch_size and the model ask for {shape}.")
+        return latents.to(device=device, dtype=dtype) * sampler.scheduler.init_noise_sigma
+
+    def _check_channels(self, model_output: Tensor, sample: Tensor) -> None:
+        channels, made = sample.shape[1], model_output.shape[1]
+        learned = self.trained_scheduler.config.variance_type in LEARNED_VARIANCES
+        if made != channels and not (learned and made == 2 * channels):
+            raise ValueError(
+                f"The model makes {made} channels of {channels}. An unconditional model makes as many as it takes, or "
+                f"twice as many when the scheduler's variance_type is one of {', '.join(LEARNED_VARIANCES)} (here: "
+                f"{self.scheduler.config.get('variance_type')})."
+            )
+
+    def _as_images(self, sample: Tensor, output_type: str | None) -> Any:
+        if output_type == "latent":
+            return sample
+        images = (sample / 2 + 0.5).clamp(0, 1)
+        if output_type == "pt":
+            return images
+        array: np.ndarray = images.cpu().permute(0, 2, 3, 1).float().numpy()
+        return self.numpy_to_pil(array) if output_type == "pil" else array
+
+
+class _Record:
+    """Keeps CompVis' intermediates during one call."""
+
+    def __init__(self, log_every_t: int | None, steps: int, start: Tensor) -> None:
+        self.log_every_t = log_every_t
+        self.last = steps - 1
+        self.intermediates: list[Tensor] | None = None if log_every_t is None else [start]
+        self.pred_x0: list[Tensor] | None = None if log_every_t is None else []
+
+    def add(self, i: int, sample: Tensor, result: Any) -> None:
+        """Note the outcome of the i-th step taken, which is kept step K - 1 - i."""
+        if self.intermediates is None or self.log_every_t is None:
+            return
+        left = self.last - i
+        if left % self.log_every_t and left != self.last:
+            return
+        self.intermediates.append(sample)
+        x0 = result.get("pred_original_sample")
+        self.pred_x0 = None if x0 is None or self.pred_x0 is None else [*self.pred_x0, x0]
+
+
+def as_ours(scheduler: Any) -> Any:
+    """A plain DDPMScheduler as a `DDPMExtScheduler` with its config, anything else unchanged."""
+    return DDPMExtScheduler.from_config(scheduler.config) if type(scheduler) is DDPMScheduler else scheduler
+
+
+def _check_generators(generator: Any, batch_size: int) -> torch.Generator | list[torch.Generator] | None:
+    if not isinstance(generator, list | tuple):
+        return generator
+    if len(generator) != batch_size:
+        raise ValueError(
+            f"generator is a list of {len(generator)}, but batch_size is {batch_size}; give one generator an image, "
+            "or a single generator for all."
+        )
+    return list(generator)
+
+
+def _check_finite(values: Tensor, what: str) -> None:
+    if not bool(torch.isfinite(values).all()):
+        raise ValueError(
+            f"Values that are not finite (NaN or infinity) in {what}. The weights hold such values, or the network "
+            "overflows in half precision: check the checkpoint, or load it with torch_dtype=torch.float32."
+        )
+
+
+for _class in (DDPMExtPipeline, DDPMExtScheduler, UNet2DExtModel):
+    # A folder that names one of ours is looked up here by Diffusers.
+    setattr(diffusers, _class.__name__, _class)

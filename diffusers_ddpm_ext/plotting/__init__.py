@@ -1,0 +1,1 @@
+"""Plots: arrays in, an image file out."""

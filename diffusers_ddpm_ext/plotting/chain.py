@@ -1,0 +1,165 @@
+"""Plots over the steps of a chain: schedule, weights, log-variance, and what the bound is made of."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from diffusers_ddpm_ext.diffusion.schedule import NoiseSchedule
+from diffusers_ddpm_ext.plotting.curves import figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Told apart in print too: by dash as well as by ink.
+STYLES = (("#c44e52", "-"), ("#4c72b0", "--"), ("#2a7f3f", "-."), ("0.35", ":"))
+STEP = "timestep t"
+BITS = "bits per dimension"
+
+
+def plot_schedule(path: str | os.PathLike[str], schedule: NoiseSchedule) -> Path:
+    """Draw the betas and the signal-to-noise ratio of a chain, both on logarithmic axes.
+
+    Args:
+        path: PNG to write.
+        schedule: of the full chain.
+
+    Returns:
+        The path.
+    """
+    steps = np.arange(len(schedule))
+    with np.errstate(divide="ignore"):
+        snr = np.where(schedule.snr > 0, schedule.snr, np.nan)
+
+    def draw(axes: Axes) -> None:
+        axes.plot(steps, schedule.betas, color=STYLES[0][0], linestyle=STYLES[0][1], label="beta (variance, left)")
+        axes.set_yscale("log")
+        axes.set(title=f"Noise schedule, T = {len(schedule)}", xlabel=STEP, ylabel="beta (variance added by a step)")
+        other = axes.twinx()
+        other.plot(steps, snr, color=STYLES[1][0], linestyle=STYLES[1][1], label="SNR (right)")
+        other.axhline(1, color="0.7", linewidth=0.8)
+        other.set_yscale("log")
+        other.set_ylabel("signal-to-noise ratio (power)")
+        other.spines["top"].set_visible(False)
+        axes.plot([], [], color=STYLES[1][0], linestyle=STYLES[1][1], label="SNR (right)")
+
+    return figure(path, draw)
+
+
+def plot_weights(path: str | os.PathLike[str], weights: Mapping[str, ArrayLike], prediction_type: str) -> Path:
+    """Draw weights over the steps, each relative to its mean.
+
+    Args:
+        path: PNG to write.
+        weights: by name, (T,) each; infinite ones are left out.
+        prediction_type: in whose space they are.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not weights:
+        raise ValueError("plot_weights needs a weight.")
+
+    def draw(axes: Axes) -> None:
+        for (name, table), (ink, dash) in zip(weights.items(), _styles(len(weights)), strict=True):
+            values = np.asarray(table, dtype=float)
+            values = np.where(np.isfinite(values) & (values > 0), values, np.nan)
+            axes.plot(values / np.nanmean(values), color=ink, linestyle=dash, linewidth=1.4, label=name)
+        axes.set_yscale("log")
+        axes.set(
+            title=f"Weight of a step's squared {prediction_type} error",
+            xlabel=STEP,
+            ylabel="weight, relative to its mean",
+        )
+
+    return figure(path, draw)
+
+
+def plot_steps(path: str | os.PathLike[str], steps: ArrayLike, bits: ArrayLike, total: float | None = None) -> Path:
+    """Draw what each step adds to the bound; the first step is the decoder's.
+
+    Args:
+        path: PNG to write.
+        steps: of the chain, (K,).
+        bits: of each of them, (K,), bits per dimension.
+        total: the whole bound, for the heading.
+
+    Returns:
+        The path.
+    """
+    where, values = np.asarray(steps), np.asarray(bits, dtype=float)
+
+    def draw(axes: Axes) -> None:
+        axes.plot(where[1:], values[1:], ".-", color=STYLES[0][0], markersize=3, linewidth=0.8, label="divergence")
+        axes.plot(where[:1], values[:1], "s", color=STYLES[1][0], label=f"decoder, at t = {where[0]}")
+        positive = values[values > 0]
+        if len(positive) and positive.max() > 5 * positive.min():
+            if (values <= 0).any():
+                axes.set_yscale("symlog", linthresh=positive.min())
+            else:
+                axes.set_yscale("log")
+        whole = "" if total is None else f": {total:.3f} {BITS} with the prior"
+        axes.set(title=f"The bound, step by step{whole}", xlabel=STEP, ylabel=f"{BITS}, of one step")
+
+    return figure(path, draw)
+
+
+def plot_variance(path: str | os.PathLike[str], curves: Mapping[str, ArrayLike]) -> Path:
+    """Draw v over the steps, between 0 (the posterior's variance) and 1 (beta).
+
+    Args:
+        path: PNG to write.
+        curves: by name, (T,) each.
+
+    Returns:
+        The path.
+    """
+
+    def draw(axes: Axes) -> None:
+        for level, label in ((0, "v = 0: fixed_small, the posterior's"), (1, "v = 1: fixed_large, beta")):
+            axes.axhline(level, color="0.35", linewidth=1, linestyle=(":", "--")[level], label=label)
+        for (name, table), (ink, dash) in zip(curves.items(), _styles(len(curves)), strict=True):
+            axes.plot(np.asarray(table, dtype=float), color=ink, linestyle=dash, linewidth=1.4, label=name)
+        axes.set(title="Variance of a step back", xlabel=STEP, ylabel="v (fraction of the way from posterior to beta)")
+        axes.set_ylim(-0.05, 1.05)
+
+    return figure(path, draw)
+
+
+def plot_timesteps(
+    path: str | os.PathLike[str], chosen: Mapping[int, Sequence[int]], num_train_timesteps: int
+) -> Path:
+    """Draw which steps were chosen for each number of steps: a row of dots for each.
+
+    Args:
+        path: PNG to write.
+        chosen: K to its steps.
+        num_train_timesteps: T.
+
+    Returns:
+        The path.
+    """
+
+    def draw(axes: Axes) -> None:
+        for count, steps in sorted(chosen.items()):
+            label = "chosen step" if count == min(chosen) else None
+            axes.plot(steps, [count] * len(steps), ".", color=STYLES[1][0], markersize=3, label=label)
+        axes.set(
+            title="The steps that make the bound least",
+            xlabel=f"{STEP} (of 0 to {num_train_timesteps - 1})",
+            ylabel="number of steps K",
+        )
+
+    return figure(path, draw)
+
+
+def _styles(count: int) -> list[tuple[str, str]]:
+    return [STYLES[i % len(STYLES)] for i in range(count)]

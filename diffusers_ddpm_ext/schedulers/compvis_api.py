@@ -1,0 +1,90 @@
+"""The forward process under the names of CompVis' ``DDPM``: its tables and methods, for those who come from there.
+
+Shapes: ``x_start, x_t, noise, v`` are (B, ...); ``t`` is (B,), integer, counted on the chain of all T steps. Results
+are at least float32. The mathematics is in :mod:`diffusers_ddpm_ext.diffusion.gaussian`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusers_ddpm_ext.diffusion import gaussian
+from diffusers_ddpm_ext.diffusion.reverse_step import Generators, draw_noise
+from diffusers_ddpm_ext.diffusion.schedule import NoiseSchedule
+
+
+class Float32Table:
+    """A table of ``scheduler.schedule`` as a float32 CPU tensor, cast when it is first read."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, scheduler: Any, owner: type | None = None) -> Any:
+        if scheduler is None:
+            return self
+        table = torch.tensor(getattr(scheduler.schedule, self.name), dtype=torch.float32)
+        scheduler.__dict__[self.name] = table  # found before this descriptor from now on
+        return table
+
+
+class CompVisNames:
+    """What a class that holds a `NoiseSchedule` offers to CompVis' users."""
+
+    schedule: NoiseSchedule
+
+    betas = Float32Table()
+    alphas = Float32Table()
+    alphas_cumprod = Float32Table()
+    alphas_cumprod_prev = Float32Table()
+    sqrt_alphas_cumprod = Float32Table()
+    sqrt_one_minus_alphas_cumprod = Float32Table()
+    log_one_minus_alphas_cumprod = Float32Table()
+    sqrt_recip_alphas_cumprod = Float32Table()
+    sqrt_recipm1_alphas_cumprod = Float32Table()
+    posterior_variance = Float32Table()
+    posterior_log_variance_clipped = Float32Table()
+    posterior_mean_coef1 = Float32Table()
+    posterior_mean_coef2 = Float32Table()
+    lvlb_weights = Float32Table()
+
+    def forget_tables(self) -> None:
+        """Drop the cast tables; to be called when ``schedule`` is replaced."""
+        for name, member in vars(CompVisNames).items():
+            if isinstance(member, Float32Table):
+                self.__dict__.pop(name, None)
+
+    def q_sample(
+        self, x_start: Tensor, t: Tensor, noise: Tensor | None = None, generator: Generators = None
+    ) -> Tensor:
+        """Noise ``x_start`` to step t; ``noise`` is drawn from ``generator`` where it is not given."""
+        noise = draw_noise(x_start, generator) if noise is None else noise
+        return gaussian.q_sample(self.schedule, x_start, noise, t)
+
+    def q_mean_variance(self, x_start: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, variance and log-variance of x_t given ``x_start``."""
+        law = gaussian.q_mean_variance(self.schedule, x_start, t)
+        return law.mean, law.variance, law.log_variance
+
+    def q_posterior(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, variance and clipped log-variance of x_{t-1} given ``x_start`` and ``x_t``."""
+        law = gaussian.posterior(self.schedule, x_start, x_t, t)
+        return law.mean, law.variance, law.log_variance
+
+    def predict_start_from_noise(self, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """x0 from x_t and the noise in it."""
+        return gaussian.x0_from_eps(self.schedule, x_t, noise, t)
+
+    def predict_start_from_z_and_v(self, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
+        """x0 from x_t and its velocity."""
+        return gaussian.x0_from_v(self.schedule, x_t, v, t)
+
+    def predict_eps_from_z_and_v(self, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
+        """The noise in x_t from its velocity."""
+        return gaussian.eps_from_v(self.schedule, x_t, v, t)
+
+    def get_v(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """The velocity of x0 = ``x`` and ``noise``."""
+        return gaussian.velocity(self.schedule, x, noise, t)

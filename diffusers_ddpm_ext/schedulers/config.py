@@ -1,0 +1,126 @@
+"""A noise schedule as a scheduler config that every Diffusers scheduler reads rightly.
+
+Two things can go wrong when a config is handed from one scheduler class to another:
+
+- the other class has no name for our betas. Then the config carries them as ``trained_betas`` too, beside their name;
+- a class drops the keys that were left at *its* defaults, and the next one fills in its own: other betas, silently.
+
+Source: ``ConfigMixin.extract_init_dict`` of Diffusers, whose list of such keys is ``_use_default_values``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import numpy as np
+
+from diffusers_ddpm_ext.diffusion.schedule import make_betas
+
+DEFAULT_NUM_TRAIN_TIMESTEPS = 1000
+DEFAULT_COSINE_S = 0.008
+# What the betas of a name are made of.
+BETA_KEYS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "cosine_s")
+# What a trained network depends on.
+PROCESS_KEYS = (*BETA_KEYS, "trained_betas", "rescale_betas_zero_snr", "prediction_type")
+# CompVis' name of a schedule -> Diffusers' name of the same betas.
+COMPVIS_SCHEDULES = {
+    "linear": "scaled_linear",
+    "sqrt_linear": "linear",
+    "cosine": "squaredcos_cap_v2",
+    "squaredcos_cap_v2": "squaredcos_cap_v2",
+    "sqrt": "sqrt",
+}
+
+
+def needs_betas(beta_schedule: str, cosine_s: float) -> bool:
+    """Whether some stock scheduler has no name for these betas, so that the config must carry them."""
+    if beta_schedule == "squaredcos_cap_v2":
+        return cosine_s != DEFAULT_COSINE_S
+    return beta_schedule not in ("linear", "scaled_linear")
+
+
+def resolve_betas(
+    num_train_timesteps: int,
+    beta_start: float,
+    beta_end: float,
+    beta_schedule: str,
+    trained_betas: Any,
+    cosine_s: float,
+) -> tuple[int, list[float] | None]:
+    """What a config should say of the betas.
+
+    Args:
+        num_train_timesteps: T; at its default, the number of ``trained_betas`` where they are given.
+        beta_start: first beta.
+        beta_end: last beta.
+        beta_schedule: Diffusers' name.
+        trained_betas: list, array or tensor, (T,), or None.
+        cosine_s: offset of the cosine.
+
+    Returns:
+        T, and the betas as a list of floats where the config must carry them, else None.
+
+    Raises:
+        ValueError: T was given and is not the number of ``trained_betas``, or an argument is out of its range.
+    """
+    if trained_betas is not None:
+        betas = as_floats(trained_betas)
+        if num_train_timesteps not in (DEFAULT_NUM_TRAIN_TIMESTEPS, len(betas)):
+            raise ValueError(
+                f"num_train_timesteps={num_train_timesteps} contradicts the {len(betas)} trained_betas: leave "
+                "num_train_timesteps out, or pass as many betas."
+            )
+        return len(betas), betas
+    if needs_betas(beta_schedule, cosine_s):
+        named = make_betas(beta_schedule, num_train_timesteps, beta_start, beta_end, cosine_s)
+        return num_train_timesteps, named.tolist()
+    return num_train_timesteps, None
+
+
+def as_floats(values: Any, name: str = "trained_betas") -> list[float]:
+    """Betas or the like (list, array or tensor) as JSON can hold them: float64, exact also from float32.
+
+    Raises:
+        ValueError: they are not a list of numbers.
+    """
+    try:
+        table = np.asarray(values.tolist() if hasattr(values, "tolist") else values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be a list of numbers.") from error
+    if table.ndim != 1:
+        raise ValueError(f"{name} must be a list of numbers, got shape {table.shape}.")
+    return table.tolist()
+
+
+def incoming(config: Mapping[str, Any], overridden: Collection[str]) -> dict[str, Any]:
+    """A config of this or another scheduler class, ready for ours.
+
+    Args:
+        config: what the other scheduler's ``config`` holds.
+        overridden: names of the arguments that the caller sets anew.
+
+    Returns:
+        A copy that keeps what the network was trained with also where it is the other class's default, and forgets
+        carried betas when what they were made of is set anew.
+    """
+    config = dict(config)
+    defaults = config.get("_use_default_values", [])
+    config["_use_default_values"] = [key for key in defaults if key not in PROCESS_KEYS]
+    if config.get("variance_type", "") is None:  # multistep solvers write null
+        del config["variance_type"]
+    if "trained_betas" not in overridden and set(BETA_KEYS) & set(overridden) and _betas_follow_from_name(config):
+        config["trained_betas"] = None
+    return config
+
+
+def _betas_follow_from_name(config: Mapping[str, Any]) -> bool:
+    betas, name = config.get("trained_betas"), config.get("beta_schedule")
+    cosine_s = config.get("cosine_s", DEFAULT_COSINE_S)
+    if betas is None or name is None or not needs_betas(name, cosine_s):
+        return False
+    try:
+        named = make_betas(name, len(betas), config.get("beta_start", 1e-4), config.get("beta_end", 0.02), cosine_s)
+    except ValueError:
+        return False
+    return np.array_equal(named, np.asarray(betas, dtype=np.float64))

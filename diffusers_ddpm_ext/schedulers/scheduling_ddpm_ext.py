@@ -1,0 +1,524 @@
+"""The ancestral sampler of DDPM as a Diffusers scheduler, exact on every chain, with the methods CompVis' users know.
+
+Symbols, for the chain of the steps in use (all T of them, or the K kept by ``set_timesteps``):
+
+    x0, xt, eps, v   as in :mod:`diffusers_ddpm_ext.diffusion.gaussian`
+    c0, ct           posterior_mean_coef1, posterior_mean_coef2: the mean one step back is ``c0 x0 + ct xt``
+    sigma            square root of posterior_variance
+    small, large     the variance of the exact posterior, and beta: the two ends that ``v_posterior`` mixes
+
+Sources: [DDPM] Ho et al. 2020, eqs. 6, 7, 15 and section 3.2; [iDDPM] Nichol & Dhariwal 2021, eq. 15 (learned_range)
+and section 4 (respacing); [Imagen] Saharia et al. 2022, section 2.3 (thresholding); [ZTSNR] Lin et al. 2023.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_config
+from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
+
+# Diffusers looks for the name SchedulerMixin in the module that defines a scheduler before it loads one.
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
+from torch import Tensor
+
+from diffusers_ddpm_ext.diffusion import gaussian
+from diffusers_ddpm_ext.diffusion.respacing import TIMESTEP_SPACINGS, custom_timesteps, spaced_timesteps
+from diffusers_ddpm_ext.diffusion.reverse_step import (
+    LEARNED_VARIANCES,
+    Generators,
+    ReverseSteps,
+    for_each,
+    log_variance,
+    scaled_noise,
+    shared_or_each,
+    small_variance,
+    split_variance,
+)
+from diffusers_ddpm_ext.diffusion.schedule import MIN_VARIANCE, NoiseSchedule
+from diffusers_ddpm_ext.schedulers import config as stock_config
+from diffusers_ddpm_ext.schedulers.compvis_api import CompVisNames
+from diffusers_ddpm_ext.schedulers.config import (
+    COMPVIS_SCHEDULES,
+    DEFAULT_COSINE_S,
+    DEFAULT_NUM_TRAIN_TIMESTEPS,
+)
+from diffusers_ddpm_ext.schedulers.fitted_config import checked_choices, dial, ranges
+
+VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
+
+Betas = Sequence[float] | npt.NDArray[Any] | Tensor
+NoiseSource = tuple[Tensor, Generators, Tensor | None]  # the network's output, generators, noise of the caller
+
+
+class DDPMExtScheduler(CompVisNames, SchedulerMixin, ConfigMixin):
+    """``DDPMScheduler`` from float64 tables, with CompVis' ``v_posterior``, method names and tables.
+
+    Arguments that ``DDPMScheduler`` has mean the same here.
+
+    Args:
+        num_train_timesteps: T. Given ``trained_betas`` it is their number, and need not be said.
+        beta_start: first beta.
+        beta_end: last beta.
+        beta_schedule: ``linear``, ``scaled_linear``, ``squaredcos_cap_v2``, ``sigmoid``, ``laplace`` or ``sqrt``. What
+            not every Diffusers scheduler has a name for is carried in the config as ``trained_betas`` too.
+        trained_betas: the betas themselves: list, array or tensor, (T,).
+        variance_type: ``fixed_small`` (posterior), ``fixed_large`` (beta), their ``_log`` forms (the same noise),
+            ``learned`` (second half of the model's channels is the log-variance) or ``learned_range`` (it mixes the
+            logs of small and large, -1 to 1).
+        clip_sample: whether the predicted x0 is clipped to ``clip_sample_range``.
+        prediction_type: ``epsilon``, ``sample`` or ``v_prediction``.
+        thresholding: whether the predicted x0 is thresholded dynamically, instead of clipped.
+        dynamic_thresholding_ratio: which quantile of ``|x0|`` is the threshold.
+        clip_sample_range: data units.
+        sample_max_value: upper limit of the dynamic threshold.
+        timestep_spacing: ``leading``, ``linspace`` or ``trailing``; see
+            :func:`~diffusers_ddpm_ext.diffusion.respacing.spaced_timesteps`.
+        steps_offset: added to the steps of ``leading``.
+        rescale_betas_zero_snr: whether the betas are rescaled to zero terminal SNR; sampling then needs a network that
+            predicts v or the sample.
+        v_posterior: reverse variance ``(1 - v) * small + v * large``, in [0, 1]: one number, or (T,), one a step, of
+            which a shorter chain takes those of the steps it keeps. It wins over ``fixed_small`` and ``fixed_large``;
+            None lets ``variance_type`` decide.
+        cosine_s: offset of ``squaredcos_cap_v2``.
+        v_decoder: (T,), the v of the first step of a chain that begins at each step, in place of its ``v_posterior``.
+            Only a likelihood sees it: samples end in the mean.
+        optimal_timesteps: K as a string -> the K steps to keep, strictly descending, for
+            ``set_timesteps(K, optimal=True)``; ``ddpm-ext fit-variance`` finds them.
+
+    Attributes:
+        schedule: the :class:`~diffusers_ddpm_ext.diffusion.schedule.NoiseSchedule` of all T steps.
+        kept: that of the steps in use; the same until ``set_timesteps``.
+        timesteps: int64, (K,), descending, the steps in use.
+        betas, alphas_cumprod, ..., lvlb_weights: CompVis' 13 tables of all T steps (and ``alphas``), float32, CPU.
+
+    Raises:
+        ValueError: an argument is out of its range, or two contradict each other.
+    """
+
+    _compatibles = [e.name for e in KarrasDiffusionSchedulers]  # noqa: RUF012
+    order = 1
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = DEFAULT_NUM_TRAIN_TIMESTEPS,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: Betas | None = None,
+        variance_type: str = "fixed_small",
+        clip_sample: bool = True,
+        prediction_type: str = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        clip_sample_range: float = 1.0,
+        sample_max_value: float = 1.0,
+        timestep_spacing: str = "leading",
+        steps_offset: int = 0,
+        rescale_betas_zero_snr: bool = False,
+        v_posterior: float | Betas | None = None,
+        cosine_s: float = DEFAULT_COSINE_S,
+        v_decoder: Betas | None = None,
+        optimal_timesteps: Mapping[str, Sequence[int]] | None = None,
+    ) -> None:
+        _check_one_of("variance_type", variance_type, VARIANCE_TYPES)
+        _check_one_of("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS)
+        if v_posterior is not None:
+            if variance_type not in ("fixed_small", "fixed_large"):
+                shown = v_posterior if isinstance(v_posterior, (int, float)) else "[...]"
+                raise ValueError(
+                    f"v_posterior={shown} contradicts variance_type={variance_type!r}: leave v_posterior out, "
+                    "or leave variance_type at 'fixed_small'."
+                )
+            # What comes closest in a reader that does not know v_posterior.
+            variance_type = "fixed_small" if np.mean(dial("v_posterior", v_posterior)) < 0.5 else "fixed_large"
+        self.register_to_config(
+            variance_type=variance_type,
+            v_posterior=None if v_posterior is None else dial("v_posterior", v_posterior),
+            v_decoder=None if v_decoder is None else dial("v_decoder", v_decoder),
+        )
+        self._learned = variance_type in LEARNED_VARIANCES
+        self.init_noise_sigma = 1.0
+        self._set_process(
+            num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, cosine_s, rescale_betas_zero_snr
+        )
+        self.register_to_config(optimal_timesteps=checked_choices(optimal_timesteps, len(self.schedule)))
+        # Keys in this list are dropped when a config is handed to another class, which would then use its own
+        # defaults: other betas, silently.
+        self.register_to_config(_use_default_values=[])
+
+    def _set_process(
+        self,
+        num_train_timesteps: int,
+        beta_start: float,
+        beta_end: float,
+        beta_schedule: str,
+        trained_betas: Betas | None,
+        cosine_s: float,
+        rescale_betas_zero_snr: bool,
+    ) -> None:
+        """Make the tables, say in the config what they were made of, and keep every step."""
+        num_train_timesteps, trained_betas = stock_config.resolve_betas(
+            num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, cosine_s
+        )
+        variance_type, v_posterior = self.config.variance_type, self.config.v_posterior
+        if v_posterior is None:
+            v_posterior = float(variance_type.startswith("fixed_large"))
+        self.schedule = NoiseSchedule(
+            num_train_timesteps,
+            beta_start,
+            beta_end,
+            beta_schedule,
+            trained_betas,
+            cosine_s=cosine_s,
+            rescale_betas_zero_snr=rescale_betas_zero_snr,
+            v_posterior=v_posterior,
+            prediction_type=self.config.prediction_type,
+            v_decoder=self.config.v_decoder,
+        )
+        self.register_to_config(
+            num_train_timesteps=len(self.schedule),
+            beta_start=beta_start,
+            beta_end=beta_end,
+            beta_schedule=beta_schedule,
+            trained_betas=trained_betas,
+            cosine_s=cosine_s,
+            rescale_betas_zero_snr=rescale_betas_zero_snr,
+        )
+        self.forget_tables()
+        self.num_inference_steps: int | None = None
+        self.custom_timesteps = False
+        self._keep(self.schedule.timesteps[::-1].copy())
+
+    def _keep(self, timesteps: npt.NDArray[np.int64], device: str | torch.device | None = None) -> None:
+        full = len(timesteps) == len(self.schedule)
+        self.kept = self.schedule if full else self.schedule.respaced(timesteps)
+        self._steps = ReverseSteps(self.kept, len(self.schedule))
+        self.timesteps = torch.from_numpy(timesteps).to(device)
+
+    # --- configs -----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """A scheduler from the config of this class or of a compatible one; ``kwargs`` override it.
+
+        What a network was trained with (betas, number of steps, what it predicts) is kept also where the other class
+        has it by default; of the rest, its defaults are replaced by ours, as everywhere in Diffusers.
+
+        Args:
+            config: ``scheduler.config``, or a dict.
+            return_unused_kwargs: whether to return ``(scheduler, unused)``.
+            **kwargs: arguments of the constructor.
+        """
+        if isinstance(config, dict):
+            config = stock_config.incoming(config, kwargs)
+        return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As :meth:`SchedulerMixin.from_pretrained`: a folder or a Hub id, ``subfolder=`` and the rest."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        scheduler = loaded[0] if isinstance(loaded, tuple) else loaded
+        scheduler._internal_dict = FrozenDict(
+            {key: value for key, value in scheduler.config.items() if key != "_use_default_values"}
+        )
+        return loaded
+
+    def register_schedule(
+        self,
+        given_betas: Betas | None = None,
+        beta_schedule: str = "linear",
+        timesteps: int = DEFAULT_NUM_TRAIN_TIMESTEPS,
+        linear_start: float = 1e-4,
+        linear_end: float = 2e-2,
+        cosine_s: float = DEFAULT_COSINE_S,
+    ) -> None:
+        """Replace the schedule, in CompVis' words; the config follows, in Diffusers' words, and every step is in use.
+
+        ``v_posterior`` and ``prediction_type`` stay; ``rescale_betas_zero_snr``, which CompVis lacks, is switched off,
+        and ``v_decoder`` and ``optimal_timesteps``, which were fitted on the old schedule, are dropped.
+
+        Args:
+            given_betas: the betas themselves, (T,); the other arguments are then not used.
+            beta_schedule: ``linear`` (Diffusers' ``scaled_linear``), ``sqrt_linear`` (Diffusers' ``linear``),
+                ``cosine``, ``squaredcos_cap_v2`` (the cosine of offset 0.008) or ``sqrt``.
+            timesteps: T.
+            linear_start: first beta.
+            linear_end: last beta.
+            cosine_s: offset of ``cosine``.
+
+        Raises:
+            ValueError: the name is not one of CompVis', or a number is out of its range.
+        """
+        if beta_schedule not in COMPVIS_SCHEDULES:
+            raise ValueError(
+                f"beta_schedule={beta_schedule!r} is not one of CompVis' ({', '.join(COMPVIS_SCHEDULES)}); "
+                "Diffusers' names belong in the constructor."
+            )
+        if given_betas is not None:
+            given_betas = stock_config.as_floats(given_betas)
+            timesteps = len(given_betas)
+        self.register_to_config(v_decoder=None, optimal_timesteps=None)
+        self._set_process(
+            timesteps,
+            linear_start,
+            linear_end,
+            COMPVIS_SCHEDULES[beta_schedule],
+            given_betas,
+            cosine_s if beta_schedule == "cosine" else DEFAULT_COSINE_S,
+            rescale_betas_zero_snr=False,
+        )
+
+    @property
+    def variance_type(self) -> str:
+        """``config.variance_type``, where ``DDPMScheduler`` has it as well."""
+        return self.config.variance_type
+
+    def __len__(self) -> int:
+        return len(self.schedule)
+
+    # --- sampling ----------------------------------------------------------------------------------------------------
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: Sequence[int] | npt.NDArray[Any] | Tensor | None = None,
+        optimal: bool = False,
+    ) -> None:
+        """Choose the steps to sample with; the posterior becomes that of the chain of those steps.
+
+        Args:
+            num_inference_steps: K, in [1, T], placed by ``timestep_spacing``.
+            device: where ``scheduler.timesteps`` goes.
+            timesteps: the steps themselves instead, strictly descending, each in [0, T).
+            optimal: whether to take the K steps of ``config.optimal_timesteps`` instead of evenly spaced ones.
+
+        Raises:
+            ValueError: both or none given, no optimal steps are known for K, K distinct steps in [0, T) do not come
+                out, or zero terminal SNR with ``epsilon``, where the first step would divide by zero.
+        """
+        if (num_inference_steps is None) == (timesteps is None):
+            raise ValueError("set_timesteps takes one of num_inference_steps and timesteps, not both and not none.")
+        _check_terminal_snr(self.schedule)
+        if optimal:
+            steps = self._optimal_timesteps(num_inference_steps)
+        elif timesteps is not None:
+            steps = custom_timesteps(timesteps.tolist() if isinstance(timesteps, Tensor) else timesteps, len(self))
+        elif num_inference_steps is not None:
+            steps = spaced_timesteps(
+                num_inference_steps, len(self), self.config.timestep_spacing, self.config.steps_offset
+            )
+        self.num_inference_steps = len(steps)
+        self.custom_timesteps = timesteps is not None
+        self._keep(steps, device)
+
+    def _optimal_timesteps(self, num_inference_steps: int | None) -> npt.NDArray[np.int64]:
+        known = self.config.optimal_timesteps or {}
+        if str(num_inference_steps) not in known:
+            have = f"known are those for {ranges(known)} steps" if known else "none are known"
+            raise ValueError(
+                f"num_inference_steps={num_inference_steps} with optimal=True: {have}; find them with "
+                "`ddpm-ext fit-variance FOLDER`, or leave optimal out."
+            )
+        return np.array(known[str(num_inference_steps)], dtype=np.int64)
+
+    def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
+        """``sample`` itself: nothing is scaled in DDPM."""
+        return sample
+
+    def previous_timestep(self, timestep: int | Tensor) -> Tensor:
+        """The step that follows ``timestep`` on the way down, as a 0-dim tensor; -1 after the last.
+
+        Raises:
+            ValueError: the chain does not keep ``timestep``.
+        """
+        t = int(timestep)
+        index = int(np.searchsorted(self.kept.timesteps, t))
+        if index == len(self.kept) or self.kept.timesteps[index] != t:
+            self._steps.row(t)
+        return torch.tensor(-1 if index == 0 else self.kept.timesteps[index - 1])
+
+    def _get_variance(
+        self, t: int | Tensor, predicted_variance: Tensor | None = None, variance_type: str | None = None
+    ) -> Tensor:
+        """What stock's method of this name returns for a step of the chain in use.
+
+        Args:
+            t: the step, an int or 0-dim tensor.
+            predicted_variance: what the network predicted, for learned variances.
+            variance_type: another type than the config's.
+
+        Returns:
+            The variance; for ``fixed_small_log`` its square root, for ``fixed_large_log``, ``learned`` and
+            ``learned_range`` its log. A float64 0-dim tensor, or like ``predicted_variance``.
+
+        Raises:
+            ValueError: the chain does not keep ``t``, or a prediction is missing.
+        """
+        *_, log_small, log_large = self._steps.row(int(t))
+        kind = variance_type or self.config.variance_type
+        _check_one_of("variance_type", kind, VARIANCE_TYPES)
+        if kind in LEARNED_VARIANCES:
+            if predicted_variance is None:
+                raise ValueError(f"variance_type={kind!r} needs predicted_variance, the second half of the channels.")
+            return log_variance(kind, predicted_variance, log_small, log_large)
+        if kind == "fixed_large_log":
+            return torch.tensor(log_large, dtype=torch.float64)
+        if kind == "fixed_small_log":
+            return torch.tensor(0.5 * log_small, dtype=torch.float64).exp()
+        table = {
+            None: self.kept.posterior_variance,
+            "fixed_small": small_variance(self.kept),
+            "fixed_large": self.kept.betas,
+        }[variance_type]
+        variance = table[np.searchsorted(self.kept.timesteps, int(t))]
+        return torch.tensor(max(float(variance), MIN_VARIANCE), dtype=torch.float64)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        generator: Generators = None,
+        return_dict: bool = True,
+        variance_noise: Tensor | None = None,
+    ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
+        """One step back: the network's output to x0, x0 to the posterior, and a draw from it.
+
+        Args:
+            model_output: what the network returned for ``sample``, (B, C, ...); 2 C channels for learned variances.
+            timestep: the step of the whole batch, an int or 0-dim tensor; or one step per sample, (B,), integer.
+            sample: xt, (B, ...), data units.
+            generator: where the noise is drawn from; a list holds one for each sample.
+            return_dict: whether to return an output object rather than a tuple.
+            variance_noise: standard normal noise to use instead of drawing it, shape of ``sample``.
+
+        Returns:
+            ``prev_sample`` and ``pred_original_sample``, in the precision of ``sample`` (half types are computed in
+            float32). Samples at their last step get no noise.
+
+        Raises:
+            ValueError: a step that the chain does not keep, or shapes that do not fit.
+        """
+        if type(timestep) is not int:
+            timestep = shared_or_each(timestep, sample)
+        variance = None
+        if self._learned:
+            model_output, variance = split_variance(model_output, sample)
+        shape = sample.shape
+        if model_output.shape != shape:
+            raise ValueError(
+                f"model_output and sample must have one shape, got {tuple(model_output.shape)} and {tuple(shape)}; "
+                "a network that also predicts variances needs variance_type='learned' or 'learned_range'."
+            )
+        if variance_noise is not None and variance_noise.shape != shape:
+            raise ValueError(
+                f"variance_noise must have sample's shape {tuple(shape)}, got {tuple(variance_noise.shape)}."
+            )
+        source = (model_output, generator, variance_noise)
+        dtype = sample.dtype
+        if dtype is not torch.float32 or model_output.dtype is not torch.float32:
+            exact = torch.promote_types(torch.promote_types(dtype, model_output.dtype), torch.float32)
+            sample, model_output = sample.to(exact), model_output.to(exact)
+            variance = None if variance is None else variance.to(exact)
+        if isinstance(timestep, Tensor):
+            previous, x0 = self._step_each(model_output, timestep, sample, variance, source)
+        else:
+            previous, x0 = self._step_together(model_output, timestep, sample, variance, source)
+        if dtype is not previous.dtype:
+            previous, x0 = previous.to(dtype), x0.to(dtype)
+        return DDPMSchedulerOutput(prev_sample=previous, pred_original_sample=x0) if return_dict else (previous, x0)
+
+    def _step_together(
+        self, output: Tensor, t: int, xt: Tensor, variance: Tensor | None, source: NoiseSource
+    ) -> tuple[Tensor, Tensor]:
+        """One step for the whole batch: Python floats times tensors, in place where the tensor is ours."""
+        steps = self._steps
+        xt_to_x0, output_to_x0, c0, ct, sigma, log_small, log_large = steps.row(t)
+        if steps.output_is_x0:
+            x0 = self._bounded(output, own=False)
+        else:
+            x0 = self._bounded(xt.mul(xt_to_x0).add_(output, alpha=output_to_x0), own=True)
+        if t == steps.last:
+            if t > 0:
+                scaled_noise(*source, xt.dtype)  # drawn and dropped, so that the generator ends in stock's state
+            return xt.mul(ct).add_(x0, alpha=c0), x0
+        if variance is None:
+            previous = scaled_noise(*source, xt.dtype, sigma)
+        else:
+            log_scale = log_variance(self.config.variance_type, variance, log_small, log_large).mul(0.5)
+            previous = scaled_noise(*source, xt.dtype).mul_(log_scale.exp_())
+        return previous.add_(xt, alpha=ct).add_(x0, alpha=c0), x0
+
+    def _step_each(
+        self, output: Tensor, t: Tensor, xt: Tensor, variance: Tensor | None, source: NoiseSource
+    ) -> tuple[Tensor, Tensor]:
+        """One step for each sample, at its own place of the chain."""
+        xt_to_x0, output_to_x0, c0, ct, scale, log_small, log_large = self._steps.gather(t, xt)
+        if self._steps.output_is_x0:
+            x0 = self._bounded(output, own=False)
+        else:
+            x0 = self._bounded(xt_to_x0 * xt + output_to_x0 * output, own=True)
+        if variance is not None:
+            ends = (t == self._steps.last).reshape(scale.shape).to(xt.device)
+            log_scale = log_variance(self.config.variance_type, variance, log_small, log_large).mul(0.5)
+            scale = log_scale.exp().masked_fill(ends, 0)
+        return c0 * x0 + ct * xt + scale * scaled_noise(*source, xt.dtype), x0
+
+    def _bounded(self, x0: Tensor, own: bool) -> Tensor:
+        """x0 within the range that the config allows; in place if the tensor is our ``own``."""
+        config = self.config
+        if config.thresholding:
+            return self._threshold_sample(x0)
+        if not config.clip_sample:
+            return x0
+        limit = config.clip_sample_range
+        return x0.clamp_(-limit, limit) if own else x0.clamp(-limit, limit)
+
+    def _threshold_sample(self, x0: Tensor) -> Tensor:
+        """Dynamic thresholding ([Imagen] section 2.3): clip to a quantile of ``|x0|``, at least 1, divide by it."""
+        flat = x0.flatten(1)
+        limit = torch.quantile(flat.abs(), self.config.dynamic_thresholding_ratio, dim=1, keepdim=True)
+        limit = limit.clamp(min=1, max=self.config.sample_max_value)
+        return (flat.clamp(-limit, limit) / limit).reshape(x0.shape)
+
+    # --- the forward process -----------------------------------------------------------------------------------------
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Noise samples to their steps at once ([DDPM] eq. 4).
+
+        Args:
+            original_samples: x0, (B, ...), data units.
+            noise: standard normal, same shape.
+            timesteps: integer, (B,), or one for all.
+
+        Returns:
+            xt in the precision of ``original_samples``; half types are computed in float32, where the smallest noise
+            levels are still above zero.
+        """
+        t = for_each(timesteps, original_samples)
+        return gaussian.q_sample(self.schedule, original_samples, noise, t).to(original_samples.dtype)
+
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """The velocity of samples x0 and their noise; shapes and precision as in :meth:`add_noise`."""
+        return gaussian.velocity(self.schedule, sample, noise, for_each(timesteps, sample)).to(sample.dtype)
+
+
+def _check_one_of(name: str, value: Any, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(allowed)}.")
+
+
+def _check_terminal_snr(schedule: NoiseSchedule) -> None:
+    if schedule.zero_terminal_snr and schedule.prediction_type == "epsilon":
+        raise ValueError(
+            "prediction_type='epsilon' cannot sample a schedule of zero terminal SNR: its last step holds no signal "
+            "to recover from the noise. Use prediction_type='v_prediction' or 'sample' with a network trained so, or "
+            "rescale_betas_zero_snr=False."
+        )

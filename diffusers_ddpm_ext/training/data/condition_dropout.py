@@ -1,0 +1,86 @@
+"""Conditions left out at random while training, so that a model can be guided later."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from diffusers_ddpm_ext.errors import ConfigError
+from diffusers_ddpm_ext.models.conditioning import NEEDS, Conditions
+from diffusers_ddpm_ext.utils import random_keys as keys
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """How often a condition is left out while training, and what stands in for it (CompVis' ``ucg_training``).
+
+    Attributes:
+        probability: by condition.
+        null: by condition: the null class, or the number that fills an embedding or an image.
+    """
+
+    probability: Mapping[str, float]
+    null: Mapping[str, float]
+
+    def apply(self, conditions: Conditions, seed: int, step: int, positions: Tensor) -> Conditions:
+        """Leave conditions out, each sample and condition by keys of its own.
+
+        Args:
+            conditions: of a micro-batch.
+            seed: of the run.
+            step: optimizer steps done.
+            positions: places in the effective batch, (b,).
+
+        Returns:
+            The conditions, those left out replaced.
+        """
+        named = conditions.named()
+        for name, probability in self.probability.items():
+            value = named[name].clone()
+            for place, position in enumerate(positions.tolist()):
+                if keys.key(keys.CONDITION, seed, step, position, name) < probability * 2**32:
+                    value[place] = self.null[name]
+            named[name] = value
+        return Conditions(**named)
+
+
+def make_dropout(
+    given: Mapping[str, Any] | None, conditioning_key: str | None, num_classes: int | None
+) -> tuple[Dropout | None, int | None]:
+    """Check what a person asks for.
+
+    Args:
+        given: condition to probability, or to ``{"p": probability, "val": null value}``.
+        conditioning_key: of the run.
+        num_classes: of the data; a null class without a value of its own is the one after them.
+
+    Returns:
+        The dropout, None without; and the null class, None where there is none.
+
+    Raises:
+        ConfigError: a condition is not there, or a number is out of its range.
+    """
+    if not given:
+        return None, None
+    probability, null = {}, {}
+    for name, value in given.items():
+        if name not in NEEDS[conditioning_key]:
+            allowed = ", ".join(NEEDS[conditioning_key]) or "none, without --conditioning_key"
+            raise ConfigError(f"--conditioning_dropout {name!r}: the conditions of this run are {allowed}")
+        entry = value if isinstance(value, Mapping) else {"p": value}
+        if set(entry) - {"p", "val"} or not _is_number(entry.get("p")) or not 0 <= entry["p"] <= 1:
+            raise ConfigError(f"--conditioning_dropout {name!r} must be a probability, or {{'p': 0.1, 'val': 0}}")
+        if entry.get("val") is not None and not _is_number(entry["val"]):
+            raise ConfigError(f"--conditioning_dropout {name!r}: val {entry['val']!r} must be a number")
+        probability[name] = float(entry["p"])
+        default = num_classes if name == "class_labels" and num_classes is not None else 0
+        null[name] = default if entry.get("val") is None else entry["val"]
+    label = null.get("class_labels")
+    return Dropout(probability, null), None if label is None or num_classes is None else int(label)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

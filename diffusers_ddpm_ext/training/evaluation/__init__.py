@@ -1,0 +1,1 @@
+"""Validation losses and the variational bound."""

@@ -1,0 +1,1 @@
+"""Building of network, objective, optimizer and initial weights from the options."""

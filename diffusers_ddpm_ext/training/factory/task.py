@@ -1,0 +1,68 @@
+"""One module for everything that has gradients: the denoiser and the objective with its log-variances.
+
+``Accelerator.prepare`` receives this module, so that data-parallel training averages the gradient of logvar too.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from diffusers_ddpm_ext.diffusion.gaussian import q_sample
+from diffusers_ddpm_ext.diffusion.timesteps import TimestepSampler
+from diffusers_ddpm_ext.losses.objective import DDPMObjective, ObjectiveOutput
+from diffusers_ddpm_ext.models.conditioning import Conditions, Join
+
+
+class DenoisingTask(nn.Module):
+    """Noise clean samples, denoise them, score the result.
+
+    Args:
+        denoiser: a network called as ``denoiser(xt, t)`` whose output has ``.sample``, as UNet2DModel's has.
+        objective: the loss, with the schedule that the noise follows.
+        join: how conditions reach the denoiser; by default there are none.
+        sampler: of the steps; here so that what it has learned is part of the task's state.
+    """
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        objective: DDPMObjective,
+        join: Join | None = None,
+        sampler: TimestepSampler | None = None,
+    ) -> None:
+        super().__init__()
+        self.join = join or Join()
+        self.denoiser = denoiser
+        self.objective = objective
+        self.timestep_sampler = sampler
+
+    def forward(
+        self,
+        x0: Tensor,
+        noise: Tensor,
+        t: Tensor,
+        conditions: Conditions | None = None,
+        weights: Tensor | None = None,
+    ) -> ObjectiveOutput:
+        """The training terms of one micro-batch.
+
+        Only the network runs in the precision of a surrounding autocast: in bfloat16 the first noise levels would
+        round to zero.
+
+        Args:
+            x0: clean samples, (B, ...), float32, data units.
+            noise: standard normal, same shape.
+            t: steps, (B,), integer.
+            conditions: of the samples, exactly those that ``join`` asks for.
+            weights: of the samples' steps, (B,), None where they are drawn evenly.
+
+        Returns:
+            The objective's terms, float32.
+        """
+        with torch.autocast(x0.device.type, enabled=False):
+            xt = q_sample(self.objective.schedule, x0.float(), noise.float(), t)
+        inputs, named = self.join(xt, conditions or Conditions())
+        output = self.denoiser(inputs, t, **named).sample
+        with torch.autocast(x0.device.type, enabled=False):
+            return self.objective(output.float(), x0.float(), noise.float(), t, weights)

@@ -1,0 +1,1 @@
+"""Metrics, trackers, the monitor, and the printed plan."""
