@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
-from hub_server import LoopbackHub  # noqa: E402
+from helpers.hub_server import LoopbackHub  # noqa: E402
 
 
 def seconds(folder: Path) -> float:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ast
-from pathlib import Path
 
 import pytest
+from helpers.paths import ROOT
 
-PACKAGE = Path(__file__).parents[1] / "diffusers_ddpm_ext"
+PACKAGE = ROOT / "diffusers_ddpm_ext"
 FLOORS: list[set[str]] = [
     {"_version", "shards", "quiet", "run_files"},
     {"schedule", "distance", "logvar", "ema", "lr_lambdas", "unet", "class_embedder", "perceptual"},

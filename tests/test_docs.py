@@ -7,21 +7,20 @@ import re
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from diffusers import UNet2DModel
+from helpers.paths import ROOT
+from helpers.runs import tiny_run
+from helpers.tiny import tiny_unet
 from PIL import Image
-from runs import tiny_run
-from tiny import tiny_unet
 
 from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtScheduler, cli
 from diffusers_ddpm_ext.training import trainer
 
-ROOT = Path(__file__).parents[1]
 PAGES = ["CONTRIBUTING.md", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/*.md"))]
 NOT_RUN = r"\s*<!-- not run here: [^>]{8,} -->"
 FLAGS = """

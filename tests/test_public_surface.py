@@ -8,13 +8,12 @@ import os
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import pytest
+from helpers.paths import ROOT
 
 import diffusers_ddpm_ext
 
-ROOT = Path(__file__).parents[1]
 PUBLIC = {
     "DDPMExtPipeline",
     "DDPMExtPipelineOutput",

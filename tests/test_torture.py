@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from helpers.paths import ROOT
 
 pytestmark = pytest.mark.slow
 
-FOLDER = Path(__file__).parents[1] / "benchmarks" / "torture"
+FOLDER = ROOT / "benchmarks" / "torture"
 
 
 @pytest.mark.parametrize(

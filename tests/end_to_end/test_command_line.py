@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.paths import ROOT
 from PIL import Image
 
-ROOT = Path(__file__).parents[2]
 SMALL = {"block_out_channels": "8 16", "attention_levels": "1", "attention_head_dim": "4", "norm_num_groups": "4"}
 SHORT = {
     "ddpm_num_inference_steps": "5",

@@ -1,0 +1,98 @@
+"""The pages for those who come from elsewhere: complete, and each row held by a test that exists."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+
+import pytest
+from helpers.paths import ROOT
+
+from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtScheduler, DDPMObjective
+from diffusers_ddpm_ext.compvis import load_compvis
+from diffusers_ddpm_ext.compvis.config.openai import OWN, REFUSED, SHARED
+from diffusers_ddpm_ext.training.config.flags import OPTIONS
+
+# DDPM.__init__ of stablediffusion, whose arguments include latent-diffusion's.
+ARGUMENTS = [
+    "unet_config",
+    "timesteps",
+    "beta_schedule",
+    "loss_type",
+    "ckpt_path",
+    "ignore_keys",
+    "load_only_unet",
+    "monitor",
+    "use_ema",
+    "first_stage_key",
+    "image_size",
+    "channels",
+    "log_every_t",
+    "clip_denoised",
+    "linear_start",
+    "linear_end",
+    "cosine_s",
+    "given_betas",
+    "original_elbo_weight",
+    "v_posterior",
+    "l_simple_weight",
+    "conditioning_key",
+    "parameterization",
+    "scheduler_config",
+    "use_positional_encodings",
+    "learn_logvar",
+    "logvar_init",
+    "make_it_fit",
+    "ucg_training",
+    "reset_ema",
+    "reset_num_ema_updates",
+]
+
+
+def table(page: str, columns: int) -> list[list[str]]:
+    rows = [
+        line.strip("|").split("|") for line in (ROOT / "docs" / page).read_text().splitlines() if line[:3] == "| `"
+    ]
+    return [[cell.strip() for cell in row] for row in rows if len(row) == columns]
+
+
+ROWS = {row[0].strip("`"): row for row in table("coming-from-compvis.md", 4)}
+
+
+def test_every_argument_has_a_row():
+    assert sorted(ROWS) == sorted(ARGUMENTS)
+
+
+@pytest.mark.parametrize("argument", ARGUMENTS)
+def test_what_a_row_says_exists(argument):
+    _, here, _, held = ROWS[argument]
+    known = set(OPTIONS) | {"load_compvis"}
+    for thing in (
+        DDPMExtScheduler.__init__,
+        DDPMObjective.__init__,
+        DDPMExtPipeline.__init__,
+        DDPMExtPipeline.__call__,
+    ):
+        known |= set(inspect.signature(thing).parameters)
+    known |= set(inspect.signature(load_compvis).parameters)
+    named = re.findall(r"`(--)?(\w+)", here)
+    assert named
+    for dashes, name in named:
+        assert name in OPTIONS if dashes else name in known | {"DDPMExtPipeline", "LitEMA"}, name
+    file, _, test = held.strip("`").partition("::")
+    tree = ast.parse((ROOT / "tests" / file).read_text())
+    assert test in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+def test_every_defect_that_a_row_names_is_described():
+    page = (ROOT / "docs" / "coming-from-compvis.md").read_text()
+    described = set(re.findall(r"^\| (D\d+) \|", page, re.MULTILINE))
+    assert described == {f"D{number}" for number in range(1, 24)}
+    assert set(re.findall(r"D\d+", page)) == described
+
+
+def test_every_flag_of_openai_has_a_row():
+    rows = {row[0].strip("`") for row in table("coming-from-openai.md", 2)}
+    flags = SHARED.keys() | OWN["improved"].keys() | OWN["guided"].keys() | (REFUSED.keys() - {"classifier"})
+    assert rows == flags | {"classifier_*"}

@@ -1,0 +1,59 @@
+"""One process of a small run that remembers the gradients of its first step; started by test_parallel.py.
+
+python parallel_run.py FOLDER GRADIENTS RANK_THAT_FAILS BATCH ACCUMULATION STEPS
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffusers_ddpm_ext.errors import ConfigError
+from diffusers_ddpm_ext.training import distributed as processes
+from diffusers_ddpm_ext.training import trainer
+from diffusers_ddpm_ext.training.factory.optimizer import clip_gradients
+from diffusers_ddpm_ext.training.loop import run, step
+from helpers.runs import tiny_run
+
+
+def main() -> None:
+    """Train."""
+    folder, gradients = Path(sys.argv[1]), Path(sys.argv[2])
+    failing, batch, accumulation, length = map(int, sys.argv[3:])
+    torch.set_num_threads(1)
+    processes.SECONDS_TO_SPEAK = 2
+
+    def remember(parameters: list[torch.nn.Parameter], max_norm: float, *norms: torch.Tensor) -> torch.Tensor:
+        if not gradients.exists() and len(parameters) > 1 and processes_rank() == 0:
+            torch.save([parameter.grad.clone() for parameter in parameters], gradients)
+        return clip_gradients(parameters, max_norm, *norms)
+
+    def load_or_fail(*args: Any, **options: Any) -> Any:
+        if processes_rank() == failing:
+            raise ConfigError(f"--train_data_dir: rank {failing} cannot read")
+        return load_data(*args, **options)
+
+    load_data, run.load_data, step.clip_gradients = run.load_data, load_or_fail, remember
+    trainer.train(
+        tiny_run(
+            folder,
+            train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+            max_train_steps=length,
+            validation_steps=10,
+            logging_steps=7,
+            overwrite_output_dir=True,
+        )
+    )
+
+
+def processes_rank() -> int:
+    """Rank of this process, 0 when it is alone."""
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""Several small runs, one after the other, in the processes that `torchrun` started; used by test_engine.py.
+
+python run_list.py '[["FOLDER", {"option": value}], ...]' [sharded | unreadable]
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+from diffusers_ddpm_ext.training import trainer
+from diffusers_ddpm_ext.training.data import dataset as data
+from helpers.runs import tiny_run
+
+
+def prepare_sharded(accelerator: Accelerator, task: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
+    """Spread the task in place and give its new parameters to the optimizer, as Accelerate does on a GPU (FSDP2)."""
+    places = {parameter: name for name, parameter in task.named_parameters()}
+    for block in (*task.denoiser.down_blocks, task.denoiser.mid_block, *task.denoiser.up_blocks):
+        fully_shard(block)
+    fully_shard(task)
+    spread = dict(task.named_parameters())
+    for group in optimizer.param_groups:
+        group["params"] = [spread[places[parameter]] for parameter in group["params"]]
+    return task, accelerator.prepare_optimizer(optimizer)
+
+
+def become_unreadable() -> None:
+    """Let the second process find its images broken once the run has started."""
+    real = trainer.open_batches
+
+    def breaking(run: Any) -> Any:
+        if run.accelerator.process_index == 1:
+            for path in Path(run.config.data.train_data_dir).iterdir():
+                path.write_bytes(path.read_bytes()[:40])
+        return real(run)
+
+    data.load_data.__kwdefaults__["memory_limit"] = 0  # decode each time
+    trainer.open_batches = breaking
+
+
+def main() -> None:
+    """Train each."""
+    torch.set_num_threads(1)
+    PartialState.destroy_process_group = lambda self, group=None: None  # the next run uses it again
+    if sys.argv[2:] == ["sharded"]:
+        Accelerator.prepare = prepare_sharded
+        # What is in the module is what every process uses: there is no wrapper to remove.
+        Accelerator.unwrap_model = lambda self, model, **_: model
+    if sys.argv[2:] == ["unreadable"]:
+        become_unreadable()
+    for folder, options in json.loads(sys.argv[1]):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        trainer.train(tiny_run(Path(folder), **options))
+
+
+if __name__ == "__main__":
+    main()

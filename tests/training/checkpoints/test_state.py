@@ -1,0 +1,405 @@
+"""A run that was taken, written, read and put back is the run: to the bit, and on through further steps."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from helpers.state_cases import advance, assert_same, bits, draws, small_run, small_task, through_files
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from diffusers_ddpm_ext.models.ema import LitEMA
+from diffusers_ddpm_ext.training.checkpoints.snapshot import Progress, library_versions, read, write
+from diffusers_ddpm_ext.training.checkpoints.state import Live, apply, gather
+from diffusers_ddpm_ext.training.factory.optimizer import adamw, lr_schedule
+
+PROGRESS = Progress(3, 1, 48, 7, 1, {"seed": 7}, "abc", {"lines": 3}, {"best": [0.5, float("inf")]})
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("learn_logvar", [True, False])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_resumed_run_is_the_undisturbed_run(accumulation, learn_logvar, prediction_type, tmp_path):
+    def fresh():
+        return small_run(small_task(prediction_type, learn_logvar))
+
+    straight, saved, resumed = fresh(), fresh(), fresh()
+    advance(straight, 6, accumulation)
+    advance(saved, 3, accumulation)
+    snapshot = through_files(gather(saved.live, saved.progress), tmp_path)
+    advance(resumed, 1, accumulation)  # loading must also work over a state that is there already
+    progress = apply(snapshot, resumed.live)
+    assert progress == saved.progress
+    resumed.step = progress.step
+    assert resumed.live.lr_scheduler.get_last_lr() == saved.live.lr_scheduler.get_last_lr()
+    for run in (saved, resumed):
+        advance(run, 3, accumulation)
+    end = gather(straight.live, straight.progress)
+    assert_same(end, gather(saved.live, saved.progress))
+    assert_same(end, gather(resumed.live, resumed.progress))
+    assert resumed.live.lr_scheduler.get_last_lr() == straight.live.lr_scheduler.get_last_lr()
+    assert resumed.live.ema.num_updates == 6
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "constant_with_warmup", "LambdaLinearScheduler"])
+def test_before_the_first_step(schedule, tmp_path):
+    """torch steps an optimizer with gradients of zero to show a state it does not have yet; ours must not."""
+    straight, saved, resumed = (small_run(small_task(), schedule=schedule) for _ in range(3))
+    with torch.no_grad():
+        saved.task.denoiser.conv_in.bias.fill_(-0.0)
+        straight.task.denoiser.conv_in.bias.fill_(-0.0)
+    snapshot = through_files(gather(saved.live, saved.progress), tmp_path)
+    assert not saved.live.optimizer.state
+    assert snapshot.optimizer == {}
+    advance(resumed, 2)
+    resumed.step = apply(snapshot, resumed.live).step
+    assert not resumed.live.optimizer.state
+    assert bits(resumed.task.denoiser.conv_in.bias).tolist() == bits(torch.full((8,), -0.0)).tolist()
+    for run in (straight, saved, resumed):
+        advance(run, 2)
+    end = gather(straight.live, straight.progress)
+    assert_same(end, gather(saved.live, saved.progress))
+    assert_same(end, gather(resumed.live, resumed.progress))
+    assert {int(v) for k, v in end.optimizer.items() if k.endswith(".step")} == {2}
+
+
+def test_snapshot_shares_no_memory():
+    run, other = small_run(small_task()), small_run(small_task())
+    advance(run, 2)
+    snapshot, twin = gather(run.live, run.progress), gather(run.live, run.progress)
+    kept = copy.deepcopy(snapshot)
+    pointers = [t.untyped_storage().data_ptr() for file in snapshot.files.values() for t in file.values()]
+    assert len(set(pointers)) == len(pointers)
+    apply(snapshot, other.live)
+    other.step = 2
+    for trained in (run, other):
+        advance(trained, 2)
+    assert_same(snapshot, kept)
+    assert_same(twin, kept)
+
+
+def test_borrowed_snapshot_is_the_same_in_files(tmp_path):
+    live = odd_live(0)
+    odd_steps(live, range(2))
+    borrowed = gather(live, PROGRESS, borrow=True)
+    assert borrowed.model["first.bias"].data_ptr() == live.task.first.bias.data_ptr()
+    assert_same(through_files(borrowed, tmp_path), gather(live, PROGRESS))
+
+
+class Odd(nn.Module):
+    """Tied weights, a scalar, a layer that is never used, a frozen one, channels last, half precision, buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 3)
+        self.tied = nn.Linear(3, 3, bias=False)
+        self.tied.weight = self.first.weight
+        self.scale = nn.Parameter(torch.tensor(2.0))
+        self.never = nn.Linear(2, 2)
+        self.frozen = nn.Linear(2, 2).requires_grad_(False)
+        self.conv = nn.Conv2d(4, 4, 3).to(memory_format=torch.channels_last)
+        self.norm = nn.BatchNorm1d(3)
+        self.register_buffer("bf16", torch.tensor([1.5, -0.0, float("nan")], dtype=torch.bfloat16))
+        self.register_buffer("passing", torch.zeros(2), persistent=False)
+
+    def forward(self, x, image):
+        return self.norm(self.tied(self.first(x)) * self.scale).square().mean() + self.conv(image).square().mean()
+
+
+def odd_live(seed: int) -> Live:
+    torch.manual_seed(seed)
+    module = Odd()
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    optimizer = adamw([{"name": "all", "params": trainable}], 1e-2, (0.9, 0.99), 1e-8)
+    return Live(module, optimizer, lr_schedule("linear", optimizer, 10, 2), LitEMA(module))
+
+
+def odd_steps(live: Live, steps: range) -> None:
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(4, 3, generator=generator)
+        live.task(x, torch.randn(1, 4, 5, 5, generator=generator)).backward()
+        live.optimizer.step()
+        live.optimizer.zero_grad()
+        live.lr_scheduler.step()
+        live.ema.step(live.task)
+
+
+def test_odd_tensors(tmp_path):
+    saved, resumed, straight = odd_live(0), odd_live(1), odd_live(0)
+    odd_steps(straight, range(6))
+    odd_steps(saved, range(3))
+    snapshot = through_files(gather(saved, PROGRESS), tmp_path)
+    assert_same(snapshot, gather(saved, PROGRESS))
+    assert not [key for key in snapshot.optimizer if "never" in key or "frozen" in key or "tied" in key]
+    assert snapshot.model["scale"].shape == ()
+    assert "passing" not in snapshot.model
+    assert apply(snapshot, resumed) == PROGRESS
+    task, state = resumed.task, resumed.optimizer.state
+    assert task.tied.weight is task.first.weight
+    assert task.never.weight not in state
+    # A fused step reads memory in order: moments must lie as their weights do.
+    assert state[task.conv.weight]["exp_avg"].stride() == task.conv.weight.stride() != (36, 9, 3, 1)
+    odd_steps(resumed, range(3, 6))
+    assert_same(gather(straight, PROGRESS), gather(resumed, PROGRESS))
+
+
+def test_never_used_before_the_first_step_of_a_loaded_run():
+    """A parameter without state must start its own count when its first gradient comes."""
+    saved, resumed = odd_live(0), odd_live(1)
+    odd_steps(saved, range(2))
+    odd_steps(resumed, range(1))
+    apply(gather(saved, PROGRESS), resumed)
+    for live in (saved, resumed):
+        live.task.never(torch.ones(1, 2)).sum().backward()
+        live.optimizer.step()
+    assert int(resumed.optimizer.state[resumed.task.never.weight]["step"]) == 1
+    assert_same(gather(saved, PROGRESS), gather(resumed, PROGRESS))
+
+
+def test_wrappers_leave_no_trace(tmp_path):
+    """`torch.compile` around the task or inside it, and Accelerate's optimizer: same names, same bits."""
+    plain, wrapped, inside = (small_run(small_task()) for _ in range(3))
+    for run in (plain, wrapped, inside):
+        advance(run, 2)
+    expected = gather(plain.live, plain.progress)
+    from accelerate import Accelerator
+
+    optimizer = Accelerator(cpu=True).prepare(wrapped.live.optimizer)
+    assert isinstance(optimizer, AcceleratedOptimizer)
+    live = replace(wrapped.live, task=torch.compile(wrapped.task, backend="eager"), optimizer=optimizer)
+    assert_same(gather(live, plain.progress), expected)
+    inside.task.denoiser = torch.compile(inside.task.denoiser, backend="eager")
+    assert_same(gather(inside.live, plain.progress), expected)
+    fresh = small_run(small_task())
+    advance(fresh, 1)
+    fresh.task.denoiser = torch.compile(fresh.task.denoiser, backend="eager")
+    apply(expected, replace(fresh.live, task=torch.compile(fresh.task, backend="eager")))
+    assert_same(gather(fresh.live, plain.progress), expected)
+
+
+def test_network_and_logvar_open_alone():
+    run = small_run(small_task())
+    snapshot = gather(run.live, run.progress)
+    small_task().denoiser.load_state_dict(snapshot.network)
+    assert torch.equal(snapshot.logvar, run.task.objective.logvar)
+
+
+def test_scaler_goes_on():
+    run = small_run(small_task())
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(torch.ones(()))
+    scaler._scale.fill_(64.0)
+    live = replace(run.live, scaler=scaler)
+    fresh = torch.amp.GradScaler("cpu", init_scale=2.0)
+    apply(gather(live, run.progress), replace(run.live, scaler=fresh))
+    fresh.scale(torch.ones(()))
+    assert fresh.get_scale() == 64.0
+
+
+def test_own_options_win_where_asked():
+    """The schedule goes on from the step where it was, with the new peak rate; the average with the new decay."""
+    saved, other = small_run(small_task()), small_run(small_task())
+    advance(saved, 4)
+    for group in other.live.optimizer.param_groups:
+        group["initial_lr"] *= 3
+    other.live.lr_scheduler.base_lrs = [3 * rate for rate in other.live.lr_scheduler.base_lrs]
+    other.live.optimizer.param_groups[0]["weight_decay"] = 0.5
+    other.live.ema.decay = 0.5
+    apply(gather(saved.live, saved.progress), other.live, own_options=True)
+    expected = [3 * rate for rate in saved.live.lr_scheduler.get_last_lr()]
+    assert other.live.lr_scheduler.get_last_lr() == pytest.approx(expected, rel=1e-12)
+    assert [group["lr"] for group in other.live.optimizer.param_groups] == pytest.approx(expected, rel=1e-12)
+    assert other.live.optimizer.param_groups[0]["weight_decay"] == 0.5
+    assert (other.live.ema.decay, other.live.ema.num_updates) == (0.5, 4)
+
+
+def test_no_snapshot_inside_a_scope():
+    run = small_run(small_task())
+    with run.live.ema.scope(run.task.denoiser), pytest.raises(ValueError, match="scope"):
+        gather(run.live, run.progress)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("written")
+    run = small_run(small_task())
+    advance(run, 1)
+    write(gather(run.live, run.progress), folder)
+    return folder
+
+
+def damaged(written, tmp_path, name, change):
+    """A copy of a snapshot's folder with one file changed."""
+    for path in written.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    if name == "state.json":
+        state = json.loads((tmp_path / name).read_text())
+        changed = change(state)
+        (tmp_path / name).write_text(json.dumps(changed if isinstance(changed, list) else state))
+    else:
+        tensors = load_file(tmp_path / name)
+        change(tensors)
+        save_file({key: tensor.clone() for key, tensor in tensors.items()}, tmp_path / name)
+    return tmp_path
+
+
+BIAS = "denoiser.conv_in.bias"
+READING = {
+    "missing tensor": ("model.safetensors", lambda t: t.pop(BIAS), rf"model\.safetensors: {BIAS} is missing"),
+    "unknown tensor": ("ema.safetensors", lambda t: t.update(x=torch.ones(1)), r"ema\.safetensors: x is unexpected"),
+    "shape": (
+        "optimizer.safetensors",
+        lambda t: t.update({f"{BIAS}.exp_avg": torch.ones(3)}),
+        rf"optimizer\.safetensors: {BIAS}\.exp_avg is .*3",
+    ),
+    "dtype": ("model.safetensors", lambda t: t.update({BIAS: t[BIAS].double()}), rf"{BIAS} is .*float64"),
+    "newer": ("state.json", lambda s: s.update(format=2), r"state\.json: format 2 is newer than 1.*update"),
+    "no format": ("state.json", lambda s: s.pop("format"), r"must say \"format\": 1"),
+    "true is not 1": ("state.json", lambda s: s.update(format=True), "format"),
+    "no object": ("state.json", lambda s: ["format"], "format"),
+    "missing key": ("state.json", lambda s: s["progress"].pop("seed"), r"state\.json: progress\.seed is missing"),
+    "unknown key": ("state.json", lambda s: s["numbers"].update(x=1), r"numbers\.x is unexpected"),
+    "wrong kind": ("state.json", lambda s: s["progress"].update(step="1"), r"progress\.step is '1'"),
+    "no file": ("state.json", lambda s: s["tensors"].pop("model.safetensors"), "tensors names"),
+    "no average": ("state.json", lambda s: s["numbers"].update(ema=None), r"numbers\.ema"),
+}
+
+
+@pytest.mark.parametrize("case", READING)
+def test_reading_names_file_and_key(written, tmp_path, case):
+    name, change, match = READING[case]
+    with pytest.raises(ValueError, match=match):
+        read(damaged(written, tmp_path, name, change))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize("content", [None, b"", b"\x80\x04.", b"[" * 100_000])
+def test_reading_what_is_no_file_of_ours(written, tmp_path, name, content):
+    damaged(written, tmp_path, "state.json", lambda s: s)
+    if content is None:
+        (tmp_path / name).unlink()
+    else:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=name):
+        read(tmp_path)
+
+
+def test_progress_and_odd_numbers_come_back(written, tmp_path):
+    snapshot = replace(read(written), progress=PROGRESS)
+    assert through_files(snapshot, tmp_path).progress == PROGRESS
+    assert PROGRESS.versions == library_versions()
+    assert {"torch", "diffusers", "python", "diffusers-ddpm-ext"} <= PROGRESS.versions.keys()
+
+
+def test_only_json_is_written(written, tmp_path):
+    snapshot = replace(read(written), progress=replace(PROGRESS, config={"folder": tmp_path}))
+    with pytest.raises(ValueError, match="JSON"):
+        write(snapshot, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def without_ema(live: Live) -> Live:
+    return replace(live, ema=None)
+
+
+MISFITS = {
+    "another network": (lambda: small_run(small_task(channels=3)).live, r"model\.safetensors.*denoiser\.conv_in"),
+    "another optimizer": (lambda: small_run(small_task(learn_logvar=False)).live, r"state\.json.*objective\.logvar"),
+    "no average": (lambda: without_ema(small_run(small_task()).live), r"ema\.safetensors.*keeps none"),
+}
+
+
+@pytest.mark.parametrize("case", MISFITS)
+def test_misfits_change_nothing(written, case):
+    make, match = MISFITS[case]
+    live = make()
+    before = gather(live, PROGRESS)
+    with pytest.raises(ValueError, match=match):
+        apply(read(written), live)
+    assert_same(before, gather(live, PROGRESS))
+
+
+def test_average_must_be_there(written):
+    run = small_run(small_task())
+    with pytest.raises(ValueError, match=r"ema\.safetensors is missing"):
+        apply(gather(without_ema(run.live), PROGRESS), run.live)
+    apply(read(written), without_ema(run.live), own_options=True)
+
+
+def test_state_of_no_kind_that_a_file_holds():
+    run = small_run(small_task())
+    advance(run, 1)
+    next(iter(run.live.optimizer.state.values()))["history"] = [torch.ones(1)]
+    with pytest.raises(ValueError, match="'history' as list"):
+        gather(run.live, run.progress)
+
+
+def test_numbers_of_an_optimizer_come_back(tmp_path):
+    """Some optimizers count in plain numbers, and keep tensors of other shapes than their parameters'."""
+    run, fresh = small_run(small_task()), small_run(small_task())
+    advance(run, 1)
+    bias = run.task.denoiser.conv_in.bias
+    run.live.optimizer.state[bias] |= {"count": 3, "table": torch.arange(5)}
+    apply(through_files(gather(run.live, run.progress), tmp_path), fresh.live)
+    state = fresh.live.optimizer.state[fresh.task.denoiser.conv_in.bias]
+    assert state["count"] == 3
+    assert state["table"].tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("change", [{"groups": [3]}, {"lr_scheduler": {}}, {"slots": {"x": {}}}])
+def test_numbers_of_another_program(written, change):
+    snapshot = read(written)
+    with pytest.raises(ValueError, match=r"state\.json"):
+        apply(replace(snapshot, numbers=replace(snapshot.numbers, **change)), small_run(small_task()).live)
+
+
+def test_nobody_has_a_snapshot():
+    with pytest.raises(ValueError, match="no snapshot"):
+        apply(None, small_run(small_task()).live)
+
+
+def test_draws_depend_on_the_step():
+    """The oracle of these tests would be none if every step were the same."""
+    one, other = draws(0, torch.arange(4)), draws(1, torch.arange(4))
+    assert not torch.equal(one[1], other[1])
+
+
+class Nesting(torch.optim.AdamW):
+    """Writes a moment into a dict of its own, as bitsandbytes does with what it quantises."""
+
+    def state_dict(self):
+        state = super().state_dict()
+        nested = {
+            number: {"step": slots["step"], "quant": {"exp_avg": slots["exp_avg"]}, "exp_avg_sq": slots["exp_avg_sq"]}
+            for number, slots in state["state"].items()
+        }
+        return state | {"state": nested}
+
+    def load_state_dict(self, state_dict):
+        flat = {
+            number: {k: v for k, v in slots.items() if k != "quant"} | slots["quant"]
+            for number, slots in state_dict["state"].items()
+        }
+        super().load_state_dict(dict(state_dict) | {"state": flat})
+
+
+def test_an_optimizer_whose_state_is_nested(tmp_path):
+    runs = [small_run(small_task()) for _ in range(2)]
+    for number, run in enumerate(runs):
+        optimizer = Nesting(run.live.optimizer.param_groups, lr=1e-3)
+        runs[number].live = replace(run.live, optimizer=optimizer, lr_scheduler=lr_schedule("constant", optimizer, 9))
+    saved, resumed = runs
+    advance(saved, 2)
+    snapshot = through_files(gather(saved.live, saved.progress), tmp_path)
+    assert "denoiser.conv_in.weight.quant/exp_avg" in snapshot.optimizer
+    advance(resumed, 1)
+    resumed.step = apply(snapshot, resumed.live).step
+    for run in runs:
+        advance(run, 2)
+    assert_same(gather(saved.live, saved.progress), gather(resumed.live, resumed.progress))

@@ -1,0 +1,196 @@
+"""A loss or gradient that is no number: the rule of the run, the line, and the folder that says what happened."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from helpers.runs import rows, tiny_run
+from safetensors.torch import load_file
+
+from diffusers_ddpm_ext.errors import RunError
+from diffusers_ddpm_ext.training import trainer
+from diffusers_ddpm_ext.training.config.train_config import parse_train_args
+from diffusers_ddpm_ext.training.factory.task import DenoisingTask
+from diffusers_ddpm_ext.training.loop import nonfinite, step
+
+OPTIONS = {"max_train_steps": 7, "checkpointing_steps": 3, "validation_steps": 0, "seed": 5, "logging_steps": 2}
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> Iterator[None]:
+    fresh()
+    yield
+    fresh()
+
+
+def fresh() -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def life(folder: Path, **options: Any) -> None:
+    fresh()
+    trainer.train(tiny_run(folder, **(OPTIONS | options)))
+
+
+def breaking(monkeypatch: pytest.MonkeyPatch, *steps: int, where: str = "loss") -> None:
+    """Let the third sample of some steps have a loss, or the network a gradient, that is no number."""
+    real_step, real_forward, real_norms = trainer.train_step, DenoisingTask.forward, step.gradient_norms
+    at = {"step": 0}
+
+    def remembering(run: Any, batches: Any) -> bool:
+        at["step"] = run.step + 1
+        return real_step(run, batches)
+
+    def forward(task: DenoisingTask, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> Any:
+        if where == "loss" and at["step"] in steps and task.training:
+            x0 = x0.clone()
+            x0[2] = math.nan
+        return real_forward(task, x0, noise, t)
+
+    def norms(parameters: list[torch.nn.Parameter]) -> torch.Tensor:
+        if where == "gradient" and at["step"] in steps and len(parameters) > 1:
+            parameters[0].grad[0] = math.inf
+        return real_norms(parameters)
+
+    monkeypatch.setattr(trainer, "train_step", remembering)
+    monkeypatch.setattr(DenoisingTask, "forward", forward)
+    monkeypatch.setattr(step, "gradient_norms", norms)
+
+
+def weights(folder: Path, number: int) -> dict[str, torch.Tensor]:
+    return load_file(folder / f"checkpoint-{number}" / "model.safetensors")
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_stop_leaves_the_older_checkpoint_and_says_what_happened(where, tmp_path, monkeypatch):
+    breaking(monkeypatch, 5, where=where)
+    with pytest.raises(RunError, match=r"step 5: the (loss|gradient) was n") as told:
+        life(tmp_path / "run")
+    assert "--learning_rate" in str(told.value)
+    assert "\n" not in str(told.value)
+    assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2, 3, 4]
+    assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path / "run", 3).values())
+
+
+def test_the_folder_of_a_crash_can_be_read(tmp_path, monkeypatch):
+    breaking(monkeypatch, 2)
+    with pytest.raises(RunError, match="crash/step-2"):
+        life(tmp_path / "run", train_batch_size=4, gradient_accumulation_steps=2)
+    folder = tmp_path / "run" / "crash" / "step-2"
+    with (folder / "samples.csv").open() as file:
+        samples = list(csv.DictReader(file))
+    assert len(samples) == 8
+    # In a micro-batch of four, the objective's means are taken apart from each other; the samples' own losses are not.
+    assert [place for place, row in enumerate(samples) if not math.isfinite(float(row["loss"]))] == [2, 6]
+    assert all(0 <= int(row["timestep"]) < 50 and 0 <= int(row["image"]) < 1617 for row in samples)
+    with (folder / "gradients.csv").open() as file:
+        modules = {row["module"]: row["norm_before_clipping"] for row in csv.DictReader(file)}
+    assert {"conv_in", "down_blocks.0.resnets.0.conv1", "conv_out"} <= modules.keys()
+    assert math.isnan(float(modules["conv_out"]))
+    event = json.loads((folder / "event.json").read_text())
+    assert event["step"] == 2
+    assert event["format"] == 1
+    assert parse_train_args(["--config", str(folder / "config.yaml")]).loop.seed == 5
+    assert (folder / "inputs.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_skip_leaves_the_step_out(where, tmp_path, monkeypatch, capsys):
+    """Against a run whose optimizer and average simply do not move in that step."""
+    with monkeypatch.context() as patch:
+        breaking(patch, 5, where=where)
+        life(tmp_path / "run", on_nonfinite="skip")
+    assert "--on_nonfinite skip" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(step, "is_finite", lambda run, outputs, norms: run.step != 4)
+        life(tmp_path / "expected", on_nonfinite="skip")
+    assert same(weights(tmp_path / "run", 7), weights(tmp_path / "expected", 7))
+    assert not same(weights(tmp_path / "run", 7), weights(tmp_path / "run", 6))
+    ours = rows(tmp_path / "run")
+    assert [row["step"] for row in ours] == [1, 2, 3, 4, 5, 6, 7, 7], "a row a step, and the last validation's"
+    assert ours[4].keys() == {"step", "train/skipped", "lr"}
+    assert ours[4]["lr"] > ours[5]["lr"], "the learning rate goes on"
+
+
+def test_skip_changes_nothing_where_all_is_well(tmp_path):
+    life(tmp_path / "stop")
+    life(tmp_path / "skip", on_nonfinite="skip")
+    assert same(weights(tmp_path / "stop", 7), weights(tmp_path / "skip", 7))
+
+
+def test_skipping_ends_some_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(nonfinite, "SKIPS_IN_A_ROW", 2)
+    breaking(monkeypatch, 3, 4, 5, 6)
+    with pytest.raises(RunError, match="2 before it in a row"):
+        life(tmp_path / "run", on_nonfinite="skip")
+
+
+def test_rollback_goes_back_to_the_checkpoint_and_on_with_the_next_batch(tmp_path, monkeypatch, capsys):
+    """Steps 4 and 5 are undone: step 6 starts from the weights after step 3."""
+    seen: dict[int, list[torch.Tensor]] = {}
+    real = step.clip
+
+    def remembering(run: Any) -> torch.Tensor:
+        seen[run.step + 1] = [p.detach().clone() for p in run.network] + [s.clone() for s in run.ema.shadow.values()]
+        return real(run)
+
+    monkeypatch.setattr(step, "clip", remembering)
+    breaking(monkeypatch, 5)
+    life(tmp_path / "run", on_nonfinite="rollback", checkpointing_steps=3)
+    assert "checkpoint-3 again, the next batch is step 6's" in capsys.readouterr().err
+    assert all(torch.equal(a, b) for a, b in zip(seen[6], seen[4], strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(seen[5], seen[4], strict=True))
+    assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2, 3, 4, 5, 6, 7, 7]
+
+
+def test_rollback_before_the_first_checkpoint_goes_back_to_the_start(tmp_path, monkeypatch, capsys):
+    breaking(monkeypatch, 2)
+    life(tmp_path / "run", on_nonfinite="rollback")
+    assert "checkpoint-0 again" in capsys.readouterr().err
+
+
+def test_rollback_ends_some_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(nonfinite, "ROLLBACKS_TO_A_CHECKPOINT", 2)
+    breaking(monkeypatch, 4, 5, 6)
+    with pytest.raises(RunError, match="2 before it to the same checkpoint"):
+        life(tmp_path / "run", on_nonfinite="rollback")
+
+
+@pytest.mark.parametrize("rule", ["skip", "rollback"])
+@pytest.mark.parametrize("death", [5, 6])
+def test_a_run_that_recovered_resumes_to_the_bit(rule, death, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        breaking(patch, 5)
+        life(tmp_path / "straight", on_nonfinite=rule)
+    count = itertools.count(1)
+    with monkeypatch.context() as patch:
+        breaking(patch, 5)
+        real = trainer.train_step
+
+        def dying(*arguments: Any) -> bool:
+            if next(count) == death + 1:
+                raise KeyboardInterrupt
+            return real(*arguments)
+
+        patch.setattr(trainer, "train_step", dying)
+        with pytest.raises(KeyboardInterrupt):
+            life(tmp_path / "run", on_nonfinite=rule)
+    with monkeypatch.context() as patch:
+        breaking(patch, 5)
+        life(tmp_path / "run", on_nonfinite=rule, resume_from_checkpoint="latest")
+    assert same(weights(tmp_path / "run", 7), weights(tmp_path / "straight", 7))
+    assert rows(tmp_path / "run") == rows(tmp_path / "straight")

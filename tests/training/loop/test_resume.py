@@ -1,0 +1,397 @@
+"""A run that was broken off goes on as if nothing had happened: against the undisturbed run, byte for byte."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import os
+import resource
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate.state import AcceleratorState, GradientState
+from helpers.runs import rows, tiny_run
+
+from diffusers_ddpm_ext import DDPMExtPipeline
+from diffusers_ddpm_ext.errors import ConfigError, RunError
+from diffusers_ddpm_ext.training import trainer
+from diffusers_ddpm_ext.training.checkpoints.folders import CheckpointNotWritten, list_checkpoints, step_of
+from diffusers_ddpm_ext.training.checkpoints.lock import FolderLock
+from diffusers_ddpm_ext.training.checkpoints.manifest import verify
+from diffusers_ddpm_ext.training.loop import gallery
+from diffusers_ddpm_ext.training.loop import saving as keeping
+
+EVERY = {"checkpointing_steps": 2, "max_train_steps": 7, "validation_steps": 3, "save_images_steps": 4, "seed": 5}
+LIVES = itertools.count()
+
+
+class Killed(BaseException):
+    """Stands for `kill -9`: nothing between here and the start of the next life gets a say."""
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> Iterator[None]:
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def life(folder: Path, **options: Any) -> Path | None:
+    """One start of the same line."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    return trainer.train(tiny_run(folder, **(EVERY | {"resume_from_checkpoint": "auto"} | options)))
+
+
+def dying(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int, before: bool = True) -> None:
+    """Let the n-th call of a function be the last thing that happens."""
+    real, count = getattr(owner, name), itertools.count(1)
+
+    def last(*arguments: Any, **named: Any) -> Any:
+        if next(count) < call:
+            return real(*arguments, **named)
+        if not before:
+            real(*arguments, **named)
+        raise Killed
+
+    monkeypatch.setattr(owner, name, last)
+
+
+def killed(folder: Path, owner: Any, name: str, call: int, before: bool = True, **options: Any) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        dying(patch, owner, name, call, before)
+        with pytest.raises(Killed):
+            life(folder, **options)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All that a run leaves and that must not depend on how often it was broken off."""
+    names = ["metrics.jsonl", "finished.json", "samples.png"]
+    found = [*(folder / name for name in names), *folder.rglob("*.safetensors"), *folder.glob("samples/*.png")]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
+
+
+def assert_same(broken: Path, straight: Path) -> None:
+    ours, theirs = contents(broken), contents(straight)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if ours[name] != theirs[name]] == []
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("straight") / "run"
+    life(folder)
+    return folder
+
+
+def test_the_straight_run_is_whole(straight: Path):
+    steps = [row["step"] for row in rows(straight) if "train/loss" in row]
+    assert steps == list(range(1, 8))
+    assert [row["step"] for row in rows(straight) if "val/loss" in row] == [3, 6, 7]
+    assert json.loads((straight / "finished.json").read_text())["step"] == 7
+
+
+MOMENTS: dict[str, tuple[Any, str, int, bool]] = {
+    "before any checkpoint": (trainer, "train_step", 2, True),
+    "between checkpoints": (trainer, "train_step", 6, True),
+    "while a checkpoint is written": (keeping.snapshots, "write", 2, True),
+    "just after a checkpoint": (trainer, "keep", 2, False),
+    "before the old checkpoint goes": (keeping, "drop", 2, True),
+    "in a validation": (trainer, "measure", 2, True),
+    "between validation and its row": (trainer, "measure", 1, False),
+    "in a picture": (gallery, "preview", 2, True),
+    "while the best is written": (keeping, "_export_best", 1, True),
+    "while the best of all is written": (keeping, "_export_best", 3, True),  # each of the three is better
+    "just before the best of all is written": (trainer, "keep_best_pipeline", 3, True),
+    "at the end, before the pipeline": (trainer, "save_pipeline", 1, True),
+    "at the end, in the last pictures": (gallery, "draw_last_samples", 1, True),
+    "just before the end is noted": (trainer, "mark_finished", 1, True),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_at(moment, straight, tmp_path):
+    owner, name, call, before = MOMENTS[moment]
+    folder = tmp_path / "run"
+    killed(folder, owner, name, call, before)
+    life(folder)
+    assert_same(folder, straight)
+
+
+def test_killed_again_and_again(straight, tmp_path):
+    folder = tmp_path / "run"
+    for call in (3, 2, 2, 1, 3):
+        killed(folder, trainer, "train_step", call)
+    life(folder)
+    assert_same(folder, straight)
+
+
+SPECIAL = [
+    {"snr_gamma": 5.0, "random_flip": True, "dropout": 0.1, "original_elbo_weight": 0.001},
+    {"lr_scheduler": "polynomial", "use_ema": False},
+    {
+        "lr_scheduler": "LambdaLinearScheduler",
+        "lr_warmup_steps": 0,
+        "lr_scheduler_args": {
+            "warm_up_steps": [2], "f_start": [0.1], "f_max": [1.0], "f_min": [0.1], "cycle_lengths": [5],
+        },
+    },
+    {"train_batch_size": 700, "random_flip": True},  # a step is half an epoch
+    {"gradient_accumulation_steps": 2, "dataloader_num_workers": 1, "ema_every": "micro_batch"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", SPECIAL, ids=lambda options: "-".join(map(str, options.values()))[:40])
+def test_options_go_on_too(options, tmp_path):
+    options = {"max_train_steps": 4, "save_images_steps": None} | options
+    life(tmp_path / "straight", **options)
+    killed(tmp_path / "run", trainer, "train_step", 4, **options)
+    life(tmp_path / "run", **options)
+    assert_same(tmp_path / "run", tmp_path / "straight")
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("place", ["train_step", "measure", "preview"])
+def test_a_signal_writes_a_checkpoint_and_stops(number, status, place, straight, tmp_path, monkeypatch, capsys):
+    owner = gallery if place == "preview" else trainer
+    real, count = getattr(owner, place), itertools.count(1)
+
+    def interrupted(*arguments: Any) -> Any:
+        if next(count) == 2:
+            os.kill(os.getpid(), number)
+        return real(*arguments)
+
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, place, interrupted)
+        with pytest.raises(SystemExit) as stopped:
+            life(folder)
+    assert stopped.value.code == status
+    assert "--resume_from_checkpoint latest" in capsys.readouterr().out
+    assert list_checkpoints(folder)
+    life(folder, resume_from_checkpoint="latest")
+    extra = {step_of(path) for path in list_checkpoints(folder)} - {
+        step_of(path) for path in list_checkpoints(straight)
+    }
+    for step in extra:  # the one that the signal asked for
+        for path in sorted((folder / f"checkpoint-{step}").iterdir()):
+            path.unlink()
+        (folder / f"checkpoint-{step}").rmdir()
+    assert_same(folder, straight)
+
+
+def test_usr1_writes_a_checkpoint_and_goes_on(straight, tmp_path, monkeypatch):
+    real, count = trainer.train_step, itertools.count(1)
+
+    def asking(*arguments: Any) -> None:
+        if next(count) == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        real(*arguments)
+
+    monkeypatch.setattr(trainer, "train_step", asking)
+    life(tmp_path / "run", checkpoints_total_limit=9)
+    assert (tmp_path / "run" / "checkpoint-1").is_dir()
+    assert rows(tmp_path / "run") == rows(straight)
+
+
+def test_time_is_up(straight, tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert life(folder, max_train_minutes=1e-9) == folder
+    assert "--max_train_minutes" in capsys.readouterr().out
+    assert [step_of(path) for path in list_checkpoints(folder)] == [1]
+    assert not (folder / "model_index.json").exists()
+    life(folder)
+    assert rows(folder) == rows(straight)
+
+
+def test_a_finished_run_says_so(straight, tmp_path, capsys):
+    before = contents(straight)
+    assert life(straight) == straight
+    assert "is finished" in capsys.readouterr().out
+    assert contents(straight) == before
+
+
+def test_the_newest_whole_one_is_taken_and_the_damaged_set_aside(straight, tmp_path, capsys):
+    folder = tmp_path / "run"
+    killed(folder, trainer, "train_step", 6)
+    newest = folder / "checkpoint-4" / "optimizer.safetensors"
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 1
+    newest.write_bytes(data)
+    life(folder)
+    told = capsys.readouterr().err
+    assert "optimizer.safetensors" in told
+    assert "aside-checkpoint-4" in told
+    assert (folder / "aside-checkpoint-4" / "optimizer.safetensors").read_bytes() == data
+    assert rows(folder) == rows(straight)
+
+
+def test_going_on_from_an_older_one_sets_the_newer_aside(straight, tmp_path):
+    folder = tmp_path / "run"
+    killed(folder, trainer, "train_step", 7, checkpoints_total_limit=9)
+    life(folder, resume_from_checkpoint=str(folder / "checkpoint-2"))
+    assert (folder / "aside-checkpoint-4").is_dir()
+    assert rows(folder) == rows(straight)
+
+
+def test_total_limit_keeps_the_newest_and_the_best(tmp_path):
+    folder = tmp_path / "run"
+    life(folder, checkpoints_total_limit=1, checkpointing_steps=1)
+    best = json.loads((folder / "best" / "monitor.json").read_text())["step"]
+    assert {step_of(path) for path in list_checkpoints(folder)} == {7, best}
+    for path in list_checkpoints(folder):
+        verify(path)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("seed", 6),
+        ("train_batch_size", 16),
+        ("beta_end", 0.03),
+        ("layers_per_block", 2),
+        ("learning_rate", 1e-3),
+        ("random_flip", True),
+        ("max_train_steps", 9),  # its cosine has another end
+        ("validation_fraction", 0.2),  # other images to train on
+    ],
+)
+def test_what_would_change_the_mathematics_is_refused(option, value, tmp_path):
+    folder = tmp_path / "run"
+    killed(folder, trainer, "train_step", 4)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    named = "images" if option == "validation_fraction" else option.replace("train_batch_size", "effective_batch")
+    with pytest.raises(ConfigError, match=named):
+        life(folder, **{option: value})
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_what_would_not_is_taken(straight, tmp_path):
+    folder = tmp_path / "run"
+    killed(folder, trainer, "train_step", 4)
+    life(folder, logging_steps=1, checkpointing_steps=3, train_batch_size=4, gradient_accumulation_steps=2)
+    ours, theirs = rows(folder), rows(straight)
+    assert [row["step"] for row in ours] == [row["step"] for row in theirs]
+    assert ours[-2]["train/loss"] == pytest.approx(theirs[-2]["train/loss"], rel=1e-3)
+
+
+def test_a_change_that_is_wanted(tmp_path):
+    folder = tmp_path / "run"
+    killed(folder, trainer, "train_step", 4)
+    life(folder, learning_rate=1e-3, allow_config_change=True)
+    rates = {row["step"]: row["lr"] for row in rows(folder) if "lr" in row}
+    assert rates[3] == pytest.approx(2e-3)  # the first life's peak; its validation at step 3 left a checkpoint
+    assert 0 < rates[4] <= 1e-3
+
+
+@pytest.mark.parametrize("wanted", ["latest", "best"])
+def test_nothing_to_go_on_from(wanted, tmp_path):
+    with pytest.raises(ConfigError, match=wanted):
+        life(tmp_path / "run", resume_from_checkpoint=wanted)
+
+
+def test_best_is_the_true_best_and_opens(straight):
+    values = {row["step"]: row["val/loss_simple_ema"] for row in rows(straight) if "val/loss" in row}
+    facts = json.loads((straight / "best" / "monitor.json").read_text())
+    assert facts["step"] == min(values, key=values.get)
+    assert facts["value"] == min(values.values())
+    assert DDPMExtPipeline.from_pretrained(straight / "best").unet is not None
+
+
+def planted(monkeypatch: pytest.MonkeyPatch, values: list[float]) -> None:
+    """Validations whose value is a function of the step, as real ones are."""
+    monkeypatch.setattr(trainer, "measure", lambda run: {"val/loss_simple_ema": values[run.step - 1]})
+
+
+@pytest.mark.parametrize("death", [None, 3, 5])
+def test_early_stop_at_the_right_step_and_the_planted_minimum(death, tmp_path, monkeypatch, capsys):
+    planted(monkeypatch, [5.0, 4.0, 4.5, 1.0, 2.0, 3.0, 0.5, 0.4, 0.3])
+    options = {"validation_steps": 1, "early_stopping_patience": 2, "max_train_steps": 9, "save_images_steps": None}
+    folder = tmp_path / "run"
+    if death is not None:
+        killed(folder, trainer, "train_step", death, **options)
+    life(folder, **options)
+    assert "stopping early" in capsys.readouterr().out
+    assert max(row["step"] for row in rows(folder)) == 6
+    assert json.loads((folder / "best" / "monitor.json").read_text())["step"] == 4
+    assert (folder / "model_index.json").is_file()
+    life(folder, **options)
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_unknown_metric_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(ConfigError, match="val/loss_simple_ema"):
+        life(tmp_path / "run", monitor="val/fid")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_second_run_is_refused(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with FolderLock(folder), pytest.raises(ConfigError, match=str(os.getpid())):
+        life(folder)
+
+
+def test_a_full_disk_costs_checkpoints_not_the_run(straight, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "run"
+    real: Callable[..., Path] = keeping.write_checkpoint
+
+    def refusing(parent: Path, step: int, *rest: Any) -> Path:
+        if step in (2, 4):
+            raise CheckpointNotWritten(errno.ENOSPC, f"{parent}/checkpoint-{step} could not be written")
+        return real(parent, step, *rest)
+
+    monkeypatch.setattr(keeping, "write_checkpoint", refusing)
+    life(folder)
+    assert capsys.readouterr().err.count("could not be written") == 2
+    assert rows(folder) == rows(straight)
+
+
+@pytest.mark.parametrize("mended", [True, False])
+def test_files_that_the_system_cuts_off(mended, straight, tmp_path, monkeypatch, capsys):
+    """A real limit, from step 3 on: nothing above 100 kB can be written, as on a disk that is almost full."""
+    folder, unlimited = tmp_path / "run", resource.getrlimit(resource.RLIMIT_FSIZE)
+    real = trainer.train_step
+
+    def limited(run: Any, batches: Any) -> bool:
+        if run.step in (2, 6):
+            limit = 100_000 if run.step == 2 or not mended else unlimited[0]
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, unlimited[1]))
+        return real(run, batches)
+
+    monkeypatch.setattr(trainer, "train_step", limited)
+    try:
+        if mended:
+            life(folder)
+        else:
+            with pytest.raises(RunError, match="File too large"):
+                life(folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    told = capsys.readouterr().err
+    assert "checkpoint-4 could not be written (File too large)" in told
+    verify(folder / "checkpoint-2")
+    if mended:
+        assert rows(folder) == rows(straight)
+    else:
+        assert not (folder / "model_index.json").exists()
+        monkeypatch.undo()
+        life(folder, resume_from_checkpoint="latest")
+        assert_same(folder, straight)
+
+
+def test_a_final_pipeline_that_cannot_be_saved_is_an_error(tmp_path, monkeypatch):
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "save_pipeline", full)
+        with pytest.raises(RunError, match="No space left"):
+            life(folder)
+    life(folder)
+    assert (folder / "model_index.json").is_file()

@@ -1,0 +1,117 @@
+"""What Accelerate can be configured to: the files that come with the project, and the engines that are refused."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
+from helpers.paths import ROOT
+from helpers.runs import tiny_run
+from safetensors.torch import load_file
+
+from diffusers_ddpm_ext import cli
+from diffusers_ddpm_ext.errors import ConfigError
+from diffusers_ddpm_ext.training import trainer
+
+FOLDER = ROOT / "training" / "accelerate"
+EXPECTED = {
+    "one_gpu.yaml": (1, "no", False),
+    "bf16.yaml": (1, "bf16", False),
+    "multi_gpu.yaml": (2, "no", False),
+    "fsdp2.yaml": (2, "no", True),
+}
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> Iterator[None]:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def environment(path: Path) -> dict[str, str]:
+    """What `accelerate launch --config_file` tells the processes that it starts."""
+    args = launch_command_parser().parse_args(["--config_file", str(path), "training/train.py"])
+    args, _, _ = _validate_launch_command(args)
+    made = prepare_multi_gpu_env(args) if args.num_processes > 1 else prepare_simple_launcher_cmd_env(args)[1]
+    return made | {"processes": str(args.num_processes)}
+
+
+def test_every_file_is_named_here():
+    assert {path.name for path in FOLDER.glob("*")} == set(EXPECTED)
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_accelerate_reads_the_file_as_it_is_meant(name):
+    processes, precision, fsdp = EXPECTED[name]
+    told = environment(FOLDER / name)
+    assert int(told["processes"]) == processes
+    assert told["ACCELERATE_MIXED_PRECISION"] == precision
+    assert told.get("ACCELERATE_USE_FSDP", "false") == str(fsdp).lower()
+
+
+def test_the_fsdp_file_makes_a_plugin_of_the_second_version(monkeypatch):
+    for name, value in environment(FOLDER / "fsdp2.yaml").items():
+        if "FSDP" in name:
+            monkeypatch.setenv(name, value)
+    plugin = FullyShardedDataParallelPlugin()
+    assert plugin.fsdp_version == 2
+    assert plugin.reshard_after_forward is True
+    assert set(plugin.transformer_cls_names_to_wrap) == {"ResnetBlock2D", "Attention"}
+
+
+@pytest.mark.parametrize(
+    ("variable", "name"), [("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM")]
+)
+def test_engines_that_are_not_there_are_refused_by_name(variable, name, tmp_path, monkeypatch):
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(ConfigError, match=f"{name}.*fsdp2.yaml"):
+        trainer.train(tiny_run(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_fsdp_on_a_cpu_is_said_to_be_something_else(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    trainer.train(tiny_run(tmp_path / "run", max_train_steps=1))
+    told = capsys.readouterr()
+    assert "warning: FSDP was asked for, but Accelerate made one process of it" in told.err
+    assert "cpu, one process" in told.out
+
+
+def test_an_optimizer_that_is_not_installed_is_an_error_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    flags = ["--use_8bit_adam", "--max_train_steps", "1", "--output_dir", str(tmp_path / "run")]
+    assert cli.main(["train", *flags]) == 2
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert told.startswith("error: --use_8bit_adam")
+    assert "pip install bitsandbytes" in told
+    assert os.listdir(tmp_path) == []
+
+
+def test_8_bit_resumes_to_the_bit(tmp_path):
+    """Where bitsandbytes is installed; what is smaller than 4,096 numbers stays in 32 bits there."""
+    pytest.importorskip("bitsandbytes")
+    options = {"use_8bit_adam": True, "checkpointing_steps": 2, "max_train_steps": 4, "block_out_channels": [32, 64]}
+    for folder, minutes in (("straight", None), ("run", 1e-9)):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        trainer.train(tiny_run(tmp_path / folder, **options, max_train_minutes=minutes))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    trainer.train(tiny_run(tmp_path / "run", **options, resume_from_checkpoint="latest"))
+    for name in ("model", "ema", "optimizer"):
+        paths = [tmp_path / folder / "checkpoint-4" / f"{name}.safetensors" for folder in ("straight", "run")]
+        assert paths[0].read_bytes() == paths[1].read_bytes()
+    stored = load_file(paths[0])
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float32, torch.uint8}

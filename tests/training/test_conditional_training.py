@@ -1,0 +1,221 @@
+"""Training under every conditioning key: it runs, saves, opens, samples, and goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from helpers.runs import TINY, losses, rows, tiny_run
+from PIL import Image
+from safetensors.torch import load_file
+
+from diffusers_ddpm_ext import DDPMExtPipeline, UNet2DExtModel
+from diffusers_ddpm_ext.cli import main
+from diffusers_ddpm_ext.errors import ConfigError
+from diffusers_ddpm_ext.models.conditioning import CONDITIONING_KEYS, NEEDS, Conditions
+from diffusers_ddpm_ext.training import trainer
+from diffusers_ddpm_ext.training.config.options import DataOptions
+from diffusers_ddpm_ext.training.config.train_config import TrainConfig
+from diffusers_ddpm_ext.training.data.condition_dropout import make_dropout
+from diffusers_ddpm_ext.training.data.dataset import load_data
+
+COLUMNS = {
+    "class_labels": ("class_column", "kind"),
+    "concat_inputs": ("concat_column", "hint"),
+    "encoder_hidden_states": ("context_column", "words"),
+}
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    """Twenty images with a class, an image beside each (its mirror image), and an embedding each."""
+    folder = tmp_path_factory.mktemp("images")
+    draw = np.random.default_rng(0)
+    lines = []
+    for number in range(20):
+        pixels = draw.integers(0, 256, (10, 12, 3), dtype=np.uint8)
+        name, kind = f"{number:02d}.png", ("cat", "dog", "emu")[number % 3]
+        Image.fromarray(pixels).save(folder / name)
+        (folder / ".beside").mkdir(exist_ok=True)
+        Image.fromarray(pixels).convert("L").save(folder / ".beside" / name)
+        np.save(folder / ".beside" / f"{number:02d}.npy", draw.normal(size=(3, 6)).astype(np.float32))
+        lines.append([name, kind, f".beside/{name}", f".beside/{number:02d}.npy"])
+    with (folder / "metadata.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["file_name", "kind", "hint", "words"], *lines])
+    return folder
+
+
+def options(key: str, images: Path, **more: Any) -> dict[str, Any]:
+    columns = dict(COLUMNS[name] for name in NEEDS[key])
+    return {"conditioning_key": key, "train_data_dir": str(images), "norm_num_groups": 4} | columns | more
+
+
+def train(folder: Path, **given: Any) -> Path | None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    return trainer.train(tiny_run(folder, **given))
+
+
+@pytest.mark.parametrize("steps", [3, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("key", CONDITIONING_KEYS)
+def test_every_key_trains_saves_loads_and_samples(key, steps, images, tmp_path):
+    train(tmp_path, **options(key, images, max_train_steps=steps))
+    assert np.isfinite(losses(tmp_path)).all()
+    pipeline = DDPMExtPipeline.from_pretrained(tmp_path)
+    assert pipeline.config.conditioning_key == key
+    pipeline.set_progress_bar_config(disable=True)
+    given = load_data(tiny_run(tmp_path / "x", **options(key, images)).data, key).train.conditions(range(4))
+    drawn = [pipeline(num_inference_steps=3, output_type="np", generator=torch.Generator().manual_seed(seed),
+                      **given.named()).images for seed in (0, 0)]  # fmt: skip
+    assert drawn[0].shape == (4, 8, 8, 3)
+    assert np.array_equal(*drawn)
+    wide = "concat_inputs" in NEEDS[key] and "encoder_hidden_states" not in NEEDS[key]
+    assert isinstance(pipeline.unet, UNet2DExtModel) == wide
+    assert (tmp_path / "samples.png").is_file()
+
+
+def test_the_digits_need_one_flag(tmp_path):
+    train(tmp_path, conditioning_key="adm", use_positional_encodings=True)
+    pipeline = DDPMExtPipeline.from_pretrained(tmp_path)
+    assert pipeline.num_classes == 10
+    assert pipeline.unet.config.in_channels == 3
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline(class_labels=[1, 2], num_inference_steps=2, output_type="np").images.shape == (2, 8, 8, 1)
+
+
+def test_what_is_beside_an_image_goes_with_it(images):
+    """Cropped, mirrored and shuffled alike: the grey picture beside an image is that image in grey."""
+    data = load_data(
+        DataOptions(train_data_dir=str(images), concat_column="hint", class_column="kind", context_column="words",
+                    resolution=(8, 8), random_flip=True, validation_fraction=0),
+        "hybrid-adm",
+    ).train  # fmt: skip
+    indices, epochs = list(range(20)), [3] * 20
+    levels = data.level_values(indices, 7, epochs).float()
+    grey = levels[:, 0] * 0.299 + levels[:, 1] * 0.587 + levels[:, 2] * 0.114
+    conditions = data.conditions(indices, 7, epochs)
+    beside = (conditions.concat_inputs[:, 0] + 1) * 127.5
+    assert float((beside - grey).abs().max()) < 2.5, "rounding of resized pixels, and nothing else"
+    assert conditions.class_labels.tolist() == [number % 3 for number in range(20)]
+    assert list(data.columns.class_names) == ["cat", "dog", "emu"]
+    assert torch.equal(conditions.encoder_hidden_states[5], torch.from_numpy(np.load(images / ".beside" / "05.npy")))
+
+
+def test_folders_are_classes(tmp_path):
+    for number, kind in enumerate(("b", "a", "a", "b")):
+        (tmp_path / kind).mkdir(exist_ok=True)
+        Image.fromarray(np.full((8, 8), number, np.uint8)).save(tmp_path / kind / f"{number}.png")
+    data = load_data(DataOptions(train_data_dir=str(tmp_path), resolution=(8, 8), validation_fraction=0), "adm").train
+    found = {int(level): int(label) for level, label in zip(
+        data.level_values(range(4))[:, 0, 0, 0], data.conditions(range(4)).class_labels, strict=True)}  # fmt: skip
+    assert found == {0: 1, 1: 0, 2: 0, 3: 1}
+
+
+DROPOUT = {"class_labels": 0.5, "concat_inputs": {"p": 0.25, "val": -1}}
+
+
+def test_dropout_is_a_function_of_seed_step_and_position():
+    dropout, null = make_dropout(DROPOUT, "hybrid-adm", 3)
+    assert null == 3
+    labels, inputs = torch.zeros(4000, dtype=torch.long), torch.zeros(4000, 1, 1, 1)
+    given = Conditions(labels, inputs, torch.ones(4000, 1, 1))
+    first = dropout.apply(given, 1, 5, torch.arange(4000))
+    again = dropout.apply(given, 1, 5, torch.arange(4000))
+    assert torch.equal(first.class_labels, again.class_labels)
+    assert abs(float((first.class_labels == 3).float().mean()) - 0.5) < 0.03
+    assert abs(float((first.concat_inputs == -1).float().mean()) - 0.25) < 0.03
+    assert torch.equal(first.encoder_hidden_states, given.encoder_hidden_states)
+    assert int(labels.sum()) == 0, "what was given is not changed"
+    split = dropout.apply(given[2000:], 1, 5, torch.arange(2000, 4000))
+    assert torch.equal(split.class_labels, first.class_labels[2000:]), "however the batch is split"
+    other = dropout.apply(given, 1, 6, torch.arange(4000))
+    assert not torch.equal(other.class_labels, first.class_labels)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_run_goes_on_to_the_bit(workers, images, tmp_path):
+    given = options("hybrid-adm", images, conditioning_dropout=DROPOUT, random_flip=True, checkpointing_steps=2,
+                    dataloader_num_workers=workers, gradient_accumulation_steps=2, train_batch_size=4)  # fmt: skip
+    train(tmp_path / "straight", **given)
+    broken = tmp_path / "broken"
+    train(broken, **given, resume_from_checkpoint="auto", max_train_minutes=1e-9)
+    assert len(rows(broken)) < len(rows(tmp_path / "straight"))
+    train(broken, **given, resume_from_checkpoint="auto")
+    for name in ("unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.raw.safetensors"):
+        ours, theirs = (load_file(folder / name) for folder in (broken, tmp_path / "straight"))
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert losses(broken) == losses(tmp_path / "straight")
+    with pytest.raises(ConfigError, match="conditioning_dropout"):
+        train(broken, **given | {"conditioning_dropout": {"class_labels": 0.1}, "max_train_steps": 9,
+                                 "lr_scheduler": "cosine"}, resume_from_checkpoint="latest")  # fmt: skip
+
+
+def test_accumulated_batches_are_the_batch(images, tmp_path):
+    """One batch of eight, or two of four: the same losses up to rounding."""
+    for name, batch, accumulation in (("one", 8, 1), ("two", 4, 2)):
+        train(tmp_path / name, **options("hybrid-adm", images, conditioning_dropout=DROPOUT, train_batch_size=batch,
+                                         gradient_accumulation_steps=accumulation, max_train_steps=3))  # fmt: skip
+    assert np.allclose(losses(tmp_path / "one"), losses(tmp_path / "two"), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"conditioning_key": "adm", "class_column": "size"}, "size"),
+        ({"conditioning_key": "concat"}, "--concat_column"),
+        ({"conditioning_key": "crossattn", "context_column": "kind"}, "--context_column"),
+        ({"class_column": "kind"}, "no effect"),
+        ({"conditioning_key": "adm", "conditioning_dropout": {"concat_inputs": 0.1}}, "concat_inputs"),
+        ({"conditioning_key": "adm", "conditioning_dropout": {"class_labels": 2}}, "probability"),
+        ({"conditioning_key": "adm", "class_column": "kind", "num_class_embeds": 2}, "--num_class_embeds 2"),
+        ({"conditioning_key": "concat", "concat_column": "kind"}, "--concat_column"),
+        ({"conditioning_key": "adm", "class_column": "kind", "model_config": {"_class_name": "UNet2DConditionModel"}},
+         "needs a UNet2DModel"),
+        ({"model_config": {"num_class_embeds": 3}}, "--conditioning_key adm"),
+        ({"model_config": {"_class_name": "VAE"}}, "VAE"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_met_is_refused_before_anything_is_written(given, words, images, tmp_path):
+    sizes = ("block_out_channels", "layers_per_block", "attention_levels", "attention_head_dim", "norm_num_groups")
+    flat = TINY | {"train_data_dir": str(images), "output_dir": str(tmp_path / "run")} | given
+    if "model_config" in given:
+        flat = {name: value for name, value in flat.items() if name not in sizes}
+    with pytest.raises(ConfigError, match=words):
+        trainer.train(TrainConfig.from_flat(flat))
+    assert not (tmp_path / "run").exists()
+
+
+def test_sampling_from_the_command_line(tmp_path, capsys):
+    """Classes in turn, a class for all, and what the model does not take."""
+    train(tmp_path / "run", conditioning_key="adm", conditioning_dropout={"class_labels": 0.1}, max_train_steps=2)
+
+    def sample(out: str, *more: str) -> int:
+        place = ["--out", str(tmp_path / f"{out}.npy"), "--num_images", "12", "--num_inference_steps", "2"]
+        return main(["sample", str(tmp_path / "run"), *place, *more])
+
+    assert sample("turn") == 0
+    assert sample("said", "--class_labels", *map(str, range(10))) == 0
+    assert sample("three", "--class_labels", "3") == 0
+    assert sample("guided", "--guidance_scale", "3") == 0
+    turn, said, three, guided = (np.load(tmp_path / f"{out}.npy") for out in ("turn", "said", "three", "guided"))
+    assert np.array_equal(turn, said), "all classes but the null one, in turn"
+    assert np.array_equal(turn[3], three[3])
+    assert not np.array_equal(turn[4], three[4])
+    assert not np.array_equal(guided, turn)
+    capsys.readouterr()
+    assert sample("x", "--class_labels", "11") == 2
+    assert "0..10" in capsys.readouterr().err
+    assert json.loads((tmp_path / "run" / "model_index.json").read_text())["null_class_label"] == 10

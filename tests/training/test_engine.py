@@ -1,0 +1,361 @@
+"""How a run computes must not change what it learns: processes, micro-batches, engines, activations, compilers."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from helpers.paths import PYTHONPATH, TESTS
+from helpers.runs import losses, rows, tiny_run
+from PIL import Image
+from safetensors.torch import load_file
+
+from diffusers_ddpm_ext import DDPMExtPipeline
+from diffusers_ddpm_ext.errors import RunError
+from diffusers_ddpm_ext.models.ema import LitEMA
+from diffusers_ddpm_ext.training import trainer
+from diffusers_ddpm_ext.training.data import batches as stream
+from diffusers_ddpm_ext.training.data import dataset as data
+from diffusers_ddpm_ext.training.loop import step
+
+SCRIPT = TESTS / "helpers" / "run_list.py"
+MODEL = "unet/diffusion_pytorch_model.safetensors"
+RAW = "unet/diffusion_pytorch_model.raw.safetensors"
+
+
+def fresh() -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate() -> Iterator[None]:
+    fresh()
+    yield
+    fresh()
+
+
+def train(folder: Path, **options: Any) -> Path:
+    fresh()
+    trainer.train(tiny_run(folder, **options))
+    return folder
+
+
+def on_two_processes(runs: list[tuple[Path, dict[str, Any]]], *words: str, limit: int = 240) -> str:
+    """Train with `torchrun`, within a limit: an exchange that not all processes enter would wait for hours."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
+    environment |= {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": PYTHONPATH,
+    }
+    told = json.dumps([[str(folder), options] for folder, options in runs])
+    done = subprocess.run(
+        [*launcher, str(SCRIPT), told, *words], env=environment, capture_output=True, text=True, timeout=limit
+    )
+    assert done.returncode == 0, done.stderr[-9000:]
+    return done.stdout + done.stderr
+
+
+def close(one: Path, other: Path, atol: float) -> None:
+    ours, theirs = load_file(one), load_file(other)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(
+            ours[name], tensor, atol=atol, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def equal(one: Path, other: Path) -> bool:
+    return one.read_bytes() == other.read_bytes()
+
+
+# --- learning rate -------------------------------------------------------------------------------------------------
+
+ENDING = {"max_train_steps": 4, "validation_steps": 0, "lr_scheduler": "linear", "lr_warmup_steps": 1}
+
+
+@pytest.fixture(scope="module")
+def ends(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], list[float]]:
+    """Learning rates of every step over accumulation {1, 2, 4} x processes {1, 2}."""
+    base = tmp_path_factory.mktemp("ends")
+    options = {k: ENDING | {"gradient_accumulation_steps": k, "train_batch_size": 2} for k in (1, 2, 4)}
+    for k in (1, 2, 4):
+        train(base / f"1-{k}", **options[k])
+    on_two_processes([(base / f"2-{k}", options[k]) for k in (1, 2, 4)])
+    return {
+        (processes, k): [row["lr"] for row in rows(base / f"{processes}-{k}") if "lr" in row]
+        for processes in (1, 2)
+        for k in (1, 2, 4)
+    }
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 4])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_schedule_ends_at_its_end(ends, processes, accumulation):
+    """Linear after one step of warm-up: 0, 1, 2/3, 1/3 of the peak in the four steps, and 0 after the last."""
+    assert ends[processes, accumulation] == pytest.approx([0, 2e-3, 2e-3 * 2 / 3, 2e-3 / 3])
+
+
+@pytest.mark.parametrize(("scaling", "factor"), [("none", 1), ("linear", 16), ("sqrt", 4)])
+def test_lr_scaling(scaling, factor, tmp_path, capsys):
+    """The effective batch is 8 x 2; CompVis' scale_lr multiplies by all of it."""
+    options = {
+        "lr_scaling": scaling,
+        "gradient_accumulation_steps": 2,
+        "lr_scheduler": "constant",
+        "lr_warmup_steps": 0,
+    }
+    train(tmp_path / "run", max_train_steps=1, learning_rate=1e-5, **options)
+    assert rows(tmp_path / "run")[0]["lr"] == pytest.approx(1e-5 * factor)
+    plan = capsys.readouterr().out
+    assert ("effective batch 16" in plan) == (scaling != "none")
+    assert "8 a device x 2 accumulated x 1 process = 16" in plan
+
+
+def test_the_plan_tells_memory_and_disk(tmp_path, capsys):
+    train(tmp_path / "run", max_train_steps=4, checkpointing_steps=1, checkpoints_total_limit=2, save_top_k=0)
+    told = capsys.readouterr().out
+    count = sum(tensor.numel() for tensor in load_file(tmp_path / "run" / RAW).values()) + 50  # and logvar
+    assert f"{4 * count / 1000:.3g} kB weights + {4 * count / 1000:.3g} kB gradients" in told
+    size = sum(path.stat().st_size for path in (tmp_path / "run" / "checkpoint-4").glob("*.safetensors"))
+    line = next(line for line in told.splitlines() if line.strip().startswith("checkpoints"))
+    assert line.split()[1:3] == ["2", "of"]
+    assert float(line.split()[3]) * 1000 == pytest.approx(size, rel=0.15)
+
+
+# --- EMA -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("every", "updates"), [("step", 3), ("micro_batch", 6)])
+def test_ema_every(every, updates, tmp_path, monkeypatch):
+    """Lightning calls LitEma after each batch: with two micro-batches, once before and once after the weights move."""
+    seen: list[list[torch.Tensor]] = []
+    real = step.train_step
+
+    def watched(run: Any, batches: Any) -> bool:
+        seen.append([p.detach().clone() for p in run.network])
+        done = real(run, batches)
+        seen.append([p.detach().clone() for p in run.network])
+        return done
+
+    monkeypatch.setattr(trainer, "train_step", watched)
+    folder = train(
+        tmp_path / "run", max_train_steps=3, ema_every=every, gradient_accumulation_steps=2, checkpointing_steps=3
+    )
+    reference = torch.nn.ParameterList([torch.nn.Parameter(p.clone()) for p in seen[0]])
+    ema = LitEMA(reference, 0.999)
+    for before, after in zip(seen[::2], seen[1::2], strict=True):
+        for weights in [before, after] if every == "micro_batch" else [after]:
+            with torch.no_grad():
+                for parameter, value in zip(reference, weights, strict=True):
+                    parameter.copy_(value)
+            ema.step(reference)
+    assert ema.num_updates == updates
+    found = load_file(folder / "checkpoint-3" / "ema.safetensors")
+    names = [name for name, _ in DDPMExtPipeline.from_pretrained(folder).unet.named_parameters()]
+    for name, shadow in zip(names, ema.shadow.values(), strict=True):
+        assert torch.equal(found[name], shadow), name
+
+
+# --- how it computes -----------------------------------------------------------------------------------------------
+
+
+def test_gradient_checkpointing_changes_no_bit(tmp_path):
+    options = {"max_train_steps": 3, "dropout": 0.1}
+    plain = train(tmp_path / "plain", **options)
+    kept = train(tmp_path / "kept", gradient_checkpointing=True, **options)
+    assert equal(plain / RAW, kept / RAW)
+    assert rows(plain) == rows(kept)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # torch's own, when its compiler loads
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["option", "accelerate"])
+def test_a_compiled_run_saves_the_same_names_and_resumes(how, tmp_path, monkeypatch):
+    """By the option, or by a configuration of Accelerate that wraps the task."""
+    options: dict[str, Any] = {"max_train_steps": 4, "checkpointing_steps": 2, "validation_steps": 0}
+    plain = train(tmp_path / "plain", **options)
+    if how == "option":
+        options["torch_compile"] = True
+        real = torch.compile
+        monkeypatch.setattr(torch, "compile", lambda what, **how: real(what, **{"backend": "eager"} | how))
+    else:
+        monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    compiled = train(tmp_path / "compiled", **options)
+    for name in (MODEL, RAW, "checkpoint-4/model.safetensors", "checkpoint-4/optimizer.safetensors"):
+        close(compiled / name, plain / name, 1e-4)
+    torch._dynamo.reset()
+    broken = train(tmp_path / "broken", **options, max_train_minutes=1e-9)
+    while not (broken / "model_index.json").exists():
+        train(tmp_path / "broken", **options, resume_from_checkpoint="latest")
+    assert equal(broken / "checkpoint-4/model.safetensors", compiled / "checkpoint-4/model.safetensors")
+
+
+# --- two processes -------------------------------------------------------------------------------------------------
+
+TWENTY = {"max_train_steps": 20, "validation_steps": 10, "checkpointing_steps": 7}
+HALF = {"train_batch_size": 4, "resume_from_checkpoint": "auto"}
+
+
+def broken_off(folder: Path, at: int, **options: Any) -> None:
+    """A run that ends before its step `at`, as a killed one does."""
+    real, count = trainer.train_step, itertools.count(1)
+
+    def dying(*arguments: Any) -> bool:
+        if next(count) == at:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "train_step", dying)
+        with pytest.raises(KeyboardInterrupt):
+            train(folder, **options)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that nobody disturbed, in one process."""
+    return train(tmp_path_factory.mktemp("whole") / "run", **TWENTY)
+
+
+@pytest.mark.slow
+def test_another_number_of_processes_goes_on(whole, tmp_path):
+    """7 steps of 1 x 8, then 13 of 2 x 4; and one process takes over what two have begun."""
+    broken_off(tmp_path / "two", 10, **TWENTY)
+    on_two_processes([(tmp_path / "two", TWENTY | HALF)])
+    ours, theirs = losses(tmp_path / "two"), losses(whole)
+    assert len(ours) == 20
+    assert ours[:7] == theirs[:7]
+    assert ours == pytest.approx(theirs, abs=1e-3)
+    assert [row["step"] for row in rows(tmp_path / "two")] == [row["step"] for row in rows(whole)]
+
+    on_two_processes([(tmp_path / "one", TWENTY | HALF | {"max_train_minutes": 1e-9})])
+    train(tmp_path / "one", **TWENTY, resume_from_checkpoint="latest")
+    assert losses(tmp_path / "one") == pytest.approx(theirs, abs=1e-3)
+
+
+@pytest.mark.slow
+def test_a_sharded_run_is_the_same_run(whole, tmp_path):
+    """`fully_shard` through all of the trainer: clipping, EMA, validation, pictures, checkpoints, `best`, pipeline.
+
+    A run that DDP began, goes on sharded, and the other way round.
+    """
+    sharded, back, forth = tmp_path / "sharded", tmp_path / "back", tmp_path / "forth"
+    half = TWENTY | HALF | {"save_images_steps": 10, "num_preview_images": 3}
+    broken_off(forth, 10, **TWENTY)
+    told = on_two_processes([(sharded, half), (back, half | {"max_train_minutes": 1e-9}), (forth, half)], "sharded")
+    assert "FSDP2" in told
+    train(back, **TWENTY, resume_from_checkpoint="latest")
+    for folder in (sharded, back, forth):
+        assert losses(folder) == pytest.approx(losses(whole), abs=1e-3), folder.name
+        validations = [row["val/loss_simple_ema"] for row in rows(folder) if "val/loss_simple_ema" in row]
+        assert validations == pytest.approx(
+            [row["val/loss_simple_ema"] for row in rows(whole) if "val/loss_simple_ema" in row], abs=1e-3
+        )
+        for name in (MODEL, RAW, "best/" + MODEL, "checkpoint-20/ema.safetensors"):
+            close(folder / name, whole / name, 2e-3)
+    assert (sharded / "samples" / "samples-10.png").is_file()
+    images = [np.asarray(Image.open(folder / "samples.png"), dtype=float) for folder in (back, whole)]
+    assert np.abs(images[0] - images[1]).mean() < 4
+
+
+# --- failures ------------------------------------------------------------------------------------------------------
+
+
+def test_a_worker_that_dies_costs_no_bit(tmp_path, monkeypatch, capfd):
+    options = {"max_train_steps": 12, "dataloader_num_workers": 1, "random_flip": True, "validation_steps": 0}
+    straight = train(tmp_path / "straight", **options)
+    real = stream._loader
+    workers: list[int] = []
+
+    class Watched:
+        def __init__(self, loader: Any) -> None:
+            self.loader = loader
+
+        def __iter__(self) -> Any:
+            found = iter(self.loader)
+            workers.extend(worker.pid for worker in found._workers)
+            return found
+
+    def killing(run: Any, batches: Any) -> bool:
+        if run.step == 5 and len(workers) == 1:
+            os.kill(workers[0], signal.SIGKILL)
+        return step.train_step(run, batches)
+
+    monkeypatch.setattr(stream, "_loader", lambda *arguments: Watched(real(*arguments)))
+    monkeypatch.setattr(trainer, "train_step", killing)
+    folder = train(tmp_path / "run", **options)
+    assert len(workers) == 2
+    assert "warning: --dataloader_num_workers: a worker died" in capfd.readouterr().err
+    assert equal(folder / RAW, straight / RAW)
+    assert rows(folder) == rows(straight)
+
+
+def photos(folder: Path, count: int = 24) -> Path:
+    folder.mkdir()
+    draw = np.random.default_rng(0)
+    for number in range(count):
+        Image.fromarray(draw.integers(0, 256, (10, 10), dtype=np.uint8)).save(folder / f"{number:02}.png")
+    return folder
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_an_image_that_becomes_unreadable(skip, tmp_path, monkeypatch, capfd):
+    """By rule: the run stops and names the file, or the next image takes its place."""
+    folder = photos(tmp_path / "photos")
+    monkeypatch.setattr(data.load_data, "__kwdefaults__", {"progress": False, "memory_limit": 0})
+    real = trainer.open_batches
+
+    def breaking(run: Any) -> Any:
+        for path in sorted(folder.iterdir())[::3]:
+            path.write_bytes(path.read_bytes()[:40])
+        return real(run)
+
+    monkeypatch.setattr(trainer, "open_batches", breaking)
+    options = {"train_data_dir": str(folder), "skip_bad_images": skip, "validation_fraction": 0.0}
+    options["dataloader_num_workers"] = 1
+    if not skip:
+        with pytest.raises(RunError, match=r"\.png.*--skip_bad_images"):
+            train(tmp_path / "run", **options)
+        return
+    train(tmp_path / "run", **options)
+    told = capfd.readouterr().err
+    for path in sorted(folder.iterdir())[::3]:
+        assert told.count(f"{path.name}'") == 1, "each is named once"
+    assert len(losses(tmp_path / "run")) == 6
+
+
+@pytest.mark.slow
+def test_one_process_that_stops_takes_the_other_with_it(tmp_path):
+    """The second process cannot read an image any more: the first does not wait for it."""
+    options = {"train_data_dir": str(photos(tmp_path / "photos")), "validation_fraction": 0.0}
+    with pytest.raises(AssertionError, match="became unreadable"):
+        on_two_processes([(tmp_path / "run", options)], "unreadable", limit=60)
+
+
+@pytest.mark.parametrize("when", ["at the start", "on the way"])
+def test_a_tracker_that_is_down_does_not_end_the_run(when, tmp_path, monkeypatch, capsys):
+    from accelerate.tracking import TensorBoardTracker
+
+    def down(*_: Any, **__: Any) -> None:
+        raise ConnectionError("tracker.example: no route to host")
+
+    monkeypatch.setattr(TensorBoardTracker, "start" if when == "at the start" else "log", down)
+    straight = train(tmp_path / "straight")
+    folder = train(tmp_path / "run", report_to="tensorboard")
+    told = capsys.readouterr().err
+    assert told.count("no route to host") == 1
+    assert "warning: --report_to" in told
+    assert rows(folder) == rows(straight)

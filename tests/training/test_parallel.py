@@ -1,0 +1,107 @@
+"""The same run however it is split: over micro-batches, and over processes that `torchrun` starts (gloo)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.paths import PYTHONPATH, TESTS
+from helpers.runs import losses, rows
+from safetensors.torch import load_file
+
+SCRIPT = TESTS / "helpers" / "parallel_run.py"
+STEPS = 20
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a run left."""
+
+    folder: Path
+    gradients: list[torch.Tensor]
+    output: str
+
+
+def launch(
+    folder: Path, batch: int, accumulation: int, processes: int, failing: int = -1
+) -> subprocess.CompletedProcess:
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    arguments = [folder / "run", folder / "gradients.pt", failing, batch, accumulation, STEPS]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
+    environment |= {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": PYTHONPATH,
+    }
+    return subprocess.run(
+        [*launcher, str(SCRIPT), *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=240
+    )
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Finished]:
+    made = {}
+    for name, batch, accumulation, processes in (("1 x 8", 8, 1, 1), ("1 x 4 x 2", 4, 2, 1), ("2 x 4", 4, 1, 2)):
+        folder = tmp_path_factory.mktemp("parallel")
+        done = launch(folder, batch, accumulation, processes)
+        assert done.returncode == 0, done.stderr[-3000:]
+        made[name] = Finished(folder / "run", torch.load(folder / "gradients.pt"), done.stdout)
+    return made
+
+
+@pytest.mark.parametrize("split", ["1 x 4 x 2", "2 x 4"])
+def test_the_first_gradients_agree(runs: dict[str, Finished], split: str):
+    whole, parts = runs["1 x 8"].gradients, runs[split].gradients
+    norm = torch.nn.utils.get_total_norm(whole)
+    assert norm > 0.1
+    off = torch.nn.utils.get_total_norm([a - b for a, b in zip(whole, parts, strict=True)])
+    assert off < 1e-5 * norm
+
+
+@pytest.mark.parametrize("split", ["1 x 4 x 2", "2 x 4"])
+def test_the_losses_agree(runs: dict[str, Finished], split: str):
+    """What is logged is the mean over the effective batch, not one process's share."""
+    whole, parts = losses(runs["1 x 8"].folder), losses(runs[split].folder)
+    assert len(whole) == STEPS
+    assert parts == pytest.approx(whole, abs=1e-3)
+    assert parts[0] == pytest.approx(whole[0], abs=1e-6)
+
+
+@pytest.mark.parametrize("split", ["1 x 4 x 2", "2 x 4"])
+def test_validation_agrees(runs: dict[str, Finished], split: str):
+    whole, parts = (rows(runs[name].folder) for name in ("1 x 8", split))
+    assert [row["step"] for row in parts] == [row["step"] for row in whole], "no row twice, none missing"
+    for a, b in zip(whole, parts, strict=True):
+        for name in a:
+            if name.startswith("val/"):
+                assert b[name] == pytest.approx(a[name], rel=1e-3)
+
+
+@pytest.mark.parametrize("split", ["1 x 4 x 2", "2 x 4"])
+def test_logvar_and_average_agree(runs: dict[str, Finished], split: str):
+    """Data-parallel training averages logvar's gradient too; the average of the weights counts optimizer steps."""
+    for name in ("logvar/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.safetensors"):
+        whole, parts = (load_file(runs[run].folder / name) for run in ("1 x 8", split))
+        for key, tensor in whole.items():
+            torch.testing.assert_close(parts[key], tensor, atol=2e-3, rtol=0)
+
+
+def test_two_processes_speak_once(runs: dict[str, Finished]):
+    said = runs["2 x 4"].output
+    assert said.count("= 8\n") == 1
+    assert "2 processes" in said
+    assert said.count("draw from it") == 1
+
+
+def test_a_process_that_fails_takes_the_others_with_it(tmp_path: Path):
+    """The second process cannot read its images: the first does not wait for it, and one of them says why."""
+    done = launch(tmp_path, 4, 1, 2, failing=1)
+    assert done.returncode != 0
+    assert done.stderr.count("rank 1 cannot read") == 1
+    assert not (tmp_path / "run").exists()
