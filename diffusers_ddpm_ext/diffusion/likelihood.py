@@ -46,6 +46,20 @@ NARROW = 1e-5  # standard deviations: bins narrower than this are a density time
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 
 
+class SchedulerLike(Protocol):
+    """What an objective needs of a scheduler; ``DDPMExtScheduler`` has it."""
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        """Tables of the full chain."""
+        ...
+
+    @property
+    def config(self) -> Any:
+        """Holds ``prediction_type``, ``variance_type`` and ``v_posterior``."""
+        ...
+
+
 class ChainScheduler(Protocol):
     """What a bound needs of a scheduler; ``DDPMExtScheduler`` has it."""
 

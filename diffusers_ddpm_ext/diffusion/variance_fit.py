@@ -20,6 +20,7 @@ from diffusers_ddpm_ext.diffusion.likelihood import (
     EIGHT_BITS,
     ROWS,
     Denoiser,
+    SchedulerLike,
     check_decoder,
     discretized_gaussian_log_likelihood,
     exact_type,
@@ -27,7 +28,6 @@ from diffusers_ddpm_ext.diffusion.likelihood import (
 from diffusers_ddpm_ext.diffusion.optimal_variance import OptimalV, Smoother, best_timesteps, optimal_v
 from diffusers_ddpm_ext.diffusion.reverse_step import LEARNED_VARIANCES
 from diffusers_ddpm_ext.diffusion.schedule import NoiseSchedule, Table
-from diffusers_ddpm_ext.losses.checks import SchedulerLike
 
 DRAWS = 64
 SMALLEST = 1e-300  # error of a perfect network, whose logarithm is wanted

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from diffusers_ddpm_ext.diffusion.likelihood import SchedulerLike
 from diffusers_ddpm_ext.diffusion.reverse_step import LEARNED_VARIANCES
 from diffusers_ddpm_ext.diffusion.schedule import PREDICTION_TYPES, NoiseSchedule, Table
 from diffusers_ddpm_ext.diffusion.weighting import check_gamma, loss_weights
@@ -17,20 +18,6 @@ COMPVIS_NAMES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 BOUND_LOSSES = ("hybrid", "vlb")
 OBJECTIVE_LOSSES = (*LOSS_TYPES, "perceptual", *BOUND_LOSSES)
 DEFAULT_GAMMA = 5.0
-
-
-class SchedulerLike(Protocol):
-    """What the objective needs of a scheduler; ``DDPMExtScheduler`` has it."""
-
-    @property
-    def schedule(self) -> NoiseSchedule:
-        """Tables of the full chain."""
-        ...
-
-    @property
-    def config(self) -> Any:
-        """Holds ``prediction_type``, ``variance_type`` and ``v_posterior``."""
-        ...
 
 
 def checked_weight(name: str, value: Any) -> float:

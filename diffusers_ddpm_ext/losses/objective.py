@@ -35,13 +35,12 @@ import torch
 from torch import Tensor, nn
 
 from diffusers_ddpm_ext.diffusion.gaussian import at_step, check_steps, predict_x0, q_sample, training_target
-from diffusers_ddpm_ext.diffusion.likelihood import EIGHT_BITS, ReverseLaw, check_decoder
+from diffusers_ddpm_ext.diffusion.likelihood import EIGHT_BITS, ReverseLaw, SchedulerLike, check_decoder
 from diffusers_ddpm_ext.diffusion.reverse_step import LEARNED_VARIANCES, split_variance
 from diffusers_ddpm_ext.diffusion.weighting import elbo_weights as make_elbo_weights
 from diffusers_ddpm_ext.losses.checks import (
     BOUND_LOSSES,
     OBJECTIVE_LOSSES,
-    SchedulerLike,
     check_bound,
     checked_features,
     checked_schedule,
