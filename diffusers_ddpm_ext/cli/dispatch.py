@@ -207,9 +207,9 @@ def _doctor(argv: list[str]) -> None:
 
 
 def _push(argv: list[str]) -> None:
-    from diffusers_ddpm_ext.hub.push import parse_push_args, push
+    from diffusers_ddpm_ext.cli.push import parse_push_args, push_folder
 
-    _say(push(parse_push_args(argv)))
+    _say(push_folder(parse_push_args(argv)))
 
 
 def _verify(argv: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""`ddpm-ext push`: a trained folder to the Hub, with its card and its proof."""
+"""Upload of a trained folder to the Hub, with its model card and its proof."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,6 @@ from diffusers_ddpm_ext.hub.upload import (
     Pushed,
     PushError,
     Target,
-    check_timeout,
     claim,
     clean,
     files_of,
@@ -27,19 +25,6 @@ from diffusers_ddpm_ext.hub.upload import (
     remember,
     upload,
 )
-from diffusers_ddpm_ext.pipelines.loading import check_here
-from diffusers_ddpm_ext.training.config.flags import Parser
-
-HEAD = """Push a trained folder to the Hugging Face Hub: the pipeline, its pictures and numbers, a model card, and a
-proof that `ddpm-ext verify` checks. After the upload the commit's files are compared with those of the folder."""
-TAIL = """examples:
-  ddpm-ext push runs/digits                                as digits, in your own account
-  ddpm-ext push runs/digits --hub_model_id me/digits --hub_private_repo --license mit
-  ddpm-ext push runs/digits --with_checkpoint              with the newest checkpoint: --resume_from_hub goes on there
-  HF_TOKEN=... ddpm-ext push runs/digits                   where `hf auth login` was never called
-
-The same line again finishes an upload that was cut off; where nothing is left to be done, it does nothing. A README.md
-of your own is kept. The token is used and never written anywhere."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +33,12 @@ class PushOptions:
 
     folder: Path
     hub_model_id: str
-    hub_private_repo: bool
-    with_checkpoint: bool
-    license: str | None
-    commit_message: str
-    draws: bool
-    timeout: float
+    hub_private_repo: bool = False
+    with_checkpoint: bool = False
+    license: str | None = None
+    commit_message: str = "Upload by ddpm-ext"
+    draws: bool = True
+    timeout: float = TIMEOUT
     hub_token: str | None = None
 
     @property
@@ -63,32 +48,6 @@ class PushOptions:
         parts += ["--hub_private_repo"] * self.hub_private_repo + ["--with_checkpoint"] * self.with_checkpoint
         parts += ["--license", self.license] if self.license else []
         return shlex.join(parts)
-
-
-def parse_push_args(argv: Sequence[str], prog: str = "ddpm-ext push") -> PushOptions:
-    """The options of a command line, checked; arguments and errors are those of `Parser.parse_checked`."""
-    parser = Parser(prog=prog, usage=f"{prog} FOLDER [options]", description=HEAD, epilog=TAIL)
-    add = parser.add_argument
-    add("folder", metavar="FOLDER", help="Output folder of a run, or a saved pipeline.")
-    add("--hub_model_id", metavar="ID", help="Name of the repository, or user/name (default: the folder's name).")
-    add("--hub_token", metavar="TOKEN", help="Of the Hub (default: HF_TOKEN, or what `hf auth login` has left).")
-    add("--hub_private_repo", "--private", action="store_true", help="A repository that is made new is private.")
-    add("--with_checkpoint", action="store_true", help="The newest checkpoint goes along, so that training can go on.")
-    add("--license", metavar="NAME", help="Of the weights, in the card, e.g. mit, cc-by-4.0 (default: not said).")
-    add("--commit_message", default="Upload by ddpm-ext", metavar="TEXT", help="(default: Upload by ddpm-ext)")
-    add("--no_images", dest="draws", action="store_false", help="Draw no images for the card and for `verify`.")
-    add(
-        "--timeout",
-        type=float,
-        default=TIMEOUT,
-        metavar="SECONDS",
-        help=f"How long the Hub may stay silent (default: {TIMEOUT:g}).",
-    )
-    given = parser.parse_checked(argv)
-    folder = check_here(given["folder"])
-    given["hub_model_id"] = check_repo_id(given["hub_model_id"] or folder.resolve().name)
-    check_timeout(given["timeout"])
-    return PushOptions(**given | {"folder": folder})
 
 
 def check_repo_id(name: str, option: str = "--hub_model_id") -> str:
@@ -109,22 +68,22 @@ def check_repo_id(name: str, option: str = "--hub_model_id") -> str:
     return name
 
 
-def push(options: PushOptions) -> str:
+def push(options: PushOptions, checkpoint: Path | None = None) -> str:
     """Make card and proof, upload, and compare.
 
     Args:
         options: what was asked for.
+        checkpoint: the folder of the checkpoint to upload with the pipeline; None: only the pipeline.
 
     Returns:
         One line that says what is where.
 
     Raises:
-        ConfigError: there is no checkpoint to go along, or the pipeline cannot be opened.
+        ConfigError: the pipeline cannot be opened.
         RunError: the upload did not succeed; its sentence holds the line that finishes it.
     """
     if options.hub_token is not None:
         os.environ["HF_TOKEN"] = options.hub_token
-    checkpoint = _checkpoint(options)
     target = Target(options.hub_model_id, options.hub_private_repo or None, options.hub_token, options.timeout)
     try:
         with tempfile.TemporaryDirectory(prefix=".pushing-", dir=options.folder) as name:
@@ -152,17 +111,6 @@ def _told(pushed: Pushed) -> str:
 
 def _tell(text: str) -> None:
     sys.stderr.write(f"warning: {text}\n")
-
-
-def _checkpoint(options: PushOptions) -> Path | None:
-    if not options.with_checkpoint:
-        return None
-    from diffusers_ddpm_ext.training.checkpoints.folders import newest
-
-    found = newest(options.folder).checkpoint
-    if found is None:
-        raise ConfigError(f"--with_checkpoint: {options.folder} holds no checkpoint that is whole: leave it out")
-    return found.path
 
 
 def _complete(options: PushOptions, place: Path, repo_id: str) -> None:

@@ -325,7 +325,8 @@ def found_wrong_here(loaded, told, capsys):
 @pytest.fixture(scope="module")
 def made(trained, tmp_path_factory):
     """What a push brings to the Hub, in a folder."""
-    from diffusers_ddpm_ext.hub.push import _complete, parse_push_args
+    from diffusers_ddpm_ext.cli.push import parse_push_args
+    from diffusers_ddpm_ext.hub.push import _complete
     from diffusers_ddpm_ext.hub.upload import files_of, freeze
 
     place = tmp_path_factory.mktemp("pushed")

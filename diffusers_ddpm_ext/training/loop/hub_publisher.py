@@ -162,16 +162,17 @@ class Publisher:
         Raises:
             RunError: it could not be pushed; the folder is whole, and the sentence names the line that finishes it.
         """
-        from diffusers_ddpm_ext.hub.push import parse_push_args, push
+        from diffusers_ddpm_ext.hub.push import PushOptions, check_repo_id, push
 
         self._collect(wait=True)
         if not (self.folder / "model_index.json").is_file():
             return f"nothing was pushed: {self.folder} holds no pipeline yet"
-        flags = self._flags()
-        if self.with_checkpoint and newest(self.folder).checkpoint is None:
-            flags.remove("--with_checkpoint")
+        checkpoint = newest(self.folder).checkpoint if self.with_checkpoint else None
         try:
-            return push(parse_push_args([str(self.folder), *flags]))
+            options = PushOptions(
+                self.folder, check_repo_id(self.repo_id), self.options.hub_private_repo, checkpoint is not None
+            )
+            return push(options, None if checkpoint is None else checkpoint.path)
         except ConfigError as error:
             raise RunError(f"not pushed: {error}; to finish: {self.line}") from None
 
