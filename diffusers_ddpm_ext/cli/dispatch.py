@@ -126,12 +126,15 @@ def _train(argv: list[str]) -> None:
 
 
 def _configure(argv: list[str]) -> TrainConfig:
+    from diffusers_ddpm_ext.training.checkpoints.output_dir import check_output_dir
     from diffusers_ddpm_ext.training.config.checks import tracker_names
     from diffusers_ddpm_ext.training.config.train_config import parse_train_args
 
     if not {"-h", "--help"} & {*argv}:
         _need(TRAIN_MODULES)
     config = parse_train_args(argv)
+    if os.environ.get("RANK", "0") == "0":  # the main process creates the folder; a later one may find it in use
+        check_output_dir(config.output, config.resumes)
     _need({"sklearn": "scikit-learn"} if config.on_digits else {})
     _need({"datasets": "datasets"} if config.data.dataset_name else {})
     told = config.output.report_to

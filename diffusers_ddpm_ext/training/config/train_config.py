@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from diffusers_ddpm_ext.errors import ConfigError
-from diffusers_ddpm_ext.training.checkpoints.output_dir import check_output_dir
 from diffusers_ddpm_ext.training.config.checks import WITHOUT_WARMUP, check, check_data, check_limits
 from diffusers_ddpm_ext.training.config.flags import (
     CANONICAL,
@@ -296,10 +295,7 @@ def _resolve(layers: Sequence[_Layer], typed: set[str]) -> TrainConfig:
         section: cls(**{name: flat[name] for name, option in OPTIONS.items() if option.section == section})
         for section, cls in SECTIONS.items()
     }
-    config = TrainConfig(**sections)
-    if os.environ.get("RANK", "0") == "0":  # the first process takes the folder; a later one may find it in use
-        check_output_dir(config.output, config.resumes)
-    return config
+    return TrainConfig(**sections)
 
 
 def _replaced(layer: _Layer) -> dict[str, None]:

@@ -18,7 +18,7 @@ from diffusers_ddpm_ext.errors import ConfigError, warn
 from diffusers_ddpm_ext.losses.checks import BOUND_LOSSES
 from diffusers_ddpm_ext.models.ema import LitEMA
 from diffusers_ddpm_ext.training.checkpoints.lock import FolderLock
-from diffusers_ddpm_ext.training.checkpoints.output_dir import take_output_dir
+from diffusers_ddpm_ext.training.checkpoints.output_dir import check_output_dir, take_output_dir
 from diffusers_ddpm_ext.training.config.checks import tracker_names
 from diffusers_ddpm_ext.training.config.train_config import TrainConfig
 from diffusers_ddpm_ext.training.data.dataset import ImageData, load_data
@@ -194,6 +194,8 @@ def start(config: TrainConfig) -> Run:
     trackers = [] if loop.dry_run else tracker_names(config.output.report_to)
     accelerator = make_accelerator(loop.mixed_precision, loop.gradient_accumulation_steps, trackers)
     with same_fate(accelerator):
+        if accelerator.is_main_process:
+            check_output_dir(config.output, config.resumes)
         check_token(config.hub)
         data = load_data(config.data, config.model.conditioning_key, progress=accelerator.is_main_process)
         parts = build_parts(
