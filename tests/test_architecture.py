@@ -1,138 +1,90 @@
-"""The house: imports go strictly down, and rooms of one floor do not know each other."""
+"""Folders import only folders of a lower floor; folders on one floor do not know each other."""
 
 from __future__ import annotations
 
 import ast
+from pathlib import Path
 
+import diffusers.pipelines
 import pytest
 from helpers.paths import ROOT
 
-PACKAGE = ROOT / "diffusers_ddpm_ext"
-FLOORS: list[set[str]] = [
-    {"_version", "shards", "quiet", "run_files"},
-    {"schedule", "distance", "logvar", "ema", "lr_lambdas", "unet", "class_embedder", "perceptual"},
-    {"conditioning"},
-    {"guidance"},
-    {"gaussian", "weighting", "plots", "respacing", "stock_config", "variance", "timesteps", "estimate"},
-    {"reverse", "bound_plots"},
-    {"likelihood", "objective_checks"},
-    {"fitting"},
-    {"compvis_names"},
-    {"fitted_config"},
-    {"scheduler", "objective"},
-    {"layout", "samplers"},
-    {"pipeline_files"},
-    {"pipeline"},
-    {"compvis.kinds"},
-    {"compvis.machine", "compvis.yaml_file", "compvis.rows", "compvis.targets", "compvis.architecture"},
-    {"compvis.run_keys"},
-    {"compvis.opcodes", "compvis.backwards", "compvis.names", "compvis.config", "compvis.openai"},
-    {"compvis.unpickle", "compvis.weights"},
-    {"compvis.storages", "compvis.zips"},
-    {"compvis.archive"},
-    {"compvis.contents", "compvis.recipes"},
-    {"compvis.report"},
-    {"compvis.checkpoint", "compvis.export"},
-    {"compvis.converted"},
-    {
-        "training.depth",
-        "training.showing",
-        "training.errors",
-        "training.lock",
-        "training.manifest",
-        "training.keys",
-        "training.signals",
-    },
-    {"training.options", "training.words", "training.checkpoints"},
-    {"training.flags", "training.folder", "training.yaml_text", "opening", "hub"},
-    {"proof"},
-    {"card"},
-    {"push_command"},
-    {"training.checks"},
-    {"training.config"},
-    {"training.pictures", "training.sources"},
-    {"training.columns", "training.condition_dropout"},
-    {
-        "training.data",
-        "training.task",
-        "training.optim",
-        "training.records",
-        "training.monitor",
-        "training.processes",
-        "training.export",
-        "training.snapshot",
-    },
-    {
-        "training.state",
-        "training.denoisers",
-        "training.preview",
-        "training.evaluate",
-        "training.report",
-        "training.stream",
-        "training.warm_start",
-    },
-    {"training.build", "training.bound", "training.pages", "training.publish", "training.curves"},
-    {"training.run"},
-    {"training.clock", "training.resume", "training.step", "training.validation"},
-    {"training.keeping", "training.nonfinite"},
-    {"training.gallery"},
-    {"training.trainer"},
-    {"subject", "sample_files", "sample_options"},
-    {"fit_command"},
-    {
-        "sample_command",
-        "convert_command",
-        "convert_config_command",
-        "evaluate_command",
-        "plot_command",
-        "verify_command",
-    },
-    {"report_command", "doctor_command"},
-    {"cli"},
-    {"__main__"},
-]
-FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-DOORS = {"", "training", "compvis"}  # __init__ files: names handed out lazily, imported by nobody inside
+NAME = "diffusers_ddpm_ext"
+FLOORS = {  # of the package, of training/ and of compvis/: the lowest first
+    "": "errors _version | utils | diffusion | models losses schedulers plotting metrics gaussian likelihood timesteps"
+    " | pipelines | compvis hub | training | cli | __main__",
+    "training": "signals | distributed | config | data checkpoints | factory | evaluation tracking | loop | trainer",
+    "compvis": "reader schema | architecture | key_map unet_params config | weights | state_dict | report save | load"
+    " | convert",
+}
+LIGHT = ("training/config", "cli/dispatch.py", "training/checkpoints/__init__.py")  # loaded before torch is
 
 
-def rooms() -> list[str]:
-    found = []
-    for path in sorted(PACKAGE.rglob("*.py")):
-        parts = path.relative_to(PACKAGE).with_suffix("").parts
-        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-        found.append(name)
-    return found
-
-
-def imported(room: str) -> set[str]:
-    """Rooms of this package that a module imports anywhere, inside functions too."""
-    base = PACKAGE.joinpath(*room.split("."))
-    tree = ast.parse(base.with_suffix(".py").read_text())
-    names = set()
-    for node in ast.walk(tree):
+def imported(path: Path) -> set[str]:
+    """Full names of all that a file imports anywhere, inside functions too."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{room}: relative import"
-            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
-    inside = {name.removeprefix("diffusers_ddpm_ext").lstrip(".") for name in names if name.startswith(PACKAGE.name)}
-    return {name for name in inside if name in set(rooms()) - DOORS}
+            assert node.level == 0, f"{path}: relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
 
 
-def test_every_room_has_a_floor():
-    assert set(rooms()) - DOORS == set(FLOOR_OF), "a module was added or removed: say on which floor it stands"
+def violations(package: Path) -> list[str]:
+    """Every import that does not lead to a lower floor, and every module that stands on none."""
+    found = []
+    for path in sorted(package.rglob("*.py")):
+        module = path.relative_to(package).with_suffix("").parts
+        for inside, floors in FLOORS.items():
+            own, prefix = module[1:] if inside else module, f"{NAME}.{inside}.".replace("..", ".")
+            if (inside and module[0] != inside) or own[0] == "__init__":
+                continue
+            floor_of = {name: number for number, names in enumerate(floors.split("|")) for name in names.split()}
+            if own[0] not in floor_of:
+                found.append(f"{'/'.join(module)} stands on no floor")
+            for name in imported(path):
+                other = name.removeprefix(prefix).split(".")[0]
+                if not name.startswith(prefix) or other == own[0] or other not in floor_of:
+                    continue
+                if floor_of[other] >= floor_of.get(own[0], 0):
+                    found.append(f"{'/'.join(module)} imports {name}")
+    folders = {path.parent.name for path in package.rglob("__init__.py")} - {NAME}
+    found += [f"a folder is called {name}" for name in folders & set(dir(diffusers.pipelines))]
+    light = [path for name in LIGHT for path in [package / name, *(package / name).rglob("*.py")] if path.is_file()]
+    found += [
+        f"{path.name} imports torch" for path in light if any(n.split(".")[0] == "torch" for n in imported(path))
+    ]
+    return found
 
 
-@pytest.mark.parametrize("room", sorted(FLOOR_OF))
-def test_imports_go_down(room):
-    for other in imported(room):
-        assert FLOOR_OF[other] < FLOOR_OF[room], f"{room} imports {other}, which does not stand below it"
+def test_the_package_keeps_to_its_floors():
+    assert violations(ROOT / NAME) == []
 
 
-def test_training_folder_shadows_nothing():
+@pytest.mark.parametrize(
+    ("file", "line", "told"),
+    [
+        ("diffusion/planted.py", "from diffusers_ddpm_ext.models import ema", "imports diffusers_ddpm_ext.models.ema"),
+        (
+            "models/planted.py",
+            "def f():\n    import diffusers_ddpm_ext.losses.logvar",
+            "imports diffusers_ddpm_ext.losses",
+        ),
+        ("training/data/planted.py", "from diffusers_ddpm_ext.training.loop import run", "imports"),
+        ("compvis/schema.py", "from diffusers_ddpm_ext.compvis.load import x", "imports"),
+        ("training/config/planted.py", "def f():\n    from torch import nn", "planted.py imports torch"),
+        ("ddpm/__init__.py", "", "a folder is called ddpm"),
+        ("elsewhere.py", "", "stands on no floor"),
+    ],
+)
+def test_a_planted_violation_is_found(file, line, told, tmp_path):
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).write_text(f"{line}\n")
+    assert any(told in each for each in violations(tmp_path)), violations(tmp_path)
+
+
+def test_the_training_folder_at_the_top_shadows_nothing():
     """`accelerate launch training/train.py` puts that folder first on sys.path."""
-    assert {path.name for path in (PACKAGE.parent / "training").glob("*.py")} == {"train.py"}
-
-
-def test_the_check_sees_imports():
-    assert "schedule" in imported("gaussian")
+    assert {path.name for path in (ROOT / "training").glob("*.py")} == {"train.py"}

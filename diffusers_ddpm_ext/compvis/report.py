@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from diffusers_ddpm_ext.compvis.rows import Row
+from diffusers_ddpm_ext.compvis.schema import Row
 from diffusers_ddpm_ext.compvis.state_dict import LeftOut
 from diffusers_ddpm_ext.compvis.weights import Moved
 

@@ -7,13 +7,33 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from diffusers_ddpm_ext.utils import lr_lambdas
 
 POWER = re.compile(r"[-+]?\d+[eE][-+]?\d+")  # which plain YAML takes for text
+
+
+Fate = Literal["translated", "without effect", "refused"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One key of a file.
+
+    Attributes:
+        key: dotted, as it stands in the file.
+        value: as it stands in the file.
+        fate: what became of it.
+        note: what it is here, or why it is nothing.
+    """
+
+    key: str
+    value: Any
+    fate: Fate
+    note: str
 
 
 @dataclass(frozen=True)

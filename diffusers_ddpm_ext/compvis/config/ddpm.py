@@ -16,11 +16,10 @@ from diffusers_ddpm_ext.compvis import schema as kinds
 from diffusers_ddpm_ext.compvis.architecture import DEFAULTS, WITHOUT_EFFECT
 from diffusers_ddpm_ext.compvis.config import targets
 from diffusers_ddpm_ext.compvis.config.run_keys import RunKeys, leaves, mapping
-from diffusers_ddpm_ext.compvis.rows import Fate, Row
-from diffusers_ddpm_ext.compvis.schema import short
-from diffusers_ddpm_ext.compvis.yaml_file import load_yaml
+from diffusers_ddpm_ext.compvis.schema import Fate, Row, short
 from diffusers_ddpm_ext.models.conditioning import NEEDS
 from diffusers_ddpm_ext.schedulers.config import COMPVIS_SCHEDULES
+from diffusers_ddpm_ext.utils.yaml_file import load_yaml
 
 PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 CONDITIONING_KEYS = ("concat", "crossattn", "hybrid", "adm", "hybrid-adm", "crossattn-adm")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusers_ddpm_ext.compvis.rows import Fate, Row
+from diffusers_ddpm_ext.compvis.schema import Fate, Row
 
 FAMILIES = ("improved", "guided")
 NUM_CLASSES = 1000

@@ -8,8 +8,7 @@ from typing import Any
 
 from diffusers_ddpm_ext.compvis import schema as kinds
 from diffusers_ddpm_ext.compvis.config import targets
-from diffusers_ddpm_ext.compvis.rows import Fate, Row
-from diffusers_ddpm_ext.compvis.schema import short
+from diffusers_ddpm_ext.compvis.schema import Fate, Row, short
 
 
 class RunKeys:

@@ -18,8 +18,8 @@ from diffusers_ddpm_ext.compvis.architecture import translate_unet
 from diffusers_ddpm_ext.compvis.config.ddpm import read_config
 from diffusers_ddpm_ext.compvis.config.recipe import recipe, write_recipe
 from diffusers_ddpm_ext.compvis.config.run_keys import leaves
-from diffusers_ddpm_ext.compvis.yaml_file import load_yaml
 from diffusers_ddpm_ext.training.config.train_config import TrainConfig, parse_train_args
+from diffusers_ddpm_ext.utils.yaml_file import load_yaml
 
 DDPM = "ldm.models.diffusion.ddpm.DDPM"
 LATENT = "ldm.models.diffusion.ddpm.LatentDiffusion"
