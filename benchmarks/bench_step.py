@@ -35,7 +35,7 @@ from diffusers_ddpm_ext.training.config.train_config import TrainConfig
 from diffusers_ddpm_ext.training.loop.run import Run, start
 from diffusers_ddpm_ext.training.loop.step import clip, seed_dropout
 from diffusers_ddpm_ext.training.tracking.metrics import StepTrace
-from diffusers_ddpm_ext.training.trainer import open_records, read_losses
+from diffusers_ddpm_ext.training.trainer import open_metrics_logger, read_losses
 from diffusers_ddpm_ext.utils import random_keys as keys
 
 STEPS = 10  # of a round; our logging interval, so that each round reads the losses once
@@ -84,7 +84,7 @@ def peer_step(accelerator: Accelerator, model: UNet2DModel, batch: torch.Tensor)
 
 def our_step(run: Run, batch: torch.Tensor) -> Callable[[], None]:
     """The parts of the trainer's step around forward and backward."""
-    records, schedule = open_records(run), run.parts.objective.schedule
+    records, schedule = open_metrics_logger(run), run.parts.objective.schedule
     positions, ones = torch.arange(len(batch)), torch.ones(len(batch))
     output = ObjectiveOutput(*torch.full((5,), 0.5).unbind(), ones, ones)
 
@@ -101,7 +101,7 @@ def our_step(run: Run, batch: torch.Tensor) -> Callable[[], None]:
         run.ema.step(run.denoiser)
         run.step += 1
         run.meter.add(StepTrace(run.step, learning_rate, [output], [positions], [t], norms))
-        records.bar.update()
+        records.progress_bar.update()
         if run.step % run.config.output.logging_steps == 0:
             read_losses(run, records)
 

@@ -31,7 +31,7 @@ from sklearn.linear_model import LogisticRegression
 from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtScheduler, DDPMObjective
 from diffusers_ddpm_ext.training.config.options import DataOptions
 from diffusers_ddpm_ext.training.data.dataset import ImageSet, load_data
-from diffusers_ddpm_ext.training.evaluation.validation_loss import Workers, measure_log_loss
+from diffusers_ddpm_ext.training.evaluation.validation_loss import Processes, log_loss_per_step
 from diffusers_ddpm_ext.training.factory.task import DenoisingTask
 from diffusers_ddpm_ext.utils import random_keys as keys
 
@@ -115,9 +115,9 @@ def judge_logvar(folder: Path, logvar: torch.Tensor, training: ImageSet, draws: 
     denoiser = UNet2DModel.from_pretrained(folder, subfolder="unet", variant=variant)
     scheduler = DDPMExtScheduler.from_pretrained(folder, subfolder="scheduler")
     task = DenoisingTask(denoiser, DDPMObjective(scheduler))
-    alone = Workers(0, 1, torch.device("cpu"), lambda tensor: tensor)
+    alone = Processes(0, 1, torch.device("cpu"), lambda tensor: tensor)
     timesteps = torch.arange(len(logvar)).repeat(draws)
-    off = np.abs(measure_log_loss(task, training, 1, timesteps, 256, alone) - logvar.numpy())
+    off = np.abs(log_loss_per_step(task, training, 1, timesteps, 256, alone) - logvar.numpy())
     close = f"within 0.2 at {100 * (off < 0.2).mean():.1f} %"
     write(f"logvar      mean distance to the log loss {off.mean():.3f} ({draws} draws a step), {close}")
 

@@ -27,7 +27,7 @@ from diffusers_ddpm_ext.pipelines.loading import check_dtype, check_folder, find
 from diffusers_ddpm_ext.training.config.flags import Parser
 
 if TYPE_CHECKING:
-    from diffusers_ddpm_ext.training.evaluation.validation_loss import Workers
+    from diffusers_ddpm_ext.training.evaluation.validation_loss import Processes
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 NAME = "evaluation"
@@ -155,17 +155,17 @@ def evaluate(options: EvaluateOptions) -> str:
 
     from diffusers_ddpm_ext.diffusion.likelihood_estimate import Strata, estimate, step_table
     from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
-    from diffusers_ddpm_ext.training.evaluation.bound import Measure, measure_bound
-    from diffusers_ddpm_ext.training.evaluation.cache import Pages
+    from diffusers_ddpm_ext.training.evaluation.bound import BoundEvaluation, evaluate_bound
+    from diffusers_ddpm_ext.training.evaluation.cache import EvaluationCache
 
-    workers = _workers(options.device)
+    processes = _processes(options.device)
     folder, variant = options.folder, _variant(options)
     asked = f"--weights {options.weights}"
-    pipeline = open_pipeline(folder, variant, workers.device, options.dtype, asked)
+    pipeline = open_pipeline(folder, variant, processes.device, options.dtype, asked)
     scheduler = pipeline.scheduler
     if not isinstance(scheduler, DDPMExtScheduler):
         raise ConfigError(f"{folder}: a {type(scheduler).__name__} defines no chain to evaluate; it needs DDPM's")
-    data = load_images(folder, pipeline, options.data, workers.rank == 0)
+    data = load_images(folder, pipeline, options.data, processes.rank == 0)
     images = held_out(data, options.split)
     bin_width = 2 / (images.levels - 1) if options.bin_width is None else options.bin_width
     try:
@@ -174,7 +174,7 @@ def evaluate(options: EvaluateOptions) -> str:
         strata = Strata.of(scheduler.kept, options.num_timesteps)
     except ValueError as error:
         raise ConfigError(f"--num_{_named(str(error))}: {error}") from None
-    measure = Measure(
+    measure = BoundEvaluation(
         scheduler,
         images,
         spread_evenly(len(images), options.max_images),
@@ -186,14 +186,16 @@ def evaluate(options: EvaluateOptions) -> str:
         bin_width=bin_width,
     )
     options.out.mkdir(exist_ok=True)
-    ledger = Pages(options.out, _fingerprint(options, data.fingerprint, pipeline), workers)
+    cache = EvaluationCache(options.out, _fingerprint(options, data.fingerprint, pipeline), processes)
     pipeline.unet.eval()
-    with tqdm(total=-(-measure.rows // workers.world), desc="evaluating", unit="row", disable=workers.rank > 0) as bar:
-        rows = measure_bound(Caller(pipeline), measure, workers, getattr(torch, options.dtype), ledger, bar.update)
+    with tqdm(
+        total=-(-measure.rows // processes.world_size), desc="evaluating", unit="row", disable=processes.rank > 0
+    ) as bar:
+        rows = evaluate_bound(Caller(pipeline), measure, processes, getattr(torch, options.dtype), cache, bar.update)
     if not np.isfinite(rows.bits).all():
         place = int(rows.places[~np.isfinite(rows.bits)].min())
         raise RunError(f"the bound is not finite at step {int(scheduler.kept.timesteps[place])} of {folder}")
-    if workers.rank > 0:
+    if processes.rank > 0:
         return ""
     result = estimate(rows.bits, rows.prior, strata, options.confidence)
     table = step_table(rows.bits, rows.places, scheduler.kept.timesteps)
@@ -214,7 +216,7 @@ def evaluate(options: EvaluateOptions) -> str:
         _write(options, facts, table)
     except OSError as error:
         raise RunError(f"cannot write {error.filename or options.out}: {error.strerror or error}") from None
-    ledger.close()
+    cache.close()
     return _told(facts, options)
 
 
@@ -231,18 +233,18 @@ def _variant(options: EvaluateOptions) -> str | None:
     return "raw" if raw else None
 
 
-def _workers(device: str | None) -> Workers:
+def _processes(device: str | None) -> Processes:
     """This process alone, or all that a launcher started."""
-    from diffusers_ddpm_ext.training.evaluation.validation_loss import Workers
+    from diffusers_ddpm_ext.training.evaluation.validation_loss import Processes
 
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return Workers(0, 1, find_device(device), lambda tensor: tensor)
+        return Processes(0, 1, find_device(device), lambda tensor: tensor)
     from diffusers_ddpm_ext.training.distributed import make_accelerator, sum_over_ranks
 
     accelerator = make_accelerator(None, 1, [])
     if device is not None and find_device(device).type != accelerator.device.type:
         raise ConfigError(f"--device {device}: the launcher gives each process its own: leave it out")
-    return Workers(
+    return Processes(
         accelerator.process_index,
         accelerator.num_processes,
         accelerator.device,

@@ -43,7 +43,7 @@ from diffusers_ddpm_ext.training.loop.step import train_step
 from diffusers_ddpm_ext.training.loop.stop_requests import Asked, Clock
 from diffusers_ddpm_ext.training.loop.validation import measure
 from diffusers_ddpm_ext.training.signals import listening
-from diffusers_ddpm_ext.training.tracking.metrics import Records, first_nonfinite
+from diffusers_ddpm_ext.training.tracking.metrics import MetricsLogger, first_nonfinite
 from diffusers_ddpm_ext.utils.files import CONFIG, ENVIRONMENT, METRICS
 
 PROJECT = "diffusers-ddpm-ext"
@@ -110,25 +110,25 @@ def carry_out(run: Run, began: float) -> None:
         run.config.write_resolved(run.taken_folder / CONFIG)
         write_environment(run)
     run.accelerator.print(describe(run))
-    records = open_records(run)
+    logger = open_metrics_logger(run)
     if run.step == 0:
         spared(run, draw_data)
         place = run.taken_folder / FOLDER
         if run.accelerator.is_main_process:
             pictures = {name: place / f"{name}.png" for name in ("inputs", "diffusion_row")}
-            records.show(run.accelerator.trackers, pictures, 0)
+            logger.log_images(run.accelerator.trackers, pictures, 0)
         if run.config.loop.on_nonfinite == "rollback":
-            keep(run, records)  # or there would be nothing to go back to before the first checkpoint
+            keep(run, logger)  # or there would be nothing to go back to before the first checkpoint
     try:
-        fit(run, records, Clock(run, began))
+        fit(run, logger, Clock(run, began))
     except Halt as halt:
-        records.bar.close()
+        logger.progress_bar.close()
         say_how_to_go_on(run, halt)
         if halt.signal:
             end(run)
             raise SystemExit(128 + halt.signal) from None
         return
-    records.bar.close()
+    logger.progress_bar.close()
     if run.accelerator.is_main_process:
         mark_finished(run)
     run.accelerator.print(
@@ -186,12 +186,12 @@ def say_how_to_go_on(run: Run, halt: Halt) -> None:
     )
 
 
-def fit(run: Run, records: Records, clock: Clock) -> None:
+def fit(run: Run, logger: MetricsLogger, clock: Clock) -> None:
     """Go from the run's step to its end.
 
     Args:
         run: before a step, or in the middle of what its step calls for.
-        records: where its numbers go.
+        logger: where its numbers go.
         clock: what time and signals ask for.
 
     Raises:
@@ -201,38 +201,38 @@ def fit(run: Run, records: Records, clock: Clock) -> None:
     batches = open_batches(run)
     rolling = run.config.loop.on_nonfinite == "rollback"
     run.task.train()
-    with records.watch.stopped():
-        catch_up(run, records, clock)
+    with logger.stopwatch.stopped():
+        catch_up(run, logger, clock)
     while run.step < run.plan.steps and not run.stopped_early:
         applied = train_step(run, batches)
         if not applied:
             recover(run)
         elif not rolling:
             run.recoveries = 0
-        records.bar.update()
+        logger.progress_bar.update()
         asked = clock.asked()
         now = due(run, asked)
         run.todo = list(now.tasks)
         if now.logging:
-            read_losses(run, records)
-        with records.watch.stopped():
+            read_losses(run, logger)
+        with logger.stopwatch.stopped():
             if now.checkpoint:
-                kept = keep(run, records)
+                kept = keep(run, logger)
                 if kept and applied:
                     run.recoveries = 0
                 if run.publisher is not None and run.publisher.with_checkpoint and run.step < run.plan.steps:
                     run.publisher.on_the_way(run.step)
                 if asked.stops:
                     raise Halt(asked.signal, kept)
-            catch_up(run, records, clock)
+            catch_up(run, logger, clock)
 
 
-def catch_up(run: Run, records: Records, clock: Clock) -> None:
+def catch_up(run: Run, logger: MetricsLogger, clock: Clock) -> None:
     """Do what the present step still calls for, each task whole or not at all.
 
     Args:
         run: its ``todo`` is empty afterwards.
-        records: of the run.
+        logger: of the run.
         clock: what signals ask for meanwhile.
 
     Raises:
@@ -240,11 +240,11 @@ def catch_up(run: Run, records: Records, clock: Clock) -> None:
     """
     while run.todo:
         task = run.todo[0]
-        if TASKS[task](run, records) and run.todo[:1] == [task]:
+        if TASKS[task](run, logger) and run.todo[:1] == [task]:
             run.todo = run.todo[1:]
         asked = clock.asked()
         if asked.stops:
-            raise Halt(asked.signal, keep(run, records))
+            raise Halt(asked.signal, keep(run, logger))
 
 
 END = ("model", "validation", "end")
@@ -311,14 +311,14 @@ def open_batches(run: Run) -> Iterator[Batch]:
     )
 
 
-def open_records(run: Run) -> Records:
+def open_metrics_logger(run: Run) -> MetricsLogger:
     """Files, tracker and progress bar.
 
     Args:
         run: it has its folder.
 
     Returns:
-        The records of this process; only the first one's write anything.
+        The logger of this process; only the first one's write anything.
     """
     accelerator, config, down = run.accelerator, run.config, False
     if accelerator.log_with:
@@ -327,11 +327,11 @@ def open_records(run: Run) -> Records:
         plain = {name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in flat}
         down = start_tracker(run, plain)
     bar = tqdm(total=run.plan.steps, initial=run.step, unit="step", disable=not accelerator.is_main_process)
-    records = Records(run.taken_folder, accelerator.log, run.learns_logvar, run.plan.effective_batch, bar)
-    records.tracker_is_down = down
+    logger = MetricsLogger(run.taken_folder, accelerator.log, run.learns_logvar, run.plan.effective_batch, bar)
+    logger.tracker_failed = down
     if accelerator.is_main_process:
-        records.start(run.metrics_size)
-    return records
+        logger.open_files(run.metrics_size)
+    return logger
 
 
 def start_tracker(run: Run, options: dict[str, bool | int | float | str]) -> bool:
@@ -355,12 +355,12 @@ def start_tracker(run: Run, options: dict[str, bool | int | float | str]) -> boo
     return False
 
 
-def read_losses(run: Run, records: Records) -> None:
+def read_losses(run: Run, logger: MetricsLogger) -> None:
     """Write down the losses that wait on the device, and end a run whose losses are no numbers.
 
     Args:
         run: after a step at which every process calls this.
-        records: where the losses go.
+        logger: where the losses go.
 
     Raises:
         RunError: in the first process.
@@ -371,18 +371,18 @@ def read_losses(run: Run, records: Records) -> None:
     if rows:
         run.last_row = rows[-1].row(run.learns_logvar)
     if accelerator.is_main_process:
-        records.training(rows if broken is None else rows[: rows.index(broken)])
+        logger.log_training(rows if broken is None else rows[: rows.index(broken)])
     if broken is not None:
-        records.bar.close()
+        logger.progress_bar.close()
         give_up(run, broken.step)
 
 
-def validate(run: Run, records: Records) -> bool:
+def validate(run: Run, logger: MetricsLogger) -> bool:
     """Measure raw and EMA weights on the same images, timesteps and noise, and let the monitor judge.
 
     Args:
         run: after a step; none of its weights is changed.
-        records: where the result goes.
+        logger: where the result goes.
 
     Returns:
         Whether it was done; False where a signal broke it off, and its numbers are worth nothing.
@@ -391,24 +391,24 @@ def validate(run: Run, records: Records) -> bool:
     if largest_over_ranks(run.accelerator, int(bool(run.requests.stopped_by))):
         return False
     if values and run.accelerator.is_main_process:
-        records.validation(run.step, values)
+        logger.log_validation(run.step, values)
     run.todo = [task for task in run.todo if task != "validation"]  # done, in the checkpoint below too
     if run.monitor is not None:
-        verdict = run.monitor.update(run.step, (values | run.last_row).get(run.monitor.name, math.nan))
-        if verdict.stop and run.step < run.plan.steps:
+        decision = run.monitor.update(run.step, (values | run.last_row).get(run.monitor.name, math.nan))
+        if decision.stop and run.step < run.plan.steps:
             run.stopped_early = True
             run.todo = [task for task in END if task != "validation"]
             run.accelerator.print(f"step {run.step:,}: {run.monitor.name} has not improved lately; stopping early")
-        keep_best(run, records, verdict)
+        keep_best(run, logger, decision)
     return True
 
 
-def save(run: Run, records: Records) -> bool:
+def save(run: Run, logger: MetricsLogger) -> bool:
     """Put the pipeline, as it is now, into the run's folder.
 
     Args:
         run: after a step.
-        records: of the run.
+        logger: of the run.
 
     Returns:
         True: it is done, or cannot be.
@@ -421,13 +421,13 @@ def save(run: Run, records: Records) -> bool:
     if networks is not None:
         try:
             save_pipeline(
-                run.taken_folder, networks, run.parts.scheduler, logvar, run.parts.joined, logvar_network(run)
+                run.taken_folder, networks, run.parts.scheduler, logvar, run.parts.pipeline_kwargs, logvar_network(run)
             )
         except OSError as error:
             failure = f"the pipeline could not be saved in {run.folder} ({error.strerror or error})"
     run.accelerator.wait_for_everyone()
     if failure and "end" in run.todo:
-        records.bar.close()
+        logger.progress_bar.close()
         raise RunError(f"{failure}; make room and go on with --resume_from_checkpoint latest")
     if failure:
         warn(failure)
@@ -455,12 +455,12 @@ def spared(run: Run, picture: Callable[[Run], None]) -> bool:
     return True
 
 
-def shown(run: Run, records: Records, picture: Callable[[Run], None]) -> bool:
+def shown(run: Run, logger: MetricsLogger, picture: Callable[[Run], None]) -> bool:
     """Draw, and let the trackers have what was drawn.
 
     Args:
         run: after a step.
-        records: of the run.
+        logger: of the run.
         picture: draws.
 
     Returns:
@@ -472,14 +472,14 @@ def shown(run: Run, records: Records, picture: Callable[[Run], None]) -> bool:
         names = [f"samples-{run.step}", f"denoise_row-{run.step}"]
         names += ["loss", "logvar"] if run.step == run.plan.steps else []
         pictures = {name.partition("-")[0]: place / f"{name}.png" for name in names}
-        records.show(run.accelerator.trackers, pictures, run.step)
+        logger.log_images(run.accelerator.trackers, pictures, run.step)
     return done
 
 
-TASKS: dict[str, Callable[[Run, Records], bool]] = {
+TASKS: dict[str, Callable[[Run, MetricsLogger], bool]] = {
     "validation": validate,
-    BEST: lambda run, records: keep_best_pipeline(run),
-    "images": lambda run, records: shown(run, records, draw_samples),
+    BEST: lambda run, logger: keep_best_pipeline(run),
+    "images": lambda run, logger: shown(run, logger, draw_samples),
     "model": save,
-    "end": lambda run, records: shown(run, records, draw_end),
+    "end": lambda run, logger: shown(run, logger, draw_end),
 }

@@ -152,12 +152,11 @@ def test_decoders_and_clipping(folder):
 
 
 def test_a_broken_off_command_goes_on_where_it_was(folder, monkeypatch):
-    from diffusers_ddpm_ext.training.evaluation import bound
-    from diffusers_ddpm_ext.training.evaluation import cache as pages
+    from diffusers_ddpm_ext.training.evaluation import bound, cache
 
     whole = evaluated(folder, "--num_timesteps", "5", "--batch_size", "8")
-    monkeypatch.setattr(pages, "SECONDS_BETWEEN_SAVES", -1.0)
-    real, calls = bound._of_rows, []
+    monkeypatch.setattr(cache, "SECONDS_BETWEEN_SAVES", -1.0)
+    real, calls = bound._evaluate_rows, []
 
     def dying(*args):
         calls.append(args[3])
@@ -165,7 +164,7 @@ def test_a_broken_off_command_goes_on_where_it_was(folder, monkeypatch):
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(bound, "_of_rows", dying)
+    monkeypatch.setattr(bound, "_evaluate_rows", dying)
     argv = ["evaluate", str(folder), *LIMIT, "--num_timesteps", "5", "--batch_size", "8"]
     assert cli.main(argv) == 130
     assert list((folder / "evaluation").glob(".rows-*"))

@@ -19,13 +19,13 @@ from diffusers_ddpm_ext.diffusion.likelihood import EIGHT_BITS, ChainScheduler, 
 from diffusers_ddpm_ext.diffusion.likelihood_estimate import Strata
 from diffusers_ddpm_ext.models.conditioning import Conditions
 from diffusers_ddpm_ext.training.data.dataset import ImageSet
-from diffusers_ddpm_ext.training.evaluation.validation_loss import Workers
+from diffusers_ddpm_ext.training.evaluation.validation_loss import Processes
 from diffusers_ddpm_ext.utils import random_keys as keys
 
 Network = Callable[[Tensor, Tensor, Conditions], Tensor]
 
 
-class Ledger(Protocol):
+class BatchCache(Protocol):
     """Where rows are kept that were measured before."""
 
     def known(self, batch: int) -> Tensor | None:
@@ -38,7 +38,7 @@ class Ledger(Protocol):
 
 
 @dataclass(frozen=True)
-class Measure:
+class BoundEvaluation:
     """What is measured.
 
     Attributes:
@@ -84,7 +84,7 @@ class Measure:
 
 
 @dataclass(frozen=True)
-class Rows:
+class BoundValues:
     """What was measured.
 
     Attributes:
@@ -99,54 +99,54 @@ class Rows:
 
 
 @torch.no_grad()
-def measure_bound(
+def evaluate_bound(
     network: Network,
-    measure: Measure,
-    workers: Workers,
+    measure: BoundEvaluation,
+    processes: Processes,
     dtype: torch.dtype = torch.float32,
-    ledger: Ledger | None = None,
+    ledger: BatchCache | None = None,
     progress: Callable[[int], None] = lambda rows: None,
-) -> Rows:
+) -> BoundValues:
     """Measure the rows; all processes enter, and take turns at the batches.
 
     Args:
         network: from noisy samples, steps and conditions to the network's output.
         measure: what is measured.
-        workers: how the work is shared.
+        processes: how the work is shared.
         dtype: that the network is fed in.
         ledger: of this process; what it knows is not measured again.
         progress: is told the rows of each batch that is done.
 
     Returns:
-        The rows, the same in every process; worth nothing if the workers were stopped.
+        The rows, the same in every process; worth nothing if the processes were stopped.
     """
     kept = measure.scheduler.kept
     law, steps = ReverseLaw.of(measure.scheduler), torch.from_numpy(kept.timesteps.copy())
     flat, count = torch.from_numpy(measure.places).flatten(), measure.places.shape[1]
-    table = torch.zeros(measure.rows, 2, dtype=exact_type(workers.device))
-    for first in range(0, measure.batches, workers.world):
-        batch = first + workers.rank
+    table = torch.zeros(measure.rows, 2, dtype=exact_type(processes.device))
+    for first in range(0, measure.batches, processes.world_size):
+        batch = first + processes.rank
         mine = batch < measure.batches
-        if workers.stopped() or not (mine or workers.lockstep):
+        if processes.stop_requested() or not (mine or processes.lockstep):
             break
         start = (batch if mine else 0) * measure.batch_size
         rows = torch.arange(start, min(start + measure.batch_size, measure.rows))
         values = None if ledger is None or not mine else ledger.known(batch)
         if values is None:
-            values = _of_rows(network, measure, law, rows, flat[rows], steps, count, workers.device, dtype)
+            values = _evaluate_rows(network, measure, law, rows, flat[rows], steps, count, processes.device, dtype)
             if ledger is not None and mine:
                 ledger.note(batch, values)
         if mine:
             table[rows] = values
             progress(len(rows))
-    whole = workers.sum_over_ranks(table.to(workers.device)).cpu().numpy()
+    whole = processes.sum_over_ranks(table.to(processes.device)).cpu().numpy()
     bits, prior = whole[:, 0].reshape(-1, count), whole[:, 1].reshape(-1, count)[:, 0]
-    return Rows(bits, prior, measure.places)
+    return BoundValues(bits, prior, measure.places)
 
 
-def _of_rows(
+def _evaluate_rows(
     network: Network,
-    measure: Measure,
+    measure: BoundEvaluation,
     law: ReverseLaw,
     rows: Tensor,
     place: Tensor,

@@ -11,22 +11,22 @@ from torch import Tensor
 
 from diffusers_ddpm_ext.errors import warn
 from diffusers_ddpm_ext.plotting.curves import write_whole
-from diffusers_ddpm_ext.training.evaluation.validation_loss import Workers
+from diffusers_ddpm_ext.training.evaluation.validation_loss import Processes
 
 SECONDS_BETWEEN_SAVES = 30.0
 
 
-class Pages:
+class EvaluationCache:
     """Rows of this process on the disk, for a command that is broken off.
 
     Args:
         folder: where they go.
         fingerprint: of what is measured; pages of anything else are not read.
-        workers: whose share they are.
+        processes: whose share they are.
     """
 
-    def __init__(self, folder: Path, fingerprint: str, workers: Workers) -> None:
-        self.path = folder / f".rows-{workers.rank}-of-{workers.world}.safetensors"
+    def __init__(self, folder: Path, fingerprint: str, processes: Processes) -> None:
+        self.path = folder / f".rows-{processes.rank}-of-{processes.world_size}.safetensors"
         self.fingerprint = fingerprint
         self.values: dict[str, Tensor] = {}
         self.saved = time.monotonic()
@@ -41,11 +41,11 @@ class Pages:
             self.values = {}
 
     def known(self, batch: int) -> Tensor | None:
-        """See `diffusers_ddpm_ext.training.evaluation.bound.Ledger`."""
+        """See `diffusers_ddpm_ext.training.evaluation.bound.BatchCache`."""
         return self.values.get(str(batch))
 
     def note(self, batch: int, values: Tensor) -> None:
-        """See `diffusers_ddpm_ext.training.evaluation.bound.Ledger`."""
+        """See `diffusers_ddpm_ext.training.evaluation.bound.BatchCache`."""
         self.values[str(batch)] = values
         if time.monotonic() - self.saved > SECONDS_BETWEEN_SAVES:
             self.save()

@@ -25,25 +25,25 @@ MIN_VALIDATION_DRAWS = 32
 
 
 @dataclass(frozen=True)
-class Workers:
+class Processes:
     """How a measurement is shared among processes.
 
     Attributes:
         rank: of this process.
-        world: number of processes.
+        world_size: number of processes.
         device: where the network lives.
         sum_over_ranks: adds a tensor over the processes; called by all of them.
-        stopped: whether this process is asked to stop; the rest of a measurement is then left out, and its result
+        stop_requested: whether this process should stop; the rest of a measurement is then left out, and its result
             worth nothing.
         lockstep: whether each process needs the others for a forward pass, as those of a sharded network do; then
-            ``stopped`` must answer the same in all of them.
+            ``stop_requested`` must answer the same in all of them.
     """
 
     rank: int
-    world: int
+    world_size: int
     device: torch.device
     sum_over_ranks: Callable[[Tensor], Tensor]
-    stopped: Callable[[], bool] = lambda: False
+    stop_requested: Callable[[], bool] = lambda: False
     lockstep: bool = False
 
 
@@ -69,14 +69,14 @@ class Draws:
 
 
 @dataclass(frozen=True)
-class Scores:
+class ValidationLosses:
     """Means over all draws, as the objective defines its terms."""
 
     loss: float
     loss_simple: float
     loss_vlb: float
 
-    def named(self, suffix: str = "") -> dict[str, float]:
+    def metrics(self, suffix: str = "") -> dict[str, float]:
         """The rows' names of CompVis: ``val/loss_simple`` and its fellows, ``_ema`` at their end for the average's."""
         values = {"loss_simple": self.loss_simple, "loss": self.loss, "loss_vlb": self.loss_vlb}
         return {f"val/{name}{suffix}": value for name, value in values.items()}
@@ -100,11 +100,13 @@ def validation_draws(seed: int, num_images: int, num_train_timesteps: int, max_i
     used = num_images if max_images is None else min(num_images, max_images)
     repeats = -(-MIN_VALIDATION_DRAWS // used)
     images = (torch.arange(used) * num_images // used).repeat(repeats)
-    timesteps = stratified(keys.generator(keys.VALIDATION, seed, "timesteps"), len(images), num_train_timesteps)
+    timesteps = stratified_timesteps(
+        keys.generator(keys.VALIDATION, seed, "timesteps"), len(images), num_train_timesteps
+    )
     return Draws(images, timesteps, keys.VALIDATION, seed)
 
 
-def stratified(generator: torch.Generator, count: int, num_train_timesteps: int) -> Tensor:
+def stratified_timesteps(generator: torch.Generator, count: int, num_train_timesteps: int) -> Tensor:
     """Steps that cover the chain evenly, in random order.
 
     Args:
@@ -122,7 +124,9 @@ def stratified(generator: torch.Generator, count: int, num_train_timesteps: int)
 
 
 @torch.no_grad()
-def score(task: DenoisingTask, images: ImageSet, draws: Draws, batch_size: int, workers: Workers) -> Scores:
+def compute_validation_losses(
+    task: DenoisingTask, images: ImageSet, draws: Draws, batch_size: int, processes: Processes
+) -> ValidationLosses:
     """Mean losses of a task's present weights.
 
     The batches are the same on any number of processes, which take turns at them.
@@ -132,7 +136,7 @@ def score(task: DenoisingTask, images: ImageSet, draws: Draws, batch_size: int, 
         images: the validation set.
         draws: from :func:`validation_draws`.
         batch_size: images in one forward pass.
-        workers: how to share the work.
+        processes: how to share the work.
 
     Returns:
         The means over all draws, the same on every process.
@@ -142,13 +146,13 @@ def score(task: DenoisingTask, images: ImageSet, draws: Draws, batch_size: int, 
         output = task(x0, noise, t, *_given(conditions))
         return torch.stack([output.loss, output.loss_simple, output.loss_vlb]).cpu().double() * len(t)
 
-    batches = _run(task, images, draws, batch_size, workers, terms, torch.zeros(-(-len(draws) // batch_size), 3))
-    return Scores(*(batches.sum(0) / len(draws)).tolist())
+    batches = _run(task, images, draws, batch_size, processes, terms, torch.zeros(-(-len(draws) // batch_size), 3))
+    return ValidationLosses(*(batches.sum(0) / len(draws)).tolist())
 
 
 @torch.no_grad()
-def measure_log_loss(
-    task: DenoisingTask, images: ImageSet, seed: int, timesteps: Tensor, batch_size: int, workers: Workers
+def log_loss_per_step(
+    task: DenoisingTask, images: ImageSet, seed: int, timesteps: Tensor, batch_size: int, processes: Processes
 ) -> np.ndarray:
     """The truth that learned log-variances estimate: the log of the mean unweighted loss at every step.
 
@@ -158,7 +162,7 @@ def measure_log_loss(
         seed: of the run.
         timesteps: the step of each draw, (N,), int64.
         batch_size: images in one forward pass.
-        workers: how to share the work.
+        processes: how to share the work.
 
     Returns:
         (T,), float64, natural log; NaN at steps without a draw.
@@ -172,7 +176,7 @@ def measure_log_loss(
         losses = task(x0, noise, t, *_given(conditions)).per_sample_simple.cpu().double()
         return torch.zeros(chain, dtype=torch.float64).index_add_(0, t.cpu(), losses)
 
-    total = _run(task, images, draws, batch_size, workers, terms, torch.zeros(1, chain))[0].numpy()
+    total = _run(task, images, draws, batch_size, processes, terms, torch.zeros(1, chain))[0].numpy()
     counts = np.bincount(timesteps.numpy(), minlength=chain)
     return np.log(np.divide(total, counts, out=np.full(chain, np.nan), where=counts > 0))
 
@@ -187,7 +191,7 @@ def _run(
     images: ImageSet,
     draws: Draws,
     batch_size: int,
-    workers: Workers,
+    processes: Processes,
     terms: Callable[[Tensor, Tensor, Tensor, Conditions], Tensor],
     table: Tensor,
 ) -> Tensor:
@@ -196,19 +200,19 @@ def _run(
     task.eval()
     table = table.double()
     batches = [range(start, min(start + batch_size, len(draws))) for start in range(0, len(draws), batch_size)]
-    for first in range(0, len(batches), workers.world):
-        number = first + workers.rank
+    for first in range(0, len(batches), processes.world_size):
+        number = first + processes.rank
         mine = number < len(batches)
-        if workers.stopped() or not (mine or workers.lockstep):
+        if processes.stop_requested() or not (mine or processes.lockstep):
             break
         places = batches[number if mine else 0]
         x0 = images.pixels(draws.images[places.start : places.stop])
         _, noise = keys.sample_draws(draws.seed, 0, places, x0.shape[1:], 1, draws.stream)
         t = draws.timesteps[places.start : places.stop]
-        conditions = images.conditions(draws.images[places.start : places.stop]).to(workers.device)
-        row = terms(x0.to(workers.device), noise.to(workers.device), t.to(workers.device), conditions)
+        conditions = images.conditions(draws.images[places.start : places.stop]).to(processes.device)
+        row = terms(x0.to(processes.device), noise.to(processes.device), t.to(processes.device), conditions)
         if mine:
             table[number % len(table)] += row
     task.train(training)
     reshard(task)  # no backward pass follows that would
-    return workers.sum_over_ranks(table.to(workers.device)).cpu()
+    return processes.sum_over_ranks(table.to(processes.device)).cpu()

@@ -30,7 +30,7 @@ CLASSES: dict[str, type] = {cls.__name__: cls for cls in (UNet2DModel, UNet2DCon
 
 
 @contextmanager
-def refusing(option: str) -> Iterator[None]:
+def as_config_error(option: str) -> Iterator[None]:
     """Turn a library's refusal into a sentence about an option.
 
     Args:
@@ -52,7 +52,7 @@ def refusing(option: str) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Shape:
+class DenoiserShape:
     """What goes into a network, and what comes out.
 
     Attributes:
@@ -100,14 +100,14 @@ class Shape:
         return torch.zeros(1, self.channels, *self.size), Conditions(labels, concat, context)
 
 
-def shape_of(
+def denoiser_shape(
     options: ModelOptions,
     size: tuple[int, int],
     channels: int,
     columns: Columns | None,
     null_class: int | None,
     variance_type: str = "fixed_small",
-) -> Shape:
+) -> DenoiserShape:
     """Put together what a run's network is fed.
 
     Args:
@@ -127,7 +127,7 @@ def shape_of(
     join = Join(options.conditioning_key, options.use_positional_encodings)
     variance = variance_type if variance_type in LEARNED_VARIANCES else None
     if columns is None:
-        return Shape(size, channels, join, variance=variance)
+        return DenoiserShape(size, channels, join, variance=variance)
     classes = len(columns.class_names) or None
     if classes is not None:
         least = max(classes, 0 if null_class is None else null_class + 1)
@@ -135,7 +135,7 @@ def shape_of(
         if classes < least:
             raise ConfigError(f"--num_class_embeds {classes} is too few: the data and the null class need {least}")
     contexts = columns.contexts
-    return Shape(
+    return DenoiserShape(
         size,
         channels,
         join,
@@ -147,7 +147,7 @@ def shape_of(
     )
 
 
-def build_denoiser(options: ModelOptions, shape: Shape, seed: int) -> UNet2DModel:
+def build_denoiser(options: ModelOptions, shape: DenoiserShape, seed: int) -> UNet2DModel:
     """A freshly initialised network for images of one size, and their conditions.
 
     Args:
@@ -175,14 +175,14 @@ def build_denoiser(options: ModelOptions, shape: Shape, seed: int) -> UNet2DMode
     if shape.needs("class_labels") and not config.get("class_embed_type"):
         config = {"num_class_embeds": shape.num_classes} | config
     _check_halvings(config, size, option)
-    with torch.random.fork_rng(devices=[]), refusing(option):
+    with torch.random.fork_rng(devices=[]), as_config_error(option):
         torch.manual_seed(keys.key(INITIAL_WEIGHTS, seed))
         denoiser: UNet2DModel = CLASSES[kind].from_config(config)  # type: ignore[attr-defined]
     _try(denoiser, shape, option)
     return denoiser
 
 
-def _kind(shape: Shape) -> str:
+def _kind(shape: DenoiserShape) -> str:
     """Name of the class of network that takes such inputs."""
     if shape.needs("encoder_hidden_states"):
         return "UNet2DConditionModel"
@@ -191,7 +191,7 @@ def _kind(shape: Shape) -> str:
     return "UNet2DExtModel" if special else "UNet2DModel"
 
 
-def _config_of_sizes(options: ModelOptions, shape: Shape) -> dict[str, Any]:
+def _config_of_sizes(options: ModelOptions, shape: DenoiserShape) -> dict[str, Any]:
     """The configuration of the size flags; that they fit together was checked with the options."""
     widths = list(options.block_out_channels or ())
     attention = [level in (options.attention_levels or ()) for level in range(len(widths))]
@@ -237,7 +237,7 @@ def _read_config(name_or_path: str) -> dict[str, Any]:
     return config
 
 
-def _check_config(config: dict[str, Any], shape: Shape, option: str) -> str:
+def _check_config(config: dict[str, Any], shape: DenoiserShape, option: str) -> str:
     """Refuse a configuration of another class, with unknown keys, or that this run cannot feed; return its class."""
     kind = str(config.get("_class_name", _kind(shape)))
     if kind not in CLASSES:
@@ -273,7 +273,7 @@ def _check_config(config: dict[str, Any], shape: Shape, option: str) -> str:
     return kind
 
 
-def _check_labels(config: Mapping[str, Any], shape: Shape, option: str) -> None:
+def _check_labels(config: Mapping[str, Any], shape: DenoiserShape, option: str) -> None:
     kind, classes = config.get("class_embed_type"), config.get("num_class_embeds")
     if (kind or classes) and not shape.needs("class_labels"):
         raise ConfigError(
@@ -309,11 +309,11 @@ def _check_halvings(config: dict[str, Any], size: tuple[int, int], option: str) 
 
 
 @torch.no_grad()
-def _try(denoiser: UNet2DModel, shape: Shape, option: str) -> None:
+def _try(denoiser: UNet2DModel, shape: DenoiserShape, option: str) -> None:
     """Find out now, not in the first step, whether the blocks fit together."""
     empty, conditions = shape.empty()
     inputs, named = shape.join(empty, conditions)
-    with refusing(option):
+    with as_config_error(option):
         denoiser.eval()
         made = denoiser(inputs, torch.zeros(1, dtype=torch.long), **named).sample.shape
         denoiser.train()

@@ -22,7 +22,7 @@ from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
 from diffusers_ddpm_ext.training.config.options import EmaOptions, ModelOptions, ObjectiveOptions, ScheduleOptions
 from diffusers_ddpm_ext.training.data.condition_dropout import Dropout, make_dropout
 from diffusers_ddpm_ext.training.data.conditions import Columns
-from diffusers_ddpm_ext.training.factory.denoiser import build_denoiser, refusing, shape_of
+from diffusers_ddpm_ext.training.factory.denoiser import as_config_error, build_denoiser, denoiser_shape
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Parts:
     sampler: TimestepSampler | None = None
 
     @property
-    def joined(self) -> dict[str, Any]:
+    def pipeline_kwargs(self) -> dict[str, Any]:
         """Arguments of the pipeline that say how conditions reach the network."""
         return {
             "conditioning_key": self.join.conditioning_key,
@@ -91,13 +91,13 @@ def build_parts(
     """
     scheduler = build_scheduler(schedule)
     loss = build_objective(objective, scheduler, levels)
-    with refusing(""):
+    with as_config_error(""):
         sampler = make_sampler(
             objective.timestep_sampler, loss.schedule, objective.log_snr_mean, objective.log_snr_std
         )
     classes = None if columns is None else len(columns.class_names) or None
     dropout, null_class = make_dropout(conditioning_dropout, model.conditioning_key, classes)
-    shape = shape_of(model, size, channels, columns, null_class, schedule.variance_type)
+    shape = denoiser_shape(model, size, channels, columns, null_class, schedule.variance_type)
     denoiser = build_denoiser(model, shape, seed)
     return Parts(denoiser, scheduler, loss, shape.join, dropout, null_class, classes, sampler)
 
@@ -119,7 +119,7 @@ def build_scheduler(options: ScheduleOptions) -> DDPMExtScheduler:
     if values.get("trained_betas") is not None:
         values["trained_betas"] = list(values["trained_betas"])
         values["num_train_timesteps"] = len(values["trained_betas"])
-    with refusing(""):
+    with as_config_error(""):
         return DDPMExtScheduler(**values)
 
 
@@ -140,7 +140,7 @@ def build_objective(options: ObjectiveOptions, scheduler: DDPMExtScheduler, leve
     known = inspect.signature(DDPMObjective.__init__).parameters
     values = {name: value for name, value in vars(options).items() if name in known}
     values["bin_width"] = bin_width_of(options, levels)
-    with refusing(""):
+    with as_config_error(""):
         if options.loss_type == "perceptual":
             values["features"] = PerceptualDistance.from_pretrained(str(options.perceptual_model))
         return DDPMObjective(scheduler, **values)
@@ -166,5 +166,5 @@ def build_ema(options: EmaOptions, denoiser: torch.nn.Module) -> LitEMA | None:
     """
     if not options.use_ema:
         return None
-    with refusing("--ema_decay"):
+    with as_config_error("--ema_decay"):
         return LitEMA(denoiser, options.ema_decay, options.ema_use_num_updates)

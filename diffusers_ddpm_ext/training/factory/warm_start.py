@@ -39,7 +39,7 @@ NO_FUNCTION = ("sample_size", "in_channels", "out_channels", "dropout")
 
 
 @dataclass
-class Start:
+class InitialWeights:
     """What a file gives to a run, under the names of the run's network.
 
     Attributes:
@@ -66,7 +66,7 @@ class Start:
     notes: list[str] = field(default_factory=list)
     tables: dict[str, Tensor] = field(default_factory=dict)
 
-    def told(self, took: Sequence[str]) -> str:
+    def describe(self, took: Sequence[str]) -> str:
         """What was loaded, and what was not, in a few lines.
 
         Args:
@@ -86,7 +86,7 @@ class Start:
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 
 
-def begin(config: TrainConfig, denoiser: nn.Module, objective: DDPMObjective) -> Start | None:
+def load_initial_weights(config: TrainConfig, denoiser: nn.Module, objective: DDPMObjective) -> InitialWeights | None:
     """Read the weights that a run starts from, and put them into its network and its log-variances.
 
     Args:
@@ -127,7 +127,7 @@ def begin(config: TrainConfig, denoiser: nn.Module, objective: DDPMObjective) ->
     return start
 
 
-def fill_average(start: Start, ema: LitEMA, options: StartOptions) -> str:
+def initialize_ema(start: InitialWeights, ema: LitEMA, options: StartOptions) -> str:
     """Let the run's average begin where the file's stands, or at the loaded weights.
 
     Args:
@@ -148,7 +148,7 @@ def fill_average(start: Start, ema: LitEMA, options: StartOptions) -> str:
     return f"EMA of the file, {updates:,} updates"
 
 
-def _take_logvar(start: Start, objective: DDPMObjective, only_unet: bool) -> None:
+def _take_logvar(start: InitialWeights, objective: DDPMObjective, only_unet: bool) -> None:
     table, own = start.logvar, objective.log_variances()
     assert table is not None
     if only_unet:
@@ -165,7 +165,7 @@ def _take_logvar(start: Start, objective: DDPMObjective, only_unet: bool) -> Non
         start.notes.append(f"log-variances of the file, mean {float(table.float().mean()):.4f}")
 
 
-def _of_checkpoint(path: Path, options: StartOptions, denoiser: nn.Module) -> Start:
+def _of_checkpoint(path: Path, options: StartOptions, denoiser: nn.Module) -> InitialWeights:
     """A CompVis checkpoint, in the names of the run's network."""
     try:
         params = unet_params_of(denoiser)
@@ -188,7 +188,7 @@ def _of_checkpoint(path: Path, options: StartOptions, denoiser: nn.Module) -> St
     facts = EmaFacts(0.9999 if contents.decay is None else contents.decay, contents.num_updates or 0)
     if not contents.raw:
         notes.append("the file holds EMA weights only: training goes on from these")
-    return Start(
+    return InitialWeights(
         path,
         convert_tensors(raw, params)[0],
         convert_tensors(average, params)[0] if average else {},
@@ -202,7 +202,7 @@ def _of_checkpoint(path: Path, options: StartOptions, denoiser: nn.Module) -> St
     )
 
 
-def _of_folder(path: Path, options: StartOptions, denoiser: nn.Module) -> Start:
+def _of_folder(path: Path, options: StartOptions, denoiser: nn.Module) -> InitialWeights:
     """A pipeline's folder, or a network's."""
     place = path / "unet" if (path / "unet").is_dir() else path
     default = _weights(place, "")
@@ -228,7 +228,7 @@ def _of_folder(path: Path, options: StartOptions, denoiser: nn.Module) -> Start:
     raw = fitting.complete(wanted(given if raw_given is None else raw_given))
     average = fitting.complete(wanted(given), raw) if raw_given is not None else {}
     config = json.loads((place / "config.json").read_text(encoding="utf-8"))
-    return Start(
+    return InitialWeights(
         path,
         raw,
         average,
@@ -287,11 +287,13 @@ class _Fitting:
         tensors = dict(rest if rest is not None else self.mine)
         for name in self.mine.keys() & given.keys():
             tensor = given[name].float()
-            tensors[name] = fit(tensor, self.mine[name].shape, str(self.make_it_fit)) if name in other else tensor
+            tensors[name] = (
+                fit_weight(tensor, self.mine[name].shape, str(self.make_it_fit)) if name in other else tensor
+            )
         return tensors
 
 
-def fit(old: Tensor, shape: Sequence[int], how: str) -> Tensor:
+def fit_weight(old: Tensor, shape: Sequence[int], how: str) -> Tensor:
     """Give a weight other widths, by repeating its output channels (axis 0) and input channels (axis 1) in turn.
 
     A repeated input is divided by the number of its uses, so that the sum over inputs stays what it was.

@@ -12,7 +12,7 @@ from diffusers import UNet2DModel
 
 from diffusers_ddpm_ext.plotting.curves import plot_logvar, write_whole
 from diffusers_ddpm_ext.plotting.training_curves import draw_curves
-from diffusers_ddpm_ext.training.evaluation.validation_loss import measure_log_loss
+from diffusers_ddpm_ext.training.evaluation.validation_loss import log_loss_per_step
 from diffusers_ddpm_ext.training.loop.export import take_networks
 from diffusers_ddpm_ext.training.loop.previews import Preview
 from diffusers_ddpm_ext.training.loop.run import Run, take_logvar
@@ -50,7 +50,7 @@ def preview(run: Run) -> Preview:
         output.ddpm_num_inference_steps,
         run.config.validation.eval_batch_size,
         stopped=lambda: bool(run.requests.stopped_by),
-        joined=run.parts.joined,
+        joined=run.parts.pipeline_kwargs,
         conditions=lambda images: conditions_of(run, images),
         guidance_scale=output.preview_guidance_scale,
     )
@@ -132,13 +132,13 @@ def draw_logvar(run: Run) -> None:
     chain = run.num_train_timesteps
     budget = max(MIN_DRAWS, run.plan.steps * run.plan.effective_batch // COST_OF_LOGVAR)
     stride = -(-chain // budget)
-    log_loss = measure_log_loss(
+    log_loss = log_loss_per_step(
         run.accelerator.unwrap_model(run.task),
         run.data.train,
         run.seed,
         torch.arange(0, chain, stride).repeat(max(1, min(DRAWS_PER_STEP, budget // chain))),
         run.config.validation.eval_batch_size,
-        run.workers,
+        run.processes,
     )
     logvar = take_logvar(run)
     if logvar is not None and run.accelerator.is_main_process:

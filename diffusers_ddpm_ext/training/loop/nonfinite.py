@@ -27,7 +27,7 @@ from diffusers_ddpm_ext.training.checkpoints import state
 from diffusers_ddpm_ext.training.distributed import leave_silently, same_fate
 from diffusers_ddpm_ext.training.loop.resume import find, live
 from diffusers_ddpm_ext.training.loop.run import Run
-from diffusers_ddpm_ext.training.tracking.metrics import Sample
+from diffusers_ddpm_ext.training.tracking.metrics import SampleLoss
 from diffusers_ddpm_ext.utils.files import CONFIG
 
 CRASH = "crash"
@@ -38,7 +38,7 @@ SKIPS_IN_A_ROW = 20
 ROLLBACKS_TO_A_CHECKPOINT = 3
 PICTURES = 16
 
-Facts = tuple[int, Sample]  # the process, and what it saw
+Facts = tuple[int, SampleLoss]  # the process, and what it saw
 
 
 def give_up(run: Run, step: int) -> None:

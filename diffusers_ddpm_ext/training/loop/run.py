@@ -29,29 +29,29 @@ from diffusers_ddpm_ext.training.distributed import (
     same_fate,
     sum_over_ranks,
 )
-from diffusers_ddpm_ext.training.evaluation.validation_loss import Workers
-from diffusers_ddpm_ext.training.factory.denoiser import refusing
+from diffusers_ddpm_ext.training.evaluation.validation_loss import Processes
+from diffusers_ddpm_ext.training.factory.denoiser import as_config_error
 from diffusers_ddpm_ext.training.factory.optimizer import adamw, adamw_8bit, lr_schedule, parameter_groups, scaled_rate
 from diffusers_ddpm_ext.training.factory.parts import Parts, build_ema, build_parts
 from diffusers_ddpm_ext.training.factory.task import DenoisingTask
-from diffusers_ddpm_ext.training.factory.warm_start import begin, fill_average
+from diffusers_ddpm_ext.training.factory.warm_start import initialize_ema, load_initial_weights
 from diffusers_ddpm_ext.training.loop.hub_publisher import Publisher, check_token, fetch_run
 from diffusers_ddpm_ext.training.signals import Requests
 from diffusers_ddpm_ext.training.tracking.metrics import LossMeter
 from diffusers_ddpm_ext.training.tracking.monitor import Monitor
 from diffusers_ddpm_ext.training.tracking.plan import (
-    Disk,
+    DiskUsage,
     Plan,
-    Sizes,
+    StateSizes,
     describe_checkpoints,
+    describe_learning_rate,
     describe_memory,
     describe_plan,
-    describe_rate,
     describe_schedule,
-    doubt_schedule,
-    doubt_size,
+    model_size_warning,
     parameter_table,
-    steps_of,
+    schedule_warning,
+    steps_for_epochs,
 )
 from diffusers_ddpm_ext.utils.dtensor import full, is_sharded
 
@@ -150,7 +150,7 @@ class Run:
         return any(map(is_sharded, self.network))
 
     @property
-    def workers(self) -> Workers:
+    def processes(self) -> Processes:
         """How the processes share a measurement."""
         accelerator, lockstep = self.accelerator, self.is_sharded
 
@@ -158,7 +158,7 @@ class Run:
             own = bool(self.requests.stopped_by)
             return bool(largest_over_ranks(accelerator, int(own))) if lockstep else own
 
-        return Workers(
+        return Processes(
             accelerator.process_index,
             accelerator.num_processes,
             accelerator.device,
@@ -211,14 +211,14 @@ def start(config: TrainConfig) -> Run:
         )
         data = replace(data, train=replace(data.train, dropout=parts.dropout))
         plan = make_plan(config, len(data.train), accelerator.num_processes)
-        given = begin(config, parts.denoiser, parts.objective)
+        initial = load_initial_weights(config, parts.denoiser, parts.objective)
         task = DenoisingTask(parts.denoiser, parts.objective, parts.join, parts.sampler).to(accelerator.device)
         ema = build_ema(config.ema, parts.denoiser)
-        if given is not None:
-            accelerator.print(given.told([] if ema is None else [fill_average(given, ema, config.start)]))
+        if initial is not None:
+            accelerator.print(initial.describe([] if ema is None else [initialize_ema(initial, ema, config.start)]))
         prepare_network(config, accelerator, parts.denoiser)
         optimizer = make_optimizer(config, parts, plan)
-        with refusing("--lr_scheduler"):
+        with as_config_error("--lr_scheduler"):
             optim = config.optim
             lr_scheduler = lr_schedule(
                 optim.lr_scheduler, optimizer, plan.steps, optim.lr_warmup_steps, optim.lr_scheduler_args
@@ -226,7 +226,7 @@ def start(config: TrainConfig) -> Run:
     # The scheduler is kept from Accelerate, whose wrapper steps once per process and step.
     wrapped, optimizer = accelerator.prepare(task, optimizer)
     run = Run(config, accelerator, data, parts, plan, wrapped, optimizer, lr_scheduler, ema)
-    run.start_is_missing = given is None and config.start.ckpt_path is not None
+    run.start_is_missing = initial is None and config.start.ckpt_path is not None
     with same_fate(accelerator):
         run.monitor = make_monitor(run)
     if fsdp_was_asked_for() and not run.is_sharded and accelerator.is_main_process:
@@ -236,8 +236,8 @@ def start(config: TrainConfig) -> Run:
     size = sum(parameter.numel() for parameter in run.network)
     doubts = (
         data.doubt,
-        doubt_schedule(parts.objective.schedule),
-        doubt_size(size, accelerator.device.type, data.size),
+        schedule_warning(parts.objective.schedule),
+        model_size_warning(size, accelerator.device.type, data.size),
     )
     for doubt in doubts:
         if doubt is not None and accelerator.is_main_process:
@@ -257,7 +257,7 @@ def prepare_network(config: TrainConfig, accelerator: Accelerator, denoiser: UNe
         ConfigError: it cannot, or nothing can be compiled here.
     """
     if config.loop.gradient_checkpointing:
-        with refusing("--gradient_checkpointing"):
+        with as_config_error("--gradient_checkpointing"):
             denoiser.enable_gradient_checkpointing()
     plugin = accelerator.state.dynamo_plugin
     asked = plugin.backend not in (None, DynamoBackend.NO)
@@ -265,7 +265,7 @@ def prepare_network(config: TrainConfig, accelerator: Accelerator, denoiser: UNe
         how = plugin.to_kwargs() if asked else {}
         how.pop("use_regional_compilation", None)
         plugin.backend = DynamoBackend.NO
-        with refusing("--torch_compile"):  # a missing compiler shows here, not in the first step
+        with as_config_error("--torch_compile"):  # a missing compiler shows here, not in the first step
             torch.compile(torch.nn.Identity(), **how)(torch.zeros(2, device=denoiser.device))
         denoiser.compile(**how)  # in place: no wrapper, whose name would be in every checkpoint
 
@@ -330,7 +330,7 @@ def make_plan(config: TrainConfig, images: int, processes: int) -> Plan:
     if loop.max_train_steps is not None:
         steps = loop.max_train_steps
     elif loop.num_epochs is not None:
-        steps = steps_of(loop.num_epochs, images, effective_batch)
+        steps = steps_for_epochs(loop.num_epochs, images, effective_batch)
     else:
         raise ConfigError("the run has no end: give --max_train_steps or --num_epochs")
     return Plan(loop.train_batch_size, loop.gradient_accumulation_steps, processes, steps, images)
@@ -359,7 +359,7 @@ def make_optimizer(config: TrainConfig, parts: Parts, plan: Plan) -> torch.optim
     )
     rate = scaled_rate(optim.learning_rate, optim.lr_scaling, plan.effective_batch)
     make = adamw_8bit if optim.use_8bit_adam else adamw
-    with refusing("--use_8bit_adam" if optim.use_8bit_adam else ""):
+    with as_config_error("--use_8bit_adam" if optim.use_8bit_adam else ""):
         return make(groups, rate, (optim.adam_beta1, optim.adam_beta2), optim.adam_epsilon)
 
 
@@ -382,7 +382,9 @@ def describe(run: Run) -> str:
         loss += f", steps {objective.timestep_sampler}"
     if objective.original_elbo_weight:
         loss += f", {objective.original_elbo_weight:g} x {objective.elbo_weights} ELBO"
-    rate = describe_rate(config.optim, run.plan, objective.logvar_learning_rate if objective.learn_logvar else None)
+    rate = describe_learning_rate(
+        config.optim, run.plan, objective.logvar_learning_rate if objective.learn_logvar else None
+    )
     threads = torch.get_num_threads()
     device = f"{run.accelerator.device.type}, {engine(run)}, precision {run.accelerator.mixed_precision}"
     loop = config.loop
@@ -403,16 +405,16 @@ def describe(run: Run) -> str:
     return f"{parameter_table(run.denoiser)}\n{describe_plan(run.plan, rows)}"
 
 
-def sizes_of(run: Run) -> Sizes:
+def sizes_of(run: Run) -> StateSizes:
     """Bytes of a run's state; activations, which depend on the batch, not counted."""
     parameters = [*run.network, *run.logvar_parameters]
     weights = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
     moments = 2 * sum(parameter.numel() for parameter in parameters) if run.config.optim.use_8bit_adam else 2 * weights
     average = 0 if run.ema is None else sum(s.numel() * s.element_size() for s in run.ema.shadow.values())
-    return Sizes(weights, moments, average)
+    return StateSizes(weights, moments, average)
 
 
-def disk_of(run: Run) -> Disk:
+def disk_of(run: Run) -> DiskUsage:
     """What a run's checkpoints take of the disk, and what is free there."""
     options, plan = run.config.checkpoint, run.plan
     every = options.checkpointing_steps
@@ -423,7 +425,7 @@ def disk_of(run: Run) -> Disk:
     while not folder.exists():
         folder = folder.parent
     sizes = sizes_of(run)
-    return Disk(sizes.weights + sizes.optimizer + sizes.average, kept + best, shutil.disk_usage(folder).free)
+    return DiskUsage(sizes.weights + sizes.optimizer + sizes.average, kept + best, shutil.disk_usage(folder).free)
 
 
 def take_folder(run: Run) -> Path:

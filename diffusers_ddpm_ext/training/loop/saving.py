@@ -24,16 +24,16 @@ from diffusers_ddpm_ext.training.distributed import largest_over_ranks, same_fat
 from diffusers_ddpm_ext.training.loop.export import Networks, save_pipeline, take_networks
 from diffusers_ddpm_ext.training.loop.resume import BEST, FINISHED, MONITOR, live, progress_of
 from diffusers_ddpm_ext.training.loop.run import Run, take_logvar
-from diffusers_ddpm_ext.training.tracking.metrics import Records
-from diffusers_ddpm_ext.training.tracking.monitor import Verdict
+from diffusers_ddpm_ext.training.tracking.metrics import MetricsLogger
+from diffusers_ddpm_ext.training.tracking.monitor import MonitorDecision
 
 
-def keep(run: Run, records: Records) -> bool:
+def keep(run: Run, logger: MetricsLogger) -> bool:
     """Write a checkpoint of the present step, and then drop those beyond the limit; all processes enter.
 
     Args:
         run: after a step, its losses read.
-        records: of the run.
+        logger: of the run.
 
     Returns:
         Whether it stands; the same in all processes.
@@ -42,12 +42,12 @@ def keep(run: Run, records: Records) -> bool:
         RunError: another run has taken the folder; in the first process.
     """
     accelerator, stands = run.accelerator, True
-    snapshot = state.gather(live(run), progress_of(run, records.size), borrow=True)
+    snapshot = state.gather(live(run), progress_of(run, logger.metrics_size), borrow=True)
     with same_fate(accelerator):
         if accelerator.is_main_process and snapshot is not None:
             hold_folder(run)
             try:
-                records.sync()
+                logger.sync()
                 write_checkpoint(run.taken_folder, run.step, partial(snapshots.write, snapshot))
                 drop(run)
             except OSError as error:
@@ -88,27 +88,27 @@ def drop(run: Run) -> None:
         prune(run.taken_folder, limit, best)
 
 
-def keep_best(run: Run, records: Records, verdict: Verdict) -> None:
+def keep_best(run: Run, logger: MetricsLogger, decision: MonitorDecision) -> None:
     """Keep the checkpoint of a validation that is among the best; all processes enter.
 
     The best one's pipeline is a task of its own, and the checkpoint says so: a run that dies in between makes it anew.
 
     Args:
         run: after a validation.
-        records: of the run.
-        verdict: of its monitor.
+        logger: of the run.
+        decision: of its monitor.
     """
-    if not verdict.entered:
+    if not decision.in_top_k:
         return
-    if verdict.best:
+    if decision.best:
         run.todo = [BEST, *run.todo]
-    keep(run, records)
-    if verdict.dropped is None or not run.accelerator.is_main_process:
+    keep(run, logger)
+    if decision.evicted_step is None or not run.accelerator.is_main_process:
         return
     try:
-        _drop_former(run, verdict.dropped)
+        _drop_former(run, decision.evicted_step)
     except OSError as error:
-        warn(f"checkpoint-{verdict.dropped} could not be deleted ({error.strerror or error})")
+        warn(f"checkpoint-{decision.evicted_step} could not be deleted ({error.strerror or error})")
 
 
 def keep_best_pipeline(run: Run) -> bool:
@@ -163,7 +163,7 @@ def _export_best(run: Run, networks: Networks, logvar: Tensor | None) -> None:
     draft = folder / f".writing-{run.step}-{secrets.token_hex(4)}"
     draft.mkdir()
     try:
-        save_pipeline(draft, networks, run.parts.scheduler, logvar, run.parts.joined, logvar_network(run))
+        save_pipeline(draft, networks, run.parts.scheduler, logvar, run.parts.pipeline_kwargs, logvar_network(run))
         facts = {
             "format": 1,
             "monitor": monitor.name,

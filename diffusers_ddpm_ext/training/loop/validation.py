@@ -8,8 +8,8 @@ from torch import Tensor
 from diffusers_ddpm_ext.diffusion.likelihood_estimate import Strata, estimate
 from diffusers_ddpm_ext.models.conditioning import Conditions
 from diffusers_ddpm_ext.training.data.dataset import ImageSet
-from diffusers_ddpm_ext.training.evaluation.bound import Measure, measure_bound
-from diffusers_ddpm_ext.training.evaluation.validation_loss import score, validation_draws
+from diffusers_ddpm_ext.training.evaluation.bound import BoundEvaluation, evaluate_bound
+from diffusers_ddpm_ext.training.evaluation.validation_loss import compute_validation_losses, validation_draws
 from diffusers_ddpm_ext.training.loop.run import Run
 from diffusers_ddpm_ext.utils.dtensor import reshard
 
@@ -23,7 +23,7 @@ def measure(run: Run) -> dict[str, float]:
     task = run.accelerator.unwrap_model(run.task)
 
     def measured(suffix: str = "") -> dict[str, float]:
-        values = score(task, images, draws, options.eval_batch_size, run.workers).named(suffix)
+        values = compute_validation_losses(task, images, draws, options.eval_batch_size, run.processes).metrics(suffix)
         if options.validation_bpd:
             values[f"val/bpd{suffix}"] = validation_bpd(run, images)
         return values
@@ -49,7 +49,7 @@ def validation_bpd(run: Run, images: ImageSet) -> float:
     chain = len(task.scheduler.kept)
     strata = Strata.of(task.scheduler.kept, min(chain, options.validation_bpd_steps))
     used = min(len(images), options.validation_max_images or len(images))
-    what = Measure(
+    what = BoundEvaluation(
         task.scheduler,
         images,
         torch.arange(used) * len(images) // used,
@@ -67,7 +67,7 @@ def validation_bpd(run: Run, images: ImageSet) -> float:
 
     training = run.denoiser.training
     run.denoiser.eval()
-    rows = measure_bound(network, what, run.workers)
+    rows = evaluate_bound(network, what, run.processes)
     run.denoiser.train(training)
     reshard(run.denoiser)
     return estimate(rows.bits, rows.prior, strata).bits_per_dim

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from diffusers_ddpm_ext.errors import warn
 from diffusers_ddpm_ext.losses.objective import ObjectiveOutput
-from diffusers_ddpm_ext.training.tracking.trackers import show
+from diffusers_ddpm_ext.training.tracking.trackers import log_images_and_losses
 from diffusers_ddpm_ext.utils.files import METRICS
 
 TIMING = "timing.jsonl"
@@ -81,7 +81,7 @@ class StepRecord:
 
 
 @dataclass(frozen=True)
-class Sample:
+class SampleLoss:
     """What one sample of a step was.
 
     Attributes:
@@ -191,7 +191,7 @@ class LossMeter:
             for p, row in zip(self._last_read, values, strict=True)
         ]
 
-    def samples(self, step: int) -> list[Sample]:
+    def samples(self, step: int) -> list[SampleLoss]:
         """This process's samples of a step.
 
         Args:
@@ -201,7 +201,7 @@ class LossMeter:
         losses, images, timesteps = (
             torch.cat(part).tolist() for part in (trace.losses, trace.images, trace.timesteps)
         )
-        return [Sample(*facts) for facts in zip(images, timesteps, losses, strict=True)]
+        return [SampleLoss(*facts) for facts in zip(images, timesteps, losses, strict=True)]
 
     def norms(self, step: int) -> list[float]:
         """The norms of the gradients of the network's parameters in a step.
@@ -266,7 +266,7 @@ class Stopwatch:
 
 
 @dataclass
-class Records:
+class MetricsLogger:
     """The numbers of a run on their way to its files, its tracker and its progress bar; in the first process only.
 
     Attributes:
@@ -274,10 +274,10 @@ class Records:
         track: hands a row to the tracker, with its step.
         learned_logvar: whether the run learns log-variances.
         images_per_step: effective batch.
-        bar: shows the last loss.
-        watch: counts the seconds.
+        progress_bar: shows the last loss.
+        stopwatch: counts the seconds.
         waiting: rows by file that could not be written yet.
-        tracker_is_down: whether the tracker failed, and is not asked any more.
+        tracker_failed: whether the tracker failed, and is not asked any more.
         recent: losses of single steps since the last pictures.
     """
 
@@ -285,13 +285,13 @@ class Records:
     track: Callable[[Mapping[str, float], int], None]
     learned_logvar: bool
     images_per_step: int
-    bar: tqdm
-    watch: Stopwatch = field(default_factory=Stopwatch)
+    progress_bar: tqdm
+    stopwatch: Stopwatch = field(default_factory=Stopwatch)
     waiting: dict[str, bytes] = field(default_factory=dict)
-    tracker_is_down: bool = False
+    tracker_failed: bool = False
     recent: list[float] = field(default_factory=list)
 
-    def start(self, size: int = 0) -> None:
+    def open_files(self, size: int = 0) -> None:
         """Begin with empty files, or where a checkpoint was written.
 
         Args:
@@ -303,7 +303,7 @@ class Records:
             file.truncate(None if size else 0)
 
     @property
-    def size(self) -> int:
+    def metrics_size(self) -> int:
         """Bytes of ``metrics.jsonl`` with the rows that could not be written yet."""
         path = self.folder / METRICS
         return (path.stat().st_size if path.is_file() else 0) + len(self.waiting.get(METRICS, b""))
@@ -320,7 +320,7 @@ class Records:
         with (self.folder / METRICS).open("ab") as file:
             os.fsync(file.fileno())
 
-    def training(self, records: list[StepRecord]) -> None:
+    def log_training(self, records: list[StepRecord]) -> None:
         """Write down the losses of a block of steps.
 
         Args:
@@ -328,19 +328,19 @@ class Records:
         """
         if not records:
             return
-        last, seconds = records[-1], self.watch.lap()
+        last, seconds = records[-1], self.stopwatch.lap()
         rows = [record.row(self.learned_logvar) for record in records]
         self._append(METRICS, rows)
         speed = len(records) * self.images_per_step / max(seconds, 1e-9)
-        timing = {"step": last.step, "seconds": round(self.watch.seconds, 3), "images_per_second": round(speed, 2)}
+        timing = {"step": last.step, "seconds": round(self.stopwatch.seconds, 3), "images_per_second": round(speed, 2)}
         self._append(TIMING, [timing])
         self.recent += [record.loss_simple for record in records if record.applied]
         mean = _mean([row for row, record in zip(rows, records, strict=True) if record.applied])
-        self.follow(mean | {"lr": last.learning_rate, "images_per_second": speed}, last.step)
+        self.log_to_trackers(mean | {"lr": last.learning_rate, "images_per_second": speed}, last.step)
         loss = f"loss {mean['train/loss']:.4g}, " if mean else ""
-        self.bar.set_postfix_str(f"{loss}lr {last.learning_rate:.2e}, {speed:.0f} images/s")
+        self.progress_bar.set_postfix_str(f"{loss}lr {last.learning_rate:.2e}, {speed:.0f} images/s")
 
-    def validation(self, step: int, values: Mapping[str, float]) -> None:
+    def log_validation(self, step: int, values: Mapping[str, float]) -> None:
         """Write down the result of a validation.
 
         Args:
@@ -348,9 +348,9 @@ class Records:
             values: by name.
         """
         self._append(METRICS, [{"step": step, **values}])
-        self.follow(values, step)
+        self.log_to_trackers(values, step)
 
-    def follow(self, values: Mapping[str, float], step: int) -> None:
+    def log_to_trackers(self, values: Mapping[str, float], step: int) -> None:
         """Hand numbers to the tracker. One that fails is named, and left alone from then on.
 
         Args:
@@ -359,7 +359,7 @@ class Records:
         """
         self._ask(lambda: self.track(values, step))
 
-    def show(self, trackers: Sequence[Any], pictures: Mapping[str, Path], step: int) -> None:
+    def log_images(self, trackers: Sequence[Any], pictures: Mapping[str, Path], step: int) -> None:
         """Hand pictures, and the losses of single steps as a histogram, to the trackers that take them.
 
         Args:
@@ -369,15 +369,15 @@ class Records:
         """
         losses, self.recent = self.recent, []
         if trackers:
-            self._ask(lambda: show(trackers, pictures, losses, step))
+            self._ask(lambda: log_images_and_losses(trackers, pictures, losses, step))
 
     def _ask(self, tracker: Callable[[], None]) -> None:
-        if self.tracker_is_down:
+        if self.tracker_failed:
             return
         try:
             tracker()
         except Exception as error:  # whatever a tracker's library raises, a run of a week does not end for it
-            self.tracker_is_down = True
+            self.tracker_failed = True
             warn(f"--report_to: {type(error).__name__} {error}; the tracker gets no more numbers, {METRICS} has them")
 
     def _append(self, name: str, rows: list[dict[str, float]]) -> None:

@@ -15,7 +15,7 @@ LARGER_IS_BETTER = ("acc", "psnr", "ssim", "score", "likelihood")
 
 
 @dataclass(frozen=True)
-class Entry:
+class RankedValue:
     """A validation that counts among the best.
 
     Attributes:
@@ -28,19 +28,19 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class MonitorDecision:
     """What follows from one validation.
 
     Attributes:
-        entered: whether it is among the best k.
+        in_top_k: whether it is among the best k.
         best: whether it is the best of all.
-        dropped: step of the entry that it pushed out; None where there was room.
+        evicted_step: step of the entry that it pushed out; None where there was room.
         stop: whether the patience is used up.
     """
 
-    entered: bool
+    in_top_k: bool
     best: bool
-    dropped: int | None
+    evicted_step: int | None
     stop: bool
 
 
@@ -81,13 +81,13 @@ class Monitor:
         self.save_top_k = save_top_k
         self.patience = patience
         self.min_delta = min_delta
-        self.top: list[Entry] = []
-        self._best: Entry | None = None
+        self.top: list[RankedValue] = []
+        self._best: RankedValue | None = None
         self._reference: float | None = None  # the last improvement
         self._stale = 0  # validations since then
 
     @property
-    def best(self) -> Entry | None:
+    def best(self) -> RankedValue | None:
         """The best validation so far, the earlier one where two are equal; None before the first finite value."""
         return self._best
 
@@ -99,7 +99,7 @@ class Monitor:
     def _gain(self, value: float, than: float) -> float:
         return than - value if self.mode == "min" else value - than
 
-    def update(self, step: int, value: float) -> Verdict:
+    def update(self, step: int, value: float) -> MonitorDecision:
         """Take a validation into account.
 
         Args:
@@ -117,12 +117,12 @@ class Monitor:
             self._stale += 1
         best = finite and (self._best is None or self._gain(value, self._best.value) > 0)
         if best:
-            self._best = Entry(step, value)
-        entered, dropped = self._rank(Entry(step, value)) if finite else (False, None)
+            self._best = RankedValue(step, value)
+        entered, dropped = self._rank(RankedValue(step, value)) if finite else (False, None)
         stop = self.patience is not None and self._stale >= self.patience
-        return Verdict(entered, best, dropped, stop)
+        return MonitorDecision(entered, best, dropped, stop)
 
-    def _rank(self, entry: Entry) -> tuple[bool, int | None]:
+    def _rank(self, entry: RankedValue) -> tuple[bool, int | None]:
         sign = 1 if self.mode == "min" else -1
         ranked = sorted([*self.top, entry], key=lambda other: (sign * other.value, other.step))
         out = ranked[self.save_top_k :]
@@ -156,8 +156,12 @@ class Monitor:
         try:
             if (state["name"], state["mode"]) != (self.name, self.mode):
                 return
-            top = [Entry(int(entry["step"]), float(entry["value"])) for entry in state["top"]]
-            best = None if state["best"] is None else Entry(int(state["best"]["step"]), float(state["best"]["value"]))
+            top = [RankedValue(int(entry["step"]), float(entry["value"])) for entry in state["top"]]
+            best = (
+                None
+                if state["best"] is None
+                else RankedValue(int(state["best"]["step"]), float(state["best"]["value"]))
+            )
             reference = None if state["reference"] is None else float(state["reference"])
             stale = int(state["stale"])
         except (KeyError, TypeError) as error:

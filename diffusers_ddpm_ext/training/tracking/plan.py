@@ -50,7 +50,7 @@ class Plan:
         return step * self.effective_batch // self.images
 
 
-def steps_of(epochs: int, images: int, effective_batch: int) -> int:
+def steps_for_epochs(epochs: int, images: int, effective_batch: int) -> int:
     """Optimizer steps that complete so many epochs of one endless stream of images."""
     return -(-epochs * images // effective_batch)
 
@@ -72,7 +72,7 @@ def describe_schedule(options: ScheduleOptions) -> str:
     return f"{betas}, predicts {prediction} (CompVis: {compvis}, {COMPVIS_PREDICTIONS[prediction]})"
 
 
-def doubt_schedule(schedule: NoiseSchedule) -> str | None:
+def schedule_warning(schedule: NoiseSchedule) -> str | None:
     """What is to be said of a schedule that ends before the image is gone, as betas made for 1,000 steps do in 100.
 
     Args:
@@ -91,7 +91,7 @@ def doubt_schedule(schedule: NoiseSchedule) -> str | None:
     )
 
 
-def doubt_size(parameters: int, device: str, size: tuple[int, int]) -> str | None:
+def model_size_warning(parameters: int, device: str, size: tuple[int, int]) -> str | None:
     """What is to be said of a network that is too large for a processor.
 
     Args:
@@ -110,7 +110,7 @@ def doubt_size(parameters: int, device: str, size: tuple[int, int]) -> str | Non
     )
 
 
-def describe_rate(options: OptimOptions, plan: Plan, logvar_rate: float | None) -> str:
+def describe_learning_rate(options: OptimOptions, plan: Plan, logvar_rate: float | None) -> str:
     """The learning rate, how it was scaled, and its course."""
     warmup = f" after {options.lr_warmup_steps} steps of warm-up" if options.lr_warmup_steps else ""
     logvar = f"; logvar {logvar_rate:g}" if logvar_rate is not None else ""
@@ -123,7 +123,7 @@ def describe_rate(options: OptimOptions, plan: Plan, logvar_rate: float | None) 
 
 
 @dataclass(frozen=True)
-class Sizes:
+class StateSizes:
     """Bytes of a run's state.
 
     Attributes:
@@ -138,7 +138,7 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class Disk:
+class DiskUsage:
     """What checkpoints take.
 
     Attributes:
@@ -165,7 +165,7 @@ def in_bytes(count: int) -> str:
     return f"{size:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[unit]}"
 
 
-def describe_memory(sizes: Sizes, parts: int) -> str:
+def describe_memory(sizes: StateSizes, parts: int) -> str:
     """Memory of weights, gradients, optimizer and EMA, in all and in each process."""
     total = 2 * sizes.weights + sizes.optimizer + sizes.average
     each = f", spread over {parts} processes: {in_bytes(total // parts)} each" if parts > 1 else ""
@@ -174,7 +174,7 @@ def describe_memory(sizes: Sizes, parts: int) -> str:
     return f"{parts_of_it} = {in_bytes(total)}{each}, and activations"
 
 
-def describe_checkpoints(disk: Disk) -> str:
+def describe_checkpoints(disk: DiskUsage) -> str:
     """Checkpoints against the disk."""
     need = f"{disk.kept} of {in_bytes(disk.checkpoint)} = {in_bytes(disk.kept * disk.checkpoint)} at most"
     advice = "" if disk.is_enough else ": NOT ENOUGH, set --checkpoints_total_limit or make room"

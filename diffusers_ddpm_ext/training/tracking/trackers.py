@@ -19,7 +19,9 @@ Values = NDArray[np.float64]
 LOSSES = "train/loss_simple of steps"
 
 
-def show(trackers: Sequence[Any], pictures: Mapping[str, Path], losses: Sequence[float], step: int) -> None:
+def log_images_and_losses(
+    trackers: Sequence[Any], pictures: Mapping[str, Path], losses: Sequence[float], step: int
+) -> None:
     """Hand pictures, and a histogram of single steps' losses, to the trackers.
 
     Args:

@@ -14,17 +14,17 @@ from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
 from diffusers_ddpm_ext.training.config.options import DataOptions
 from diffusers_ddpm_ext.training.data.dataset import ImageSet, load_data
 from diffusers_ddpm_ext.training.evaluation.validation_loss import (
-    Workers,
-    measure_log_loss,
-    score,
-    stratified,
+    Processes,
+    compute_validation_losses,
+    log_loss_per_step,
+    stratified_timesteps,
     validation_draws,
 )
 from diffusers_ddpm_ext.training.factory.task import DenoisingTask
 from diffusers_ddpm_ext.utils import random_keys as keys
 
 CHAIN = 40
-ALONE = Workers(0, 1, torch.device("cpu"), lambda tensor: tensor)
+ALONE = Processes(0, 1, torch.device("cpu"), lambda tensor: tensor)
 
 
 class Constant(nn.Module):
@@ -52,7 +52,7 @@ def images() -> ImageSet:
 
 @pytest.mark.parametrize("count", [1, 7, 1000, 1300])
 def test_one_step_in_every_piece_of_the_chain(count):
-    steps = stratified(torch.Generator().manual_seed(0), count, 1000).sort().values.double()
+    steps = stratified_timesteps(torch.Generator().manual_seed(0), count, 1000).sort().values.double()
     pieces = torch.arange(count).double() * 1000 / count
     assert (steps >= pieces.floor()).all()
     assert (steps <= pieces + 1000 / count).all()
@@ -73,7 +73,7 @@ def test_draws_are_the_same_every_time_and_enough():
 def test_score_is_the_mean_over_the_draws(images):
     """A network that answers c to noise eps has loss mean((c - eps)^2); eps comes from the documented keys."""
     draws = validation_draws(3, len(images), CHAIN)
-    scores = score(task_of(0.25), images, draws, 64, ALONE)
+    scores = compute_validation_losses(task_of(0.25), images, draws, 64, ALONE)
     losses = [
         ((0.25 - keys.sample_draws(3, 0, [i], (1, 8, 8), 1, keys.VALIDATION)[1]).double() ** 2).mean()
         for i in range(len(draws))
@@ -85,8 +85,10 @@ def test_score_is_the_mean_over_the_draws(images):
 def test_score_does_not_depend_on_the_split(images):
     """Batch sizes agree to rounding; a number of processes changes nothing at all."""
     draws, task = validation_draws(3, len(images), CHAIN), task_of(0.25)
-    alone = score(task, images, draws, 50, ALONE)
-    assert score(task, images, draws, 7, ALONE).loss_simple == pytest.approx(alone.loss_simple, rel=1e-6)
+    alone = compute_validation_losses(task, images, draws, 50, ALONE)
+    assert compute_validation_losses(task, images, draws, 7, ALONE).loss_simple == pytest.approx(
+        alone.loss_simple, rel=1e-6
+    )
     parts: list[Tensor] = []
 
     def part(tensor: Tensor) -> Tensor:
@@ -94,7 +96,7 @@ def test_score_does_not_depend_on_the_split(images):
         return tensor
 
     for rank in range(3):
-        score(task, images, draws, 50, Workers(rank, 3, torch.device("cpu"), part))
+        compute_validation_losses(task, images, draws, 50, Processes(rank, 3, torch.device("cpu"), part))
     means = torch.stack(parts).sum(0).sum(0) / len(draws)
     assert means.tolist() == [alone.loss, alone.loss_simple, alone.loss_vlb]
 
@@ -105,7 +107,7 @@ def test_score_leaves_training_alone(images):
     task.train()
     before = torch.get_rng_state()
     draws = validation_draws(3, len(images), CHAIN)
-    first, again = (score(task, images, draws, 64, ALONE) for _ in range(2))
+    first, again = (compute_validation_losses(task, images, draws, 64, ALONE) for _ in range(2))
     assert first == again
     assert task.training
     assert task.denoiser.training
@@ -114,9 +116,9 @@ def test_score_leaves_training_alone(images):
 
 
 def test_names_are_compvis():
-    from diffusers_ddpm_ext.training.evaluation.validation_loss import Scores
+    from diffusers_ddpm_ext.training.evaluation.validation_loss import ValidationLosses
 
-    assert Scores(1.0, 2.0, 3.0).named("_ema") == {
+    assert ValidationLosses(1.0, 2.0, 3.0).metrics("_ema") == {
         "val/loss_ema": 1.0,
         "val/loss_simple_ema": 2.0,
         "val/loss_vlb_ema": 3.0,
@@ -126,7 +128,7 @@ def test_names_are_compvis():
 def test_log_loss_of_each_step(images):
     """A network that answers 0 to unit noise loses 1 at every step, c more adds c^2; other steps are unknown."""
     steps = torch.tensor([0, 5, 39]).repeat(400)
-    measured = measure_log_loss(task_of(2.0), images, 0, steps, 128, ALONE)
+    measured = log_loss_per_step(task_of(2.0), images, 0, steps, 128, ALONE)
     assert measured.shape == (CHAIN,)
     assert np.isfinite(measured).nonzero()[0].tolist() == [0, 5, 39]
     # the mean over 400 draws of 64 values has a standard error of sqrt(2 + 4 * 4) / sqrt(400 * 64) = 0.027

@@ -20,7 +20,7 @@ from diffusers_ddpm_ext.training.factory.parts import build_ema, build_objective
 
 
 def build_denoiser(model: ModelOptions, size: tuple[int, int], channels: int, seed: int) -> UNet2DModel:
-    return denoisers.build_denoiser(model, denoisers.Shape(size, channels, Join()), seed)
+    return denoisers.build_denoiser(model, denoisers.DenoiserShape(size, channels, Join()), seed)
 
 
 SMALL = ModelOptions(block_out_channels=(8, 16), layers_per_block=1, attention_levels=(1,), norm_num_groups=4)

@@ -21,7 +21,7 @@ from diffusers_ddpm_ext.errors import ConfigError
 from diffusers_ddpm_ext.models.ema import EmaFacts, save_ema_facts
 from diffusers_ddpm_ext.training import trainer
 from diffusers_ddpm_ext.training.config.train_config import TrainConfig
-from diffusers_ddpm_ext.training.factory.warm_start import fit
+from diffusers_ddpm_ext.training.factory.warm_start import fit_weight
 from diffusers_ddpm_ext.training.loop.run import Run, start
 
 PARAMS = {
@@ -157,9 +157,9 @@ def test_fit_against_loops(shape):
         expected = [
             [float(old[i % 3, j % 3]) / (uses[j % 3] + more) for j in range(shape[1])] for i in range(shape[0])
         ]
-        assert torch.allclose(fit(old, shape, how), torch.tensor(expected))
+        assert torch.allclose(fit_weight(old, shape, how), torch.tensor(expected))
     with pytest.raises(ConfigError, match="two axes"):
-        fit(torch.zeros(2, 2, 3), (2, 2, 1), "correct")
+        fit_weight(torch.zeros(2, 2, 3), (2, 2, 1), "correct")
 
 
 def test_the_order_of_heads_is_the_files(tmp_path):

@@ -13,8 +13,8 @@ from tqdm.auto import tqdm
 from diffusers_ddpm_ext.losses.objective import ObjectiveOutput
 from diffusers_ddpm_ext.training.tracking.metrics import (
     LossMeter,
-    Records,
-    Sample,
+    MetricsLogger,
+    SampleLoss,
     StepRecord,
     StepTrace,
     Stopwatch,
@@ -68,7 +68,7 @@ def test_the_step_that_broke_is_named_not_the_one_that_was_read():
     broken = first_nonfinite(meter.read(lambda tensor: tensor), look_at_gradients=True)
     assert broken is not None
     assert broken.step == 2
-    assert meter.samples(2)[1:3] == [Sample(107, 7, 2.0), Sample(108, 8, math.inf)]
+    assert meter.samples(2)[1:3] == [SampleLoss(107, 7, 2.0), SampleLoss(108, 8, math.inf)]
     assert meter.norms(2) == [3.0]
 
 
@@ -102,10 +102,10 @@ def test_rows_have_compvis_names(learned):
 def test_files_and_tracker(tmp_path: Path):
     """Every step has its row; the tracker gets the mean of a block; seconds stay out of metrics.jsonl."""
     tracked: list[tuple[dict[str, float], int]] = []
-    records = Records(tmp_path, lambda row, step: tracked.append((dict(row), step)), False, 8, tqdm(disable=True))
-    records.start()
-    records.training([StepRecord(n, 0.1 * n, n, n, n, 0, 0, math.nan) for n in (1, 2)])
-    records.validation(2, {"val/loss": 5.0})
+    logger = MetricsLogger(tmp_path, lambda row, step: tracked.append((dict(row), step)), False, 8, tqdm(disable=True))
+    logger.open_files()
+    logger.log_training([StepRecord(n, 0.1 * n, n, n, n, 0, 0, math.nan) for n in (1, 2)])
+    logger.log_validation(2, {"val/loss": 5.0})
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 2]
     assert lines[2] == {"step": 2, "val/loss": 5.0}

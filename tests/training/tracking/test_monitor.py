@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from diffusers_ddpm_ext.training.tracking.monitor import Entry, Monitor
+from diffusers_ddpm_ext.training.tracking.monitor import Monitor, RankedValue
 
 
 @pytest.mark.parametrize("mode", ["min", "max"])
@@ -21,14 +21,14 @@ def test_the_top_is_that_of_the_whole_history(mode, k):
     sign = 1 if mode == "min" else -1
     kept: set[int] = set()
     for step, value in enumerate(values):
-        verdict = monitor.update(step, value)
+        decision = monitor.update(step, value)
         history = sorted((sign * v, s) for s, v in enumerate(values[: step + 1]) if math.isfinite(v))
         assert [(sign * entry.value, entry.step) for entry in monitor.top] == history[:k]
-        assert monitor.best == (Entry(history[0][1], sign * history[0][0]) if history else None)
-        assert verdict.best == (bool(history) and history[0][1] == step)
-        assert verdict.entered == (step in [s for _, s in history[:k]])
-        kept |= {step} if verdict.entered else set()
-        kept -= {verdict.dropped} if verdict.dropped is not None else set()
+        assert monitor.best == (RankedValue(history[0][1], sign * history[0][0]) if history else None)
+        assert decision.best == (bool(history) and history[0][1] == step)
+        assert decision.in_top_k == (step in [s for _, s in history[:k]])
+        kept |= {step} if decision.in_top_k else set()
+        kept -= {decision.evicted_step} if decision.evicted_step is not None else set()
         assert kept == {entry.step for entry in monitor.top}
 
 
@@ -41,8 +41,8 @@ def test_patience_counts_validations_without_an_improvement():
 def test_min_delta_asks_for_more_but_does_not_hide_the_best():
     monitor = Monitor("val/loss", patience=2, min_delta=0.5)
     verdicts = [monitor.update(step, value) for step, value in enumerate([3.0, 2.8, 2.6])]
-    assert [verdict.stop for verdict in verdicts] == [False, False, True]
-    assert monitor.best == Entry(2, 2.6)
+    assert [decision.stop for decision in verdicts] == [False, False, True]
+    assert monitor.best == RankedValue(2, 2.6)
 
 
 def test_slow_progress_adds_up():
@@ -54,8 +54,8 @@ def test_slow_progress_adds_up():
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_value_that_is_no_number_is_never_the_best(value):
     monitor = Monitor("val/loss", "min", patience=1)
-    verdict = monitor.update(1, value)
-    assert (verdict.entered, verdict.best, verdict.stop) == (False, False, True)
+    decision = monitor.update(1, value)
+    assert (decision.in_top_k, decision.best, decision.stop) == (False, False, True)
     assert monitor.best is None
 
 

@@ -127,9 +127,9 @@ def test_comet_offline(tmp_path, monkeypatch, capfd):
 
 
 def test_a_tracker_that_takes_no_pictures_is_left_alone(tmp_path):
-    from diffusers_ddpm_ext.training.tracking.trackers import show
+    from diffusers_ddpm_ext.training.tracking.trackers import log_images_and_losses
 
     class Plain:
         name = "plain"
 
-    show([Plain()], {"missing": tmp_path / "missing.png"}, [1.0], 1)
+    log_images_and_losses([Plain()], {"missing": tmp_path / "missing.png"}, [1.0], 1)
