@@ -19,8 +19,8 @@ from diffusers_ddpm_ext.compvis.unet_params import unet_params_of
 from diffusers_ddpm_ext.compvis.weights import EMA, PREFIXES, ema_names, export_unet, is_synthetic
 from diffusers_ddpm_ext.models.ema import EmaFacts, load_ema_facts
 from diffusers_ddpm_ext.pipelines.pipeline_ddpm_ext import DDPMExtPipeline
-from diffusers_ddpm_ext.schedulers.config import COMPVIS_SCHEDULES
 from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
+from diffusers_ddpm_ext.utils.vocabulary import TO_COMPVIS_BETA_SCHEDULE, TO_COMPVIS_PREDICTION_TYPE
 
 PATH = str | os.PathLike[str]
 DDPM = "ldm.models.diffusion.ddpm.DDPM"
@@ -172,15 +172,14 @@ def configuration_of(pipeline_or_folder: DDPMExtPipeline | PATH) -> dict[str, An
     pipeline = sides.pipeline
     _check_dial(pipeline.scheduler)
     config = pipeline.scheduler.config
-    words = {ours: theirs for theirs, ours in reversed(COMPVIS_SCHEDULES.items())}
     params: dict[str, Any] = {
         "timesteps": config.num_train_timesteps,
-        "beta_schedule": words.get(config.beta_schedule, config.beta_schedule),
+        "beta_schedule": TO_COMPVIS_BETA_SCHEDULE.get(config.beta_schedule, config.beta_schedule),
         "linear_start": config.beta_start,
         "linear_end": config.beta_end,
         "cosine_s": config.cosine_s,
         "v_posterior": pipeline.scheduler.schedule.v_posterior,
-        "parameterization": {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}[config.prediction_type],
+        "parameterization": TO_COMPVIS_PREDICTION_TYPE[config.prediction_type],
         "clip_denoised": config.clip_sample,
         "learn_logvar": pipeline.logvar is not None,
         "conditioning_key": pipeline.config.get("conditioning_key"),
@@ -188,7 +187,7 @@ def configuration_of(pipeline_or_folder: DDPMExtPipeline | PATH) -> dict[str, An
         "channels": pipeline.unet.config.out_channels,
         "unet_config": {"target": UNET, "params": _params(sides)},
     }
-    if config.trained_betas is not None or config.beta_schedule not in words:
+    if config.trained_betas is not None or config.beta_schedule not in TO_COMPVIS_BETA_SCHEDULE:
         params["given_betas"] = [float(beta) for beta in pipeline.scheduler.schedule.betas]
     return {"model": {"target": DDPM, "params": params}}
 

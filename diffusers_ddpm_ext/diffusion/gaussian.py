@@ -21,7 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffusers_ddpm_ext.diffusion.schedule import PREDICTION_TYPES, NoiseSchedule, Table
+from diffusers_ddpm_ext.diffusion.schedule import NoiseSchedule, Table
+from diffusers_ddpm_ext.utils.vocabulary import PREDICTION_TYPES
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from diffusers_ddpm_ext.utils.vocabulary import BETA_SCHEDULES, PREDICTION_TYPES
+
 Table = npt.NDArray[np.float64]
 
-BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace", "sqrt")
-PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 TABLE_NAMES = (
     "betas",
     "alphas_cumprod",

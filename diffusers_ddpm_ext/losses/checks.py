@@ -10,11 +10,11 @@ from torch import Tensor
 
 from diffusers_ddpm_ext.diffusion.likelihood import SchedulerLike
 from diffusers_ddpm_ext.diffusion.reverse_step import LEARNED_VARIANCES
-from diffusers_ddpm_ext.diffusion.schedule import PREDICTION_TYPES, NoiseSchedule, Table
+from diffusers_ddpm_ext.diffusion.schedule import NoiseSchedule, Table
 from diffusers_ddpm_ext.diffusion.weighting import check_gamma, loss_weights
 from diffusers_ddpm_ext.losses.distances import LOSS_TYPES, Distance
+from diffusers_ddpm_ext.utils.vocabulary import FROM_COMPVIS_PREDICTION_TYPE, PREDICTION_TYPES
 
-COMPVIS_NAMES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 BOUND_LOSSES = ("hybrid", "vlb")
 OBJECTIVE_LOSSES = (*LOSS_TYPES, "perceptual", *BOUND_LOSSES)
 DEFAULT_GAMMA = 5.0
@@ -37,7 +37,7 @@ def checked_schedule(scheduler: SchedulerLike, prediction_type: str | None) -> N
         )
     own = scheduler.config.prediction_type
     if prediction_type is not None and prediction_type not in PREDICTION_TYPES:
-        hint = COMPVIS_NAMES.get(prediction_type)
+        hint = FROM_COMPVIS_PREDICTION_TYPE.get(prediction_type)
         way_out = f"it is called {hint!r} here" if hint else f"choose one of {', '.join(PREDICTION_TYPES)}"
         raise ValueError(f"prediction_type={prediction_type!r} is unknown: {way_out}.")
     if prediction_type is not None and prediction_type != own:

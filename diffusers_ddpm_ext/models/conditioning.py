@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-CONDITIONING_KEYS = ("concat", "crossattn", "hybrid", "adm", "hybrid-adm", "crossattn-adm")
+from diffusers_ddpm_ext.utils.vocabulary import CONDITIONING_KEYS
+
 NEEDS: dict[str | None, tuple[str, ...]] = {
     None: (),
     "concat": ("concat_inputs",),

@@ -23,14 +23,6 @@ DEFAULT_COSINE_S = 0.008
 BETA_KEYS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "cosine_s")
 # What a trained network depends on.
 PROCESS_KEYS = (*BETA_KEYS, "trained_betas", "rescale_betas_zero_snr", "prediction_type")
-# CompVis' name of a schedule -> Diffusers' name of the same betas.
-COMPVIS_SCHEDULES = {
-    "linear": "scaled_linear",
-    "sqrt_linear": "linear",
-    "cosine": "squaredcos_cap_v2",
-    "squaredcos_cap_v2": "squaredcos_cap_v2",
-    "sqrt": "sqrt",
-}
 
 
 def needs_betas(beta_schedule: str, cosine_s: float) -> bool:

@@ -43,13 +43,11 @@ from diffusers_ddpm_ext.diffusion.schedule import MIN_VARIANCE, NoiseSchedule
 from diffusers_ddpm_ext.schedulers import config as stock_config
 from diffusers_ddpm_ext.schedulers.compvis_api import CompVisNames
 from diffusers_ddpm_ext.schedulers.config import (
-    COMPVIS_SCHEDULES,
     DEFAULT_COSINE_S,
     DEFAULT_NUM_TRAIN_TIMESTEPS,
 )
 from diffusers_ddpm_ext.schedulers.fitted_config import checked_choices, dial, ranges
-
-VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
+from diffusers_ddpm_ext.utils.vocabulary import FROM_COMPVIS_BETA_SCHEDULE, VARIANCE_TYPES
 
 Betas = Sequence[float] | npt.NDArray[Any] | Tensor
 NoiseSource = tuple[Tensor, Generators, Tensor | None]  # the network's output, generators, noise of the caller
@@ -255,9 +253,9 @@ class DDPMExtScheduler(CompVisNames, SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: the name is not one of CompVis', or a number is out of its range.
         """
-        if beta_schedule not in COMPVIS_SCHEDULES:
+        if beta_schedule not in FROM_COMPVIS_BETA_SCHEDULE:
             raise ValueError(
-                f"beta_schedule={beta_schedule!r} is not one of CompVis' ({', '.join(COMPVIS_SCHEDULES)}); "
+                f"beta_schedule={beta_schedule!r} is not one of CompVis' ({', '.join(FROM_COMPVIS_BETA_SCHEDULE)}); "
                 "Diffusers' names belong in the constructor."
             )
         if given_betas is not None:
@@ -268,7 +266,7 @@ class DDPMExtScheduler(CompVisNames, SchedulerMixin, ConfigMixin):
             timesteps,
             linear_start,
             linear_end,
-            COMPVIS_SCHEDULES[beta_schedule],
+            FROM_COMPVIS_BETA_SCHEDULE[beta_schedule],
             given_betas,
             cosine_s if beta_schedule == "cosine" else DEFAULT_COSINE_S,
             rescale_betas_zero_snr=False,

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from diffusers import DDPMScheduler
 
-from diffusers_ddpm_ext.diffusion.schedule import BETA_SCHEDULES, TABLE_NAMES, NoiseSchedule, make_betas
+from diffusers_ddpm_ext.diffusion.schedule import TABLE_NAMES, NoiseSchedule, make_betas
+from diffusers_ddpm_ext.utils.vocabulary import BETA_SCHEDULES
 
 
 @pytest.mark.parametrize("name", ["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"])

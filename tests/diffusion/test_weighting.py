@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from diffusers_ddpm_ext.diffusion.schedule import PREDICTION_TYPES, NoiseSchedule
+from diffusers_ddpm_ext.diffusion.schedule import NoiseSchedule
 from diffusers_ddpm_ext.diffusion.weighting import WEIGHTINGS, elbo_weights, loss_weights, min_snr_weights
+from diffusers_ddpm_ext.utils.vocabulary import PREDICTION_TYPES
 
 CHAINS = {
     "linear": {"num_train_timesteps": 1000},

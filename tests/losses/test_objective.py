@@ -12,8 +12,9 @@ import torch
 from helpers.paths import GOLDEN
 from torch import Tensor
 
-from diffusers_ddpm_ext.diffusion.schedule import PREDICTION_TYPES, NoiseSchedule
+from diffusers_ddpm_ext.diffusion.schedule import NoiseSchedule
 from diffusers_ddpm_ext.losses.objective import DDPMObjective
+from diffusers_ddpm_ext.utils.vocabulary import PREDICTION_TYPES
 
 CASES = json.loads((GOLDEN / "d_p_losses.json").read_text())["cases"]
 ARRAYS = np.load(GOLDEN / "d_p_losses.npz")

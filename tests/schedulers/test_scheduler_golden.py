@@ -12,9 +12,7 @@ from helpers.paths import GOLDEN
 
 from diffusers_ddpm_ext import DDPMExtScheduler
 from diffusers_ddpm_ext.diffusion.schedule import NoiseSchedule
-from diffusers_ddpm_ext.schedulers.config import COMPVIS_SCHEDULES
-
-PREDICTION_TYPES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
+from diffusers_ddpm_ext.utils.vocabulary import FROM_COMPVIS_BETA_SCHEDULE, FROM_COMPVIS_PREDICTION_TYPE
 
 
 def load(name: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -43,7 +41,7 @@ def schedule_arguments(case: dict[str, Any], arrays: dict[str, np.ndarray]) -> d
 def registered(case: dict[str, Any], arrays: dict[str, np.ndarray], **kwargs: Any) -> DDPMExtScheduler:
     scheduler = DDPMExtScheduler(
         v_posterior=case.get("v_posterior", 0.0),
-        prediction_type=PREDICTION_TYPES[case.get("parameterization", "eps")],
+        prediction_type=FROM_COMPVIS_PREDICTION_TYPE[case.get("parameterization", "eps")],
         **kwargs,
     )
     scheduler.register_schedule(**schedule_arguments(case, arrays))
@@ -76,11 +74,11 @@ def test_tables_of_the_schedule(case):
         case["timesteps"],
         case.get("linear_start", 1e-4),
         case.get("linear_end", 2e-2),
-        COMPVIS_SCHEDULES[case["beta_schedule"]],
+        FROM_COMPVIS_BETA_SCHEDULE[case["beta_schedule"]],
         given,
         cosine_s=case.get("cosine_s", 0.008),
         v_posterior=case["v_posterior"],
-        prediction_type=PREDICTION_TYPES[case["parameterization"]],
+        prediction_type=FROM_COMPVIS_PREDICTION_TYPE[case["parameterization"]],
     )
     assert_tables(case, [getattr(schedule, name).astype(np.float32) for name in A["buffers"]])
 

@@ -15,8 +15,6 @@ from helpers.draws import F64, draws, seeded
 from diffusers_ddpm_ext import DDPMExtScheduler
 from diffusers_ddpm_ext.schedulers import scheduling_ddpm_ext as module
 
-PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
-
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, F64])
 def test_add_noise_has_the_right_sigma_at_every_step(dtype):

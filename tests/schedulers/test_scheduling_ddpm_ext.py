@@ -13,8 +13,7 @@ from helpers.draws import F64, draws, seeded
 from torch import Tensor
 
 from diffusers_ddpm_ext import DDPMExtScheduler
-
-PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+from diffusers_ddpm_ext.utils.vocabulary import PREDICTION_TYPES
 
 
 def chain_by_hand(scheduler: DDPMExtScheduler, v: float) -> dict[int, tuple[float, float, float, float]]:

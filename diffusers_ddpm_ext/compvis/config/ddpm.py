@@ -18,11 +18,13 @@ from diffusers_ddpm_ext.compvis.config import targets
 from diffusers_ddpm_ext.compvis.config.run_keys import RunKeys, leaves, mapping
 from diffusers_ddpm_ext.compvis.schema import Fate, Row, short
 from diffusers_ddpm_ext.models.conditioning import NEEDS
-from diffusers_ddpm_ext.schedulers.config import COMPVIS_SCHEDULES
+from diffusers_ddpm_ext.utils.vocabulary import (
+    CONDITIONING_KEYS,
+    FROM_COMPVIS_BETA_SCHEDULE,
+    FROM_COMPVIS_PREDICTION_TYPE,
+)
 from diffusers_ddpm_ext.utils.yaml_file import load_yaml
 
-PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
-CONDITIONING_KEYS = ("concat", "crossattn", "hybrid", "adm", "hybrid-adm", "crossattn-adm")
 MISSING = object()
 
 
@@ -194,19 +196,21 @@ class _Reader(RunKeys):
     def _schedule(self) -> dict[str, Any]:
         given = self.take("given_betas", None, "trained_betas")
         name = self.take("beta_schedule", "linear", "beta_schedule, in Diffusers' words")
-        if name not in COMPVIS_SCHEDULES:
-            raise ValueError(f"beta_schedule {name!r} is not one of {', '.join(COMPVIS_SCHEDULES)}.")
+        if name not in FROM_COMPVIS_BETA_SCHEDULE:
+            raise ValueError(f"beta_schedule {name!r} is not one of {', '.join(FROM_COMPVIS_BETA_SCHEDULE)}.")
         parameterization = self.take("parameterization", "eps", "prediction_type")
-        if parameterization not in PREDICTIONS:
-            raise ValueError(f"parameterization {parameterization!r} is not one of {', '.join(PREDICTIONS)}.")
+        if parameterization not in FROM_COMPVIS_PREDICTION_TYPE:
+            raise ValueError(
+                f"parameterization {parameterization!r} is not one of {', '.join(FROM_COMPVIS_PREDICTION_TYPE)}."
+            )
         clip = bool(self.take("clip_denoised", True, "clip_sample" + (" (never, for latents)" if self.latent else "")))
         schedule: dict[str, Any] = {
             "num_train_timesteps": self.take("timesteps", 1000, "num_train_timesteps"),
             "beta_start": self.take("linear_start", 1e-4, "beta_start"),
             "beta_end": self.take("linear_end", 2e-2, "beta_end"),
-            "beta_schedule": COMPVIS_SCHEDULES[name],
+            "beta_schedule": FROM_COMPVIS_BETA_SCHEDULE[name],
             "v_posterior": float(self.take("v_posterior", 0.0, "v_posterior")),
-            "prediction_type": PREDICTIONS[parameterization],
+            "prediction_type": FROM_COMPVIS_PREDICTION_TYPE[parameterization],
             "clip_sample": clip and not self.latent,
         }
         cosine_s = self.take("cosine_s", 8e-3, "cosine_s")

@@ -11,6 +11,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
+from diffusers_ddpm_ext.utils.vocabulary import (
+    FROM_COMPVIS_PREDICTION_TYPE,
+    BetaSchedule,
+    ConditioningKey,
+    PredictionType,
+    VarianceType,
+)
+
 T = TypeVar("T")
 
 
@@ -82,7 +90,7 @@ class DataOptions:
         None,
         "Column with stored embeddings (tokens, width) for cross attention: .npy, .safetensors or lists.",
     )
-    conditioning_dropout: dict[str, Any] | None = option(  # noqa: RUF009 - None is not mutable
+    conditioning_dropout: dict[str, Any] | None = option(
         None,
         "Leave a condition out with a probability, for guidance later (CompVis' `ucg_training`): a JSON object such as"
         ' \'{"class_labels": 0.1}\', or \'{"concat_inputs": {"p": 0.1, "val": 0}}\'. Classes get a null class.',
@@ -98,10 +106,10 @@ class ModelOptions:
     model_config_name_or_path: str | None = option(
         None, "JSON configuration of a UNet2DModel: a file, a folder, or a Hub id. Replaces the sizes below."
     )
-    model_config: dict[str, Any] | None = option(  # noqa: RUF009 - None is not mutable
+    model_config: dict[str, Any] | None = option(
         None, "The same, in place: a JSON object; its _class_name may be UNet2DConditionModel, too.", unset="the sizes"
     )
-    conditioning_key: Literal["concat", "crossattn", "hybrid", "adm", "hybrid-adm", "crossattn-adm"] | None = option(
+    conditioning_key: ConditioningKey | None = option(
         None,
         "How conditions reach the network: joined to its input (concat), as tokens of cross attention (crossattn), as"
         " class labels (adm), or together. The digits need nothing else: --conditioning_key adm.",
@@ -156,14 +164,12 @@ class StartOptions:
     )
 
 
-COMPVIS_SCHEDULES = {
+BETA_SCHEDULE_HINTS = {
     "cosine": "'cosine' is CompVis' word: say squaredcos_cap_v2 (and --cosine_s)",
     "sqrt_linear": "'sqrt_linear' is CompVis' word: say linear (CompVis' linear is scaled_linear here)",
 }
-COMPVIS_PREDICTIONS = {
-    "eps": "'eps' is CompVis' word: say epsilon",
-    "x0": "'x0' is CompVis' word: say sample",
-    "v": "'v' is CompVis' word: say v_prediction",
+PREDICTION_TYPE_HINTS = {
+    theirs: f"'{theirs}' is CompVis' word: say {ours}" for theirs, ours in FROM_COMPVIS_PREDICTION_TYPE.items()
 }
 
 
@@ -172,12 +178,12 @@ class ScheduleOptions:
     """The noise schedule, and how the saved pipeline samples. Diffusers' words."""
 
     num_train_timesteps: int = option(1000, "T, the number of noise steps.", alias=("ddpm_num_steps",), low=1)
-    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace", "sqrt"] = option(
+    beta_schedule: BetaSchedule = option(
         "linear",
         "Shape of the betas. CompVis' `linear` is scaled_linear here, its `sqrt_linear` is linear, its `cosine` is"
         " squaredcos_cap_v2.",
         alias=("ddpm_beta_schedule",),
-        words=COMPVIS_SCHEDULES,
+        words=BETA_SCHEDULE_HINTS,
     )
     beta_start: float = option(1e-4, "First beta.", above=0, below=1)
     beta_end: float = option(0.02, "Last beta.", above=0, below=1)
@@ -188,12 +194,12 @@ class ScheduleOptions:
     rescale_betas_zero_snr: bool = option(
         False, "Make the last step pure noise (zero terminal SNR). Needs v_prediction or sample."
     )
-    prediction_type: Literal["epsilon", "sample", "v_prediction"] = option(
-        "epsilon", "What the network predicts: the noise, the clean image, or the velocity.", words=COMPVIS_PREDICTIONS
+    prediction_type: PredictionType = option(
+        "epsilon",
+        "What the network predicts: the noise, the clean image, or the velocity.",
+        words=PREDICTION_TYPE_HINTS,
     )
-    variance_type: Literal[
-        "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range"
-    ] = option(
+    variance_type: VarianceType = option(
         "fixed_small",
         "Variance of a step back: the posterior's (small), beta (large), or what the network says, for each pixel"
         " (learned_range: where between the two; learned: its logarithm), which needs --loss_type hybrid or vlb.",
@@ -299,7 +305,7 @@ class OptimOptions:
         "LambdaLinearScheduler",
     ] = option("cosine", "Course of the learning rate: Diffusers' names, and CompVis' three lambdas.")
     lr_warmup_steps: int = option(500, "Steps from zero to --learning_rate.", low=0)
-    lr_scheduler_args: dict[str, Any] | None = option(  # noqa: RUF009 - None is not mutable
+    lr_scheduler_args: dict[str, Any] | None = option(
         None,
         "Arguments of the course, a JSON object: '{\"power\": 2.0}' for polynomial,"
         ' \'{"warm_up_steps": [100], "f_min": [0.1], ...}\' for LambdaLinearScheduler.',

@@ -10,9 +10,8 @@ from torch import nn
 from diffusers_ddpm_ext.diffusion.schedule import NoiseSchedule
 from diffusers_ddpm_ext.training.config.options import OptimOptions, ScheduleOptions
 from diffusers_ddpm_ext.training.factory.optimizer import scaled_rate
+from diffusers_ddpm_ext.utils.vocabulary import TO_COMPVIS_BETA_SCHEDULE, TO_COMPVIS_PREDICTION_TYPE
 
-COMPVIS_BETAS = {"scaled_linear": "linear", "linear": "sqrt_linear", "squaredcos_cap_v2": "cosine", "sqrt": "sqrt"}
-COMPVIS_PREDICTIONS = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 SLOW_ON_CPU = 20_000_000  # parameters; that many take seconds a step at 64x64
 SIGNAL_LEFT = 0.1  # of the amplitude after the last step; Stable Diffusion's schedule leaves 0.068
 
@@ -65,11 +64,11 @@ def describe_schedule(options: ScheduleOptions) -> str:
         ends = f" {options.beta_start:g} to {options.beta_end:g}"
         shape = f" s={options.cosine_s:g}" if name == "squaredcos_cap_v2" else ends if name != "laplace" else ""
         betas = f"{name}{shape}, T={options.num_train_timesteps}"
-        compvis = COMPVIS_BETAS.get(name, "given_betas")
+        compvis = TO_COMPVIS_BETA_SCHEDULE.get(name, "given_betas")
     if options.rescale_betas_zero_snr:
         betas, compvis = f"{betas}, zero terminal SNR", "given_betas"
     prediction = options.prediction_type
-    return f"{betas}, predicts {prediction} (CompVis: {compvis}, {COMPVIS_PREDICTIONS[prediction]})"
+    return f"{betas}, predicts {prediction} (CompVis: {compvis}, {TO_COMPVIS_PREDICTION_TYPE[prediction]})"
 
 
 def schedule_warning(schedule: NoiseSchedule) -> str | None:

@@ -1,0 +1,33 @@
+"""Names of noise schedules, prediction types, variance types and conditioning keys: Diffusers' and CompVis'.
+
+The one place where each set of names is listed. Nothing heavy is imported, so that ``--help`` can use it.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace", "sqrt"]
+PredictionType = Literal["epsilon", "sample", "v_prediction"]
+VarianceType = Literal["fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range"]
+ConditioningKey = Literal["concat", "crossattn", "hybrid", "adm", "hybrid-adm", "crossattn-adm"]
+
+BETA_SCHEDULES: tuple[BetaSchedule, ...] = get_args(BetaSchedule)
+PREDICTION_TYPES: tuple[PredictionType, ...] = get_args(PredictionType)
+VARIANCE_TYPES: tuple[VarianceType, ...] = get_args(VarianceType)
+CONDITIONING_KEYS: tuple[ConditioningKey, ...] = get_args(ConditioningKey)
+
+# CompVis' name -> Diffusers' name of the same betas. CompVis' linear is linear in the square root of beta.
+FROM_COMPVIS_BETA_SCHEDULE: dict[str, BetaSchedule] = {
+    "linear": "scaled_linear",
+    "sqrt_linear": "linear",
+    "cosine": "squaredcos_cap_v2",
+    "squaredcos_cap_v2": "squaredcos_cap_v2",
+    "sqrt": "sqrt",
+}
+# Diffusers' name -> CompVis' name; sigmoid and laplace have none.
+TO_COMPVIS_BETA_SCHEDULE: dict[str, str] = {
+    ours: theirs for theirs, ours in reversed(FROM_COMPVIS_BETA_SCHEDULE.items())
+}
+FROM_COMPVIS_PREDICTION_TYPE: dict[str, PredictionType] = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
+TO_COMPVIS_PREDICTION_TYPE: dict[str, str] = {ours: theirs for theirs, ours in FROM_COMPVIS_PREDICTION_TYPE.items()}
