@@ -29,6 +29,21 @@ PUBLIC = {
     "__version__",
 }
 
+FROZEN_PATHS = {
+    "gaussian": "Gaussian at_step q_sample q_mean_variance posterior velocity x0_from_v eps_from_v x0_from_eps"
+    " eps_from_x0 v_from_x0 v_from_eps predict_x0 predict_eps training_target",
+    "likelihood": "BitsPerDim BoundTerms bits_per_dim bound_terms prior_bits normal_kl"
+    " discretized_gaussian_log_likelihood",
+    "timesteps": "TimestepSampler LossSecondMomentSampler",
+    "compvis": "load_compvis save_compvis",
+    "compvis.weights": "convert_unet export_unet",
+    "cli": "main",
+    "training.data": "ImageData ImageSet load_data",
+    "training.config": "TrainConfig parse_train_args",
+    "training.checkpoints": "Checkpoint DamagedCheckpoint list_checkpoints newest verify",
+    "training.trainer": "train",
+}
+
 
 def imported_by_hand() -> dict[str, str]:
     """Name -> room of the imports that a type checker sees."""
@@ -94,3 +109,26 @@ def test_version_is_stated_once():
 
 def test_package_is_typed():
     assert (ROOT / "diffusers_ddpm_ext" / "py.typed").is_file()
+
+
+@pytest.mark.parametrize("path", FROZEN_PATHS)
+def test_documented_import_paths_are_frozen(path):
+    """Each as a user writes it, and the name is that of the module that defines it."""
+    for name in FROZEN_PATHS[path].split():
+        names: dict = {}
+        exec(f"from diffusers_ddpm_ext.{path} import {name}", names)
+        value = names[name]
+        assert getattr(importlib.import_module(value.__module__), name) is value
+
+
+@pytest.mark.parametrize(("cls", "base"), [("DDPMExtScheduler", "SchedulerMixin"), ("UNet2DExtModel", "ModelMixin")])
+def test_diffusers_finds_the_base_class_in_the_defining_module(cls, base):
+    """Diffusers looks for these names in the module of a class before it loads one from a folder."""
+    import diffusers
+
+    module = importlib.import_module(getattr(diffusers_ddpm_ext, cls).__module__)
+    assert getattr(module, base) is getattr(diffusers, base)
+
+
+def test_console_script_is_frozen():
+    assert 'ddpm-ext = "diffusers_ddpm_ext.cli:main"' in (ROOT / "pyproject.toml").read_text()
