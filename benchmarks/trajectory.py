@@ -47,7 +47,7 @@ COMMANDS = {
     "from-compvis": f"convert --from compvis --checkpoint {GOLDEN}.ckpt --config {GOLDEN}.yaml --out latent",
 }
 FINGERPRINTED = {".jsonl", ".safetensors", ".png", ".json", ".npz", ".ckpt", ".yaml", ".npy"}
-OF_THE_MACHINE = {"environment.json", "manifest.json", "metrics_timing.jsonl"}
+OF_THE_MACHINE = {"environment.json", "manifest.json", "timing.jsonl"}
 
 
 def make_images(folder: Path) -> None:

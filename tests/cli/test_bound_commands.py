@@ -311,7 +311,7 @@ def test_folders_that_are_none(command, tmp_path, capsys):
 
 
 def test_a_pipeline_that_does_not_say_its_images(tmp_path, capsys):
-    from tiny import tiny_unet
+    from helpers.tiny import tiny_unet
 
     DDPMExtPipeline(tiny_unet(), DDPMExtScheduler(5)).save_pretrained(tmp_path / "bare")
     assert "--train_data_dir" in refused(capsys, "evaluate", str(tmp_path / "bare"), "--device", "cpu")

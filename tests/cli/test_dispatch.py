@@ -14,6 +14,7 @@ from helpers.paths import ROOT
 from PIL import Image
 
 from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtScheduler, __version__, cli
+from diffusers_ddpm_ext.cli import dispatch
 from diffusers_ddpm_ext.errors import RunError
 
 STEPS = 5
@@ -87,7 +88,7 @@ def test_how_a_run_ends(raised, status, line, monkeypatch, capsys):
     def command(argv: list[str]) -> None:
         raise raised
 
-    monkeypatch.setattr(cli, "_sample", command)
+    monkeypatch.setattr(dispatch, "_sample", command)
     assert cli.main(["sample"]) == status
     assert capsys.readouterr().err == line
 
@@ -96,7 +97,7 @@ def test_our_own_mistakes_show_their_traceback(monkeypatch):
     def command(argv: list[str]) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(cli, "_sample", command)
+    monkeypatch.setattr(dispatch, "_sample", command)
     with pytest.raises(ZeroDivisionError):
         cli.main(["sample"])
 

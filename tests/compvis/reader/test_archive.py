@@ -84,7 +84,7 @@ def test_a_file_of_lightning(kind, tmp_path):
     assert found.facts == {"epoch": 3, "global_step": 70}
     whole = read_checkpoint(path)
     assert isinstance(whole["optimizer_states"][0]["state"][0]["exp_avg"], LazyTensor)
-    assert [str(key) for key in whole["callbacks"]] == [f"{__name__}.Callback"]
+    assert [str(key) for key in whole["callbacks"]] == [f"{__name__}.Callback"[:40]]
     assert isinstance(next(iter(whole["callbacks"])), Name)
     assert isinstance(whole["hyper_parameters"], Standin)
 
@@ -235,7 +235,7 @@ HOSTILE = """
     from pathlib import Path
     from diffusers_ddpm_ext.compvis.reader.archive import read_tensors
     from diffusers_ddpm_ext.compvis.reader.unpickle import UnreadableCheckpoint
-    from test_archive import hostile_files
+    from compvis.reader.test_archive import hostile_files
     marks, place = Path(sys.argv[1]), Path(sys.argv[2])
     files = hostile_files(marks, place)
     peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -53,7 +53,7 @@ def test_every_one_of_them_is_live(tmp_path):
         import io, pickle, sys
         from pathlib import Path
         import numpy, torch
-        from hostile_pickles import corpus
+        from helpers.hostile_pickles import corpus
         for hostile in corpus(Path(sys.argv[1])):
             file = io.BytesIO(hostile.data)
             try:
@@ -82,7 +82,7 @@ def test_the_polyglot_is_sound_for_safetensors(tmp_path):
 PLANT = """
     import pickle, sys
     from pathlib import Path
-    from hostile_pickles import PLANTED_NAMES, corpus
+    from helpers.hostile_pickles import PLANTED_NAMES, corpus
     from diffusers_ddpm_ext.training.checkpoints import folders as checkpoints
     from diffusers_ddpm_ext.training.checkpoints.manifest import MANIFEST, FileFacts, encode_manifest, facts_of
 
@@ -140,8 +140,8 @@ def test_none_acts_when_a_checkpoint_is_read(tmp_path):
 STATE = """
     import shutil, sys
     from pathlib import Path
-    from hostile_pickles import corpus
-    from state_cases import advance, small_run, small_task
+    from helpers.hostile_pickles import corpus
+    from helpers.state_cases import advance, small_run, small_task
     from diffusers_ddpm_ext.training.checkpoints import manifest
     from diffusers_ddpm_ext.training.checkpoints import snapshot
     from diffusers_ddpm_ext.training.checkpoints.state import gather
