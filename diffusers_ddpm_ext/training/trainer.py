@@ -24,7 +24,7 @@ from diffusers_ddpm_ext.plotting.curves import write_whole
 from diffusers_ddpm_ext.training.checkpoints.output_dir import run_name
 from diffusers_ddpm_ext.training.config.train_config import TrainConfig
 from diffusers_ddpm_ext.training.data.batches import Batch, stream
-from diffusers_ddpm_ext.training.distributed import largest_over_ranks, mean_over_ranks
+from diffusers_ddpm_ext.training.distributed import any_rank, mean_over_ranks
 from diffusers_ddpm_ext.training.loop.export import save_pipeline
 from diffusers_ddpm_ext.training.loop.gallery import FOLDER, SAMPLES, draw_data, draw_end, draw_samples
 from diffusers_ddpm_ext.training.loop.hub_publisher import Publisher, take_token
@@ -40,9 +40,9 @@ from diffusers_ddpm_ext.training.loop.saving import (
     take_pipeline,
 )
 from diffusers_ddpm_ext.training.loop.step import train_step
-from diffusers_ddpm_ext.training.loop.stop_requests import Asked, Clock
+from diffusers_ddpm_ext.training.loop.stop_requests import RequestPoller, StopRequest
 from diffusers_ddpm_ext.training.loop.validation import measure
-from diffusers_ddpm_ext.training.signals import listening
+from diffusers_ddpm_ext.training.signals import handle_signals
 from diffusers_ddpm_ext.training.tracking.metrics import MetricsLogger, first_nonfinite
 from diffusers_ddpm_ext.utils.files import CONFIG, ENVIRONMENT, METRICS
 
@@ -74,7 +74,7 @@ def train(config: TrainConfig) -> Path | None:
     publisher = open_publisher(run)
     try:
         if resume(run):
-            with listening() as run.requests:
+            with handle_signals() as run.requests:
                 carry_out(run, began)
         if publisher is not None:
             run.accelerator.print(publisher.at_the_end())
@@ -120,7 +120,7 @@ def carry_out(run: Run, began: float) -> None:
         if run.config.loop.on_nonfinite == "rollback":
             keep(run, logger)  # or there would be nothing to go back to before the first checkpoint
     try:
-        fit(run, logger, Clock(run, began))
+        fit(run, logger, RequestPoller(run.accelerator, run.config.checkpoint, run.requests, began))
     except Halt as halt:
         logger.progress_bar.close()
         say_how_to_go_on(run, halt)
@@ -186,13 +186,13 @@ def say_how_to_go_on(run: Run, halt: Halt) -> None:
     )
 
 
-def fit(run: Run, logger: MetricsLogger, clock: Clock) -> None:
+def fit(run: Run, logger: MetricsLogger, poller: RequestPoller) -> None:
     """Go from the run's step to its end.
 
     Args:
         run: before a step, or in the middle of what its step calls for.
         logger: where its numbers go.
-        clock: what time and signals ask for.
+        poller: what time and signals ask for.
 
     Raises:
         RunError: the run cannot go on.
@@ -202,7 +202,7 @@ def fit(run: Run, logger: MetricsLogger, clock: Clock) -> None:
     rolling = run.config.loop.on_nonfinite == "rollback"
     run.task.train()
     with logger.stopwatch.stopped():
-        catch_up(run, logger, clock)
+        catch_up(run, logger, poller)
     while run.step < run.plan.steps and not run.stopped_early:
         applied = train_step(run, batches)
         if not applied:
@@ -210,7 +210,7 @@ def fit(run: Run, logger: MetricsLogger, clock: Clock) -> None:
         elif not rolling:
             run.recoveries = 0
         logger.progress_bar.update()
-        asked = clock.asked()
+        asked = poller.poll()
         now = due(run, asked)
         run.todo = list(now.tasks)
         if now.logging:
@@ -222,18 +222,18 @@ def fit(run: Run, logger: MetricsLogger, clock: Clock) -> None:
                     run.recoveries = 0
                 if run.publisher is not None and run.publisher.with_checkpoint and run.step < run.plan.steps:
                     run.publisher.on_the_way(run.step)
-                if asked.stops:
+                if asked.stop:
                     raise Halt(asked.signal, kept)
-            catch_up(run, logger, clock)
+            catch_up(run, logger, poller)
 
 
-def catch_up(run: Run, logger: MetricsLogger, clock: Clock) -> None:
+def catch_up(run: Run, logger: MetricsLogger, poller: RequestPoller) -> None:
     """Do what the present step still calls for, each task whole or not at all.
 
     Args:
         run: its ``todo`` is empty afterwards.
         logger: of the run.
-        clock: what signals ask for meanwhile.
+        poller: what signals ask for meanwhile.
 
     Raises:
         Halt: as `fit`.
@@ -242,8 +242,8 @@ def catch_up(run: Run, logger: MetricsLogger, clock: Clock) -> None:
         task = run.todo[0]
         if TASKS[task](run, logger) and run.todo[:1] == [task]:
             run.todo = run.todo[1:]
-        asked = clock.asked()
-        if asked.stops:
+        asked = poller.poll()
+        if asked.stop:
             raise Halt(asked.signal, keep(run, logger))
 
 
@@ -266,7 +266,7 @@ class Due:
     tasks: tuple[str, ...]
 
 
-def due(run: Run, asked: Asked) -> Due:
+def due(run: Run, asked: StopRequest) -> Due:
     """What the present step calls for.
 
     Args:
@@ -388,7 +388,7 @@ def validate(run: Run, logger: MetricsLogger) -> bool:
         Whether it was done; False where a signal broke it off, and its numbers are worth nothing.
     """
     values = measure(run)
-    if largest_over_ranks(run.accelerator, int(bool(run.requests.stopped_by))):
+    if any_rank(run.accelerator, bool(run.requests.stopped_by)):
         return False
     if values and run.accelerator.is_main_process:
         logger.log_validation(run.step, values)

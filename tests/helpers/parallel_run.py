@@ -24,7 +24,7 @@ def main() -> None:
     folder, gradients = Path(sys.argv[1]), Path(sys.argv[2])
     failing, batch, accumulation, length = map(int, sys.argv[3:])
     torch.set_num_threads(1)
-    processes.SECONDS_TO_SPEAK = 2
+    processes.EXIT_DELAY = 2
 
     def remember(parameters: list[torch.nn.Parameter], max_norm: float, *norms: torch.Tensor) -> torch.Tensor:
         if not gradients.exists() and len(parameters) > 1 and processes_rank() == 0:

@@ -10,7 +10,7 @@ import pytest
 
 FAULTS = """
 import ctypes, resource, torch
-from diffusers_ddpm_ext.training.distributed import keep_memory
+from diffusers_ddpm_ext.training.distributed import keep_freed_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -26,7 +26,7 @@ libc = ctypes.CDLL(None)
 for option in (-1, -3):  # trimming and mapping at their default thresholds: else the heap's layout decides
     libc.mallopt(option, 128 * 1024)
 given_back = fewest()
-keep_memory()
+keep_freed_memory()
 faults()
 print(given_back, fewest())
 """

@@ -1,4 +1,4 @@
-"""Signals: what they ask for, and that a process does not outlive the launcher that started it."""
+"""Signals: what they request, and that a process does not outlive the launcher that started it."""
 
 from __future__ import annotations
 
@@ -10,31 +10,30 @@ import time
 
 import pytest
 
-from diffusers_ddpm_ext.training.signals import Wish, listening
+from diffusers_ddpm_ext.training.signals import handle_signals
 
 
-def test_usr1_asks_for_one_checkpoint():
-    with listening() as requests:
-        assert requests.wish == Wish.NOTHING
+def test_usr1_requests_one_checkpoint():
+    with handle_signals() as requests:
+        assert (requests.checkpoint, requests.stopped_by) == (False, 0)
         os.kill(os.getpid(), signal.SIGUSR1)
-        assert requests.wish == Wish.CHECKPOINT
-        requests.granted()
-        assert requests.wish == Wish.NOTHING
+        assert (requests.checkpoint, requests.stopped_by) == (True, 0)
+        requests.clear()
+        assert (requests.checkpoint, requests.stopped_by) == (False, 0)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_stop_remains_and_the_first_signal_counts(number):
-    with listening() as requests:
+    with handle_signals() as requests:
         os.kill(os.getpid(), signal.SIGUSR1)
         os.kill(os.getpid(), number)
         os.kill(os.getpid(), signal.SIGTERM)
-        requests.granted()
-        assert requests.wish == Wish.STOP
+        requests.clear()
         assert requests.stopped_by == number
 
 
 def test_a_second_interrupt_ends_at_once():
-    with listening() as requests:
+    with handle_signals() as requests:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
@@ -44,15 +43,15 @@ def test_a_second_interrupt_ends_at_once():
 
 def test_handlers_come_back():
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
-    with listening():
+    with handle_signals():
         assert signal.getsignal(signal.SIGTERM) != before[0]
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == before
 
 
 CHILD = """
 import time
-from diffusers_ddpm_ext.training.signals import die_with_parent, listening
-with listening() as requests:
+from diffusers_ddpm_ext.training.signals import die_with_parent, handle_signals
+with handle_signals() as requests:
     die_with_parent()
     print("ready", flush=True)
     while not requests.stopped_by:

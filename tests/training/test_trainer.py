@@ -19,7 +19,7 @@ from diffusers_ddpm_ext.errors import ConfigError, RunError
 from diffusers_ddpm_ext.training import distributed as processes
 from diffusers_ddpm_ext.training import signals
 from diffusers_ddpm_ext.training.loop.run import Run, describe, start
-from diffusers_ddpm_ext.training.loop.stop_requests import Asked
+from diffusers_ddpm_ext.training.loop.stop_requests import StopRequest
 from diffusers_ddpm_ext.training.trainer import PROJECT, due, open_batches, train, train_step
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -298,7 +298,7 @@ def test_what_is_due(tmp_path: Path):
     run = start(tiny_run(tmp_path / "run", max_train_steps=500, save_model_epochs=1, save_images_steps=7))
     called = {"logging": [], "checkpoint": [], "validation": [], "images": [], "model": []}
     for run.step in range(1, 501):
-        now = due(run, Asked(0))
+        now = due(run, StopRequest())
         for name in called:
             if name in now.tasks or getattr(now, name, False):
                 called[name].append(run.step)
@@ -330,7 +330,7 @@ def test_wrong_precision_for_the_machine(tmp_path: Path):
     ],
 )
 def test_a_launchers_single_thread_is_undone(monkeypatch: pytest.MonkeyPatch, environment, expected):
-    for name in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE", *signals.LAUNCHERS):
+    for name in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE", *signals.LAUNCHER_VARIABLES):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)

@@ -24,7 +24,7 @@ from diffusers_ddpm_ext.errors import ConfigError, RunError, warn
 from diffusers_ddpm_ext.plotting.curves import save_grid
 from diffusers_ddpm_ext.training.checkpoints import snapshot as snapshots
 from diffusers_ddpm_ext.training.checkpoints import state
-from diffusers_ddpm_ext.training.distributed import leave_silently, same_fate
+from diffusers_ddpm_ext.training.distributed import exit_without_message, fail_together
 from diffusers_ddpm_ext.training.loop.resume import find, live
 from diffusers_ddpm_ext.training.loop.run import Run
 from diffusers_ddpm_ext.training.tracking.metrics import SampleLoss
@@ -53,7 +53,7 @@ def give_up(run: Run, step: int) -> None:
     """
     line = report(run, step)
     if not run.accelerator.is_main_process:
-        leave_silently(1)
+        exit_without_message(1)
     raise RunError(f"{line}; try {advice(run)}, or --on_nonfinite skip")
 
 
@@ -72,7 +72,7 @@ def recover(run: Run) -> None:
     run.recoveries += 1
     if run.recoveries > limit:
         if not run.accelerator.is_main_process:
-            leave_silently(1)
+            exit_without_message(1)
         since = "to the same checkpoint" if rolling else "in a row"
         raise RunError(f"{line}, as in {limit} before it {since}; try {advice(run)}")
     went_on = "the step is left out"
@@ -97,7 +97,7 @@ def roll_back(run: Run) -> int:
         RunError: there is none any more, or it is damaged.
     """
     snapshot = None
-    with same_fate(run.accelerator):
+    with fail_together(run.accelerator):
         if run.accelerator.is_main_process:
             try:
                 checkpoint = find(run.taken_folder, "latest")
@@ -105,7 +105,7 @@ def roll_back(run: Run) -> int:
                 snapshot = snapshots.read(checkpoint.path)
             except (ConfigError, ValueError) as error:
                 raise RunError(f"--on_nonfinite rollback: there is no checkpoint to go back to: {error}") from None
-    with same_fate(run.accelerator):
+    with fail_together(run.accelerator):
         progress = state.apply(snapshot, live(run))
     for _ in range(run.step - progress.step):
         run.lr_scheduler.step()

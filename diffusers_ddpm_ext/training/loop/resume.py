@@ -25,7 +25,7 @@ from diffusers_ddpm_ext.training.checkpoints.folders import (
 from diffusers_ddpm_ext.training.checkpoints.manifest import Checkpoint, DamagedCheckpoint, NewerCheckpoint, verify
 from diffusers_ddpm_ext.training.checkpoints.snapshot import Progress, Snapshot
 from diffusers_ddpm_ext.training.config.flags import OPTIONS
-from diffusers_ddpm_ext.training.distributed import same_fate
+from diffusers_ddpm_ext.training.distributed import fail_together
 from diffusers_ddpm_ext.training.loop.run import Run
 from diffusers_ddpm_ext.utils.files import METRICS
 
@@ -86,7 +86,7 @@ def resume(run: Run) -> bool:
     accelerator = run.accelerator
     found: list[tuple[bool, bool]] = [(False, False)]
     snapshot: Snapshot | None = None
-    with same_fate(accelerator):
+    with fail_together(accelerator):
         if accelerator.is_main_process:
             checkpoint = find(run.taken_folder, wanted)
             snapshot = None if checkpoint is None else _read(run, checkpoint)
@@ -104,7 +104,7 @@ def resume(run: Run) -> bool:
             f"--ckpt_path {path} does not exist, and there is no checkpoint to go on from: give the file"
         )
     elif exists:
-        with same_fate(accelerator):
+        with fail_together(accelerator):
             progress = state.apply(snapshot, live(run), run.config.checkpoint.allow_config_change)
         _go_on(run, progress)
         accelerator.print(f"going on from step {run.step:,}")

@@ -23,10 +23,10 @@ from diffusers_ddpm_ext.training.config.checks import tracker_names
 from diffusers_ddpm_ext.training.config.train_config import TrainConfig
 from diffusers_ddpm_ext.training.data.dataset import ImageData, load_data
 from diffusers_ddpm_ext.training.distributed import (
-    fsdp_was_asked_for,
-    largest_over_ranks,
+    any_rank,
+    fail_together,
+    fsdp_requested,
     make_accelerator,
-    same_fate,
     sum_over_ranks,
 )
 from diffusers_ddpm_ext.training.evaluation.validation_loss import Processes
@@ -36,7 +36,7 @@ from diffusers_ddpm_ext.training.factory.parts import Parts, build_ema, build_pa
 from diffusers_ddpm_ext.training.factory.task import DenoisingTask
 from diffusers_ddpm_ext.training.factory.warm_start import initialize_ema, load_initial_weights
 from diffusers_ddpm_ext.training.loop.hub_publisher import Publisher, check_token, fetch_run
-from diffusers_ddpm_ext.training.signals import Requests
+from diffusers_ddpm_ext.training.signals import SignalRequests
 from diffusers_ddpm_ext.training.tracking.metrics import LossMeter
 from diffusers_ddpm_ext.training.tracking.monitor import Monitor
 from diffusers_ddpm_ext.training.tracking.plan import (
@@ -103,7 +103,7 @@ class Run:
     recoveries: int = 0
     monitor: Monitor | None = None
     last_row: dict[str, float] = field(default_factory=dict)
-    requests: Requests = field(default_factory=Requests)
+    requests: SignalRequests = field(default_factory=SignalRequests)
     meter: LossMeter = field(default_factory=LossMeter)
     start_is_missing: bool = False
     publisher: Publisher | None = None
@@ -156,7 +156,7 @@ class Run:
 
         def stopped() -> bool:
             own = bool(self.requests.stopped_by)
-            return bool(largest_over_ranks(accelerator, int(own))) if lockstep else own
+            return any_rank(accelerator, own) if lockstep else own
 
         return Processes(
             accelerator.process_index,
@@ -193,7 +193,7 @@ def start(config: TrainConfig) -> Run:
     loop = config.loop
     trackers = [] if loop.dry_run else tracker_names(config.output.report_to)
     accelerator = make_accelerator(loop.mixed_precision, loop.gradient_accumulation_steps, trackers)
-    with same_fate(accelerator):
+    with fail_together(accelerator):
         if accelerator.is_main_process:
             check_output_dir(config.output, config.resumes)
         check_token(config.hub)
@@ -227,9 +227,9 @@ def start(config: TrainConfig) -> Run:
     wrapped, optimizer = accelerator.prepare(task, optimizer)
     run = Run(config, accelerator, data, parts, plan, wrapped, optimizer, lr_scheduler, ema)
     run.start_is_missing = initial is None and config.start.ckpt_path is not None
-    with same_fate(accelerator):
+    with fail_together(accelerator):
         run.monitor = make_monitor(run)
-    if fsdp_was_asked_for() and not run.is_sharded and accelerator.is_main_process:
+    if fsdp_requested() and not run.is_sharded and accelerator.is_main_process:
         warn(
             f"FSDP was asked for, but Accelerate made {engine(run)} of it: it has no FSDP on {accelerator.device.type}"
         )
@@ -442,7 +442,7 @@ def take_folder(run: Run) -> Path:
     """
     accelerator = run.accelerator
     names: list[str | None] = [None]
-    with same_fate(accelerator):
+    with fail_together(accelerator):
         if accelerator.is_main_process:
             folder, run.lock = take_output_dir(run.config.data, run.config.output, run.config.resumes)
             if run.config.hub.resume_from_hub is not None:

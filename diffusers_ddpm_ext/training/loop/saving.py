@@ -20,7 +20,7 @@ from diffusers_ddpm_ext.training.checkpoints import snapshot as snapshots
 from diffusers_ddpm_ext.training.checkpoints import state
 from diffusers_ddpm_ext.training.checkpoints.folders import discard, prune, put_in_place, step_of, write_checkpoint
 from diffusers_ddpm_ext.training.checkpoints.lock import FolderBusy
-from diffusers_ddpm_ext.training.distributed import largest_over_ranks, same_fate
+from diffusers_ddpm_ext.training.distributed import any_rank, fail_together
 from diffusers_ddpm_ext.training.loop.export import Networks, save_pipeline, take_networks
 from diffusers_ddpm_ext.training.loop.resume import BEST, FINISHED, MONITOR, live, progress_of
 from diffusers_ddpm_ext.training.loop.run import Run, take_logvar
@@ -43,7 +43,7 @@ def keep(run: Run, logger: MetricsLogger) -> bool:
     """
     accelerator, stands = run.accelerator, True
     snapshot = state.gather(live(run), progress_of(run, logger.metrics_size), borrow=True)
-    with same_fate(accelerator):
+    with fail_together(accelerator):
         if accelerator.is_main_process and snapshot is not None:
             hold_folder(run)
             try:
@@ -53,8 +53,8 @@ def keep(run: Run, logger: MetricsLogger) -> bool:
             except OSError as error:
                 warn(str(error))
                 stands = False
-    run.requests.granted()
-    return not largest_over_ranks(accelerator, int(not stands))
+    run.requests.clear()
+    return not any_rank(accelerator, not stands)
 
 
 def hold_folder(run: Run) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from diffusers_ddpm_ext.diffusion.timesteps import spread
 from diffusers_ddpm_ext.losses.objective import ObjectiveOutput
 from diffusers_ddpm_ext.training.data.batches import Batch
-from diffusers_ddpm_ext.training.distributed import gather_rows, largest_over_ranks
+from diffusers_ddpm_ext.training.distributed import any_rank, gather_rows
 from diffusers_ddpm_ext.training.factory.optimizer import clip_gradients, gradient_norms
 from diffusers_ddpm_ext.training.loop.run import Run
 from diffusers_ddpm_ext.training.tracking.metrics import StepTrace
@@ -158,4 +158,4 @@ def is_finite(run: Run, outputs: list[ObjectiveOutput], norms: Tensor) -> bool:
     """
     losses = torch.stack([output.loss.detach() for output in outputs])
     values = losses if run.accelerator.scaler is not None else torch.cat([losses, norms.to(losses)])
-    return not largest_over_ranks(run.accelerator, int(not bool(torch.isfinite(values).all())))
+    return not any_rank(run.accelerator, not bool(torch.isfinite(values).all()))

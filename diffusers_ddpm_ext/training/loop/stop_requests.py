@@ -1,72 +1,70 @@
-"""What time and signals ask of a run, agreed on by its processes between two steps."""
+"""SignalRequests for a checkpoint or the end of the run, from signals and time limits, agreed on by all processes."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
 
-from diffusers_ddpm_ext.training.distributed import largest_over_ranks
-from diffusers_ddpm_ext.training.loop.run import Run
-from diffusers_ddpm_ext.training.signals import Wish
+from accelerate import Accelerator
 
-CHECKPOINT, TIME_IS_UP, SIGNAL = 1, 2, 100
+from diffusers_ddpm_ext.training.config.options import CheckpointOptions
+from diffusers_ddpm_ext.training.distributed import max_over_ranks
+from diffusers_ddpm_ext.training.signals import SignalRequests
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What the processes have agreed on; of several wishes the greatest.
+class StopRequest:
+    """What the processes have agreed to do after the present step.
 
     Attributes:
-        code: 0, ``CHECKPOINT``, ``TIME_IS_UP``, or ``SIGNAL`` and the number of the signal that asks to stop.
+        checkpoint: whether to write a checkpoint.
+        stop: whether to end the run after it.
+        signal: number of the signal that requested the end; 0 where the time limit did, or nothing.
     """
 
-    code: int
-
-    @property
-    def checkpoint(self) -> bool:
-        """Whether a checkpoint is to be written."""
-        return self.code >= CHECKPOINT
-
-    @property
-    def stops(self) -> bool:
-        """Whether the run is to end after it."""
-        return self.code >= TIME_IS_UP
-
-    @property
-    def signal(self) -> int:
-        """Number of the signal; 0 where none asks to stop."""
-        return max(0, self.code - SIGNAL)
+    checkpoint: bool = False
+    stop: bool = False
+    signal: int = 0
 
 
-class Clock:
-    """Looks at the clock, in the first process alone, and at the signals, in every one.
+class RequestPoller:
+    """Reads the signals in every process, and the time in the main process only.
 
     Args:
-        run: whose limits count.
-        began: when the process was started, in seconds of the monotonic clock.
+        accelerator: of the run.
+        options: section ``checkpoint``, with the time limits.
+        signals: of this process.
+        start_time: when the process was started, in seconds of the monotonic clock.
     """
 
-    def __init__(self, run: Run, began: float) -> None:
-        self._run = run
-        self._began = began
-        self._last = time.monotonic()
+    def __init__(
+        self, accelerator: Accelerator, options: CheckpointOptions, signals: SignalRequests, start_time: float
+    ) -> None:
+        self._accelerator = accelerator
+        self._options = options
+        self._signals = signals
+        self._start_time = start_time
+        self._last_checkpoint = time.monotonic()
 
-    def asked(self) -> Asked:
-        """What is asked for now; all processes call this at the same step and get the same answer."""
-        return Asked(largest_over_ranks(self._run.accelerator, self._own()))
+    def poll(self) -> StopRequest:
+        """What is requested now. Collective call: every process must make it after the same step."""
+        own = self._own_request()
+        checkpoint, stop, number = max_over_ranks(self._accelerator, own.checkpoint, own.stop, own.signal)
+        return StopRequest(bool(checkpoint), bool(stop), number)
 
-    def _own(self) -> int:
-        requests, options = self._run.requests, self._run.config.checkpoint
-        if requests.wish == Wish.STOP:
-            return SIGNAL + requests.stopped_by
-        now = time.monotonic()
-        first = self._run.accelerator.is_main_process
-        if first and options.max_train_minutes is not None and now - self._began > 60 * options.max_train_minutes:
-            return TIME_IS_UP
-        minutes = options.checkpointing_minutes
-        if requests.wish == Wish.CHECKPOINT:
-            return CHECKPOINT
-        if first and minutes is not None and now - self._last > 60 * minutes:
-            self._last = now
-            return CHECKPOINT
-        return 0
+    def _own_request(self) -> StopRequest:
+        if self._signals.stopped_by:
+            return StopRequest(checkpoint=True, stop=True, signal=self._signals.stopped_by)
+        if self._is_over(self._options.max_train_minutes, self._start_time):
+            return StopRequest(checkpoint=True, stop=True)
+        if self._signals.checkpoint:
+            return StopRequest(checkpoint=True)
+        if self._is_over(self._options.checkpointing_minutes, self._last_checkpoint):
+            self._last_checkpoint = time.monotonic()
+            return StopRequest(checkpoint=True)
+        return StopRequest()
+
+    def _is_over(self, minutes: float | None, since: float) -> bool:
+        """Whether a time limit is exceeded; never outside the main process."""
+        is_main = self._accelerator.is_main_process
+        return is_main and minutes is not None and time.monotonic() - since > 60 * minutes
