@@ -58,6 +58,11 @@ class ConvertOptions:
     quiet: bool
 
 
+def convert_command(argv: Sequence[str]) -> str:
+    """Parse the command line and run the command; arguments and errors are those of the two functions below."""
+    return convert(parse_convert_args(argv))
+
+
 def parse_convert_args(argv: Sequence[str], prog: str = "ddpm-ext convert") -> ConvertOptions:
     """The options of a command line, checked; arguments and errors are those of `Parser.parse_checked`."""
     parser = Parser(prog=prog, usage=f"{prog} [options]", description=HEAD, epilog=TAIL)

@@ -29,6 +29,11 @@ class ConvertConfigOptions:
     allow_refused: bool
 
 
+def convert_config_command(argv: Sequence[str]) -> str:
+    """Parse the command line and run the command; arguments and errors are those of the two functions below."""
+    return convert_config(parse_convert_config_args(argv))
+
+
 def parse_convert_config_args(argv: Sequence[str], prog: str = "ddpm-ext convert-config") -> ConvertConfigOptions:
     """The options of a command line, checked; arguments and errors are those of `Parser.parse_checked`."""
     parser = Parser(prog=prog, usage=f"{prog} FILE [options]", description=HEAD, epilog=TAIL)

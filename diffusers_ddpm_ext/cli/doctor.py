@@ -65,6 +65,12 @@ class DoctorOptions:
     offline: bool
 
 
+def doctor_command(argv: Sequence[str]) -> str:
+    """Parse the command line and run the command; arguments and errors are those of the two functions below."""
+    doctor(parse_doctor_args(argv))
+    return ""
+
+
 def parse_doctor_args(argv: Sequence[str], prog: str = "ddpm-ext doctor") -> DoctorOptions:
     """The options of a command line, checked; arguments and errors are those of `Parser.parse_checked`."""
     parser = Parser(prog=prog, usage=f"{prog} [FOLDER] [options]", description=HEAD, epilog=TAIL)

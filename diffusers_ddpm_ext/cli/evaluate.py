@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffusers_ddpm_ext.cli.extras import TRAIN_MODULES, require_modules
 from diffusers_ddpm_ext.cli.measuring import (
     Caller,
     add_measuring_flags,
@@ -68,6 +69,13 @@ class EvaluateOptions:
     clip_denoised: bool
     decoder: str
     bin_width: float | None
+
+
+def evaluate_command(argv: Sequence[str]) -> str:
+    """Parse the command line and run the command; arguments and errors are those of the two functions below."""
+    options = parse_evaluate_args(argv)
+    require_modules({**TRAIN_MODULES, "scipy": "scipy"})
+    return evaluate(options)
 
 
 def parse_evaluate_args(argv: Sequence[str], prog: str = "ddpm-ext evaluate") -> EvaluateOptions:

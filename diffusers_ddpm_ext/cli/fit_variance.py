@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from diffusers_ddpm_ext.cli.extras import TRAIN_MODULES, require_modules
 from diffusers_ddpm_ext.cli.measuring import (
     Caller,
     add_measuring_flags,
@@ -56,6 +57,13 @@ class FitOptions:
     device: str | None
     dtype: str
     undo: bool
+
+
+def fit_variance_command(argv: Sequence[str]) -> str:
+    """Parse the command line and run the command; arguments and errors are those of the two functions below."""
+    options = parse_fit_args(argv)
+    require_modules(TRAIN_MODULES)
+    return fit_variance(options)
 
 
 def parse_fit_args(argv: Sequence[str], prog: str = "ddpm-ext fit-variance") -> FitOptions:

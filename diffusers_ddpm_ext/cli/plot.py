@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffusers_ddpm_ext.cli.extras import TRAIN_MODULES, require_modules
 from diffusers_ddpm_ext.errors import ConfigError, RunError
 from diffusers_ddpm_ext.pipelines.loading import check_here
 from diffusers_ddpm_ext.training.config.flags import Parser
@@ -40,6 +41,13 @@ class PlotOptions:
 
     folder: Path
     out: Path
+
+
+def plot_command(argv: Sequence[str]) -> str:
+    """Parse the command line and run the command; arguments and errors are those of the two functions below."""
+    options = parse_plot_args(argv)
+    require_modules(TRAIN_MODULES)
+    return plot(options)
 
 
 def parse_plot_args(argv: Sequence[str], prog: str = "ddpm-ext plot") -> PlotOptions:

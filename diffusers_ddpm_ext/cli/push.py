@@ -23,6 +23,11 @@ The same line again finishes an upload that was cut off; where nothing is left t
 of your own is kept. The token is used and never written anywhere."""
 
 
+def push_command(argv: Sequence[str]) -> str:
+    """Parse the command line and run the command; arguments and errors are those of the two functions below."""
+    return push_folder(parse_push_args(argv))
+
+
 def parse_push_args(argv: Sequence[str], prog: str = "ddpm-ext push") -> PushOptions:
     """The options of a command line, checked; arguments and errors are those of `Parser.parse_checked`."""
     parser = Parser(prog=prog, usage=f"{prog} FOLDER [options]", description=HEAD, epilog=TAIL)

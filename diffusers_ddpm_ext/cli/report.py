@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from diffusers_ddpm_ext.cli.extras import TRAIN_MODULES, require_modules
 from diffusers_ddpm_ext.errors import ConfigError, RunError
 from diffusers_ddpm_ext.pipelines.loading import check_here
 from diffusers_ddpm_ext.training.config.flags import Parser
@@ -42,6 +43,13 @@ class ReportOptions:
 
     folder: Path
     out: Path
+
+
+def report_command(argv: Sequence[str]) -> str:
+    """Parse the command line and run the command; arguments and errors are those of the two functions below."""
+    options = parse_report_args(argv)
+    require_modules(TRAIN_MODULES)
+    return report(options)
 
 
 def parse_report_args(argv: Sequence[str], prog: str = "ddpm-ext report") -> ReportOptions:

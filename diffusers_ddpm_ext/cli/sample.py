@@ -12,13 +12,18 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from diffusers_ddpm_ext.cli.sample_options import SampleOptions
+from diffusers_ddpm_ext.cli.sample_options import SampleOptions, parse_sample_args
 from diffusers_ddpm_ext.errors import ConfigError
 from diffusers_ddpm_ext.pipelines.loading import find_device, open_pipeline
 from diffusers_ddpm_ext.pipelines.quiet import quiet
 
 if TYPE_CHECKING:
     from diffusers_ddpm_ext.cli.sample_output import OneFile, PngFolder
+
+
+def sample_command(argv: Sequence[str]) -> str:
+    """Parse the command line and run the command; arguments and errors are those of the two functions below."""
+    return sample(parse_sample_args(argv))
 
 
 def sample(options: SampleOptions) -> str:

@@ -44,6 +44,11 @@ class VerifyOptions:
         return Path(self.source).is_dir()
 
 
+def verify_command(argv: Sequence[str]) -> str:
+    """Parse the command line and run the command; arguments and errors are those of the two functions below."""
+    return verify(parse_verify_args(argv))
+
+
 def parse_verify_args(argv: Sequence[str], prog: str = "ddpm-ext verify") -> VerifyOptions:
     """The options of a command line, checked; arguments and errors are those of `Parser.parse_checked`."""
     parser = Parser(prog=prog, usage=f"{prog} ID [options]", description=HEAD, epilog=TAIL)

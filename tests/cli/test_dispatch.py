@@ -14,7 +14,7 @@ from helpers.paths import ROOT
 from PIL import Image
 
 from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtScheduler, __version__, cli
-from diffusers_ddpm_ext.cli import dispatch
+from diffusers_ddpm_ext.cli import sample
 from diffusers_ddpm_ext.errors import RunError
 
 STEPS = 5
@@ -85,19 +85,19 @@ def test_module_runs(tmp_path):
     ],
 )
 def test_how_a_run_ends(raised, status, line, monkeypatch, capsys):
-    def command(argv: list[str]) -> None:
+    def command(argv: list[str]) -> str:
         raise raised
 
-    monkeypatch.setattr(dispatch, "_sample", command)
+    monkeypatch.setattr(sample, "sample_command", command)
     assert cli.main(["sample"]) == status
     assert capsys.readouterr().err == line
 
 
 def test_our_own_mistakes_show_their_traceback(monkeypatch):
-    def command(argv: list[str]) -> None:
+    def command(argv: list[str]) -> str:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(dispatch, "_sample", command)
+    monkeypatch.setattr(sample, "sample_command", command)
     with pytest.raises(ZeroDivisionError):
         cli.main(["sample"])
 

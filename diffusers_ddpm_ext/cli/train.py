@@ -1,0 +1,64 @@
+"""`ddpm-ext train`: train a diffusion model on images."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+from diffusers_ddpm_ext.cli.extras import TRAIN_MODULES, require_modules
+from diffusers_ddpm_ext.errors import ConfigError
+from diffusers_ddpm_ext.training.config.checks import tracker_names
+from diffusers_ddpm_ext.training.config.train_config import TrainConfig, parse_train_args
+
+SECONDS_BEFORE_EXIT = 5  # a process that exits at once makes the launcher end the main process before it reports
+
+
+def train_command(argv: Sequence[str]) -> str:
+    """Parse the command line and train.
+
+    Args:
+        argv: the arguments after the command.
+
+    Returns:
+        Nothing to print: the run prints its own progress.
+
+    Raises:
+        ConfigError: an option, the data or a missing package; raised on the main process alone.
+        RunError: the run could not continue.
+    """
+    from diffusers_ddpm_ext.training.signals import die_with_parent, was_launched
+
+    if was_launched():
+        die_with_parent()  # before the imports, which take seconds
+    main_process = os.environ.get("RANK", "0") == "0"
+    try:
+        config = _configure(argv, main_process)
+    except ConfigError:
+        if main_process:
+            raise
+        time.sleep(SECONDS_BEFORE_EXIT)  # every process finds the same mistake, the main process reports it
+        raise SystemExit(2) from None
+    from diffusers_ddpm_ext.training.trainer import train
+
+    train(config)
+    return ""
+
+
+def _configure(argv: Sequence[str], main_process: bool) -> TrainConfig:
+    """The checked configuration, its packages installed and its output folder free."""
+    if not {"-h", "--help"} & {*argv}:
+        require_modules(TRAIN_MODULES)
+    config = parse_train_args(argv)
+    if main_process:  # it creates the folder; a process that looks later may see it in use
+        from diffusers_ddpm_ext.training.checkpoints.output_dir import check_output_dir
+
+        check_output_dir(config.output, config.resumes)
+    require_modules({"sklearn": "scikit-learn"} if config.on_digits else {})
+    require_modules({"datasets": "datasets"} if config.data.dataset_name else {})
+    report_to = config.output.report_to
+    for tracker in [] if config.loop.dry_run else tracker_names(report_to):
+        if tracker != "all" and find_spec(tracker) is None:
+            raise ConfigError(f"--report_to {report_to}: {tracker} is not installed: install it, or use none")
+    return config
