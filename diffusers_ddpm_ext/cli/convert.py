@@ -302,7 +302,7 @@ def _replace(draft: Path, out: Path) -> None:
 
 def _draw(pipeline: Any, path: Path, options: ConvertOptions) -> None:
     """A grid of samples, image i from the seed and i alone."""
-    from diffusers_ddpm_ext.plotting.curves import save_grid
+    from diffusers_ddpm_ext.plotting.sheets import save_grid
     from diffusers_ddpm_ext.utils.random_keys import generator
 
     key = pipeline.config.get("conditioning_key")

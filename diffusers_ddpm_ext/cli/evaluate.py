@@ -179,7 +179,7 @@ def evaluate(options: EvaluateOptions) -> str:
     try:
         if options.num_inference_steps is not None:
             scheduler.set_timesteps(options.num_inference_steps, optimal=options.optimal_timesteps)
-        strata = Strata.of(scheduler.kept, options.num_timesteps)
+        strata = Strata.from_schedule(scheduler.kept, options.num_timesteps)
     except ValueError as error:
         raise ConfigError(f"--num_{_named(str(error))}: {error}") from None
     measure = BoundEvaluation(

@@ -98,8 +98,7 @@ def plot(options: PlotOptions) -> str:
 def _weights(options: PlotOptions, scheduler: DDPMExtScheduler) -> Path | None:
     import numpy as np
 
-    from diffusers_ddpm_ext.diffusion.weighting import elbo_weights
-    from diffusers_ddpm_ext.losses.checks import weight_table
+    from diffusers_ddpm_ext.diffusion.weighting import elbo_weights, weight_table
     from diffusers_ddpm_ext.plotting.chain import plot_weights
     from diffusers_ddpm_ext.training.config.train_config import read_config
 

@@ -147,10 +147,10 @@ def _facts(folder: Path, rows: list[dict[str, Any]]) -> str:
 
 
 def _curves(folder: Path, place: Path, rows: list[dict[str, Any]]) -> str:
-    from diffusers_ddpm_ext.plotting.training_curves import draw_curves
+    from diffusers_ddpm_ext.plotting.curves import plot_run_losses
 
     known = re.search(r"^\s*loss_type: (\w+)", _text(folder / CONFIG), re.M)
-    picture = draw_curves(rows, place / "loss.png", known[1] if known else "loss") if rows else None
+    picture = plot_run_losses(rows, place / "loss.png", known[1] if known else "loss") if rows else None
     shown = [] if picture is None else [_figure(picture, "Losses over optimizer steps.")]
     logvar = folder / "samples" / "logvar.png"
     if logvar.is_file():

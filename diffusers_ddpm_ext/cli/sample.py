@@ -127,11 +127,11 @@ def _check_sampler(pipeline: Any, options: SampleOptions) -> int:
     Returns:
         Number of calls of the network for an image.
     """
-    from diffusers_ddpm_ext.schedulers.adapter import find_sampler
+    from diffusers_ddpm_ext.schedulers.adapter import adapt_scheduler
 
     step_args = options.step_args | ({} if options.eta is None else {"eta": options.eta})
     with quiet():
-        sampler = find_sampler(pipeline.scheduler, pipeline.trained_scheduler, step_args)
+        sampler = adapt_scheduler(pipeline.scheduler, pipeline.trained_scheduler, step_args)
     known = {"optimal": True} if options.optimal_timesteps else {}
     if known and not sampler.is_ours:
         raise ConfigError(f"--optimal_timesteps needs DDPMExtScheduler; this is a {type(pipeline.scheduler).__name__}")

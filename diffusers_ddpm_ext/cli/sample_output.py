@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from diffusers_ddpm_ext.errors import ConfigError
-from diffusers_ddpm_ext.plotting.curves import image_grid, save_grid, write_whole
+from diffusers_ddpm_ext.plotting.curves import write_whole
+from diffusers_ddpm_ext.plotting.sheets import image_grid, save_grid
 
 Pixels = NDArray[np.float32]
 SETTINGS = "samples.json"

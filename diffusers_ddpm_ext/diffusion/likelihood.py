@@ -160,7 +160,7 @@ def discretized_gaussian_log_likelihood(
     """
     check_decoder(decoder, bin_width)
     dtype = torch.promote_types(x.dtype, torch.float32)
-    exact = exact_type(x.device)
+    exact = exact_dtype(x.device)
     x, mean = x.to(exact), mean.to(exact)
     log_scale = torch.as_tensor(log_scale, device=x.device).to(exact)
     centred = x - mean
@@ -187,7 +187,7 @@ def check_decoder(decoder: str, bin_width: float) -> None:
         )
 
 
-def exact_type(device: torch.device) -> torch.dtype:
+def exact_dtype(device: torch.device) -> torch.dtype:
     """float64, or float32 on a device without it."""
     return torch.float32 if device.type == "mps" else torch.float64
 
@@ -220,7 +220,7 @@ def _tanh_mass(x: Tensor, lower: Tensor, upper: Tensor, edge: float) -> Tensor:
     return torch.log(torch.where(x < -edge, above, mass).clamp(min=MIN_MASS))
 
 
-class ReverseLaw:
+class ReverseTransition:
     """The model's law of a step back, p(x_{i-1} | x_i), on one chain, and its share of the bound.
 
     Args:
@@ -247,7 +247,7 @@ class ReverseLaw:
         self.log_fixed: Table | None = None if fixed is None else np.log(fixed)
 
     @classmethod
-    def of(cls, scheduler: ChainScheduler) -> ReverseLaw:
+    def from_scheduler(cls, scheduler: ChainScheduler) -> ReverseTransition:
         """The law of a scheduler's chain in use."""
         config = scheduler.config
         return cls(scheduler.kept, config.variance_type, getattr(config, "v_posterior", None) is not None)
@@ -315,7 +315,7 @@ class ReverseLaw:
             raise ValueError(f"x0 and xt must have one shape, got {tuple(x0.shape)} and {tuple(xt.shape)}.")
         place = self.places(t, xt)
         dtype = torch.promote_types(torch.promote_types(x0.dtype, model_output.dtype), torch.float32)
-        exact = exact_type(xt.device)
+        exact = exact_dtype(xt.device)
         model_output, x0, xt = model_output.to(exact), x0.to(exact), xt.to(exact)
         predicted, mean, scale = self.step_back(model_output, xt, place, clip_denoised)
         nats = normal_kl(self._mean(x0, xt, place), at_step(self.log_small, place, xt), mean, scale)
@@ -360,7 +360,7 @@ def bound_terms(
     Raises:
         ValueError: shapes, steps or options do not fit.
     """
-    law = ReverseLaw.of(scheduler)
+    law = ReverseTransition.from_scheduler(scheduler)
     return law.terms(model_output, x0, xt, t, clip_denoised=clip_denoised, decoder=decoder, bin_width=bin_width)
 
 
@@ -375,7 +375,7 @@ def prior_bits(scheduler: ChainScheduler, x0: Tensor) -> Tensor:
         (B,), in the precision of ``x0``, at least float32.
     """
     kept = scheduler.kept
-    x = x0.to(exact_type(x0.device))
+    x = x0.to(exact_dtype(x0.device))
     mean = float(kept.sqrt_alphas_cumprod[-1]) * x
     nats = normal_kl(mean, float(kept.log_one_minus_alphas_cumprod[-1]), 0.0, 0.0)
     return (nats.flatten(1).mean(1) / math.log(2)).to(torch.promote_types(x0.dtype, torch.float32))
@@ -415,7 +415,7 @@ def bits_per_dim(
     Raises:
         ValueError: shapes or options do not fit.
     """
-    law, kept = ReverseLaw.of(scheduler), scheduler.kept
+    law, kept = ReverseTransition.from_scheduler(scheduler), scheduler.kept
     count, batch = len(kept), len(x0)
     check_decoder(decoder, bin_width)
     if not x0.is_floating_point() or x0.ndim < 2 or batch == 0:
@@ -423,7 +423,7 @@ def bits_per_dim(
     if noise is not None and noise.shape != (count, *x0.shape):
         raise ValueError(f"noise must be {(count, *x0.shape)}, one draw a step, got {tuple(noise.shape)}.")
     steps = torch.from_numpy(kept.timesteps.copy()).to(x0.device)
-    bits = torch.empty(count, batch, dtype=exact_type(x0.device), device=x0.device)
+    bits = torch.empty(count, batch, dtype=exact_dtype(x0.device), device=x0.device)
     share = max(1, rows // batch)
     for start in range(0, count, share):
         places = range(start, min(start + share, count))

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusers_ddpm_ext.diffusion.schedule import NoiseSchedule
+from diffusers_ddpm_ext.diffusion.respacing import Steps
+from diffusers_ddpm_ext.diffusion.schedule import NoiseSchedule, Table
 
-Table = np.ndarray
 BY_LENGTH = 0.25
 
 
@@ -35,11 +35,11 @@ class Strata:
         sizes: places in each piece, (K,), int64, of sum ``length``.
     """
 
-    starts: Table
-    sizes: Table
+    starts: Steps
+    sizes: Steps
 
     @classmethod
-    def of(cls, kept: NoiseSchedule, count: int | None = None) -> Strata:
+    def from_schedule(cls, kept: NoiseSchedule, count: int | None = None) -> Strata:
         """Cut a chain.
 
         Args:
@@ -71,7 +71,7 @@ class Strata:
     def __len__(self) -> int:
         return len(self.starts)
 
-    def draw(self, generator: torch.Generator) -> Table:
+    def draw(self, generator: torch.Generator) -> Steps:
         """One place of each piece, (K,), int64."""
         inside = torch.rand(len(self), generator=generator, dtype=torch.float64).numpy()
         return self.starts + np.minimum((inside * self.sizes).astype(np.int64), self.sizes - 1)
@@ -146,7 +146,7 @@ def half_width(values: Table, confidence: float = 0.95) -> float | None:
     return float(t.ppf((1 + confidence) / 2, count - 1) * values.std(ddof=1) / math.sqrt(count))
 
 
-def step_table(bits: Table | Tensor, places: Table, timesteps: Table) -> list[tuple[int, float, float | None, int]]:
+def step_table(bits: Table | Tensor, places: Steps, timesteps: Steps) -> list[tuple[int, float, float | None, int]]:
     """What each step of a chain adds, where any image drew it.
 
     Args:

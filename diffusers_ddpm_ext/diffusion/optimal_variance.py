@@ -31,10 +31,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from diffusers_ddpm_ext.diffusion.schedule import NoiseSchedule, Table
+from diffusers_ddpm_ext.diffusion.schedule import LARGEST_LOG_SNR, NoiseSchedule, Table, log_snr
 
 REACH = 0.5  # of the smoother, natural log of the SNR
-LARGEST_LOG_SNR = 20.0
 LEAST_V = 1e-6  # of a fitted table: 0 stands for "no choice" at the first step
 
 
@@ -106,9 +105,7 @@ class Smoother:
         seen = np.asarray(counts, dtype=np.float64)
         if not seen.any():
             raise ValueError("log_error: no step was measured; take at least one draw.")
-        with np.errstate(divide="ignore"):
-            level = np.log(schedule.alphas_cumprod) - np.log1p(-schedule.alphas_cumprod)
-        self.level = level = level.clip(-LARGEST_LOG_SNR, LARGEST_LOG_SNR)
+        self.level = level = log_snr(schedule).clip(-LARGEST_LOG_SNR, LARGEST_LOG_SNR)
         self.known = np.flatnonzero(seen > 0)
         offset = level[self.known][None] - level[:, None]
         weight = seen[self.known] * np.clip(1 - np.abs(offset) / reach, 0, None)

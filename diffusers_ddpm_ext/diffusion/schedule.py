@@ -44,6 +44,7 @@ TABLE_NAMES = (
     "lvlb_weights",
 )
 MAX_BETA = 0.999
+LARGEST_LOG_SNR = 20.0  # clamp of the log-SNR, which is minus infinity at zero terminal SNR
 MIN_VARIANCE = 1e-20  # what the log of a variance of zero is taken of
 
 
@@ -382,3 +383,9 @@ def _lvlb_weights(tables: dict[str, Table], prediction_type: str) -> Table:
     if len(weights) > 1:
         weights[0] = weights[1]
     return weights.astype(np.float64)
+
+
+def log_snr(schedule: NoiseSchedule) -> Table:
+    """``log(A / (1 - A))`` of every step, (T,); minus infinity at zero terminal SNR."""
+    with np.errstate(divide="ignore"):
+        return np.log(schedule.alphas_cumprod) - np.log1p(-schedule.alphas_cumprod)

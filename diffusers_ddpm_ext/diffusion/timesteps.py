@@ -25,13 +25,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffusers_ddpm_ext.diffusion.schedule import NoiseSchedule, Table
+from diffusers_ddpm_ext.diffusion.schedule import LARGEST_LOG_SNR, NoiseSchedule, Table, log_snr
 
 SAMPLERS = ("uniform", "stratified", "loss_second_moment", "log_snr_normal", "log_snr_uniform")
 HISTORY = 10  # losses kept of each step
 UNIFORM_SHARE = 0.001  # of the draws of loss_second_moment that are made evenly
 LOG_SNR_SHARE = 0.1  # of those of the log-SNR densities: no weight is above 10
-LARGEST_LOG_SNR = 20.0
 
 
 class TimestepSampler(nn.Module):
@@ -199,16 +198,14 @@ def make_sampler(
 
 def log_snr_edges(schedule: NoiseSchedule) -> Table:
     """Edges of the cells round each step's log-SNR, falling, (T + 1,); their ends as far out as their neighbours."""
-    with np.errstate(divide="ignore"):
-        levels = np.log(schedule.alphas_cumprod) - np.log1p(-schedule.alphas_cumprod)
-    levels = levels.clip(-LARGEST_LOG_SNR, LARGEST_LOG_SNR)
+    levels = log_snr(schedule).clip(-LARGEST_LOG_SNR, LARGEST_LOG_SNR)
     if len(levels) == 1:
         return np.array([levels[0] + 0.5, levels[0] - 0.5])
     middles = (levels[1:] + levels[:-1]) / 2
     return np.concatenate([[2 * levels[0] - middles[0]], middles, [2 * levels[-1] - middles[-1]]])
 
 
-def spread(u: Tensor, positions: Tensor, order: Tensor) -> Tensor:
+def stratify(u: Tensor, positions: Tensor, order: Tensor) -> Tensor:
     """Move the places of a batch each into a piece of [0, 1) of its own.
 
     Args:

@@ -23,7 +23,7 @@ from diffusers_ddpm_ext.diffusion.likelihood import (
     SchedulerLike,
     check_decoder,
     discretized_gaussian_log_likelihood,
-    exact_type,
+    exact_dtype,
 )
 from diffusers_ddpm_ext.diffusion.optimal_variance import OptimalV, Smoother, best_timesteps, optimal_v
 from diffusers_ddpm_ext.diffusion.reverse_step import LEARNED_VARIANCES
@@ -87,7 +87,7 @@ class VarianceMeter:
             pred_x0: what the network predicted for them, unclipped.
             t: at which steps, (B,).
         """
-        exact = exact_type(x0.device)
+        exact = exact_dtype(x0.device)
         x0, pred_x0 = x0.to(exact).flatten(1), pred_x0.to(exact).flatten(1)
         steps = t.cpu().numpy()
         np.add.at(self.errors, steps, (x0 - pred_x0).square().mean(1).cpu().numpy())

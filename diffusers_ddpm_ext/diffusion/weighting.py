@@ -27,6 +27,7 @@ import numpy as np
 from diffusers_ddpm_ext.diffusion.schedule import NoiseSchedule, Table
 
 ELBO_KINDS = ("exact", "compvis")
+DEFAULT_GAMMA = 5.0
 WEIGHTINGS = ("simple", "min_snr", "soft_min_snr", "p2", "debiased", "elbo", "compvis_elbo")
 
 
@@ -128,6 +129,28 @@ def loss_weights(
     if weighting == "debiased":  # inf * 0 at zero terminal SNR, where the weight is 0
         return np.sqrt(signal / noise) if schedule.prediction_type == "sample" else np.sqrt(signal * noise)
     return on_noise * (signal / noise if schedule.prediction_type == "sample" else signal)
+
+
+def weight_table(
+    schedule: NoiseSchedule, weighting: str, gamma: float | None, p2_k: float, p2_gamma: float
+) -> tuple[str, Table | None]:
+    """Name and weights (T,) of a weighting; no weights for ``simple``, and ``min_snr`` where gamma is given alone."""
+    if gamma is not None:
+        check_gamma(gamma)
+        if weighting == "simple":
+            weighting = "min_snr"
+        elif weighting not in ("min_snr", "soft_min_snr"):
+            raise ValueError(
+                f"snr_gamma={gamma!r} is used by loss_weighting='min_snr' and 'soft_min_snr' alone, not {weighting!r}."
+            )
+    used = DEFAULT_GAMMA if gamma is None else gamma
+    table = loss_weights(schedule, weighting, gamma=used, p2_k=p2_k, p2_gamma=p2_gamma)
+    if not (table < math.inf).all():
+        raise ValueError(
+            f"loss_weighting={weighting!r} has no finite weight for {schedule.prediction_type!r} at zero terminal "
+            "SNR: use prediction_type='v_prediction' or 'sample'."
+        )
+    return weighting, None if weighting == "simple" else table
 
 
 def _check_p2(k: Any, gamma: Any) -> None:

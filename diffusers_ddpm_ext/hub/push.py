@@ -134,7 +134,8 @@ def _draw(place: Path) -> dict[str, object] | None:
 
     from diffusers_ddpm_ext.hub.proof import IMAGES, SHEET, draw, what_to_draw
     from diffusers_ddpm_ext.pipelines.loading import find_device, open_pipeline
-    from diffusers_ddpm_ext.plotting.curves import save_grid, write_whole
+    from diffusers_ddpm_ext.plotting.curves import write_whole
+    from diffusers_ddpm_ext.plotting.sheets import save_grid
 
     pipeline = open_pipeline(str(place), None, find_device("cpu"), "float32")
     drawn = what_to_draw(pipeline)

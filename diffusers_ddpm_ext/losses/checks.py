@@ -5,19 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from diffusers_ddpm_ext.diffusion.likelihood import SchedulerLike
 from diffusers_ddpm_ext.diffusion.reverse_step import LEARNED_VARIANCES
-from diffusers_ddpm_ext.diffusion.schedule import NoiseSchedule, Table
-from diffusers_ddpm_ext.diffusion.weighting import check_gamma, loss_weights
+from diffusers_ddpm_ext.diffusion.schedule import NoiseSchedule
 from diffusers_ddpm_ext.losses.distances import LOSS_TYPES, Distance
 from diffusers_ddpm_ext.utils.vocabulary import FROM_COMPVIS_PREDICTION_TYPE, PREDICTION_TYPES
 
 BOUND_LOSSES = ("hybrid", "vlb")
 OBJECTIVE_LOSSES = (*LOSS_TYPES, "perceptual", *BOUND_LOSSES)
-DEFAULT_GAMMA = 5.0
 
 
 def checked_weight(name: str, value: Any) -> float:
@@ -84,31 +79,3 @@ def checked_share(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
         raise ValueError(f"{name}={value!r} must lie in [0, 1].")
     return float(value)
-
-
-def weight_table(
-    schedule: NoiseSchedule, weighting: str, gamma: float | None, p2_k: float, p2_gamma: float
-) -> tuple[str, Table | None]:
-    """Name and weights (T,) of a weighting; no weights for ``simple``, and ``min_snr`` where gamma is given alone."""
-    if gamma is not None:
-        check_gamma(gamma)
-        if weighting == "simple":
-            weighting = "min_snr"
-        elif weighting not in ("min_snr", "soft_min_snr"):
-            raise ValueError(
-                f"snr_gamma={gamma!r} is used by loss_weighting='min_snr' and 'soft_min_snr' alone, not {weighting!r}."
-            )
-    used = DEFAULT_GAMMA if gamma is None else gamma
-    table = loss_weights(schedule, weighting, gamma=used, p2_k=p2_k, p2_gamma=p2_gamma)
-    if not (table < math.inf).all():
-        raise ValueError(
-            f"loss_weighting={weighting!r} has no finite weight for {schedule.prediction_type!r} at zero terminal "
-            "SNR: use prediction_type='v_prediction' or 'sample'."
-        )
-    return weighting, None if weighting == "simple" else table
-
-
-def log_snr(schedule: NoiseSchedule) -> Tensor:
-    """``log(A / (1 - A))`` of every step, (T,), float64; minus infinity at zero terminal SNR."""
-    signal = torch.from_numpy(schedule.alphas_cumprod.copy())
-    return torch.log(signal) - torch.log1p(-signal)

@@ -8,15 +8,18 @@ Source of the pseudo-Huber distance: [iCT] Song & Dhariwal 2023, in the scaling 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 
 LOSS_TYPES = ("l2", "l1", "huber")
+HALF = (0.5, 0.5, 0.5)
 
 
 def _mean_per_sample(values: Tensor) -> Tensor:
@@ -79,3 +82,67 @@ def get_distance(loss_type: str | Distance, huber_c: float = 0.1, allowed: tuple
 def _check_huber_c(huber_c: Any) -> None:
     if isinstance(huber_c, bool) or not isinstance(huber_c, (int, float)) or not 0 < huber_c < math.inf:
         raise ValueError(f"huber_c={huber_c!r} must be a finite number above 0; the usual value is 0.1.")
+
+
+class PerceptualDistance:
+    """Called as ``distance(prediction, image) -> (B,)``, on images (B, 1, 3 or 4, H, W) in [-1, 1].
+
+    The backbone is frozen and follows the images to their device. Grey images are shown to it as colour, transparency
+    is left out, and images are resized to what it was made for.
+
+    Args:
+        backbone: a vision model of `transformers`.
+        mean: of its inputs, for three channels in [0, 1].
+        std: the same.
+    """
+
+    def __init__(self, backbone: nn.Module, mean: tuple[float, ...] = HALF, std: tuple[float, ...] = HALF) -> None:
+        self.backbone = backbone.eval().requires_grad_(False)
+        self.mean, self.std = torch.tensor(mean).view(1, 3, 1, 1), torch.tensor(std).view(1, 3, 1, 1)
+        size = getattr(getattr(backbone, "config", None), "image_size", None)
+        self.size: tuple[int, int] | None = (size, size) if isinstance(size, int) else tuple(size) if size else None
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | os.PathLike[str]) -> PerceptualDistance:
+        """Load a backbone.
+
+        Args:
+            name_or_path: folder or Hub id, with weights as safetensors; pickles and code of its own are not opened.
+
+        Raises:
+            ValueError: it cannot be loaded.
+        """
+        try:
+            from transformers import AutoModel
+            from transformers.models.auto.image_processing_auto import get_image_processor_config
+
+            backbone = AutoModel.from_pretrained(name_or_path, use_safetensors=True, trust_remote_code=False)
+            told: dict[str, Any] = get_image_processor_config(name_or_path)
+        except Exception as error:  # a library's own, of many kinds
+            text = " ".join(f"{type(error).__name__} {error}".split())
+            raise ValueError(
+                f"perceptual_model={os.fspath(name_or_path)!r} cannot be loaded as a vision model of transformers "
+                f"with safetensors weights: {text}"
+            ) from error
+        return cls(backbone, tuple(told.get("image_mean") or HALF), tuple(told.get("image_std") or HALF))
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """Features of every layer, each (B, places, channels), of length 1 over the channels."""
+        channels = images.shape[1]
+        if images.ndim != 4 or channels not in (1, 3, 4):
+            raise ValueError(f"perceptual features need images (B, 1, 3 or 4, H, W), got {tuple(images.shape)}.")
+        x = images.expand(-1, 3, -1, -1) if channels == 1 else images[:, :3]
+        if self.size is not None and tuple(x.shape[2:]) != self.size:
+            x = nn.functional.interpolate(x, self.size, mode="bilinear", antialias=True, align_corners=False)
+        x = ((x + 1) / 2 - self.mean.to(x)) / self.std.to(x)
+        hidden = self.backbone.to(x.device)(pixel_values=x, output_hidden_states=True).hidden_states
+        flat = [h.flatten(2).transpose(1, 2) if h.ndim == 4 else h for h in hidden]
+        return [h / (h.norm(dim=2, keepdim=True) + 1e-10) for h in flat]
+
+    def __call__(self, prediction: Tensor, image: Tensor) -> Tensor:
+        """See the class."""
+        with torch.no_grad():
+            wanted = self.features(image.float())
+        got = self.features(prediction.float())
+        layers = [(a - b).square().sum(2).mean(1) for a, b in zip(got, wanted, strict=True)]
+        return torch.stack(layers).mean(0)

@@ -24,15 +24,16 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-FORMAT = 1
-FOLDER = "logvar"
-CONFIG_NAME = "config.json"
-WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
-KEY = "logvar"
+from diffusers_ddpm_ext.diffusion.schedule import LARGEST_LOG_SNR
+
+LOGVAR_FORMAT = 1
+LOGVAR_FOLDER = "logvar"
+LOGVAR_CONFIG_NAME = "config.json"
+LOGVAR_WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+LOGVAR_KEY = "logvar"
 LOGVAR_KINDS = ("table", "continuous")
 CONTINUOUS = "continuous."
 CHANNELS = 128
-CLAMP = 20.0  # of the log-SNR: zero terminal SNR has none
 
 
 def make_logvar(num_train_timesteps: int, init: float | Tensor = 0.0) -> Tensor:
@@ -87,7 +88,7 @@ class ContinuousLogvar(nn.Module):
         super().__init__()
         if not math.isfinite(init):
             raise ValueError(f"logvar_init={init!r} must be finite; the usual value is 0.")
-        levels = log_snr.detach().double().clamp(-CLAMP, CLAMP)
+        levels = log_snr.detach().double().clamp(-LARGEST_LOG_SNR, LARGEST_LOG_SNR)
         spread = levels.std(correction=0) if len(levels) > 1 else torch.ones(())
         generator = torch.Generator().manual_seed(seed)
         self.register_buffer("frequencies", 2 * math.pi * torch.randn(channels, generator=generator))
@@ -104,7 +105,7 @@ class ContinuousLogvar(nn.Module):
         return self._say(log_snr, self.weights)
 
     def _say(self, log_snr: Tensor, weights: Tensor) -> Tensor:
-        level = (log_snr.to(self.centre).clamp(-CLAMP, CLAMP) - self.centre) / self.spread
+        level = (log_snr.to(self.centre).clamp(-LARGEST_LOG_SNR, LARGEST_LOG_SNR) - self.centre) / self.spread
         # A quarter of the standard deviation's frequencies: [EDM2] divides its log sigma by 4 likewise.
         features = torch.cos(0.25 * level.unsqueeze(-1) * self.frequencies + self.phases)
         return features @ weights[:-1] * math.sqrt(2 / len(self.frequencies)) + weights[-1]
@@ -133,16 +134,16 @@ def save_logvar(
     """
     if table.ndim != 1 or not table.is_floating_point():
         raise ValueError(f"logvar must be a floating tensor (T,), got {table.dtype} of shape {tuple(table.shape)}.")
-    place = Path(folder) / FOLDER
+    place = Path(folder) / LOGVAR_FOLDER
     place.mkdir(parents=True, exist_ok=True)
-    config = {**meta, "format": FORMAT, "num_train_timesteps": len(table)}
-    tensors = {KEY: table}
+    config = {**meta, "format": LOGVAR_FORMAT, "num_train_timesteps": len(table)}
+    tensors = {LOGVAR_KEY: table}
     if network is not None:
         config["kind"] = "continuous"
         tensors |= {CONTINUOUS + name: tensor for name, tensor in network.state_dict().items()}
     values = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in tensors.items()}
-    (place / WEIGHTS_NAME).write_bytes(save(values, metadata={"format": "pt"}))
-    (place / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (place / LOGVAR_WEIGHTS_NAME).write_bytes(save(values, metadata={"format": "pt"}))
+    (place / LOGVAR_CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return place
 
 
@@ -159,19 +160,21 @@ def load_logvar(folder: str | os.PathLike[str], num_train_timesteps: int | None 
     Raises:
         ValueError: a file is missing, damaged, of another format or of another length; the message names the file.
     """
-    place = Path(folder) / FOLDER
+    place = Path(folder) / LOGVAR_FOLDER
     if not place.is_dir():
         return None
-    length = _read_length(place / CONFIG_NAME)
-    path = place / WEIGHTS_NAME
+    length = _read_length(place / LOGVAR_CONFIG_NAME)
+    path = place / LOGVAR_WEIGHTS_NAME
     try:
         tensors = load(path.read_bytes())
     except Exception as error:  # safetensors' own error class differs between its versions
         raise ValueError(f"{path} cannot be read as a safetensors file: {error}") from error
-    table = tensors.get(KEY)
+    table = tensors.get(LOGVAR_KEY)
     if table is None or table.ndim != 1 or not table.is_floating_point():
-        raise ValueError(f"{path} must hold one floating tensor (T,) under the key {KEY!r}, found {sorted(tensors)}.")
-    for owner, expected in ((place / CONFIG_NAME, length), ("the scheduler", num_train_timesteps)):
+        raise ValueError(
+            f"{path} must hold one floating tensor (T,) under the key {LOGVAR_KEY!r}, got {sorted(tensors)}."
+        )
+    for owner, expected in ((place / LOGVAR_CONFIG_NAME, length), ("the scheduler", num_train_timesteps)):
         if expected is not None and len(table) != expected:
             raise ValueError(f"{path} holds {len(table)} steps, but {owner} says {expected}.")
     table = table.to(torch.float32)
@@ -193,10 +196,10 @@ def load_continuous(folder: str | os.PathLike[str], log_snr: Tensor) -> Continuo
     Raises:
         ValueError: a file is missing or damaged; the message names it.
     """
-    place = Path(folder) / FOLDER
-    if not place.is_dir() or _read_config(place / CONFIG_NAME).get("kind") != "continuous":
+    place = Path(folder) / LOGVAR_FOLDER
+    if not place.is_dir() or _read_config(place / LOGVAR_CONFIG_NAME).get("kind") != "continuous":
         return None
-    path = place / WEIGHTS_NAME
+    path = place / LOGVAR_WEIGHTS_NAME
     try:
         tensors = load(path.read_bytes())
         state = {name.removeprefix(CONTINUOUS): t for name, t in tensors.items() if name.startswith(CONTINUOUS)}
@@ -212,8 +215,8 @@ def _read_config(path: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
-        raise ValueError(f'{path} must say "format": {FORMAT}; a newer version of this package may read it.')
+    if not isinstance(config, dict) or config.get("format") != LOGVAR_FORMAT:
+        raise ValueError(f'{path} must say "format": {LOGVAR_FORMAT}; a newer version of this package may read it.')
     return config
 
 

@@ -35,9 +35,11 @@ import torch
 from torch import Tensor, nn
 
 from diffusers_ddpm_ext.diffusion.gaussian import at_step, check_steps, predict_x0, q_sample, training_target
-from diffusers_ddpm_ext.diffusion.likelihood import EIGHT_BITS, ReverseLaw, SchedulerLike, check_decoder
+from diffusers_ddpm_ext.diffusion.likelihood import EIGHT_BITS, ReverseTransition, SchedulerLike, check_decoder
 from diffusers_ddpm_ext.diffusion.reverse_step import LEARNED_VARIANCES, split_variance
+from diffusers_ddpm_ext.diffusion.schedule import log_snr
 from diffusers_ddpm_ext.diffusion.weighting import elbo_weights as make_elbo_weights
+from diffusers_ddpm_ext.diffusion.weighting import weight_table
 from diffusers_ddpm_ext.losses.checks import (
     BOUND_LOSSES,
     OBJECTIVE_LOSSES,
@@ -46,8 +48,6 @@ from diffusers_ddpm_ext.losses.checks import (
     checked_schedule,
     checked_share,
     checked_weight,
-    log_snr,
-    weight_table,
 )
 from diffusers_ddpm_ext.losses.distances import Distance, get_distance, l2
 from diffusers_ddpm_ext.losses.logvar import LOGVAR_KINDS, ContinuousLogvar, make_logvar
@@ -151,10 +151,10 @@ class DDPMObjective(nn.Module):
         self.learns_variance = scheduler.config.variance_type in LEARNED_VARIANCES
         check_bound(self.loss_type, scheduler.config.variance_type, learn_logvar)
         check_decoder(decoder, bin_width)
-        self.law: ReverseLaw | None = None
+        self.law: ReverseTransition | None = None
         if self.loss_type in BOUND_LOSSES:
             config = scheduler.config
-            self.law = ReverseLaw(
+            self.law = ReverseTransition(
                 self.schedule, config.variance_type, getattr(config, "v_posterior", None) is not None
             )
         self.decoder, self.bin_width = decoder, float(bin_width)
@@ -187,7 +187,7 @@ class DDPMObjective(nn.Module):
             raise ValueError("logvar_kind='continuous' needs learn_logvar=True: a fixed log-variance is a table.")
         if isinstance(init, Tensor) and init.ndim:
             raise ValueError("logvar_init must be one number with logvar_kind='continuous'.")
-        self.logvar_network = ContinuousLogvar(log_snr(self.schedule), float(init))
+        self.logvar_network = ContinuousLogvar(torch.from_numpy(log_snr(self.schedule)), float(init))
 
     def log_variances(self) -> Tensor:
         """The log-variance of every step as it is now, (T,), natural log, of either kind."""

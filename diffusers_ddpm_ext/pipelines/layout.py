@@ -21,14 +21,17 @@ from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from diffusers_ddpm_ext.diffusion.reverse_step import LEARNED_VARIANCES
-from diffusers_ddpm_ext.losses.logvar import CONFIG_NAME, FOLDER, WEIGHTS_NAME
+from diffusers_ddpm_ext.losses.logvar import LOGVAR_CONFIG_NAME, LOGVAR_FOLDER, LOGVAR_WEIGHTS_NAME
 from diffusers_ddpm_ext.models import class_embedder
 from diffusers_ddpm_ext.models.unet_2d_ext import UNet2DExtModel
 from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
 
 logger = logging.getLogger(__name__)
 
-TABLES = {name: (f"{name}/{CONFIG_NAME}", f"{name}/{WEIGHTS_NAME}") for name in (FOLDER, class_embedder.FOLDER)}
+TABLES = {
+    name: (f"{name}/{LOGVAR_CONFIG_NAME}", f"{name}/{LOGVAR_WEIGHTS_NAME}")
+    for name in (LOGVAR_FOLDER, class_embedder.FOLDER)
+}
 JOINED = ("conditioning_key", "use_positional_encodings", "null_class_label")
 # Stock DDPMScheduler takes the root of a log-variance for these: every sample becomes NaN.
 NAN_IN_STOCK = ("learned", "fixed_large_log")
@@ -93,7 +96,7 @@ def stock_words(index: dict[str, Any], unet: Any, scheduler: Any, config: Mappin
 
 def has_logvar(folder: str) -> bool:
     """Whether a folder holds a table that says what it is."""
-    return Path(folder, TABLES[FOLDER][0]).is_file()
+    return Path(folder, TABLES[LOGVAR_FOLDER][0]).is_file()
 
 
 def remove_table(folder: str, name: str) -> None:

@@ -28,7 +28,7 @@ from diffusers_ddpm_ext.models.conditioning import NEEDS, Join
 from diffusers_ddpm_ext.models.unet_2d_ext import UNet2DExtModel
 from diffusers_ddpm_ext.pipelines.guidance import Given, Labels, Model, make_guidance
 from diffusers_ddpm_ext.pipelines.serialization import PipelineFiles
-from diffusers_ddpm_ext.schedulers.adapter import Sampler, find_sampler, tempered
+from diffusers_ddpm_ext.schedulers.adapter import SchedulerAdapter, adapt_scheduler, supports_temperature
 from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
 
 logger = logging.getLogger(__name__)
@@ -258,8 +258,8 @@ class DDPMExtPipeline(PipelineFiles):
         self._check_call(batch_size, output_type, log_every_t, temperature)
         generator = _check_generators(generator, batch_size)
         step_kwargs = dict(step_kwargs or {}) | ({} if eta is None else {"eta": eta})
-        sampler = find_sampler(self.scheduler, self.trained_scheduler, step_kwargs)
-        if temperature != 1.0 and not sampler.is_ours and not tempered(sampler.scheduler, step_kwargs):
+        sampler = adapt_scheduler(self.scheduler, self.trained_scheduler, step_kwargs)
+        if temperature != 1.0 and not sampler.is_ours and not supports_temperature(sampler.scheduler, step_kwargs):
             raise ValueError(
                 f"temperature is {temperature}, but {type(self.scheduler).__name__} takes no noise from outside, or "
                 "adds none. Leave it at 1, or use pipeline.scheduler = "
@@ -276,11 +276,11 @@ class DDPMExtPipeline(PipelineFiles):
             self._model(device), given, negative, batch_size, float(guidance_scale), guidance_interval
         )
         steps = self._set_timesteps(sampler, num_inference_steps, timesteps, device, optimal_timesteps)
-        late = sampler.begins_late()
+        late = sampler.late_start_warning()
         if late:
             logger.warning(late)
         sample = self._start(shape, generator, latents, sampler, device)
-        sampler = sampler.seeded(generator)
+        sampler = sampler.with_noise_seed(generator)
         record = _Record(log_every_t, len(steps), sample)
         accepts_generator = "generator" in inspect.signature(sampler.scheduler.step).parameters
         if accepts_generator and temperature == 1.0:
@@ -291,14 +291,14 @@ class DDPMExtPipeline(PipelineFiles):
         step_arguments = steps.tolist() if sampler.is_ours else steps
 
         for i, t in enumerate(self.progress_bar(steps)):
-            scale = sampler.scale(t)
+            scale = sampler.input_scale(t)
             model_input = sampler.scheduler.scale_model_input(sample, t)
-            model_output = denoise(model_input.to(network_dtype), sampler.network_time(scale, t)).to(sample.dtype)
+            model_output = denoise(model_input.to(network_dtype), sampler.model_timestep(scale, t)).to(sample.dtype)
             self._num_network_calls += 1
             if i == 0:
                 _check_finite(model_output, "the model's first output")
                 self._check_channels(model_output, sample)
-            model_output = sampler.translate(model_output, model_input, scale, t)
+            model_output = sampler.convert_output(model_output, model_input, scale, t)
             if temperature != 1.0:
                 step_kwargs["variance_noise"] = None
                 if step_arguments[i] != 0:  # at 0 the scheduler draws nothing either
@@ -375,7 +375,7 @@ class DDPMExtPipeline(PipelineFiles):
 
     def _set_timesteps(
         self,
-        sampler: Sampler,
+        sampler: SchedulerAdapter,
         count: int | None,
         timesteps: Sequence[int] | None,
         device: torch.device,
@@ -411,7 +411,7 @@ class DDPMExtPipeline(PipelineFiles):
         shape: tuple[int, int, int, int],
         generator: torch.Generator | list[torch.Generator] | None,
         latents: Tensor | None,
-        sampler: Sampler,
+        sampler: SchedulerAdapter,
         device: torch.device,
     ) -> Tensor:
         """x_T. The sample is never below float32: only the network runs in half precision."""

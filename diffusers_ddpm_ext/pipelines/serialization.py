@@ -8,13 +8,13 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from huggingface_hub import upload_folder
 from torch import Tensor
 
-from diffusers_ddpm_ext.losses import logvar
-from diffusers_ddpm_ext.losses.checks import log_snr
-from diffusers_ddpm_ext.losses.logvar import ContinuousLogvar, load_continuous, load_logvar, save_logvar
+from diffusers_ddpm_ext.diffusion.schedule import log_snr
+from diffusers_ddpm_ext.losses.logvar import LOGVAR_FOLDER, ContinuousLogvar, load_continuous, load_logvar, save_logvar
 from diffusers_ddpm_ext.models import class_embedder
 from diffusers_ddpm_ext.models.class_embedder import load_class_embedder, save_class_embedder
 from diffusers_ddpm_ext.pipelines.layout import JOINED, fetch_tables, has_logvar, ours_only, remove_table, stock_words
@@ -52,7 +52,7 @@ class PipelineFiles(DiffusionPipeline):
 
     def missing_tables(self) -> list[str]:
         """Folders of the tables that this pipeline does not have."""
-        held = {logvar.FOLDER: self.logvar, class_embedder.FOLDER: self.class_embedder}
+        held = {LOGVAR_FOLDER: self.logvar, class_embedder.FOLDER: self.class_embedder}
         return [name for name, table in held.items() if table is None]
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
@@ -130,7 +130,9 @@ class PipelineFiles(DiffusionPipeline):
         if folder == source or has_logvar(folder):
             pipeline.logvar = load_logvar(folder)
             if isinstance(pipeline.scheduler, DDPMExtScheduler):
-                pipeline.logvar_network = load_continuous(folder, log_snr(pipeline.scheduler.schedule))
+                pipeline.logvar_network = load_continuous(
+                    folder, torch.from_numpy(log_snr(pipeline.scheduler.schedule))
+                )
         pipeline.class_embedder = load_class_embedder(folder)
         return pipeline
 

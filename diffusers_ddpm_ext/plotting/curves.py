@@ -15,73 +15,18 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from PIL import Image
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-GAP = 4  # pixels between images
-TILE = 96  # side, in pixels, that small images are enlarged to, about
 INK = {"train": "#4c72b0", "raw": "#c44e52", "ema": "#2a7f3f"}
 DASH: dict[str, Any] = {"train": "-", "raw": (0, (4, 2)), "ema": "-"}
-MARK = {"train": "", "raw": "o", "ema": "s"}
-
-
-# ---------------------------------------------------------------- sheets of images
-
-
-def image_grid(
-    images: ArrayLike, columns: int | None = None, enlarge: int | None = None, gap: int = GAP
-) -> Image.Image:
-    """Put images side by side, row by row, enlarged so that a person can see single pixels.
-
-    Args:
-        images: (N, C, H, W) in [-1, 1]; values outside are clipped. One channel is grey, three are RGB, four RGBA;
-            with any other number the channels stand side by side in grey.
-        columns: images a row; None makes the sheet about as wide as high.
-        enlarge: side of the square that a pixel becomes (nearest neighbour); None enlarges small images.
-        gap: width of the white lines between images, in pixels of the sheet.
-
-    Returns:
-        The sheet. What a last row lacks is white.
-
-    Raises:
-        ValueError: the array has another shape or no image, or a number is below its smallest value.
-    """
-    levels = _levels(images)
-    if columns is None:
-        columns = max(1, round(math.sqrt(len(levels) * levels.shape[1] / levels.shape[2])))
-    if enlarge is None:
-        enlarge = max(1, round(TILE / max(levels.shape[1:3])))
-    if columns < 1 or enlarge < 1 or gap < 0:
-        raise ValueError(f"columns={columns} and enlarge={enlarge} must be at least 1, gap={gap} at least 0.")
-    columns = min(columns, len(levels))
-    tiles = levels.repeat(enlarge, axis=1).repeat(enlarge, axis=2)
-    count, height, width, depth = tiles.shape
-    rows = -(-count // columns)
-    sheet = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, depth), 255, dtype=np.uint8)
-    for place, tile in enumerate(tiles):
-        top, left = place // columns * (height + gap), place % columns * (width + gap)
-        sheet[top : top + height, left : left + width] = tile
-    return Image.fromarray(sheet[..., 0] if depth == 1 else sheet)
-
-
-def save_grid(images: ArrayLike, path: str | os.PathLike[str], **options: Any) -> Path:
-    """Write the sheet of :func:`image_grid` to a file, which is there whole or not at all.
-
-    Args:
-        images: as for :func:`image_grid`.
-        path: file to write; its extension says the format.
-        **options: further arguments of :func:`image_grid`.
-
-    Returns:
-        The path.
-    """
-    sheet = image_grid(images, **options)
-    kind = Image.registered_extensions().get(Path(path).suffix.lower(), "PNG")
-    if sheet.mode == "RGBA" and kind == "JPEG":
-        sheet = sheet.convert("RGB")
-    return write_whole(path, lambda file: sheet.save(file, kind))
+MARKER = {"train": "", "raw": "o", "ema": "s"}
+RUN_LOSSES: tuple[tuple[str, str, Literal["train", "raw", "ema"]], ...] = (
+    ("train/loss_simple", "training", "train"),
+    ("val/loss_simple", "validation, raw weights", "raw"),
+    ("val/loss_simple_ema", "validation, EMA weights", "ema"),
+)
 
 
 def write_whole(path: str | os.PathLike[str], write: Callable[[BinaryIO], Any]) -> Path:
@@ -104,21 +49,6 @@ def write_whole(path: str | os.PathLike[str], write: Callable[[BinaryIO], Any]) 
     finally:
         unfinished.unlink(missing_ok=True)
     return place
-
-
-def _levels(images: ArrayLike) -> NDArray[np.uint8]:
-    """Turn (N, C, H, W) in [-1, 1] into (N, H, W, 1 | 3 | 4) in 0 .. 255."""
-    values = np.asarray(images, dtype=np.float32)
-    if values.ndim != 4 or 0 in values.shape:
-        raise ValueError(f"images has shape {values.shape}; it must be (N, C, H, W) with at least one image.")
-    levels = ((values.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8).transpose(0, 2, 3, 1)
-    if levels.shape[3] not in (1, 3, 4):
-        count, height, width, channels = levels.shape
-        levels = levels.transpose(0, 1, 3, 2).reshape(count, height, channels * width, 1)
-    return levels
-
-
-# ---------------------------------------------------------------- curves
 
 
 @dataclass(frozen=True)
@@ -179,6 +109,26 @@ def plot_losses(
         axes.set(title=title, xlabel="optimizer step", ylabel=quantity)
 
     return figure(path, draw)
+
+
+def plot_run_losses(rows: list[dict[str, Any]], picture: Path, loss_type: str) -> Path | None:
+    """Draw training and validation losses over optimizer steps.
+
+    Args:
+        rows: of ``metrics.jsonl``.
+        picture: PNG to write.
+        loss_type: what was minimised, for the axis.
+
+    Returns:
+        The path; None where no row has a loss.
+    """
+    curves = []
+    for name, label, kind in RUN_LOSSES:
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        if points:
+            steps, values = zip(*points, strict=True)
+            curves.append(Curve(label, steps, values, kind))
+    return plot_losses(picture, curves, quantity=f"loss_simple ({loss_type})") if curves else None
 
 
 def plot_logvar(
@@ -245,7 +195,7 @@ def _draw_curve(axes: Axes, curve: Curve, steps: NDArray[Any], values: NDArray[A
     if noisy:
         axes.plot(steps, values, color=ink, alpha=0.25, linewidth=0.8)
         values = running_mean(values, max(5, len(values) // 40))
-    few = "." if len(values) < 50 and not MARK[curve.kind] else MARK[curve.kind]
+    few = "." if len(values) < 50 and not MARKER[curve.kind] else MARKER[curve.kind]
     label = f"{curve.label} (running mean)" if noisy else curve.label
     axes.plot(
         steps, values, color=ink, linestyle=DASH[curve.kind], marker=few, markersize=4, linewidth=1.4, label=label

@@ -35,12 +35,12 @@ TERMINAL_ABAR = 2.0**-24
 MEAN, STD = 0.4, 0.3
 MEAN_TOLERANCE, LOG_STD_TOLERANCE = 0.04, 0.3
 """Of the 15 compatible classes at 50 steps, the worst are off by 0.025 and by 0.18; a consistency sampler by 0.45."""
-BETAS = (*BETA_KEYS, "trained_betas")
+BETA_CONFIG_KEYS = (*BETA_KEYS, "trained_betas")
 TRIED_STEPS, TRIED_SHAPE = 50, (256, 1, 8, 8)
 
 
 @dataclass(frozen=True)
-class Sampler:
+class SchedulerAdapter:
     """A scheduler, ready to sample a model.
 
     Attributes:
@@ -60,7 +60,7 @@ class Sampler:
         """Whether the scheduler is ours, whose steps are integers and whose ``step`` takes the model as it is."""
         return isinstance(self.scheduler, DDPMExtScheduler)
 
-    def seeded(self, generator: torch.Generator | list[torch.Generator] | None) -> Sampler:
+    def with_noise_seed(self, generator: torch.Generator | list[torch.Generator] | None) -> SchedulerAdapter:
         """The same, where a class seeds its noise by ``noise_sampler_seed``: with one drawn from the generators.
 
         Args:
@@ -79,11 +79,11 @@ class Sampler:
         scheduler.noise_sampler_seed = seeds if isinstance(generator, list) else seeds[0]
         return replace(self, scheduler=scheduler)
 
-    def network_time(self, model_input_scale: float, t: Tensor) -> Tensor:
+    def model_timestep(self, model_input_scale: float, t: Tensor) -> Tensor:
         """The step that the network is told, (), where a scheduler counts in other units than the model.
 
         Args:
-            model_input_scale: from `scale`.
+            model_input_scale: from `input_scale`.
             t: an entry of ``scheduler.timesteps``.
         """
         if getattr(self.scheduler, "alphas_cumprod", None) is not None:
@@ -92,7 +92,7 @@ class Sampler:
         log_sigma = np.log(_sigmas(self.trained))
         return torch.tensor(np.interp(np.log(_sigma_of(model_input_scale)), log_sigma, steps), dtype=torch.float32)
 
-    def begins_late(self) -> str:
+    def late_start_warning(self) -> str:
         """A sentence where the first step is far from pure noise, which the start is; nothing where all is well."""
         table = getattr(self.scheduler, "alphas_cumprod", None)
         if self.is_ours or table is None:
@@ -107,19 +107,19 @@ class Sampler:
             "num_inference_steps."
         )
 
-    def scale(self, t: Tensor) -> float:
+    def input_scale(self, t: Tensor) -> float:
         """What the scheduler multiplies a sample by at step ``t`` to make it the network's input."""
         if self.is_ours:
             return 1.0
         return float(self.scheduler.scale_model_input(torch.ones(1, dtype=torch.float64), t))
 
-    def translate(self, output: Tensor, model_input: Tensor, scale: float, t: Tensor) -> Tensor:
+    def convert_output(self, output: Tensor, model_input: Tensor, scale: float, t: Tensor) -> Tensor:
         """The network's output as ``step`` takes it.
 
         Args:
             output: (B, C, ...) or, with a learned variance, (B, 2C, ...).
             model_input: what the network was given of the sample, (B, C, ...).
-            scale: from `scale`.
+            scale: from `input_scale`.
             t: the step.
 
         Returns:
@@ -161,7 +161,9 @@ def _sigmas(trained: DDPMExtScheduler) -> Any:
     return np.sqrt((1 - abar) / abar)
 
 
-def find_sampler(scheduler: Any, trained: DDPMExtScheduler, step_kwargs: Mapping[str, Any] | None = None) -> Sampler:
+def adapt_scheduler(
+    scheduler: Any, trained: DDPMExtScheduler, step_kwargs: Mapping[str, Any] | None = None
+) -> SchedulerAdapter:
     """Make a scheduler ready for a model, or say why it cannot sample it.
 
     Args:
@@ -179,19 +181,21 @@ def find_sampler(scheduler: Any, trained: DDPMExtScheduler, step_kwargs: Mapping
     _check_step_kwargs(scheduler, step_kwargs or {})
     learned = scheduler.config.get("variance_type") in LEARNED_VARIANCES
     if isinstance(scheduler, DDPMExtScheduler):
-        _check_words(scheduler, trained)
+        _check_prediction_type(scheduler, trained)
         _check_betas(scheduler, trained)
-        return Sampler(scheduler, scheduler, scheduler.config.prediction_type, learned)
+        return SchedulerAdapter(scheduler, scheduler, scheduler.config.prediction_type, learned)
     _check_kind(scheduler)
     reads = learned and _reads_variance(scheduler)
-    fitting = _changed(scheduler, trained, reads)
+    fitting = _configured(scheduler, trained, reads)
     _check_betas(fitting, trained)
-    _check_words(scheduler, trained)
+    _check_prediction_type(scheduler, trained)
     native, why = trained.config.prediction_type, ""
     for spoken in dict.fromkeys((native, "v_prediction")):
-        why = _tried(scheduler, trained, spoken)
+        why = _trial_result(scheduler, trained, spoken)
         if not why:
-            return Sampler(_speaking(fitting, spoken), trained, spoken, reads and native == spoken)
+            return SchedulerAdapter(
+                _with_prediction_type(fitting, spoken), trained, spoken, reads and native == spoken
+            )
     raise ValueError(
         f"{type(scheduler).__name__} cannot sample this model ({native}): {why}. Take one of "
         "pipeline.scheduler.compatibles with its usual options, or DDPMExtScheduler."
@@ -222,7 +226,7 @@ def _check_kind(scheduler: Any) -> None:
         raise ValueError(f"{name} cannot sample this model: without scale_model_input it is made for flow matching.")
 
 
-def _changed(scheduler: Any, trained: DDPMExtScheduler, reads_variance: bool) -> Any:
+def _configured(scheduler: Any, trained: DDPMExtScheduler, reads_variance: bool) -> Any:
     """The scheduler, or where its configuration must say something else for this model, a copy that does."""
     takes = inspect.signature(type(scheduler).__init__).parameters
     changes: dict[str, Any] = {}
@@ -248,13 +252,13 @@ def _finite_betas(trained: DDPMExtScheduler) -> list[float]:
     return betas.tolist()
 
 
-def _speaking(scheduler: Any, spoken: str) -> Any:
+def _with_prediction_type(scheduler: Any, spoken: str) -> Any:
     if scheduler.config.get("prediction_type") == spoken:
         return scheduler
     return type(scheduler).from_config(scheduler.config, prediction_type=spoken)
 
 
-def _check_words(scheduler: Any, trained: DDPMExtScheduler) -> None:
+def _check_prediction_type(scheduler: Any, trained: DDPMExtScheduler) -> None:
     name, native = type(scheduler).__name__, trained.config.prediction_type
     said = scheduler.config.get("prediction_type", native)
     if said != native:
@@ -299,7 +303,7 @@ def _reads_variance(scheduler: Any) -> bool:
     return drawn[0].shape == sample.shape and not torch.equal(drawn[0], drawn[1])
 
 
-def tempered(scheduler: Any, step_kwargs: Mapping[str, Any]) -> bool:
+def supports_temperature(scheduler: Any, step_kwargs: Mapping[str, Any]) -> bool:
     """Whether noise of the caller's makes a difference to ``step``, so that its scale can be chosen.
 
     Args:
@@ -320,10 +324,10 @@ def tempered(scheduler: Any, step_kwargs: Mapping[str, Any]) -> bool:
     return not torch.equal(previous[0].prev_sample, previous[1].prev_sample)
 
 
-_FOUND_WRONG: dict[str, str] = {}
+_TRIAL_RESULTS: dict[str, str] = {}
 
 
-def _tried(scheduler: Any, trained: DDPMExtScheduler, spoken: str) -> str:
+def _trial_result(scheduler: Any, trained: DDPMExtScheduler, spoken: str) -> str:
     """Send a Gaussian through a class with its options, on DDPM's own chain of 1,000 steps, once a process.
 
     Args:
@@ -335,21 +339,21 @@ def _tried(scheduler: Any, trained: DDPMExtScheduler, spoken: str) -> str:
         What is wrong, in a phrase; nothing where all went well.
     """
     native = trained.config.prediction_type
-    options = {name: value for name, value in scheduler.config.items() if name not in BETAS}
+    options = {name: value for name, value in scheduler.config.items() if name not in BETA_CONFIG_KEYS}
     key = json.dumps([type(scheduler).__qualname__, native, spoken, options], default=str, sort_keys=True)
-    if key not in _FOUND_WRONG:
+    if key not in _TRIAL_RESULTS:
         model = DDPMExtScheduler(prediction_type=native, rescale_betas_zero_snr=trained.schedule.zero_terminal_snr)
-        names = {name: model.config[name] for name in BETAS}
+        names = {name: model.config[name] for name in BETA_CONFIG_KEYS}
         placed = type(scheduler).from_config(scheduler.config, **names)
-        placed = _speaking(_changed(placed, model, reads_variance=False), spoken)
+        placed = _with_prediction_type(_configured(placed, model, reads_variance=False), spoken)
         try:
-            _FOUND_WRONG[key] = _sample_gaussian(Sampler(placed, model, spoken, reads_variance=False))
+            _TRIAL_RESULTS[key] = _sample_gaussian(SchedulerAdapter(placed, model, spoken, reads_variance=False))
         except Exception as error:  # of a class that we know nothing of
-            _FOUND_WRONG[key] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200].rstrip(". ")
-    return _FOUND_WRONG[key]
+            _TRIAL_RESULTS[key] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200].rstrip(". ")
+    return _TRIAL_RESULTS[key]
 
 
-def _sample_gaussian(sampler: Sampler) -> str:
+def _sample_gaussian(sampler: SchedulerAdapter) -> str:
     """Sample with the exact denoiser, and compare the law of every input of it, and of the end, with what it is."""
     scheduler, generator = sampler.scheduler, torch.Generator().manual_seed(0)
     scheduler.set_timesteps(TRIED_STEPS)
@@ -360,14 +364,14 @@ def _sample_gaussian(sampler: Sampler) -> str:
     sample = torch.randn(TRIED_SHAPE, generator=generator) * float(scheduler.init_noise_sigma)
     extra = {"generator": generator} if "generator" in _arguments(scheduler.step) else {}
     for t in scheduler.timesteps:
-        scale = sampler.scale(t)
-        time = sampler.network_time(scale, t)
+        scale = sampler.input_scale(t)
+        time = sampler.model_timestep(scale, t)
         abar = float(np.exp(np.interp(float(time), steps, log_abar)))
         xt = scheduler.scale_model_input(sample, t)
         why = _off(xt, abar, f"at step {float(t):.4g} it hands the network")
         if why:
             return why
-        output = sampler.translate(_exact(xt, abar, sampler.trained.config.prediction_type), xt, scale, t)
+        output = sampler.convert_output(_exact(xt, abar, sampler.trained.config.prediction_type), xt, scale, t)
         sample = scheduler.step(output, t, sample, **extra).prev_sample
     return _off(sample, 1.0, "a Gaussian comes out with")
 

@@ -45,8 +45,10 @@ from diffusers_ddpm_ext.schedulers.compvis_api import CompVisNames
 from diffusers_ddpm_ext.schedulers.config import (
     DEFAULT_COSINE_S,
     DEFAULT_NUM_TRAIN_TIMESTEPS,
+    checked_choices,
+    dial,
+    ranges,
 )
-from diffusers_ddpm_ext.schedulers.fitted_config import checked_choices, dial, ranges
 from diffusers_ddpm_ext.utils.vocabulary import FROM_COMPVIS_BETA_SCHEDULE, VARIANCE_TYPES
 
 Betas = Sequence[float] | npt.NDArray[Any] | Tensor

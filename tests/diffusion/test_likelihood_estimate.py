@@ -26,7 +26,7 @@ CUTS = [(1000, 10), (1000, 2), (1000, 400), (7, 7), (7, 3), (10, 9), (1, None), 
 def test_strata_cut_the_chain(length, count, schedule):
     zero = {"rescale_betas_zero_snr": True} if length > 1 else {}
     options = zero if schedule == "zero" else {"beta_schedule": schedule}
-    strata = Strata.of(chain(length, **options), count)
+    strata = Strata.from_schedule(chain(length, **options), count)
     assert len(strata) == (length if count is None else count)
     assert strata.sizes.sum() == length
     assert strata.starts[0] == 0
@@ -38,7 +38,7 @@ def test_strata_cut_the_chain(length, count, schedule):
 
 
 def test_every_step_of_a_stratum_is_drawn_alike():
-    strata = Strata.of(chain(11), 3)
+    strata = Strata.from_schedule(chain(11), 3)
     source = torch.Generator().manual_seed(0)
     drawn = np.stack([strata.draw(source) for _ in range(20_000)])
     counts = np.bincount(drawn.ravel(), minlength=11)
@@ -50,12 +50,12 @@ def test_every_step_of_a_stratum_is_drawn_alike():
 @pytest.mark.parametrize(("length", "count"), [(10, 1), (10, 11), (10, 0), (1, 2)])
 def test_counts_out_of_range(length, count):
     with pytest.raises(ValueError, match=rf"num_timesteps={count} must lie in \[2, {length}\]"):
-        Strata.of(chain(length), count)
+        Strata.from_schedule(chain(length), count)
 
 
 def test_an_estimate_is_its_parts_and_scipys_interval():
     rng = np.random.default_rng(0)
-    strata = Strata.of(chain(20), 4)
+    strata = Strata.from_schedule(chain(20), 4)
     bits, prior = rng.normal(1, 0.2, (9, 4)), rng.uniform(0, 0.1, 9)
     got = estimate(bits, prior, strata, 0.9)
     totals = (bits * strata.sizes).sum(1) + prior
@@ -68,10 +68,10 @@ def test_an_estimate_is_its_parts_and_scipys_interval():
 
 
 def test_a_single_image_has_no_interval():
-    got = estimate(np.ones((1, 3)), np.zeros(1), Strata.of(chain(3)))
+    got = estimate(np.ones((1, 3)), np.zeros(1), Strata.from_schedule(chain(3)))
     assert (got.low, got.high) == (None, None)
     with pytest.raises(ValueError, match="confidence"):
-        estimate(np.ones((1, 3)), np.zeros(1), Strata.of(chain(3)), 1.0)
+        estimate(np.ones((1, 3)), np.zeros(1), Strata.from_schedule(chain(3)), 1.0)
 
 
 def test_the_table_of_steps():
@@ -106,7 +106,7 @@ def test_intervals_cover_the_population():
     """8x8 Gaussian images, 64 of them, 10 steps each: 95 % intervals cover in 93 to 97 % of 1,000 repetitions."""
     scheduler = DDPMExtScheduler(num_train_timesteps=1000, prediction_type="sample")
     truth = population(scheduler)
-    strata, images, repetitions = Strata.of(scheduler.schedule, 10), 64, 1000
+    strata, images, repetitions = Strata.from_schedule(scheduler.schedule, 10), 64, 1000
     source = torch.Generator().manual_seed(11)
     covered = misses_high = 0
     for _ in range(repetitions):
@@ -122,7 +122,7 @@ def test_intervals_cover_the_population():
 
 
 def test_keys_make_draws_independent_of_their_neighbours():
-    strata = Strata.of(chain(100), 5)
+    strata = Strata.from_schedule(chain(100), 5)
     first = [strata.draw(generator("bound", 0, image, "steps")) for image in range(4)]
     again = strata.draw(generator("bound", 0, 2, "steps"))
     np.testing.assert_array_equal(first[2], again)

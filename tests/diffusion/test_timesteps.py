@@ -16,7 +16,7 @@ from diffusers_ddpm_ext.diffusion.timesteps import (
     TimestepSampler,
     log_snr_edges,
     make_sampler,
-    spread,
+    stratify,
 )
 
 CASES = [case for case in json.loads((GOLDEN / "i_vlb.json").read_text())["cases"] if case["group"] == "resampler"]
@@ -110,7 +110,7 @@ def test_stratified_steps_cover_the_chain(size):
     steps = 50
     generator = torch.Generator().manual_seed(size)
     u = torch.rand(size, generator=generator, dtype=torch.float64)
-    places = spread(u, torch.arange(size), torch.randperm(size, generator=generator))
+    places = stratify(u, torch.arange(size), torch.randperm(size, generator=generator))
     t, weights = sampler_of("stratified", steps).draw(places)
     assert weights is None
     counts = np.bincount(t.numpy(), minlength=steps)

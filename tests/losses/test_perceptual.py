@@ -7,7 +7,7 @@ import torch
 from helpers.runs import rows, tiny_run
 from transformers import ResNetConfig, ResNetModel, ViTConfig, ViTModel
 
-from diffusers_ddpm_ext.losses.perceptual import PerceptualDistance
+from diffusers_ddpm_ext.losses.distances import PerceptualDistance
 from diffusers_ddpm_ext.training.trainer import train
 
 

@@ -10,15 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusers_ddpm_ext.plotting.curves import (
-    Curve,
-    image_grid,
-    plot_logvar,
-    plot_losses,
-    running_mean,
-    save_grid,
-    write_whole,
-)
+from diffusers_ddpm_ext.plotting.curves import Curve, plot_logvar, plot_losses, running_mean, write_whole
+from diffusers_ddpm_ext.plotting.sheets import image_grid, save_grid
 
 
 def test_a_sheet_by_hand():
@@ -163,7 +156,7 @@ def test_sheets_need_no_matplotlib(tmp_path):
     """`ddpm-ext sample` runs where only the base packages are installed."""
     code = (
         "import sys; sys.modules['matplotlib'] = None\n"
-        "import numpy as np; from diffusers_ddpm_ext.plotting.curves import save_grid\n"
+        "import numpy as np; from diffusers_ddpm_ext.plotting.sheets import save_grid\n"
         f"save_grid(np.zeros((4, 3, 8, 8)), {str(tmp_path / 'grid.png')!r})\n"
         "assert 'torch' not in sys.modules"
     )

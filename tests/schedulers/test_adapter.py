@@ -24,7 +24,7 @@ from diffusers.utils.outputs import BaseOutput
 from helpers.tiny import tiny_unet
 
 from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtScheduler
-from diffusers_ddpm_ext.schedulers import adapter as samplers
+from diffusers_ddpm_ext.schedulers import adapter
 
 NAMES = sorted(kind.__name__ for kind in DDPMScheduler().compatibles)
 NATIVES = ("epsilon", "sample", "v_prediction")
@@ -201,7 +201,7 @@ def test_zero_terminal_snr_arrives(name):
     images = pipeline(2, seeded(), 20, "latent").images
     peer = swapped(ours(Spoken("sample"), prediction_type="sample", rescale_betas_zero_snr=True), name)
     assert torch.allclose(images, peer(2, seeded(), 20, "latent").images, atol=2e-3)
-    sampler = samplers.find_sampler(pipeline.scheduler, pipeline.trained_scheduler)
+    sampler = adapter.adapt_scheduler(pipeline.scheduler, pipeline.trained_scheduler)
     table = getattr(sampler.scheduler, "alphas_cumprod", None)
     if table is None:
         assert sampler.scheduler.config.sigma_max == pytest.approx(4096, rel=1e-3)
@@ -301,14 +301,14 @@ def test_an_input_that_is_not_scaled(name, native, monkeypatch):
     kind = getattr(diffusers, name)
     unscaled = type(name, (kind,), {"scale_model_input": lambda self, sample, t: self._init_step_index(t) or sample})
     monkeypatch.setattr(diffusers, name, unscaled)
-    monkeypatch.setattr(samplers, "_FOUND_WRONG", {})
+    monkeypatch.setattr(adapter, "_TRIAL_RESULTS", {})
     refused(swapped(ours(Spoken(native), prediction_type=native), name), "cannot sample this model")
 
 
 @pytest.mark.parametrize("name", ["EulerAncestralDiscreteScheduler", "KDPM2DiscreteScheduler", "PNDMScheduler"])
 def test_a_translation_that_is_left_out(name, monkeypatch):
-    monkeypatch.setattr(samplers.Sampler, "translate", lambda self, output, *others: output)
-    monkeypatch.setattr(samplers, "_FOUND_WRONG", {})
+    monkeypatch.setattr(adapter.SchedulerAdapter, "convert_output", lambda self, output, *others: output)
+    monkeypatch.setattr(adapter, "_TRIAL_RESULTS", {})
     refused(swapped(ours(Spoken("sample"), prediction_type="sample"), name), "cannot sample this model")
 
 

@@ -15,7 +15,13 @@ import torch
 from torch import Tensor
 
 from diffusers_ddpm_ext.diffusion.gaussian import q_sample
-from diffusers_ddpm_ext.diffusion.likelihood import EIGHT_BITS, ChainScheduler, ReverseLaw, exact_type, prior_bits
+from diffusers_ddpm_ext.diffusion.likelihood import (
+    EIGHT_BITS,
+    ChainScheduler,
+    ReverseTransition,
+    exact_dtype,
+    prior_bits,
+)
 from diffusers_ddpm_ext.diffusion.likelihood_estimate import Strata
 from diffusers_ddpm_ext.models.conditioning import Conditions
 from diffusers_ddpm_ext.training.data.dataset import ImageSet
@@ -121,9 +127,9 @@ def evaluate_bound(
         The rows, the same in every process; worth nothing if the processes were stopped.
     """
     kept = measure.scheduler.kept
-    law, steps = ReverseLaw.of(measure.scheduler), torch.from_numpy(kept.timesteps.copy())
+    law, steps = ReverseTransition.from_scheduler(measure.scheduler), torch.from_numpy(kept.timesteps.copy())
     flat, count = torch.from_numpy(measure.places).flatten(), measure.places.shape[1]
-    table = torch.zeros(measure.rows, 2, dtype=exact_type(processes.device))
+    table = torch.zeros(measure.rows, 2, dtype=exact_dtype(processes.device))
     for first in range(0, measure.batches, processes.world_size):
         batch = first + processes.rank
         mine = batch < measure.batches
@@ -147,7 +153,7 @@ def evaluate_bound(
 def _evaluate_rows(
     network: Network,
     measure: BoundEvaluation,
-    law: ReverseLaw,
+    law: ReverseTransition,
     rows: Tensor,
     place: Tensor,
     steps: Tensor,
@@ -158,7 +164,7 @@ def _evaluate_rows(
     """Bits and prior of some rows, (R, 2); the prior is that of the image, at its first row alone."""
     indices = measure.chosen[rows // count]
     one_each, back = torch.unique_consecutive(indices, return_inverse=True)
-    exact = exact_type(device)
+    exact = exact_dtype(device)
     x0 = measure.images.pixels(one_each).to(device, exact)
     t = steps[place]
     noise = keys.noise_of_steps(measure.stream, measure.seed, indices.tolist(), t.tolist(), x0.shape[1:])

@@ -14,8 +14,8 @@ import torch
 from diffusers import UNet2DModel
 
 from diffusers_ddpm_ext.diffusion.timesteps import TimestepSampler, make_sampler
+from diffusers_ddpm_ext.losses.distances import PerceptualDistance
 from diffusers_ddpm_ext.losses.objective import DDPMObjective
-from diffusers_ddpm_ext.losses.perceptual import PerceptualDistance
 from diffusers_ddpm_ext.models.conditioning import Join
 from diffusers_ddpm_ext.models.ema import LitEMA
 from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler

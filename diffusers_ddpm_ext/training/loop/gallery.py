@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DModel
 
-from diffusers_ddpm_ext.plotting.curves import plot_logvar, write_whole
-from diffusers_ddpm_ext.plotting.training_curves import draw_curves
+from diffusers_ddpm_ext.plotting.curves import plot_logvar, plot_run_losses, write_whole
 from diffusers_ddpm_ext.training.evaluation.validation_loss import log_loss_per_step
 from diffusers_ddpm_ext.training.loop.export import take_networks
 from diffusers_ddpm_ext.training.loop.previews import Preview
@@ -122,7 +121,7 @@ def draw_last_samples(run: Run, network: UNet2DModel) -> None:
 def draw_losses(run: Run) -> None:
     """Draw ``loss.png`` from the run's rows."""
     rows = read_rows(run.taken_folder / METRICS)
-    draw_curves(rows, run.taken_folder / FOLDER / "loss.png", run.config.objective.loss_type)
+    plot_run_losses(rows, run.taken_folder / FOLDER / "loss.png", run.config.objective.loss_type)
 
 
 def draw_logvar(run: Run) -> None:

@@ -21,7 +21,7 @@ import torch
 from accelerate.utils import gather_object
 
 from diffusers_ddpm_ext.errors import ConfigError, RunError, warn
-from diffusers_ddpm_ext.plotting.curves import save_grid
+from diffusers_ddpm_ext.plotting.sheets import save_grid
 from diffusers_ddpm_ext.training.checkpoints import snapshot as snapshots
 from diffusers_ddpm_ext.training.checkpoints import state
 from diffusers_ddpm_ext.training.distributed import exit_without_message, fail_together

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from diffusers_ddpm_ext.diffusion.timesteps import spread
+from diffusers_ddpm_ext.diffusion.timesteps import stratify
 from diffusers_ddpm_ext.losses.objective import ObjectiveOutput
 from diffusers_ddpm_ext.training.data.batches import Batch
 from diffusers_ddpm_ext.training.distributed import any_rank, gather_rows
@@ -90,7 +90,7 @@ def chosen_steps(run: Run, positions: Tensor, even: Tensor) -> tuple[Tensor, Ten
         order = torch.randperm(
             run.plan.effective_batch, generator=keys.generator(keys.TIMESTEP, run.seed, run.step, "order")
         )
-        u = spread(u, positions, order)
+        u = stratify(u, positions, order)
     return sampler.draw(u)
 
 

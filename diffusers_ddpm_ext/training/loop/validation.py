@@ -47,7 +47,7 @@ def validation_bpd(run: Run, images: ImageSet) -> float:
     """
     options, objective, task = run.config.validation, run.config.objective, run.parts
     chain = len(task.scheduler.kept)
-    strata = Strata.of(task.scheduler.kept, min(chain, options.validation_bpd_steps))
+    strata = Strata.from_schedule(task.scheduler.kept, min(chain, options.validation_bpd_steps))
     used = min(len(images), options.validation_max_images or len(images))
     what = BoundEvaluation(
         task.scheduler,

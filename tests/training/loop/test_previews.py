@@ -8,7 +8,7 @@ import torch
 from diffusers import UNet2DModel
 from PIL import Image
 
-from diffusers_ddpm_ext.plotting.curves import GAP
+from diffusers_ddpm_ext.plotting.sheets import GAP
 from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
 from diffusers_ddpm_ext.training.data.dataset import ImageSet
 from diffusers_ddpm_ext.training.data.decoding import PackedImages
