@@ -21,7 +21,7 @@ def main(folders: Path, stem: Path) -> None:
     sys.meta_path.insert(0, Blocker())
     from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
 
-    from helpers.door_cases import CASES, Findings, keys_of, repo_of
+    from door_cases import CASES, Findings, keys_of, repo_of
 
     findings = Findings()
     findings.error("import", lambda: __import__("diffusers_ddpm_ext"))
