@@ -20,7 +20,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from diffusers_ddpm_ext.training.checkpoints.folders import newest, write_checkpoint
+from diffusers_ddpm_ext.training.checkpoints.folders import newest
+from diffusers_ddpm_ext.training.checkpoints.writer import write_checkpoint
 
 SHARES = {"model.safetensors": 1, "ema.safetensors": 1, "optimizer.safetensors": 2}
 SMALL = {"state.json": b"{}" * 2000, "logvar.safetensors": b"l" * 4000}

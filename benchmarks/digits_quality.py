@@ -30,7 +30,8 @@ from sklearn.linear_model import LogisticRegression
 
 from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtScheduler, DDPMObjective
 from diffusers_ddpm_ext.training.config.options import DataOptions
-from diffusers_ddpm_ext.training.data.dataset import ImageSet, load_data
+from diffusers_ddpm_ext.training.data.dataset import load_data
+from diffusers_ddpm_ext.training.data.image_set import ImageSet
 from diffusers_ddpm_ext.training.evaluation.validation_loss import Processes, log_loss_per_step
 from diffusers_ddpm_ext.training.factory.task import DenoisingTask
 from diffusers_ddpm_ext.utils import random_keys as keys

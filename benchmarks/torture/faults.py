@@ -19,7 +19,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from diffusers_ddpm_ext.training.checkpoints.folders import newest, write_checkpoint
+from diffusers_ddpm_ext.training.checkpoints.folders import newest
+from diffusers_ddpm_ext.training.checkpoints.writer import write_checkpoint
 
 SIZES = {"model": 20_000, "ema": 20_000, "optimizer": 40_000, "logvar": 400}  # bytes of tensor data
 

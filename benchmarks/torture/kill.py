@@ -21,7 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from diffusers_ddpm_ext.training.checkpoints.folders import list_checkpoints, step_of
+from diffusers_ddpm_ext.training.checkpoints.folders import checkpoint_step, list_checkpoints
 from diffusers_ddpm_ext.training.checkpoints.manifest import DamagedCheckpoint, verify
 
 LINE = (
@@ -81,7 +81,7 @@ def newest_step(folder: Path) -> int:
     """Step of the newest checkpoint, after making sure that every one is whole; 0 without any."""
     for path in list_checkpoints(folder):
         verify(path)
-    return max((step_of(path) or 0 for path in list_checkpoints(folder)), default=0)
+    return max((checkpoint_step(path) or 0 for path in list_checkpoints(folder)), default=0)
 
 
 def main() -> int:

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from diffusers_ddpm_ext.models.conditioning import Conditions
-    from diffusers_ddpm_ext.training.data.dataset import ImageData, ImageSet
+    from diffusers_ddpm_ext.training.data.dataset import ImageData
+    from diffusers_ddpm_ext.training.data.image_set import ImageSet
 
 ABOUT = """Images, by default those of the run: the default of each option is what FOLDER/config.yaml says. They are
 taken as in validation: their middle, never mirrored."""

@@ -23,7 +23,7 @@ from diffusers_ddpm_ext.hub.card import environment
 from diffusers_ddpm_ext.plotting.curves import write_whole
 from diffusers_ddpm_ext.training.checkpoints.output_dir import run_name
 from diffusers_ddpm_ext.training.config.train_config import TrainConfig
-from diffusers_ddpm_ext.training.data.batches import Batch, stream
+from diffusers_ddpm_ext.training.data.batches import Batch, batch_stream
 from diffusers_ddpm_ext.training.distributed import any_rank, mean_over_ranks
 from diffusers_ddpm_ext.training.loop.export import save_pipeline
 from diffusers_ddpm_ext.training.loop.gallery import FOLDER, SAMPLES, draw_data, draw_end, draw_samples
@@ -298,7 +298,7 @@ def due(run: Run, asked: StopRequest) -> Due:
 def open_batches(run: Run) -> Iterator[Batch]:
     """This process's share of the images, from the run's step on."""
     loop, accelerator = run.config.loop, run.accelerator
-    return stream(
+    return batch_stream(
         run.data.train,
         run.seed,
         loop.train_batch_size,

@@ -20,7 +20,6 @@ def main(folders: Path, stem: Path) -> None:
     """Every stock door, for every case, by directory and by Hub id."""
     sys.meta_path.insert(0, Blocker())
     from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
-
     from door_cases import CASES, Findings, keys_of, repo_of
 
     findings = Findings()

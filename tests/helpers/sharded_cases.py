@@ -20,8 +20,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from diffusers_ddpm_ext.models.ema import LitEMA
-from diffusers_ddpm_ext.training.checkpoints.snapshot import Progress, Snapshot, read, write
-from diffusers_ddpm_ext.training.checkpoints.state import Live, apply, gather
+from diffusers_ddpm_ext.training.checkpoints.restore import restore_snapshot
+from diffusers_ddpm_ext.training.checkpoints.snapshot import Progress, Snapshot, read_snapshot, write_snapshot
+from diffusers_ddpm_ext.training.checkpoints.state import TrainingObjects, capture_snapshot
 from diffusers_ddpm_ext.training.factory.optimizer import clip_gradients
 from diffusers_ddpm_ext.training.factory.task import DenoisingTask
 from diffusers_ddpm_ext.utils.dtensor import full, is_sharded, local, reshard
@@ -65,7 +66,7 @@ def train(run: Small, steps: int) -> None:
 
 def carried(run: Small, folder: Path) -> Snapshot | None:
     """A snapshot, through its files."""
-    snapshot = gather(run.live, run.progress)
+    snapshot = capture_snapshot(run.live, run.progress)
     assert (snapshot is None) == (rank() > 0)
     return None if snapshot is None else through_files(snapshot, folder)
 
@@ -82,7 +83,7 @@ def sharded_to_plain_to_sharded(folder: Path) -> None:
     if saved is not None:
         middle = plain_copy(saved)
         assert_same(saved, middle)
-    progress = apply(middle, again.live)
+    progress = restore_snapshot(middle, again.live)
     assert progress.step == 3, "every process knows where the run stands"
     again.step = progress.step
     loaded = carried(again, folder / "b")
@@ -102,14 +103,14 @@ def plain_copy(snapshot: Snapshot) -> Snapshot:
     return gather_alone(single)
 
 
-def apply_alone(snapshot: Snapshot, live: Live) -> Progress:
+def apply_alone(snapshot: Snapshot, live: TrainingObjects) -> Progress:
     with alone():
-        return apply(snapshot, live)
+        return restore_snapshot(snapshot, live)
 
 
 def gather_alone(run: Small) -> Snapshot:
     with alone():
-        snapshot = gather(run.live, run.progress)
+        snapshot = capture_snapshot(run.live, run.progress)
     assert snapshot is not None
     return snapshot
 
@@ -129,7 +130,7 @@ class alone:
 def a_snapshot_changes_nothing(folder: Path) -> None:
     watched, straight = sharded_run(), sharded_run()
     for _ in range(3):
-        gather(watched.live, watched.progress)  # the first one before there is any state
+        capture_snapshot(watched.live, watched.progress)  # the first one before there is any state
         train(watched, 1)
         train(straight, 1)
     one, other = carried(watched, folder / "a"), carried(straight, folder / "b")
@@ -142,7 +143,7 @@ def before_the_first_step(folder: Path) -> None:
     run, late, straight = sharded_run(), sharded_run(), sharded_run()
     train(late, 1)
     saved = carried(run, folder / "a")
-    late.step = apply(saved, late.live).step
+    late.step = restore_snapshot(saved, late.live).step
     assert not late.live.optimizer.state
     assert late.step == 0
     for each in (late, straight):
@@ -157,10 +158,10 @@ def data_parallel_to_sharded_and_back(folder: Path) -> None:
     run, sharded, again = ddp_run(), sharded_run(), ddp_run()
     train(run, 3)
     saved = carried(run, folder / "a")
-    apply(saved, sharded.live)
+    restore_snapshot(saved, sharded.live)
     sharded.step = 3
     between = carried(sharded, folder / "b")
-    apply(between, again.live)
+    restore_snapshot(between, again.live)
     back = carried(again, folder / "c")
     if saved is not None and between is not None and back is not None:
         assert_same(saved, between)
@@ -317,12 +318,12 @@ def a_misfit_is_named_by_all(folder: Path) -> None:
     train(run, 1)
     saved = carried(run, folder / "a")
     if saved is not None:
-        write(saved, folder)
-        saved = read(folder)
+        write_snapshot(saved, folder)
+        saved = read_snapshot(folder)
         saved.model.pop("denoiser.conv_in.bias")
     before = carried(run, folder / "b")
     with pytest.raises(ValueError, match=r"denoiser\.conv_in\.bias"):
-        apply(saved, run.live)
+        restore_snapshot(saved, run.live)
     after = carried(run, folder / "c")
     if before is not None and after is not None:
         assert_same(before, after)

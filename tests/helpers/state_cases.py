@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from diffusers_ddpm_ext.losses.objective import DDPMObjective
 from diffusers_ddpm_ext.models.ema import LitEMA
 from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
-from diffusers_ddpm_ext.training.checkpoints.snapshot import Progress, Snapshot, read, write
-from diffusers_ddpm_ext.training.checkpoints.state import Live
+from diffusers_ddpm_ext.training.checkpoints.snapshot import Progress, Snapshot, read_snapshot, write_snapshot
+from diffusers_ddpm_ext.training.checkpoints.state import TrainingObjects
 from diffusers_ddpm_ext.training.factory.optimizer import adamw, clip_gradients, lr_schedule, parameter_groups
 from diffusers_ddpm_ext.training.factory.task import DenoisingTask
 from diffusers_ddpm_ext.utils import random_keys as keys
@@ -27,7 +27,7 @@ CYCLE = {"warm_up_steps": [3], "f_min": [0.1], "f_max": [1.0], "f_start": [0.01]
 class Small:
     """A run: the live objects, and the parts without wrappers."""
 
-    live: Live
+    live: TrainingObjects
     task: DenoisingTask
     step: int = 0
 
@@ -50,7 +50,7 @@ def small_run(task: DenoisingTask, wrapped: nn.Module | None = None, schedule: s
     groups = parameter_groups(task.denoiser.parameters(), task.objective.parameters(), 0.01, 2e-2)
     optimizer = adamw(groups, 1e-3, (0.9, 0.999), 1e-8)
     lr_scheduler = lr_schedule(schedule, optimizer, 9, 0 if arguments else 2, arguments)
-    return Small(Live(wrapped or task, optimizer, lr_scheduler, LitEMA(task.denoiser, 0.99)), task)
+    return Small(TrainingObjects(wrapped or task, optimizer, lr_scheduler, LitEMA(task.denoiser, 0.99)), task)
 
 
 def draws(step: int, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -81,8 +81,8 @@ def advance(run: Small, steps: int, accumulation: int = 1, rank: int = 0, world:
 
 def through_files(snapshot: Snapshot, folder: Path) -> Snapshot:
     folder.mkdir(exist_ok=True)
-    write(snapshot, folder)
-    return read(folder)
+    write_snapshot(snapshot, folder)
+    return read_snapshot(folder)
 
 
 def bits(tensor: Tensor) -> Tensor:
@@ -100,13 +100,13 @@ def assert_same(one: Snapshot, other: Snapshot) -> None:
             assert (tensor.dtype, tensor.shape) == (twin.dtype, twin.shape), key
             assert torch.equal(bits(tensor), bits(twin)), key
     # JSON has no tuples.
-    for one_group, other_group in zip(one.numbers.groups, other.numbers.groups, strict=True):
+    for one_group, other_group in zip(one.scalars.groups, other.scalars.groups, strict=True):
         assert {k: list(v) if isinstance(v, tuple) else v for k, v in one_group.items()} == {
             k: list(v) if isinstance(v, tuple) else v for k, v in other_group.items()
         }
-    assert one.numbers.lr_scheduler == other.numbers.lr_scheduler
-    assert one.numbers.ema == other.numbers.ema
-    assert one.numbers.scaler == other.numbers.scaler
+    assert one.scalars.lr_scheduler == other.scalars.lr_scheduler
+    assert one.scalars.ema == other.scalars.ema
+    assert one.scalars.scaler == other.scalars.scaler
 
 
 def farthest(one: Snapshot, other: Snapshot) -> float:

@@ -22,7 +22,7 @@ from diffusers_ddpm_ext.models.conditioning import CONDITIONING_KEYS, NEEDS, Con
 from diffusers_ddpm_ext.training import trainer
 from diffusers_ddpm_ext.training.config.options import DataOptions
 from diffusers_ddpm_ext.training.config.train_config import TrainConfig
-from diffusers_ddpm_ext.training.data.condition_dropout import make_dropout
+from diffusers_ddpm_ext.training.data.condition_dropout import make_condition_dropout
 from diffusers_ddpm_ext.training.data.dataset import load_data
 
 COLUMNS = {
@@ -128,7 +128,7 @@ DROPOUT = {"class_labels": 0.5, "concat_inputs": {"p": 0.25, "val": -1}}
 
 
 def test_dropout_is_a_function_of_seed_step_and_position():
-    dropout, null = make_dropout(DROPOUT, "hybrid-adm", 3)
+    dropout, null = make_condition_dropout(DROPOUT, "hybrid-adm", 3)
     assert null == 3
     labels, inputs = torch.zeros(4000, dtype=torch.long), torch.zeros(4000, 1, 1, 1)
     given = Conditions(labels, inputs, torch.ones(4000, 1, 1))

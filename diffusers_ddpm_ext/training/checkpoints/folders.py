@@ -11,43 +11,31 @@ One writer at a time: whoever writes, cleans, sets aside or prunes holds the fol
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import re
 import secrets
-import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from safetensors import SafetensorError
 
 from diffusers_ddpm_ext.training.checkpoints.manifest import (
     CHECKPOINT,
     MANIFEST,
     Checkpoint,
     DamagedCheckpoint,
-    FileFacts,
-    encode_manifest,
-    facts_of,
     verify,
 )
+from diffusers_ddpm_ext.training.checkpoints.writer import remove_path, sync_folder
 
 ASIDE = "aside-"
 LEFTOVER = re.compile(r"\.(writing|deleting|replaced)-([0-9]+)-[0-9a-f]{8}", re.ASCII)
 NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)  # some network file systems cannot, and need not
 
 
-class CheckpointNotWritten(OSError):
-    """The disk is full, or the folder cannot be written. Every checkpoint that stood before still stands."""
-
-
 @dataclass(frozen=True)
-class Search:
+class SearchResult:
     """What `newest` found.
 
     Attributes:
@@ -59,167 +47,7 @@ class Search:
     damaged: list[tuple[Path, str]]
 
 
-def write_checkpoint(
-    parent: Path, step: int, fill: Callable[[Path], None], facts: Mapping[str, Any] | None = None
-) -> Path:
-    """Write ``checkpoint-<step>``, which appears whole or not at all, whenever the process or the machine dies.
-
-    A checkpoint of the same step that stands already changes places with the new one in one act (on file systems that
-    cannot, by two renames, and `clean_leftovers` undoes the first should the second never come).
-
-    Args:
-        parent: folder of the run.
-        step: optimizer steps done, not negative.
-        fill: writes files into the folder that it is given, and into folders below.
-        facts: JSON to stand in the manifest, where it can be read before any file is.
-
-    Returns:
-        The folder.
-
-    Raises:
-        CheckpointNotWritten: the system refused. What was begun is removed as far as that is possible.
-        ValueError: a negative step, or ``fill`` left something that is not a plain file, or a manifest of its own.
-    """
-    if step < 0:
-        raise ValueError(f"step {step}: the step of a checkpoint is not negative")
-    final, draft = parent / f"checkpoint-{step}", parent / f".writing-{step}-{secrets.token_hex(4)}"
-    try:
-        draft.mkdir()
-        with system_errors():
-            fill(draft)
-        _seal_files(draft, step, facts or {})
-        put_in_place(draft, final)
-    except OSError as error:
-        raise _not_written(final, error.errno, error.strerror or str(error)) from error
-    finally:
-        _remove(draft)
-    return final
-
-
-@contextmanager
-def system_errors() -> Iterator[None]:
-    """Let a write that the system refused be an OSError, where safetensors has a word of its own for it.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        OSError: in place of a SafetensorError that tells of one.
-    """
-    try:
-        yield
-    except SafetensorError as error:
-        refused = re.search(r"os error (\d+)", str(error))
-        if refused is None:
-            raise
-        raise OSError(int(refused[1]), os.strerror(int(refused[1]))) from error
-
-
-def _not_written(final: Path, number: int | None, reason: str) -> CheckpointNotWritten:
-    return CheckpointNotWritten(number, f"{final} could not be written ({reason}); older checkpoints still stand")
-
-
-def _seal_files(draft: Path, step: int, facts: Mapping[str, Any]) -> None:
-    """Send every file to the disk and read it once for its checksum meanwhile; then the manifest, then the folders."""
-    names, folders = _inventory(draft)
-    if MANIFEST in names:
-        raise ValueError(f"{MANIFEST} is written last and here, not by what fills a checkpoint")
-    names.sort(key=lambda name: (draft / name).stat().st_size, reverse=True)  # the largest decides how long it takes
-    with ThreadPoolExecutor(8) as pool:
-        pairs = [(pool.submit(_sync, draft / name), pool.submit(_facts, draft / name)) for name in names]
-        for synced, _ in pairs:
-            synced.result()
-        files = {name: found.result() for name, (_, found) in zip(names, pairs, strict=True)}
-    with open(draft / MANIFEST, "xb") as file:
-        file.write(encode_manifest(step, files, facts))
-        file.flush()
-        os.fsync(file.fileno())
-    for folder in reversed(folders):
-        _sync_folder(draft / folder)
-
-
-def _inventory(folder: Path) -> tuple[list[str], list[str]]:
-    """Names of all files, and of all folders from the top down: relative, with ``/`` between parts."""
-    names, folders = [], ["."]
-    for place in folders:
-        with os.scandir(folder / place) as entries:
-            for entry in entries:
-                name = entry.name if place == "." else f"{place}/{entry.name}"
-                if entry.is_dir(follow_symlinks=False):
-                    folders.append(name)
-                elif entry.is_file(follow_symlinks=False):
-                    names.append(name)
-                else:
-                    raise ValueError(f"{name} is neither a plain file nor a folder: it cannot be in a checkpoint")
-    return names, folders
-
-
-def _facts(path: Path) -> FileFacts:
-    with open(path, "rb", buffering=0) as file:
-        return facts_of(file)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sync_folder(path: Path) -> None:
-    try:
-        _sync(path)
-    except OSError as error:
-        if error.errno not in NO_FOLDER_SYNC:
-            raise
-
-
-def put_in_place(draft: Path, final: Path) -> None:
-    """Give a finished folder its name. What bore that name before keeps the draft's, or a leftover's.
-
-    Args:
-        draft: a folder called ``.writing-<step>-<token>``.
-        final: its name, beside it.
-
-    Raises:
-        OSError: it cannot be renamed; what bore the name still does.
-    """
-    if not os.path.lexists(final):
-        os.rename(draft, final)
-    elif not _exchange(draft, final):
-        replaced = draft.with_name(draft.name.replace("writing", "replaced", 1))
-        os.rename(final, replaced)
-        try:
-            os.rename(draft, final)
-        except OSError:
-            os.rename(replaced, final)
-            raise
-        _sync_folder(final.parent)
-        _remove(replaced)
-    _sync_folder(final.parent)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Swap two names in one act, so that each exists at every moment; False where the system cannot."""
-    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
-    if renameat2 is None:
-        return False
-    here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
-    status: int = renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange)
-    return status == 0
-
-
-def _remove(path: Path) -> None:
-    """Delete a folder, file or link as far as that is possible; what is left is a leftover."""
-    if os.path.isdir(path) and not os.path.islink(path):
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with suppress(OSError):
-            path.unlink(missing_ok=True)
-
-
-def step_of(path: Path) -> int | None:
+def checkpoint_step(path: Path) -> int | None:
     """The step in the name of a checkpoint; None if this is no such name."""
     named = CHECKPOINT.fullmatch(path.name)
     return None if named is None else int(named[1])
@@ -236,34 +64,34 @@ def list_checkpoints(parent: Path) -> list[Path]:
     """
     if not parent.is_dir():
         return []
-    found = ((step_of(path), path) for path in parent.iterdir())
+    found = ((checkpoint_step(path), path) for path in parent.iterdir())
     return [path for _, path in sorted((step, path) for step, path in found if step is not None)]
 
 
-def newest(parent: Path) -> Search:
+def newest(parent: Path) -> SearchResult:
     """Find the newest checkpoint that is whole, reading every byte of it.
 
     Args:
         parent: folder of the run.
 
     Returns:
-        The checkpoint, and what is wrong with each newer folder. Nothing is changed: `set_aside` those.
+        The checkpoint, and what is wrong with each newer folder. Nothing is changed: `move_aside` those.
 
     Raises:
-        NewerCheckpoint: a later version of this package wrote one that is newer than any whole one of ours. To pass
-            over it would be to lose work.
+        NewerCheckpointFormat: a later version of this package wrote one that is newer than any intact one in our
+            format; ignoring it would lose work.
         OSError: as `verify`.
     """
     damaged: list[tuple[Path, str]] = []
     for path in reversed(list_checkpoints(parent)):
         try:
-            return Search(verify(path), damaged)
+            return SearchResult(verify(path), damaged)
         except DamagedCheckpoint as error:
             damaged.append((path, str(error)))
-    return Search(None, damaged)
+    return SearchResult(None, damaged)
 
 
-def set_aside(path: Path, reason: str) -> Path:
+def move_aside(path: Path, reason: str) -> Path:
     """Give a checkpoint a name under which nothing loads or deletes it, and write the reason beside it.
 
     Args:
@@ -288,11 +116,11 @@ def set_aside(path: Path, reason: str) -> Path:
         ) from error
     with suppress(OSError):  # a full disk: the name alone says enough
         Path(f"{target}.txt").write_text(reason + "\n", encoding="utf-8")
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
     return target
 
 
-def set_aside_newer(parent: Path, step: int) -> list[Path]:
+def move_newer_aside(parent: Path, step: int) -> list[Path]:
     """Set aside every checkpoint of a later step, before a run goes on from an earlier one.
 
     Args:
@@ -303,13 +131,13 @@ def set_aside_newer(parent: Path, step: int) -> list[Path]:
         Where they are now, newest first.
 
     Raises:
-        OSError: as `set_aside`.
+        OSError: as `move_aside`.
     """
-    newer = [path for path in list_checkpoints(parent) if (step_of(path) or 0) > step]
-    return [set_aside(path, f"The run went on from step {step}.") for path in reversed(newer)]
+    newer = [path for path in list_checkpoints(parent) if (checkpoint_step(path) or 0) > step]
+    return [move_aside(path, f"The run went on from step {step}.") for path in reversed(newer)]
 
 
-def clean_leftovers(parent: Path) -> list[Path]:
+def remove_leftovers(parent: Path) -> list[Path]:
     """Remove what a run that died left half written or half deleted. Hold the folder's lock: nobody else is at work.
 
     Args:
@@ -326,15 +154,15 @@ def clean_leftovers(parent: Path) -> list[Path]:
         named = parent / f"checkpoint-{left[2]}"
         if left[1] == "replaced" and not os.path.lexists(named):
             os.rename(path, named)
-            _sync_folder(parent)
+            sync_folder(parent)
             continue
-        _remove(path)
+        remove_path(path)
         if not os.path.lexists(path):
             gone.append(path)
     return gone
 
 
-def prune(parent: Path, total_limit: int, keep: Collection[int] = ()) -> list[Path]:
+def prune_checkpoints(parent: Path, total_limit: int, keep: Collection[int] = ()) -> list[Path]:
     """Delete the oldest checkpoints beyond a number. Call it when the newest stands.
 
     Each loses its name before its first file, so that a kill in between leaves no torn checkpoint.
@@ -353,15 +181,17 @@ def prune(parent: Path, total_limit: int, keep: Collection[int] = ()) -> list[Pa
     """
     if total_limit < 1:
         raise ValueError(f"total_limit {total_limit}: at least one checkpoint stays; use 1 or more")
-    ours = [path for path in list_checkpoints(parent) if step_of(path) not in keep and (path / MANIFEST).is_file()]
+    ours = [
+        path for path in list_checkpoints(parent) if checkpoint_step(path) not in keep and (path / MANIFEST).is_file()
+    ]
     gone = []
     for path in ours[:-total_limit]:
-        discard(path)
+        delete_checkpoint(path)
         gone.append(path)
     return gone
 
 
-def discard(path: Path) -> None:
+def delete_checkpoint(path: Path) -> None:
     """Delete a checkpoint, which loses its name before its first file.
 
     Args:
@@ -370,7 +200,7 @@ def discard(path: Path) -> None:
     Raises:
         OSError: it cannot be renamed.
     """
-    doomed = path.with_name(f".deleting-{step_of(path)}-{secrets.token_hex(4)}")
+    doomed = path.with_name(f".deleting-{checkpoint_step(path)}-{secrets.token_hex(4)}")
     os.rename(path, doomed)
-    _sync_folder(path.parent)
-    _remove(doomed)
+    sync_folder(path.parent)
+    remove_path(doomed)

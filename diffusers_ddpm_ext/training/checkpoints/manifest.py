@@ -47,12 +47,12 @@ class DamagedCheckpoint(ValueError):
     """A folder that is not what was written: the message says in one sentence what is wrong with it."""
 
 
-class NewerCheckpoint(ValueError):
+class NewerCheckpointFormat(ValueError):
     """A checkpoint in a format of a later version of this package: whole, but not ours to read or to set aside."""
 
 
 @dataclass(frozen=True)
-class FileFacts:
+class FileDigest:
     """What the manifest says of one file: bytes, and their sha256 in hexadecimal."""
 
     size: int
@@ -73,7 +73,7 @@ class Checkpoint:
 
     path: Path
     step: int
-    files: Mapping[str, FileFacts]
+    files: Mapping[str, FileDigest]
     facts: Mapping[str, Any]
     unnamed: tuple[str, ...]
 
@@ -93,11 +93,11 @@ class Checkpoint:
             raise DamagedCheckpoint(f"{self.path}: {MANIFEST} names no {name}")
         with _opened(self.path, name, self.files[name].size) as file:
             data = file.read()
-        _compare(self, name, FileFacts(len(data), hashlib.sha256(data).hexdigest()))
+        _compare(self, name, FileDigest(len(data), hashlib.sha256(data).hexdigest()))
         return data
 
 
-def facts_of(file: FileIO) -> FileFacts:
+def digest_file(file: FileIO) -> FileDigest:
     """Size and checksum of a file.
 
     Args:
@@ -107,10 +107,10 @@ def facts_of(file: FileIO) -> FileFacts:
         Both, of the bytes that were read.
     """
     digest = hashlib.file_digest(file, "sha256")
-    return FileFacts(file.tell(), digest.hexdigest())
+    return FileDigest(file.tell(), digest.hexdigest())
 
 
-def encode_manifest(step: int, files: Mapping[str, FileFacts], facts: Mapping[str, Any]) -> bytes:
+def encode_manifest(step: int, files: Mapping[str, FileDigest], facts: Mapping[str, Any]) -> bytes:
     """The content of ``manifest.json``.
 
     Args:
@@ -143,7 +143,7 @@ def read_manifest(folder: Path) -> Checkpoint:
 
     Raises:
         DamagedCheckpoint: the manifest is missing, altered or not to be believed.
-        NewerCheckpoint: its format is newer than this package.
+        NewerCheckpointFormat: its format is newer than this package.
         OSError: as `verify`.
     """
     if not folder.is_dir():
@@ -174,14 +174,14 @@ def _manifest_content(folder: Path) -> dict[str, Any]:
     if type(number) is not int or number < 1:
         raise DamagedCheckpoint(f"{folder}: {MANIFEST} names no format")
     if number > FORMAT:
-        raise NewerCheckpoint(
+        raise NewerCheckpointFormat(
             f"{folder} is in format {number} and version {__version__} of this package reads format {FORMAT}: install "
             f"diffusers-ddpm-ext {content.get('version', '(the version that wrote it)')} or newer"
         )
     return content
 
 
-def _promise(folder: Path, name: str, entry: Any) -> FileFacts:
+def _promise(folder: Path, name: str, entry: Any) -> FileDigest:
     """One line of a manifest: a plain name below the folder, a size and a checksum."""
     plain = name.isprintable() and "\\" not in name and name != MANIFEST
     if not plain or any(part in ("", ".", "..") for part in name.split("/")):
@@ -189,7 +189,7 @@ def _promise(folder: Path, name: str, entry: Any) -> FileFacts:
     size, sha256 = (entry.get("size"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
     if type(size) is not int or size < 0 or not isinstance(sha256, str):
         raise DamagedCheckpoint(f"{folder}: {MANIFEST} has no size and sha256 for {name}")
-    return FileFacts(size, sha256)
+    return FileDigest(size, sha256)
 
 
 def _unnamed(folder: Path, files: Collection[str]) -> tuple[str, ...]:
@@ -211,18 +211,18 @@ def verify(folder: Path) -> Checkpoint:
 
     Raises:
         DamagedCheckpoint: something is missing or differs; the message names the file.
-        NewerCheckpoint: as `read_manifest`.
+        NewerCheckpointFormat: as `read_manifest`.
         OSError: a file cannot be read for a reason that lies outside of it (permission, too many open files).
     """
     checkpoint = read_manifest(folder)
     for name, promised in checkpoint.files.items():
         with _opened(folder, name, promised.size) as file:
-            found = facts_of(file)
+            found = digest_file(file)
         _compare(checkpoint, name, found)
     return checkpoint
 
 
-def _compare(checkpoint: Checkpoint, name: str, found: FileFacts) -> None:
+def _compare(checkpoint: Checkpoint, name: str, found: FileDigest) -> None:
     promised = checkpoint.files[name]
     if found.size != promised.size:
         raise DamagedCheckpoint(

@@ -15,7 +15,7 @@ from diffusers_ddpm_ext.training.config.options import DataOptions, OutputOption
 RUNS = Path("runs")
 # what a run writes beside its tracker's files; --overwrite_output_dir removes these and nothing else
 OURS = ("config.yaml", LOCK)  # a folder with one of these is a run's; an interrupted start may leave the lock alone
-PRODUCTS = (
+RUN_FILES = (
     "config.yaml", "metrics.jsonl", "timing.jsonl", "samples", "samples.png", "loss.png", "logvar.png",
     "model_index.json", "unet", "scheduler", "logvar", "ema.json", "finished.json", "best", "checkpoint-*",
     ".writing-*", ".deleting-*", ".replaced-*", ".saving-*", ".pushing-*", ".publishing-*", ".hub.json",
@@ -72,7 +72,7 @@ def _entries(folder: Path, name: str) -> list[str]:
         raise ConfigError(f"--output_dir {name} cannot be read: {error.strerror}") from None
 
 
-def take_output_dir(data: DataOptions, output: OutputOptions, resuming: bool = False) -> tuple[Path, FolderLock]:
+def acquire_output_dir(data: DataOptions, output: OutputOptions, resuming: bool = False) -> tuple[Path, FolderLock]:
     """Create the run's folder and lock it. In a run of several processes the first alone calls this.
 
     Args:
@@ -119,7 +119,7 @@ def _fresh(name: str) -> Path:
 
 
 def _remove_products(folder: Path) -> None:
-    for path in [path for name in PRODUCTS for path in folder.glob(name)]:
+    for path in [path for name in RUN_FILES for path in folder.glob(name)]:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:

@@ -60,7 +60,7 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Numbers:
+class ScalarState:
     """The state of optimizer, schedule, scaler and average that is no tensor. Everything here is a JSON value.
 
     Attributes:
@@ -86,14 +86,14 @@ class Snapshot:
         model: of the task.
         optimizer: keys ``<parameter>.<slot>``.
         ema: of the average, None where there is none.
-        numbers: what is no tensor.
+        scalars: what is no tensor.
         progress: where the run stands.
     """
 
     model: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     ema: dict[str, Tensor] | None
-    numbers: Numbers
+    scalars: ScalarState
     progress: Progress
 
     @property
@@ -124,7 +124,7 @@ def library_versions() -> dict[str, str]:
     return found
 
 
-def write(snapshot: Snapshot, folder: Path) -> None:
+def write_snapshot(snapshot: Snapshot, folder: Path) -> None:
     """Write a snapshot's files, one after the other; that they appear together is the caller's business.
 
     Args:
@@ -138,8 +138,8 @@ def write(snapshot: Snapshot, folder: Path) -> None:
     state = {
         "format": FORMAT,
         "progress": asdict(snapshot.progress),
-        "numbers": asdict(snapshot.numbers),
-        "tensors": {name: describe(tensors) for name, tensors in snapshot.files.items()},
+        "numbers": asdict(snapshot.scalars),
+        "tensors": {name: tensor_specs(tensors) for name, tensors in snapshot.files.items()},
     }
     try:
         text = json.dumps(state, indent=1)
@@ -150,7 +150,7 @@ def write(snapshot: Snapshot, folder: Path) -> None:
     (folder / STATE).write_text(text + "\n", encoding="utf-8")
 
 
-def describe(tensors: dict[str, Tensor]) -> dict[str, list[Any]]:
+def tensor_specs(tensors: dict[str, Tensor]) -> dict[str, list[Any]]:
     """Dtype and shape by name.
 
     Args:
@@ -162,7 +162,7 @@ def describe(tensors: dict[str, Tensor]) -> dict[str, list[Any]]:
     return {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()}
 
 
-def read(folder: Path) -> Snapshot:
+def read_snapshot(folder: Path) -> Snapshot:
     """Read a snapshot and check it against its own table of contents. No pickle is opened.
 
     Args:
@@ -178,7 +178,7 @@ def read(folder: Path) -> Snapshot:
     path = folder / STATE
     state = _object(path, _read_json(path), {"format": int, "progress": dict, "numbers": dict, "tensors": dict})
     progress = Progress(**_object(path, state["progress"], _PROGRESS, "progress."))
-    numbers = Numbers(**_object(path, state["numbers"], _NUMBERS, "numbers."))
+    numbers = ScalarState(**_object(path, state["numbers"], _NUMBERS, "numbers."))
     contents = state["tensors"]
     if not {MODEL, OPTIMIZER} <= contents.keys() <= {MODEL, OPTIMIZER, EMA}:
         raise ValueError(f"{path}: tensors names {sorted(contents)}, not {MODEL}, {OPTIMIZER} and, if kept, {EMA}.")
@@ -209,7 +209,7 @@ _NUMBERS: dict[str, Any] = {
     "ema": (dict, _NONE),
 }
 assert list(_PROGRESS) == [f.name for f in fields(Progress)]
-assert list(_NUMBERS) == [f.name for f in fields(Numbers)]
+assert list(_NUMBERS) == [f.name for f in fields(ScalarState)]
 
 
 def _read_json(path: Path) -> Any:
@@ -241,13 +241,15 @@ def _read_tensors(path: Path, contents: Any) -> dict[str, Tensor]:
         tensors = load_file(path)
     except Exception as error:  # safetensors' own error class differs between its versions
         raise ValueError(f"{path} cannot be read as a safetensors file: {error}") from error
-    difference = differences(contents, describe(tensors)) if isinstance(contents, dict) else "no table of contents"
+    difference = (
+        first_difference(contents, tensor_specs(tensors)) if isinstance(contents, dict) else "no table of contents"
+    )
     if difference:
         raise ValueError(f"{path}: {difference}.")
     return tensors
 
 
-def differences(expected: dict[str, Any], found: dict[str, Any]) -> str:
+def first_difference(expected: dict[str, Any], found: dict[str, Any]) -> str:
     """The first difference between two tables of tensors.
 
     Args:

@@ -6,10 +6,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from diffusers_ddpm_ext.training.data.dataset import ImageData, ImageSet, load_data
+    from diffusers_ddpm_ext.training.data.dataset import ImageData, load_data
+    from diffusers_ddpm_ext.training.data.image_set import ImageSet
 
 __all__ = ["ImageData", "ImageSet", "load_data"]
-_MODULES = {"ImageData": "dataset", "ImageSet": "dataset", "load_data": "dataset"}
+_MODULES = {"ImageData": "dataset", "ImageSet": "image_set", "load_data": "dataset"}
 
 
 def __getattr__(name: str) -> Any:

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from diffusers_ddpm_ext.errors import RunError, warn
 from diffusers_ddpm_ext.models.conditioning import Conditions
-from diffusers_ddpm_ext.training.data.dataset import ImageSet, unit_range
+from diffusers_ddpm_ext.training.data.image_set import ImageSet, unit_range
 from diffusers_ddpm_ext.utils import random_keys as keys
 
 NONE = Conditions()
@@ -117,7 +117,7 @@ class MicroBatches(Dataset[Share | RunError]):
         return self._orders[epoch]
 
 
-def stream(
+def batch_stream(
     images: ImageSet,
     seed: int,
     batch: int,

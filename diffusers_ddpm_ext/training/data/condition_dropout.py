@@ -14,7 +14,7 @@ from diffusers_ddpm_ext.utils import random_keys as keys
 
 
 @dataclass(frozen=True)
-class Dropout:
+class ConditionDropout:
     """How often a condition is left out while training, and what stands in for it (CompVis' ``ucg_training``).
 
     Attributes:
@@ -47,9 +47,9 @@ class Dropout:
         return Conditions(**named)
 
 
-def make_dropout(
+def make_condition_dropout(
     given: Mapping[str, Any] | None, conditioning_key: str | None, num_classes: int | None
-) -> tuple[Dropout | None, int | None]:
+) -> tuple[ConditionDropout | None, int | None]:
     """Check what a person asks for.
 
     Args:
@@ -79,7 +79,7 @@ def make_dropout(
         default = num_classes if name == "class_labels" and num_classes is not None else 0
         null[name] = default if entry.get("val") is None else entry["val"]
     label = null.get("class_labels")
-    return Dropout(probability, null), None if label is None or num_classes is None else int(label)
+    return ConditionDropout(probability, null), None if label is None or num_classes is None else int(label)
 
 
 def _is_number(value: Any) -> bool:

@@ -10,13 +10,11 @@ A column is read once for all images. Where it comes from:
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,21 +23,19 @@ from torch import Tensor
 from diffusers_ddpm_ext.errors import ConfigError
 from diffusers_ddpm_ext.models.conditioning import NEEDS
 from diffusers_ddpm_ext.training.config.options import DataOptions
-from diffusers_ddpm_ext.training.data.decoding import Images, Preparation, read
+from diffusers_ddpm_ext.training.data.condition_tables import OF_FOLDER, Table
+from diffusers_ddpm_ext.training.data.decoding import Preparation
+from diffusers_ddpm_ext.training.data.image_store import Images, read
 
-OF_FOLDER = "folder"
-METADATA = ("metadata.csv", "metadata.jsonl")
-FILE_NAME = "file_name"
 OPTION = {
     "class_labels": "class_column",
     "concat_inputs": "concat_column",
     "encoder_hidden_states": "context_column",
 }
-Cells = Mapping[str, Any]  # name of an image -> what its column says
 
 
 @dataclass(frozen=True)
-class Columns:
+class ConditionColumns:
     """Conditions of all images that were read, in their order.
 
     Attributes:
@@ -65,108 +61,6 @@ class Columns:
     def context_width(self) -> int | None:
         """Width of a token."""
         return None if self.contexts is None else int(self.contexts[0].shape[1])
-
-
-class Table(Protocol):
-    """Where columns come from."""
-
-    @property
-    def option(self) -> str:
-        """What named it, for messages."""
-
-    @property
-    def names(self) -> Sequence[str]:
-        """Names of the images."""
-
-    def cells(self, column: str) -> Cells:
-        """Return what a column says of each image; raises ConfigError where there is no such column."""
-
-
-@dataclass(frozen=True)
-class DigitTable:
-    """The digits' labels."""
-
-    names: Sequence[str]
-    labels: Sequence[int]
-    option: str = "the digits"
-
-    def cells(self, column: str) -> Cells:
-        """Return the digit of each image."""
-        if column != "digit":
-            raise ConfigError(f"--class_column {column}: the digits have one column, digit")
-        return dict(zip(self.names, self.labels, strict=True))
-
-
-@dataclass(frozen=True)
-class FolderTable:
-    """The folders and the metadata file of a folder of images."""
-
-    option: str
-    folder: Path
-    names: Sequence[str]
-
-    def cells(self, column: str) -> Cells:
-        """Return what a column says, or the name of each image's folder."""
-        if column == OF_FOLDER:
-            return {name: Path(name).parent.name for name in self.names}
-        rows = self._rows()
-        if rows and column not in rows[0]:
-            raise ConfigError(f"column {column!r} is not in {self.option}: its metadata has {', '.join(rows[0])}")
-        found = {str(row.get(FILE_NAME)): row.get(column) for row in rows}
-        lacking = [name for name in self.names if found.get(name) in (None, "")]
-        if lacking:
-            raise ConfigError(f"column {column!r} of {self.option} says nothing of {lacking[0]!r}")
-        return {name: self._resolve(found[name]) for name in self.names}
-
-    def _resolve(self, cell: Any) -> Any:
-        """A path inside the folder as a path; anything else as it is."""
-        if isinstance(cell, str) and (self.folder / cell).is_file():
-            return self.folder / cell
-        return cell
-
-    def _rows(self) -> list[dict[str, Any]]:
-        for name in METADATA:
-            path = self.folder / name
-            if path.is_file():
-                return _read_metadata(path)
-        raise ConfigError(
-            f"{self.option} has no {' or '.join(METADATA)}: add one with a column {FILE_NAME}, or say --class_column "
-            f"{OF_FOLDER} for classes by folder"
-        )
-
-
-def _read_metadata(path: Path) -> list[dict[str, Any]]:
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            if path.suffix == ".csv":
-                rows: list[dict[str, Any]] = list(csv.DictReader(file))
-            else:
-                rows = [json.loads(line) for line in file if line.strip()]
-    except (OSError, ValueError, csv.Error) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from None
-    if not rows or not all(isinstance(row, dict) and FILE_NAME in row for row in rows):
-        raise ConfigError(f"{path} needs a row an image, with a column {FILE_NAME}")
-    return rows
-
-
-@dataclass(frozen=True)
-class RowTable:
-    """Columns of a dataset's split."""
-
-    option: str
-    names: Sequence[str]
-    rows: Any  # datasets.Dataset
-
-    def cells(self, column: str) -> Cells:
-        """Return a column; images in it are not decoded."""
-        if column not in self.rows.column_names:
-            known = ", ".join(self.rows.column_names)
-            raise ConfigError(f"column {column!r} is not in {self.option}: its columns are {known}")
-        table = self.rows.select_columns([column])
-        if type(table.features[column]).__name__ == "Image":
-            table = table.cast_column(column, type(table.features[column])(decode=False))
-        cells = [row[column] for row in table]
-        return dict(zip(self.names, cells, strict=True))
 
 
 @dataclass(frozen=True)
@@ -226,7 +120,7 @@ def read_columns(
     wanted: Mapping[str, str],
     preparation: Preparation,
     vocabulary: Sequence[str] | None = None,
-) -> Columns | None:
+) -> ConditionColumns | None:
     """Read what the images are conditioned on.
 
     Args:
@@ -267,7 +161,7 @@ def read_columns(
                 )
             for context in contexts:
                 digest.update(context.tobytes())
-    return Columns(labels, names, concat, contexts, digest.hexdigest())
+    return ConditionColumns(labels, names, concat, contexts, digest.hexdigest())
 
 
 def _labels(

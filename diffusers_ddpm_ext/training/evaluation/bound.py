@@ -24,7 +24,7 @@ from diffusers_ddpm_ext.diffusion.likelihood import (
 )
 from diffusers_ddpm_ext.diffusion.likelihood_estimate import Strata
 from diffusers_ddpm_ext.models.conditioning import Conditions
-from diffusers_ddpm_ext.training.data.dataset import ImageSet
+from diffusers_ddpm_ext.training.data.image_set import ImageSet
 from diffusers_ddpm_ext.training.evaluation.validation_loss import Processes
 from diffusers_ddpm_ext.utils import random_keys as keys
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from diffusers_ddpm_ext.models.conditioning import Conditions
-from diffusers_ddpm_ext.training.data.dataset import ImageSet
+from diffusers_ddpm_ext.training.data.image_set import ImageSet
 from diffusers_ddpm_ext.training.factory.task import DenoisingTask
 from diffusers_ddpm_ext.utils import random_keys as keys
 from diffusers_ddpm_ext.utils.dtensor import reshard

@@ -21,7 +21,7 @@ from diffusers_ddpm_ext.errors import ConfigError
 from diffusers_ddpm_ext.models.conditioning import COORDINATES, NEEDS, Conditions, Join
 from diffusers_ddpm_ext.models.unet_2d_ext import UNet2DExtModel
 from diffusers_ddpm_ext.training.config.options import ModelOptions
-from diffusers_ddpm_ext.training.data.conditions import Columns
+from diffusers_ddpm_ext.training.data.conditions import ConditionColumns
 from diffusers_ddpm_ext.utils import random_keys as keys
 
 INITIAL_WEIGHTS = "weights"
@@ -104,7 +104,7 @@ def denoiser_shape(
     options: ModelOptions,
     size: tuple[int, int],
     channels: int,
-    columns: Columns | None,
+    columns: ConditionColumns | None,
     null_class: int | None,
     variance_type: str = "fixed_small",
 ) -> DenoiserShape:

@@ -20,8 +20,8 @@ from diffusers_ddpm_ext.models.conditioning import Join
 from diffusers_ddpm_ext.models.ema import LitEMA
 from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
 from diffusers_ddpm_ext.training.config.options import EmaOptions, ModelOptions, ObjectiveOptions, ScheduleOptions
-from diffusers_ddpm_ext.training.data.condition_dropout import Dropout, make_dropout
-from diffusers_ddpm_ext.training.data.conditions import Columns
+from diffusers_ddpm_ext.training.data.condition_dropout import ConditionDropout, make_condition_dropout
+from diffusers_ddpm_ext.training.data.conditions import ConditionColumns
 from diffusers_ddpm_ext.training.factory.denoiser import as_config_error, build_denoiser, denoiser_shape
 
 
@@ -44,7 +44,7 @@ class Parts:
     scheduler: DDPMExtScheduler
     objective: DDPMObjective
     join: Join = field(default_factory=Join)
-    dropout: Dropout | None = None
+    dropout: ConditionDropout | None = None
     null_class: int | None = None
     num_classes: int | None = None
     sampler: TimestepSampler | None = None
@@ -66,7 +66,7 @@ def build_parts(
     size: tuple[int, int],
     channels: int,
     seed: int,
-    columns: Columns | None = None,
+    columns: ConditionColumns | None = None,
     conditioning_dropout: Mapping[str, Any] | None = None,
     levels: int = 256,
 ) -> Parts:
@@ -80,7 +80,7 @@ def build_parts(
         channels: of the images.
         seed: of the run.
         columns: what the images are conditioned on.
-        conditioning_dropout: see `make_dropout`.
+        conditioning_dropout: see `make_condition_dropout`.
         levels: values that a pixel can take.
 
     Returns:
@@ -96,7 +96,7 @@ def build_parts(
             objective.timestep_sampler, loss.schedule, objective.log_snr_mean, objective.log_snr_std
         )
     classes = None if columns is None else len(columns.class_names) or None
-    dropout, null_class = make_dropout(conditioning_dropout, model.conditioning_key, classes)
+    dropout, null_class = make_condition_dropout(conditioning_dropout, model.conditioning_key, classes)
     shape = denoiser_shape(model, size, channels, columns, null_class, schedule.variance_type)
     denoiser = build_denoiser(model, shape, seed)
     return Parts(denoiser, scheduler, loss, shape.join, dropout, null_class, classes, sampler)

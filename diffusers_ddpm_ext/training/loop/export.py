@@ -18,7 +18,7 @@ from diffusers_ddpm_ext.losses.logvar import ContinuousLogvar
 from diffusers_ddpm_ext.models.ema import EmaFacts, LitEMA, save_ema_facts
 from diffusers_ddpm_ext.pipelines.pipeline_ddpm_ext import DDPMExtPipeline
 from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
-from diffusers_ddpm_ext.training.checkpoints.folders import system_errors
+from diffusers_ddpm_ext.training.checkpoints.writer import system_errors
 from diffusers_ddpm_ext.utils.dtensor import full, is_first, is_sharded
 
 PIPELINE_FOLDERS = ("unet", "scheduler", "logvar")

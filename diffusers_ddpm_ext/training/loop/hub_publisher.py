@@ -20,7 +20,7 @@ from pathlib import Path
 
 from diffusers_ddpm_ext.errors import ConfigError, RunError, warn
 from diffusers_ddpm_ext.hub.upload import RECORD, files_of, freeze
-from diffusers_ddpm_ext.training.checkpoints.folders import list_checkpoints, newest, step_of
+from diffusers_ddpm_ext.training.checkpoints.folders import checkpoint_step, list_checkpoints, newest
 from diffusers_ddpm_ext.training.config.options import HubOptions
 from diffusers_ddpm_ext.training.config.train_config import TrainConfig
 
@@ -217,7 +217,7 @@ def fetch_run(repo_id: str, folder: Path) -> str:
             commit = api.model_info(repo_id).sha
             files = api.list_repo_files(repo_id, revision=commit)
             steps = {file.split("/")[0] for file in files if file.startswith("checkpoint-")}
-            there = max((step_of(Path(each)) or 0 for each in steps), default=None)
+            there = max((checkpoint_step(Path(each)) or 0 for each in steps), default=None)
             if there is None:
                 raise ConfigError(
                     f"{option} holds no checkpoint: the run was not pushed with --hub_strategy checkpoint"

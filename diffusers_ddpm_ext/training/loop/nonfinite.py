@@ -23,7 +23,7 @@ from accelerate.utils import gather_object
 from diffusers_ddpm_ext.errors import ConfigError, RunError, warn
 from diffusers_ddpm_ext.plotting.sheets import save_grid
 from diffusers_ddpm_ext.training.checkpoints import snapshot as snapshots
-from diffusers_ddpm_ext.training.checkpoints import state
+from diffusers_ddpm_ext.training.checkpoints.restore import restore_snapshot
 from diffusers_ddpm_ext.training.distributed import exit_without_message, fail_together
 from diffusers_ddpm_ext.training.loop.resume import find, live
 from diffusers_ddpm_ext.training.loop.run import Run
@@ -102,11 +102,11 @@ def roll_back(run: Run) -> int:
             try:
                 checkpoint = find(run.taken_folder, "latest")
                 assert checkpoint is not None
-                snapshot = snapshots.read(checkpoint.path)
+                snapshot = snapshots.read_snapshot(checkpoint.path)
             except (ConfigError, ValueError) as error:
                 raise RunError(f"--on_nonfinite rollback: there is no checkpoint to go back to: {error}") from None
     with fail_together(run.accelerator):
-        progress = state.apply(snapshot, live(run))
+        progress = restore_snapshot(snapshot, live(run))
     for _ in range(run.step - progress.step):
         run.lr_scheduler.step()
     return progress.step

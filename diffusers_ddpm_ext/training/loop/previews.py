@@ -20,7 +20,7 @@ from diffusers_ddpm_ext.errors import Interrupted
 from diffusers_ddpm_ext.pipelines.pipeline_ddpm_ext import DDPMExtPipeline, DDPMExtPipelineOutput
 from diffusers_ddpm_ext.plotting.sheets import save_grid
 from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
-from diffusers_ddpm_ext.training.data.dataset import ImageSet
+from diffusers_ddpm_ext.training.data.image_set import ImageSet
 from diffusers_ddpm_ext.utils import random_keys as keys
 
 COLUMNS = 10  # about so many pictures a row, whatever the number of steps

@@ -17,12 +17,18 @@ from diffusers_ddpm_ext.errors import ConfigError, warn
 from diffusers_ddpm_ext.training.checkpoints import snapshot as snapshots
 from diffusers_ddpm_ext.training.checkpoints import state
 from diffusers_ddpm_ext.training.checkpoints.folders import (
-    clean_leftovers,
+    move_aside,
+    move_newer_aside,
     newest,
-    set_aside,
-    set_aside_newer,
+    remove_leftovers,
 )
-from diffusers_ddpm_ext.training.checkpoints.manifest import Checkpoint, DamagedCheckpoint, NewerCheckpoint, verify
+from diffusers_ddpm_ext.training.checkpoints.manifest import (
+    Checkpoint,
+    DamagedCheckpoint,
+    NewerCheckpointFormat,
+    verify,
+)
+from diffusers_ddpm_ext.training.checkpoints.restore import restore_snapshot
 from diffusers_ddpm_ext.training.checkpoints.snapshot import Progress, Snapshot
 from diffusers_ddpm_ext.training.config.flags import OPTIONS
 from diffusers_ddpm_ext.training.distributed import fail_together
@@ -49,9 +55,9 @@ COURSES_WITHOUT_END = (
 )
 
 
-def live(run: Run) -> state.Live:
+def live(run: Run) -> state.TrainingObjects:
     """The objects of a run that a checkpoint holds."""
-    return state.Live(run.task, run.optimizer, run.lr_scheduler, run.ema, run.accelerator.scaler)
+    return state.TrainingObjects(run.task, run.optimizer, run.lr_scheduler, run.ema, run.accelerator.scaler)
 
 
 def identity(run: Run) -> dict[str, Any]:
@@ -105,7 +111,7 @@ def resume(run: Run) -> bool:
         )
     elif exists:
         with fail_together(accelerator):
-            progress = state.apply(snapshot, live(run), run.config.checkpoint.allow_config_change)
+            progress = restore_snapshot(snapshot, live(run), run.config.checkpoint.allow_config_change)
         _go_on(run, progress)
         accelerator.print(f"going on from step {run.step:,}")
     return not done
@@ -124,21 +130,21 @@ def find(folder: Path, wanted: str) -> Checkpoint | None:
     Raises:
         ConfigError: there is none.
     """
-    clean_leftovers(folder)
+    remove_leftovers(folder)
     try:
         if wanted in ("latest", "auto"):
             return _latest(folder, wanted)
         return verify(_best(folder) if wanted == BEST else Path(wanted))
     except DamagedCheckpoint as error:
         raise ConfigError(f"--resume_from_checkpoint {wanted}: {error}; say latest for the newest whole one") from None
-    except (NewerCheckpoint, OSError) as error:
+    except (NewerCheckpointFormat, OSError) as error:
         raise ConfigError(f"--resume_from_checkpoint {wanted}: {error}") from None
 
 
 def _latest(folder: Path, wanted: str) -> Checkpoint | None:
     search = newest(folder)
     for path, reason in search.damaged:
-        warn(f"{reason}; set aside as {set_aside(path, reason).name}")
+        warn(f"{reason}; set aside as {move_aside(path, reason).name}")
     if search.checkpoint is None and wanted == "latest":
         raise ConfigError(
             f"--resume_from_checkpoint latest: {folder} holds no whole checkpoint; say auto to start afresh then"
@@ -156,7 +162,7 @@ def _best(folder: Path) -> Path:
 
 def _read(run: Run, checkpoint: Checkpoint) -> Snapshot:
     try:
-        snapshot = snapshots.read(checkpoint.path)
+        snapshot = snapshots.read_snapshot(checkpoint.path)
     except ValueError as error:
         raise ConfigError(f"--resume_from_checkpoint: {error}") from None
     if not run.config.checkpoint.allow_config_change:
@@ -211,7 +217,7 @@ def _take_over(run: Run, checkpoint: Checkpoint) -> None:
     """Make the checkpoint the newest of the run's folder, and the run's metrics what it knows of."""
     folder = run.taken_folder
     (folder / FINISHED).unlink(missing_ok=True)
-    for path in set_aside_newer(folder, checkpoint.step):
+    for path in move_newer_aside(folder, checkpoint.step):
         warn(f"set aside as {path.name}: it is newer than step {checkpoint.step}")
     source = checkpoint.path.parent / METRICS
     if checkpoint.path.resolve().parent != folder.resolve() and source.is_file():

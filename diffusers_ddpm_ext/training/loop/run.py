@@ -18,7 +18,7 @@ from diffusers_ddpm_ext.errors import ConfigError, warn
 from diffusers_ddpm_ext.losses.checks import BOUND_LOSSES
 from diffusers_ddpm_ext.models.ema import LitEMA
 from diffusers_ddpm_ext.training.checkpoints.lock import FolderLock
-from diffusers_ddpm_ext.training.checkpoints.output_dir import check_output_dir, take_output_dir
+from diffusers_ddpm_ext.training.checkpoints.output_dir import acquire_output_dir, check_output_dir
 from diffusers_ddpm_ext.training.config.checks import tracker_names
 from diffusers_ddpm_ext.training.config.train_config import TrainConfig
 from diffusers_ddpm_ext.training.data.dataset import ImageData, load_data
@@ -235,7 +235,7 @@ def start(config: TrainConfig) -> Run:
         )
     size = sum(parameter.numel() for parameter in run.network)
     doubts = (
-        data.doubt,
+        data.warning,
         schedule_warning(parts.objective.schedule),
         model_size_warning(size, accelerator.device.type, data.size),
     )
@@ -444,7 +444,7 @@ def take_folder(run: Run) -> Path:
     names: list[str | None] = [None]
     with fail_together(accelerator):
         if accelerator.is_main_process:
-            folder, run.lock = take_output_dir(run.config.data, run.config.output, run.config.resumes)
+            folder, run.lock = acquire_output_dir(run.config.data, run.config.output, run.config.resumes)
             if run.config.hub.resume_from_hub is not None:
                 accelerator.print(fetch_run(run.config.hub.resume_from_hub, folder))
             names = [str(folder)]

@@ -18,8 +18,9 @@ from diffusers_ddpm_ext.errors import RunError, warn
 from diffusers_ddpm_ext.losses.logvar import ContinuousLogvar
 from diffusers_ddpm_ext.training.checkpoints import snapshot as snapshots
 from diffusers_ddpm_ext.training.checkpoints import state
-from diffusers_ddpm_ext.training.checkpoints.folders import discard, prune, put_in_place, step_of, write_checkpoint
+from diffusers_ddpm_ext.training.checkpoints.folders import checkpoint_step, delete_checkpoint, prune_checkpoints
 from diffusers_ddpm_ext.training.checkpoints.lock import FolderBusy
+from diffusers_ddpm_ext.training.checkpoints.writer import replace_folder, write_checkpoint
 from diffusers_ddpm_ext.training.distributed import any_rank, fail_together
 from diffusers_ddpm_ext.training.loop.export import Networks, save_pipeline, take_networks
 from diffusers_ddpm_ext.training.loop.resume import BEST, FINISHED, MONITOR, live, progress_of
@@ -42,13 +43,13 @@ def keep(run: Run, logger: MetricsLogger) -> bool:
         RunError: another run has taken the folder; in the first process.
     """
     accelerator, stands = run.accelerator, True
-    snapshot = state.gather(live(run), progress_of(run, logger.metrics_size), borrow=True)
+    snapshot = state.capture_snapshot(live(run), progress_of(run, logger.metrics_size), share_memory=True)
     with fail_together(accelerator):
         if accelerator.is_main_process and snapshot is not None:
             hold_folder(run)
             try:
                 logger.sync()
-                write_checkpoint(run.taken_folder, run.step, partial(snapshots.write, snapshot))
+                write_checkpoint(run.taken_folder, run.step, partial(snapshots.write_snapshot, snapshot))
                 drop(run)
             except OSError as error:
                 warn(str(error))
@@ -85,7 +86,7 @@ def drop(run: Run) -> None:
     limit = run.config.checkpoint.checkpoints_total_limit
     if limit is not None:
         best = () if run.monitor is None else [entry.step for entry in run.monitor.top if entry.step != run.step]
-        prune(run.taken_folder, limit, best)
+        prune_checkpoints(run.taken_folder, limit, best)
 
 
 def keep_best(run: Run, logger: MetricsLogger, decision: MonitorDecision) -> None:
@@ -134,8 +135,8 @@ def _drop_former(run: Run, step: int) -> None:
     """Delete a checkpoint that stood only because it was among the best."""
     every = run.config.checkpoint.checkpointing_steps
     path = run.taken_folder / f"checkpoint-{step}"
-    if (every is None or step % every) and path.is_dir() and step_of(path) != run.step:
-        discard(path)
+    if (every is None or step % every) and path.is_dir() and checkpoint_step(path) != run.step:
+        delete_checkpoint(path)
 
 
 def take_pipeline(run: Run) -> tuple[Networks | None, Tensor | None]:
@@ -172,7 +173,7 @@ def _export_best(run: Run, networks: Networks, logvar: Tensor | None) -> None:
             "value": monitor.best.value,
         }
         (draft / MONITOR).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-        put_in_place(draft, folder / BEST)
+        replace_folder(draft, folder / BEST)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from diffusers_ddpm_ext.diffusion.likelihood_estimate import Strata, estimate
 from diffusers_ddpm_ext.models.conditioning import Conditions
-from diffusers_ddpm_ext.training.data.dataset import ImageSet
+from diffusers_ddpm_ext.training.data.image_set import ImageSet
 from diffusers_ddpm_ext.training.evaluation.bound import BoundEvaluation, evaluate_bound
 from diffusers_ddpm_ext.training.evaluation.validation_loss import compute_validation_losses, validation_draws
 from diffusers_ddpm_ext.training.loop.run import Run

@@ -84,7 +84,7 @@ PLANT = """
     from pathlib import Path
     from helpers.hostile_pickles import PLANTED_NAMES, corpus
     from diffusers_ddpm_ext.training.checkpoints import folders as checkpoints
-    from diffusers_ddpm_ext.training.checkpoints.manifest import MANIFEST, FileFacts, encode_manifest, facts_of
+    from diffusers_ddpm_ext.training.checkpoints.manifest import MANIFEST, FileDigest, encode_manifest, digest_file
 
     CALLS = ("pickle.find_class", "marshal.loads", "exec", "compile", "os.system", "subprocess.Popen", "import")
     events = []
@@ -98,7 +98,7 @@ PLANT = """
 
     markers, parent = Path(sys.argv[1]), Path(sys.argv[2])
     files, counts = corpus(markers), {"stray": 0, "damaged": 0, "named": 0}
-    sound = FileFacts(2, "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a")  # of {}
+    sound = FileDigest(2, "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a")  # of {}
     for name in PLANTED_NAMES:
         place = parent / "checkpoint-8" / name
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -106,7 +106,7 @@ PLANT = """
             for way in ("stray", "damaged", "named"):
                 place.write_bytes(hostile.data)
                 with open(place, "rb", buffering=0) as file:
-                    facts = {"stray": {}, "damaged": {name: sound}, "named": {name: facts_of(file)}}[way]
+                    facts = {"stray": {}, "damaged": {name: sound}, "named": {name: digest_file(file)}}[way]
                 if name != MANIFEST:
                     (parent / "checkpoint-8" / MANIFEST).write_bytes(encode_manifest(8, facts, {}))
                 watching = True
@@ -160,7 +160,7 @@ STATE = """
             for path in folder.iterdir():
                 if path.name != manifest.MANIFEST:
                     with open(path, "rb", buffering=0) as file:
-                        facts[path.name] = manifest.facts_of(file)
+                        facts[path.name] = manifest.digest_file(file)
             (folder / manifest.MANIFEST).write_bytes(manifest.encode_manifest(1, facts, {}))
             manifest.verify(folder)  # its checksums are right: the one who planted it could count
             try:

@@ -19,16 +19,15 @@ from helpers.checkpoint_cases import fill, names, run_script
 from helpers.paths import ROOT
 from safetensors import SafetensorError
 
-from diffusers_ddpm_ext.training.checkpoints import folders as checkpoints
+from diffusers_ddpm_ext.training.checkpoints import writer
 from diffusers_ddpm_ext.training.checkpoints.folders import (
-    CheckpointNotWritten,
-    clean_leftovers,
     list_checkpoints,
+    move_aside,
     newest,
-    set_aside,
-    write_checkpoint,
+    remove_leftovers,
 )
 from diffusers_ddpm_ext.training.checkpoints.manifest import verify
+from diffusers_ddpm_ext.training.checkpoints.writer import CheckpointNotWritten, write_checkpoint
 
 
 @pytest.fixture
@@ -47,7 +46,7 @@ def test_a_disk_that_refuses_loses_nothing(run):
     script = """
         import resource, sys
         from pathlib import Path
-        from diffusers_ddpm_ext.training.checkpoints.folders import CheckpointNotWritten, write_checkpoint
+        from diffusers_ddpm_ext.training.checkpoints.writer import CheckpointNotWritten, write_checkpoint
         import numpy, safetensors.numpy
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
         fills = {
@@ -92,7 +91,7 @@ def test_a_full_disk_loses_nothing(small_disk):
         assert caught.value.errno == errno.ENOSPC
     assert names(small_disk) == ["checkpoint-4"]
     assert verify(small_disk / "checkpoint-4").step == 4
-    set_aside(small_disk / "checkpoint-4", "no room for this sentence")
+    move_aside(small_disk / "checkpoint-4", "no room for this sentence")
     write_checkpoint(small_disk, 12, lambda folder: fill(folder, {"x": b"x" * 300_000}))
     assert newest(small_disk).checkpoint is not None
 
@@ -103,7 +102,7 @@ def test_a_disk_that_is_read_only(small_disk):
     with pytest.raises(CheckpointNotWritten, match=r"checkpoint-8 could not be written \(Read-only file system\)"):
         write_checkpoint(small_disk, 8, fill)
     with pytest.raises(OSError, match="checkpoint-4 cannot be set aside"):
-        set_aside(small_disk / "checkpoint-4", "torn")
+        move_aside(small_disk / "checkpoint-4", "torn")
     found = newest(small_disk).checkpoint
     assert found is not None
     assert found.step == 4
@@ -138,7 +137,7 @@ def test_a_folder_that_is_missing_or_closed(tmp_path):
 def test_each_refused_call_leaves_the_older_ones(run, monkeypatch, failing):
     """The n-th call fails with an error of the disk, for every n that there is."""
     real, calls = getattr(os, failing), 0
-    monkeypatch.setattr(checkpoints, "_exchange", lambda one, other: False)
+    monkeypatch.setattr(writer, "_exchange", lambda one, other: False)
     for deadly in range(1, 50):
         calls = 0
 
@@ -157,7 +156,7 @@ def test_each_refused_call_leaves_the_older_ones(run, monkeypatch, failing):
             except CheckpointNotWritten:
                 pass
         assert [verify(path).step for path in list_checkpoints(run)] == [4, 8, 12]
-        clean_leftovers(run)
+        remove_leftovers(run)
         assert names(run) == ["checkpoint-12", "checkpoint-4", "checkpoint-8"]
     assert deadly > (5 if failing == "fsync" else 2)
 
@@ -168,14 +167,14 @@ def test_each_refused_call_leaves_the_older_ones(run, monkeypatch, failing):
 DIE = """
     import os, signal, sys
     from pathlib import Path
-    from diffusers_ddpm_ext.training.checkpoints import folders as checkpoints
-    from diffusers_ddpm_ext.training.checkpoints.folders import clean_leftovers, list_checkpoints
-    from diffusers_ddpm_ext.training.checkpoints.folders import prune, write_checkpoint
+    from diffusers_ddpm_ext.training.checkpoints import writer
+    from diffusers_ddpm_ext.training.checkpoints.folders import list_checkpoints, prune_checkpoints, remove_leftovers
     from diffusers_ddpm_ext.training.checkpoints.manifest import verify
+    from diffusers_ddpm_ext.training.checkpoints.writer import write_checkpoint
 
     CALLS = ("open", "write", "fsync", "rename", "mkdir", "rmdir", "unlink")
     if sys.argv[2] == "rename":
-        checkpoints._exchange = lambda one, other: False
+        writer._exchange = lambda one, other: False
 
     def die_at(deadly):
         left = deadly
@@ -189,7 +188,7 @@ DIE = """
             return call
         for name in CALLS:
             setattr(os, name, deadly_call(getattr(os, name)))
-        checkpoints._exchange = deadly_call(checkpoints._exchange)
+        writer._exchange = deadly_call(writer._exchange)
 
     def fill(mark):
         def write(folder):
@@ -203,14 +202,14 @@ DIE = """
 
     def reset(parent):
         for path in parent.iterdir():
-            checkpoints._remove(path)
+            writer.remove_path(path)
         write_checkpoint(parent, 4, fill(b"old"))
         write_checkpoint(parent, 8, fill(b"old"))
 
     def work(parent):
         write_checkpoint(parent, 8, fill(b"new"))
         write_checkpoint(parent, 12, fill(b"new"))
-        prune(parent, 1)
+        prune_checkpoints(parent, 1)
 
     parent, deaths, after = Path(sys.argv[1]), 0, set()
     while True:
@@ -226,7 +225,7 @@ DIE = """
         steps = []
         for turn in ("as it lies", "cleaned"):
             if turn == "cleaned":
-                clean_leftovers(parent)
+                remove_leftovers(parent)
                 assert all(path in list_checkpoints(parent) for path in parent.iterdir()), sorted(parent.iterdir())
             found = [verify(path) for path in list_checkpoints(parent)]  # none is torn
             steps = [checkpoint.step for checkpoint in found]
@@ -252,7 +251,7 @@ def test_killed_before_every_single_call(swift_path, how):
     place, other = swift_path / "run", swift_path / "other"
     place.mkdir()
     other.mkdir()
-    if how == "exchange" and not checkpoints._exchange(place, other):
+    if how == "exchange" and not writer._exchange(place, other):
         pytest.skip("folders cannot swap names on this file system")
     result = run_script(DIE, place, how)
     assert result.returncode == 0, result.stderr
@@ -266,10 +265,11 @@ def test_killed_at_random_moments(tmp_path):
     script = """
         import sys
         from pathlib import Path
-        from diffusers_ddpm_ext.training.checkpoints.folders import clean_leftovers, newest, prune, write_checkpoint
+        from diffusers_ddpm_ext.training.checkpoints.folders import newest, prune_checkpoints, remove_leftovers
         from diffusers_ddpm_ext.training.checkpoints.lock import FolderLock
+        from diffusers_ddpm_ext.training.checkpoints.writer import write_checkpoint
         with FolderLock(Path(sys.argv[1])):
-            clean_leftovers(Path(sys.argv[1]))
+            remove_leftovers(Path(sys.argv[1]))
             found = newest(Path(sys.argv[1]))
             assert not found.damaged, found.damaged
             step = found.checkpoint.step if found.checkpoint else 0
@@ -277,7 +277,7 @@ def test_killed_at_random_moments(tmp_path):
             while True:
                 step += 1
                 write_checkpoint(Path(sys.argv[1]), step, lambda folder: (folder / "a").write_bytes(bytes(500_000)))
-                prune(Path(sys.argv[1]), 1 + step % 2)
+                prune_checkpoints(Path(sys.argv[1]), 1 + step % 2)
                 print(step, flush=True)
         """
     clock, last = random.Random(0), 0

@@ -14,24 +14,24 @@ import pytest
 from helpers.checkpoint_cases import CONTENT, fill, names, run_script
 from helpers.paths import ROOT
 
-from diffusers_ddpm_ext.training.checkpoints import folders as checkpoints
-from diffusers_ddpm_ext.training.checkpoints import manifest
+from diffusers_ddpm_ext.training.checkpoints import manifest, writer
 from diffusers_ddpm_ext.training.checkpoints.folders import (
-    clean_leftovers,
+    SearchResult,
     list_checkpoints,
+    move_aside,
+    move_newer_aside,
     newest,
-    prune,
-    set_aside,
-    set_aside_newer,
-    write_checkpoint,
+    prune_checkpoints,
+    remove_leftovers,
 )
 from diffusers_ddpm_ext.training.checkpoints.manifest import (
     DamagedCheckpoint,
-    NewerCheckpoint,
+    NewerCheckpointFormat,
     read_manifest,
     seal,
     verify,
 )
+from diffusers_ddpm_ext.training.checkpoints.writer import write_checkpoint
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ def test_everything_reaches_the_disk_before_the_name(tmp_path, monkeypatch):
 @pytest.mark.parametrize("exchange", [True, False])
 def test_the_same_step_again(run, monkeypatch, exchange):
     if not exchange:
-        monkeypatch.setattr(checkpoints, "_exchange", lambda one, other: False)
+        monkeypatch.setattr(writer, "_exchange", lambda one, other: False)
     write_checkpoint(run, 12, lambda folder: fill(folder, {"new.json": b"{}"}))
     assert list(verify(run / "checkpoint-12").files) == ["new.json"]
     assert names(run) == ["checkpoint-12", "checkpoint-4", "checkpoint-8"]
@@ -190,7 +190,7 @@ def test_damage_is_named_and_the_older_one_taken(run, kind):
     assert found.checkpoint is not None
     assert found.checkpoint.path == run / "checkpoint-8"
     assert found.damaged == [(run / "checkpoint-12", str(caught.value))]
-    aside = set_aside(*found.damaged[0])
+    aside = move_aside(*found.damaged[0])
     assert newest(run).damaged == []
     assert (run / "aside-checkpoint-12.txt").read_text() == f"{caught.value}\n"
     assert os.path.lexists(aside)
@@ -209,7 +209,9 @@ def test_names_that_lead_out_are_refused(run, name):
 def test_a_newer_format_is_neither_read_nor_passed_over(run):
     """Its whole content may mean something else; to set it aside or go on without it would lose work."""
     reseal(run / "checkpoint-12", format=2, version="3.1", files="elsewhere")
-    with pytest.raises(NewerCheckpoint, match=r"format 2 .* reads format 1: install diffusers-ddpm-ext 3\.1 or newer"):
+    with pytest.raises(
+        NewerCheckpointFormat, match=r"format 2 .* reads format 1: install diffusers-ddpm-ext 3\.1 or newer"
+    ):
         newest(run)
 
 
@@ -272,20 +274,20 @@ def test_only_steps_are_checkpoints(tmp_path):
         (tmp_path / name).mkdir()
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-0", "checkpoint-9", "checkpoint-10"]
     assert list_checkpoints(tmp_path / "nothing") == []
-    assert newest(tmp_path / "nothing") == checkpoints.Search(None, [])
+    assert newest(tmp_path / "nothing") == SearchResult(None, [])
 
 
 def test_setting_aside_never_overwrites(run):
     kept = {}
     for turn in range(3):
         write_checkpoint(run, 12, lambda folder, turn=turn: fill(folder, {"turn": b"%d" % turn}))
-        kept[set_aside(run / "checkpoint-12", "one sentence.").name] = b"%d" % turn
+        kept[move_aside(run / "checkpoint-12", "one sentence.").name] = b"%d" % turn
     assert {name: (run / name / "turn").read_bytes() for name in kept} == kept
     assert list(kept) == ["aside-checkpoint-12", "aside-checkpoint-12-2", "aside-checkpoint-12-3"]
 
 
 def test_going_back_sets_the_newer_aside(run):
-    assert [path.name for path in set_aside_newer(run, 4)] == ["aside-checkpoint-12", "aside-checkpoint-8"]
+    assert [path.name for path in move_newer_aside(run, 4)] == ["aside-checkpoint-12", "aside-checkpoint-8"]
     assert [path.name for path in list_checkpoints(run)] == ["checkpoint-4"]
     assert (run / "aside-checkpoint-8.txt").read_text() == "The run went on from step 4.\n"
     assert verify(run / "aside-checkpoint-8").step == 8
@@ -299,7 +301,7 @@ def test_setting_aside_in_a_folder_that_is_read_only(run, monkeypatch):
     with pytest.raises(
         OSError, match=r"checkpoint-12 cannot be set aside \(Read-only file system\): make .* writable"
     ):
-        set_aside(run / "checkpoint-12", "torn")
+        move_aside(run / "checkpoint-12", "torn")
 
 
 def test_leftovers_go_and_nothing_else(run):
@@ -309,7 +311,7 @@ def test_leftovers_go_and_nothing_else(run):
     others = {".writing-mine", ".deleting-2-0123abcd.zip", ".saving-x", "samples", "aside-checkpoint-2"}
     for name in others:
         (run / name).mkdir()
-    gone = clean_leftovers(run)
+    gone = remove_leftovers(run)
     assert [path.name for path in gone] == [".deleting-2-0123abcd", ".replaced-12-0123abcd", ".writing-16-0123abcd"]
     assert set(names(run)) == others | {f"checkpoint-{step}" for step in (4, 8, 12, 14)}
 
@@ -318,11 +320,11 @@ def test_pruning(run):
     write_checkpoint(run, 16, fill)
     (run / "checkpoint-2").mkdir()
     (run / "checkpoint-2" / "random_states_0.pkl").write_bytes(b"of another program")
-    assert [path.name for path in prune(run, 2, keep=[4])] == ["checkpoint-8"]
-    assert [path.name for path in prune(run, 1)] == ["checkpoint-4", "checkpoint-12"]
+    assert [path.name for path in prune_checkpoints(run, 2, keep=[4])] == ["checkpoint-8"]
+    assert [path.name for path in prune_checkpoints(run, 1)] == ["checkpoint-4", "checkpoint-12"]
     assert names(run) == ["checkpoint-16", "checkpoint-2"]
     with pytest.raises(ValueError, match="total_limit 0"):
-        prune(run, 0)
+        prune_checkpoints(run, 0)
 
 
 def test_no_torch_is_needed():

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from diffusers_ddpm_ext.models.ema import LitEMA
-from diffusers_ddpm_ext.training.checkpoints.snapshot import Progress, library_versions, read, write
-from diffusers_ddpm_ext.training.checkpoints.state import Live, apply, gather
+from diffusers_ddpm_ext.training.checkpoints.restore import restore_snapshot
+from diffusers_ddpm_ext.training.checkpoints.snapshot import Progress, library_versions, read_snapshot, write_snapshot
+from diffusers_ddpm_ext.training.checkpoints.state import TrainingObjects, capture_snapshot
 from diffusers_ddpm_ext.training.factory.optimizer import adamw, lr_schedule
 
 PROGRESS = Progress(3, 1, 48, 7, 1, {"seed": 7}, "abc", {"lines": 3}, {"best": [0.5, float("inf")]})
@@ -31,17 +32,17 @@ def test_resumed_run_is_the_undisturbed_run(accumulation, learn_logvar, predicti
     straight, saved, resumed = fresh(), fresh(), fresh()
     advance(straight, 6, accumulation)
     advance(saved, 3, accumulation)
-    snapshot = through_files(gather(saved.live, saved.progress), tmp_path)
+    snapshot = through_files(capture_snapshot(saved.live, saved.progress), tmp_path)
     advance(resumed, 1, accumulation)  # loading must also work over a state that is there already
-    progress = apply(snapshot, resumed.live)
+    progress = restore_snapshot(snapshot, resumed.live)
     assert progress == saved.progress
     resumed.step = progress.step
     assert resumed.live.lr_scheduler.get_last_lr() == saved.live.lr_scheduler.get_last_lr()
     for run in (saved, resumed):
         advance(run, 3, accumulation)
-    end = gather(straight.live, straight.progress)
-    assert_same(end, gather(saved.live, saved.progress))
-    assert_same(end, gather(resumed.live, resumed.progress))
+    end = capture_snapshot(straight.live, straight.progress)
+    assert_same(end, capture_snapshot(saved.live, saved.progress))
+    assert_same(end, capture_snapshot(resumed.live, resumed.progress))
     assert resumed.live.lr_scheduler.get_last_lr() == straight.live.lr_scheduler.get_last_lr()
     assert resumed.live.ema.num_updates == 6
 
@@ -53,29 +54,29 @@ def test_before_the_first_step(schedule, tmp_path):
     with torch.no_grad():
         saved.task.denoiser.conv_in.bias.fill_(-0.0)
         straight.task.denoiser.conv_in.bias.fill_(-0.0)
-    snapshot = through_files(gather(saved.live, saved.progress), tmp_path)
+    snapshot = through_files(capture_snapshot(saved.live, saved.progress), tmp_path)
     assert not saved.live.optimizer.state
     assert snapshot.optimizer == {}
     advance(resumed, 2)
-    resumed.step = apply(snapshot, resumed.live).step
+    resumed.step = restore_snapshot(snapshot, resumed.live).step
     assert not resumed.live.optimizer.state
     assert bits(resumed.task.denoiser.conv_in.bias).tolist() == bits(torch.full((8,), -0.0)).tolist()
     for run in (straight, saved, resumed):
         advance(run, 2)
-    end = gather(straight.live, straight.progress)
-    assert_same(end, gather(saved.live, saved.progress))
-    assert_same(end, gather(resumed.live, resumed.progress))
+    end = capture_snapshot(straight.live, straight.progress)
+    assert_same(end, capture_snapshot(saved.live, saved.progress))
+    assert_same(end, capture_snapshot(resumed.live, resumed.progress))
     assert {int(v) for k, v in end.optimizer.items() if k.endswith(".step")} == {2}
 
 
 def test_snapshot_shares_no_memory():
     run, other = small_run(small_task()), small_run(small_task())
     advance(run, 2)
-    snapshot, twin = gather(run.live, run.progress), gather(run.live, run.progress)
+    snapshot, twin = capture_snapshot(run.live, run.progress), capture_snapshot(run.live, run.progress)
     kept = copy.deepcopy(snapshot)
     pointers = [t.untyped_storage().data_ptr() for file in snapshot.files.values() for t in file.values()]
     assert len(set(pointers)) == len(pointers)
-    apply(snapshot, other.live)
+    restore_snapshot(snapshot, other.live)
     other.step = 2
     for trained in (run, other):
         advance(trained, 2)
@@ -86,9 +87,9 @@ def test_snapshot_shares_no_memory():
 def test_borrowed_snapshot_is_the_same_in_files(tmp_path):
     live = odd_live(0)
     odd_steps(live, range(2))
-    borrowed = gather(live, PROGRESS, borrow=True)
+    borrowed = capture_snapshot(live, PROGRESS, share_memory=True)
     assert borrowed.model["first.bias"].data_ptr() == live.task.first.bias.data_ptr()
-    assert_same(through_files(borrowed, tmp_path), gather(live, PROGRESS))
+    assert_same(through_files(borrowed, tmp_path), capture_snapshot(live, PROGRESS))
 
 
 class Odd(nn.Module):
@@ -111,15 +112,15 @@ class Odd(nn.Module):
         return self.norm(self.tied(self.first(x)) * self.scale).square().mean() + self.conv(image).square().mean()
 
 
-def odd_live(seed: int) -> Live:
+def odd_live(seed: int) -> TrainingObjects:
     torch.manual_seed(seed)
     module = Odd()
     trainable = [p for p in module.parameters() if p.requires_grad]
     optimizer = adamw([{"name": "all", "params": trainable}], 1e-2, (0.9, 0.99), 1e-8)
-    return Live(module, optimizer, lr_schedule("linear", optimizer, 10, 2), LitEMA(module))
+    return TrainingObjects(module, optimizer, lr_schedule("linear", optimizer, 10, 2), LitEMA(module))
 
 
-def odd_steps(live: Live, steps: range) -> None:
+def odd_steps(live: TrainingObjects, steps: range) -> None:
     for step in steps:
         generator = torch.Generator().manual_seed(step)
         x = torch.randn(4, 3, generator=generator)
@@ -134,19 +135,19 @@ def test_odd_tensors(tmp_path):
     saved, resumed, straight = odd_live(0), odd_live(1), odd_live(0)
     odd_steps(straight, range(6))
     odd_steps(saved, range(3))
-    snapshot = through_files(gather(saved, PROGRESS), tmp_path)
-    assert_same(snapshot, gather(saved, PROGRESS))
+    snapshot = through_files(capture_snapshot(saved, PROGRESS), tmp_path)
+    assert_same(snapshot, capture_snapshot(saved, PROGRESS))
     assert not [key for key in snapshot.optimizer if "never" in key or "frozen" in key or "tied" in key]
     assert snapshot.model["scale"].shape == ()
     assert "passing" not in snapshot.model
-    assert apply(snapshot, resumed) == PROGRESS
+    assert restore_snapshot(snapshot, resumed) == PROGRESS
     task, state = resumed.task, resumed.optimizer.state
     assert task.tied.weight is task.first.weight
     assert task.never.weight not in state
     # A fused step reads memory in order: moments must lie as their weights do.
     assert state[task.conv.weight]["exp_avg"].stride() == task.conv.weight.stride() != (36, 9, 3, 1)
     odd_steps(resumed, range(3, 6))
-    assert_same(gather(straight, PROGRESS), gather(resumed, PROGRESS))
+    assert_same(capture_snapshot(straight, PROGRESS), capture_snapshot(resumed, PROGRESS))
 
 
 def test_never_used_before_the_first_step_of_a_loaded_run():
@@ -154,12 +155,12 @@ def test_never_used_before_the_first_step_of_a_loaded_run():
     saved, resumed = odd_live(0), odd_live(1)
     odd_steps(saved, range(2))
     odd_steps(resumed, range(1))
-    apply(gather(saved, PROGRESS), resumed)
+    restore_snapshot(capture_snapshot(saved, PROGRESS), resumed)
     for live in (saved, resumed):
         live.task.never(torch.ones(1, 2)).sum().backward()
         live.optimizer.step()
     assert int(resumed.optimizer.state[resumed.task.never.weight]["step"]) == 1
-    assert_same(gather(saved, PROGRESS), gather(resumed, PROGRESS))
+    assert_same(capture_snapshot(saved, PROGRESS), capture_snapshot(resumed, PROGRESS))
 
 
 def test_wrappers_leave_no_trace(tmp_path):
@@ -167,25 +168,25 @@ def test_wrappers_leave_no_trace(tmp_path):
     plain, wrapped, inside = (small_run(small_task()) for _ in range(3))
     for run in (plain, wrapped, inside):
         advance(run, 2)
-    expected = gather(plain.live, plain.progress)
+    expected = capture_snapshot(plain.live, plain.progress)
     from accelerate import Accelerator
 
     optimizer = Accelerator(cpu=True).prepare(wrapped.live.optimizer)
     assert isinstance(optimizer, AcceleratedOptimizer)
     live = replace(wrapped.live, task=torch.compile(wrapped.task, backend="eager"), optimizer=optimizer)
-    assert_same(gather(live, plain.progress), expected)
+    assert_same(capture_snapshot(live, plain.progress), expected)
     inside.task.denoiser = torch.compile(inside.task.denoiser, backend="eager")
-    assert_same(gather(inside.live, plain.progress), expected)
+    assert_same(capture_snapshot(inside.live, plain.progress), expected)
     fresh = small_run(small_task())
     advance(fresh, 1)
     fresh.task.denoiser = torch.compile(fresh.task.denoiser, backend="eager")
-    apply(expected, replace(fresh.live, task=torch.compile(fresh.task, backend="eager")))
-    assert_same(gather(fresh.live, plain.progress), expected)
+    restore_snapshot(expected, replace(fresh.live, task=torch.compile(fresh.task, backend="eager")))
+    assert_same(capture_snapshot(fresh.live, plain.progress), expected)
 
 
 def test_network_and_logvar_open_alone():
     run = small_run(small_task())
-    snapshot = gather(run.live, run.progress)
+    snapshot = capture_snapshot(run.live, run.progress)
     small_task().denoiser.load_state_dict(snapshot.network)
     assert torch.equal(snapshot.logvar, run.task.objective.logvar)
 
@@ -197,7 +198,7 @@ def test_scaler_goes_on():
     scaler._scale.fill_(64.0)
     live = replace(run.live, scaler=scaler)
     fresh = torch.amp.GradScaler("cpu", init_scale=2.0)
-    apply(gather(live, run.progress), replace(run.live, scaler=fresh))
+    restore_snapshot(capture_snapshot(live, run.progress), replace(run.live, scaler=fresh))
     fresh.scale(torch.ones(()))
     assert fresh.get_scale() == 64.0
 
@@ -211,7 +212,7 @@ def test_own_options_win_where_asked():
     other.live.lr_scheduler.base_lrs = [3 * rate for rate in other.live.lr_scheduler.base_lrs]
     other.live.optimizer.param_groups[0]["weight_decay"] = 0.5
     other.live.ema.decay = 0.5
-    apply(gather(saved.live, saved.progress), other.live, own_options=True)
+    restore_snapshot(capture_snapshot(saved.live, saved.progress), other.live, keep_current_options=True)
     expected = [3 * rate for rate in saved.live.lr_scheduler.get_last_lr()]
     assert other.live.lr_scheduler.get_last_lr() == pytest.approx(expected, rel=1e-12)
     assert [group["lr"] for group in other.live.optimizer.param_groups] == pytest.approx(expected, rel=1e-12)
@@ -222,7 +223,7 @@ def test_own_options_win_where_asked():
 def test_no_snapshot_inside_a_scope():
     run = small_run(small_task())
     with run.live.ema.scope(run.task.denoiser), pytest.raises(ValueError, match="scope"):
-        gather(run.live, run.progress)
+        capture_snapshot(run.live, run.progress)
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +231,7 @@ def written(tmp_path_factory):
     folder = tmp_path_factory.mktemp("written")
     run = small_run(small_task())
     advance(run, 1)
-    write(gather(run.live, run.progress), folder)
+    write_snapshot(capture_snapshot(run.live, run.progress), folder)
     return folder
 
 
@@ -275,7 +276,7 @@ READING = {
 def test_reading_names_file_and_key(written, tmp_path, case):
     name, change, match = READING[case]
     with pytest.raises(ValueError, match=match):
-        read(damaged(written, tmp_path, name, change))
+        read_snapshot(damaged(written, tmp_path, name, change))
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"])
@@ -287,24 +288,24 @@ def test_reading_what_is_no_file_of_ours(written, tmp_path, name, content):
     else:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=name):
-        read(tmp_path)
+        read_snapshot(tmp_path)
 
 
 def test_progress_and_odd_numbers_come_back(written, tmp_path):
-    snapshot = replace(read(written), progress=PROGRESS)
+    snapshot = replace(read_snapshot(written), progress=PROGRESS)
     assert through_files(snapshot, tmp_path).progress == PROGRESS
     assert PROGRESS.versions == library_versions()
     assert {"torch", "diffusers", "python", "diffusers-ddpm-ext"} <= PROGRESS.versions.keys()
 
 
 def test_only_json_is_written(written, tmp_path):
-    snapshot = replace(read(written), progress=replace(PROGRESS, config={"folder": tmp_path}))
+    snapshot = replace(read_snapshot(written), progress=replace(PROGRESS, config={"folder": tmp_path}))
     with pytest.raises(ValueError, match="JSON"):
-        write(snapshot, tmp_path)
+        write_snapshot(snapshot, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def without_ema(live: Live) -> Live:
+def without_ema(live: TrainingObjects) -> TrainingObjects:
     return replace(live, ema=None)
 
 
@@ -319,17 +320,17 @@ MISFITS = {
 def test_misfits_change_nothing(written, case):
     make, match = MISFITS[case]
     live = make()
-    before = gather(live, PROGRESS)
+    before = capture_snapshot(live, PROGRESS)
     with pytest.raises(ValueError, match=match):
-        apply(read(written), live)
-    assert_same(before, gather(live, PROGRESS))
+        restore_snapshot(read_snapshot(written), live)
+    assert_same(before, capture_snapshot(live, PROGRESS))
 
 
 def test_average_must_be_there(written):
     run = small_run(small_task())
     with pytest.raises(ValueError, match=r"ema\.safetensors is missing"):
-        apply(gather(without_ema(run.live), PROGRESS), run.live)
-    apply(read(written), without_ema(run.live), own_options=True)
+        restore_snapshot(capture_snapshot(without_ema(run.live), PROGRESS), run.live)
+    restore_snapshot(read_snapshot(written), without_ema(run.live), keep_current_options=True)
 
 
 def test_state_of_no_kind_that_a_file_holds():
@@ -337,7 +338,7 @@ def test_state_of_no_kind_that_a_file_holds():
     advance(run, 1)
     next(iter(run.live.optimizer.state.values()))["history"] = [torch.ones(1)]
     with pytest.raises(ValueError, match="'history' as list"):
-        gather(run.live, run.progress)
+        capture_snapshot(run.live, run.progress)
 
 
 def test_numbers_of_an_optimizer_come_back(tmp_path):
@@ -346,7 +347,7 @@ def test_numbers_of_an_optimizer_come_back(tmp_path):
     advance(run, 1)
     bias = run.task.denoiser.conv_in.bias
     run.live.optimizer.state[bias] |= {"count": 3, "table": torch.arange(5)}
-    apply(through_files(gather(run.live, run.progress), tmp_path), fresh.live)
+    restore_snapshot(through_files(capture_snapshot(run.live, run.progress), tmp_path), fresh.live)
     state = fresh.live.optimizer.state[fresh.task.denoiser.conv_in.bias]
     assert state["count"] == 3
     assert state["table"].tolist() == [0, 1, 2, 3, 4]
@@ -354,14 +355,14 @@ def test_numbers_of_an_optimizer_come_back(tmp_path):
 
 @pytest.mark.parametrize("change", [{"groups": [3]}, {"lr_scheduler": {}}, {"slots": {"x": {}}}])
 def test_numbers_of_another_program(written, change):
-    snapshot = read(written)
+    snapshot = read_snapshot(written)
     with pytest.raises(ValueError, match=r"state\.json"):
-        apply(replace(snapshot, numbers=replace(snapshot.numbers, **change)), small_run(small_task()).live)
+        restore_snapshot(replace(snapshot, scalars=replace(snapshot.scalars, **change)), small_run(small_task()).live)
 
 
 def test_nobody_has_a_snapshot():
     with pytest.raises(ValueError, match="no snapshot"):
-        apply(None, small_run(small_task()).live)
+        restore_snapshot(None, small_run(small_task()).live)
 
 
 def test_draws_depend_on_the_step():
@@ -396,10 +397,10 @@ def test_an_optimizer_whose_state_is_nested(tmp_path):
         runs[number].live = replace(run.live, optimizer=optimizer, lr_scheduler=lr_schedule("constant", optimizer, 9))
     saved, resumed = runs
     advance(saved, 2)
-    snapshot = through_files(gather(saved.live, saved.progress), tmp_path)
+    snapshot = through_files(capture_snapshot(saved.live, saved.progress), tmp_path)
     assert "denoiser.conv_in.weight.quant/exp_avg" in snapshot.optimizer
     advance(resumed, 1)
-    resumed.step = apply(snapshot, resumed.live).step
+    resumed.step = restore_snapshot(snapshot, resumed.live).step
     for run in runs:
         advance(run, 2)
-    assert_same(gather(saved.live, saved.progress), gather(resumed.live, resumed.progress))
+    assert_same(capture_snapshot(saved.live, saved.progress), capture_snapshot(resumed.live, resumed.progress))

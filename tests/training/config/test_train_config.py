@@ -11,7 +11,7 @@ import yaml
 from helpers.paths import ROOT
 
 from diffusers_ddpm_ext.errors import ConfigError
-from diffusers_ddpm_ext.training.checkpoints.output_dir import PRODUCTS, run_name, take_output_dir
+from diffusers_ddpm_ext.training.checkpoints.output_dir import RUN_FILES, acquire_output_dir, run_name
 from diffusers_ddpm_ext.training.config.options import DataOptions, OutputOptions
 from diffusers_ddpm_ext.training.config.train_config import TrainConfig, parse_train_args
 
@@ -196,13 +196,13 @@ def test_names_of_runs():
 
 
 def test_fresh_folders_count_up():
-    folders = [take_output_dir(DataOptions(), OutputOptions())[0] for _ in range(3)]
+    folders = [acquire_output_dir(DataOptions(), OutputOptions())[0] for _ in range(3)]
     assert [str(folder) for folder in folders] == ["runs/digits", "runs/digits-2", "runs/digits-3"]
 
 
 def test_runs_that_start_together_get_folders_of_their_own():
     with ThreadPoolExecutor(8) as pool:
-        folders = list(pool.map(lambda _: take_output_dir(DataOptions(), OutputOptions())[0], range(24)))
+        folders = list(pool.map(lambda _: acquire_output_dir(DataOptions(), OutputOptions())[0], range(24)))
     assert len(set(folders)) == 24
 
 
@@ -216,12 +216,12 @@ def test_overwriting_removes_an_earlier_run_and_nothing_else():
     (folder / "samples").symlink_to(folder.absolute() / "keep")
     (folder / "keep" / "a").touch()
     (folder / "checkpoint-3").mkdir()
-    taken, lock = take_output_dir(DataOptions(), OutputOptions("D", overwrite_output_dir=True))
+    taken, lock = acquire_output_dir(DataOptions(), OutputOptions("D", overwrite_output_dir=True))
     assert taken == folder
     lock.release()
     assert {path.name for path in folder.iterdir()} == {"notes.txt", "keep"}
     assert (folder / "keep" / "a").exists()
-    assert "samples" in PRODUCTS
+    assert "samples" in RUN_FILES
 
 
 def test_other_processes_do_not_judge_the_folder(monkeypatch):

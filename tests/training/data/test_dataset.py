@@ -13,9 +13,10 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from diffusers_ddpm_ext.training.config.options import DataOptions
-from diffusers_ddpm_ext.training.data.batches import MicroBatches, stream
-from diffusers_ddpm_ext.training.data.dataset import ImageSet, load_data, unit_range
-from diffusers_ddpm_ext.training.data.decoding import PackedImages
+from diffusers_ddpm_ext.training.data.batches import MicroBatches, batch_stream
+from diffusers_ddpm_ext.training.data.dataset import load_data
+from diffusers_ddpm_ext.training.data.image_set import ImageSet, unit_range
+from diffusers_ddpm_ext.training.data.image_store import PackedImages
 from diffusers_ddpm_ext.utils import random_keys as keys
 
 DIGITS = DataOptions(resolution=(8, 8))
@@ -30,7 +31,7 @@ def numbered(n: int, height: int = 4, width: int = 4, size: tuple[int, int] = (4
 
 
 def take(images, steps, accumulation=1, **options):
-    return list(itertools.islice(stream(images, 7, accumulation=accumulation, **options), steps * accumulation))
+    return list(itertools.islice(batch_stream(images, 7, accumulation=accumulation, **options), steps * accumulation))
 
 
 def effective(parts):
@@ -116,7 +117,7 @@ def test_a_second_run_is_the_same_and_another_seed_is_not():
     images = numbered(30, 6, 9, random_flip=True)
     first, again = take(images, 4, batch=8), take(images, 4, batch=8)
     assert all(torch.equal(a.pixels, b.pixels) for a, b in zip(first, again, strict=True))
-    other = list(itertools.islice(stream(images, 8, batch=8), 4))
+    other = list(itertools.islice(batch_stream(images, 8, batch=8), 4))
     assert [b.indices.tolist() for b in other] != [b.indices.tolist() for b in first]
 
 
@@ -141,12 +142,12 @@ def test_images_travel_to_workers_that_are_not_forked():
 )
 def test_impossible_splits_are_refused_at_once(wrong):
     with pytest.raises(ValueError, match=f"{next(iter(wrong))} "):
-        stream(numbered(3), 0, **({"batch": 2} | wrong))
+        batch_stream(numbered(3), 0, **({"batch": 2} | wrong))
 
 
 def test_no_image_is_refused():
     with pytest.raises(ValueError, match="image"):
-        stream(ImageSet(numbered(3).images, torch.arange(0), (4, 4)), 0, 2)
+        batch_stream(ImageSet(numbered(3).images, torch.arange(0), (4, 4)), 0, 2)
 
 
 # ---------------------------------------------------------------- augmentation
@@ -309,6 +310,6 @@ def test_twelve_bits_in_sixteen_are_doubted(tmp_path, top, doubted):
     data = load_data(DataOptions(train_data_dir=str(tmp_path), resolution=(8, 8), validation_fraction=0.0))
     assert data.train.levels == 65536
     assert "16 bits" in data.description
-    assert (data.doubt is not None) == doubted
+    assert (data.warning is not None) == doubted
     if doubted:
-        assert "4,095 of 65,535" in data.doubt
+        assert "4,095 of 65,535" in data.warning

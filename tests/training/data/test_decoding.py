@@ -14,15 +14,12 @@ from PIL import Image
 
 from diffusers_ddpm_ext.errors import ConfigError, RunError
 from diffusers_ddpm_ext.training.data import bit_depth as depth
-from diffusers_ddpm_ext.training.data import decoding as pictures
 from diffusers_ddpm_ext.training.data.decoding import (
     BadImage,
-    LazyImages,
-    PackedImages,
     Preparation,
-    read,
     read_picture,
 )
+from diffusers_ddpm_ext.training.data.image_store import LazyImages, PackedImages, check_alike, read
 
 RNG = np.random.default_rng(0)
 NOISE = {channels: RNG.integers(0, 256, (20, 30, channels), dtype=np.uint8) for channels in (1, 3, 4)}
@@ -283,7 +280,7 @@ def test_depths_do_not_mix():
     reading = read_given([deep(), deep()])
     assert (reading.images.levels, reading.highest) == (65536, DEEP_NOISE.max())
     with pytest.raises(ConfigError, match="differ in depth"):
-        pictures.check_alike(reading, read_given([encode(colour("L"), "PNG")]))
+        check_alike(reading, read_given([encode(colour("L"), "PNG")]))
 
 
 def test_sixteen_bits_from_memory_and_from_the_file():

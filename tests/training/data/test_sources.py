@@ -14,7 +14,7 @@ from sklearn.datasets import load_sample_images
 
 from diffusers_ddpm_ext.errors import ConfigError, RunError
 from diffusers_ddpm_ext.training.config.options import DataOptions
-from diffusers_ddpm_ext.training.data.batches import stream
+from diffusers_ddpm_ext.training.data.batches import batch_stream
 from diffusers_ddpm_ext.training.data.dataset import load_data
 from diffusers_ddpm_ext.training.data.sources import load_rows, scan_folder
 
@@ -58,7 +58,7 @@ def test_a_folder_of_photographs(photos):
     assert data.description == (
         f"25 images of {photos} to train on, 3 to validate on, 32x32, 3 channels, random crop, random flip"
     )
-    batch = next(stream(data.train, 0, 25))
+    batch = next(batch_stream(data.train, 0, 25))
     assert batch.pixels.shape == (25, 3, 32, 32)
     assert batch.pixels.std() > 0.3
     whole = np.concatenate([photo.reshape(-1, 3) for photo in load_sample_images().images]).mean(0) / 127.5 - 1
@@ -150,8 +150,8 @@ def test_too_many_for_memory_are_read_again_by_workers(photos):
     assert packed.fingerprint == lazy.fingerprint
     assert "too many for memory" in lazy.description
     for workers in (0, 2):
-        one = stream(packed.train, 3, 10)
-        other = stream(lazy.train, 3, 10, num_workers=workers)
+        one = batch_stream(packed.train, 3, 10)
+        other = batch_stream(lazy.train, 3, 10, num_workers=workers)
         for _ in range(4):
             a, b = next(one), next(other)
             assert torch.equal(a.pixels, b.pixels)
@@ -163,7 +163,7 @@ def test_an_image_that_breaks_in_mid_run_is_named_in_one_line(photos, workers):
     data = load_data(folder_options(photos, validation_fraction=0), memory_limit=1000)
     (photos / "scene 0" / "tile03.gif").write_bytes(b"")
     with pytest.raises(RunError, match=r"'scene 0/tile03.gif' of --train_data_dir .* became unreadable") as caught:
-        list(stream(data.train, 0, 28, num_workers=workers))
+        list(batch_stream(data.train, 0, 28, num_workers=workers))
     assert "\n" not in str(caught.value)
 
 
@@ -255,7 +255,7 @@ def test_a_local_dataset_of_parquet_files(tmp_path):
     assert data.validation is not None
     assert (len(data.train), len(data.validation)) == (6, 2)
     assert (tmp_path / "cache").is_dir()
-    one, other = (next(stream(data.train, 0, 6, num_workers=workers)) for workers in (0, 1))
+    one, other = (next(batch_stream(data.train, 0, 6, num_workers=workers)) for workers in (0, 1))
     assert torch.equal(one.pixels, other.pixels)
     with pytest.raises(ConfigError, match=r"split 'nothing', cannot be opened: .*nothing") as caught:
         load_data(dataset_options(tmp_path / "set", validation_split="nothing", **options))

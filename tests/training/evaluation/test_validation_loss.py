@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from diffusers_ddpm_ext.losses.objective import DDPMObjective
 from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
 from diffusers_ddpm_ext.training.config.options import DataOptions
-from diffusers_ddpm_ext.training.data.dataset import ImageSet, load_data
+from diffusers_ddpm_ext.training.data.dataset import load_data
+from diffusers_ddpm_ext.training.data.image_set import ImageSet
 from diffusers_ddpm_ext.training.evaluation.validation_loss import (
     Processes,
     compute_validation_losses,

@@ -10,8 +10,8 @@ from PIL import Image
 
 from diffusers_ddpm_ext.plotting.sheets import GAP
 from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
-from diffusers_ddpm_ext.training.data.dataset import ImageSet
-from diffusers_ddpm_ext.training.data.decoding import PackedImages
+from diffusers_ddpm_ext.training.data.image_set import ImageSet
+from diffusers_ddpm_ext.training.data.image_store import PackedImages
 from diffusers_ddpm_ext.training.loop.previews import Preview, diffusion_rows, every
 
 SIZE = (8, 4)

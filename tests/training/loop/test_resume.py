@@ -19,9 +19,10 @@ from helpers.runs import rows, tiny_run
 from diffusers_ddpm_ext import DDPMExtPipeline
 from diffusers_ddpm_ext.errors import ConfigError, RunError
 from diffusers_ddpm_ext.training import trainer
-from diffusers_ddpm_ext.training.checkpoints.folders import CheckpointNotWritten, list_checkpoints, step_of
+from diffusers_ddpm_ext.training.checkpoints.folders import checkpoint_step, list_checkpoints
 from diffusers_ddpm_ext.training.checkpoints.lock import FolderLock
 from diffusers_ddpm_ext.training.checkpoints.manifest import verify
+from diffusers_ddpm_ext.training.checkpoints.writer import CheckpointNotWritten
 from diffusers_ddpm_ext.training.loop import gallery
 from diffusers_ddpm_ext.training.loop import saving as keeping
 
@@ -98,7 +99,7 @@ def test_the_straight_run_is_whole(straight: Path):
 MOMENTS: dict[str, tuple[Any, str, int, bool]] = {
     "before any checkpoint": (trainer, "train_step", 2, True),
     "between checkpoints": (trainer, "train_step", 6, True),
-    "while a checkpoint is written": (keeping.snapshots, "write", 2, True),
+    "while a checkpoint is written": (keeping.snapshots, "write_snapshot", 2, True),
     "just after a checkpoint": (trainer, "keep", 2, False),
     "before the old checkpoint goes": (keeping, "drop", 2, True),
     "in a validation": (trainer, "measure", 2, True),
@@ -174,8 +175,8 @@ def test_a_signal_writes_a_checkpoint_and_stops(number, status, place, straight,
     assert "--resume_from_checkpoint latest" in capsys.readouterr().out
     assert list_checkpoints(folder)
     life(folder, resume_from_checkpoint="latest")
-    extra = {step_of(path) for path in list_checkpoints(folder)} - {
-        step_of(path) for path in list_checkpoints(straight)
+    extra = {checkpoint_step(path) for path in list_checkpoints(folder)} - {
+        checkpoint_step(path) for path in list_checkpoints(straight)
     }
     for step in extra:  # the one that the signal asked for
         for path in sorted((folder / f"checkpoint-{step}").iterdir()):
@@ -202,7 +203,7 @@ def test_time_is_up(straight, tmp_path, capsys):
     folder = tmp_path / "run"
     assert life(folder, max_train_minutes=1e-9) == folder
     assert "--max_train_minutes" in capsys.readouterr().out
-    assert [step_of(path) for path in list_checkpoints(folder)] == [1]
+    assert [checkpoint_step(path) for path in list_checkpoints(folder)] == [1]
     assert not (folder / "model_index.json").exists()
     life(folder)
     assert rows(folder) == rows(straight)
@@ -242,7 +243,7 @@ def test_total_limit_keeps_the_newest_and_the_best(tmp_path):
     folder = tmp_path / "run"
     life(folder, checkpoints_total_limit=1, checkpointing_steps=1)
     best = json.loads((folder / "best" / "monitor.json").read_text())["step"]
-    assert {step_of(path) for path in list_checkpoints(folder)} == {7, best}
+    assert {checkpoint_step(path) for path in list_checkpoints(folder)} == {7, best}
     for path in list_checkpoints(folder):
         verify(path)
 
