@@ -29,12 +29,12 @@ FLOORS = {"torch": (2, 10), "diffusers": (0, 38)}
 BASE = ("torch", "diffusers", "numpy", "huggingface_hub", "safetensors")
 TRAIN = {
     "accelerate": "accelerate",
-    "transformers": "transformers",
-    "datasets": "datasets",
     "matplotlib": "matplotlib",
     "yaml": "PyYAML",
 }
 OPTIONAL = {
+    "transformers": "--loss_type perceptual",
+    "datasets": "--dataset_name",
     "torchsde": "DPMSolverSDEScheduler",
     "tensorboard": "--report_to tensorboard",
     "bitsandbytes": "--use_8bit_adam",

@@ -56,7 +56,9 @@ def _configure(argv: Sequence[str], main_process: bool) -> TrainConfig:
 
         check_output_dir(config.output, config.resumes)
     require_modules({"sklearn": "scikit-learn"} if config.on_digits else {})
-    require_modules({"datasets": "datasets"} if config.data.dataset_name else {})
+    require_modules({"datasets": "datasets"} if config.data.dataset_name else {}, "hub-datasets")
+    perceptual = config.objective.loss_type == "perceptual"
+    require_modules({"transformers": "transformers"} if perceptual else {}, "perceptual")
     report_to = config.output.report_to
     for tracker in [] if config.loop.dry_run else tracker_names(report_to):
         if tracker != "all" and find_spec(tracker) is None:

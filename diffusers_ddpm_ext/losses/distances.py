@@ -118,6 +118,10 @@ class PerceptualDistance:
 
             backbone = AutoModel.from_pretrained(name_or_path, use_safetensors=True, trust_remote_code=False)
             told: dict[str, Any] = get_image_processor_config(name_or_path)
+        except ImportError as error:
+            raise ValueError(
+                f"perceptual_model needs `transformers` ({error}): pip install diffusers-ddpm-ext[perceptual]"
+            ) from error
         except Exception as error:  # a library's own, of many kinds
             text = " ".join(f"{type(error).__name__} {error}".split())
             raise ValueError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from helpers.runs import rows, tiny_run
@@ -71,3 +73,9 @@ def test_a_run_with_a_perceptual_loss(tmp_path):
     plain = train(tiny_run(tmp_path / "plain"))
     assert losses != [row["train/loss"] for row in rows(plain) if "train/loss" in row]
     assert not list((folder / "unet").glob("*backbone*"))
+
+
+def test_without_transformers(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ValueError, match=r"transformers.*pip install diffusers-ddpm-ext\[perceptual\]"):
+        PerceptualDistance.from_pretrained(tmp_path)

@@ -129,7 +129,7 @@ def load_rows(
     try:
         import datasets
     except ImportError:
-        raise ConfigError(f"--dataset_name needs `datasets`: {NEEDS_TRAIN}") from None
+        raise ConfigError("--dataset_name needs `datasets`: pip install diffusers-ddpm-ext[hub-datasets]") from None
     told = f"--dataset_name {name!r}"
     try:
         if any(Path(name, mark).is_file() for mark in ("state.json", "dataset_dict.json")):

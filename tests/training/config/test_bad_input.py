@@ -434,7 +434,12 @@ def test_the_real_program(argv, told, place):
         ("accelerate", [], ["accelerate", "pip install diffusers-ddpm-ext[train]"]),
         ("yaml", [], ["PyYAML", "pip install diffusers-ddpm-ext[train]"]),
         ("sklearn", [], ["scikit-learn", "pip install diffusers-ddpm-ext[train]"]),
-        ("datasets", ["--dataset_name", "a/b"], ["datasets", "pip install diffusers-ddpm-ext[train]"]),
+        ("datasets", ["--dataset_name", "a/b"], ["datasets", "pip install diffusers-ddpm-ext[hub-datasets]"]),
+        (
+            "transformers",
+            ["--loss_type", "perceptual", "--perceptual_model", "a/b"],
+            ["transformers", "pip install diffusers-ddpm-ext[perceptual]"],
+        ),
         ("wandb", ["--report_to", "wandb"], ["--report_to wandb", "not installed", "none"]),
         ("comet_ml", ["--report_to", "tensorboard,comet"], ["tensorboard,comet: comet_ml is not installed"]),
     ],

@@ -304,5 +304,5 @@ def test_rows_without_an_image_and_empty_sets(tmp_path):
 
 def test_without_datasets(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ConfigError, match=r"pip install diffusers-ddpm-ext\[train\]"):
+    with pytest.raises(ConfigError, match=r"pip install diffusers-ddpm-ext\[hub-datasets\]"):
         load_data(dataset_options("x/y"))
