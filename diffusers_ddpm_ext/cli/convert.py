@@ -269,6 +269,7 @@ def _read(options: ConvertOptions) -> Converted:
 
 def _make(options: ConvertOptions, converted: Converted) -> str:
     from diffusers_ddpm_ext.compvis.report import FILE
+    from diffusers_ddpm_ext.utils.files import replace_folder
 
     assert options.out is not None
     draft = options.out.with_name(f".writing-{options.out.name}-{secrets.token_hex(4)}")
@@ -278,26 +279,11 @@ def _make(options: ConvertOptions, converted: Converted) -> str:
         if options.samples:
             _draw(converted.pipeline, draft / "samples.png", options)
         (draft / FILE).write_text(json.dumps(converted.report.as_json(), indent=1) + "\n", encoding="utf-8")
-        _replace(draft, options.out)
+        replace_folder(draft, options.out)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     told = converted.report.summary() if options.quiet else converted.report.table()
     return f"{told}\nThe pipeline is in {options.out}; {FILE} says all of the above."
-
-
-def _replace(draft: Path, out: Path) -> None:
-    """Give the finished folder its name; what bore it goes last."""
-    if not out.exists():
-        draft.rename(out)
-        return
-    old = out.with_name(f".replaced-{out.name}-{secrets.token_hex(4)}")
-    out.rename(old)
-    try:
-        draft.rename(out)
-    except OSError:
-        old.rename(out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _draw(pipeline: Any, path: Path, options: ConvertOptions) -> None:

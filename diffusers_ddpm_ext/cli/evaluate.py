@@ -276,7 +276,7 @@ def _fingerprint(options: EvaluateOptions, data: str, pipeline: Any) -> str:
 
 def _write(options: EvaluateOptions, facts: dict[str, Any], table: list[tuple[int, float, float | None, int]]) -> None:
     from diffusers_ddpm_ext.plotting.chain import plot_steps
-    from diffusers_ddpm_ext.plotting.curves import write_whole
+    from diffusers_ddpm_ext.utils.files import write_text_atomically
 
     text = json.dumps(facts, indent=1) + "\n"
     sheet = io.StringIO()
@@ -284,11 +284,11 @@ def _write(options: EvaluateOptions, facts: dict[str, Any], table: list[tuple[in
     writer.writerow(["timestep", "bits_per_dim", "standard_error", "draws"])
     writer.writerows([t, f"{mean:.9g}", "" if error is None else f"{error:.3g}", n] for t, mean, error, n in table)
     places = [options.out / f"{NAME}.json", *([] if options.json is None else [options.json])]
-    write_whole(options.out / "steps.csv", lambda file: file.write(sheet.getvalue().encode()))
+    write_text_atomically(options.out / "steps.csv", sheet.getvalue())
     steps, means = [row[0] for row in table], [row[1] for row in table]
     plot_steps(options.out / "steps.png", steps, means, facts["bits_per_dim"])
     for place in places:
-        write_whole(place, lambda file: file.write(text.encode()))
+        write_text_atomically(place, text)
 
 
 def _told(facts: dict[str, Any], options: EvaluateOptions) -> str:

@@ -218,20 +218,20 @@ def _before(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write(folder: Path, fitted: Any, record: dict[str, Any]) -> None:
-    from diffusers_ddpm_ext.plotting.curves import write_whole
+    from diffusers_ddpm_ext.utils.files import write_text_atomically
 
     with tempfile.TemporaryDirectory() as place:
         fitted.save_pretrained(place)
         text = (Path(place) / SCHEDULER.name).read_text(encoding="utf-8")
     try:
-        write_whole(folder / RECORD, lambda file: file.write((json.dumps(record) + "\n").encode()))
-        write_whole(folder / SCHEDULER, lambda file: file.write(text.encode()))
+        write_text_atomically(folder / RECORD, json.dumps(record) + "\n")
+        write_text_atomically(folder / SCHEDULER, text)
     except OSError as error:
         raise RunError(f"cannot write {error.filename or folder}: {error.strerror or error}") from None
 
 
 def _undo(folder: Path) -> str:
-    from diffusers_ddpm_ext.plotting.curves import write_whole
+    from diffusers_ddpm_ext.utils.files import write_text_atomically
 
     record = folder / RECORD
     try:
@@ -240,7 +240,7 @@ def _undo(folder: Path) -> str:
         raise ConfigError(f"--undo: {folder} has no {RECORD} of a fit") from None
     text = json.dumps(before, indent=2, sort_keys=True) + "\n"
     try:
-        write_whole(folder / SCHEDULER, lambda file: file.write(text.encode()))
+        write_text_atomically(folder / SCHEDULER, text)
         record.unlink()
     except OSError as error:
         raise RunError(f"cannot write {error.filename or folder}: {error.strerror or error}") from None

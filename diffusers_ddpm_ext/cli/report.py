@@ -81,12 +81,12 @@ def report(options: ReportOptions) -> str:
     Raises:
         RunError: it cannot be written.
     """
-    from diffusers_ddpm_ext.plotting.curves import write_whole
+    from diffusers_ddpm_ext.utils.files import write_text_atomically
 
     with tempfile.TemporaryDirectory() as place:
         page = "\n".join(_page(options.folder, Path(place)))
     try:
-        write_whole(options.out, lambda file: file.write(page.encode()))
+        write_text_atomically(options.out, page)
     except OSError as error:
         raise RunError(f"cannot write {error.filename or options.out}: {error.strerror or error}") from None
     return f"{options.out}: open it in a browser"

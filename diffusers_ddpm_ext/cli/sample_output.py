@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from diffusers_ddpm_ext.errors import ConfigError
-from diffusers_ddpm_ext.plotting.curves import write_whole
 from diffusers_ddpm_ext.plotting.sheets import image_grid, save_grid
+from diffusers_ddpm_ext.utils.files import write_atomically, write_text_atomically
 
 Pixels = NDArray[np.float32]
 SETTINGS = "samples.json"
@@ -41,7 +41,7 @@ def save_png(path: Path, image: Pixels, bit_depth: int = 8) -> None:
         save_grid(image.transpose(2, 0, 1)[None] * 2 - 1, path, enlarge=1)
         return
     picture = Image.fromarray(_levels(image[..., 0], bit_depth))
-    write_whole(path, lambda file: picture.save(file, "PNG"))
+    write_atomically(path, lambda file: picture.save(file, "PNG"))
 
 
 def _levels(images: Pixels, bit_depth: int) -> NDArray[np.unsignedinteger[Any]]:
@@ -85,7 +85,7 @@ class PngFolder:
             raise ConfigError(f"--out {self.path} is not empty: name another folder")
         else:
             text = json.dumps(settings, indent=2) + "\n"
-            write_whole(kept, lambda file: file.write(text.encode()))
+            write_text_atomically(kept, text)
 
     def has(self, index: int) -> bool:
         """Whether an image is there, whole."""
@@ -133,7 +133,7 @@ class OneFile:
             return
         if self.waiting.is_dir():
             shutil.rmtree(self.waiting)
-        write_whole(kept, lambda file: file.write(text.encode()))
+        write_text_atomically(kept, text)
 
     def has(self, index: int) -> bool:
         """Whether an image waits."""
@@ -142,7 +142,7 @@ class OneFile:
     def put(self, index: int, image: Pixels, frames: NDArray[np.uint8] | None) -> None:
         """Keep an image, (height, width, C) in [0, 1], and its frames, (F, height, width, C), of a video."""
         kept: dict[str, Any] = {"image": image} if frames is None else {"image": image, "frames": frames}
-        write_whole(self._file(index), lambda file: np.savez(file, **kept))
+        write_atomically(self._file(index), lambda file: np.savez(file, **kept))
 
     def finish(self, count: int) -> None:
         """Make the file of all images."""
@@ -152,10 +152,10 @@ class OneFile:
             for index, image in enumerate(images):
                 save_png(self.individual / f"{index:05d}.png", image, self.bit_depth)
         if suffix == ".npy":
-            write_whole(self.path, lambda file: np.save(file, images))
+            write_atomically(self.path, lambda file: np.save(file, images))
         elif suffix == ".npz":
             levels = _levels(images, self.bit_depth)
-            write_whole(self.path, lambda file: np.savez_compressed(file, arr_0=levels))
+            write_atomically(self.path, lambda file: np.savez_compressed(file, arr_0=levels))
         elif suffix == VIDEO:
             save_video(np.stack([self._kept(index, "frames") for index in range(count)]), self.path)
         else:
@@ -186,4 +186,4 @@ def save_video(frames: NDArray[np.uint8], path: Path) -> None:
     def write(file: Any) -> None:
         sheets[0].save(file, "GIF", save_all=True, append_images=sheets[1:], duration=durations, loop=0)
 
-    write_whole(path, write)
+    write_atomically(path, write)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from diffusers_ddpm_ext.compvis.weights import EMA, PREFIXES, ema_names, export_
 from diffusers_ddpm_ext.models.ema import EmaFacts, load_ema_facts
 from diffusers_ddpm_ext.pipelines.pipeline_ddpm_ext import DDPMExtPipeline
 from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
+from diffusers_ddpm_ext.utils.files import write_atomically
 from diffusers_ddpm_ext.utils.vocabulary import TO_COMPVIS_BETA_SCHEDULE, TO_COMPVIS_PREDICTION_TYPE
 
 PATH = str | os.PathLike[str]
@@ -68,7 +68,7 @@ def save_compvis(
     state = state_dict_of(_sides(pipeline_or_folder), use_ema)
     if base is not None:
         state = _with_base(state, base)
-    _write(state, target)
+    write_atomically(target, lambda file: torch.save({"state_dict": state}, file), make_parents=False, fsync=True)
 
 
 def _sides(source: DDPMExtPipeline | PATH) -> Sides:
@@ -203,16 +203,3 @@ def _with_base(state: dict[str, Tensor], base: PATH) -> dict[str, Tensor]:
                 f"pipeline's {tuple(state[name].shape)}."
             )
     return {**{name: tensor for name, tensor in other.items() if not name.startswith(ours)}, **state}
-
-
-def _write(state: dict[str, Tensor], target: Path) -> None:
-    """Write beside the target, make sure of it, and give it its name."""
-    draft = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
-    try:
-        with draft.open("xb") as file:
-            torch.save({"state_dict": state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(target)
-    finally:
-        draft.unlink(missing_ok=True)

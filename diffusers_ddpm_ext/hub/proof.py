@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffusers_ddpm_ext.hub.upload import sha256_of
+from diffusers_ddpm_ext.utils.files import write_text_atomically
 
 PROOF, IMAGES, SHEET = "proof.json", "card/samples.npz", "card/samples.png"
 FORMAT = 1
@@ -44,7 +45,7 @@ def write_proof(place: Path, drawn: dict[str, Any] | None) -> None:
             files[name] = {"size": path.stat().st_size, "sha256": sha256_of(path)}
     facts: dict[str, Any] = {"format": FORMAT, "files": files, "images": drawn}
     facts["sha256"] = hashlib.sha256(_text(facts).encode()).hexdigest()
-    (place / PROOF).write_text(_text(facts), encoding="utf-8")
+    write_text_atomically(place / PROOF, _text(facts))
 
 
 def read_proof(place: Path) -> dict[str, Any] | None:

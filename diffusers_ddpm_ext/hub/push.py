@@ -25,6 +25,7 @@ from diffusers_ddpm_ext.hub.upload import (
     remember,
     upload,
 )
+from diffusers_ddpm_ext.utils.files import write_text_atomically
 
 
 @dataclass(frozen=True)
@@ -123,9 +124,7 @@ def _complete(options: PushOptions, place: Path, repo_id: str) -> None:
     drawn = _draw(place) if options.draws else None
     if is_ours(place):
         text = make_card(place, repo_id, options.license)
-        (place / README).unlink(missing_ok=True)  # it may be the folder's own file, by a link
-        (place / README).write_text(text, encoding="utf-8")
-    (place / "proof.json").unlink(missing_ok=True)
+        write_text_atomically(place / README, text)  # never through a link to the folder's own file
     write_proof(place, drawn)
 
 
@@ -134,15 +133,15 @@ def _draw(place: Path) -> dict[str, object] | None:
 
     from diffusers_ddpm_ext.hub.proof import IMAGES, SHEET, draw, what_to_draw
     from diffusers_ddpm_ext.pipelines.loading import find_device, open_pipeline
-    from diffusers_ddpm_ext.plotting.curves import write_whole
     from diffusers_ddpm_ext.plotting.sheets import save_grid
+    from diffusers_ddpm_ext.utils.files import write_atomically
 
     pipeline = open_pipeline(str(place), None, find_device("cpu"), "float32")
     drawn = what_to_draw(pipeline)
     if drawn is None:
         return None
     images = draw(pipeline, drawn)
-    write_whole(place / IMAGES, lambda file: np.savez_compressed(file, images=images))
+    write_atomically(place / IMAGES, lambda file: np.savez_compressed(file, images=images))
     save_grid(images.transpose(0, 3, 1, 2) / 127.5 - 1, place / SHEET)
     return drawn
 
@@ -155,11 +154,11 @@ def _take_back(folder: Path, place: Path) -> None:
     """Keep card and proof in the folder, too."""
     from diffusers_ddpm_ext.hub.card import README
     from diffusers_ddpm_ext.hub.proof import IMAGES, PROOF, SHEET
-    from diffusers_ddpm_ext.plotting.curves import write_whole
+    from diffusers_ddpm_ext.utils.files import write_atomically
 
     for name in (README, PROOF, IMAGES, SHEET):
         if (place / name).is_file():
-            write_whole(folder / name, partial(_copy, place / name))
+            write_atomically(folder / name, partial(_copy, place / name))
         elif name != README:
             (folder / name).unlink(missing_ok=True)
     if (folder / "card").is_dir() and not any((folder / "card").iterdir()):

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from diffusers_ddpm_ext.errors import ConfigError, RunError
-from diffusers_ddpm_ext.utils.files import read_json
+from diffusers_ddpm_ext.utils.files import read_json, write_text_atomically
 
 RECORD = ".hub.json"
 """What was pushed last from a folder; never goes to the Hub itself."""
@@ -361,10 +361,9 @@ def _memory() -> Path:
 def remember(folder: Path, pushed: Pushed) -> None:
     """Note the commit beside the folder and beside the client's cache, for `ddpm-ext verify`."""
     facts = {"repo_id": pushed.repo_id, "commit": pushed.commit, "url": pushed.url}
-    (folder / RECORD).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    write_text_atomically(folder / RECORD, json.dumps(facts, indent=2) + "\n")
     known = read_json(_memory()) | {pushed.repo_id: pushed.commit}
-    _memory().parent.mkdir(parents=True, exist_ok=True)
-    _memory().write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
+    write_text_atomically(_memory(), json.dumps(known, indent=2) + "\n")
 
 
 def last_push(repo_id: str, folder: Path | None = None) -> str | None:

@@ -11,10 +11,12 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from diffusers_ddpm_ext.utils.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,28 +29,6 @@ RUN_LOSSES: tuple[tuple[str, str, Literal["train", "raw", "ema"]], ...] = (
     ("val/loss_simple", "validation, raw weights", "raw"),
     ("val/loss_simple_ema", "validation, EMA weights", "ema"),
 )
-
-
-def write_whole(path: str | os.PathLike[str], write: Callable[[BinaryIO], Any]) -> Path:
-    """Write a file beside its place and move it there when it is complete, so that nobody ever sees a half of it.
-
-    Args:
-        path: file to write; its folder is made if it is missing.
-        write: writes the content into an open file.
-
-    Returns:
-        The path.
-    """
-    place = Path(path)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = place.with_name(f".{place.name}.{os.getpid()}.part")
-    try:
-        with unfinished.open("wb") as file:
-            write(file)
-        unfinished.replace(place)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    return place
 
 
 @dataclass(frozen=True)
@@ -226,4 +206,4 @@ def figure(path: str | os.PathLike[str], draw: Callable[[Axes], None]) -> Path:
     axes.grid(color="0.9", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    return write_whole(path, lambda file: canvas.print_figure(file, format="png", dpi=150))
+    return write_atomically(path, lambda file: canvas.print_figure(file, format="png", dpi=150))

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
-from diffusers_ddpm_ext.plotting.curves import write_whole
+from diffusers_ddpm_ext.utils.files import write_atomically
 
 GAP = 4  # pixels between images
 TILE = 96  # side, in pixels, that small images are enlarged to, about
@@ -68,7 +68,7 @@ def save_grid(images: ArrayLike, path: str | os.PathLike[str], **options: Any) -
     kind = Image.registered_extensions().get(Path(path).suffix.lower(), "PNG")
     if sheet.mode == "RGBA" and kind == "JPEG":
         sheet = sheet.convert("RGB")
-    return write_whole(path, lambda file: sheet.save(file, kind))
+    return write_atomically(path, lambda file: sheet.save(file, kind))
 
 
 def _levels(images: ArrayLike) -> NDArray[np.uint8]:

@@ -20,7 +20,6 @@ from tqdm.auto import tqdm
 
 from diffusers_ddpm_ext.errors import Interrupted, RunError, warn
 from diffusers_ddpm_ext.hub.card import environment
-from diffusers_ddpm_ext.plotting.curves import write_whole
 from diffusers_ddpm_ext.training.checkpoints.output_dir import run_name
 from diffusers_ddpm_ext.training.config.train_config import TrainConfig
 from diffusers_ddpm_ext.training.data.batches import Batch, batch_stream
@@ -44,7 +43,7 @@ from diffusers_ddpm_ext.training.loop.stop_requests import RequestPoller, StopRe
 from diffusers_ddpm_ext.training.loop.validation import measure
 from diffusers_ddpm_ext.training.signals import handle_signals
 from diffusers_ddpm_ext.training.tracking.metrics import MetricsLogger, first_nonfinite
-from diffusers_ddpm_ext.utils.files import CONFIG, ENVIRONMENT, METRICS
+from diffusers_ddpm_ext.utils.files import CONFIG, ENVIRONMENT, METRICS, write_text_atomically
 
 PROJECT = "diffusers-ddpm-ext"
 
@@ -159,7 +158,7 @@ def write_environment(run: Run) -> None:
         },
     }
     text = json.dumps(facts, indent=2) + "\n"
-    write_whole(run.taken_folder / ENVIRONMENT, lambda file: file.write(text.encode()))
+    write_text_atomically(run.taken_folder / ENVIRONMENT, text)
 
 
 class Halt(Exception):

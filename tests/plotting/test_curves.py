@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusers_ddpm_ext.plotting.curves import Curve, plot_logvar, plot_losses, running_mean, write_whole
+from diffusers_ddpm_ext.plotting.curves import Curve, plot_logvar, plot_losses, running_mean
 from diffusers_ddpm_ext.plotting.sheets import image_grid, save_grid
 
 
@@ -79,20 +79,6 @@ def test_a_sheet_is_saved_in_its_format(tmp_path, name):
         image.load()
         assert image.format == {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}[name.split(".")[-1]]
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
-
-
-def test_a_file_is_whole_or_not_there(tmp_path):
-    path = tmp_path / "loss.png"
-    path.write_bytes(b"old")
-
-    def fail(file):
-        file.write(b"half")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        write_whole(path, fail)
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("width", [1, 4, 5, 99])

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from diffusers_ddpm_ext.compvis.architecture import translate_unet
 from diffusers_ddpm_ext.compvis.config.ddpm import CompVisConfig
 from diffusers_ddpm_ext.compvis.schema import short
+from diffusers_ddpm_ext.utils.files import write_text_atomically
 
 # What the published classes do and our defaults do not: AdamW's own defaults, and no clipping by Lightning's default.
 OPTIMIZER = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_weight_decay": 0.01}
@@ -148,13 +147,7 @@ def write_recipe(config: CompVisConfig, path: str | os.PathLike[str], source: st
     text = (
         "\n".join(lines) + "\n" + yaml.safe_dump(_plain(content), sort_keys=False, default_flow_style=None, width=110)
     )
-    target = Path(path)
-    draft = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
-    try:
-        draft.write_text(text, encoding="utf-8")
-        draft.replace(target)
-    finally:
-        draft.unlink(missing_ok=True)
+    write_text_atomically(path, text, make_parents=False)
 
 
 def _plain(value: Any) -> Any:

@@ -27,7 +27,7 @@ from diffusers_ddpm_ext.training.checkpoints.manifest import (
     DamagedCheckpoint,
     verify,
 )
-from diffusers_ddpm_ext.training.checkpoints.writer import remove_path, sync_folder
+from diffusers_ddpm_ext.utils.files import fsync_folder, remove_path
 
 ASIDE = "aside-"
 LEFTOVER = re.compile(r"\.(writing|deleting|replaced)-([0-9]+)-[0-9a-f]{8}", re.ASCII)
@@ -116,7 +116,7 @@ def move_aside(path: Path, reason: str) -> Path:
         ) from error
     with suppress(OSError):  # a full disk: the name alone says enough
         Path(f"{target}.txt").write_text(reason + "\n", encoding="utf-8")
-    sync_folder(path.parent)
+    fsync_folder(path.parent)
     return target
 
 
@@ -154,7 +154,7 @@ def remove_leftovers(parent: Path) -> list[Path]:
         named = parent / f"checkpoint-{left[2]}"
         if left[1] == "replaced" and not os.path.lexists(named):
             os.rename(path, named)
-            sync_folder(parent)
+            fsync_folder(parent)
             continue
         remove_path(path)
         if not os.path.lexists(path):
@@ -202,5 +202,5 @@ def delete_checkpoint(path: Path) -> None:
     """
     doomed = path.with_name(f".deleting-{checkpoint_step(path)}-{secrets.token_hex(4)}")
     os.rename(path, doomed)
-    sync_folder(path.parent)
+    fsync_folder(path.parent)
     remove_path(doomed)

@@ -11,19 +11,13 @@ One writer at a time: whoever writes, cleans, sets aside or prunes holds the fol
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import os
 import re
 import secrets
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
-
-from safetensors import SafetensorError
 
 from diffusers_ddpm_ext.training.checkpoints.manifest import (
     MANIFEST,
@@ -31,10 +25,10 @@ from diffusers_ddpm_ext.training.checkpoints.manifest import (
     digest_file,
     encode_manifest,
 )
+from diffusers_ddpm_ext.utils.files import fsync_folder, fsync_path, os_errors, remove_path, replace_folder
 
 ASIDE = "aside-"
 LEFTOVER = re.compile(r"\.(writing|deleting|replaced)-([0-9]+)-[0-9a-f]{8}", re.ASCII)
-NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)  # some network file systems cannot, and need not
 
 
 class CheckpointNotWritten(OSError):
@@ -67,7 +61,7 @@ def write_checkpoint(
     final, draft = parent / f"checkpoint-{step}", parent / f".writing-{step}-{secrets.token_hex(4)}"
     try:
         draft.mkdir()
-        with system_errors():
+        with os_errors():
             fill(draft)
         _seal_files(draft, step, facts or {})
         replace_folder(draft, final)
@@ -76,25 +70,6 @@ def write_checkpoint(
     finally:
         remove_path(draft)
     return final
-
-
-@contextmanager
-def system_errors() -> Iterator[None]:
-    """Let a write that the system refused be an OSError, where safetensors has a word of its own for it.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        OSError: in place of a SafetensorError that tells of one.
-    """
-    try:
-        yield
-    except SafetensorError as error:
-        refused = re.search(r"os error (\d+)", str(error))
-        if refused is None:
-            raise
-        raise OSError(int(refused[1]), os.strerror(int(refused[1]))) from error
 
 
 def _not_written(final: Path, number: int | None, reason: str) -> CheckpointNotWritten:
@@ -108,7 +83,7 @@ def _seal_files(draft: Path, step: int, facts: Mapping[str, Any]) -> None:
         raise ValueError(f"{MANIFEST} is written last and here, not by what fills a checkpoint")
     names.sort(key=lambda name: (draft / name).stat().st_size, reverse=True)  # the largest decides how long it takes
     with ThreadPoolExecutor(8) as pool:
-        pairs = [(pool.submit(_sync, draft / name), pool.submit(_facts, draft / name)) for name in names]
+        pairs = [(pool.submit(fsync_path, draft / name), pool.submit(_facts, draft / name)) for name in names]
         for synced, _ in pairs:
             synced.result()
         files = {name: found.result() for name, (_, found) in zip(names, pairs, strict=True)}
@@ -117,7 +92,7 @@ def _seal_files(draft: Path, step: int, facts: Mapping[str, Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     for folder in reversed(folders):
-        sync_folder(draft / folder)
+        fsync_folder(draft / folder)
 
 
 def _inventory(folder: Path) -> tuple[list[str], list[str]]:
@@ -139,63 +114,3 @@ def _inventory(folder: Path) -> tuple[list[str], list[str]]:
 def _facts(path: Path) -> FileDigest:
     with open(path, "rb", buffering=0) as file:
         return digest_file(file)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sync_folder(path: Path) -> None:
-    try:
-        _sync(path)
-    except OSError as error:
-        if error.errno not in NO_FOLDER_SYNC:
-            raise
-
-
-def replace_folder(draft: Path, final: Path) -> None:
-    """Give a finished folder its name. What bore that name before keeps the draft's, or a leftover's.
-
-    Args:
-        draft: a folder called ``.writing-<step>-<token>``.
-        final: its name, beside it.
-
-    Raises:
-        OSError: it cannot be renamed; what bore the name still does.
-    """
-    if not os.path.lexists(final):
-        os.rename(draft, final)
-    elif not _exchange(draft, final):
-        replaced = draft.with_name(draft.name.replace("writing", "replaced", 1))
-        os.rename(final, replaced)
-        try:
-            os.rename(draft, final)
-        except OSError:
-            os.rename(replaced, final)
-            raise
-        sync_folder(final.parent)
-        remove_path(replaced)
-    sync_folder(final.parent)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Swap two names in one act, so that each exists at every moment; False where the system cannot."""
-    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
-    if renameat2 is None:
-        return False
-    here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
-    status: int = renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange)
-    return status == 0
-
-
-def remove_path(path: Path) -> None:
-    """Delete a folder, file or link as far as that is possible; what is left is a leftover."""
-    if os.path.isdir(path) and not os.path.islink(path):
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with suppress(OSError):
-            path.unlink(missing_ok=True)

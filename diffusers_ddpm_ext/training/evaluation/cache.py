@@ -10,8 +10,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from diffusers_ddpm_ext.errors import warn
-from diffusers_ddpm_ext.plotting.curves import write_whole
 from diffusers_ddpm_ext.training.evaluation.validation_loss import Processes
+from diffusers_ddpm_ext.utils.files import write_atomically
 
 SECONDS_BETWEEN_SAVES = 30.0
 
@@ -54,7 +54,7 @@ class EvaluationCache:
         """Write what is known, whole or not at all; a full disk is no reason to stop."""
         content = save(self.values, metadata={"fingerprint": self.fingerprint})
         try:
-            write_whole(self.path, lambda file: file.write(content))
+            write_atomically(self.path, lambda file: file.write(content))
         except OSError as error:
             warn(f"{self.path} could not be written ({error.strerror}); what is measured so far would be lost")
         self.saved = time.monotonic()

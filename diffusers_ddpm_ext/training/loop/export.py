@@ -18,8 +18,8 @@ from diffusers_ddpm_ext.losses.logvar import ContinuousLogvar
 from diffusers_ddpm_ext.models.ema import EmaFacts, LitEMA, save_ema_facts
 from diffusers_ddpm_ext.pipelines.pipeline_ddpm_ext import DDPMExtPipeline
 from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
-from diffusers_ddpm_ext.training.checkpoints.writer import system_errors
 from diffusers_ddpm_ext.utils.dtensor import full, is_first, is_sharded
+from diffusers_ddpm_ext.utils.files import os_errors
 
 PIPELINE_FOLDERS = ("unet", "scheduler", "logvar")
 RAW = "raw"
@@ -109,7 +109,7 @@ def save_pipeline(
     pipeline.logvar_network = logvar_network
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as name:
         place = Path(name)
-        with system_errors():
+        with os_errors():
             pipeline.save_pretrained(place)
             if networks.raw is not None:
                 networks.raw.save_pretrained(place / "unet", variant=RAW)

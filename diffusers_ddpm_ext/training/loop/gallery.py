@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from diffusers import UNet2DModel
 
-from diffusers_ddpm_ext.plotting.curves import plot_logvar, plot_run_losses, write_whole
+from diffusers_ddpm_ext.plotting.curves import plot_logvar, plot_run_losses
 from diffusers_ddpm_ext.training.evaluation.validation_loss import log_loss_per_step
 from diffusers_ddpm_ext.training.loop.export import take_networks
 from diffusers_ddpm_ext.training.loop.previews import Preview
 from diffusers_ddpm_ext.training.loop.run import Run, take_logvar
-from diffusers_ddpm_ext.utils.files import METRICS, read_rows
+from diffusers_ddpm_ext.utils.files import METRICS, read_rows, write_atomically
 
 FOLDER = "samples"
 SAMPLES = "samples.png"
@@ -115,7 +115,7 @@ def draw_end(run: Run) -> None:
 def draw_last_samples(run: Run, network: UNet2DModel) -> None:
     """Draw the last samples once, and put their sheet where a person looks first, too."""
     drawn, _ = preview(run).draw_samples(network, run.parts.scheduler, run.step)
-    write_whole(run.taken_folder / SAMPLES, lambda file: file.write(drawn.read_bytes()))
+    write_atomically(run.taken_folder / SAMPLES, lambda file: file.write(drawn.read_bytes()))
 
 
 def draw_losses(run: Run) -> None:

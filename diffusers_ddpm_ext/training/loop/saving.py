@@ -10,7 +10,6 @@ import json
 import secrets
 import shutil
 from functools import partial
-from pathlib import Path
 
 from torch import Tensor
 
@@ -20,13 +19,14 @@ from diffusers_ddpm_ext.training.checkpoints import snapshot as snapshots
 from diffusers_ddpm_ext.training.checkpoints import state
 from diffusers_ddpm_ext.training.checkpoints.folders import checkpoint_step, delete_checkpoint, prune_checkpoints
 from diffusers_ddpm_ext.training.checkpoints.lock import FolderBusy
-from diffusers_ddpm_ext.training.checkpoints.writer import replace_folder, write_checkpoint
+from diffusers_ddpm_ext.training.checkpoints.writer import write_checkpoint
 from diffusers_ddpm_ext.training.distributed import any_rank, fail_together
 from diffusers_ddpm_ext.training.loop.export import Networks, save_pipeline, take_networks
 from diffusers_ddpm_ext.training.loop.resume import BEST, FINISHED, MONITOR, live, progress_of
 from diffusers_ddpm_ext.training.loop.run import Run, take_logvar
 from diffusers_ddpm_ext.training.tracking.metrics import MetricsLogger
 from diffusers_ddpm_ext.training.tracking.monitor import MonitorDecision
+from diffusers_ddpm_ext.utils.files import replace_folder, write_text_atomically
 
 
 def keep(run: Run, logger: MetricsLogger) -> bool:
@@ -185,7 +185,4 @@ def mark_finished(run: Run) -> None:
         run: at its end, its pipeline saved.
     """
     facts = {"format": 1, "step": run.step, "stopped_early": run.stopped_early}
-    path: Path = run.taken_folder / FINISHED
-    draft = path.with_name(f".{FINISHED}")
-    draft.write_text(json.dumps(facts) + "\n", encoding="utf-8")
-    draft.replace(path)
+    write_text_atomically(run.taken_folder / FINISHED, json.dumps(facts) + "\n")

@@ -19,7 +19,6 @@ from helpers.checkpoint_cases import fill, names, run_script
 from helpers.paths import ROOT
 from safetensors import SafetensorError
 
-from diffusers_ddpm_ext.training.checkpoints import writer
 from diffusers_ddpm_ext.training.checkpoints.folders import (
     list_checkpoints,
     move_aside,
@@ -28,6 +27,7 @@ from diffusers_ddpm_ext.training.checkpoints.folders import (
 )
 from diffusers_ddpm_ext.training.checkpoints.manifest import verify
 from diffusers_ddpm_ext.training.checkpoints.writer import CheckpointNotWritten, write_checkpoint
+from diffusers_ddpm_ext.utils import files
 
 
 @pytest.fixture
@@ -137,7 +137,7 @@ def test_a_folder_that_is_missing_or_closed(tmp_path):
 def test_each_refused_call_leaves_the_older_ones(run, monkeypatch, failing):
     """The n-th call fails with an error of the disk, for every n that there is."""
     real, calls = getattr(os, failing), 0
-    monkeypatch.setattr(writer, "_exchange", lambda one, other: False)
+    monkeypatch.setattr(files, "_exchange", lambda one, other: False)
     for deadly in range(1, 50):
         calls = 0
 
@@ -167,14 +167,14 @@ def test_each_refused_call_leaves_the_older_ones(run, monkeypatch, failing):
 DIE = """
     import os, signal, sys
     from pathlib import Path
-    from diffusers_ddpm_ext.training.checkpoints import writer
+    from diffusers_ddpm_ext.utils import files
     from diffusers_ddpm_ext.training.checkpoints.folders import list_checkpoints, prune_checkpoints, remove_leftovers
     from diffusers_ddpm_ext.training.checkpoints.manifest import verify
     from diffusers_ddpm_ext.training.checkpoints.writer import write_checkpoint
 
     CALLS = ("open", "write", "fsync", "rename", "mkdir", "rmdir", "unlink")
     if sys.argv[2] == "rename":
-        writer._exchange = lambda one, other: False
+        files._exchange = lambda one, other: False
 
     def die_at(deadly):
         left = deadly
@@ -188,7 +188,7 @@ DIE = """
             return call
         for name in CALLS:
             setattr(os, name, deadly_call(getattr(os, name)))
-        writer._exchange = deadly_call(writer._exchange)
+        files._exchange = deadly_call(files._exchange)
 
     def fill(mark):
         def write(folder):
@@ -202,7 +202,7 @@ DIE = """
 
     def reset(parent):
         for path in parent.iterdir():
-            writer.remove_path(path)
+            files.remove_path(path)
         write_checkpoint(parent, 4, fill(b"old"))
         write_checkpoint(parent, 8, fill(b"old"))
 
@@ -251,7 +251,7 @@ def test_killed_before_every_single_call(swift_path, how):
     place, other = swift_path / "run", swift_path / "other"
     place.mkdir()
     other.mkdir()
-    if how == "exchange" and not writer._exchange(place, other):
+    if how == "exchange" and not files._exchange(place, other):
         pytest.skip("folders cannot swap names on this file system")
     result = run_script(DIE, place, how)
     assert result.returncode == 0, result.stderr

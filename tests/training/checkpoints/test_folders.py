@@ -14,7 +14,7 @@ import pytest
 from helpers.checkpoint_cases import CONTENT, fill, names, run_script
 from helpers.paths import ROOT
 
-from diffusers_ddpm_ext.training.checkpoints import manifest, writer
+from diffusers_ddpm_ext.training.checkpoints import manifest
 from diffusers_ddpm_ext.training.checkpoints.folders import (
     SearchResult,
     list_checkpoints,
@@ -32,6 +32,7 @@ from diffusers_ddpm_ext.training.checkpoints.manifest import (
     verify,
 )
 from diffusers_ddpm_ext.training.checkpoints.writer import write_checkpoint
+from diffusers_ddpm_ext.utils import files
 
 
 @pytest.fixture
@@ -105,7 +106,7 @@ def test_everything_reaches_the_disk_before_the_name(tmp_path, monkeypatch):
 @pytest.mark.parametrize("exchange", [True, False])
 def test_the_same_step_again(run, monkeypatch, exchange):
     if not exchange:
-        monkeypatch.setattr(writer, "_exchange", lambda one, other: False)
+        monkeypatch.setattr(files, "_exchange", lambda one, other: False)
     write_checkpoint(run, 12, lambda folder: fill(folder, {"new.json": b"{}"}))
     assert list(verify(run / "checkpoint-12").files) == ["new.json"]
     assert names(run) == ["checkpoint-12", "checkpoint-4", "checkpoint-8"]
