@@ -1,4 +1,4 @@
-"""What can go wrong for a user: the two kinds that the command line tells apart, and what a run survives."""
+"""Kinds of error that the command line tells apart, and warnings."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import sys
 
 
 class ConfigError(ValueError):
-    """An option, a file or a folder that a person can put right before the run: one ``error:`` line, status 2."""
+    """A wrong option, file or folder that the user can correct before the run: one ``error:`` line, exit status 2."""
 
 
 class RunError(RuntimeError):
-    """A run that had started and could not go on (a loss that is not finite, a full disk): one line, status 1."""
+    """A failure of a run that had started (a non-finite loss, a full disk): one ``error:`` line, exit status 1."""
 
 
 class Interrupted(Exception):
-    """Work that a signal broke off; it is done anew when the run goes on."""
+    """Work stopped by a signal; it is repeated when the run resumes."""
 
 
 def warn(text: str) -> None:
-    """Tell a person, above the progress bar, of something that a run survives.
+    """Print a warning to stderr, above the progress bar.
 
     Args:
         text: one sentence.

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffusers_ddpm_ext.utils.dtensor import copy_into, full, is_sharded, local, reshard, spread
+from diffusers_ddpm_ext.utils.dtensor import copy_into, distribute_like, full_tensor, is_sharded, local_tensor, reshard
 
 _GATHERED = (
     "parameter {name} is whole where LitEMA holds parts of it: fully_shard keeps the weights gathered after a forward "
@@ -108,8 +108,8 @@ class LitEMA:
         if parameters.keys() != self.shadow.keys():
             self._refuse_other_names(set(parameters))
         self._follow(parameters)
-        shadows = [local(shadow) for shadow in self.shadow.values()]
-        pairs = [(shadow.dtype, local(parameters[name])) for name, shadow in self.shadow.items()]
+        shadows = [local_tensor(shadow) for shadow in self.shadow.values()]
+        pairs = [(shadow.dtype, local_tensor(parameters[name])) for name, shadow in self.shadow.items()]
         # A `to` costs time even to do nothing.
         sources = [p if p.dtype == dtype else p.to(dtype) for dtype, p in pairs]
         following = self._num_updates + 1 if self.use_num_updates else self._num_updates
@@ -131,7 +131,7 @@ class LitEMA:
         for name, shadow in self.shadow.items():
             parameter = parameters[name]
             if is_sharded(parameter) and not is_sharded(shadow):
-                self.shadow[name] = spread(shadow, parameter, from_first=False)
+                self.shadow[name] = distribute_like(shadow, parameter, from_main_process=False)
             elif is_sharded(shadow) and not is_sharded(parameter):
                 raise ValueError(_GATHERED.format(name=name))
             elif shadow.device != parameter.device:
@@ -190,7 +190,7 @@ class LitEMA:
         for target, (name, shadow) in zip(targets, self.shadow.items(), strict=True):
             if is_sharded(shadow) and not is_sharded(target):
                 raise ValueError(_GATHERED.format(name=name))
-        raw = [local(target).detach().clone() for target in targets]
+        raw = [local_tensor(target).detach().clone() for target in targets]
         self._in_scope = True
         try:
             self.copy_to(module)
@@ -199,7 +199,7 @@ class LitEMA:
             self._in_scope = False
             with torch.no_grad():
                 for target, values in zip(targets, raw, strict=True):
-                    local(target).copy_(values)
+                    local_tensor(target).copy_(values)
                 self._refresh(module, targets)
 
     def _refresh(self, module: nn.Module, targets: list[Tensor]) -> None:
@@ -216,7 +216,7 @@ class LitEMA:
             "decay": self.decay,
             "use_num_updates": self.use_num_updates,
             "num_updates": self._num_updates,
-            "shadow": {name: full(shadow).clone() for name, shadow in self.shadow.items()},
+            "shadow": {name: full_tensor(shadow).clone() for name, shadow in self.shadow.items()},
         }
 
     @torch.no_grad()

@@ -1,7 +1,7 @@
-"""Tensors of which every process holds a part: how to tell them from plain ones, and the ways between the two.
+"""DTensor helpers: the same code for plain tensors and for parameters sharded by ``fully_shard``.
 
-``fully_shard`` turns parameters into DTensors. What works element by element works on each process's own part; what
-needs the whole is a call that all processes enter. Plain tensors pass through all of this as they are.
+Elementwise work is done on the local shard of each process; what needs all values is a collective call. Plain tensors
+pass through every function unchanged.
 """
 
 from __future__ import annotations
@@ -17,14 +17,7 @@ if TYPE_CHECKING:
 
 
 def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
-    """Whether a tensor is a DTensor.
-
-    Args:
-        tensor: any.
-
-    Returns:
-        False for a plain tensor, found without importing torch's distributed tensors, which takes a second.
-    """
+    """Whether a tensor is a DTensor; for a plain one, without the second that importing DTensor takes."""
     if type(tensor) is Tensor or type(tensor) is nn.Parameter:
         return False
     from torch.distributed.tensor import DTensor
@@ -32,96 +25,86 @@ def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
     return isinstance(tensor, DTensor)
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This process's part.
-
-    Args:
-        tensor: plain or sharded.
-
-    Returns:
-        The live part, empty where there are fewer rows than processes; a plain tensor itself.
-    """
+def local_tensor(tensor: Tensor) -> Tensor:
+    """The local shard of a DTensor (not a copy; empty with fewer rows than processes), or the plain tensor itself."""
     if not is_sharded(tensor):
-        return tensor  # at once: entering no_grad for each of some hundred tensors costs a third of an EMA step
+        return tensor  # before no_grad: entering it for each of some hundred tensors costs a third of an EMA step
     with torch.no_grad():
         return tensor.to_local()
 
 
 @torch.no_grad()
-def full(tensor: Tensor) -> Tensor:
-    """The whole of a tensor; all processes enter.
+def full_tensor(tensor: Tensor) -> Tensor:
+    """All values of a DTensor as a plain tensor on the same device, or the plain tensor itself.
 
-    Args:
-        tensor: plain or sharded.
-
-    Returns:
-        A plain tensor on the same device; a plain one itself.
+    Collective call: every process must make it.
     """
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
-def processes() -> int:
-    """Processes of the default group, 1 where there is none."""
+def world_size() -> int:
+    """Number of processes in the default group; 1 without a group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def is_first() -> bool:
-    """Whether this is the process that reads and writes files."""
-    return processes() == 1 or dist.get_rank() == 0
+def is_main_process() -> bool:
+    """Whether this is the main process (rank 0), which reads and writes files."""
+    return world_size() == 1 or dist.get_rank() == 0
 
 
 @torch.no_grad()
-def spread(whole: Tensor, like: Tensor, from_first: bool) -> Tensor:
-    """Lay a plain tensor out as another tensor is: sharded or not, on the same device, with the same strides.
+def distribute_like(values: Tensor, like: Tensor, from_main_process: bool) -> Tensor:
+    """Distribute a plain tensor as another tensor is: same sharding, device and strides.
 
     Args:
-        whole: plain, of the shape of ``like``; keeps its dtype.
+        values: plain, of the shape of ``like``; keeps its dtype.
         like: plain or sharded.
-        from_first: take the values from the first process, where all enter and the others give any tensor of that
-            shape and dtype, which is overwritten; otherwise each process takes its part of its own.
+        from_main_process: broadcast the main process's values. Collective call: every process must make it, with a
+            tensor of the same shape and dtype. Otherwise each process uses its own values.
 
     Returns:
-        A new tensor, which shares no memory.
+        A new tensor that shares no memory with the others.
     """
     if is_sharded(like):
         from torch.distributed.tensor import distribute_tensor
 
-        source = 0 if from_first else None
-        return distribute_tensor(whole.detach(), like.device_mesh, like.placements, src_data_rank=source).clone()
-    values = whole.detach()
-    if from_first and processes() > 1:
+        source = 0 if from_main_process else None
+        return distribute_tensor(values.detach(), like.device_mesh, like.placements, src_data_rank=source).clone()
+    values = values.detach()
+    dtype = values.dtype
+    if from_main_process and world_size() > 1:
         values = values.to(like.device).contiguous()
         dist.broadcast(values, src=0)
-    return torch.empty_like(like, dtype=whole.dtype, requires_grad=False).copy_(values)
+    return torch.empty_like(like, dtype=dtype, requires_grad=False).copy_(values)
 
 
 @torch.no_grad()
 def copy_into(target: Tensor, source: Tensor) -> None:
-    """``target.copy_(source)`` between any two of plain and sharded; all processes enter.
+    """``target.copy_(source)`` for plain and sharded tensors. Collective call: every process must make it.
 
     Args:
-        target: plain or sharded, its dtype stays.
-        source: of the same shape; where both are sharded, in the same way.
+        target: plain or sharded; keeps its dtype.
+        source: of the same shape; sharded in the same way if both are sharded.
     """
     if is_sharded(target):
-        part = source if is_sharded(source) else spread(source, target, from_first=False)
-        local(target).copy_(local(part))
+        shard = source if is_sharded(source) else distribute_like(source, target, from_main_process=False)
+        local_tensor(target).copy_(local_tensor(shard))
     else:
-        target.copy_(full(source))
+        target.copy_(full_tensor(source))
 
 
 def reshard(module: nn.Module) -> None:
-    """Drop the whole weights that ``fully_shard`` keeps after a forward pass without a backward pass.
+    """Free the unsharded weights that ``fully_shard`` keeps after a forward pass without a backward pass.
 
-    While they are there, changes of the parts would be overlooked: the next forward pass would use the old weights.
+    Until then the next forward pass would use them and ignore changes of the shards.
 
     Args:
-        module: the outermost one that was sharded; one that was not is left alone.
+        module: the outermost sharded module; an unsharded one is left unchanged.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return
     from torch.distributed.fsdp import FSDPModule
 
-    for part in module.modules():
-        if isinstance(part, FSDPModule):
-            part.reshard()
+    for submodule in module.modules():
+        if isinstance(submodule, FSDPModule):
+            submodule.reshard()

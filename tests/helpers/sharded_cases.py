@@ -25,7 +25,7 @@ from diffusers_ddpm_ext.training.checkpoints.snapshot import Progress, Snapshot,
 from diffusers_ddpm_ext.training.checkpoints.state import TrainingObjects, capture_snapshot
 from diffusers_ddpm_ext.training.factory.optimizer import clip_gradients
 from diffusers_ddpm_ext.training.factory.task import DenoisingTask
-from diffusers_ddpm_ext.utils.dtensor import full, is_sharded, local, reshard
+from diffusers_ddpm_ext.utils.dtensor import full_tensor, is_sharded, local_tensor, reshard
 from helpers.state_cases import Small, advance, assert_same, draws, farthest, small_run, small_task, through_files
 
 LIMIT = 60
@@ -76,7 +76,7 @@ def sharded_to_plain_to_sharded(folder: Path) -> None:
     """Saved and loaded state is equal to the bit both ways, and so are further steps of the sharded run."""
     run, again = sharded_run(), sharded_run()
     train(run, 3)
-    parts = {local(p).numel() == 0 for p in run.task.parameters()}
+    parts = {local_tensor(p).numel() == 0 for p in run.task.parameters()}
     assert parts == ({False} if rank() == 0 else {False, True}), "the case needs a process with an empty part"
     saved = carried(run, folder / "a")
     middle = None
@@ -216,7 +216,7 @@ def average_and_clipping(folder: Path) -> None:
                 a.add_(values, alpha=0.1)
                 a.grad = values
                 part = spread_by_hand(values, b)
-                local(b).add_(part, alpha=0.1)
+                local_tensor(b).add_(part, alpha=0.1)
                 b.grad = part_like(b, part)
         for limit in (1.0, 1e6):
             for of in (lambda t: list(t.denoiser.parameters()), lambda t: [t.objective.logvar]):
@@ -224,7 +224,7 @@ def average_and_clipping(folder: Path) -> None:
                 assert type(norms[1]) is Tensor
                 torch.testing.assert_close(norms[1], norms[0], rtol=1e-6, atol=0)
         for a, b in zip(plain.parameters(), task.parameters(), strict=True):
-            torch.testing.assert_close(full(b.grad), a.grad, rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(full_tensor(b.grad), a.grad, rtol=1e-6, atol=1e-6)
         for average, each in zip(averages, (plain, task), strict=True):
             average.step(each.denoiser)
     state, expected = averages[1].state_dict(), averages[0].state_dict()
@@ -242,7 +242,7 @@ def spread_by_hand(values: Tensor, like: Tensor) -> Tensor:
 
 def part_like(parameter: Tensor, part: Tensor) -> Tensor:
     gradient = torch.zeros_like(parameter)
-    local(gradient).copy_(part)
+    local_tensor(gradient).copy_(part)
     return gradient
 
 
@@ -256,7 +256,7 @@ def clipping_of_a_mixture(folder: Path) -> None:
     norm = clip_gradients(list(module.parameters()), 1.0)
     torch.testing.assert_close(norm, torch.tensor(24.0).sqrt())
     for parameter in module.parameters():
-        torch.testing.assert_close(full(parameter.grad), torch.full(parameter.shape, 1 / 24**0.5))
+        torch.testing.assert_close(full_tensor(parameter.grad), torch.full(parameter.shape, 1 / 24**0.5))
 
 
 @case
@@ -267,7 +267,7 @@ def average_follows_into_shards(folder: Path) -> None:
     early, expected = LitEMA(task.denoiser, 0.5), LitEMA(plain.denoiser, 0.5)
     shard(task)
     for part in task.parameters():
-        local(part).detach().add_(1)
+        local_tensor(part).detach().add_(1)
     for part in plain.parameters():
         part.detach().add_(1)
     early.step(task.denoiser)
@@ -282,7 +282,7 @@ def average_follows_into_shards(folder: Path) -> None:
     late = LitEMA(task.denoiser, 0.1)
     late.load_state_dict(expected.state_dict())
     for name, shadow in late.shadow.items():
-        assert torch.equal(full(shadow), expected.shadow[name])
+        assert torch.equal(full_tensor(shadow), expected.shadow[name])
 
 
 @case
@@ -297,7 +297,7 @@ def scope_and_back(folder: Path) -> None:
     assert ema is not None
     plain = small_task()
     ema.copy_to(plain.denoiser)
-    plain.objective.load_state_dict({"logvar": full(run.task.objective.logvar).detach()})
+    plain.objective.load_state_dict({"logvar": full_tensor(run.task.objective.logvar).detach()})
     with torch.no_grad(), ema.scope(run.task.denoiser):
         inside = run.task(images, noise, t).loss
         expected = plain(images, noise, t).loss

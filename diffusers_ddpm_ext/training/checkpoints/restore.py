@@ -31,7 +31,14 @@ from diffusers_ddpm_ext.training.checkpoints.state import (
     TrainingObjects,
     group_options,
 )
-from diffusers_ddpm_ext.utils.dtensor import is_first, is_sharded, local, processes, reshard, spread
+from diffusers_ddpm_ext.utils.dtensor import (
+    distribute_like,
+    is_main_process,
+    is_sharded,
+    local_tensor,
+    reshard,
+    world_size,
+)
 
 IMPLEMENTATION = ("params", "foreach", "fused", "capturable", "differentiable")
 """What a group of an optimizer says about how, not what; it stays that of the device at hand."""
@@ -70,9 +77,9 @@ def restore_snapshot(snapshot: Snapshot | None, live: TrainingObjects, keep_curr
         ValueError: the snapshot is of another network, optimizer or average, in every process; file and key are
             named, and nothing is changed.
     """
-    first = is_first()
+    first = is_main_process()
     letter = _letter(snapshot, live, keep_current_options) if first else _Letter()
-    if processes() > 1:
+    if world_size() > 1:
         letters = [letter]
         dist.broadcast_object_list(letters, src=0)
         letter = letters[0]
@@ -83,7 +90,7 @@ def restore_snapshot(snapshot: Snapshot | None, live: TrainingObjects, keep_curr
     task, optimizer = live.plain_task, live.torch_optimizer
     optimizer.zero_grad(set_to_none=True)
     reshard(task)
-    if processes() > 1:
+    if world_size() > 1:
         travelling = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
         set_model_state_dict(task, dict(snapshot.model) if first and snapshot else {}, options=travelling)
     elif snapshot is not None:
@@ -207,14 +214,14 @@ def _receive(tensor: Tensor | None, facts: Iterable[Any], like: Tensor) -> Tenso
     if tensor is None:
         tensor = torch.empty(shape, dtype=getattr(torch, dtype))
     if tensor.shape != like.shape:
-        like = torch.empty(shape, dtype=tensor.dtype, device=local(like).device)
-    return spread(tensor, like, from_first=True)
+        like = torch.empty(shape, dtype=tensor.dtype, device=local_tensor(like).device)
+    return distribute_like(tensor, like, from_main_process=True)
 
 
 def _apply_average(letter: _Letter, tensors: dict[str, Tensor], ema: LitEMA, keep_current_options: bool) -> None:
     assert letter.scalars is not None
     shadow = tensors  # copied into place by the average itself
-    if processes() > 1:
+    if world_size() > 1:
         shadow = {name: _receive(tensors.get(name), facts, ema.shadow[name]) for name, facts in letter.average.items()}
     numbers = dict(letter.scalars.ema or {})
     if keep_current_options:

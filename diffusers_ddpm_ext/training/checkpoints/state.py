@@ -28,7 +28,7 @@ from diffusers_ddpm_ext.training.checkpoints.snapshot import (
     ScalarState,
     Snapshot,
 )
-from diffusers_ddpm_ext.utils.dtensor import full, is_first, is_sharded, local
+from diffusers_ddpm_ext.utils.dtensor import full_tensor, is_main_process, is_sharded, local_tensor
 
 COMPILED = "_orig_mod."
 NESTED = "/"
@@ -107,7 +107,7 @@ def capture_snapshot(live: TrainingObjects, progress: Progress, share_memory: bo
     # Asked before its first step, torch would take one, with gradients of zero, to have something to show.
     held = get_optimizer_state_dict(task, optimizer, options=whole) if optimizer.state else {}
     ema = None if live.ema is None else _gather(live.ema.shadow)
-    if not is_first():
+    if not is_main_process():
         return None
     state: Any = held.get("state", {})
     tensors, slots = _split_slots({name.replace(COMPILED, ""): kept for name, kept in state.items()})
@@ -128,19 +128,19 @@ def _gather(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Whole tensors on the CPU of the first process, one at a time; nothing in the others."""
     whole = {}
     for name, tensor in tensors.items():
-        value = full(tensor)
-        if is_first():
+        value = full_tensor(tensor)
+        if is_main_process():
             whole[name] = value.cpu()
     return whole
 
 
 def _live_tensors(live: TrainingObjects) -> Iterator[Tensor]:
-    yield from map(local, live.plain_task.parameters())
+    yield from map(local_tensor, live.plain_task.parameters())
     yield from live.plain_task.buffers()
     for slots in live.torch_optimizer.state.values():
-        yield from (local(value) for value in slots.values() if isinstance(value, Tensor))
+        yield from (local_tensor(value) for value in slots.values() if isinstance(value, Tensor))
     if live.ema is not None:
-        yield from map(local, live.ema.shadow.values())
+        yield from map(local_tensor, live.ema.shadow.values())
 
 
 def _own(tensors: dict[str, Tensor], taken: set[int]) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from diffusers.optimization import SchedulerType, get_scheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from diffusers_ddpm_ext.utils.dtensor import full, is_sharded, local
+from diffusers_ddpm_ext.utils.dtensor import full_tensor, is_sharded, local_tensor
 from diffusers_ddpm_ext.utils.lr_lambdas import (
     LambdaLinearScheduler,
     LambdaWarmUpCosineScheduler,
@@ -121,9 +121,9 @@ def gradient_norms(parameters: Sequence[nn.Parameter]) -> Tensor:
     for place, parameter in enumerate(parameters):
         if parameter.grad is not None:
             kinds[is_sharded(parameter.grad)][place] = parameter.grad
-    norms = torch.zeros(len(parameters), device=local(parameters[0]).device)
+    norms = torch.zeros(len(parameters), device=local_tensor(parameters[0]).device)
     for gradients in filter(None, kinds.values()):
-        found = full(torch.stack(torch._foreach_norm(list(gradients.values()))))
+        found = full_tensor(torch.stack(torch._foreach_norm(list(gradients.values()))))
         if len(gradients) == len(parameters):
             return found
         norms[list(gradients)] = found.to(norms)
@@ -148,7 +148,7 @@ def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float, norms: T
     scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
     # Scaling by exactly 1 changes nothing. Looking first is free on a CPU and would stall an accelerator.
     if norm.device.type != "cpu" or scale < 1.0 or not torch.isfinite(scale):
-        torch._foreach_mul_([local(gradient) for gradient in gradients], scale)
+        torch._foreach_mul_([local_tensor(gradient) for gradient in gradients], scale)
     return norm
 
 

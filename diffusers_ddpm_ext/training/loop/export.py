@@ -18,7 +18,7 @@ from diffusers_ddpm_ext.losses.logvar import ContinuousLogvar
 from diffusers_ddpm_ext.models.ema import EmaFacts, LitEMA, save_ema_facts
 from diffusers_ddpm_ext.pipelines.pipeline_ddpm_ext import DDPMExtPipeline
 from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
-from diffusers_ddpm_ext.utils.dtensor import full, is_first, is_sharded
+from diffusers_ddpm_ext.utils.dtensor import full_tensor, is_main_process, is_sharded
 from diffusers_ddpm_ext.utils.files import os_errors
 
 PIPELINE_FOLDERS = ("unet", "scheduler", "logvar")
@@ -54,7 +54,7 @@ def take_networks(denoiser: UNet2DModel, ema: LitEMA | None) -> Networks | None:
     """
     raw = {name: _whole(tensor) for name, tensor in denoiser.state_dict().items()}
     average = {} if ema is None else {name: _whole(tensor) for name, tensor in ema.shadow.items()}
-    if not is_first():
+    if not is_main_process():
         return None
     if ema is None:
         return Networks(_network(denoiser, raw), None)
@@ -67,8 +67,8 @@ def _whole(tensor: Tensor) -> Tensor:
     """A tensor that was spread, on the CPU of the first process and nowhere else; any other one as it is."""
     if not is_sharded(tensor):
         return tensor.detach()
-    whole = full(tensor)
-    return whole.cpu() if is_first() else whole.new_empty(0)
+    whole = full_tensor(tensor)
+    return whole.cpu() if is_main_process() else whole.new_empty(0)
 
 
 def _network(like: UNet2DModel, tensors: dict[str, Tensor]) -> UNet2DModel:

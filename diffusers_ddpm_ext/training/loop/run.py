@@ -53,7 +53,7 @@ from diffusers_ddpm_ext.training.tracking.plan import (
     schedule_warning,
     steps_for_epochs,
 )
-from diffusers_ddpm_ext.utils.dtensor import full, is_sharded
+from diffusers_ddpm_ext.utils.dtensor import full_tensor, is_sharded
 
 
 @dataclass
@@ -175,7 +175,11 @@ def take_logvar(run: Run) -> Tensor | None:
     if not objective.learn_logvar:
         return None
     network = objective.logvar_network
-    return full(objective.logvar.detach()) if network is None else network.table(full(network.weights.detach()))
+    return (
+        full_tensor(objective.logvar.detach())
+        if network is None
+        else network.table(full_tensor(network.weights.detach()))
+    )
 
 
 def start(config: TrainConfig) -> Run:
