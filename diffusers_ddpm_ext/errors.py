@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class ConfigError(ValueError):
@@ -26,3 +28,25 @@ def warn(text: str) -> None:
     from tqdm.auto import tqdm  # not at the top: `--help` does not wait for it
 
     tqdm.write(f"warning: {text}", file=sys.stderr)
+
+
+@contextmanager
+def as_config_error(option: str = "") -> Iterator[None]:
+    """Re-raise a library's error about a value as a ConfigError, on one line.
+
+    Args:
+        option: the option to name, unless the message names it already.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        ConfigError: in place of a ValueError, TypeError, NotImplementedError or RuntimeError.
+    """
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
+        text = " ".join(str(error).split())
+        raise ConfigError(text if option in text else f"{option}: {text}") from error

@@ -1,12 +1,10 @@
-"""From options and images to the parts of a run: network, scheduler, objective, moving average.
+"""Network, scheduler, objective and moving average of a run, built from its options.
 
-Whatever a library refuses here is an option that a person can put right, and says so as a ConfigError.
+An option that a library rejects is reported as a ConfigError.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,30 +12,43 @@ import torch
 from diffusers import UNet2DModel
 
 from diffusers_ddpm_ext.diffusion.timesteps import TimestepSampler, make_sampler
+from diffusers_ddpm_ext.errors import as_config_error
 from diffusers_ddpm_ext.losses.distances import PerceptualDistance
 from diffusers_ddpm_ext.losses.objective import DDPMObjective
 from diffusers_ddpm_ext.models.conditioning import Join
 from diffusers_ddpm_ext.models.ema import LitEMA
 from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
-from diffusers_ddpm_ext.training.config.options import EmaOptions, ModelOptions, ObjectiveOptions, ScheduleOptions
+from diffusers_ddpm_ext.training.config.options import EmaOptions, ObjectiveOptions, ScheduleOptions
+from diffusers_ddpm_ext.training.config.train_config import TrainConfig
 from diffusers_ddpm_ext.training.data.condition_dropout import ConditionDropout, make_condition_dropout
-from diffusers_ddpm_ext.training.data.conditions import ConditionColumns
-from diffusers_ddpm_ext.training.factory.denoiser import as_config_error, build_denoiser, denoiser_shape
+from diffusers_ddpm_ext.training.data.image_set import ImageSet
+from diffusers_ddpm_ext.training.factory.denoiser import build_denoiser
+from diffusers_ddpm_ext.training.factory.denoiser_shape import denoiser_shape
+
+NOT_OF_THE_OBJECTIVE = (
+    "logvar_learning_rate",
+    "timestep_sampler",
+    "log_snr_mean",
+    "log_snr_std",
+    "bin_width",
+    "perceptual_model",
+)
+"""Options of the section ``objective`` that `DDPMObjective` does not take under their names."""
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What is trained, on the CPU, in float32, and how conditions reach it.
+    """What is trained, on the CPU in float32, and how conditions reach it.
 
     Attributes:
         denoiser: the network.
-        scheduler: of the run.
+        scheduler: the noise scheduler.
         objective: the loss.
         join: how conditions reach the network.
-        dropout: of conditions.
-        null_class: that stands for no class; None where there is none.
-        num_classes: that can be asked for; None where labels are no classes.
-        sampler: of the steps that a batch trains on; None draws them evenly.
+        dropout: random dropout of conditions.
+        null_class: label that stands for no class; None where there is none.
+        num_classes: number of classes of the data; None where labels are not classes.
+        sampler: of the timesteps of a batch; None samples uniformly.
     """
 
     denoiser: UNet2DModel
@@ -51,7 +62,7 @@ class Parts:
 
     @property
     def pipeline_kwargs(self) -> dict[str, Any]:
-        """Arguments of the pipeline that say how conditions reach the network."""
+        """Arguments of the pipeline that state how conditions reach the network."""
         return {
             "conditioning_key": self.join.conditioning_key,
             "use_positional_encodings": self.join.use_positional_encodings,
@@ -59,67 +70,48 @@ class Parts:
         }
 
 
-def build_parts(
-    model: ModelOptions,
-    schedule: ScheduleOptions,
-    objective: ObjectiveOptions,
-    size: tuple[int, int],
-    channels: int,
-    seed: int,
-    columns: ConditionColumns | None = None,
-    conditioning_dropout: Mapping[str, Any] | None = None,
-    levels: int = 256,
-) -> Parts:
-    """Everything that is trained, and what it is trained on.
+def build_parts(config: TrainConfig, images: ImageSet) -> Parts:
+    """Build everything that is trained; the network, which takes longest, last.
 
     Args:
-        model: section ``model``.
-        schedule: section ``schedule``.
-        objective: section ``objective``.
-        size: height and width of the images, pixels.
-        channels: of the images.
-        seed: of the run.
-        columns: what the images are conditioned on.
-        conditioning_dropout: see `make_condition_dropout`.
-        levels: values that a pixel can take.
+        config: of the run.
+        images: the training set, which sets the sizes of the network.
 
     Returns:
-        The parts, the cheap ones checked before the network is made.
+        The parts.
 
     Raises:
-        ConfigError: an option that cannot be met, by name.
+        ConfigError: an option cannot be satisfied; the message names it.
     """
-    scheduler = build_scheduler(schedule)
-    loss = build_objective(objective, scheduler, levels)
-    with as_config_error(""):
-        sampler = make_sampler(
-            objective.timestep_sampler, loss.schedule, objective.log_snr_mean, objective.log_snr_std
-        )
-    classes = None if columns is None else len(columns.class_names) or None
-    dropout, null_class = make_condition_dropout(conditioning_dropout, model.conditioning_key, classes)
-    shape = denoiser_shape(model, size, channels, columns, null_class, schedule.variance_type)
-    denoiser = build_denoiser(model, shape, seed)
-    return Parts(denoiser, scheduler, loss, shape.join, dropout, null_class, classes, sampler)
+    scheduler = build_scheduler(config.schedule)
+    objective = build_objective(config.objective, scheduler, images.levels)
+    options = config.objective
+    with as_config_error():
+        sampler = make_sampler(options.timestep_sampler, objective.schedule, options.log_snr_mean, options.log_snr_std)
+    classes = None if images.columns is None else len(images.columns.class_names) or None
+    conditioning_key = config.model.conditioning_key
+    dropout, null_class = make_condition_dropout(config.data.conditioning_dropout, conditioning_key, classes)
+    shape = denoiser_shape(config.model, images, null_class, config.schedule.variance_type)
+    denoiser = build_denoiser(config.model, shape, config.loop.seed)
+    return Parts(denoiser, scheduler, objective, shape.join, dropout, null_class, classes, sampler)
 
 
 def build_scheduler(options: ScheduleOptions) -> DDPMExtScheduler:
     """The scheduler of a run.
 
     Args:
-        options: section ``schedule``.
+        options: section ``schedule``, each field of which is an argument of the scheduler.
 
     Returns:
-        A scheduler over the full chain.
+        A scheduler over all T steps.
 
     Raises:
-        ConfigError: options that contradict each other or lie outside their range.
+        ConfigError: options are out of range or contradict each other.
     """
-    known = inspect.signature(DDPMExtScheduler.__init__).parameters
-    values = {name: value for name, value in vars(options).items() if name in known}
-    if values.get("trained_betas") is not None:
-        values["trained_betas"] = list(values["trained_betas"])
-        values["num_train_timesteps"] = len(values["trained_betas"])
-    with as_config_error(""):
+    values = dict(vars(options))
+    if options.trained_betas is not None:
+        values |= {"trained_betas": list(options.trained_betas), "num_train_timesteps": len(options.trained_betas)}
+    with as_config_error():
         return DDPMExtScheduler(**values)
 
 
@@ -128,27 +120,22 @@ def build_objective(options: ObjectiveOptions, scheduler: DDPMExtScheduler, leve
 
     Args:
         options: section ``objective``.
-        scheduler: whose tables and prediction type the loss takes.
-        levels: values that a pixel can take, which make the bins of the bound.
+        scheduler: its tables and prediction type are those of the loss.
+        levels: number of values of a pixel, which sets the bins of the bound.
 
     Returns:
         The objective, with its log-variances.
 
     Raises:
-        ConfigError: options that contradict each other or lie outside their range.
+        ConfigError: options are out of range or contradict each other.
     """
-    known = inspect.signature(DDPMObjective.__init__).parameters
-    values = {name: value for name, value in vars(options).items() if name in known}
-    values["bin_width"] = bin_width_of(options, levels)
-    with as_config_error(""):
+    values = {name: value for name, value in vars(options).items() if name not in NOT_OF_THE_OBJECTIVE}
+    bin_width = 2 / (levels - 1) if options.bin_width is None else options.bin_width
+    with as_config_error():
+        features = None
         if options.loss_type == "perceptual":
-            values["features"] = PerceptualDistance.from_pretrained(str(options.perceptual_model))
-        return DDPMObjective(scheduler, **values)
-
-
-def bin_width_of(options: ObjectiveOptions, levels: int) -> float:
-    """Distance of two levels of the data, in data units, unless the options name it."""
-    return 2 / (levels - 1) if options.bin_width is None else options.bin_width
+            features = PerceptualDistance.from_pretrained(str(options.perceptual_model))
+        return DDPMObjective(scheduler, bin_width=bin_width, features=features, **values)
 
 
 def build_ema(options: EmaOptions, denoiser: torch.nn.Module) -> LitEMA | None:
@@ -159,10 +146,10 @@ def build_ema(options: EmaOptions, denoiser: torch.nn.Module) -> LitEMA | None:
         denoiser: on its final device, free of wrappers.
 
     Returns:
-        None where the run keeps no average.
+        The average, or None without ``use_ema``.
 
     Raises:
-        ConfigError: a decay outside its range.
+        ConfigError: the decay is out of range.
     """
     if not options.use_ema:
         return None

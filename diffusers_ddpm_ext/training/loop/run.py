@@ -14,7 +14,7 @@ from diffusers import UNet2DModel
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from diffusers_ddpm_ext.errors import ConfigError, warn
+from diffusers_ddpm_ext.errors import ConfigError, as_config_error, warn
 from diffusers_ddpm_ext.losses.checks import BOUND_LOSSES
 from diffusers_ddpm_ext.models.ema import LitEMA
 from diffusers_ddpm_ext.training.checkpoints.lock import FolderLock
@@ -30,7 +30,6 @@ from diffusers_ddpm_ext.training.distributed import (
     sum_over_ranks,
 )
 from diffusers_ddpm_ext.training.evaluation.validation_loss import Processes
-from diffusers_ddpm_ext.training.factory.denoiser import as_config_error
 from diffusers_ddpm_ext.training.factory.optimizer import adamw, adamw_8bit, lr_schedule, parameter_groups, scaled_rate
 from diffusers_ddpm_ext.training.factory.parts import Parts, build_ema, build_parts
 from diffusers_ddpm_ext.training.factory.task import DenoisingTask
@@ -202,17 +201,7 @@ def start(config: TrainConfig) -> Run:
             check_output_dir(config.output, config.resumes)
         check_token(config.hub)
         data = load_data(config.data, config.model.conditioning_key, progress=accelerator.is_main_process)
-        parts = build_parts(
-            config.model,
-            config.schedule,
-            config.objective,
-            data.size,
-            data.channels,
-            loop.seed,
-            data.train.columns,
-            config.data.conditioning_dropout,
-            data.train.levels,
-        )
+        parts = build_parts(config, data.train)
         data = replace(data, train=replace(data.train, dropout=parts.dropout))
         plan = make_plan(config, len(data.train), accelerator.num_processes)
         initial = load_initial_weights(config, parts.denoiser, parts.objective)

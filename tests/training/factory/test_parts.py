@@ -15,12 +15,16 @@ from diffusers import UNet2DModel
 from diffusers_ddpm_ext.errors import ConfigError
 from diffusers_ddpm_ext.models.conditioning import Join
 from diffusers_ddpm_ext.training.config.options import EmaOptions, ModelOptions, ObjectiveOptions, ScheduleOptions
-from diffusers_ddpm_ext.training.factory import denoiser as denoisers
+from diffusers_ddpm_ext.training.config.train_config import TrainConfig
+from diffusers_ddpm_ext.training.data.image_set import ImageSet
+from diffusers_ddpm_ext.training.data.image_store import PackedImages
+from diffusers_ddpm_ext.training.factory import denoiser, parts
+from diffusers_ddpm_ext.training.factory.denoiser_shape import DenoiserShape
 from diffusers_ddpm_ext.training.factory.parts import build_ema, build_objective, build_parts, build_scheduler
 
 
 def build_denoiser(model: ModelOptions, size: tuple[int, int], channels: int, seed: int) -> UNet2DModel:
-    return denoisers.build_denoiser(model, denoisers.DenoiserShape(size, channels, Join()), seed)
+    return denoiser.build_denoiser(model, DenoiserShape(size, channels, Join()), seed)
 
 
 SMALL = ModelOptions(block_out_channels=(8, 16), layers_per_block=1, attention_levels=(1,), norm_num_groups=4)
@@ -38,11 +42,11 @@ UNET: dict[str, Any] = {
 def test_default_network_is_that_of_train_unconditional():
     """113,673,219 weights: the count that the published DDPM checkpoints of this architecture have."""
     options = replace(ModelOptions(), attention_levels=(4,))
-    denoiser = build_denoiser(options, (64, 64), 3, seed=0)
-    assert sum(parameter.numel() for parameter in denoiser.parameters()) == 113_673_219
-    assert denoiser.config.down_block_types == [*["DownBlock2D"] * 4, "AttnDownBlock2D", "DownBlock2D"]
-    assert denoiser.config.up_block_types == ["UpBlock2D", "AttnUpBlock2D", *["UpBlock2D"] * 4]
-    assert denoiser.config.sample_size == 64
+    network = build_denoiser(options, (64, 64), 3, seed=0)
+    assert sum(parameter.numel() for parameter in network.parameters()) == 113_673_219
+    assert network.config.down_block_types == [*["DownBlock2D"] * 4, "AttnDownBlock2D", "DownBlock2D"]
+    assert network.config.up_block_types == ["UpBlock2D", "AttnUpBlock2D", *["UpBlock2D"] * 4]
+    assert network.config.sample_size == 64
 
 
 def test_weights_follow_from_the_seed_alone():
@@ -57,9 +61,9 @@ def test_weights_follow_from_the_seed_alone():
 
 
 def test_sizes_that_are_not_square():
-    denoiser = build_denoiser(SMALL, (8, 12), 3, seed=0)
-    assert denoiser.config.sample_size == [8, 12]
-    assert denoiser.training
+    network = build_denoiser(SMALL, (8, 12), 3, seed=0)
+    assert network.config.sample_size == [8, 12]
+    assert network.training
 
 
 @pytest.mark.parametrize("place", ["unet.json", "config.json", "unet/config.json"])
@@ -68,10 +72,10 @@ def test_a_json_file_a_models_folder_or_a_pipelines(tmp_path: Path, place: str):
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(UNET | {"_class_name": "UNet2DModel", "sample_size": 32}))
     named = path if place == "unet.json" else tmp_path
-    denoiser = build_denoiser(ModelOptions(model_config_name_or_path=str(named)), (8, 8), 1, seed=0)
-    assert isinstance(denoiser, UNet2DModel)
-    assert denoiser.config.block_out_channels == [8, 8]
-    assert denoiser.config.sample_size == 8, "the images decide"
+    network = build_denoiser(ModelOptions(model_config_name_or_path=str(named)), (8, 8), 1, seed=0)
+    assert isinstance(network, UNet2DModel)
+    assert network.config.block_out_channels == [8, 8]
+    assert network.config.sample_size == 8, "the images decide"
 
 
 @pytest.mark.parametrize(
@@ -132,9 +136,42 @@ def test_images_that_cannot_be_halved():
 )
 def test_what_the_library_refuses_is_a_mistake_of_the_options(schedule: dict[str, Any], objective: dict[str, Any]):
     name = next(iter(schedule | objective))
-    told = "prediction_type" if name == "rescale_betas_zero_snr" else name
-    with pytest.raises(ConfigError, match=told):
-        build_parts(SMALL, ScheduleOptions(**schedule), ObjectiveOptions(**objective), (8, 8), 1, seed=0)
+    message = "prediction_type" if name == "rescale_betas_zero_snr" else name
+    config = TrainConfig(model=SMALL, schedule=ScheduleOptions(**schedule), objective=ObjectiveOptions(**objective))
+    images = ImageSet(PackedImages([torch.zeros(1, 8, 8, dtype=torch.uint8)]), torch.arange(1), (8, 8))
+    with pytest.raises(ConfigError, match=message):
+        build_parts(config, images)
+
+
+def record_calls(monkeypatch: pytest.MonkeyPatch, name: str) -> list[dict[str, Any]]:
+    """The keyword arguments of every call of a class that `parts` builds."""
+    calls: list[dict[str, Any]] = []
+    real = getattr(parts, name)
+
+    def build(*args: Any, **values: Any) -> Any:
+        calls.append(values)
+        return real(*args, **values)
+
+    monkeypatch.setattr(parts, name, build)
+    return calls
+
+
+def test_every_option_of_the_schedule_is_passed_to_the_scheduler(monkeypatch):
+    calls = record_calls(monkeypatch, "DDPMExtScheduler")
+    options = ScheduleOptions(num_train_timesteps=7, beta_schedule="sqrt", v_posterior=0.3, clip_sample=False)
+    build_scheduler(options)
+    assert calls == [vars(options)]
+
+
+def test_every_option_of_the_objective_is_passed_but_those_of_others(monkeypatch):
+    """The optimizer takes one, the timestep sampler three; two are converted."""
+    scheduler = build_scheduler(ScheduleOptions(num_train_timesteps=7))
+    calls = record_calls(monkeypatch, "DDPMObjective")
+    options = ObjectiveOptions(learn_logvar=True, logvar_init=-1.0, l_simple_weight=2.0)
+    build_objective(options, scheduler, levels=17)
+    others = {"logvar_learning_rate", "timestep_sampler", "log_snr_mean", "log_snr_std", "perceptual_model"}
+    passed = {name: value for name, value in vars(options).items() if name not in others}
+    assert calls == [passed | {"bin_width": 2 / 16, "features": None}]
 
 
 def test_options_arrive():
@@ -157,10 +194,10 @@ def test_given_betas_decide_on_the_length():
 
 
 def test_average_or_none():
-    denoiser = build_denoiser(SMALL, (8, 8), 1, seed=0)
-    assert build_ema(EmaOptions(use_ema=False), denoiser) is None
-    ema = build_ema(EmaOptions(ema_decay=0.5, ema_use_num_updates=False), denoiser)
+    network = build_denoiser(SMALL, (8, 8), 1, seed=0)
+    assert build_ema(EmaOptions(use_ema=False), network) is None
+    ema = build_ema(EmaOptions(ema_decay=0.5, ema_use_num_updates=False), network)
     assert ema is not None
     assert (ema.decay, ema.use_num_updates) == (0.5, False)
     with pytest.raises(ConfigError, match="--ema_decay"):
-        build_ema(EmaOptions(ema_decay=2.0), denoiser)
+        build_ema(EmaOptions(ema_decay=2.0), network)

@@ -1,0 +1,103 @@
+"""Inputs and outputs of a run's network: sizes, channels and conditions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from diffusers_ddpm_ext.diffusion.reverse_step import LEARNED_VARIANCES
+from diffusers_ddpm_ext.errors import ConfigError
+from diffusers_ddpm_ext.models.conditioning import COORDINATES, NEEDS, Conditions, Join
+from diffusers_ddpm_ext.training.config.options import ModelOptions
+from diffusers_ddpm_ext.training.data.image_set import ImageSet
+
+
+@dataclass(frozen=True)
+class DenoiserShape:
+    """Shapes of a network's inputs and outputs.
+
+    Attributes:
+        size: height and width of the images, pixels.
+        channels: channels of the images.
+        join: how conditions reach the network.
+        concat_channels: channels of the images that are concatenated to the input.
+        num_classes: number of classes, a null class included; None where labels are not integers.
+        label_width: width of labels that are vectors.
+        context_shape: tokens and width of the embeddings.
+        learned_variance: ``learned`` or ``learned_range`` where the network also predicts its variance.
+    """
+
+    size: tuple[int, int]
+    channels: int
+    join: Join
+    concat_channels: int = 0
+    num_classes: int | None = None
+    label_width: int | None = None
+    context_shape: tuple[int, int] | None = None
+    learned_variance: str | None = None
+
+    @property
+    def out_channels(self) -> int:
+        """Output channels: twice those of the images with a learned variance."""
+        return self.channels * (1 if self.learned_variance is None else 2)
+
+    @property
+    def in_channels(self) -> int:
+        """Input channels."""
+        return self.channels + self.concat_channels + COORDINATES * self.join.use_positional_encodings
+
+    def needs(self, condition: str) -> bool:
+        """Whether the network is conditioned on this."""
+        return condition in NEEDS[self.join.conditioning_key]
+
+    def zeros(self) -> tuple[torch.Tensor, Conditions]:
+        """A batch of one image of zeros and its conditions, for a trial forward pass."""
+        labels = None
+        if self.needs("class_labels"):
+            width = self.label_width
+            labels = torch.zeros(1, dtype=torch.long) if width is None else torch.zeros(1, width)
+        concat = torch.zeros(1, self.concat_channels, *self.size) if self.concat_channels else None
+        context = None if self.context_shape is None else torch.zeros(1, *self.context_shape)
+        return torch.zeros(1, self.channels, *self.size), Conditions(labels, concat, context)
+
+
+def denoiser_shape(
+    options: ModelOptions, images: ImageSet, null_class: int | None, variance_type: str
+) -> DenoiserShape:
+    """The shape of a run's network.
+
+    Args:
+        options: section ``model``.
+        images: the training set.
+        null_class: label that stands for no class; None where there is none.
+        variance_type: of the scheduler.
+
+    Returns:
+        The shape.
+
+    Raises:
+        ConfigError: ``num_class_embeds`` is smaller than the number of classes.
+    """
+    channels, columns = images.shape[0], images.columns
+    join = Join(options.conditioning_key, options.use_positional_encodings)
+    variance = variance_type if variance_type in LEARNED_VARIANCES else None
+    if columns is None:
+        return DenoiserShape(images.size, channels, join, learned_variance=variance)
+    classes = len(columns.class_names) or None
+    if classes is not None:
+        least = max(classes, 0 if null_class is None else null_class + 1)
+        classes = least if options.num_class_embeds is None else options.num_class_embeds
+        if classes < least:
+            raise ConfigError(f"--num_class_embeds {classes} is too few: the data and the null class need {least}")
+    contexts = columns.contexts
+    return DenoiserShape(
+        size=images.size,
+        channels=channels,
+        join=join,
+        concat_channels=0 if columns.concat is None else columns.concat.channels,
+        num_classes=classes,
+        label_width=columns.label_width,
+        context_shape=None if contexts is None else (contexts[0].shape[0], contexts[0].shape[1]),
+        learned_variance=variance,
+    )
