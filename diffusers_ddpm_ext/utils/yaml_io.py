@@ -1,36 +1,21 @@
-"""YAML in and out: safe, no key twice, lists on one line. The one module that needs PyYAML."""
+"""Strict YAML: a safe loader that refuses duplicate keys, for option files and CompVis configurations; a dumper."""
 
 from __future__ import annotations
 
+import os
+import re
+from functools import cache
+from pathlib import Path
 from typing import Any
-
-import yaml
 
 from diffusers_ddpm_ext.errors import ConfigError
 
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses a key given twice, of which plain YAML keeps the last in silence."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise ConfigError(f"{key} is given twice: keep one of them")
-        return super().construct_mapping(node, deep=deep)
+MAX_BYTES = 4 * 2**20
+MAX_ALIASES = 8  # a few aliases of aliases expand to more text than fits into memory
 
 
-class _Dumper(yaml.SafeDumper):
-    """Plain YAML with lists on one line."""
-
-
-_Dumper.add_representer(
-    list, lambda dumper, value: dumper.represent_sequence("tag:yaml.org,2002:seq", value, flow_style=True)
-)
-
-
-def load(text: str) -> dict[Any, Any]:
-    """Options from the text of a YAML file.
+def load_options(text: str) -> dict[Any, Any]:
+    """Read the text of an option file.
 
     Args:
         text: the file's content; empty means no option.
@@ -39,13 +24,14 @@ def load(text: str) -> dict[Any, Any]:
         The mapping at its top.
 
     Raises:
-        ConfigError: it is not YAML, holds a key twice, or is not a mapping. The file is not named.
+        ConfigError: it is not YAML, holds a duplicate key, or is not a mapping. The message does not name the file.
     """
+    yaml = _yaml()
     try:
-        loaded = yaml.load(text, Loader=_Loader)
+        loaded = yaml.load(text, Loader=_strict_loader())
+    except ConfigError:
+        raise
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        if isinstance(error, ConfigError):
-            raise
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}: " if mark else ""
         raise ConfigError(f"not YAML: {where}{getattr(error, 'problem', None) or error}") from None
@@ -56,13 +42,94 @@ def load(text: str) -> dict[Any, Any]:
     return loaded
 
 
-def dump(options: dict[str, Any]) -> str:
-    """Options as the text of a YAML file that `load` reads back to the same values.
+def load_compvis_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a CompVis configuration file, where ``1e-4`` is a number.
 
     Args:
-        options: plain values by name, nested mappings too.
+        path: the YAML file.
 
     Returns:
-        The text, in the order of the mapping.
+        The mapping at its top.
+
+    Raises:
+        ValueError: the file is missing, too large, not YAML, holds a duplicate key or many aliases, or is not a
+            mapping.
     """
-    return str(yaml.dump(options, Dumper=_Dumper, sort_keys=False, width=100, allow_unicode=True))
+    yaml, file = _yaml(), Path(path)
+    if not file.is_file():
+        raise ValueError(f"{file} {'is a folder' if file.is_dir() else 'does not exist'}: give the YAML file.")
+    if file.stat().st_size > MAX_BYTES:
+        raise ValueError(f"{file.name} is larger than any configuration: give the YAML file, not the checkpoint.")
+    try:
+        text = file.read_bytes().decode("utf-8")
+        if len(re.findall(r"(?<![\w'\"])\*\w", text)) > MAX_ALIASES:
+            raise ValueError("it has too many aliases")
+        content = yaml.load(text, Loader=_compvis_loader())
+    except (UnicodeDecodeError, RecursionError):
+        raise ValueError(f"{file.name} is not a text file: give the YAML file.") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{file.name} cannot be read as YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file.name} holds no configuration: it must have a section model with target and params.")
+    return content
+
+
+def dump_options(options: dict[str, Any]) -> str:
+    """Options as YAML text, in their order, which `load_options` reads back to the same values.
+
+    Args:
+        options: plain values by name, and nested mappings.
+
+    Returns:
+        The text, with each list on one line.
+    """
+    yaml = _yaml()
+
+    class Dumper(yaml.SafeDumper):  # type: ignore[name-defined]
+        pass
+
+    Dumper.add_representer(
+        list, lambda dumper, value: dumper.represent_sequence("tag:yaml.org,2002:seq", value, flow_style=True)
+    )
+    return str(yaml.dump(options, Dumper=Dumper, sort_keys=False, width=100, allow_unicode=True))
+
+
+def _yaml() -> Any:
+    """PyYAML, imported on first use."""
+    try:
+        import yaml
+    except ModuleNotFoundError:
+        raise ConfigError("PyYAML is not installed: pip install diffusers-ddpm-ext[train]") from None
+    return yaml
+
+
+@cache
+def _strict_loader() -> Any:
+    """PyYAML's safe loader, which would use the last of duplicate keys silently, with an error instead."""
+    yaml = _yaml()
+
+    class StrictLoader(yaml.SafeLoader):  # type: ignore[name-defined]
+        repeatable: tuple[str, ...] = ()
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            keys = [key.value for key, _ in node.value if key.value not in self.repeatable]
+            for key in keys:
+                if keys.count(key) > 1:
+                    raise ConfigError(f"{key} is given twice: keep one of them")
+            mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+            return mapping
+
+    return StrictLoader
+
+
+@cache
+def _compvis_loader() -> Any:
+    """The strict loader for CompVis files: several merge keys ``<<`` are allowed, and ``1e-4`` is a float."""
+
+    class CompVisLoader(_strict_loader()):  # type: ignore[misc]
+        repeatable = ("<<",)
+
+    CompVisLoader.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
+    return CompVisLoader

@@ -23,7 +23,7 @@ from diffusers_ddpm_ext.utils.vocabulary import (
     FROM_COMPVIS_BETA_SCHEDULE,
     FROM_COMPVIS_PREDICTION_TYPE,
 )
-from diffusers_ddpm_ext.utils.yaml_file import load_yaml
+from diffusers_ddpm_ext.utils.yaml_io import load_compvis_yaml
 
 MISSING = object()
 
@@ -80,7 +80,7 @@ def read_config(source: str | os.PathLike[str] | Mapping[str, Any], *, strict: b
     Raises:
         ValueError: the file is no configuration of a diffusion model, or (strict) a key is refused.
     """
-    content = load_yaml(source) if not isinstance(source, Mapping) else source
+    content = load_compvis_yaml(source) if not isinstance(source, Mapping) else source
     try:
         entries = list(leaves(content, ""))
     except RecursionError:

@@ -35,6 +35,7 @@ from diffusers_ddpm_ext.training.config.options import (
     StartOptions,
     ValidationOptions,
 )
+from diffusers_ddpm_ext.utils.yaml_io import dump_options, load_options
 
 NO_SIZES = (
     "model_config_name_or_path", "model_config", "conditioning_key", "num_class_embeds", "use_positional_encodings",
@@ -55,7 +56,6 @@ NOT_WRITTEN = (
     "output_dir", "overwrite_output_dir", "dry_run", "resume_from_checkpoint", "allow_config_change", "hub_token",
     "resume_from_hub",
 )  # fmt: skip
-EXTRA = "pip install diffusers-ddpm-ext[train]"
 
 HELP_HEAD = """Train a diffusion model on images, and save it as a pipeline that Diffusers opens.
 
@@ -137,7 +137,7 @@ class TrainConfig:
         lines = ["# Every option of this run. To repeat it: ddpm-ext train --config THIS_FILE [--output_dir FOLDER]\n"]
         for section in SECTIONS:
             names = [name for name, o in OPTIONS.items() if o.section == section and name not in NOT_WRITTEN]
-            lines.append(_yaml().dump({section: {n: flat[n] for n in names}}))
+            lines.append(dump_options({section: {n: flat[n] for n in names}}))
         Path(path).write_text("".join(lines), encoding="utf-8")
 
 
@@ -232,17 +232,9 @@ def _recipe_text(name: str) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def _yaml() -> Any:
-    try:
-        from diffusers_ddpm_ext.utils import yaml_io as yaml_text
-    except ModuleNotFoundError:
-        raise ConfigError(f"PyYAML is not installed: {EXTRA}") from None
-    return yaml_text
-
-
 def _read_text(text: str, name: str) -> _Layer:
     try:
-        options = _yaml().load(text)
+        options = load_options(text)
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from None
     return _read_layer(options, name)

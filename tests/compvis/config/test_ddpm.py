@@ -19,7 +19,7 @@ from diffusers_ddpm_ext.compvis.config.ddpm import read_config
 from diffusers_ddpm_ext.compvis.config.recipe import recipe, write_recipe
 from diffusers_ddpm_ext.compvis.config.run_keys import leaves
 from diffusers_ddpm_ext.training.config.train_config import TrainConfig, parse_train_args
-from diffusers_ddpm_ext.utils.yaml_file import load_yaml
+from diffusers_ddpm_ext.utils.yaml_io import load_compvis_yaml
 
 DDPM = "ldm.models.diffusion.ddpm.DDPM"
 LATENT = "ldm.models.diffusion.ddpm.LatentDiffusion"
@@ -171,13 +171,13 @@ def test_refused_keys_may_be_left_out():
 def test_files_that_are_no_configuration(text, word, tmp_path):
     (tmp_path / "m.yaml").write_text(text)
     with pytest.raises(ValueError, match=word) as error:
-        load_yaml(tmp_path / "m.yaml")
+        load_compvis_yaml(tmp_path / "m.yaml")
     assert "\n" not in str(error.value)
 
 
 def test_numbers_as_people_write_them(tmp_path):
     (tmp_path / "m.yaml").write_text("a: 1e-4\nb: 4.5e-06\nc: 5\nd: 1.E-3\n")
-    assert load_yaml(tmp_path / "m.yaml") == {"a": 1e-4, "b": 4.5e-06, "c": 5, "d": 1e-3}
+    assert load_compvis_yaml(tmp_path / "m.yaml") == {"a": 1e-4, "b": 4.5e-06, "c": 5, "d": 1e-3}
 
 
 @pytest.mark.parametrize("case", sorted(CASES))
@@ -272,7 +272,7 @@ def test_no_key_or_value_becomes_an_option(key, tmp_path):
     config["data"]["params"] |= {key: 1, "other": key}
     write_recipe(read_config(config), tmp_path / "run.yaml", "a\nseed: 2\n")
     write_recipe(read_config(FULL), tmp_path / "plain.yaml", "a")
-    assert load_yaml(tmp_path / "run.yaml") == load_yaml(tmp_path / "plain.yaml")
+    assert load_compvis_yaml(tmp_path / "run.yaml") == load_compvis_yaml(tmp_path / "plain.yaml")
 
 
 def test_a_configuration_that_contains_itself(tmp_path):
@@ -345,7 +345,7 @@ def test_a_recipe_runs(tmp_path, monkeypatch):
     images.mkdir()
     for i in range(8):
         Image.fromarray(np.full((8, 8, 3), 30 * i, np.uint8)).save(images / f"{i}.png")
-    config = load_yaml(FOLDER / "ema.yaml")
+    config = load_compvis_yaml(FOLDER / "ema.yaml")
     config |= {"data": {"params": {"batch_size": 2}}, "lightning": {"trainer": {"max_steps": 2}}}
     (tmp_path / "model.yaml").write_text(yaml.safe_dump(config))
     assert main(["convert-config", "model.yaml", "--out", "run.yaml"]) == 0
