@@ -8,8 +8,8 @@ Symbols:
 
     xt = sqrt(A) x0 + sqrt(1 - A) eps       v = sqrt(A) eps - sqrt(1 - A) x0
 
-(x0, eps) and (xt, v) are one pair of numbers in two bases that differ by a rotation, so every conversion below is one
-line of it.
+(x0, eps) and (xt, v) are the same vector in two bases that differ by a rotation, so every conversion below is one row
+of that rotation.
 
 Sources: [DDPM] Ho et al. 2020, eqs. 4, 6, 7 and 15; [PD] Salimans & Ho 2022, appendix D.
 """
@@ -21,18 +21,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffusers_ddpm_ext.diffusion.schedule import NoiseSchedule, Table
-from diffusers_ddpm_ext.utils.vocabulary import PREDICTION_TYPES
+from diffusers_ddpm_ext.diffusion.schedule import NoiseSchedule, Table, check_prediction_type
+from diffusers_ddpm_ext.utils.vocabulary import PredictionType
+
+__all__ = [
+    "Gaussian", "at_step", "check_steps", "eps_from_v", "eps_from_x0", "posterior", "predict_eps", "predict_x0",
+    "q_mean_variance", "q_sample", "training_target", "v_from_eps", "v_from_x0", "velocity", "x0_from_eps",
+    "x0_from_v",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Gaussian:
-    """A diagonal normal law.
+    """A normal distribution with diagonal covariance.
 
     Attributes:
         mean: (B, ...), data units.
         variance: (B, 1, ..., 1), squared data units.
-        log_variance: (B, 1, ..., 1), its natural log; for the posterior the variance is floored at 1e-20 first.
+        log_variance: (B, 1, ..., 1), natural log of the variance; the posterior floors the variance at 1e-20 first.
     """
 
     mean: Tensor
@@ -41,43 +47,43 @@ class Gaussian:
 
 
 def check_steps(t: Tensor, like: Tensor, num_train_timesteps: int) -> None:
-    """Refuse steps that would silently broadcast or index from the end.
+    """Reject steps that would silently broadcast or index from the end.
 
     Args:
         t: steps to check.
-        like: the samples they belong to, (B, ...).
+        like: their samples, (B, ...).
         num_train_timesteps: T.
 
     Raises:
-        ValueError: ``t`` is not one whole number per sample in [0, T). The range is not looked at on an accelerator,
-            where reading it back would stall the device.
+        ValueError: ``t`` is not one integer per sample in [0, T). The range is not checked on an accelerator, where
+            reading it back would stall the device.
     """
     if t.dtype == torch.bool or t.is_floating_point() or t.is_complex():
-        raise ValueError(f"t must hold whole numbers, got {t.dtype}.")
+        raise ValueError(f"t must hold integers, got {t.dtype}.")
     if like.ndim == 0 or t.shape != like.shape[:1]:
         raise ValueError(f"t must hold one step per sample, shape {tuple(like.shape[:1])}, got {tuple(t.shape)}.")
     if t.device.type == "cpu" and t.numel() and (int(t.min()) < 0 or int(t.max()) >= num_train_timesteps):
-        raise ValueError(f"t must lie in [0, {num_train_timesteps}), got {int(t.min())} to {int(t.max())}.")
+        raise ValueError(f"t must be in [0, {num_train_timesteps}), got {int(t.min())} to {int(t.max())}.")
 
 
 def at_step(table: Table, t: Tensor, like: Tensor) -> Tensor:
-    """The one door from a table to a tensor: the entries of each sample's own step, ready to multiply it.
+    """The entry of a table at each sample's step, shaped to multiply the samples. The only way from table to tensor.
 
     Args:
         table: float64, (T,).
         t: steps, (B,), integer, each in [0, T).
-        like: samples, (B, ...), whose device, rank and precision the result takes.
+        like: samples, (B, ...); the result takes their device, number of dimensions and precision.
 
     Returns:
-        (B, 1, ..., 1) on ``like``'s device, float32, or float64 where ``like`` is; never a half type, which would
-        round the smallest noise levels to zero.
+        (B, 1, ..., 1) on the device of ``like``; float32, or float64 for float64 samples. Never half precision, which
+        would round the smallest noise levels to zero.
 
     Raises:
         ValueError: ``t`` is not one step per sample.
     """
     check_steps(t, like, len(table))
     dtype = torch.promote_types(like.dtype, torch.float32)
-    # Copies towards an accelerator do not wait for it; one from it must.
+    # Copies to an accelerator may be asynchronous; copies from it may not.
     values = torch.tensor(table, dtype=dtype).to(t.device, non_blocking=True)[t.long()]
     values = values.to(like.device, non_blocking=like.device.type != "cpu")
     return values.reshape(-1, *(1,) * (like.ndim - 1))
@@ -90,7 +96,7 @@ def _same_shape(**tensors: Tensor) -> None:
 
 
 def q_sample(schedule: NoiseSchedule, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-    """Noise a clean sample to step t at once ([DDPM] eq. 4).
+    """Noise clean samples to step t in closed form ([DDPM] eq. 4).
 
     Args:
         schedule: tables of T steps.
@@ -112,7 +118,7 @@ def q_sample(schedule: NoiseSchedule, x0: Tensor, eps: Tensor, t: Tensor) -> Ten
 
 
 def q_mean_variance(schedule: NoiseSchedule, x0: Tensor, t: Tensor) -> Gaussian:
-    """The law of xt given x0 ([DDPM] eq. 4); arguments and errors as in :func:`q_sample`."""
+    """Distribution of xt given x0 ([DDPM] eq. 4); arguments and errors as in :func:`q_sample`."""
     return Gaussian(
         mean=at_step(schedule.sqrt_alphas_cumprod, t, x0) * x0,
         variance=at_step(1 - schedule.alphas_cumprod, t, x0),
@@ -121,10 +127,10 @@ def q_mean_variance(schedule: NoiseSchedule, x0: Tensor, t: Tensor) -> Gaussian:
 
 
 def posterior(schedule: NoiseSchedule, x0: Tensor, xt: Tensor, t: Tensor) -> Gaussian:
-    """One exact step back: the law of x_{t-1} once both of its neighbours are known.
+    """Exact reverse step: the distribution of x_{t-1} given x0 and xt.
 
-    The mean blends x0 and xt ([DDPM] eqs. 6 and 7). The variance is the schedule's ``posterior_variance``, dialled by
-    ``v_posterior`` between the two choices of [DDPM] section 3.2; it does not move the mean.
+    The mean blends x0 and xt ([DDPM] eqs. 6 and 7). The variance is the schedule's ``posterior_variance``,
+    which ``v_posterior`` interpolates between the two choices of [DDPM] section 3.2; it does not affect the mean.
 
     Args:
         schedule: tables of T steps.
@@ -133,7 +139,7 @@ def posterior(schedule: NoiseSchedule, x0: Tensor, xt: Tensor, t: Tensor) -> Gau
         t: steps, (B,), integer, each in [0, T).
 
     Returns:
-        The normal law; at t = 0 its mean is x0.
+        The distribution; at t = 0 its mean is x0.
 
     Raises:
         ValueError: shapes differ, or ``t`` is not one step per sample.
@@ -146,26 +152,26 @@ def posterior(schedule: NoiseSchedule, x0: Tensor, xt: Tensor, t: Tensor) -> Gau
     )
 
 
-def _rotated(schedule: NoiseSchedule, first: Tensor, second: Tensor, t: Tensor, sign: float) -> Tensor:
+def _rotate(schedule: NoiseSchedule, first: Tensor, second: Tensor, t: Tensor, sign: float) -> Tensor:
     """``sqrt(A) first + sign * sqrt(1 - A) second``."""
     _same_shape(first=first, second=second)
-    along = at_step(schedule.sqrt_alphas_cumprod, t, first) * first
-    return along + sign * at_step(schedule.sqrt_one_minus_alphas_cumprod, t, first) * second
+    signal = at_step(schedule.sqrt_alphas_cumprod, t, first) * first
+    return signal + sign * at_step(schedule.sqrt_one_minus_alphas_cumprod, t, first) * second
 
 
 def velocity(schedule: NoiseSchedule, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     """v of a clean sample and its noise ([PD] appendix D); shapes as in :func:`q_sample`."""
-    return _rotated(schedule, eps, x0, t, -1)
+    return _rotate(schedule, eps, x0, t, -1)
 
 
 def x0_from_v(schedule: NoiseSchedule, xt: Tensor, v: Tensor, t: Tensor) -> Tensor:
     """Clean sample from a velocity: ``sqrt(A) xt - sqrt(1 - A) v``."""
-    return _rotated(schedule, xt, v, t, -1)
+    return _rotate(schedule, xt, v, t, -1)
 
 
 def eps_from_v(schedule: NoiseSchedule, xt: Tensor, v: Tensor, t: Tensor) -> Tensor:
     """Noise from a velocity: ``sqrt(A) v + sqrt(1 - A) xt``."""
-    return _rotated(schedule, v, xt, t, 1)
+    return _rotate(schedule, v, xt, t, 1)
 
 
 def x0_from_eps(schedule: NoiseSchedule, xt: Tensor, eps: Tensor, t: Tensor) -> Tensor:
@@ -196,19 +202,16 @@ def v_from_eps(schedule: NoiseSchedule, xt: Tensor, eps: Tensor, t: Tensor) -> T
     return (eps - noise) / at_step(schedule.sqrt_alphas_cumprod, t, xt)
 
 
-def _check_prediction_type(prediction_type: str) -> None:
-    if prediction_type not in PREDICTION_TYPES:
-        raise ValueError(f"prediction_type={prediction_type!r}: choose one of {', '.join(PREDICTION_TYPES)}.")
-
-
-def predict_x0(schedule: NoiseSchedule, prediction_type: str, output: Tensor, xt: Tensor, t: Tensor) -> Tensor:
-    """The clean sample that a network's output stands for.
+def predict_x0(
+    schedule: NoiseSchedule, prediction_type: PredictionType, output: Tensor, xt: Tensor, t: Tensor
+) -> Tensor:
+    """Clean sample implied by a network's output.
 
     Args:
         schedule: tables of T steps.
         prediction_type: ``epsilon``, ``sample`` or ``v_prediction``.
         output: what the network returned, (B, ...).
-        xt: what it was given, same shape.
+        xt: its input, same shape.
         t: steps, (B,), integer, each in [0, T).
 
     Returns:
@@ -217,7 +220,7 @@ def predict_x0(schedule: NoiseSchedule, prediction_type: str, output: Tensor, xt
     Raises:
         ValueError: unknown ``prediction_type``, shapes differ, or ``t`` is not one step per sample.
     """
-    _check_prediction_type(prediction_type)
+    check_prediction_type(prediction_type)
     if prediction_type == "epsilon":
         return x0_from_eps(schedule, xt, output, t)
     if prediction_type == "v_prediction":
@@ -226,9 +229,11 @@ def predict_x0(schedule: NoiseSchedule, prediction_type: str, output: Tensor, xt
     return output
 
 
-def predict_eps(schedule: NoiseSchedule, prediction_type: str, output: Tensor, xt: Tensor, t: Tensor) -> Tensor:
-    """The noise that a network's output stands for; arguments and errors as in :func:`predict_x0`."""
-    _check_prediction_type(prediction_type)
+def predict_eps(
+    schedule: NoiseSchedule, prediction_type: PredictionType, output: Tensor, xt: Tensor, t: Tensor
+) -> Tensor:
+    """Noise implied by a network's output; arguments and errors as in :func:`predict_x0`."""
+    check_prediction_type(prediction_type)
     if prediction_type == "sample":
         return eps_from_x0(schedule, xt, output, t)
     if prediction_type == "v_prediction":
@@ -237,14 +242,16 @@ def predict_eps(schedule: NoiseSchedule, prediction_type: str, output: Tensor, x
     return output
 
 
-def training_target(schedule: NoiseSchedule, prediction_type: str, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-    """What a network of this kind should have returned for ``q_sample(schedule, x0, eps, t)``.
+def training_target(
+    schedule: NoiseSchedule, prediction_type: PredictionType, x0: Tensor, eps: Tensor, t: Tensor
+) -> Tensor:
+    """Training target of a network whose input is ``q_sample(schedule, x0, eps, t)``.
 
     Args:
         schedule: tables of T steps.
         prediction_type: ``epsilon``, ``sample`` or ``v_prediction``.
         x0: clean samples, (B, ...).
-        eps: the noise they got, same shape.
+        eps: the noise added to them, same shape.
         t: steps, (B,), integer, each in [0, T).
 
     Returns:
@@ -253,7 +260,7 @@ def training_target(schedule: NoiseSchedule, prediction_type: str, x0: Tensor, e
     Raises:
         ValueError: unknown ``prediction_type``, shapes differ, or ``t`` is not one step per sample.
     """
-    _check_prediction_type(prediction_type)
+    check_prediction_type(prediction_type)
     if prediction_type == "v_prediction":
         return velocity(schedule, x0, eps, t)
     _same_shape(x0=x0, eps=eps)

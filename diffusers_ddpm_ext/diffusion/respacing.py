@@ -1,11 +1,11 @@
-"""Which of the T training steps a shorter chain keeps.
+"""Respacing: the training steps that a shorter chain keeps.
 
 Symbols:
 
     T    steps of the full chain, numbered 0 to T-1        K    steps kept, 1 <= K <= T
 
-Every rule gives K distinct steps in [0, T) or an error: a step twice, or a step -1, would silently be another chain.
-Where Diffusers' own rule is right, the steps are the same.
+Every rule returns K distinct steps in [0, T) or raises: a duplicate, or a step -1, would silently be another chain.
+Where Diffusers' own rule is correct, the steps are the same.
 
 Sources: [iDDPM] Nichol & Dhariwal 2021, section 4; [ZTSNR] Lin et al. 2023, table 2 (the names of the spacings).
 """
@@ -14,48 +14,51 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 Steps = npt.NDArray[np.int64]
 
-TIMESTEP_SPACINGS = ("linspace", "leading", "trailing")
+TimestepSpacing = Literal["linspace", "leading", "trailing"]
+TIMESTEP_SPACINGS: tuple[TimestepSpacing, ...] = get_args(TimestepSpacing)
 
 
 def spaced_timesteps(
-    num_inference_steps: int, num_train_timesteps: int, timestep_spacing: str = "leading", steps_offset: int = 0
+    num_inference_steps: int,
+    num_train_timesteps: int,
+    timestep_spacing: TimestepSpacing = "leading",
+    steps_offset: int = 0,
 ) -> Steps:
-    """K steps spread over the chain.
+    """K evenly spaced steps.
 
     Args:
         num_inference_steps: K, in [1, T].
         num_train_timesteps: T.
-        timestep_spacing: ``leading``: multiples of ``T // K``; ``linspace``: from 0 to T-1, both ends kept;
-            ``trailing``: counted down from T-1 at distances of ``T / K``.
-        steps_offset: added to the steps of ``leading``; without effect on the others.
+        timestep_spacing: ``leading``: multiples of ``T // K``; ``linspace``: from 0 to T-1, both included;
+            ``trailing``: down from T-1 in steps of ``T / K``.
+        steps_offset: added to the steps of ``leading``; not used by the others.
 
     Returns:
         int64, (K,), descending.
 
     Raises:
-        ValueError: K is not a whole number in [1, T], the spacing is unknown, or the offset pushes a step out of
-            [0, T).
+        ValueError: K is not an integer in [1, T], the spacing is unknown, or the offset moves a step out of [0, T).
     """
     steps: npt.NDArray[Any]
-    count, total = _whole("num_inference_steps", num_inference_steps), num_train_timesteps
+    count, total = _integer("num_inference_steps", num_inference_steps), num_train_timesteps
     if not 1 <= count <= total:
         raise ValueError(
-            f"num_inference_steps={count} must lie in [1, {total}]: a chain cannot keep more steps than the "
+            f"num_inference_steps={count} must be in [1, {total}]: a chain cannot keep more steps than the "
             f"num_train_timesteps={total} it was trained with."
         )
     if timestep_spacing == "linspace":
         steps = np.linspace(0, total - 1, count).round()[::-1]
     elif timestep_spacing == "leading":
-        steps = np.arange(count)[::-1] * (total // count) + _whole("steps_offset", steps_offset)
+        steps = np.arange(count)[::-1] * (total // count) + _integer("steps_offset", steps_offset)
     elif timestep_spacing == "trailing":
-        # The division's rounding error can add an element just above 0, which would become step -1: K are enough.
+        # Rounding errors of the division can add an element just above 0, which would become step -1: take K.
         steps = np.arange(total, 0, -(total / count))[:count].round() - 1
     else:
         raise ValueError(
@@ -63,43 +66,43 @@ def spaced_timesteps(
         )
     if steps[-1] < 0 or steps[0] >= total:
         raise ValueError(
-            f"steps_offset={steps_offset} with num_inference_steps={count} asks for steps {int(steps[-1])} to "
+            f"steps_offset={steps_offset} with num_inference_steps={count} gives steps {int(steps[-1])} to "
             f"{int(steps[0])}, outside [0, {total}): use steps_offset=0, fewer steps, or another timestep_spacing."
         )
     return np.ascontiguousarray(steps, dtype=np.int64)
 
 
 def custom_timesteps(timesteps: Sequence[int] | npt.NDArray[Any], num_train_timesteps: int) -> Steps:
-    """Steps that the caller chose, checked.
+    """Check steps that the caller chose.
 
     Args:
-        timesteps: strictly descending whole numbers in [0, T), at least one.
+        timesteps: strictly descending integers in [0, T), at least one.
         num_train_timesteps: T.
 
     Returns:
         int64, (K,), descending.
 
     Raises:
-        ValueError: the list is empty, not of whole numbers, not strictly descending, or leaves [0, T).
+        ValueError: no steps, not integers, not strictly descending, or outside [0, T).
     """
-    given = np.asarray(timesteps)
-    if given.ndim != 1 or len(given) == 0:
-        raise ValueError(f"timesteps must be a list of at least one step, got shape {given.shape}.")
-    if given.dtype.kind not in "iu" and not (given.dtype.kind == "f" and (given == np.floor(given)).all()):
-        raise ValueError(f"timesteps must be whole numbers, got {given.tolist()[:4]}.")
-    steps = given.astype(np.int64)
+    values = np.asarray(timesteps)
+    if values.ndim != 1 or len(values) == 0:
+        raise ValueError(f"timesteps must be a list of at least one step, got shape {values.shape}.")
+    if values.dtype.kind not in "iu" and not (values.dtype.kind == "f" and (values == np.floor(values)).all()):
+        raise ValueError(f"timesteps must be integers, got {values.tolist()[:4]}.")
+    steps = values.astype(np.int64)
     if (np.diff(steps) >= 0).any():
         at = int(np.argmax(np.diff(steps) >= 0))
-        raise ValueError(f"timesteps must be in descending order, each once; {steps[at + 1]} follows {steps[at]}.")
+        raise ValueError(f"timesteps must be strictly descending; {steps[at + 1]} follows {steps[at]}.")
     if steps[-1] < 0 or steps[0] >= num_train_timesteps:
-        raise ValueError(f"timesteps must lie in [0, {num_train_timesteps}), got {steps[-1]} to {steps[0]}.")
+        raise ValueError(f"timesteps must be in [0, {num_train_timesteps}), got {steps[-1]} to {steps[0]}.")
     return steps
 
 
-def _whole(name: str, value: Any) -> int:
+def _integer(name: str, value: Any) -> int:
     if not isinstance(value, bool):
         try:
             return operator.index(value)
         except TypeError:
             pass
-    raise ValueError(f"{name}={value!r} must be a whole number.")
+    raise ValueError(f"{name}={value!r} must be an integer.")

@@ -1,11 +1,11 @@
-"""What one reverse step needs: its coefficients, its steps in one form, its noise.
+"""Parts of a reverse step: coefficients, timesteps in a common form, noise.
 
 Symbols, on the chain of the steps in use:
 
     x0, xt           as in :mod:`diffusers_ddpm_ext.diffusion.gaussian`
-    c0, ct           posterior_mean_coef1, posterior_mean_coef2: the mean one step back is ``c0 x0 + ct xt``
+    c0, ct           posterior_mean_coef1, posterior_mean_coef2: the posterior mean is ``c0 x0 + ct xt``
     sigma            square root of posterior_variance
-    small, large     variance of the exact posterior, and beta: the two ends that ``v_posterior`` mixes
+    small, large     variance of the exact posterior, and beta, between which ``v_posterior`` interpolates
 
 Sources: [DDPM] Ho et al. 2020, eqs. 6, 7, 15 and section 3.2; [iDDPM] Nichol & Dhariwal 2021, eq. 15.
 """
@@ -13,7 +13,7 @@ Sources: [DDPM] Ho et al. 2020, eqs. 6, 7, 15 and section 3.2; [iDDPM] Nichol & 
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -25,23 +25,35 @@ from diffusers_ddpm_ext.diffusion.schedule import MIN_VARIANCE, NoiseSchedule, T
 
 LEARNED_VARIANCES = ("learned", "learned_range")
 Generators = torch.Generator | list[torch.Generator] | None
-Row = tuple[float, float, float, float, float, float, float]
+Value = TypeVar("Value", float, Tensor)
 
 
-class ReverseSteps:
-    """The coefficients of every step of a chain.
+class StepCoefficients(NamedTuple, Generic[Value]):
+    """Coefficients of a reverse step: floats for a step that the batch shares, tensors for steps per sample."""
 
-    A row is ``(xt_to_x0, output_to_x0, c0, ct, sigma, log small, log large)``. For a step that the whole batch shares
-    it is Python floats, so that nothing is gathered and no tensor is read back; for steps per sample it is gathered.
+    xt_to_x0: Value
+    output_to_x0: Value
+    x0_to_mean: Value
+    xt_to_mean: Value
+    sigma: Value
+    log_small: Value
+    log_large: Value
+
+
+class ReverseCoefficients:
+    """Coefficients of every reverse step of a chain.
+
+    A step that the batch shares has Python floats, so that nothing is gathered and no tensor is read back; steps per
+    sample are gathered.
 
     Args:
         kept: the chain of the steps in use.
         num_train_timesteps: T of the full chain.
 
     Attributes:
-        last: the step after which the chain ends in x0 itself, so that it adds no noise.
+        last: the step after which the chain ends in x0, so that no noise is added.
         output_is_x0: whether the network predicts the sample.
-        rows: step -> row.
+        by_step: coefficients of each step.
     """
 
     def __init__(self, kept: NoiseSchedule, num_train_timesteps: int) -> None:
@@ -56,35 +68,37 @@ class ReverseSteps:
         log_small, log_large = np.log(np.maximum(small_variance(kept), MIN_VARIANCE)), np.log(kept.betas)
         c0, ct = kept.posterior_mean_coef1, kept.posterior_mean_coef2
         columns = np.stack([xt_to_x0, output_to_x0, c0, ct, sigma, log_small, log_large], axis=1)
-        usable = np.isfinite(columns).all(axis=1)  # at zero terminal SNR noise does not tell x0: that step is missing
+        usable = np.isfinite(columns).all(axis=1)  # without the last step of epsilon at zero terminal SNR
         self.last = int(kept.timesteps[0])
         self.output_is_x0 = kept.prediction_type == "sample"
-        self.rows: dict[int, Row] = {
-            t: tuple(row) for t, row in zip(kept.timesteps[usable].tolist(), columns[usable].tolist(), strict=True)
+        self.by_step: dict[int, StepCoefficients[float]] = {
+            t: StepCoefficients(*row)
+            for t, row in zip(kept.timesteps[usable].tolist(), columns[usable].tolist(), strict=True)
         }
         self._num_train_timesteps = num_train_timesteps
         self._tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
-    def row(self, t: int) -> Row:
-        """The row of one step.
+    def at(self, t: int) -> StepCoefficients[float]:
+        """Coefficients of one step.
 
         Raises:
-            ValueError: the chain does not keep it.
+            ValueError: it is not a step of the chain.
         """
         try:
-            return self.rows[t]
+            return self.by_step[t]
         except KeyError:
-            raise self._not_kept([t]) from None
+            raise self._not_in_chain([t]) from None
 
-    def gather(self, t: Tensor, like: Tensor) -> Tensor:
-        """The rows of one step per sample.
+    def gather(self, t: Tensor, like: Tensor) -> StepCoefficients[Tensor]:
+        """Coefficients of one step per sample.
 
         Args:
             t: steps, (B,), integer.
-            like: samples, (B, ...), whose device, precision and rank the result takes.
+            like: samples, (B, ...); the result takes their device, precision and number of dimensions.
 
         Returns:
-            (7, B, 1, ..., 1). Steps that the chain does not keep are NaN on an accelerator, where they are not read.
+            Tensors (B, 1, ..., 1). Steps that are not in the chain give NaN on an accelerator, where they are not
+            read.
 
         Raises:
             ValueError: ``t`` is not one step of the chain per sample.
@@ -92,20 +106,20 @@ class ReverseSteps:
         check_steps(t, like, self._num_train_timesteps)
         key = (t.device, like.dtype)
         if key not in self._tables:
-            table = np.full((self._num_train_timesteps, 7), np.nan)
-            table[list(self.rows)] = list(self.rows.values())
+            table = np.full((self._num_train_timesteps, len(StepCoefficients._fields)), np.nan)
+            table[list(self.by_step)] = list(self.by_step.values())
             self._tables[key] = torch.tensor(table, dtype=like.dtype, device=t.device)
         rows = self._tables[key][t]
         if t.device.type == "cpu" and rows.isnan().any():
-            raise self._not_kept([step for step in t.tolist() if step not in self.rows])
-        return rows.T.reshape(7, -1, *(1,) * (like.ndim - 1)).to(like.device)
+            raise self._not_in_chain([step for step in t.tolist() if step not in self.by_step])
+        return StepCoefficients(*rows.T.reshape(rows.shape[1], -1, *(1,) * (like.ndim - 1)).to(like.device))
 
-    def _not_kept(self, steps: list[int]) -> ValueError:
-        kept = list(self.rows)[::-1]
-        some = ", ".join(map(str, kept if len(kept) < 8 else [*kept[:3], "...", *kept[-3:]]))
+    def _not_in_chain(self, steps: list[int]) -> ValueError:
+        kept = list(self.by_step)[::-1]
+        in_use = ", ".join(map(str, kept if len(kept) < 8 else [*kept[:3], "...", *kept[-3:]]))
         return ValueError(
-            f"timestep {', '.join(map(str, steps[:4]))} is not a step of the chain in use ({some}): take steps from "
-            "scheduler.timesteps, or call set_timesteps with those you want. (With zero terminal SNR and "
+            f"timestep {', '.join(map(str, steps[:4]))} is not a step of the chain in use ({in_use}): take steps "
+            "from scheduler.timesteps, or call set_timesteps with those you want. (With zero terminal SNR and "
             "prediction_type='epsilon' the last step cannot be used.)"
         )
 
@@ -116,8 +130,8 @@ def small_variance(kept: NoiseSchedule) -> Table:
 
 
 def log_variance(variance_type: str, predicted: Tensor, log_small: Any, log_large: Any) -> Tensor:
-    """The log-variance that a network predicted: ``learned`` itself, ``learned_range`` as a place between the logs of
-    the two ends, from -1 to 1 ([iDDPM] eq. 15)."""
+    """Log-variance from a network's output: ``learned`` is the output itself, ``learned_range`` interpolates between
+    ``log_small`` (-1) and ``log_large`` (1) ([iDDPM] eq. 15)."""
     if variance_type == "learned":
         return predicted
     large = (predicted + 1) / 2
@@ -128,62 +142,62 @@ def draw_noise(like: Tensor, generator: Generators, scale: float = 1.0) -> Tenso
     """``scale`` times the standard normal noise that Diffusers' ``randn_tensor`` draws.
 
     Args:
-        like: whose shape, device and precision the noise takes.
-        generator: one for all, one per sample, or None. CPU generators serve every device.
+        like: the noise takes its shape, device and precision.
+        generator: one for all, one per sample, or None. CPU generators work for every device.
         scale: standard deviation.
 
     Raises:
-        ValueError: a list that does not hold one generator per sample.
+        ValueError: a list without one generator per sample.
     """
     if isinstance(generator, list):
         if len(generator) not in (1, like.shape[0]):
             raise ValueError(f"generator must hold one generator per sample ({like.shape[0]}), got {len(generator)}.")
     elif generator is None or like.is_cpu or generator.device.type == like.device.type:
-        # Cheaper than randn, and the scale costs no pass of its own. (empty_like would follow the strides of permuted
+        # Cheaper than randn, and scaling needs no extra pass. (empty_like would follow the strides of permuted
         # samples, and so give the same draws to other pixels.)
         return like.new_empty(like.shape).normal_(0, scale, generator=generator)
     return randn_tensor(like.shape, generator=generator, device=like.device, dtype=like.dtype).mul_(scale)
 
 
 def scaled_noise(
-    like: Tensor, generator: Generators, given: Tensor | None, dtype: torch.dtype, scale: float = 1.0
+    like: Tensor, generator: Generators, noise: Tensor | None, dtype: torch.dtype, scale: float = 1.0
 ) -> Tensor:
-    """A new tensor of ``scale`` times the noise that the caller gave, or else draws; of type ``dtype``.
+    """A new tensor of type ``dtype``: ``scale`` times the caller's ``noise``, or, if that is None, times new noise.
 
-    It is drawn in the precision of ``like``, the network's output, as in stock.
+    New noise is drawn in the precision of ``like``, the network's output, as Diffusers does.
     """
-    if given is not None:
-        return given.to(dtype) * scale
+    if noise is not None:
+        return noise.to(dtype) * scale
     if like.dtype is dtype:
         return draw_noise(like, generator, scale)
     return draw_noise(like, generator).to(dtype).mul_(scale)
 
 
-def shared_or_each(timestep: Any, samples: Tensor) -> int | Tensor:
-    """An int where the batch shares its step, else (B,). A step on an accelerator stays there: reading it stalls."""
+def normalize_timestep(timestep: Any, samples: Tensor) -> int | Tensor:
+    """An int if the batch shares its step, else (B,). A step on an accelerator stays there: reading it stalls."""
     if not isinstance(timestep, Tensor):
         return operator.index(timestep)
     if timestep.ndim == 0 and timestep.device.type == "cpu" and not timestep.is_floating_point():
         return int(timestep)
-    return for_each(timestep, samples)
+    return per_sample_timesteps(timestep, samples)
 
 
-def for_each(timesteps: Any, samples: Tensor) -> Tensor:
-    """One step per sample, from as many or from one for all."""
+def per_sample_timesteps(timesteps: Any, samples: Tensor) -> Tensor:
+    """One step per sample, from one per sample or one for all."""
     timesteps = torch.as_tensor(timesteps)
     return timesteps.reshape(-1).expand(samples.shape[0]) if timesteps.numel() == 1 else timesteps
 
 
 def split_variance(model_output: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
-    """The two halves of the channels: prediction and variance, each of ``sample``'s shape.
+    """Prediction and variance, the two halves of the channels, each of the shape of ``sample``.
 
     Raises:
-        ValueError: there are not twice as many channels as ``sample`` has.
+        ValueError: there are not twice as many channels as in ``sample``.
     """
     if sample.ndim < 2 or model_output.ndim != sample.ndim or model_output.shape[1] != 2 * sample.shape[1]:
         raise ValueError(
-            f"learned variances need model_output of twice sample's channels, got {tuple(model_output.shape)} for "
-            f"{tuple(sample.shape)}; for a network without them use variance_type='fixed_small'."
+            f"learned variances need a model_output with twice sample's channels, got {tuple(model_output.shape)} for "
+            f"{tuple(sample.shape)}; for a network without them set variance_type='fixed_small'."
         )
     output, variance = model_output.split(sample.shape[1], dim=1)
     return output, variance

@@ -1,16 +1,16 @@
-"""Noise schedules: betas by name, and the tables that follow from them.
+"""Noise schedules: betas by name, and the tables derived from them.
 
 Symbols, with t counted from 0 to T-1:
 
     b     betas              variance that step t adds
     a     1 - b
     A     alphas_cumprod     product of a over steps 0..t ("alpha bar" in [DDPM])
-    P     A of the step before, 1 at the first
+    P     A of the previous step, 1 at the first
     SNR   A / (1 - A)
     v     v_posterior        0: variance of the exact posterior, 1: variance of the forward step
 
-Everything is float64 and computed once. A float32 table is made by one cast at the end, never by float32 arithmetic,
-because ``1 - A / P`` cancels: float32 tables are wrong by up to 5e-4 at T = 1000.
+All tables are float64 and computed once. A float32 table is one cast at the end, never float32 arithmetic, because
+ ``1 - A / P`` cancels: float32 tables are wrong by up to 5e-4 at T = 1000.
 
 Sources: [DDPM] Ho et al. 2020, eqs. 2-7; [iDDPM] Nichol & Dhariwal 2021, eq. 17; [ZTSNR] Lin et al. 2023, algorithm 1.
 """
@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from diffusers_ddpm_ext.utils.vocabulary import BETA_SCHEDULES, PREDICTION_TYPES
+from diffusers_ddpm_ext.utils.vocabulary import BETA_SCHEDULES, PREDICTION_TYPES, BetaSchedule, PredictionType
 
 Table = npt.NDArray[np.float64]
 
@@ -45,7 +45,7 @@ TABLE_NAMES = (
 )
 MAX_BETA = 0.999
 LARGEST_LOG_SNR = 20.0  # clamp of the log-SNR, which is minus infinity at zero terminal SNR
-MIN_VARIANCE = 1e-20  # what the log of a variance of zero is taken of
+MIN_VARIANCE = 1e-20  # floor of a variance whose logarithm is taken
 
 
 def _betas_from_alpha_bar(alpha_bar: Callable[[float], float], num_train_timesteps: int) -> Table:
@@ -60,7 +60,7 @@ def _laplace_alpha_bar(u: float) -> float:
 
 
 def make_betas(
-    beta_schedule: str,
+    beta_schedule: BetaSchedule,
     num_train_timesteps: int,
     beta_start: float = 1e-4,
     beta_end: float = 0.02,
@@ -72,8 +72,8 @@ def make_betas(
         beta_schedule: ``linear``; ``scaled_linear`` (linear in the square root of beta); ``squaredcos_cap_v2``
             (cosine, [iDDPM] eq. 17, capped at 0.999); ``sigmoid``; ``laplace``; ``sqrt`` (square root of ``linear``).
         num_train_timesteps: T.
-        beta_start: first beta, in (0, 1); without effect on the cosine and ``laplace``.
-        beta_end: last beta, in (0, 1); likewise.
+        beta_start: first beta, in (0, 1); not used by the cosine and ``laplace``.
+        beta_end: last beta, in (0, 1); not used by the same two.
         cosine_s: offset of the cosine near t = 0, above 0.
 
     Returns:
@@ -85,7 +85,7 @@ def make_betas(
     if beta_schedule not in BETA_SCHEDULES:
         raise ValueError(
             f"beta_schedule={beta_schedule!r} is unknown: choose one of {', '.join(BETA_SCHEDULES)}, "
-            "or give the betas themselves as trained_betas."
+            "or pass the betas themselves as trained_betas."
         )
     _check_num_train_timesteps(num_train_timesteps)
     if beta_schedule == "laplace":
@@ -98,7 +98,7 @@ def make_betas(
         )
     for name, value in (("beta_start", beta_start), ("beta_end", beta_end)):
         if not 0 < value < 1:
-            raise ValueError(f"{name}={value!r} must lie between 0 and 1, both excluded; usual: 0.0001 to 0.02.")
+            raise ValueError(f"{name}={value!r} must be strictly between 0 and 1; usual values are 0.0001 to 0.02.")
     if beta_schedule == "linear":
         return np.linspace(beta_start, beta_end, num_train_timesteps)
     if beta_schedule == "scaled_linear":
@@ -110,7 +110,7 @@ def make_betas(
 
 
 def rescale_zero_terminal_snr(betas: Table) -> Table:
-    """Betas shifted and scaled so that the last step leaves no signal ([ZTSNR] algorithm 1).
+    """Betas shifted and scaled so that no signal is left after the last step ([ZTSNR] algorithm 1).
 
     Args:
         betas: float64, (T,), T >= 2.
@@ -119,7 +119,7 @@ def rescale_zero_terminal_snr(betas: Table) -> Table:
         float64 betas, (T,); the first is unchanged, the last is 1.
 
     Raises:
-        ValueError: T is 1, where the first step would have to be the last.
+        ValueError: T is 1.
     """
     if len(betas) < 2:
         raise ValueError("rescale_betas_zero_snr=True needs num_train_timesteps >= 2, got 1.")
@@ -131,7 +131,7 @@ def rescale_zero_terminal_snr(betas: Table) -> Table:
 
 def _check_num_train_timesteps(num_train_timesteps: Any) -> None:
     if isinstance(num_train_timesteps, bool) or not isinstance(num_train_timesteps, (int, np.integer)):
-        raise ValueError(f"num_train_timesteps={num_train_timesteps!r} must be a whole number of at least 1.")
+        raise ValueError(f"num_train_timesteps={num_train_timesteps!r} must be an integer of at least 1.")
     if num_train_timesteps < 1:
         raise ValueError(f"num_train_timesteps={num_train_timesteps} must be at least 1; the usual value is 1000.")
 
@@ -145,41 +145,41 @@ def _checked_betas(betas: Any) -> Table:
     if bad.any():
         t = int(np.argmax(bad))
         raise ValueError(
-            f"trained_betas: beta {table[t]} of step {t} must lie between 0 and 1, both excluded "
-            "(the last alone may be 1, for zero terminal SNR)."
+            f"trained_betas: beta {table[t]} of step {t} must be strictly between 0 and 1 "
+            "(only the last may be 1, for zero terminal SNR)."
         )
     return table
 
 
 def checked_v_posterior(v_posterior: Any, num_train_timesteps: int, name: str = "v_posterior") -> float | Table:
-    """The dial of the reverse variance, for all steps or for each.
+    """Interpolation weight of the reverse variance, checked: one for all steps or one per step.
 
     Args:
-        v_posterior: a number in [0, 1], or a list, array or tensor of one for each step.
+        v_posterior: a number in [0, 1], or a list, array or tensor of one per step.
         num_train_timesteps: T.
-        name: of the option, for the message.
+        name: name of the option, for the error message.
 
     Returns:
         A float, or a read-only float64 table (T,).
 
     Raises:
-        ValueError: it is neither, or leaves [0, 1].
+        ValueError: it is neither, or a value is outside [0, 1].
     """
-    is_bool = isinstance(v_posterior, (bool, str))
+    invalid = isinstance(v_posterior, (bool, str))
     try:
         values = np.array(v_posterior, dtype=np.float64)
     except (TypeError, ValueError):
-        is_bool, values = True, np.zeros(0)
-    if is_bool or values.shape not in ((), (num_train_timesteps,)):
-        shown = f"of shape {values.shape}" if values.ndim and not is_bool else f"{v_posterior!r}"
+        invalid, values = True, np.zeros(0)
+    if invalid or values.shape not in ((), (num_train_timesteps,)):
+        text = f"of shape {values.shape}" if values.ndim and not invalid else f"{v_posterior!r}"
         raise ValueError(
-            f"{name}={shown} must be a number in [0, 1], or one for each of the {num_train_timesteps} training steps."
+            f"{name}={text} must be a number in [0, 1], or one for each of the {num_train_timesteps} training steps."
         )
     bad = ~((values >= 0) & (values <= 1))
     if bad.any():
         where = f" at step {int(np.argmax(bad))}" if values.ndim else ""
         raise ValueError(
-            f"{name}={float(values.flat[np.argmax(bad)])!r}{where} must lie in [0, 1]: 0 is the posterior's variance, "
+            f"{name}={float(values.flat[np.argmax(bad)])!r}{where} must be in [0, 1]: 0 is the posterior's variance, "
             "1 the forward beta."
         )
     if values.ndim == 0:
@@ -188,7 +188,8 @@ def checked_v_posterior(v_posterior: Any, num_train_timesteps: int, name: str = 
     return values
 
 
-def _check_prediction_type(prediction_type: str) -> None:
+def check_prediction_type(prediction_type: str) -> None:
+    """Raise ValueError unless the prediction type is known."""
     if prediction_type not in PREDICTION_TYPES:
         raise ValueError(
             f"prediction_type={prediction_type!r} is unknown: choose one of {', '.join(PREDICTION_TYPES)} "
@@ -197,31 +198,30 @@ def _check_prediction_type(prediction_type: str) -> None:
 
 
 class NoiseSchedule:
-    """The tables of a discrete diffusion process, under the names that CompVis' ``register_schedule`` gives them.
+    """Tables of a discrete diffusion process, under the names of CompVis' ``register_schedule``.
 
     Args:
         num_train_timesteps: T, the number of steps.
         beta_start: first beta.
         beta_end: last beta.
         beta_schedule: a name of ``BETA_SCHEDULES``, with Diffusers' meaning.
-        trained_betas: the betas themselves, (T,); T is then their number, and the arguments above are not used.
+        trained_betas: the betas themselves, (T,); the arguments above are then not used.
         cosine_s: offset of ``squaredcos_cap_v2``.
         rescale_betas_zero_snr: whether the betas are rescaled to zero terminal SNR.
-        v_posterior: reverse variance ``(1 - v) * posterior + v * beta``, v in [0, 1]; one number, or (T,), one a step.
+        v_posterior: reverse variance ``(1 - v) * posterior + v * beta``, v in [0, 1]; one number, or (T,).
         prediction_type: what the network predicts; ``lvlb_weights`` depends on it.
-        v_decoder: (T,), the v of the first step of a chain that begins at each step, in place of its ``v_posterior``:
-            the variance with which data are read off, which only a likelihood sees.
+        v_decoder: (T,), one per step: the v that replaces ``v_posterior`` at a step if it is the first of the chain,
+            that is, the variance of the decoder. Only a likelihood uses it.
 
     Attributes:
         num_train_timesteps: number of steps of this chain; also ``len(schedule)``.
-        timesteps: int64, (K,), ascending: which steps of the full chain this one keeps (all of them, unless
-            :meth:`respaced`).
-        zero_terminal_snr: whether the last step leaves no signal.
+        timesteps: int64, (K,), ascending: steps of the full chain in this one (all of them, unless :meth:`respaced`).
+        zero_terminal_snr: whether no signal is left after the last step.
         alphas: ``1 - betas``.
         snr: ``A / (1 - A)``, the signal-to-noise ratio of variances.
         betas, alphas_cumprod, ..., lvlb_weights: the tables of ``TABLE_NAMES``, float64, (K,), read-only.
             ``lvlb_weights`` follows the published code, in its float32 operation order, so that it reproduces its
-            numbers; exact weights of the bound are in :mod:`diffusers_ddpm_ext.diffusion.weighting`.
+            values; exact weights of the bound are in :mod:`diffusers_ddpm_ext.diffusion.weighting`.
 
     Raises:
         ValueError: an argument is out of its range; the message names it and what is allowed.
@@ -248,13 +248,13 @@ class NoiseSchedule:
         num_train_timesteps: int = 1000,
         beta_start: float = 1e-4,
         beta_end: float = 0.02,
-        beta_schedule: str = "linear",
+        beta_schedule: BetaSchedule = "linear",
         trained_betas: Sequence[float] | npt.NDArray[Any] | None = None,
         *,
         cosine_s: float = 0.008,
         rescale_betas_zero_snr: bool = False,
         v_posterior: float | Sequence[float] | npt.NDArray[Any] = 0.0,
-        prediction_type: str = "epsilon",
+        prediction_type: PredictionType = "epsilon",
         v_decoder: Sequence[float] | npt.NDArray[Any] | None = None,
     ) -> None:
         if trained_betas is None:
@@ -266,9 +266,15 @@ class NoiseSchedule:
         self._fill(betas, abar, np.arange(len(betas)), v_posterior, prediction_type, v_decoder)
 
     def _fill(
-        self, betas: Table, abar: Table, timesteps: npt.NDArray[np.int64], v: Any, prediction_type: str, first: Any
+        self,
+        betas: Table,
+        abar: Table,
+        timesteps: npt.NDArray[np.int64],
+        v: Any,
+        prediction_type: PredictionType,
+        first: Any,
     ) -> None:
-        _check_prediction_type(prediction_type)
+        check_prediction_type(prediction_type)
         self.num_train_timesteps = len(betas)
         self.v_posterior = checked_v_posterior(v, len(betas))
         self.v_decoder: Table | None = None
@@ -276,13 +282,13 @@ class NoiseSchedule:
         if first is not None:
             table = checked_v_posterior(first, len(betas), "v_decoder")
             if isinstance(table, float):
-                raise ValueError(f"v_decoder={table!r} must hold one number for each of the {len(betas)} steps.")
+                raise ValueError(f"v_decoder={table!r} must be one number for each of the {len(betas)} steps.")
             self.v_decoder = table
             v = np.append(table[:1], v[1:])
         self.prediction_type = prediction_type
         self.zero_terminal_snr = bool(abar[-1] == 0)
         self.timesteps = timesteps
-        with np.errstate(divide="ignore"):  # zero terminal SNR: 1 / A is inf there, and so it should be
+        with np.errstate(divide="ignore"):  # zero terminal SNR: 1 / A is correctly inf
             tables = _tables(betas, abar, v)
             tables["lvlb_weights"] = _lvlb_weights(tables, prediction_type)
             tables["alphas"] = 1 - betas
@@ -297,14 +303,14 @@ class NoiseSchedule:
 
     def __repr__(self) -> str:
         v = self.v_posterior
-        shown = f"{v:g}" if isinstance(v, float) else f"{v.min():.3g} to {v.max():.3g}"
+        text = f"{v:g}" if isinstance(v, float) else f"{v.min():.3g} to {v.max():.3g}"
         return (
             f"NoiseSchedule({self.num_train_timesteps} steps, betas {self.betas[0]:.3g} to {self.betas[-1]:.3g}, "
-            f"v_posterior={shown}, prediction_type={self.prediction_type!r})"
+            f"v_posterior={text}, prediction_type={self.prediction_type!r})"
         )
 
-    def _derived(self, v: Any, prediction_type: str, first: Any, steps: Any = None) -> NoiseSchedule:
-        """The same chain, or that of ascending ``steps``, with these settings."""
+    def _derived(self, v: Any, prediction_type: PredictionType, first: Any, steps: Any = None) -> NoiseSchedule:
+        """This chain, or its ascending ``steps`` only, with other settings."""
         schedule = object.__new__(type(self))
         betas, abar, timesteps = self.betas, self.alphas_cumprod, self.timesteps
         if steps is not None and len(steps) < len(self):
@@ -314,27 +320,27 @@ class NoiseSchedule:
         return schedule
 
     def respaced(self, timesteps: Sequence[int] | npt.NDArray[Any]) -> NoiseSchedule:
-        """The chain that keeps only some steps ([iDDPM] section 4): their ``alphas_cumprod``, betas of their own.
+        """The chain of some of the steps ([iDDPM] section 4): same ``alphas_cumprod``, new betas.
 
         Args:
-            timesteps: the steps to keep, in any order: distinct whole numbers in [0, T).
+            timesteps: the steps to keep, in any order: distinct integers in [0, T).
 
         Returns:
-            A schedule of K steps in ascending order, ``timesteps`` naming the originals; the same ``v_posterior``,
-            applied to the new chain's variances (of one a step, those of the kept steps).
+            A schedule of K steps in ascending order, whose ``timesteps`` are the original ones. ``v_posterior`` (of
+            the kept steps, if it is one per step) applies to the new chain's variances.
 
         Raises:
-            ValueError: no step, a step twice, or one outside [0, T).
+            ValueError: no step, a duplicate, or one outside [0, T).
         """
         steps = np.sort(np.asarray(timesteps).astype(np.int64))
         if len(steps) == 0 or steps[0] < 0 or steps[-1] >= len(self) or (np.diff(steps) == 0).any():
-            raise ValueError(f"timesteps must be distinct whole numbers in [0, {len(self)}), at least one.")
+            raise ValueError(f"timesteps must be distinct integers in [0, {len(self)}), at least one.")
         v = self.v_posterior if isinstance(self.v_posterior, float) else self.v_posterior[steps]
         first = None if self.v_decoder is None else self.v_decoder[steps]
         return self._derived(v, self.prediction_type, first, steps)
 
-    def with_prediction_type(self, prediction_type: str) -> NoiseSchedule:
-        """The same chain for a network that predicts something else (it enters ``lvlb_weights`` alone)."""
+    def with_prediction_type(self, prediction_type: PredictionType) -> NoiseSchedule:
+        """The same chain for another prediction type, which only ``lvlb_weights`` depends on."""
         return self._derived(self.v_posterior, prediction_type, self.v_decoder)
 
     def with_v_posterior(
@@ -363,8 +369,8 @@ def _tables(b: Table, abar: Table, v: Table) -> dict[str, Table]:
     }
 
 
-def _lvlb_weights(tables: dict[str, Table], prediction_type: str) -> Table:
-    """CompVis' weights of the bound, to the bit: float32 arithmetic in the published order of operations.
+def _lvlb_weights(tables: dict[str, Table], prediction_type: PredictionType) -> Table:
+    """CompVis' weights of the bound, bit-exact: float32 arithmetic in the published order of operations.
 
     For ``sample`` the denominator is ``2 - A`` (the published ``2. * 1 - A``) and for ``v_prediction`` all are 1;
     neither is the bound's weight. Entry 0 repeats entry 1.
@@ -374,7 +380,7 @@ def _lvlb_weights(tables: dict[str, Table], prediction_type: str) -> Table:
     if prediction_type == "epsilon":
         a = (1 - tables["betas"]).astype(np.float32)
         if len(b) == 1:
-            variance = np.maximum(variance, b)  # one step has no second entry to repeat
+            variance = np.maximum(variance, b)  # a single step has no second entry to copy
         weights = b * b / (two * variance * a * (one - abar))
     elif prediction_type == "sample":
         weights = np.float32(0.5) * np.sqrt(abar) / (two - abar)

@@ -1,7 +1,7 @@
-"""The forward process under the names of CompVis' ``DDPM``: its tables and methods, for those who come from there.
+"""CompVis' names for the forward process: the tables and methods of its ``DDPM`` class.
 
-Shapes: ``x_start, x_t, noise, v`` are (B, ...); ``t`` is (B,), integer, counted on the chain of all T steps. Results
-are at least float32. The mathematics is in :mod:`diffusers_ddpm_ext.diffusion.gaussian`.
+Shapes: ``x_start, x_t, noise, v`` are (B, ...); ``t`` is (B,), integer, on the chain of all T steps. Results
+are at least float32. The maths is in :mod:`diffusers_ddpm_ext.diffusion.gaussian`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from diffusers_ddpm_ext.diffusion.schedule import NoiseSchedule
 
 
 class Float32Table:
-    """A table of ``scheduler.schedule`` as a float32 CPU tensor, cast when it is first read."""
+    """A table of ``scheduler.schedule`` as a float32 CPU tensor, cast when first read."""
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
@@ -26,12 +26,12 @@ class Float32Table:
         if scheduler is None:
             return self
         table = torch.tensor(getattr(scheduler.schedule, self.name), dtype=torch.float32)
-        scheduler.__dict__[self.name] = table  # found before this descriptor from now on
+        scheduler.__dict__[self.name] = table  # an instance attribute hides this descriptor
         return table
 
 
-class CompVisNames:
-    """What a class that holds a `NoiseSchedule` offers to CompVis' users."""
+class CompVisAPI:
+    """Mixin: CompVis' tables and methods for a class with a `NoiseSchedule`."""
 
     schedule: NoiseSchedule
 
@@ -50,28 +50,28 @@ class CompVisNames:
     posterior_mean_coef2 = Float32Table()
     lvlb_weights = Float32Table()
 
-    def forget_tables(self) -> None:
-        """Drop the cast tables; to be called when ``schedule`` is replaced."""
-        for name, member in vars(CompVisNames).items():
+    def clear_cached_tables(self) -> None:
+        """Drop the cast tables; called when ``schedule`` is replaced."""
+        for name, member in vars(CompVisAPI).items():
             if isinstance(member, Float32Table):
                 self.__dict__.pop(name, None)
 
     def q_sample(
         self, x_start: Tensor, t: Tensor, noise: Tensor | None = None, generator: Generators = None
     ) -> Tensor:
-        """Noise ``x_start`` to step t; ``noise`` is drawn from ``generator`` where it is not given."""
+        """Noise ``x_start`` to step t; ``noise`` is drawn from ``generator`` if it is None."""
         noise = draw_noise(x_start, generator) if noise is None else noise
         return gaussian.q_sample(self.schedule, x_start, noise, t)
 
     def q_mean_variance(self, x_start: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, variance and log-variance of x_t given ``x_start``."""
-        law = gaussian.q_mean_variance(self.schedule, x_start, t)
-        return law.mean, law.variance, law.log_variance
+        distribution = gaussian.q_mean_variance(self.schedule, x_start, t)
+        return distribution.mean, distribution.variance, distribution.log_variance
 
     def q_posterior(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, variance and clipped log-variance of x_{t-1} given ``x_start`` and ``x_t``."""
-        law = gaussian.posterior(self.schedule, x_start, x_t, t)
-        return law.mean, law.variance, law.log_variance
+        distribution = gaussian.posterior(self.schedule, x_start, x_t, t)
+        return distribution.mean, distribution.variance, distribution.log_variance
 
     def predict_start_from_noise(self, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x0 from x_t and the noise in it."""

@@ -1,9 +1,9 @@
-"""A noise schedule as a scheduler config that every Diffusers scheduler reads rightly.
+"""Scheduler configs: noise schedules and fitted values in a form that every Diffusers scheduler reads correctly.
 
 Two things can go wrong when a config is handed from one scheduler class to another:
 
-- the other class has no name for our betas. Then the config carries them as ``trained_betas`` too, beside their name;
-- a class drops the keys that were left at *its* defaults, and the next one fills in its own: other betas, silently.
+- the other class has no name for our betas. The config then has them as ``trained_betas``, in addition to their name;
+- a class drops the keys that are at *its* defaults, and the next class fills in its own: other betas, silently.
 
 Source: ``ConfigMixin.extract_init_dict`` of Diffusers, whose list of such keys is ``_use_default_values``.
 """
@@ -17,17 +17,18 @@ import numpy as np
 
 from diffusers_ddpm_ext.diffusion.respacing import custom_timesteps
 from diffusers_ddpm_ext.diffusion.schedule import checked_v_posterior, make_betas
+from diffusers_ddpm_ext.utils.vocabulary import BetaSchedule
 
 DEFAULT_NUM_TRAIN_TIMESTEPS = 1000
 DEFAULT_COSINE_S = 0.008
-# What the betas of a name are made of.
+# Keys that determine the betas of a named schedule.
 BETA_KEYS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "cosine_s")
-# What a trained network depends on.
+# Keys that a trained network depends on.
 PROCESS_KEYS = (*BETA_KEYS, "trained_betas", "rescale_betas_zero_snr", "prediction_type")
 
 
-def needs_betas(beta_schedule: str, cosine_s: float) -> bool:
-    """Whether some stock scheduler has no name for these betas, so that the config must carry them."""
+def needs_explicit_betas(beta_schedule: str, cosine_s: float) -> bool:
+    """Whether some stock scheduler has no name for these betas, so that the config must contain them."""
     if beta_schedule == "squaredcos_cap_v2":
         return cosine_s != DEFAULT_COSINE_S
     return beta_schedule not in ("linear", "scaled_linear")
@@ -37,45 +38,45 @@ def resolve_betas(
     num_train_timesteps: int,
     beta_start: float,
     beta_end: float,
-    beta_schedule: str,
+    beta_schedule: BetaSchedule,
     trained_betas: Any,
     cosine_s: float,
 ) -> tuple[int, list[float] | None]:
-    """What a config should say of the betas.
+    """Number of steps and explicit betas for a config.
 
     Args:
-        num_train_timesteps: T; at its default, the number of ``trained_betas`` where they are given.
+        num_train_timesteps: T; its default is replaced by the number of ``trained_betas``, if there are any.
         beta_start: first beta.
         beta_end: last beta.
-        beta_schedule: Diffusers' name.
+        beta_schedule: name in Diffusers.
         trained_betas: list, array or tensor, (T,), or None.
         cosine_s: offset of the cosine.
 
     Returns:
-        T, and the betas as a list of floats where the config must carry them, else None.
+        T, and the betas as a list of floats if the config must contain them, else None.
 
     Raises:
-        ValueError: T was given and is not the number of ``trained_betas``, or an argument is out of its range.
+        ValueError: T is neither the default nor the number of ``trained_betas``, or an argument is out of its range.
     """
     if trained_betas is not None:
-        betas = as_floats(trained_betas)
+        betas = as_float_list(trained_betas)
         if num_train_timesteps not in (DEFAULT_NUM_TRAIN_TIMESTEPS, len(betas)):
             raise ValueError(
                 f"num_train_timesteps={num_train_timesteps} contradicts the {len(betas)} trained_betas: leave "
                 "num_train_timesteps out, or pass as many betas."
             )
         return len(betas), betas
-    if needs_betas(beta_schedule, cosine_s):
+    if needs_explicit_betas(beta_schedule, cosine_s):
         named = make_betas(beta_schedule, num_train_timesteps, beta_start, beta_end, cosine_s)
         return num_train_timesteps, named.tolist()
     return num_train_timesteps, None
 
 
-def as_floats(values: Any, name: str = "trained_betas") -> list[float]:
-    """Betas or the like (list, array or tensor) as JSON can hold them: float64, exact also from float32.
+def as_float_list(values: Any, name: str = "trained_betas") -> list[float]:
+    """One value per step (list, array or tensor) as a JSON list: float64, exact also from float32.
 
     Raises:
-        ValueError: they are not a list of numbers.
+        ValueError: it is not a list of numbers.
     """
     try:
         table = np.asarray(values.tolist() if hasattr(values, "tolist") else values, dtype=np.float64)
@@ -86,16 +87,16 @@ def as_floats(values: Any, name: str = "trained_betas") -> list[float]:
     return table.tolist()
 
 
-def incoming(config: Mapping[str, Any], overridden: Collection[str]) -> dict[str, Any]:
-    """A config of this or another scheduler class, ready for ours.
+def normalize_config(config: Mapping[str, Any], overridden: Collection[str]) -> dict[str, Any]:
+    """A config of this or another scheduler class, prepared for ours.
 
     Args:
-        config: what the other scheduler's ``config`` holds.
-        overridden: names of the arguments that the caller sets anew.
+        config: ``config`` of the other scheduler.
+        overridden: names of the arguments that the caller replaces.
 
     Returns:
-        A copy that keeps what the network was trained with also where it is the other class's default, and forgets
-        carried betas when what they were made of is set anew.
+        A copy that keeps what the network was trained with even if it is the other class's default, and drops
+        explicit betas if the caller replaces a value that they were computed from.
     """
     config = dict(config)
     defaults = config.get("_use_default_values", [])
@@ -110,7 +111,7 @@ def incoming(config: Mapping[str, Any], overridden: Collection[str]) -> dict[str
 def _betas_follow_from_name(config: Mapping[str, Any]) -> bool:
     betas, name = config.get("trained_betas"), config.get("beta_schedule")
     cosine_s = config.get("cosine_s", DEFAULT_COSINE_S)
-    if betas is None or name is None or not needs_betas(name, cosine_s):
+    if betas is None or name is None or not needs_explicit_betas(name, cosine_s):
         return False
     try:
         named = make_betas(name, len(betas), config.get("beta_start", 1e-4), config.get("beta_end", 0.02), cosine_s)
@@ -119,25 +120,27 @@ def _betas_follow_from_name(config: Mapping[str, Any]) -> bool:
     return np.array_equal(named, np.asarray(betas, dtype=np.float64))
 
 
-def dial(name: str, value: Any) -> float | list[float]:
-    """``v_posterior`` or ``v_decoder`` as JSON can hold it; its range and length are checked with the tables."""
+def interpolation_weight(name: str, value: Any) -> float | list[float]:
+    """``v_posterior`` or ``v_decoder`` as a JSON value; the tables check its range and length."""
     if isinstance(value, (bool, str)) or np.ndim(value) == 0:
-        return float(checked_v_posterior(value, 1, name))  # a scalar gives a scalar
-    return as_floats(value, name)
+        return float(checked_v_posterior(value, 1, name))
+    return as_float_list(value, name)
 
 
-def checked_choices(choices: Any, num_train_timesteps: int) -> dict[str, list[int]] | None:
-    """``optimal_timesteps`` as JSON can hold it.
+def checked_optimal_timesteps(optimal_timesteps: Any, num_train_timesteps: int) -> dict[str, list[int]] | None:
+    """``optimal_timesteps`` as a JSON value, checked.
 
     Raises:
         ValueError: it is not a mapping from K to K descending steps.
     """
-    if choices is None:
+    if optimal_timesteps is None:
         return None
-    if not isinstance(choices, Mapping):
-        raise ValueError(f"optimal_timesteps={choices!r} must map a number of steps to the steps, or be None.")
+    if not isinstance(optimal_timesteps, Mapping):
+        raise ValueError(
+            f"optimal_timesteps={optimal_timesteps!r} must map a number of steps to the steps, or be None."
+        )
     checked = {}
-    for count, steps in choices.items():
+    for count, steps in optimal_timesteps.items():
         kept = custom_timesteps(list(steps), num_train_timesteps).tolist()
         if str(count) != str(len(kept)):
             raise ValueError(f"optimal_timesteps[{count!r}] holds {len(kept)} steps; it must hold {count}.")
@@ -145,8 +148,8 @@ def checked_choices(choices: Any, num_train_timesteps: int) -> dict[str, list[in
     return checked
 
 
-def ranges(known: Mapping[str, Any]) -> str:
-    """Numbers of steps as a person writes them: 1-4, 10."""
+def format_ranges(known: Mapping[str, Any]) -> str:
+    """The numbers of steps (keys) as ranges: 1-4, 10."""
     counts = sorted(map(int, known))
     starts = [k for k in counts if k - 1 not in counts]
     ends = [k for k in counts if k + 1 not in counts]

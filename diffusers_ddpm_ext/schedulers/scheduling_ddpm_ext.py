@@ -1,11 +1,11 @@
-"""The ancestral sampler of DDPM as a Diffusers scheduler, exact on every chain, with the methods CompVis' users know.
+"""DDPMExtScheduler: ancestral DDPM sampling, exact on every chain, with CompVis' tables and method names.
 
-Symbols, for the chain of the steps in use (all T of them, or the K kept by ``set_timesteps``):
+Symbols, on the chain in use (all T steps, or the K steps of ``set_timesteps``):
 
     x0, xt, eps, v   as in :mod:`diffusers_ddpm_ext.diffusion.gaussian`
-    c0, ct           posterior_mean_coef1, posterior_mean_coef2: the mean one step back is ``c0 x0 + ct xt``
+    c0, ct           posterior_mean_coef1, posterior_mean_coef2: the posterior mean is ``c0 x0 + ct xt``
     sigma            square root of posterior_variance
-    small, large     the variance of the exact posterior, and beta: the two ends that ``v_posterior`` mixes
+    small, large     variance of the exact posterior, and beta, between which ``v_posterior`` interpolates
 
 Sources: [DDPM] Ho et al. 2020, eqs. 6, 7, 15 and section 3.2; [iDDPM] Nichol & Dhariwal 2021, eq. 15 (learned_range)
 and section 4 (respacing); [Imagen] Saharia et al. 2022, section 2.3 (thresholding); [ZTSNR] Lin et al. 2023.
@@ -27,52 +27,63 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, Sch
 from torch import Tensor
 
 from diffusers_ddpm_ext.diffusion import gaussian
-from diffusers_ddpm_ext.diffusion.respacing import TIMESTEP_SPACINGS, custom_timesteps, spaced_timesteps
+from diffusers_ddpm_ext.diffusion.respacing import (
+    TIMESTEP_SPACINGS,
+    TimestepSpacing,
+    custom_timesteps,
+    spaced_timesteps,
+)
 from diffusers_ddpm_ext.diffusion.reverse_step import (
     LEARNED_VARIANCES,
     Generators,
-    ReverseSteps,
-    for_each,
+    ReverseCoefficients,
     log_variance,
+    normalize_timestep,
+    per_sample_timesteps,
     scaled_noise,
-    shared_or_each,
     small_variance,
     split_variance,
 )
 from diffusers_ddpm_ext.diffusion.schedule import MIN_VARIANCE, NoiseSchedule
-from diffusers_ddpm_ext.schedulers import config as stock_config
-from diffusers_ddpm_ext.schedulers.compvis_api import CompVisNames
+from diffusers_ddpm_ext.schedulers import config as scheduler_config
+from diffusers_ddpm_ext.schedulers.compvis_api import CompVisAPI
 from diffusers_ddpm_ext.schedulers.config import (
     DEFAULT_COSINE_S,
     DEFAULT_NUM_TRAIN_TIMESTEPS,
-    checked_choices,
-    dial,
-    ranges,
+    checked_optimal_timesteps,
+    format_ranges,
+    interpolation_weight,
 )
-from diffusers_ddpm_ext.utils.vocabulary import FROM_COMPVIS_BETA_SCHEDULE, VARIANCE_TYPES
+from diffusers_ddpm_ext.utils.vocabulary import (
+    FROM_COMPVIS_BETA_SCHEDULE,
+    VARIANCE_TYPES,
+    BetaSchedule,
+    PredictionType,
+    VarianceType,
+)
 
 Betas = Sequence[float] | npt.NDArray[Any] | Tensor
-NoiseSource = tuple[Tensor, Generators, Tensor | None]  # the network's output, generators, noise of the caller
+NoiseSource = tuple[Tensor, Generators, Tensor | None]  # the network's output, generators, the caller's noise
 
 
-class DDPMExtScheduler(CompVisNames, SchedulerMixin, ConfigMixin):
+class DDPMExtScheduler(CompVisAPI, SchedulerMixin, ConfigMixin):
     """``DDPMScheduler`` from float64 tables, with CompVis' ``v_posterior``, method names and tables.
 
-    Arguments that ``DDPMScheduler`` has mean the same here.
+    Arguments of ``DDPMScheduler`` have the same meaning.
 
     Args:
-        num_train_timesteps: T. Given ``trained_betas`` it is their number, and need not be said.
+        num_train_timesteps: T. With ``trained_betas`` it is their number and may be left out.
         beta_start: first beta.
         beta_end: last beta.
-        beta_schedule: ``linear``, ``scaled_linear``, ``squaredcos_cap_v2``, ``sigmoid``, ``laplace`` or ``sqrt``. What
-            not every Diffusers scheduler has a name for is carried in the config as ``trained_betas`` too.
+        beta_schedule: ``linear``, ``scaled_linear``, ``squaredcos_cap_v2``, ``sigmoid``, ``laplace`` or ``sqrt``.
+            Betas that some Diffusers scheduler has no name for are in the config as ``trained_betas``, too.
         trained_betas: the betas themselves: list, array or tensor, (T,).
         variance_type: ``fixed_small`` (posterior), ``fixed_large`` (beta), their ``_log`` forms (the same noise),
-            ``learned`` (second half of the model's channels is the log-variance) or ``learned_range`` (it mixes the
-            logs of small and large, -1 to 1).
+            ``learned`` (the second half of the model's channels is the log-variance) or ``learned_range`` (it
+            interpolates between the logs of small and large, from -1 to 1).
         clip_sample: whether the predicted x0 is clipped to ``clip_sample_range``.
         prediction_type: ``epsilon``, ``sample`` or ``v_prediction``.
-        thresholding: whether the predicted x0 is thresholded dynamically, instead of clipped.
+        thresholding: whether the predicted x0 is thresholded dynamically instead of clipped.
         dynamic_thresholding_ratio: which quantile of ``|x0|`` is the threshold.
         clip_sample_range: data units.
         sample_max_value: upper limit of the dynamic threshold.
@@ -81,18 +92,18 @@ class DDPMExtScheduler(CompVisNames, SchedulerMixin, ConfigMixin):
         steps_offset: added to the steps of ``leading``.
         rescale_betas_zero_snr: whether the betas are rescaled to zero terminal SNR; sampling then needs a network that
             predicts v or the sample.
-        v_posterior: reverse variance ``(1 - v) * small + v * large``, in [0, 1]: one number, or (T,), one a step, of
-            which a shorter chain takes those of the steps it keeps. It wins over ``fixed_small`` and ``fixed_large``;
-            None lets ``variance_type`` decide.
+        v_posterior: reverse variance ``(1 - v) * small + v * large``, in [0, 1]: one number, or (T,), one per step, of
+            which a shorter chain uses those of its steps. It overrides ``fixed_small`` and ``fixed_large``; with None
+            ``variance_type`` decides.
         cosine_s: offset of ``squaredcos_cap_v2``.
-        v_decoder: (T,), the v of the first step of a chain that begins at each step, in place of its ``v_posterior``.
-            Only a likelihood sees it: samples end in the mean.
+        v_decoder: (T,), one per step: the v that replaces ``v_posterior`` at a step if it is the first of the chain.
+            Only a likelihood uses it: sampling ends in the mean.
         optimal_timesteps: K as a string -> the K steps to keep, strictly descending, for
             ``set_timesteps(K, optimal=True)``; ``ddpm-ext fit-variance`` finds them.
 
     Attributes:
         schedule: the :class:`~diffusers_ddpm_ext.diffusion.schedule.NoiseSchedule` of all T steps.
-        kept: that of the steps in use; the same until ``set_timesteps``.
+        kept: the schedule of the steps in use; the same until ``set_timesteps``.
         timesteps: int64, (K,), descending, the steps in use.
         betas, alphas_cumprod, ..., lvlb_weights: CompVis' 13 tables of all T steps (and ``alphas``), float32, CPU.
 
@@ -109,16 +120,16 @@ class DDPMExtScheduler(CompVisNames, SchedulerMixin, ConfigMixin):
         num_train_timesteps: int = DEFAULT_NUM_TRAIN_TIMESTEPS,
         beta_start: float = 0.0001,
         beta_end: float = 0.02,
-        beta_schedule: str = "linear",
+        beta_schedule: BetaSchedule = "linear",
         trained_betas: Betas | None = None,
-        variance_type: str = "fixed_small",
+        variance_type: VarianceType = "fixed_small",
         clip_sample: bool = True,
-        prediction_type: str = "epsilon",
+        prediction_type: PredictionType = "epsilon",
         thresholding: bool = False,
         dynamic_thresholding_ratio: float = 0.995,
         clip_sample_range: float = 1.0,
         sample_max_value: float = 1.0,
-        timestep_spacing: str = "leading",
+        timestep_spacing: TimestepSpacing = "leading",
         steps_offset: int = 0,
         rescale_betas_zero_snr: bool = False,
         v_posterior: float | Betas | None = None,
@@ -130,26 +141,28 @@ class DDPMExtScheduler(CompVisNames, SchedulerMixin, ConfigMixin):
         _check_one_of("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS)
         if v_posterior is not None:
             if variance_type not in ("fixed_small", "fixed_large"):
-                shown = v_posterior if isinstance(v_posterior, (int, float)) else "[...]"
+                text = v_posterior if isinstance(v_posterior, (int, float)) else "[...]"
                 raise ValueError(
-                    f"v_posterior={shown} contradicts variance_type={variance_type!r}: leave v_posterior out, "
+                    f"v_posterior={text} contradicts variance_type={variance_type!r}: leave v_posterior out, "
                     "or leave variance_type at 'fixed_small'."
                 )
-            # What comes closest in a reader that does not know v_posterior.
-            variance_type = "fixed_small" if np.mean(dial("v_posterior", v_posterior)) < 0.5 else "fixed_large"
+            # The closest value for a reader that does not know v_posterior.
+            variance_type = (
+                "fixed_small" if np.mean(interpolation_weight("v_posterior", v_posterior)) < 0.5 else "fixed_large"
+            )
         self.register_to_config(
             variance_type=variance_type,
-            v_posterior=None if v_posterior is None else dial("v_posterior", v_posterior),
-            v_decoder=None if v_decoder is None else dial("v_decoder", v_decoder),
+            v_posterior=None if v_posterior is None else interpolation_weight("v_posterior", v_posterior),
+            v_decoder=None if v_decoder is None else interpolation_weight("v_decoder", v_decoder),
         )
         self._learned = variance_type in LEARNED_VARIANCES
         self.init_noise_sigma = 1.0
         self._set_process(
             num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, cosine_s, rescale_betas_zero_snr
         )
-        self.register_to_config(optimal_timesteps=checked_choices(optimal_timesteps, len(self.schedule)))
-        # Keys in this list are dropped when a config is handed to another class, which would then use its own
-        # defaults: other betas, silently.
+        self.register_to_config(optimal_timesteps=checked_optimal_timesteps(optimal_timesteps, len(self.schedule)))
+        # Keys in this list are dropped when another class reads the config, which would then use its own defaults:
+        # other betas, silently.
         self.register_to_config(_use_default_values=[])
 
     def _set_process(
@@ -157,13 +170,13 @@ class DDPMExtScheduler(CompVisNames, SchedulerMixin, ConfigMixin):
         num_train_timesteps: int,
         beta_start: float,
         beta_end: float,
-        beta_schedule: str,
+        beta_schedule: BetaSchedule,
         trained_betas: Betas | None,
         cosine_s: float,
         rescale_betas_zero_snr: bool,
     ) -> None:
-        """Make the tables, say in the config what they were made of, and keep every step."""
-        num_train_timesteps, trained_betas = stock_config.resolve_betas(
+        """Compute the tables, record their arguments in the config, and use every step."""
+        num_train_timesteps, trained_betas = scheduler_config.resolve_betas(
             num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, cosine_s
         )
         variance_type, v_posterior = self.config.variance_type, self.config.v_posterior
@@ -190,15 +203,15 @@ class DDPMExtScheduler(CompVisNames, SchedulerMixin, ConfigMixin):
             cosine_s=cosine_s,
             rescale_betas_zero_snr=rescale_betas_zero_snr,
         )
-        self.forget_tables()
+        self.clear_cached_tables()
         self.num_inference_steps: int | None = None
         self.custom_timesteps = False
-        self._keep(self.schedule.timesteps[::-1].copy())
+        self._use_steps(self.schedule.timesteps[::-1].copy())
 
-    def _keep(self, timesteps: npt.NDArray[np.int64], device: str | torch.device | None = None) -> None:
+    def _use_steps(self, timesteps: npt.NDArray[np.int64], device: str | torch.device | None = None) -> None:
         full = len(timesteps) == len(self.schedule)
         self.kept = self.schedule if full else self.schedule.respaced(timesteps)
-        self._steps = ReverseSteps(self.kept, len(self.schedule))
+        self._coefficients = ReverseCoefficients(self.kept, len(self.schedule))
         self.timesteps = torch.from_numpy(timesteps).to(device)
 
     # --- configs -----------------------------------------------------------------------------------------------------
@@ -207,8 +220,8 @@ class DDPMExtScheduler(CompVisNames, SchedulerMixin, ConfigMixin):
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """A scheduler from the config of this class or of a compatible one; ``kwargs`` override it.
 
-        What a network was trained with (betas, number of steps, what it predicts) is kept also where the other class
-        has it by default; of the rest, its defaults are replaced by ours, as everywhere in Diffusers.
+        What a network was trained with (betas, number of steps, prediction type) is kept even if it is the other
+        class's default; its other defaults are replaced by ours, as everywhere in Diffusers.
 
         Args:
             config: ``scheduler.config``, or a dict.
@@ -216,12 +229,12 @@ class DDPMExtScheduler(CompVisNames, SchedulerMixin, ConfigMixin):
             **kwargs: arguments of the constructor.
         """
         if isinstance(config, dict):
-            config = stock_config.incoming(config, kwargs)
+            config = scheduler_config.normalize_config(config, kwargs)
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As :meth:`SchedulerMixin.from_pretrained`: a folder or a Hub id, ``subfolder=`` and the rest."""
+        """As :meth:`SchedulerMixin.from_pretrained`, with the same arguments."""
         loaded = super().from_pretrained(*args, **kwargs)
         scheduler = loaded[0] if isinstance(loaded, tuple) else loaded
         scheduler._internal_dict = FrozenDict(
@@ -238,10 +251,10 @@ class DDPMExtScheduler(CompVisNames, SchedulerMixin, ConfigMixin):
         linear_end: float = 2e-2,
         cosine_s: float = DEFAULT_COSINE_S,
     ) -> None:
-        """Replace the schedule, in CompVis' words; the config follows, in Diffusers' words, and every step is in use.
+        """Replace the schedule by CompVis' arguments; the config gets Diffusers' names, and every step is in use.
 
-        ``v_posterior`` and ``prediction_type`` stay; ``rescale_betas_zero_snr``, which CompVis lacks, is switched off,
-        and ``v_decoder`` and ``optimal_timesteps``, which were fitted on the old schedule, are dropped.
+        ``v_posterior`` and ``prediction_type`` stay; ``rescale_betas_zero_snr``, which CompVis lacks, is turned off;
+        ``v_decoder`` and ``optimal_timesteps``, which were fitted to the old schedule, are dropped.
 
         Args:
             given_betas: the betas themselves, (T,); the other arguments are then not used.
@@ -253,7 +266,7 @@ class DDPMExtScheduler(CompVisNames, SchedulerMixin, ConfigMixin):
             cosine_s: offset of ``cosine``.
 
         Raises:
-            ValueError: the name is not one of CompVis', or a number is out of its range.
+            ValueError: the name is not one of CompVis', or a value is out of its range.
         """
         if beta_schedule not in FROM_COMPVIS_BETA_SCHEDULE:
             raise ValueError(
@@ -261,7 +274,7 @@ class DDPMExtScheduler(CompVisNames, SchedulerMixin, ConfigMixin):
                 "Diffusers' names belong in the constructor."
             )
         if given_betas is not None:
-            given_betas = stock_config.as_floats(given_betas)
+            given_betas = scheduler_config.as_float_list(given_betas)
             timesteps = len(given_betas)
         self.register_to_config(v_decoder=None, optimal_timesteps=None)
         self._set_process(
@@ -275,8 +288,8 @@ class DDPMExtScheduler(CompVisNames, SchedulerMixin, ConfigMixin):
         )
 
     @property
-    def variance_type(self) -> str:
-        """``config.variance_type``, where ``DDPMScheduler`` has it as well."""
+    def variance_type(self) -> VarianceType:
+        """``config.variance_type``, an attribute of ``DDPMScheduler``, too."""
         return self.config.variance_type
 
     def __len__(self) -> int:
@@ -291,20 +304,20 @@ class DDPMExtScheduler(CompVisNames, SchedulerMixin, ConfigMixin):
         timesteps: Sequence[int] | npt.NDArray[Any] | Tensor | None = None,
         optimal: bool = False,
     ) -> None:
-        """Choose the steps to sample with; the posterior becomes that of the chain of those steps.
+        """Choose the steps to sample with; the posterior is that of the chain of those steps.
 
         Args:
             num_inference_steps: K, in [1, T], placed by ``timestep_spacing``.
-            device: where ``scheduler.timesteps`` goes.
+            device: of ``scheduler.timesteps``.
             timesteps: the steps themselves instead, strictly descending, each in [0, T).
-            optimal: whether to take the K steps of ``config.optimal_timesteps`` instead of evenly spaced ones.
+            optimal: whether to use the K steps of ``config.optimal_timesteps`` instead of evenly spaced ones.
 
         Raises:
-            ValueError: both or none given, no optimal steps are known for K, K distinct steps in [0, T) do not come
-                out, or zero terminal SNR with ``epsilon``, where the first step would divide by zero.
+            ValueError: not exactly one of the two, no optimal steps are known for K, there are not K distinct steps
+                in [0, T), or zero terminal SNR with ``epsilon``, where the first step would divide by zero.
         """
         if (num_inference_steps is None) == (timesteps is None):
-            raise ValueError("set_timesteps takes one of num_inference_steps and timesteps, not both and not none.")
+            raise ValueError("set_timesteps takes exactly one of num_inference_steps and timesteps.")
         _check_terminal_snr(self.schedule)
         if optimal:
             steps = self._optimal_timesteps(num_inference_steps)
@@ -316,52 +329,52 @@ class DDPMExtScheduler(CompVisNames, SchedulerMixin, ConfigMixin):
             )
         self.num_inference_steps = len(steps)
         self.custom_timesteps = timesteps is not None
-        self._keep(steps, device)
+        self._use_steps(steps, device)
 
     def _optimal_timesteps(self, num_inference_steps: int | None) -> npt.NDArray[np.int64]:
         known = self.config.optimal_timesteps or {}
         if str(num_inference_steps) not in known:
-            have = f"known are those for {ranges(known)} steps" if known else "none are known"
+            available = f"known are those for {format_ranges(known)} steps" if known else "none are known"
             raise ValueError(
-                f"num_inference_steps={num_inference_steps} with optimal=True: {have}; find them with "
+                f"num_inference_steps={num_inference_steps} with optimal=True: {available}; find them with "
                 "`ddpm-ext fit-variance FOLDER`, or leave optimal out."
             )
         return np.array(known[str(num_inference_steps)], dtype=np.int64)
 
     def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
-        """``sample`` itself: nothing is scaled in DDPM."""
+        """Returns ``sample``: DDPM does not scale its input."""
         return sample
 
     def previous_timestep(self, timestep: int | Tensor) -> Tensor:
-        """The step that follows ``timestep`` on the way down, as a 0-dim tensor; -1 after the last.
+        """The next lower step of the chain as a 0-dim tensor; -1 after the last.
 
         Raises:
-            ValueError: the chain does not keep ``timestep``.
+            ValueError: ``timestep`` is not a step of the chain.
         """
         t = int(timestep)
         index = int(np.searchsorted(self.kept.timesteps, t))
         if index == len(self.kept) or self.kept.timesteps[index] != t:
-            self._steps.row(t)
+            self._coefficients.at(t)
         return torch.tensor(-1 if index == 0 else self.kept.timesteps[index - 1])
 
     def _get_variance(
-        self, t: int | Tensor, predicted_variance: Tensor | None = None, variance_type: str | None = None
+        self, t: int | Tensor, predicted_variance: Tensor | None = None, variance_type: VarianceType | None = None
     ) -> Tensor:
-        """What stock's method of this name returns for a step of the chain in use.
+        """Variance of a step of the chain in use, as returned by ``DDPMScheduler._get_variance``.
 
         Args:
             t: the step, an int or 0-dim tensor.
-            predicted_variance: what the network predicted, for learned variances.
-            variance_type: another type than the config's.
+            predicted_variance: the network's prediction, for learned variances.
+            variance_type: overrides the config's.
 
         Returns:
-            The variance; for ``fixed_small_log`` its square root, for ``fixed_large_log``, ``learned`` and
-            ``learned_range`` its log. A float64 0-dim tensor, or like ``predicted_variance``.
+            The variance; its square root for ``fixed_small_log``; its log for ``fixed_large_log``, ``learned`` and
+            ``learned_range``. A float64 0-dim tensor, or of the shape of ``predicted_variance``.
 
         Raises:
-            ValueError: the chain does not keep ``t``, or a prediction is missing.
+            ValueError: ``t`` is not a step of the chain, or a prediction is missing.
         """
-        *_, log_small, log_large = self._steps.row(int(t))
+        *_, log_small, log_large = self._coefficients.at(int(t))
         kind = variance_type or self.config.variance_type
         _check_one_of("variance_type", kind, VARIANCE_TYPES)
         if kind in LEARNED_VARIANCES:
@@ -389,33 +402,34 @@ class DDPMExtScheduler(CompVisNames, SchedulerMixin, ConfigMixin):
         return_dict: bool = True,
         variance_noise: Tensor | None = None,
     ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
-        """One step back: the network's output to x0, x0 to the posterior, and a draw from it.
+        """Reverse step: from the network's output to x0, to the posterior, and a sample from it.
 
         Args:
-            model_output: what the network returned for ``sample``, (B, C, ...); 2 C channels for learned variances.
-            timestep: the step of the whole batch, an int or 0-dim tensor; or one step per sample, (B,), integer.
+            model_output: the network's output for ``sample``, (B, C, ...); 2 C channels for learned variances.
+            timestep: one step for the batch, an int or 0-dim tensor; or one per sample, (B,), integer.
             sample: xt, (B, ...), data units.
-            generator: where the noise is drawn from; a list holds one for each sample.
-            return_dict: whether to return an output object rather than a tuple.
-            variance_noise: standard normal noise to use instead of drawing it, shape of ``sample``.
+            generator: of the noise; a list has one per sample.
+            return_dict: whether to return an output object instead of a tuple.
+            variance_noise: standard normal noise to use instead of new noise, shape of ``sample``.
 
         Returns:
-            ``prev_sample`` and ``pred_original_sample``, in the precision of ``sample`` (half types are computed in
-            float32). Samples at their last step get no noise.
+            ``prev_sample`` and ``pred_original_sample``, in the precision of ``sample`` (half precision is
+            computed in float32). The last step adds no noise.
 
         Raises:
-            ValueError: a step that the chain does not keep, or shapes that do not fit.
+            ValueError: a step that is not in the chain, or shapes that do not match.
         """
         if type(timestep) is not int:
-            timestep = shared_or_each(timestep, sample)
+            timestep = normalize_timestep(timestep, sample)
         variance = None
         if self._learned:
             model_output, variance = split_variance(model_output, sample)
         shape = sample.shape
         if model_output.shape != shape:
             raise ValueError(
-                f"model_output and sample must have one shape, got {tuple(model_output.shape)} and {tuple(shape)}; "
-                "a network that also predicts variances needs variance_type='learned' or 'learned_range'."
+                f"model_output and sample must have the same shape, got {tuple(model_output.shape)} and "
+                f"{tuple(shape)}; a network that also predicts variances needs variance_type='learned' or "
+                "'learned_range'."
             )
         if variance_noise is not None and variance_noise.shape != shape:
             raise ValueError(
@@ -428,26 +442,26 @@ class DDPMExtScheduler(CompVisNames, SchedulerMixin, ConfigMixin):
             sample, model_output = sample.to(exact), model_output.to(exact)
             variance = None if variance is None else variance.to(exact)
         if isinstance(timestep, Tensor):
-            previous, x0 = self._step_each(model_output, timestep, sample, variance, source)
+            previous, x0 = self._step_per_sample(model_output, timestep, sample, variance, source)
         else:
-            previous, x0 = self._step_together(model_output, timestep, sample, variance, source)
+            previous, x0 = self._step_batch(model_output, timestep, sample, variance, source)
         if dtype is not previous.dtype:
             previous, x0 = previous.to(dtype), x0.to(dtype)
         return DDPMSchedulerOutput(prev_sample=previous, pred_original_sample=x0) if return_dict else (previous, x0)
 
-    def _step_together(
+    def _step_batch(
         self, output: Tensor, t: int, xt: Tensor, variance: Tensor | None, source: NoiseSource
     ) -> tuple[Tensor, Tensor]:
-        """One step for the whole batch: Python floats times tensors, in place where the tensor is ours."""
-        steps = self._steps
-        xt_to_x0, output_to_x0, c0, ct, sigma, log_small, log_large = steps.row(t)
-        if steps.output_is_x0:
-            x0 = self._bounded(output, own=False)
+        """One step for the batch: Python floats times tensors, in place where the tensor is new."""
+        coefficients = self._coefficients
+        xt_to_x0, output_to_x0, c0, ct, sigma, log_small, log_large = coefficients.at(t)
+        if coefficients.output_is_x0:
+            x0 = self._clip_or_threshold(output, in_place=False)
         else:
-            x0 = self._bounded(xt.mul(xt_to_x0).add_(output, alpha=output_to_x0), own=True)
-        if t == steps.last:
+            x0 = self._clip_or_threshold(xt.mul(xt_to_x0).add_(output, alpha=output_to_x0), in_place=True)
+        if t == coefficients.last:
             if t > 0:
-                scaled_noise(*source, xt.dtype)  # drawn and dropped, so that the generator ends in stock's state
+                scaled_noise(*source, xt.dtype)  # discarded; the generator advances as in DDPMScheduler
             return xt.mul(ct).add_(x0, alpha=c0), x0
         if variance is None:
             previous = scaled_noise(*source, xt.dtype, sigma)
@@ -456,33 +470,33 @@ class DDPMExtScheduler(CompVisNames, SchedulerMixin, ConfigMixin):
             previous = scaled_noise(*source, xt.dtype).mul_(log_scale.exp_())
         return previous.add_(xt, alpha=ct).add_(x0, alpha=c0), x0
 
-    def _step_each(
+    def _step_per_sample(
         self, output: Tensor, t: Tensor, xt: Tensor, variance: Tensor | None, source: NoiseSource
     ) -> tuple[Tensor, Tensor]:
-        """One step for each sample, at its own place of the chain."""
-        xt_to_x0, output_to_x0, c0, ct, scale, log_small, log_large = self._steps.gather(t, xt)
-        if self._steps.output_is_x0:
-            x0 = self._bounded(output, own=False)
+        """One step per sample, each at its own timestep."""
+        xt_to_x0, output_to_x0, c0, ct, scale, log_small, log_large = self._coefficients.gather(t, xt)
+        if self._coefficients.output_is_x0:
+            x0 = self._clip_or_threshold(output, in_place=False)
         else:
-            x0 = self._bounded(xt_to_x0 * xt + output_to_x0 * output, own=True)
+            x0 = self._clip_or_threshold(xt_to_x0 * xt + output_to_x0 * output, in_place=True)
         if variance is not None:
-            ends = (t == self._steps.last).reshape(scale.shape).to(xt.device)
+            ends = (t == self._coefficients.last).reshape(scale.shape).to(xt.device)
             log_scale = log_variance(self.config.variance_type, variance, log_small, log_large).mul(0.5)
             scale = log_scale.exp().masked_fill(ends, 0)
         return c0 * x0 + ct * xt + scale * scaled_noise(*source, xt.dtype), x0
 
-    def _bounded(self, x0: Tensor, own: bool) -> Tensor:
-        """x0 within the range that the config allows; in place if the tensor is our ``own``."""
+    def _clip_or_threshold(self, x0: Tensor, in_place: bool) -> Tensor:
+        """x0 thresholded or clipped as configured; clipped in place if the tensor is not the caller's."""
         config = self.config
         if config.thresholding:
             return self._threshold_sample(x0)
         if not config.clip_sample:
             return x0
         limit = config.clip_sample_range
-        return x0.clamp_(-limit, limit) if own else x0.clamp(-limit, limit)
+        return x0.clamp_(-limit, limit) if in_place else x0.clamp(-limit, limit)
 
     def _threshold_sample(self, x0: Tensor) -> Tensor:
-        """Dynamic thresholding ([Imagen] section 2.3): clip to a quantile of ``|x0|``, at least 1, divide by it."""
+        """Dynamic thresholding ([Imagen] section 2.3): clip to a quantile of ``|x0|``, at least 1; divide by it."""
         flat = x0.flatten(1)
         limit = torch.quantile(flat.abs(), self.config.dynamic_thresholding_ratio, dim=1, keepdim=True)
         limit = limit.clamp(min=1, max=self.config.sample_max_value)
@@ -491,7 +505,7 @@ class DDPMExtScheduler(CompVisNames, SchedulerMixin, ConfigMixin):
     # --- the forward process -----------------------------------------------------------------------------------------
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Noise samples to their steps at once ([DDPM] eq. 4).
+        """Noise samples to their steps in closed form ([DDPM] eq. 4).
 
         Args:
             original_samples: x0, (B, ...), data units.
@@ -499,15 +513,16 @@ class DDPMExtScheduler(CompVisNames, SchedulerMixin, ConfigMixin):
             timesteps: integer, (B,), or one for all.
 
         Returns:
-            xt in the precision of ``original_samples``; half types are computed in float32, where the smallest noise
-            levels are still above zero.
+            xt in the precision of ``original_samples``; half precision is computed in float32, where the smallest
+            noise levels are still above zero.
         """
-        t = for_each(timesteps, original_samples)
+        t = per_sample_timesteps(timesteps, original_samples)
         return gaussian.q_sample(self.schedule, original_samples, noise, t).to(original_samples.dtype)
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """The velocity of samples x0 and their noise; shapes and precision as in :meth:`add_noise`."""
-        return gaussian.velocity(self.schedule, sample, noise, for_each(timesteps, sample)).to(sample.dtype)
+        """Velocity of samples x0 and their noise; shapes and precision as in :meth:`add_noise`."""
+        t = per_sample_timesteps(timesteps, sample)
+        return gaussian.velocity(self.schedule, sample, noise, t).to(sample.dtype)
 
 
 def _check_one_of(name: str, value: Any, allowed: Sequence[str]) -> None:
@@ -518,7 +533,7 @@ def _check_one_of(name: str, value: Any, allowed: Sequence[str]) -> None:
 def _check_terminal_snr(schedule: NoiseSchedule) -> None:
     if schedule.zero_terminal_snr and schedule.prediction_type == "epsilon":
         raise ValueError(
-            "prediction_type='epsilon' cannot sample a schedule of zero terminal SNR: its last step holds no signal "
-            "to recover from the noise. Use prediction_type='v_prediction' or 'sample' with a network trained so, or "
+            "prediction_type='epsilon' cannot sample a schedule of zero terminal SNR: its last step has no signal "
+            "to recover from the noise. Use prediction_type='v_prediction' or 'sample' trained that way, or "
             "rescale_betas_zero_snr=False."
         )

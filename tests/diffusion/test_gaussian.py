@@ -115,8 +115,8 @@ def test_coefficients_are_never_below_float32(dtype):
 @pytest.mark.parametrize(
     ("t", "named"),
     [
-        (torch.tensor([0.0, 1.0]), "whole numbers"),
-        (torch.tensor([True, False]), "whole numbers"),
+        (torch.tensor([0.0, 1.0]), "integers"),
+        (torch.tensor([True, False]), "integers"),
         (torch.tensor([0]), "one step per sample"),
         (torch.tensor(0), "one step per sample"),
         (torch.tensor([[0], [1]]), "one step per sample"),

@@ -87,9 +87,9 @@ def test_custom_steps_pass():
         ([1, 2], "descending"),
         ([100, 1], "in \\[0, 100\\)"),
         ([4, -1], "in \\[0, 100\\)"),
-        ([4.5, 1], "whole"),
-        (["a", "b"], "whole"),
-        ([float("nan")], "whole"),
+        ([4.5, 1], "integers"),
+        (["a", "b"], "integers"),
+        ([float("nan")], "integers"),
     ],
 )
 def test_custom_steps_refused(steps, said):

@@ -97,11 +97,11 @@ def test_wrong_shapes_are_refused():
     ours = DDPMExtScheduler()
     x, out = draws(2, 3, 4, 4)
     for bad, said in [
-        ({"model_output": out[:1]}, "one shape"),
+        ({"model_output": out[:1]}, "the same shape"),
         ({"model_output": torch.cat([out, out], 1)}, "variance_type='learned'"),
         ({"variance_noise": out[:1]}, "variance_noise must have"),
         ({"timestep": torch.tensor([1, 2, 3])}, "one step per sample"),
-        ({"timestep": torch.tensor([1.0, 2.0])}, "whole numbers"),
+        ({"timestep": torch.tensor([1.0, 2.0])}, "integers"),
     ]:
         with pytest.raises(ValueError, match=said):
             ours.step(**({"model_output": out, "timestep": 5, "sample": x} | bad))
