@@ -1,17 +1,16 @@
-"""Checkpoint folders that exist or do not: written whole, found, set aside, cleaned up, pruned.
+"""Checkpoint folders of a run: list, search, move aside, delete.
 
-    checkpoint-<step>/             whole, always: one rename brings it into being, as the very last act
-    .writing-<step>-<token>/       a checkpoint in the making; after a kill, rubbish
-    .deleting-<step>-<token>/      a checkpoint on its way out, under a name that nothing loads
-    .replaced-<step>-<token>/      the older of two checkpoints of one step, where two folders cannot swap names
-    aside-checkpoint-<step>/       set aside: never loaded, never deleted; aside-checkpoint-<step>.txt says why
+    checkpoint-<step>/             always complete: a rename, the last action of writing, creates it
+    .writing-<step>-<token>/       a checkpoint being written; garbage after a kill
+    .deleting-<step>-<token>/      a checkpoint being deleted, under a name that nothing loads
+    .replaced-<step>-<token>/      the older of two checkpoints of one step, if the system cannot exchange two names
+    aside-checkpoint-<step>/       moved aside: never loaded, never deleted; aside-checkpoint-<step>.txt says why
 
-One writer at a time: whoever writes, cleans, sets aside or prunes holds the folder's lock.
+One writer at a time: whoever writes, moves, cleans or deletes holds the folder's lock.
 """
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import secrets
@@ -21,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffusers_ddpm_ext.training.checkpoints.manifest import (
-    CHECKPOINT,
+    CHECKPOINT_NAME,
     MANIFEST,
     Checkpoint,
     DamagedCheckpoint,
@@ -29,18 +28,17 @@ from diffusers_ddpm_ext.training.checkpoints.manifest import (
 )
 from diffusers_ddpm_ext.utils.files import fsync_folder, remove_path
 
-ASIDE = "aside-"
-LEFTOVER = re.compile(r"\.(writing|deleting|replaced)-([0-9]+)-[0-9a-f]{8}", re.ASCII)
-NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)  # some network file systems cannot, and need not
+ASIDE_PREFIX = "aside-"
+LEFTOVER_NAME = re.compile(r"\.(writing|deleting|replaced)-([0-9]+)-[0-9a-f]{8}", re.ASCII)
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What `newest` found.
+    """Result of `newest`.
 
     Attributes:
-        checkpoint: the newest whole one, None if there is none.
-        damaged: folders newer than that, newest first, each with what is wrong with it.
+        checkpoint: the newest intact one, None if there is none.
+        damaged: folders newer than that, newest first, each with a description of the damage.
     """
 
     checkpoint: Checkpoint | None
@@ -48,38 +46,37 @@ class SearchResult:
 
 
 def checkpoint_step(path: Path) -> int | None:
-    """The step in the name of a checkpoint; None if this is no such name."""
-    named = CHECKPOINT.fullmatch(path.name)
-    return None if named is None else int(named[1])
+    """The step in the name of a checkpoint; None if it is not a checkpoint's name."""
+    match = CHECKPOINT_NAME.fullmatch(path.name)
+    return None if match is None else int(match[1])
 
 
 def list_checkpoints(parent: Path) -> list[Path]:
-    """Everything in a folder that is called ``checkpoint-<step>``, whole or not, oldest step first.
+    """List everything called ``checkpoint-<step>`` in a folder, intact or not.
 
     Args:
         parent: folder of the run; it need not exist.
 
     Returns:
-        Paths below it.
+        Their paths, oldest step first.
     """
     if not parent.is_dir():
         return []
-    found = ((checkpoint_step(path), path) for path in parent.iterdir())
-    return [path for _, path in sorted((step, path) for step, path in found if step is not None)]
+    entries = ((checkpoint_step(path), path) for path in parent.iterdir())
+    return [path for _, path in sorted((step, path) for step, path in entries if step is not None)]
 
 
 def newest(parent: Path) -> SearchResult:
-    """Find the newest checkpoint that is whole, reading every byte of it.
+    """Find the newest intact checkpoint, reading every byte of it. Nothing is changed.
 
     Args:
         parent: folder of the run.
 
     Returns:
-        The checkpoint, and what is wrong with each newer folder. Nothing is changed: `move_aside` those.
+        The checkpoint, and what is wrong with each newer folder. The caller may `move_aside` those.
 
     Raises:
-        NewerCheckpointFormat: a later version of this package wrote one that is newer than any intact one in our
-            format; ignoring it would lose work.
+        NewerCheckpointFormat: a later version of this package wrote a newer one; ignoring it would lose work.
         OSError: as `verify`.
     """
     damaged: list[tuple[Path, str]] = []
@@ -92,80 +89,81 @@ def newest(parent: Path) -> SearchResult:
 
 
 def move_aside(path: Path, reason: str) -> Path:
-    """Give a checkpoint a name under which nothing loads or deletes it, and write the reason beside it.
+    """Rename a checkpoint so that nothing loads or deletes it, and write the reason into a text file next to it.
 
     Args:
-        path: the folder (or whatever else bears a checkpoint's name).
+        path: the folder (or whatever has a checkpoint's name).
         reason: one sentence.
 
     Returns:
-        Where it is now.
+        Its new path.
 
     Raises:
         OSError: it cannot be renamed; the message names it and the way out.
     """
-    number, target = 1, path.with_name(f"{ASIDE}{path.name}")
+    number, target = 1, path.with_name(f"{ASIDE_PREFIX}{path.name}")
     while os.path.lexists(target) or os.path.lexists(f"{target}.txt"):
         number += 1
-        target = path.with_name(f"{ASIDE}{path.name}-{number}")
+        target = path.with_name(f"{ASIDE_PREFIX}{path.name}-{number}")
     try:
         os.rename(path, target)
     except OSError as error:
         raise OSError(
-            error.errno, f"{path} cannot be set aside ({error.strerror}): make {path.parent} writable, or move it away"
+            error.errno,
+            f"{path} cannot be moved aside ({error.strerror}): make {path.parent} writable, or move it away",
         ) from error
-    with suppress(OSError):  # a full disk: the name alone says enough
+    with suppress(OSError):  # a full disk: the new name alone is enough
         Path(f"{target}.txt").write_text(reason + "\n", encoding="utf-8")
     fsync_folder(path.parent)
     return target
 
 
 def move_newer_aside(parent: Path, step: int) -> list[Path]:
-    """Set aside every checkpoint of a later step, before a run goes on from an earlier one.
+    """Move every checkpoint of a later step aside, before a run resumes from an earlier one.
 
     Args:
         parent: folder of the run.
-        step: that the run goes on from.
+        step: that the run resumes from.
 
     Returns:
-        Where they are now, newest first.
+        Their new paths, newest first.
 
     Raises:
         OSError: as `move_aside`.
     """
     newer = [path for path in list_checkpoints(parent) if (checkpoint_step(path) or 0) > step]
-    return [move_aside(path, f"The run went on from step {step}.") for path in reversed(newer)]
+    return [move_aside(path, f"The run resumed from step {step}.") for path in reversed(newer)]
 
 
 def remove_leftovers(parent: Path) -> list[Path]:
-    """Remove what a run that died left half written or half deleted. Hold the folder's lock: nobody else is at work.
+    """Remove what a killed run left partly written or partly deleted. The caller holds the folder's lock.
+
+    A replaced checkpoint whose successor was never renamed gets its name back.
 
     Args:
         parent: folder of the run.
 
     Returns:
-        What is gone. A checkpoint whose successor never came has its name back instead.
+        The removed paths.
     """
-    gone = []
+    removed = []
     for path in sorted(parent.iterdir()) if parent.is_dir() else []:
-        left = LEFTOVER.fullmatch(path.name)
-        if left is None:
+        match = LEFTOVER_NAME.fullmatch(path.name)
+        if match is None:
             continue
-        named = parent / f"checkpoint-{left[2]}"
-        if left[1] == "replaced" and not os.path.lexists(named):
-            os.rename(path, named)
+        final = parent / f"checkpoint-{match[2]}"
+        if match[1] == "replaced" and not os.path.lexists(final):
+            os.rename(path, final)
             fsync_folder(parent)
             continue
         remove_path(path)
         if not os.path.lexists(path):
-            gone.append(path)
-    return gone
+            removed.append(path)
+    return removed
 
 
 def prune_checkpoints(parent: Path, total_limit: int, keep: Collection[int] = ()) -> list[Path]:
-    """Delete the oldest checkpoints beyond a number. Call it when the newest stands.
-
-    Each loses its name before its first file, so that a kill in between leaves no torn checkpoint.
+    """Delete the oldest checkpoints beyond a number. Call it after the newest one is complete.
 
     Args:
         parent: folder of the run.
@@ -173,26 +171,23 @@ def prune_checkpoints(parent: Path, total_limit: int, keep: Collection[int] = ()
         keep: steps that stay in any case and do not count.
 
     Returns:
-        The folders that are gone, oldest first. Folders without a manifest are not ours: they neither count nor go.
+        The deleted folders, oldest first. Folders without a manifest are not ours: not counted, not deleted.
 
     Raises:
         ValueError: ``total_limit`` is less than 1.
-        OSError: one cannot be renamed.
+        OSError: as `delete_checkpoint`.
     """
     if total_limit < 1:
         raise ValueError(f"total_limit {total_limit}: at least one checkpoint stays; use 1 or more")
-    ours = [
-        path for path in list_checkpoints(parent) if checkpoint_step(path) not in keep and (path / MANIFEST).is_file()
-    ]
-    gone = []
+    paths = list_checkpoints(parent)
+    ours = [path for path in paths if checkpoint_step(path) not in keep and (path / MANIFEST).is_file()]
     for path in ours[:-total_limit]:
         delete_checkpoint(path)
-        gone.append(path)
-    return gone
+    return ours[:-total_limit]
 
 
 def delete_checkpoint(path: Path) -> None:
-    """Delete a checkpoint, which loses its name before its first file.
+    """Delete a checkpoint. It is renamed first, so that a kill leaves no damaged checkpoint.
 
     Args:
         path: the folder.
@@ -200,7 +195,7 @@ def delete_checkpoint(path: Path) -> None:
     Raises:
         OSError: it cannot be renamed.
     """
-    doomed = path.with_name(f".deleting-{checkpoint_step(path)}-{secrets.token_hex(4)}")
-    os.rename(path, doomed)
+    leftover = path.with_name(f".deleting-{checkpoint_step(path)}-{secrets.token_hex(4)}")
+    os.rename(path, leftover)
     fsync_folder(path.parent)
-    remove_path(doomed)
+    remove_path(leftover)

@@ -1,4 +1,4 @@
-"""One run at a time in a folder."""
+"""Lock of a run's folder: one run at a time."""
 
 from __future__ import annotations
 
@@ -14,82 +14,82 @@ from types import TracebackType
 logger = logging.getLogger(__name__)
 
 LOCK = ".run.lock"
-TAKEN = (errno.EACCES, errno.EAGAIN)
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
-# Locks that this very process holds, by file: the system would grant it the same lock again, and take it away when any
-# descriptor of the file is closed. A forked child inherits the entry without the lock, hence the process id.
+LOCKED_BY_OTHER = (errno.EACCES, errno.EAGAIN)
+LOCKS_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
+# Locks that this process holds, by device and inode, with its process id: the system would grant it the same lock
+# again, and drop it as soon as any descriptor of the file is closed. A forked child inherits the entry, not the lock.
 _HELD: dict[tuple[int, int], int] = {}
 
 
 class FolderBusy(RuntimeError):
-    """Another run is at work in the folder."""
+    """Another run uses the folder."""
 
 
 class FolderLock:
-    """Holds a run's folder for this process, from `acquire` to `release` or to its death, however that comes.
+    """Lock of a run's folder for this process, from `acquire` to `release` or to the end of the process.
 
-    A record lock (``fcntl.lockf``): a forked data worker does not inherit it, so that it ends with its owner, where a
-    ``flock`` would stay until the last worker is gone.
+    A record lock (``fcntl.lockf``): a forked data worker does not inherit it, so it ends with its owner. A ``flock``
+    would be held until the last worker has ended.
     """
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / LOCK
         self._descriptor: int | None = None
         self._owner = 0
-        self._granted = False
+        self._locked = False
 
     def acquire(self) -> FolderLock:
-        """Take the folder.
+        """Lock the folder.
 
-        On a file system without locks a warning is logged and the run goes on without.
+        On a file system without locks a warning is logged and the run continues without one.
 
         Returns:
             This lock.
 
         Raises:
-            FolderBusy: another run, in this process or elsewhere, has it; the message names its process.
-            OSError: the folder cannot be written.
+            FolderBusy: another run, in this process or elsewhere, holds it; the message names its process.
+            OSError: the folder is not writable.
         """
         while True:
-            self._refuse_own()
+            self._check_own_process()
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             try:
-                self._granted = self._lock(descriptor)
+                self._locked = self._lock(descriptor)
             except BaseException:
                 os.close(descriptor)
                 raise
             if self._is_current(descriptor):
                 break
-            os.close(descriptor)  # its former owner removed the file between our opening and our locking it
+            os.close(descriptor)  # its previous owner removed the file after we opened and before we locked it
         self._descriptor, self._owner = descriptor, os.getpid()
-        if self._granted:
-            _HELD[_identity(descriptor)] = os.getpid()
-            with suppress(OSError):  # a full disk: then a second run is refused without a name
+        if self._locked:
+            _HELD[_file_id(descriptor)] = os.getpid()
+            with suppress(OSError):  # a full disk: a second run's error then cannot name this process
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
         return self
 
     def renew(self) -> None:
-        """Take the lock again: the system drops it when any part of this process opens and closes the file.
+        """Lock again: the system drops the lock when any code in this process opens and closes the file.
 
         Raises:
-            FolderBusy: another run took the folder meanwhile.
-            RuntimeError: the lock was never taken.
+            FolderBusy: another run locked the folder meanwhile.
+            RuntimeError: the lock was never acquired.
         """
         if self._descriptor is None:
             raise RuntimeError(f"{self.path} is not held: acquire it first")
         if not self._is_current(self._descriptor):
-            raise FolderBusy(f"{self.path} is gone: another run may be at work in {self.path.parent}")
-        if self._granted:
+            raise FolderBusy(f"{self.path} was removed: another run may be using {self.path.parent}")
+        if self._locked:
             self._lock(self._descriptor)
 
     def release(self) -> None:
-        """Give the folder back. In a forked child this does nothing: the lock is its parent's."""
+        """Unlock the folder. In a forked child this does nothing: the lock is its parent's."""
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is None or self._owner != os.getpid():
             return
-        if _HELD.pop(_identity(descriptor), None) and self._is_current(descriptor):
-            self.path.unlink(missing_ok=True)  # while it is locked: whoever waits for it looks again
+        if _HELD.pop(_file_id(descriptor), None) and self._is_current(descriptor):
+            self.path.unlink(missing_ok=True)  # while locked: whoever opened it meanwhile opens it again
         os.close(descriptor)
 
     def __enter__(self) -> FolderLock:
@@ -100,8 +100,8 @@ class FolderLock:
     ) -> None:
         self.release()
 
-    def _refuse_own(self) -> None:
-        """Look at the file without opening it: closing it again would end a lock that this process holds."""
+    def _check_own_process(self) -> None:
+        """Find a lock of this process without opening the file: closing it would drop that lock."""
         try:
             status = os.stat(self.path)
         except FileNotFoundError:
@@ -110,16 +110,16 @@ class FolderLock:
             raise self._busy(f"process {os.getpid()}, this one")
 
     def _lock(self, descriptor: int) -> bool:
-        """Lock the file; False, with a warning, where the file system cannot."""
+        """Lock the file; False, with a warning, if the file system has no locks."""
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno in TAKEN:
-                raise self._busy(_owner(descriptor)) from None
-            if error.errno not in NO_LOCKS:
+            if error.errno in LOCKED_BY_OTHER:
+                raise self._busy(_describe_owner(descriptor)) from None
+            if error.errno not in LOCKS_UNSUPPORTED:
                 raise
             logger.warning(
-                "%s cannot be locked on this file system (%s): see to it that no second run uses this folder.",
+                "%s cannot be locked on this file system (%s): make sure that no second run uses this folder.",
                 self.path.parent,
                 error.strerror,
             )
@@ -128,7 +128,7 @@ class FolderLock:
 
     def _busy(self, owner: str) -> FolderBusy:
         folder = self.path.parent
-        return FolderBusy(f"another run is at work in {folder} ({owner}): wait for it, end it, or name another folder")
+        return FolderBusy(f"another run uses {folder} ({owner}): wait for it, end it, or choose another folder")
 
     def _is_current(self, descriptor: int) -> bool:
         try:
@@ -137,14 +137,14 @@ class FolderLock:
             return False
 
 
-def _identity(descriptor: int) -> tuple[int, int]:
+def _file_id(descriptor: int) -> tuple[int, int]:
     status = os.fstat(descriptor)
     return status.st_dev, status.st_ino
 
 
-def _owner(descriptor: int) -> str:
-    words = os.pread(descriptor, 300, 0).decode("utf-8", "replace").split()
-    if not words:
+def _describe_owner(descriptor: int) -> str:
+    fields = os.pread(descriptor, 300, 0).decode("utf-8", "replace").split()
+    if not fields:
         return "its process is not known yet"
-    elsewhere = len(words) > 1 and words[1] != socket.gethostname()
-    return f"process {words[0]} on {words[1]}" if elsewhere else f"process {words[0]}"
+    remote = len(fields) > 1 and fields[1] != socket.gethostname()
+    return f"process {fields[0]} on {fields[1]}" if remote else f"process {fields[0]}"

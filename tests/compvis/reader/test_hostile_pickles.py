@@ -84,7 +84,7 @@ PLANT = """
     from pathlib import Path
     from helpers.hostile_pickles import PLANTED_NAMES, corpus
     from diffusers_ddpm_ext.training.checkpoints import folders as checkpoints
-    from diffusers_ddpm_ext.training.checkpoints.manifest import MANIFEST, FileDigest, encode_manifest, digest_file
+    from diffusers_ddpm_ext.training.checkpoints.manifest import MANIFEST, FileDigest, digest_file, encode_manifest
 
     CALLS = ("pickle.find_class", "marshal.loads", "exec", "compile", "os.system", "subprocess.Popen", "import")
     events = []
@@ -106,13 +106,13 @@ PLANT = """
             for way in ("stray", "damaged", "named"):
                 place.write_bytes(hostile.data)
                 with open(place, "rb", buffering=0) as file:
-                    facts = {"stray": {}, "damaged": {name: sound}, "named": {name: digest_file(file)}}[way]
+                    digests = {"stray": {}, "damaged": {name: sound}, "named": {name: digest_file(file)}}[way]
                 if name != MANIFEST:
-                    (parent / "checkpoint-8" / MANIFEST).write_bytes(encode_manifest(8, facts, {}))
+                    (parent / "checkpoint-8" / MANIFEST).write_bytes(encode_manifest(8, digests))
                 watching = True
                 found = checkpoints.newest(parent)
                 if found.checkpoint is not None and way == "named":
-                    assert found.checkpoint.read(name) == hostile.data
+                    assert (found.checkpoint.path / name).read_bytes() == hostile.data
                 watching = False
                 assert (found.checkpoint is None) == (way == "damaged" or name == MANIFEST), (name, hostile.name, way)
                 counts[way] += 1
@@ -144,31 +144,31 @@ STATE = """
     from helpers.state_cases import advance, small_run, small_task
     from diffusers_ddpm_ext.training.checkpoints import manifest
     from diffusers_ddpm_ext.training.checkpoints import snapshot
-    from diffusers_ddpm_ext.training.checkpoints.state import gather
+    from diffusers_ddpm_ext.training.checkpoints.state import capture_snapshot
 
     markers, folder = Path(sys.argv[1]), Path(sys.argv[2]) / "checkpoint-1"
     run = small_run(small_task())
     advance(run, 1)
     folder.mkdir(parents=True)
-    snapshot.write(gather(run.live, run.progress), folder)
+    snapshot.write_snapshot(capture_snapshot(run.live, run.progress), folder)
     sound = {path.name: path.read_bytes() for path in folder.iterdir()}
     refused = 0
     for name in sound:
         for hostile in corpus(markers):
             (folder / name).write_bytes(hostile.data)
-            facts = {}
+            digests = {}
             for path in folder.iterdir():
                 if path.name != manifest.MANIFEST:
                     with open(path, "rb", buffering=0) as file:
-                        facts[path.name] = manifest.digest_file(file)
-            (folder / manifest.MANIFEST).write_bytes(manifest.encode_manifest(1, facts, {}))
+                        digests[path.name] = manifest.digest_file(file)
+            (folder / manifest.MANIFEST).write_bytes(manifest.encode_manifest(1, digests))
             manifest.verify(folder)  # its checksums are right: the one who planted it could count
             try:
-                snapshot.read(folder)
+                snapshot.read_snapshot(folder)
             except ValueError as error:
                 refused += name in str(error)
         (folder / name).write_bytes(sound[name])
-    snapshot.read(folder)
+    snapshot.read_snapshot(folder)
     print(len(sound), refused, [path.name for path in markers.iterdir()])
     """
 

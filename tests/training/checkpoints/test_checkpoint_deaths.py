@@ -1,4 +1,4 @@
-"""Whatever ends a process or refuses a write: every checkpoint that stood still stands, and none is torn."""
+"""A killed process or a refused write loses no existing checkpoint and leaves no incomplete one."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ from diffusers_ddpm_ext.utils import files
 def run(tmp_path: Path) -> Path:
     """The folder of a run with checkpoints of steps 4, 8 and 12."""
     for step in (4, 8, 12):
-        write_checkpoint(tmp_path, step, fill, {"seed": 7})
+        write_checkpoint(tmp_path, step, fill)
     return tmp_path
 
 
-# ---- a disk that is full or closed
+# ---- a full or read-only disk
 
 
-def test_a_disk_that_refuses_loses_nothing(run):
-    """The system's limit on file sizes (RLIMIT_FSIZE) stands in for a full disk: one class, one sentence."""
+def test_a_refused_write_loses_nothing(run):
+    """The system's limit on file sizes (RLIMIT_FSIZE) replaces a full disk: one exception class, one sentence."""
     script = """
         import resource, sys
         from pathlib import Path
@@ -74,13 +74,13 @@ def test_a_disk_that_refuses_loses_nothing(run):
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 1 MB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)]
+    mount_point = tmp_path / "disk"
+    mount_point.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(mount_point)]
     if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("a small file system takes the right to mount one")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
+        pytest.skip("mounting a small file system is not permitted")
+    yield mount_point
+    subprocess.run(["umount", str(mount_point)], check=True)
 
 
 def test_a_full_disk_loses_nothing(small_disk):
@@ -91,29 +91,29 @@ def test_a_full_disk_loses_nothing(small_disk):
         assert caught.value.errno == errno.ENOSPC
     assert names(small_disk) == ["checkpoint-4"]
     assert verify(small_disk / "checkpoint-4").step == 4
-    move_aside(small_disk / "checkpoint-4", "no room for this sentence")
+    move_aside(small_disk / "checkpoint-4", "this sentence does not fit on the disk")
     write_checkpoint(small_disk, 12, lambda folder: fill(folder, {"x": b"x" * 300_000}))
     assert newest(small_disk).checkpoint is not None
 
 
-def test_a_disk_that_is_read_only(small_disk):
+def test_a_read_only_disk_is_named(small_disk):
     write_checkpoint(small_disk, 4, fill)
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     with pytest.raises(CheckpointNotWritten, match=r"checkpoint-8 could not be written \(Read-only file system\)"):
         write_checkpoint(small_disk, 8, fill)
-    with pytest.raises(OSError, match="checkpoint-4 cannot be set aside"):
-        move_aside(small_disk / "checkpoint-4", "torn")
-    found = newest(small_disk).checkpoint
-    assert found is not None
-    assert found.step == 4
+    with pytest.raises(OSError, match="checkpoint-4 cannot be moved aside"):
+        move_aside(small_disk / "checkpoint-4", "damaged")
+    checkpoint = newest(small_disk).checkpoint
+    assert checkpoint is not None
+    assert checkpoint.step == 4
 
 
-def test_a_full_disk_in_the_words_of_safetensors(tmp_path):
-    """That library raises its own class; another fault of its own is not taken for a full disk."""
+def test_a_full_disk_reported_by_safetensors(tmp_path):
+    """That library raises its own class; its other errors are not reported as a full disk."""
 
-    def fail(words: str):
+    def fail(message: str):
         def fill(folder: Path) -> None:
-            raise SafetensorError(words)
+            raise SafetensorError(message)
 
         return fill
 
@@ -125,7 +125,7 @@ def test_a_full_disk_in_the_words_of_safetensors(tmp_path):
     assert names(tmp_path) == []
 
 
-def test_a_folder_that_is_missing_or_closed(tmp_path):
+def test_a_missing_parent_folder_is_named(tmp_path):
     with pytest.raises(CheckpointNotWritten, match="No such file"):
         write_checkpoint(tmp_path / "nothing", 4, fill)
     (tmp_path / "file").write_bytes(b"")
@@ -134,17 +134,17 @@ def test_a_folder_that_is_missing_or_closed(tmp_path):
 
 
 @pytest.mark.parametrize("failing", ["fsync", "rename"])
-def test_each_refused_call_leaves_the_older_ones(run, monkeypatch, failing):
-    """The n-th call fails with an error of the disk, for every n that there is."""
+def test_each_refused_call_leaves_the_older_checkpoints(run, monkeypatch, failing):
+    """The n-th call fails with a disk error, for every n."""
     real, calls = getattr(os, failing), 0
-    monkeypatch.setattr(files, "_exchange", lambda one, other: False)
-    for deadly in range(1, 50):
+    monkeypatch.setattr(files, "_exchange", lambda first, second: False)
+    for failing_call in range(1, 50):
         calls = 0
 
-        def refuse(*arguments: object, deadly: int = deadly) -> None:
+        def refuse(*arguments: object, failing_call: int = failing_call) -> None:
             nonlocal calls
             calls += 1
-            if calls == deadly:
+            if calls == failing_call:
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
             real(*arguments)
 
@@ -158,27 +158,27 @@ def test_each_refused_call_leaves_the_older_ones(run, monkeypatch, failing):
         assert [verify(path).step for path in list_checkpoints(run)] == [4, 8, 12]
         remove_leftovers(run)
         assert names(run) == ["checkpoint-12", "checkpoint-4", "checkpoint-8"]
-    assert deadly > (5 if failing == "fsync" else 2)
+    assert failing_call > (5 if failing == "fsync" else 2)
 
 
 # ---- kill -9
 
-# Each call into the system that changes a file system, counted; the process dies before the n-th.
-DIE = """
+# Counts the system calls that change a file system and kills the process before the n-th.
+KILL_BEFORE_EACH_CALL = """
     import os, signal, sys
     from pathlib import Path
-    from diffusers_ddpm_ext.utils import files
     from diffusers_ddpm_ext.training.checkpoints.folders import list_checkpoints, prune_checkpoints, remove_leftovers
     from diffusers_ddpm_ext.training.checkpoints.manifest import verify
     from diffusers_ddpm_ext.training.checkpoints.writer import write_checkpoint
+    from diffusers_ddpm_ext.utils import files
 
     CALLS = ("open", "write", "fsync", "rename", "mkdir", "rmdir", "unlink")
     if sys.argv[2] == "rename":
-        files._exchange = lambda one, other: False
+        files._exchange = lambda first, second: False
 
-    def die_at(deadly):
-        left = deadly
-        def deadly_call(real):
+    def die_at(number):
+        left = number
+        def counted(real):
             def call(*arguments, **keywords):
                 nonlocal left
                 left -= 1
@@ -187,17 +187,17 @@ DIE = """
                 return real(*arguments, **keywords)
             return call
         for name in CALLS:
-            setattr(os, name, deadly_call(getattr(os, name)))
-        files._exchange = deadly_call(files._exchange)
+            setattr(os, name, counted(getattr(os, name)))
+        files._exchange = counted(files._exchange)
 
-    def fill(mark):
+    def fill(data):
         def write(folder):
             os.mkdir(folder / "unet")
             for name in ("a", "unet/b"):
-                at = os.open(folder / name, os.O_WRONLY | os.O_CREAT)
+                descriptor = os.open(folder / name, os.O_WRONLY | os.O_CREAT)
                 for _ in range(3):
-                    os.write(at, mark * 500)
-                os.close(at)
+                    os.write(descriptor, data * 500)
+                os.close(descriptor)
         return write
 
     def reset(parent):
@@ -223,37 +223,38 @@ DIE = """
             break
         deaths += 1
         steps = []
-        for turn in ("as it lies", "cleaned"):
-            if turn == "cleaned":
+        for state in ("untouched", "cleaned"):
+            if state == "cleaned":
                 remove_leftovers(parent)
                 assert all(path in list_checkpoints(parent) for path in parent.iterdir()), sorted(parent.iterdir())
-            found = [verify(path) for path in list_checkpoints(parent)]  # none is torn
-            steps = [checkpoint.step for checkpoint in found]
-            assert {checkpoint.read("a") for checkpoint in found} <= {b"old" * 1500, b"new" * 1500}
-            if turn == "cleaned" or sys.argv[2] == "exchange":
-                assert steps[-1] >= 8, steps  # nothing goes backwards
+            checkpoints = [verify(path) for path in list_checkpoints(parent)]  # none is damaged
+            steps = [checkpoint.step for checkpoint in checkpoints]
+            contents = {(checkpoint.path / "a").read_bytes() for checkpoint in checkpoints}
+            assert contents <= {b"old" * 1500, b"new" * 1500}
+            if state == "cleaned" or sys.argv[2] == "exchange":
+                assert steps[-1] >= 8, steps  # the newest step never decreases
         after.add(tuple(steps))
     print(deaths, sorted(after))
     """
 
 
 @pytest.fixture
-def swift_path(tmp_path):
-    """In memory where there is such a place: to wait for a disk shows nothing about a killed process."""
+def memory_path(tmp_path):
+    """A folder in memory if there is one: waiting for a disk proves nothing about a killed process."""
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else tmp_path) as name:
         yield Path(name)
 
 
-@pytest.mark.parametrize("how", ["exchange", "rename"])
-def test_killed_before_every_single_call(swift_path, how):
-    """Replacing a step, writing a new one and pruning: whichever call is the last, no folder is torn or lost."""
-    place, other = swift_path / "run", swift_path / "other"
-    place.mkdir()
+@pytest.mark.parametrize("method", ["exchange", "rename"])
+def test_killed_before_every_single_call(memory_path, method):
+    """While replacing a step, writing a new one and pruning, no kill damages or loses a checkpoint."""
+    folder, other = memory_path / "run", memory_path / "other"
+    folder.mkdir()
     other.mkdir()
-    if how == "exchange" and not files._exchange(place, other):
-        pytest.skip("folders cannot swap names on this file system")
-    result = run_script(DIE, place, how)
+    if method == "exchange" and not files._exchange(folder, other):
+        pytest.skip("this file system cannot exchange two names")
+    result = run_script(KILL_BEFORE_EACH_CALL, folder, method)
     assert result.returncode == 0, result.stderr
     deaths, outcomes = result.stdout.split(maxsplit=1)
     assert int(deaths) > 60
@@ -261,7 +262,7 @@ def test_killed_before_every_single_call(swift_path, how):
 
 
 def test_killed_at_random_moments(tmp_path):
-    """A writer that never rests, and a clock that knows nothing of it; each life goes on where the last one ended."""
+    """A process that writes without pause is killed at random times; the next one resumes at its last checkpoint."""
     script = """
         import sys
         from pathlib import Path
@@ -270,9 +271,9 @@ def test_killed_at_random_moments(tmp_path):
         from diffusers_ddpm_ext.training.checkpoints.writer import write_checkpoint
         with FolderLock(Path(sys.argv[1])):
             remove_leftovers(Path(sys.argv[1]))
-            found = newest(Path(sys.argv[1]))
-            assert not found.damaged, found.damaged
-            step = found.checkpoint.step if found.checkpoint else 0
+            result = newest(Path(sys.argv[1]))
+            assert not result.damaged, result.damaged
+            step = result.checkpoint.step if result.checkpoint else 0
             print(step, flush=True)
             while True:
                 step += 1
@@ -280,7 +281,7 @@ def test_killed_at_random_moments(tmp_path):
                 prune_checkpoints(Path(sys.argv[1]), 1 + step % 2)
                 print(step, flush=True)
         """
-    clock, last = random.Random(0), 0
+    generator, last = random.Random(0), 0
     for _ in range(12):
         process = subprocess.Popen(
             [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)],
@@ -292,7 +293,7 @@ def test_killed_at_random_moments(tmp_path):
         first = int(process.stdout.readline())
         assert first >= last, "a finished checkpoint was lost"
         try:
-            process.wait(clock.uniform(0.0, 0.2))
+            process.wait(generator.uniform(0.0, 0.2))
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
         rest = process.communicate()[0].split()

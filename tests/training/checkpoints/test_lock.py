@@ -1,4 +1,4 @@
-"""One run at a time in a folder, and none that is dead."""
+"""One run at a time in a folder; a dead run holds no lock."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ lock.release()
 
 
 @contextmanager
-def holder(folder: Path, *words: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """Another process that holds the folder, and the line it said when it did."""
+def holder(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Another process that holds the lock, and the line it printed once it did."""
     process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(folder), *words],
+        [sys.executable, "-c", HOLD, str(folder), *options],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -56,18 +56,16 @@ def holder(folder: Path, *words: str) -> Iterator[tuple[subprocess.Popen[str], s
 
 
 def is_free(folder: Path) -> bool:
-    """Asked from outside: this process would be granted a lock that it holds."""
+    """Tested in another process: the system would grant this one a lock that it holds."""
     script = HOLD.replace("sys.stdin.readline()", "")
     command = [sys.executable, "-c", script, str(folder)]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.run(command, env=env, capture_output=True, check=False).returncode == 0
 
 
-def test_a_second_run_is_refused_by_name(tmp_path):
+def test_a_second_run_is_refused_and_the_first_named(tmp_path):
     with holder(tmp_path) as (process, _):
-        with pytest.raises(
-            FolderBusy, match=rf"another run is at work in .* \(process {process.pid}\): wait"
-        ) as caught:
+        with pytest.raises(FolderBusy, match=rf"another run uses .* \(process {process.pid}\): wait") as caught:
             FolderLock(tmp_path).acquire()
         assert "\n" not in str(caught.value)
         process.communicate("done\n")
@@ -77,7 +75,7 @@ def test_a_second_run_is_refused_by_name(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_death_sets_the_folder_free(tmp_path):
+def test_the_lock_ends_with_its_process(tmp_path):
     with holder(tmp_path) as (process, _):
         process.kill()
         process.wait()
@@ -86,13 +84,13 @@ def test_death_sets_the_folder_free(tmp_path):
             pass
 
 
-def test_a_worker_that_outlives_its_owner_holds_nothing(tmp_path):
-    """The owner is killed, its forked worker sleeps on with every descriptor open: a flock would still be held."""
+def test_a_worker_that_outlives_its_owner_holds_no_lock(tmp_path):
+    """The owner is killed, its forked worker keeps every descriptor open: a flock would still be held."""
     with holder(tmp_path, "worker") as (process, worker):
         try:
             process.kill()
             process.wait()
-            os.kill(int(worker), 0)  # it lives
+            os.kill(int(worker), 0)  # it is alive
             with FolderLock(tmp_path):
                 pass
         finally:
@@ -100,7 +98,7 @@ def test_a_worker_that_outlives_its_owner_holds_nothing(tmp_path):
 
 
 def test_the_same_process_is_refused_and_keeps_its_lock(tmp_path):
-    """The system would grant it, and drop both when the second descriptor is closed."""
+    """The system would grant it, and drop both locks when the second descriptor is closed."""
     with FolderLock(tmp_path):
         for _ in range(2):
             with pytest.raises(FolderBusy, match=f"process {os.getpid()}, this one"):
@@ -110,11 +108,11 @@ def test_the_same_process_is_refused_and_keeps_its_lock(tmp_path):
         pass
 
 
-def test_a_lock_lost_by_a_reader_is_renewed(tmp_path):
+def test_a_lock_dropped_by_a_reader_is_renewed(tmp_path):
     with FolderLock(tmp_path) as lock:
         (tmp_path / LOCK).read_text()  # opens and closes the file, as an upload of the folder does
-        with holder(tmp_path) as (other, said):
-            assert said == "held", "the system keeps locks now: renew is not needed any more"
+        with holder(tmp_path) as (other, line):
+            assert line == "held", "the system keeps locks now: renew is no longer needed"
             with pytest.raises(FolderBusy, match=f"process {other.pid}"):
                 lock.renew()
     with FolderLock(tmp_path) as lock:
@@ -123,19 +121,19 @@ def test_a_lock_lost_by_a_reader_is_renewed(tmp_path):
         assert not is_free(tmp_path)
 
 
-def test_a_lock_file_that_somebody_removed(tmp_path):
+def test_a_removed_lock_file_is_noticed(tmp_path):
     with FolderLock(tmp_path) as lock:
         (tmp_path / LOCK).unlink()
-        with FolderLock(tmp_path):  # a file of its own
-            with pytest.raises(FolderBusy, match="is gone"):
+        with FolderLock(tmp_path):  # a new file
+            with pytest.raises(FolderBusy, match="was removed"):
                 lock.renew()
             lock.release()
-            assert (tmp_path / LOCK).exists(), "the lock of the other was removed"
+            assert (tmp_path / LOCK).exists(), "the other lock was removed"
     with pytest.raises(RuntimeError, match="acquire it first"):
         lock.renew()
 
 
-def test_a_forked_child_releases_nothing(tmp_path):
+def test_a_forked_child_does_not_release_the_lock(tmp_path):
     with FolderLock(tmp_path) as lock:
         child = os.fork()
         if child == 0:
@@ -146,8 +144,8 @@ def test_a_forked_child_releases_nothing(tmp_path):
         assert (tmp_path / LOCK).exists()
 
 
-def try_for(folder: str, seconds: float, log: str) -> None:
-    """Take and give back the folder again and again; while it is held, nobody else may write to the log."""
+def lock_repeatedly(folder: str, seconds: float, log: str) -> None:
+    """Acquire and release the lock repeatedly; while it is held, no other process may write to the log."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         try:
@@ -161,23 +159,25 @@ def try_for(folder: str, seconds: float, log: str) -> None:
 
 
 def test_never_two_at_once(tmp_path):
-    """Three processes compete for a lock whose file comes and goes: every stay ends before the next begins."""
+    """Three processes compete for a lock whose file is created and removed: each releases before the next acquires."""
     context = multiprocessing.get_context("spawn")
     folder, log = tmp_path / "run", tmp_path / "log"
     folder.mkdir()
-    rivals = [context.Process(target=try_for, args=(str(folder), 1.0, str(log))) for _ in range(3)]
-    for rival in rivals:
-        rival.start()
-    for rival in rivals:
-        rival.join(60)
-        assert rival.exitcode == 0
+    processes = [context.Process(target=lock_repeatedly, args=(str(folder), 1.0, str(log))) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
     lines = log.read_text().split()
     assert len(lines) > 20
-    assert all(re.sub(r"^\+", "-", enter) == leave for enter, leave in zip(lines[::2], lines[1::2], strict=True))
+    assert all(
+        re.sub(r"^\+", "-", acquired) == released for acquired, released in zip(lines[::2], lines[1::2], strict=True)
+    )
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
-def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, caplog, number):
+def test_a_file_system_without_locks_gives_a_warning(tmp_path, monkeypatch, caplog, number):
     def refuse(*arguments: object) -> None:
         raise OSError(number, os.strerror(number))
 
@@ -188,6 +188,6 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, caplog, num
     assert "cannot be locked on this file system" in caplog.text
 
 
-def test_a_folder_that_is_missing(tmp_path):
+def test_a_missing_folder_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError):
         FolderLock(tmp_path / "nothing").acquire()
