@@ -28,7 +28,7 @@ from diffusers_ddpm_ext.pipelines.loading import check_dtype, check_folder, find
 from diffusers_ddpm_ext.training.config.flags import Parser
 
 if TYPE_CHECKING:
-    from diffusers_ddpm_ext.training.evaluation.validation_loss import Processes
+    from diffusers_ddpm_ext.training.evaluation.processes import Processes
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 NAME = "evaluation"
@@ -182,13 +182,14 @@ def evaluate(options: EvaluateOptions) -> str:
         strata = Strata.from_schedule(scheduler.kept, options.num_timesteps)
     except ValueError as error:
         raise ConfigError(f"--num_{_named(str(error))}: {error}") from None
-    measure = BoundEvaluation(
+    evaluation = BoundEvaluation(
         scheduler,
         images,
         spread_evenly(len(images), options.max_images),
         strata,
         options.seed,
         batch_size=options.batch_size,
+        dtype=getattr(torch, options.dtype),
         clip_denoised=options.clip_denoised,
         decoder=options.decoder,
         bin_width=bin_width,
@@ -197,9 +198,9 @@ def evaluate(options: EvaluateOptions) -> str:
     cache = EvaluationCache(options.out, _fingerprint(options, data.fingerprint, pipeline), processes)
     pipeline.unet.eval()
     with tqdm(
-        total=-(-measure.rows // processes.world_size), desc="evaluating", unit="row", disable=processes.rank > 0
+        total=-(-evaluation.rows // processes.world_size), desc="evaluating", unit="row", disable=processes.rank > 0
     ) as bar:
-        rows = evaluate_bound(Caller(pipeline), measure, processes, getattr(torch, options.dtype), cache, bar.update)
+        rows = evaluate_bound(Caller(pipeline), evaluation, processes, cache, bar.update)
     if not np.isfinite(rows.bits).all():
         place = int(rows.places[~np.isfinite(rows.bits)].min())
         raise RunError(f"the bound is not finite at step {int(scheduler.kept.timesteps[place])} of {folder}")
@@ -224,7 +225,7 @@ def evaluate(options: EvaluateOptions) -> str:
         _write(options, facts, table)
     except OSError as error:
         raise RunError(f"cannot write {error.filename or options.out}: {error.strerror or error}") from None
-    cache.close()
+    cache.delete()
     return _told(facts, options)
 
 
@@ -243,7 +244,7 @@ def _variant(options: EvaluateOptions) -> str | None:
 
 def _processes(device: str | None) -> Processes:
     """This process alone, or all that a launcher started."""
-    from diffusers_ddpm_ext.training.evaluation.validation_loss import Processes
+    from diffusers_ddpm_ext.training.evaluation.processes import Processes
 
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Processes(0, 1, find_device(device), lambda tensor: tensor)

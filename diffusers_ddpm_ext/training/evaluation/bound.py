@@ -1,63 +1,48 @@
-"""The bound of images on keyed draws, row by row: a row is one image at one step of the chain.
+"""The variational bound of images on keyed draws, in rows: a row is one image at one step of the chain.
 
-Rows of several images share a call of the network. What a row draws follows from the seed, its image and its step, so
-that the result depends neither on how the work is divided nor on what was measured before.
+Rows of several images share a forward pass. The draws of a row depend on the seed, its image and its step alone, so
+the result depends neither on the number of processes nor on what was evaluated before. Unlike
+:func:`~diffusers_ddpm_ext.diffusion.likelihood.bits_per_dim`, which draws one batch's noise from a generator, this
+reads images in turn, with their conditions, and can resume.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from diffusers_ddpm_ext.diffusion.gaussian import q_sample
-from diffusers_ddpm_ext.diffusion.likelihood import (
-    EIGHT_BITS,
-    ChainScheduler,
-    ReverseTransition,
-    exact_dtype,
-    prior_bits,
-)
+from diffusers_ddpm_ext.diffusion.likelihood import EIGHT_BITS, ChainScheduler, bound_terms, exact_dtype, prior_bits
 from diffusers_ddpm_ext.diffusion.likelihood_estimate import Strata
 from diffusers_ddpm_ext.models.conditioning import Conditions
 from diffusers_ddpm_ext.training.data.image_set import ImageSet
-from diffusers_ddpm_ext.training.evaluation.validation_loss import Processes
+from diffusers_ddpm_ext.training.evaluation.cache import EvaluationCache
+from diffusers_ddpm_ext.training.evaluation.processes import Processes
 from diffusers_ddpm_ext.utils import random_keys as keys
 
-Network = Callable[[Tensor, Tensor, Conditions], Tensor]
-
-
-class BatchCache(Protocol):
-    """Where rows are kept that were measured before."""
-
-    def known(self, batch: int) -> Tensor | None:
-        """What a batch gave, if it is known."""
-        ...
-
-    def note(self, batch: int, values: Tensor) -> None:
-        """Keep what a batch gave."""
-        ...
+ConditionedNetwork = Callable[[Tensor, Tensor, Conditions], Tensor]
 
 
 @dataclass(frozen=True)
 class BoundEvaluation:
-    """What is measured.
+    """What is evaluated.
 
     Attributes:
-        scheduler: its chain in use.
+        scheduler: the chain in use.
         images: the set.
-        chosen: which images of it, (N,), int64.
-        strata: of the chain; each image draws a step in each.
+        chosen: indices of the images to evaluate, (N,), int64.
+        strata: of the chain; each image draws one step in each.
         seed: of the draws.
-        stream: of the draws.
-        batch_size: rows in one call of the network.
+        batch_size: rows in one forward pass.
+        dtype: precision of the network's input.
         clip_denoised: whether the predicted x0 is clipped.
         decoder: see `discretized_gaussian_log_likelihood`.
         bin_width: see there.
+        places: places in the chain that were drawn, (N, K).
     """
 
     scheduler: ChainScheduler
@@ -65,18 +50,16 @@ class BoundEvaluation:
     chosen: Tensor
     strata: Strata
     seed: int = 0
-    stream: str = keys.BOUND
     batch_size: int = 256
+    dtype: torch.dtype = torch.float32
     clip_denoised: bool = False
     decoder: str = "exact"
     bin_width: float = EIGHT_BITS
     places: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
-        drawn = [
-            self.strata.draw(keys.generator(self.stream, self.seed, image, "steps")) for image in self.chosen.tolist()
-        ]
-        object.__setattr__(self, "places", np.stack(drawn))
+        generators = (keys.generator(keys.BOUND, self.seed, image, "steps") for image in self.chosen.tolist())
+        object.__setattr__(self, "places", np.stack([self.strata.draw(generator) for generator in generators]))
 
     @property
     def rows(self) -> int:
@@ -85,18 +68,18 @@ class BoundEvaluation:
 
     @property
     def batches(self) -> int:
-        """Number of calls of the network."""
+        """Number of forward passes."""
         return -(-self.rows // self.batch_size)
 
 
 @dataclass(frozen=True)
 class BoundValues:
-    """What was measured.
+    """The result of an evaluation.
 
     Attributes:
         bits: of each image and stratum, (N, K), bits per dimension, not weighted.
-        prior: (N,).
-        places: of the chain that were drawn, (N, K).
+        prior: (N,), bits per dimension.
+        places: places in the chain that were drawn, (N, K).
     """
 
     bits: np.ndarray
@@ -106,81 +89,68 @@ class BoundValues:
 
 @torch.no_grad()
 def evaluate_bound(
-    network: Network,
-    measure: BoundEvaluation,
+    network: ConditionedNetwork,
+    evaluation: BoundEvaluation,
     processes: Processes,
-    dtype: torch.dtype = torch.float32,
-    ledger: BatchCache | None = None,
+    cache: EvaluationCache | None = None,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> BoundValues:
-    """Measure the rows; all processes enter, and take turns at the batches.
+    """Evaluate all rows, the batches shared among the processes. Collective call: every process must make it.
 
     Args:
-        network: from noisy samples, steps and conditions to the network's output.
-        measure: what is measured.
-        processes: how the work is shared.
-        dtype: that the network is fed in.
-        ledger: of this process; what it knows is not measured again.
-        progress: is told the rows of each batch that is done.
+        network: maps noisy samples, steps and conditions to the network's output.
+        evaluation: what is evaluated.
+        processes: that share the batches.
+        cache: of this process; batches in it are not evaluated again.
+        progress: called with the number of rows of each finished batch.
 
     Returns:
-        The rows, the same in every process; worth nothing if the processes were stopped.
+        The values, the same on every process; invalid if a stop was requested.
     """
-    kept = measure.scheduler.kept
-    law, steps = ReverseTransition.from_scheduler(measure.scheduler), torch.from_numpy(kept.timesteps.copy())
-    flat, count = torch.from_numpy(measure.places).flatten(), measure.places.shape[1]
-    table = torch.zeros(measure.rows, 2, dtype=exact_dtype(processes.device))
-    for first in range(0, measure.batches, processes.world_size):
-        batch = first + processes.rank
-        mine = batch < measure.batches
-        if processes.stop_requested() or not (mine or processes.lockstep):
-            break
-        start = (batch if mine else 0) * measure.batch_size
-        rows = torch.arange(start, min(start + measure.batch_size, measure.rows))
-        values = None if ledger is None or not mine else ledger.known(batch)
+    count = evaluation.places.shape[1]
+    table = torch.zeros(evaluation.rows, 2, dtype=exact_dtype(processes.device))
+    for batch, is_own in processes.batches(evaluation.batches):
+        start = batch * evaluation.batch_size
+        rows = torch.arange(start, min(start + evaluation.batch_size, evaluation.rows))
+        values = None if cache is None or not is_own else cache.get(batch)
         if values is None:
-            values = _evaluate_rows(network, measure, law, rows, flat[rows], steps, count, processes.device, dtype)
-            if ledger is not None and mine:
-                ledger.note(batch, values)
-        if mine:
+            values = _evaluate_rows(network, evaluation, rows, processes.device)
+            if cache is not None and is_own:
+                cache.put(batch, values)
+        if is_own:
             table[rows] = values
             progress(len(rows))
-    whole = processes.sum_over_ranks(table.to(processes.device)).cpu().numpy()
-    bits, prior = whole[:, 0].reshape(-1, count), whole[:, 1].reshape(-1, count)[:, 0]
-    return BoundValues(bits, prior, measure.places)
+    summed = processes.sum_over_ranks(table.to(processes.device)).cpu().numpy()
+    bits, prior = summed[:, 0].reshape(-1, count), summed[:, 1].reshape(-1, count)[:, 0]
+    return BoundValues(bits, prior, evaluation.places)
 
 
 def _evaluate_rows(
-    network: Network,
-    measure: BoundEvaluation,
-    law: ReverseTransition,
-    rows: Tensor,
-    place: Tensor,
-    steps: Tensor,
-    count: int,
-    device: torch.device,
-    dtype: torch.dtype,
+    network: ConditionedNetwork, evaluation: BoundEvaluation, rows: Tensor, device: torch.device
 ) -> Tensor:
-    """Bits and prior of some rows, (R, 2); the prior is that of the image, at its first row alone."""
-    indices = measure.chosen[rows // count]
-    one_each, back = torch.unique_consecutive(indices, return_inverse=True)
+    """Bits and prior of some rows, (R, 2); the prior of an image is in its first row alone."""
+    scheduler, images, count = evaluation.scheduler, evaluation.images, evaluation.places.shape[1]
+    place = torch.from_numpy(evaluation.places).flatten()[rows]
+    t = torch.from_numpy(scheduler.kept.timesteps.copy())[place]
+    indices = evaluation.chosen[rows // count]
+    distinct, inverse = torch.unique_consecutive(indices, return_inverse=True)
     exact = exact_dtype(device)
-    x0 = measure.images.pixels(one_each).to(device, exact)
-    t = steps[place]
-    noise = keys.noise_of_steps(measure.stream, measure.seed, indices.tolist(), t.tolist(), x0.shape[1:])
-    conditions = measure.images.conditions(indices).to(device)
-    clean, place, t = x0[back.to(device)], place.to(device), t.to(device)
-    xt = q_sample(measure.scheduler.kept, clean, noise.to(device, exact), place)
-    output = network(xt.to(dtype), t, conditions)
-    bits = law.terms(
-        output,
+    x0 = images.pixels(distinct).to(device, exact)
+    noise = keys.noise_of_steps(keys.BOUND, evaluation.seed, indices.tolist(), t.tolist(), x0.shape[1:])
+    conditions = images.conditions(indices).to(device)
+    inverse, place, t = inverse.to(device), place.to(device), t.to(device)
+    clean = x0[inverse]
+    xt = q_sample(scheduler.kept, clean, noise.to(device, exact), place)
+    bits = bound_terms(
+        scheduler,
+        network(xt.to(evaluation.dtype), t, conditions),
         clean,
         xt,
         t,
-        clip_denoised=measure.clip_denoised,
-        decoder=measure.decoder,
-        bin_width=measure.bin_width,
+        clip_denoised=evaluation.clip_denoised,
+        decoder=evaluation.decoder,
+        bin_width=evaluation.bin_width,
     ).bits
-    prior = prior_bits(measure.scheduler, x0)[back.to(device)]
+    prior = prior_bits(scheduler, x0)[inverse]
     first = (rows % count == 0).to(device)
     return torch.stack([bits.to(exact), torch.where(first, prior, 0)], 1).cpu()

@@ -1,4 +1,4 @@
-"""What `ddpm-ext evaluate` has measured so far, on the disk, for a command that is broken off."""
+"""Results of an interrupted evaluation on the disk, so that it can resume."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from safetensors.torch import save
 from torch import Tensor
 
 from diffusers_ddpm_ext.errors import warn
-from diffusers_ddpm_ext.training.evaluation.validation_loss import Processes
+from diffusers_ddpm_ext.training.evaluation.processes import Processes
 from diffusers_ddpm_ext.utils.files import write_atomically
 
 SECONDS_BETWEEN_SAVES = 30.0
 
 
 class EvaluationCache:
-    """Rows of this process on the disk, for a command that is broken off.
+    """The batches that this process has evaluated, written to the disk from time to time.
 
     Args:
-        folder: where they go.
-        fingerprint: of what is measured; pages of anything else are not read.
-        processes: whose share they are.
+        folder: where the file is written.
+        fingerprint: of what is evaluated; a file with another fingerprint is ignored.
+        processes: that share the evaluation; each has its own file.
     """
 
     def __init__(self, folder: Path, fingerprint: str, processes: Processes) -> None:
@@ -30,36 +30,33 @@ class EvaluationCache:
         self.fingerprint = fingerprint
         self.values: dict[str, Tensor] = {}
         self.saved = time.monotonic()
-        self._read()
-
-    def _read(self) -> None:
         try:
             with safe_open(self.path, "pt") as file:
-                if (file.metadata() or {}).get("fingerprint") == self.fingerprint:
+                if (file.metadata() or {}).get("fingerprint") == fingerprint:
                     self.values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except Exception:  # none, or damaged: it is measured again
+        except Exception:  # missing or damaged: it is evaluated again
             self.values = {}
 
-    def known(self, batch: int) -> Tensor | None:
-        """See `diffusers_ddpm_ext.training.evaluation.bound.BatchCache`."""
+    def get(self, batch: int) -> Tensor | None:
+        """The values of a batch, or None if it has not been evaluated."""
         return self.values.get(str(batch))
 
-    def note(self, batch: int, values: Tensor) -> None:
-        """See `diffusers_ddpm_ext.training.evaluation.bound.BatchCache`."""
+    def put(self, batch: int, values: Tensor) -> None:
+        """Add the values of a batch, and save the file if the last save is long enough ago."""
         self.values[str(batch)] = values
         if time.monotonic() - self.saved > SECONDS_BETWEEN_SAVES:
             self.save()
 
     def save(self) -> None:
-        """Write what is known, whole or not at all; a full disk is no reason to stop."""
+        """Write the file atomically; if that fails, warn and continue."""
         content = save(self.values, metadata={"fingerprint": self.fingerprint})
         try:
             write_atomically(self.path, lambda file: file.write(content))
         except OSError as error:
-            warn(f"{self.path} could not be written ({error.strerror}); what is measured so far would be lost")
+            warn(f"{self.path} could not be written ({error.strerror}); an interrupted evaluation could not resume")
         self.saved = time.monotonic()
 
-    def close(self) -> None:
-        """The result stands: nothing is left to go on with."""
+    def delete(self) -> None:
+        """Delete the files of all processes, once the result is written."""
         for path in self.path.parent.glob(".rows-*-of-*.safetensors"):
             path.unlink(missing_ok=True)

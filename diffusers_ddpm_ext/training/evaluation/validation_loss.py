@@ -1,7 +1,7 @@
-"""Measurements on fixed draws: validation losses, and the log loss of every step.
+"""Validation losses, and the log loss of every step, on fixed draws of timesteps and noise.
 
-A measurement takes its randomness from its own keys, so it never touches the training's, and two sets of weights are
-always judged on the same timesteps and the same noise.
+The draws have their own random keys: they do not advance the training's randomness, and two sets of weights are always
+compared on the same timesteps and the same noise.
 """
 
 from __future__ import annotations
@@ -13,48 +13,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusers_ddpm_ext.models.conditioning import Conditions
+from diffusers_ddpm_ext.losses.objective import ObjectiveOutput
 from diffusers_ddpm_ext.training.data.image_set import ImageSet
+from diffusers_ddpm_ext.training.evaluation.processes import Processes
 from diffusers_ddpm_ext.training.factory.task import DenoisingTask
 from diffusers_ddpm_ext.utils import random_keys as keys
 from diffusers_ddpm_ext.utils.dtensor import reshard
 
-LOGVAR = "logvar"
+LOG_LOSS_STREAM = "logvar"
 MIN_VALIDATION_DRAWS = 32
-"""Fewer validation images than this are each noised several times: a handful of steps says little about a chain."""
-
-
-@dataclass(frozen=True)
-class Processes:
-    """How a measurement is shared among processes.
-
-    Attributes:
-        rank: of this process.
-        world_size: number of processes.
-        device: where the network lives.
-        sum_over_ranks: adds a tensor over the processes; called by all of them.
-        stop_requested: whether this process should stop; the rest of a measurement is then left out, and its result
-            worth nothing.
-        lockstep: whether each process needs the others for a forward pass, as those of a sharded network do; then
-            ``stop_requested`` must answer the same in all of them.
-    """
-
-    rank: int
-    world_size: int
-    device: torch.device
-    sum_over_ranks: Callable[[Tensor], Tensor]
-    stop_requested: Callable[[], bool] = lambda: False
-    lockstep: bool = False
+"""Fewer validation images than this are noised several times each: a few timesteps do not represent the chain."""
 
 
 @dataclass(frozen=True)
 class Draws:
-    """Which image is noised to which step with which noise.
+    """Pairs of an image and a timestep, and the random keys of their noise.
 
     Attributes:
         images: index of the image, (N,), int64.
         timesteps: (N,), int64.
-        stream: name of the noise's stream; draw i takes its key (stream, seed, 0, i).
+        stream: name of the random stream; the noise of draw i has the key (stream, seed, 0, i).
         seed: of the run.
     """
 
@@ -77,25 +55,22 @@ class ValidationLosses:
     loss_vlb: float
 
     def metrics(self, suffix: str = "") -> dict[str, float]:
-        """The rows' names of CompVis: ``val/loss_simple`` and its fellows, ``_ema`` at their end for the average's."""
+        """The values under CompVis' metric names, such as ``val/loss_simple``; suffix ``_ema`` for the average's."""
         values = {"loss_simple": self.loss_simple, "loss": self.loss, "loss_vlb": self.loss_vlb}
         return {f"val/{name}{suffix}": value for name, value in values.items()}
 
 
 def validation_draws(seed: int, num_images: int, num_train_timesteps: int, max_images: int | None = None) -> Draws:
-    """The draws of every validation of a run.
-
-    The chain is cut into as many equal pieces as there are draws and each draw takes a step from a piece of its own,
-    in an order that has nothing to do with that of the images.
+    """The draws of every validation of a run, stratified over the timesteps.
 
     Args:
         seed: of the run.
         num_images: size of the validation set.
         num_train_timesteps: T.
-        max_images: use only so many images, taken evenly from all of them.
+        max_images: upper limit of the images used, which are spaced evenly over the set.
 
     Returns:
-        At least ``MIN_VALIDATION_DRAWS`` draws, the same for every call.
+        At least ``MIN_VALIDATION_DRAWS`` draws, the same in every call.
     """
     used = num_images if max_images is None else min(num_images, max_images)
     repeats = -(-MIN_VALIDATION_DRAWS // used)
@@ -107,19 +82,19 @@ def validation_draws(seed: int, num_images: int, num_train_timesteps: int, max_i
 
 
 def stratified_timesteps(generator: torch.Generator, count: int, num_train_timesteps: int) -> Tensor:
-    """Steps that cover the chain evenly, in random order.
+    """Timesteps that cover the chain evenly, in random order.
 
     Args:
-        generator: source of the order and of the place inside each piece.
-        count: number of steps.
+        generator: of the order, and of the timestep inside each interval.
+        count: number of timesteps.
         num_train_timesteps: T.
 
     Returns:
-        (count,), int64, in [0, T): exactly one in each of ``count`` equal pieces of the chain.
+        (count,), int64, in [0, T): exactly one in each of ``count`` equal intervals.
     """
-    pieces = torch.randperm(count, generator=generator).double()
-    inside = torch.rand(count, generator=generator, dtype=torch.float64)
-    steps = ((pieces + inside) * num_train_timesteps / count).long()
+    intervals = torch.randperm(count, generator=generator).double()
+    offsets = torch.rand(count, generator=generator, dtype=torch.float64)
+    steps = ((intervals + offsets) * num_train_timesteps / count).long()
     return steps.clamp(max=num_train_timesteps - 1)
 
 
@@ -127,26 +102,26 @@ def stratified_timesteps(generator: torch.Generator, count: int, num_train_times
 def compute_validation_losses(
     task: DenoisingTask, images: ImageSet, draws: Draws, batch_size: int, processes: Processes
 ) -> ValidationLosses:
-    """Mean losses of a task's present weights.
+    """Mean losses of a task with its current weights.
 
-    The batches are the same on any number of processes, which take turns at them.
+    The batches are the same for any number of processes. Collective call: every process must make it.
 
     Args:
-        task: not wrapped by DDP; its mode is put back afterwards.
+        task: not wrapped by DDP; its training mode is restored afterwards.
         images: the validation set.
         draws: from :func:`validation_draws`.
         batch_size: images in one forward pass.
-        processes: how to share the work.
+        processes: that share the batches.
 
     Returns:
         The means over all draws, the same on every process.
     """
 
-    def terms(x0: Tensor, noise: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
-        output = task(x0, noise, t, *_given(conditions))
+    def batch_sums(output: ObjectiveOutput, t: Tensor) -> Tensor:
         return torch.stack([output.loss, output.loss_simple, output.loss_vlb]).cpu().double() * len(t)
 
-    batches = _run(task, images, draws, batch_size, processes, terms, torch.zeros(-(-len(draws) // batch_size), 3))
+    shape = (-(-len(draws) // batch_size), 3)
+    batches = _sum_batches(task, images, draws, batch_size, processes, batch_sums, shape)
     return ValidationLosses(*(batches.sum(0) / len(draws)).tolist())
 
 
@@ -154,65 +129,59 @@ def compute_validation_losses(
 def log_loss_per_step(
     task: DenoisingTask, images: ImageSet, seed: int, timesteps: Tensor, batch_size: int, processes: Processes
 ) -> np.ndarray:
-    """The truth that learned log-variances estimate: the log of the mean unweighted loss at every step.
+    """The log of the mean unweighted loss at every step, which learned log-variances estimate.
+
+    Collective call: every process must make it.
 
     Args:
-        task: not wrapped by DDP; its mode is put back afterwards.
+        task: not wrapped by DDP; its training mode is restored afterwards.
         images: the training set.
         seed: of the run.
-        timesteps: the step of each draw, (N,), int64.
+        timesteps: timestep of each draw, (N,), int64.
         batch_size: images in one forward pass.
-        processes: how to share the work.
+        processes: that share the batches.
 
     Returns:
         (T,), float64, natural log; NaN at steps without a draw.
     """
     chain, count = task.objective.schedule.num_train_timesteps, len(timesteps)
-    order = keys.generator(LOGVAR, seed, "images")
+    order = keys.generator(LOG_LOSS_STREAM, seed, "images")
     chosen = torch.cat([torch.randperm(len(images), generator=order) for _ in range(-(-count // len(images)))])
-    draws = Draws(chosen[:count], timesteps, LOGVAR, seed)
+    draws = Draws(chosen[:count], timesteps, LOG_LOSS_STREAM, seed)
 
-    def terms(x0: Tensor, noise: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
-        losses = task(x0, noise, t, *_given(conditions)).per_sample_simple.cpu().double()
+    def batch_sums(output: ObjectiveOutput, t: Tensor) -> Tensor:
+        losses = output.per_sample_simple.cpu().double()
         return torch.zeros(chain, dtype=torch.float64).index_add_(0, t.cpu(), losses)
 
-    total = _run(task, images, draws, batch_size, processes, terms, torch.zeros(1, chain))[0].numpy()
+    total = _sum_batches(task, images, draws, batch_size, processes, batch_sums, (1, chain))[0].numpy()
     counts = np.bincount(timesteps.numpy(), minlength=chain)
     return np.log(np.divide(total, counts, out=np.full(chain, np.nan), where=counts > 0))
 
 
-def _given(conditions: Conditions) -> tuple[Conditions, ...]:
-    """What a task is called with besides, where it is conditioned on anything."""
-    return (conditions,) if conditions.named() else ()
-
-
-def _run(
+def _sum_batches(
     task: DenoisingTask,
     images: ImageSet,
     draws: Draws,
     batch_size: int,
     processes: Processes,
-    terms: Callable[[Tensor, Tensor, Tensor, Conditions], Tensor],
-    table: Tensor,
+    batch_sums: Callable[[ObjectiveOutput, Tensor], Tensor],
+    shape: tuple[int, int],
 ) -> Tensor:
-    """Add the terms of every batch to a row of a table: row b for batch b, or the only row there is."""
+    """A table of that shape, to whose row ``b % rows`` the sums of batch b are added, on all processes."""
     training = task.training
     task.eval()
-    table = table.double()
-    batches = [range(start, min(start + batch_size, len(draws))) for start in range(0, len(draws), batch_size)]
-    for first in range(0, len(batches), processes.world_size):
-        number = first + processes.rank
-        mine = number < len(batches)
-        if processes.stop_requested() or not (mine or processes.lockstep):
-            break
-        places = batches[number if mine else 0]
-        x0 = images.pixels(draws.images[places.start : places.stop])
-        _, noise = keys.sample_draws(draws.seed, 0, places, x0.shape[1:], 1, draws.stream)
-        t = draws.timesteps[places.start : places.stop]
-        conditions = images.conditions(draws.images[places.start : places.stop]).to(processes.device)
-        row = terms(x0.to(processes.device), noise.to(processes.device), t.to(processes.device), conditions)
-        if mine:
-            table[number % len(table)] += row
+    table = torch.zeros(shape, dtype=torch.float64)
+    for batch, is_own in processes.batches(-(-len(draws) // batch_size)):
+        positions = range(batch * batch_size, min((batch + 1) * batch_size, len(draws)))
+        indices, t = (part[positions.start : positions.stop] for part in (draws.images, draws.timesteps))
+        x0 = images.pixels(indices)
+        _, noise = keys.sample_draws(draws.seed, 0, positions, x0.shape[1:], 1, draws.stream)
+        conditions = images.conditions(indices).to(processes.device)
+        x0, noise, t = (tensor.to(processes.device) for tensor in (x0, noise, t))
+        output = task(x0, noise, t, conditions) if conditions.named() else task(x0, noise, t)
+        sums = batch_sums(output, t)
+        if is_own:
+            table[batch % len(table)] += sums
     task.train(training)
-    reshard(task)  # no backward pass follows that would
+    reshard(task)  # FSDP reshards in the backward pass, which does not follow here
     return processes.sum_over_ranks(table.to(processes.device)).cpu()

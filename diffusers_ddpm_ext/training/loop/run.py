@@ -29,7 +29,7 @@ from diffusers_ddpm_ext.training.distributed import (
     make_accelerator,
     sum_over_ranks,
 )
-from diffusers_ddpm_ext.training.evaluation.validation_loss import Processes
+from diffusers_ddpm_ext.training.evaluation.processes import Processes
 from diffusers_ddpm_ext.training.factory.optimizer import adamw, adamw_8bit, lr_schedule, parameter_groups, scaled_rate
 from diffusers_ddpm_ext.training.factory.parts import Parts, build_ema, build_parts
 from diffusers_ddpm_ext.training.factory.task import DenoisingTask
