@@ -231,10 +231,10 @@ def convert(options: ConvertOptions) -> str:
         ConfigError: the files cannot be read, do not belong together, or cannot be converted.
         RunError: --check found a difference.
     """
-    from diffusers_ddpm_ext.pipelines.quiet import quiet
+    from diffusers_ddpm_ext.pipelines.quiet import quiet_diffusers
 
     try:
-        with quiet():
+        with quiet_diffusers():
             if options.target is not None:
                 return _back(options)
             converted = _read(options)

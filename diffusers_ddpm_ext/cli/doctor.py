@@ -204,16 +204,16 @@ def _disk() -> Iterator[Finding]:
 def _hub() -> Iterator[Finding]:
     from huggingface_hub import HfApi, get_token
 
-    from diffusers_ddpm_ext.hub.upload import Target, patient, reason
+    from diffusers_ddpm_ext.hub.upload import HubTarget, describe_error, hub_timeout
 
     if get_token() is None:
         yield Finding(" ", "not logged in: `hf auth login` before --push_to_hub")
         return
     try:
-        with patient(PATIENCE):
+        with hub_timeout(PATIENCE):
             who = HfApi().whoami()
     except Exception as error:  # of the client or the transport
-        yield Finding("?", f"logged in, but {reason(error, Target('the Hub'))}")
+        yield Finding("?", f"logged in, but {describe_error(error, HubTarget('the Hub'))}")
         return
     right = (who.get("auth") or {}).get("accessToken", {}).get("role")
     yield Finding(" ", f"logged in as {who['name']}" + (f" (token: {right})" if right else ""))
@@ -272,15 +272,15 @@ def _same(name: str, found: float, known: float, tolerance: float) -> Finding:
 
 
 def _folder(folder: Path) -> Iterator[Finding]:
-    from diffusers_ddpm_ext.hub.proof import check_files, read_proof
-    from diffusers_ddpm_ext.pipelines.loading import open_pipeline
+    from diffusers_ddpm_ext.hub.proof import differences_from_proof, read_proof
+    from diffusers_ddpm_ext.pipelines.loading import load_pipeline
     from diffusers_ddpm_ext.training.checkpoints.folders import list_checkpoints
     from diffusers_ddpm_ext.training.checkpoints.manifest import DamagedCheckpoint, verify
 
     checkpoints = list_checkpoints(folder)
     if (folder / "model_index.json").is_file():
         try:
-            pipeline = open_pipeline(str(folder), None, "cpu", "float32")
+            pipeline = load_pipeline(str(folder), None, "cpu", "float32")
             size = sum(weight.numel() for weight in pipeline.unet.parameters()) / 1e6
             yield Finding(" ", f"its pipeline opens: {size:.1f} M parameters, {type(pipeline.scheduler).__name__}")
         except ConfigError as error:
@@ -302,7 +302,7 @@ def _folder(folder: Path) -> Iterator[Finding]:
         yield Finding("!", f"{error}: ddpm-ext push {folder}")
         return
     if proof is not None:
-        changed = check_files(folder, proof)
+        changed = differences_from_proof(folder, proof)
         text = (
             f"changed since the last push ({changed[0]}): ddpm-ext push {folder}" if changed else "is what was pushed"
         )

@@ -24,7 +24,7 @@ from diffusers_ddpm_ext.cli.measuring import (
     take_data_flags,
 )
 from diffusers_ddpm_ext.errors import ConfigError, RunError
-from diffusers_ddpm_ext.pipelines.loading import check_dtype, check_folder, find_device, open_pipeline
+from diffusers_ddpm_ext.pipelines.loading import check_dtype, check_pipeline_source, load_pipeline, select_device
 from diffusers_ddpm_ext.training.config.flags import Parser
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def _check(options: EvaluateOptions) -> None:
     if options.optimal_timesteps and options.num_inference_steps is None:
         raise ConfigError("--optimal_timesteps needs --num_inference_steps: how many steps are chosen")
     check_dtype(options.dtype, DTYPES)
-    check_folder(options.folder)
+    check_pipeline_source(options.folder)
     for name, path in (("json", options.json), ("out", options.out)):
         if path is None:
             continue
@@ -169,7 +169,7 @@ def evaluate(options: EvaluateOptions) -> str:
     processes = _processes(options.device)
     folder, variant = options.folder, _variant(options)
     asked = f"--weights {options.weights}"
-    pipeline = open_pipeline(folder, variant, processes.device, options.dtype, asked)
+    pipeline = load_pipeline(folder, variant, processes.device, options.dtype, asked)
     scheduler = pipeline.scheduler
     if not isinstance(scheduler, DDPMExtScheduler):
         raise ConfigError(f"{folder}: a {type(scheduler).__name__} defines no chain to evaluate; it needs DDPM's")
@@ -247,11 +247,11 @@ def _processes(device: str | None) -> Processes:
     from diffusers_ddpm_ext.training.evaluation.processes import Processes
 
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return Processes(0, 1, find_device(device), lambda tensor: tensor)
+        return Processes(0, 1, select_device(device), lambda tensor: tensor)
     from diffusers_ddpm_ext.training.distributed import make_accelerator, sum_over_ranks
 
     accelerator = make_accelerator(None, 1, [])
-    if device is not None and find_device(device).type != accelerator.device.type:
+    if device is not None and select_device(device).type != accelerator.device.type:
         raise ConfigError(f"--device {device}: the launcher gives each process its own: leave it out")
     return Processes(
         accelerator.process_index,

@@ -18,7 +18,13 @@ from diffusers_ddpm_ext.cli.measuring import (
     take_data_flags,
 )
 from diffusers_ddpm_ext.errors import ConfigError, RunError
-from diffusers_ddpm_ext.pipelines.loading import DTYPES, check_dtype, check_folder, find_device, open_pipeline
+from diffusers_ddpm_ext.pipelines.loading import (
+    PIPELINE_DTYPES,
+    check_dtype,
+    check_pipeline_source,
+    load_pipeline,
+    select_device,
+)
 from diffusers_ddpm_ext.training.config.flags import Parser
 from diffusers_ddpm_ext.utils.files import CONFIG
 
@@ -88,7 +94,7 @@ def parse_fit_args(argv: Sequence[str], prog: str = "ddpm-ext fit-variance") -> 
         help="Make every chosen chain end at this step, e.g. 0 (default: wherever the bound is least).",
     )
     add("--undo", action="store_true", help="Put the scheduler back to what it was before the first fit.")
-    add_measuring_flags(parser, DTYPES)
+    add_measuring_flags(parser, PIPELINE_DTYPES)
     given = parser.parse_checked(argv)
     data = take_data_flags(given)
     options = FitOptions(data=data, **given)
@@ -100,7 +106,7 @@ def _check(options: FitOptions) -> None:
     least = {"draws": 1, "max_steps": 1, "first_step": 0}
     check_measuring(options, least, {"source": ("measured", "logvar")})
     check_dtype(options.dtype)
-    check_folder(options.folder)
+    check_pipeline_source(options.folder)
     if not (Path(options.folder) / SCHEDULER).is_file():
         raise ConfigError(f"{options.folder} has no {SCHEDULER} to write to: give the folder of a saved pipeline")
 
@@ -131,7 +137,7 @@ def fit_variance(options: FitOptions) -> str:
     from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
     from diffusers_ddpm_ext.utils import random_keys as keys
 
-    pipeline = open_pipeline(options.folder, None, find_device(options.device), options.dtype)
+    pipeline = load_pipeline(options.folder, None, select_device(options.device), options.dtype)
     scheduler, device = pipeline.scheduler, pipeline.device
     if not isinstance(scheduler, DDPMExtScheduler):
         raise ConfigError(f"{folder}: a {type(scheduler).__name__} has no reverse variance to fit; it needs DDPM's")

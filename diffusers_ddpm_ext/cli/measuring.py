@@ -145,6 +145,6 @@ class Caller:
 
     def __call__(self, xt: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
         """From noisy samples (R, C, H, W), steps (R,) and conditions to the network's output."""
-        inputs, named = self.pipeline.join(xt, conditions)
+        inputs, named = self.pipeline.conditioning(xt, conditions)
         output: Tensor = self.pipeline.unet(inputs, t, **named).sample
         return output

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffusers_ddpm_ext.cli.extras import TRAIN_MODULES, require_modules
 from diffusers_ddpm_ext.errors import ConfigError, RunError
-from diffusers_ddpm_ext.pipelines.loading import check_here
+from diffusers_ddpm_ext.pipelines.loading import check_pipeline_folder
 from diffusers_ddpm_ext.training.config.flags import Parser
 from diffusers_ddpm_ext.utils.files import CONFIG
 
@@ -56,7 +56,7 @@ def parse_plot_args(argv: Sequence[str], prog: str = "ddpm-ext plot") -> PlotOpt
     parser.add_argument("folder", metavar="FOLDER", help="Output folder of a run, or a saved pipeline.")
     parser.add_argument("--out", metavar="DIR", help="Where the pictures go (default: FOLDER/plots).")
     given = parser.parse_checked(argv)
-    folder = check_here(given["folder"])
+    folder = check_pipeline_folder(given["folder"])
     out = folder / "plots" if given["out"] is None else Path(given["out"])
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out} is a file: name a folder")

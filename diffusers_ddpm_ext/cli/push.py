@@ -7,8 +7,8 @@ from pathlib import Path
 
 from diffusers_ddpm_ext.errors import ConfigError
 from diffusers_ddpm_ext.hub.push import PushOptions, check_repo_id, push
-from diffusers_ddpm_ext.hub.upload import TIMEOUT, check_timeout
-from diffusers_ddpm_ext.pipelines.loading import check_here
+from diffusers_ddpm_ext.hub.upload import HUB_TIMEOUT, check_timeout
+from diffusers_ddpm_ext.pipelines.loading import check_pipeline_folder
 from diffusers_ddpm_ext.training.config.flags import Parser
 
 HEAD = """Push a trained folder to the Hugging Face Hub: the pipeline, its pictures and numbers, a model card, and a
@@ -43,12 +43,12 @@ def parse_push_args(argv: Sequence[str], prog: str = "ddpm-ext push") -> PushOpt
     add(
         "--timeout",
         type=float,
-        default=TIMEOUT,
+        default=HUB_TIMEOUT,
         metavar="SECONDS",
-        help=f"How long the Hub may stay silent (default: {TIMEOUT:g}).",
+        help=f"How long the Hub may stay silent (default: {HUB_TIMEOUT:g}).",
     )
     given = parser.parse_checked(argv)
-    folder = check_here(given["folder"])
+    folder = check_pipeline_folder(given["folder"])
     given["hub_model_id"] = check_repo_id(given["hub_model_id"] or folder.resolve().name)
     check_timeout(given["timeout"])
     return PushOptions(**given | {"folder": folder})

@@ -13,7 +13,7 @@ from typing import Any
 
 from diffusers_ddpm_ext.cli.extras import TRAIN_MODULES, require_modules
 from diffusers_ddpm_ext.errors import ConfigError, RunError
-from diffusers_ddpm_ext.pipelines.loading import check_here
+from diffusers_ddpm_ext.pipelines.loading import check_pipeline_folder
 from diffusers_ddpm_ext.training.config.flags import Parser
 from diffusers_ddpm_ext.utils.files import CONFIG, ENVIRONMENT, EVALUATION, METRICS, read_json, read_rows
 
@@ -60,7 +60,7 @@ def parse_report_args(argv: Sequence[str], prog: str = "ddpm-ext report") -> Rep
     given = parser.parse_checked(argv)
     folder = Path(given["folder"])
     if not (folder / METRICS).is_file():
-        folder = check_here(given["folder"])
+        folder = check_pipeline_folder(given["folder"])
     out = folder / "report.html" if given["out"] is None else Path(given["out"])
     if out.is_dir():
         raise ConfigError(f"--out {out} is a folder: name a file")
@@ -190,10 +190,10 @@ def _plots(folder: Path, place: Path) -> str:
 
 
 def _evaluation(folder: Path) -> str:
-    from diffusers_ddpm_ext.hub.card import bound_name
+    from diffusers_ddpm_ext.hub.card import bound_label
 
     facts = read_json(folder / EVALUATION)
-    names = {"bits_per_dim": bound_name(facts), "prior": "prior", "steps": "steps", "decoder": "decoder"}
+    names = {"bits_per_dim": bound_label(facts), "prior": "prior", "steps": "steps", "decoder": "decoder"}
     pairs = [(text, f"{facts[name]:.4f}") for name, text in names.items() if name in facts]
     if pairs:
         pairs.insert(1, ("interval", f"{facts['low']:.4f} to {facts['high']:.4f}"))

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from diffusers_ddpm_ext.cli.sample_options import SampleOptions, parse_sample_args
 from diffusers_ddpm_ext.errors import ConfigError
-from diffusers_ddpm_ext.pipelines.loading import find_device, open_pipeline
-from diffusers_ddpm_ext.pipelines.quiet import quiet
+from diffusers_ddpm_ext.pipelines.loading import load_pipeline, select_device
+from diffusers_ddpm_ext.pipelines.quiet import quiet_diffusers
 
 if TYPE_CHECKING:
     from diffusers_ddpm_ext.cli.sample_output import OneFile, PngFolder
@@ -40,7 +40,7 @@ def sample(options: SampleOptions) -> str:
     """
     rank, world, device, wait, leave = _workers(options)
     asked = f"--variant {options.variant}"
-    pipeline = open_pipeline(options.folder, options.variant, device, options.dtype, asked)
+    pipeline = load_pipeline(options.folder, options.variant, device, options.dtype, asked)
     _set_scheduler(pipeline, options)
     conditions = _conditions(pipeline, options)
     store = _store(pipeline, options)
@@ -78,11 +78,11 @@ def sample(options: SampleOptions) -> str:
 def _workers(options: SampleOptions) -> tuple[int, int, Any, Callable[[], None], Callable[[], None]]:
     """Number of this process, number of all, its device, how it waits for the others, and how it leaves them."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return 0, 1, find_device(options.device), lambda: None, lambda: None
+        return 0, 1, select_device(options.device), lambda: None, lambda: None
     from accelerate import PartialState
 
     state = PartialState(cpu=options.device == "cpu")
-    device = state.device if options.device is None else find_device(options.device)
+    device = state.device if options.device is None else select_device(options.device)
     return state.process_index, state.num_processes, device, state.wait_for_everyone, state.destroy_process_group
 
 
@@ -112,7 +112,7 @@ def _set_scheduler(pipeline: Any, options: SampleOptions) -> None:
         if key not in takes and takes:
             raise ConfigError(f"--scheduler_args {key}: {kind.__name__} takes {', '.join(takes)}")
     try:
-        with quiet():
+        with quiet_diffusers():
             pipeline.scheduler = kind.from_config(pipeline.scheduler.config, **options.scheduler_args)
     except ImportError:
         needed = " and ".join(module for module in kind._backends if find_spec(module) is None)
@@ -130,7 +130,7 @@ def _check_sampler(pipeline: Any, options: SampleOptions) -> int:
     from diffusers_ddpm_ext.schedulers.adapter import adapt_scheduler
 
     step_args = options.step_args | ({} if options.eta is None else {"eta": options.eta})
-    with quiet():
+    with quiet_diffusers():
         sampler = adapt_scheduler(pipeline.scheduler, pipeline.trained_scheduler, step_args)
     known = {"optimal": True} if options.optimal_timesteps else {}
     if known and not sampler.is_ours:

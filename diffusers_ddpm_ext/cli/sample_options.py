@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusers_ddpm_ext.errors import ConfigError
-from diffusers_ddpm_ext.pipelines.loading import check_dtype, check_folder
+from diffusers_ddpm_ext.pipelines.loading import check_dtype, check_pipeline_source
 from diffusers_ddpm_ext.training.config.flags import Parser
 
 FILES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".npy", ".npz")
@@ -163,7 +163,7 @@ def parse_sample_args(argv: Sequence[str], prog: str = "ddpm-ext sample") -> Sam
         given["num_inference_steps"] = OTHER_STEPS
     options = SampleOptions(out=out, individual=Path(individual) if individual else None, **given)
     _check_numbers(options)
-    check_folder(options.folder)
+    check_pipeline_source(options.folder)
     _check_places(options)
     return options
 

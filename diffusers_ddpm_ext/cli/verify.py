@@ -12,8 +12,15 @@ from typing import Any
 
 from diffusers_ddpm_ext.errors import ConfigError, RunError
 from diffusers_ddpm_ext.hub.push import check_repo_id
-from diffusers_ddpm_ext.hub.upload import TIMEOUT, Target, check_timeout, last_push, patient, reason
-from diffusers_ddpm_ext.pipelines.loading import check_folder, find_device, open_pipeline
+from diffusers_ddpm_ext.hub.upload import (
+    HUB_TIMEOUT,
+    HubTarget,
+    check_timeout,
+    describe_error,
+    hub_timeout,
+    last_pushed_commit,
+)
+from diffusers_ddpm_ext.pipelines.loading import check_pipeline_source, load_pipeline, select_device
 from diffusers_ddpm_ext.training.config.flags import Parser
 
 HEAD = """Check a pipeline that `ddpm-ext push` has brought to the Hub: load the repository anew, compare each file
@@ -58,9 +65,9 @@ def parse_verify_args(argv: Sequence[str], prog: str = "ddpm-ext verify") -> Ver
     add("--folder", metavar="FOLDER", help="That it was pushed from: is its last push the newest commit?")
     add("--hub_token", metavar="TOKEN", help="Of the Hub (default: HF_TOKEN, or what `hf auth login` has left).")
     add("--device", default="cpu", metavar="NAME", help="To draw on (default: cpu, as the card's images were).")
-    add("--timeout", type=float, default=TIMEOUT, metavar="SECONDS", help=f"(default: {TIMEOUT:g})")
+    add("--timeout", type=float, default=HUB_TIMEOUT, metavar="SECONDS", help=f"(default: {HUB_TIMEOUT:g})")
     given = parser.parse_checked(argv)
-    check_folder(given["source"])
+    check_pipeline_source(given["source"])
     check_timeout(given["timeout"])
     folder = None if given["folder"] is None else Path(given["folder"])
     if folder is not None and not folder.is_dir():
@@ -88,22 +95,22 @@ def verify(options: VerifyOptions) -> str:
         ConfigError: it cannot be reached, or holds no proof.
         RunError: something is wrong; a sentence for each finding.
     """
-    from diffusers_ddpm_ext.hub.proof import PROOF, check_files, check_images, read_proof
+    from diffusers_ddpm_ext.hub.proof import PROOF_NAME, compare_card_images, differences_from_proof, read_proof
 
-    device = find_device(options.device)
+    device = select_device(options.device)
     with _loaded(options) as (place, findings):
         try:
             facts = read_proof(place)
         except ValueError as error:
             raise RunError(f"{options.source}: {'; '.join([*findings, str(error)])}") from None
         if facts is None:
-            raise ConfigError(f"{options.source} holds no {PROOF}: it was not pushed by `ddpm-ext push`")
-        findings += check_files(place, facts)
+            raise ConfigError(f"{options.source} holds no {PROOF_NAME}: it was not pushed by `ddpm-ext push`")
+        findings += differences_from_proof(place, facts)
         drawn, agreed = facts["images"], ""
         try:
-            pipeline = open_pipeline(str(place), None, device, "float32")
+            pipeline = load_pipeline(str(place), None, device, "float32")
             if drawn is not None and (place / "card" / "samples.npz").is_file():
-                wrong, share = check_images(place, pipeline, drawn)
+                wrong, share = compare_card_images(place, pipeline, drawn)
                 findings += [wrong] if wrong else []
                 agreed = f"; its {drawn['count']} images, drawn again, agree in {share:.2%} of their pixels"
         except (ConfigError, ValueError, OSError) as error:
@@ -121,12 +128,12 @@ def _loaded(options: VerifyOptions) -> Iterator[tuple[Path, list[str]]]:
         return
     if options.hub_token is not None:
         os.environ["HF_TOKEN"] = options.hub_token
-    with tempfile.TemporaryDirectory(prefix="verify-") as name, patient(options.timeout):
+    with tempfile.TemporaryDirectory(prefix="verify-") as name, hub_timeout(options.timeout):
         try:
             findings = _fetch(options, Path(name))
         except Exception as error:  # of the client or the transport
-            target = Target(options.source, token=options.hub_token)
-            raise ConfigError(f"cannot load {options.source}: {reason(error, target)}") from None
+            target = HubTarget(options.source, token=options.hub_token)
+            raise ConfigError(f"cannot load {options.source}: {describe_error(error, target)}") from None
         yield Path(name), findings
 
 
@@ -140,7 +147,7 @@ def _fetch(options: VerifyOptions, place: Path) -> list[str]:
     findings = []
     if wanted != newest:
         findings.append(f"{options.revision} is commit {wanted[:12]}, main has gone on to {newest[:12]}")
-    pushed = last_push(options.source, options.folder)
+    pushed = last_pushed_commit(options.source, options.folder)
     if pushed is not None and pushed != wanted:
         whence = options.folder or "this machine"
         findings.append(f"this is commit {wanted[:12]}, but what {whence} pushed last is {pushed[:12]}")

@@ -17,8 +17,8 @@ from diffusers_ddpm_ext.compvis.reader.archive import read_tensors
 from diffusers_ddpm_ext.compvis.report import Report
 from diffusers_ddpm_ext.compvis.state_dict import TABLES
 from diffusers_ddpm_ext.compvis.weights import bare
-from diffusers_ddpm_ext.models.ema import EmaFacts, load_ema_facts, save_ema_facts
-from diffusers_ddpm_ext.pipelines.guidance import config_of
+from diffusers_ddpm_ext.models.ema import EmaMetadata, load_ema_metadata, save_ema_metadata
+from diffusers_ddpm_ext.pipelines.guidance import network_config
 from diffusers_ddpm_ext.pipelines.pipeline_ddpm_ext import DDPMExtPipeline
 from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
 
@@ -39,7 +39,7 @@ class Converted:
 
     pipeline: DDPMExtPipeline
     raw: nn.Module | None
-    ema: EmaFacts | None
+    ema: EmaMetadata | None
     report: Report
 
     def save(self, folder: PATH) -> None:
@@ -53,7 +53,7 @@ class Converted:
             network: Any = self.raw
             network.save_pretrained(Path(folder, "unet"), variant=RAW)
         if self.ema is not None:
-            save_ema_facts(folder, self.ema)
+            save_ema_metadata(folder, self.ema)
 
     def compare(self, folder: PATH) -> list[str]:
         """Say where a folder differs from this.
@@ -83,8 +83,8 @@ class Converted:
         for name in ("conditioning_key", "use_positional_encodings"):
             if (theirs.config.get(name) or None) != (self.pipeline.config.get(name) or None):
                 found.append(f"{name} is {theirs.config.get(name)}, not {self.pipeline.config.get(name)}")
-        if self.ema is not None and load_ema_facts(folder) != self.ema:
-            found.append(f"ema.json is {load_ema_facts(folder)}, not {self.ema}")
+        if self.ema is not None and load_ema_metadata(folder) != self.ema:
+            found.append(f"ema.json is {load_ema_metadata(folder)}, not {self.ema}")
         return found
 
 
@@ -92,8 +92,8 @@ def _differences(where: str, ours: nn.Module, theirs: nn.Module) -> list[str]:
     mine, other = ours.state_dict(), theirs.state_dict()
     found = [f"{where} lacks {name}" for name in mine.keys() - other.keys()]
     found += [f"{where} has {name} besides" for name in other.keys() - mine.keys()]
-    settings = {name: value for name, value in config_of(ours).items() if not name.startswith("_")}
-    given = config_of(theirs)
+    settings = {name: value for name, value in network_config(ours).items() if not name.startswith("_")}
+    given = network_config(theirs)
     found += [
         f"{where}'s {name} is {given.get(name)}, not {value}"
         for name, value in settings.items()

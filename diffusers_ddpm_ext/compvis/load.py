@@ -24,7 +24,7 @@ from diffusers_ddpm_ext.compvis.reader.archive import read_tensors
 from diffusers_ddpm_ext.compvis.report import Report
 from diffusers_ddpm_ext.compvis.state_dict import Contents, describe_difference, sort_tensors
 from diffusers_ddpm_ext.compvis.weights import Moved, convert_tensors, export_unet
-from diffusers_ddpm_ext.models.ema import EmaFacts
+from diffusers_ddpm_ext.models.ema import EmaMetadata
 from diffusers_ddpm_ext.pipelines.pipeline_ddpm_ext import DDPMExtPipeline
 from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
 
@@ -78,12 +78,12 @@ class Original:
         return pipeline
 
     @property
-    def ema_facts(self) -> EmaFacts | None:
+    def ema_facts(self) -> EmaMetadata | None:
         """Decay and count of the average; None where the file has none."""
         found = self.contents
         if not found.average:
             return None
-        return EmaFacts(0.9999 if found.decay is None else found.decay, found.num_updates or 0)
+        return EmaMetadata(0.9999 if found.decay is None else found.decay, found.num_updates or 0)
 
 
 def load_compvis(

@@ -16,7 +16,7 @@ from diffusers_ddpm_ext.compvis.reader.archive import read_tensors
 from diffusers_ddpm_ext.compvis.state_dict import CLASS_EMBEDDING, TABLES
 from diffusers_ddpm_ext.compvis.unet_params import unet_params_of
 from diffusers_ddpm_ext.compvis.weights import EMA, PREFIXES, ema_names, export_unet, is_synthetic
-from diffusers_ddpm_ext.models.ema import EmaFacts, load_ema_facts
+from diffusers_ddpm_ext.models.ema import EmaMetadata, load_ema_metadata
 from diffusers_ddpm_ext.pipelines.pipeline_ddpm_ext import DDPMExtPipeline
 from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
 from diffusers_ddpm_ext.utils.files import write_atomically
@@ -41,7 +41,7 @@ class Sides:
 
     pipeline: DDPMExtPipeline
     raw: nn.Module | None
-    ema: EmaFacts | None
+    ema: EmaMetadata | None
     unet_params: Mapping[str, Any] | None = None
 
 
@@ -81,7 +81,7 @@ def _sides(source: DDPMExtPipeline | PATH) -> Sides:
     raw = None
     if any((folder / "unet" / name).is_file() for name in RAW_FILES):
         raw = type(pipeline.unet).from_pretrained(folder, subfolder="unet", variant="raw")
-    return Sides(pipeline, raw, load_ema_facts(folder), _params_in(folder))
+    return Sides(pipeline, raw, load_ema_metadata(folder), _params_in(folder))
 
 
 def _params_in(folder: Path) -> Mapping[str, Any] | None:
@@ -133,7 +133,7 @@ def state_dict_of(sides: Sides, use_ema: bool = True) -> dict[str, Tensor]:
     raw = default if sides.raw is None else export_unet(sides.raw, params)
     state = {PREFIXES[0] + name: tensor for name, tensor in raw.items()}
     if use_ema:
-        facts = sides.ema if sides.raw is not None and sides.ema is not None else EmaFacts(0.9999, 0)
+        facts = sides.ema if sides.raw is not None and sides.ema is not None else EmaMetadata(0.9999, 0)
         state[f"{EMA}decay"] = torch.tensor(facts.decay, dtype=torch.float32)
         state[f"{EMA}num_updates"] = torch.tensor(facts.num_updates, dtype=torch.int)
         state |= {source: default[name] for source, name in ema_names(params).items()}

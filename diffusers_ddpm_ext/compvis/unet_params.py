@@ -10,7 +10,7 @@ from torch import nn
 
 from diffusers_ddpm_ext.compvis.architecture import CLASSES, GROUPS, plain, translate_unet
 from diffusers_ddpm_ext.models.unet_2d_ext import stock_name
-from diffusers_ddpm_ext.pipelines.guidance import config_of
+from diffusers_ddpm_ext.pipelines.guidance import network_config
 
 # Of a network's configuration, what UNetModel has no word for: name -> the value it computes with.
 FIXED: dict[str, tuple[Any, ...]] = {
@@ -56,7 +56,7 @@ def unet_params_of(network: nn.Module) -> dict[str, Any]:
     kind = next((name for name in reversed(CLASSES) if type(network) is CLASSES[name]), None)
     if kind is None:
         raise ValueError(f"A {type(network).__name__} does not go back to UNetModel.")
-    config = config_of(network)
+    config = network_config(network)
     for name, allowed in FIXED.items():
         if name in config and config[name] not in allowed:
             raise ValueError(

@@ -10,14 +10,22 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from diffusers_ddpm_ext.hub.proof import SHEET
+from diffusers_ddpm_ext.hub.proof import CARD_GRID
 from diffusers_ddpm_ext.utils.files import CONFIG, ENVIRONMENT, EVALUATION, METRICS, read_json, read_rows
 
-README = "README.md"
-MARK = "<!-- made by ddpm-ext: without this line, your own text is kept -->"
-TASK = "unconditional-image-generation"
-PACKAGES = ("diffusers-ddpm-ext", "torch", "diffusers", "accelerate", "transformers", "datasets", "huggingface_hub")
-PICTURES = (
+CARD_NAME = "README.md"
+CARD_MARKER = "<!-- made by ddpm-ext: without this line, your own text is kept -->"
+CARD_TASK = "unconditional-image-generation"
+CARD_PACKAGES = (
+    "diffusers-ddpm-ext",
+    "torch",
+    "diffusers",
+    "accelerate",
+    "transformers",
+    "datasets",
+    "huggingface_hub",
+)
+CARD_FIGURES = (
     ("samples/loss.png", "Training and validation loss over optimizer steps."),
     ("samples/logvar.png", "The learned log-variance of each step, against the log of the loss measured there."),
     ("plots/schedule.png", "The schedule: betas and signal-to-noise ratio."),
@@ -28,16 +36,16 @@ PICTURES = (
 )
 
 
-def is_ours(folder: Path) -> bool:
+def may_replace_card(folder: Path) -> bool:
     """Whether the card of a folder may be made anew: there is none, or it is one of these."""
-    path = folder / README
-    return not path.is_file() or MARK in path.read_text(encoding="utf-8")
+    path = folder / CARD_NAME
+    return not path.is_file() or CARD_MARKER in path.read_text(encoding="utf-8")
 
 
-def environment() -> dict[str, Any]:
+def environment_versions() -> dict[str, Any]:
     """Versions, Python and processor of this process."""
     found = {}
-    for name in PACKAGES:
+    for name in CARD_PACKAGES:
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -54,7 +62,7 @@ def make_card(folder: Path, repo_id: str, license_name: str | None = None) -> st
         license_name: of the weights, as the Hub names licences.
 
     Returns:
-        The whole README.md, metadata first.
+        The complete README.md, metadata first.
     """
     from huggingface_hub import EvalResult, ModelCardData
 
@@ -64,25 +72,25 @@ def make_card(folder: Path, repo_id: str, license_name: str | None = None) -> st
     if bound:
         results.append(
             EvalResult(
-                task_type=TASK,
+                task_type=CARD_TASK,
                 dataset_type=facts.dataset or "images",
                 dataset_name=facts.dataset_name,
                 dataset_split=str(bound.get("split", "validation")),
                 metric_type="bits_per_dim",
-                metric_name=bound_name(bound),
+                metric_name=bound_label(bound),
                 metric_value=round(bound["bits_per_dim"], 4),
             )
         )
     data = ModelCardData(
         library_name="diffusers",
-        pipeline_tag=TASK,
-        tags=["diffusers", TASK, "ddpm", "diffusers-ddpm-ext"],
+        pipeline_tag=CARD_TASK,
+        tags=["diffusers", CARD_TASK, "ddpm", "diffusers-ddpm-ext"],
         license=license_name,
         datasets=[facts.dataset] if facts.dataset else None,
         model_name=repo_id.split("/")[-1] if results else None,
         eval_results=results or None,
     )
-    return f"---\n{data.to_yaml()}\n---\n\n{MARK}\n{_body(folder, repo_id, facts)}"
+    return f"---\n{data.to_yaml()}\n---\n\n{CARD_MARKER}\n{_body(folder, repo_id, facts)}"
 
 
 class _Facts:
@@ -134,15 +142,15 @@ class _Facts:
 
 def _body(folder: Path, repo_id: str, facts: _Facts) -> str:
     parts = [f"# {repo_id.split('/')[-1]}", _what(facts)]
-    if (folder / SHEET).is_file():
+    if (folder / CARD_GRID).is_file():
         parts.append(
-            f"![images drawn from this model]({SHEET})\n\nDrawn with seed 0; "
+            f"![images drawn from this model]({CARD_GRID})\n\nDrawn with seed 0; "
             f"`ddpm-ext verify {repo_id}` draws them again and compares."
         )
     elif (folder / "samples.png").is_file():
         parts.append("![images drawn from this model](samples.png)")
     parts += [_snippets(repo_id, facts), _numbers(facts)]
-    shown = [f"![{text}]({name})\n\n{text}" for name, text in PICTURES if (folder / name).is_file()]
+    shown = [f"![{text}]({name})\n\n{text}" for name, text in CARD_FIGURES if (folder / name).is_file()]
     if shown:
         parts.append("## Curves\n\n" + "\n\n".join(shown))
     parts += [_training(facts), LIMITS]
@@ -186,7 +194,7 @@ def _snippets(repo_id: str, facts: _Facts) -> str:
     return f"{ours}\n\n{other}\n\n{stock}"
 
 
-def bound_name(bound: dict[str, Any]) -> str:
+def bound_label(bound: dict[str, Any]) -> str:
     """What a number of bits per dimension is of: without its chain and its bins it can be compared with nothing.
 
     Args:
@@ -211,7 +219,7 @@ def _numbers(facts: _Facts) -> str:
         low, high = facts.bound["low"], facts.bound["high"]
         confidence = facts.bound.get("confidence", 0.95)
         rows.append(
-            f"| {bound_name(facts.bound)}, {facts.bound.get('num_images', '?')} images | "
+            f"| {bound_label(facts.bound)}, {facts.bound.get('num_images', '?')} images | "
             f"{facts.bound['bits_per_dim']:.4f} ({confidence:.0%} interval {low:.4f} to {high:.4f}) |"
         )
     names = {
@@ -233,7 +241,7 @@ def _training(facts: _Facts) -> str:
             f"Data: {data['name']}, {data['train']:,} images for training and {data['validation']:,} held out; "
             f"fingerprint of names and pixels, sha256 `{data['fingerprint']}`."
         )
-    known = facts.environment or environment()
+    known = facts.environment or environment_versions()
     versions = ", ".join(f"{name} {number}" for name, number in known.get("packages", {}).items())
     made = "Trained" if facts.environment else "This card was made"
     where = f" on {known['device']}" if known.get("device") else ""

@@ -15,16 +15,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from diffusers_ddpm_ext.hub.upload import sha256_of
+from diffusers_ddpm_ext.hub.upload import sha256_of_file
 from diffusers_ddpm_ext.utils.files import write_text_atomically
 
-PROOF, IMAGES, SHEET = "proof.json", "card/samples.npz", "card/samples.png"
-FORMAT = 1
-COUNT, STEPS, SEED = 9, 50, 0
-CLOSE, SHARE = 8, 0.97
+PROOF_NAME, CARD_IMAGES, CARD_GRID = "proof.json", "card/samples.npz", "card/samples.png"
+PROOF_FORMAT = 1
+CARD_IMAGE_COUNT, CARD_STEPS, CARD_SEED = 9, 50, 0
+PIXEL_TOLERANCE, MIN_AGREEMENT = 8, 0.97
 """Other machines round otherwise: levels of 255 that a pixel may be off, and the share of pixels that must be so."""
-DEFAULT, RAW = "unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.raw.safetensors"
-UNPROVEN = (PROOF, ".gitattributes")
+DEFAULT_WEIGHTS, RAW_WEIGHTS = (
+    "unet/diffusion_pytorch_model.safetensors",
+    "unet/diffusion_pytorch_model.raw.safetensors",
+)
+UNPROVEN_FILES = (PROOF_NAME, ".gitattributes")
 
 
 def _text(facts: dict[str, Any]) -> str:
@@ -32,20 +35,20 @@ def _text(facts: dict[str, Any]) -> str:
 
 
 def write_proof(place: Path, drawn: dict[str, Any] | None) -> None:
-    """Write `PROOF` over all files of a folder.
+    """Write `PROOF_NAME` over all files of a folder.
 
     Args:
         place: exactly what goes to the Hub.
-        drawn: what the images of `IMAGES` were drawn with; None where there are none.
+        drawn: what the images of `CARD_IMAGES` were drawn with; None where there are none.
     """
     files = {}
     for path in sorted(place.rglob("*")):
         name = path.relative_to(place).as_posix()
-        if path.is_file() and name not in UNPROVEN:
-            files[name] = {"size": path.stat().st_size, "sha256": sha256_of(path)}
-    facts: dict[str, Any] = {"format": FORMAT, "files": files, "images": drawn}
+        if path.is_file() and name not in UNPROVEN_FILES:
+            files[name] = {"size": path.stat().st_size, "sha256": sha256_of_file(path)}
+    facts: dict[str, Any] = {"format": PROOF_FORMAT, "files": files, "images": drawn}
     facts["sha256"] = hashlib.sha256(_text(facts).encode()).hexdigest()
-    write_text_atomically(place / PROOF, _text(facts))
+    write_text_atomically(place / PROOF_NAME, _text(facts))
 
 
 def read_proof(place: Path) -> dict[str, Any] | None:
@@ -54,7 +57,7 @@ def read_proof(place: Path) -> dict[str, Any] | None:
     Raises:
         ValueError: it was changed.
     """
-    path = place / PROOF
+    path = place / PROOF_NAME
     if not path.is_file():
         return None
     content = path.read_bytes()
@@ -66,13 +69,13 @@ def read_proof(place: Path) -> dict[str, Any] | None:
     except (ValueError, KeyError, AttributeError, TypeError):
         whole = False
     if not whole:
-        raise ValueError(f"{PROOF} was changed after it was written")
-    if facts["format"] != FORMAT:
-        raise ValueError(f"{PROOF} has format {facts['format']}, this version reads {FORMAT}")
+        raise ValueError(f"{PROOF_NAME} was changed after it was written")
+    if facts["format"] != PROOF_FORMAT:
+        raise ValueError(f"{PROOF_NAME} has format {facts['format']}, this version reads {PROOF_FORMAT}")
     return facts
 
 
-def check_files(place: Path, facts: dict[str, Any]) -> list[str]:
+def differences_from_proof(place: Path, facts: dict[str, Any]) -> list[str]:
     """What is wrong with the files of a folder, a sentence each.
 
     Args:
@@ -85,20 +88,23 @@ def check_files(place: Path, facts: dict[str, Any]) -> list[str]:
         if not path.is_file():
             found.append(f"{name} is missing")
             continue
-        now[name] = sha256_of(path)
+        now[name] = sha256_of_file(path)
         if now[name] != said["sha256"]:
             size = path.stat().st_size
             how = f"has {size} bytes instead of {said['size']}" if size != said["size"] else "was changed"
             found.append(f"{name} {how} (sha256 {now[name][:12]}, not {said['sha256'][:12]})")
     files = facts["files"]
-    if DEFAULT in now and RAW in now and RAW in files:
-        swapped = (now[DEFAULT], now[RAW]) == (files[RAW]["sha256"], files[DEFAULT]["sha256"])
-        if swapped and now[RAW] != now[DEFAULT]:
+    if DEFAULT_WEIGHTS in now and RAW_WEIGHTS in now and RAW_WEIGHTS in files:
+        swapped = (now[DEFAULT_WEIGHTS], now[RAW_WEIGHTS]) == (
+            files[RAW_WEIGHTS]["sha256"],
+            files[DEFAULT_WEIGHTS]["sha256"],
+        )
+        if swapped and now[RAW_WEIGHTS] != now[DEFAULT_WEIGHTS]:
             found.append("the EMA weights and the raw ones are swapped")
     return found
 
 
-def draw(pipeline: Any, drawn: dict[str, Any]) -> NDArray[np.uint8]:
+def draw_card_images(pipeline: Any, drawn: dict[str, Any]) -> NDArray[np.uint8]:
     """The images of the card, (N, height, width, C), 0 to 255.
 
     Args:
@@ -122,18 +128,18 @@ def draw(pipeline: Any, drawn: dict[str, Any]) -> NDArray[np.uint8]:
     return levels
 
 
-def what_to_draw(pipeline: Any) -> dict[str, Any] | None:
+def card_draw_settings(pipeline: Any) -> dict[str, Any] | None:
     """What a card's images are drawn with; None for a model that needs conditions which no card can give."""
-    from diffusers_ddpm_ext.models.conditioning import NEEDS
+    from diffusers_ddpm_ext.models.conditioning import REQUIRED_CONDITIONS
 
-    needs = set(NEEDS[pipeline.join.conditioning_key]) - {"class_labels"}
+    needs = set(REQUIRED_CONDITIONS[pipeline.conditioning.conditioning_key]) - {"class_labels"}
     if needs and not (needs == {"encoder_hidden_states"} and pipeline.class_embedder is not None):
         return None
-    steps = min(STEPS, len(pipeline.trained_scheduler))
-    return {"count": COUNT, "seed": SEED, "num_inference_steps": steps}
+    steps = min(CARD_STEPS, len(pipeline.trained_scheduler))
+    return {"count": CARD_IMAGE_COUNT, "seed": CARD_SEED, "num_inference_steps": steps}
 
 
-def check_images(place: Path, pipeline: Any, drawn: dict[str, Any]) -> tuple[str, float]:
+def compare_card_images(place: Path, pipeline: Any, drawn: dict[str, Any]) -> tuple[str, float]:
     """Draw the images of the card again.
 
     Args:
@@ -148,13 +154,13 @@ def check_images(place: Path, pipeline: Any, drawn: dict[str, Any]) -> tuple[str
         ValueError: the kept images cannot be read.
     """
     try:
-        with np.load(place / IMAGES, allow_pickle=False) as file:
+        with np.load(place / CARD_IMAGES, allow_pickle=False) as file:
             kept = file["images"]
     except (zipfile.BadZipFile, KeyError, EOFError) as error:
-        raise ValueError(f"{IMAGES} cannot be read: {error}") from None
-    again = draw(pipeline, drawn)
+        raise ValueError(f"{CARD_IMAGES} cannot be read: {error}") from None
+    again = draw_card_images(pipeline, drawn)
     if again.shape != kept.shape:
         return f"the card's images are {kept.shape}, drawn again they are {again.shape}", 0.0
-    share = float((np.abs(again.astype(int) - kept.astype(int)) <= CLOSE).mean())
-    wrong = "" if share >= SHARE else f"drawn again, {share:.1%} of the pixels of the card's images agree"
+    share = float((np.abs(again.astype(int) - kept.astype(int)) <= PIXEL_TOLERANCE).mean())
+    wrong = "" if share >= MIN_AGREEMENT else f"drawn again, {share:.1%} of the pixels of the card's images agree"
     return wrong, share

@@ -14,15 +14,15 @@ from typing import BinaryIO
 
 from diffusers_ddpm_ext.errors import ConfigError, RunError
 from diffusers_ddpm_ext.hub.upload import (
-    TIMEOUT,
-    Pushed,
+    HUB_TIMEOUT,
+    HubTarget,
     PushError,
-    Target,
-    claim,
-    clean,
-    files_of,
-    freeze,
-    remember,
+    UploadResult,
+    copy_snapshot,
+    create_repo,
+    list_upload_files,
+    record_push,
+    redact_tokens,
     upload,
 )
 from diffusers_ddpm_ext.utils.files import write_text_atomically
@@ -39,7 +39,7 @@ class PushOptions:
     license: str | None = None
     commit_message: str = "Upload by ddpm-ext"
     draws: bool = True
-    timeout: float = TIMEOUT
+    timeout: float = HUB_TIMEOUT
     hub_token: str | None = None
 
     @property
@@ -85,25 +85,25 @@ def push(options: PushOptions, checkpoint: Path | None = None) -> str:
     """
     if options.hub_token is not None:
         os.environ["HF_TOKEN"] = options.hub_token
-    target = Target(options.hub_model_id, options.hub_private_repo or None, options.hub_token, options.timeout)
+    target = HubTarget(options.hub_model_id, options.hub_private_repo or None, options.hub_token, options.timeout)
     try:
         with tempfile.TemporaryDirectory(prefix=".pushing-", dir=options.folder) as name:
             place = Path(name)
-            freeze(files_of(options.folder, checkpoint), place)
-            target = replace(target, repo_id=claim(target, _tell))
+            copy_snapshot(list_upload_files(options.folder, checkpoint), place)
+            target = replace(target, repo_id=create_repo(target, _tell))
             _complete(options, place, target.repo_id)
             pushed = upload(place, target, options.commit_message, _tell)
             _take_back(options.folder, place)
-        remember(options.folder, pushed)
+        record_push(options.folder, pushed)
     except PushError as error:
         raise RunError(f"{error}. {options.folder} is as it was; to finish: {options.line}") from None
     except OSError as error:
-        why = clean(str(error), options.hub_token)
+        why = redact_tokens(str(error), options.hub_token)
         raise RunError(f"{why}. {options.folder} is as it was; to finish: {options.line}") from None
     return _told(pushed)
 
 
-def _told(pushed: Pushed) -> str:
+def _told(pushed: UploadResult) -> str:
     return (
         f"{pushed.files} files are in {pushed.url} (commit {pushed.commit[:12]}), each compared with the folder's; "
         f"to check them at any time: ddpm-ext verify {pushed.repo_id}"
@@ -116,33 +116,33 @@ def _tell(text: str) -> None:
 
 def _complete(options: PushOptions, place: Path, repo_id: str) -> None:
     """Add the card and the proof to what goes to the Hub."""
-    from diffusers_ddpm_ext.hub.card import README, is_ours, make_card
-    from diffusers_ddpm_ext.hub.proof import IMAGES, SHEET, write_proof
+    from diffusers_ddpm_ext.hub.card import CARD_NAME, make_card, may_replace_card
+    from diffusers_ddpm_ext.hub.proof import CARD_GRID, CARD_IMAGES, write_proof
 
-    for name in (IMAGES, SHEET):
+    for name in (CARD_IMAGES, CARD_GRID):
         (place / name).unlink(missing_ok=True)
     drawn = _draw(place) if options.draws else None
-    if is_ours(place):
+    if may_replace_card(place):
         text = make_card(place, repo_id, options.license)
-        write_text_atomically(place / README, text)  # never through a link to the folder's own file
+        write_text_atomically(place / CARD_NAME, text)  # never through a link to the folder's own file
     write_proof(place, drawn)
 
 
 def _draw(place: Path) -> dict[str, object] | None:
     import numpy as np
 
-    from diffusers_ddpm_ext.hub.proof import IMAGES, SHEET, draw, what_to_draw
-    from diffusers_ddpm_ext.pipelines.loading import find_device, open_pipeline
+    from diffusers_ddpm_ext.hub.proof import CARD_GRID, CARD_IMAGES, card_draw_settings, draw_card_images
+    from diffusers_ddpm_ext.pipelines.loading import load_pipeline, select_device
     from diffusers_ddpm_ext.plotting.sheets import save_grid
     from diffusers_ddpm_ext.utils.files import write_atomically
 
-    pipeline = open_pipeline(str(place), None, find_device("cpu"), "float32")
-    drawn = what_to_draw(pipeline)
+    pipeline = load_pipeline(str(place), None, select_device("cpu"), "float32")
+    drawn = card_draw_settings(pipeline)
     if drawn is None:
         return None
-    images = draw(pipeline, drawn)
-    write_atomically(place / IMAGES, lambda file: np.savez_compressed(file, images=images))
-    save_grid(images.transpose(0, 3, 1, 2) / 127.5 - 1, place / SHEET)
+    images = draw_card_images(pipeline, drawn)
+    write_atomically(place / CARD_IMAGES, lambda file: np.savez_compressed(file, images=images))
+    save_grid(images.transpose(0, 3, 1, 2) / 127.5 - 1, place / CARD_GRID)
     return drawn
 
 
@@ -152,14 +152,14 @@ def _copy(source: Path, file: BinaryIO) -> None:
 
 def _take_back(folder: Path, place: Path) -> None:
     """Keep card and proof in the folder, too."""
-    from diffusers_ddpm_ext.hub.card import README
-    from diffusers_ddpm_ext.hub.proof import IMAGES, PROOF, SHEET
+    from diffusers_ddpm_ext.hub.card import CARD_NAME
+    from diffusers_ddpm_ext.hub.proof import CARD_GRID, CARD_IMAGES, PROOF_NAME
     from diffusers_ddpm_ext.utils.files import write_atomically
 
-    for name in (README, PROOF, IMAGES, SHEET):
+    for name in (CARD_NAME, PROOF_NAME, CARD_IMAGES, CARD_GRID):
         if (place / name).is_file():
             write_atomically(folder / name, partial(_copy, place / name))
-        elif name != README:
+        elif name != CARD_NAME:
             (folder / name).unlink(missing_ok=True)
     if (folder / "card").is_dir() and not any((folder / "card").iterdir()):
         shutil.rmtree(folder / "card")

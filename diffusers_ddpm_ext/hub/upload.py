@@ -21,18 +21,29 @@ from typing import Any, TypeVar
 from diffusers_ddpm_ext.errors import ConfigError, RunError
 from diffusers_ddpm_ext.utils.files import read_json, write_text_atomically
 
-RECORD = ".hub.json"
+PUSH_RECORD = ".hub.json"
 """What was pushed last from a folder; never goes to the Hub itself."""
-APPENDED = (".jsonl",)
-LEFT_OUT = (".*", "*.part", "checkpoint-*", "aside-*", "logs", "crash", "samples-seed*", "wandb", "mlruns", "runs")
+APPENDED_SUFFIXES = (".jsonl",)
+IGNORE_PATTERNS = (
+    ".*",
+    "*.part",
+    "checkpoint-*",
+    "aside-*",
+    "logs",
+    "crash",
+    "samples-seed*",
+    "wandb",
+    "mlruns",
+    "runs",
+)
 """Of the top of a run's folder: locks, halves, what a run goes on from, and trackers' files."""
-OURS = (
+DELETE_PATTERNS = (
     "unet/*", "scheduler/*", "logvar/*", "class_embedder/*", "samples/*", "card/*", "plots/*", "evaluation/*",
     "checkpoint-*/*", "best/*",
 )  # fmt: skip
 """What a push takes out of the repository where the folder does not have it any more."""
-ATTEMPTS, TIMEOUT = 4, 60.0
-ENOUGH = 20.0
+MAX_ATTEMPTS, HUB_TIMEOUT = 4, 60.0
+MAX_RETRY_SECONDS = 20.0
 """Seconds after which a failed attempt is the last: some calls the client has tried five times by itself by then."""
 
 
@@ -44,7 +55,7 @@ class PushError(RunError):
 
 
 @dataclass(frozen=True)
-class Target:
+class HubTarget:
     """Where a folder goes.
 
     Attributes:
@@ -57,11 +68,11 @@ class Target:
     repo_id: str
     private: bool | None = None
     token: str | None = None
-    timeout: float = TIMEOUT
+    timeout: float = HUB_TIMEOUT
 
 
 @dataclass(frozen=True)
-class Pushed:
+class UploadResult:
     """What an upload has made.
 
     Attributes:
@@ -87,7 +98,7 @@ def check_timeout(seconds: float) -> None:
         raise ConfigError(f"--timeout must be above 0, got {seconds}")
 
 
-def files_of(folder: Path, checkpoint: Path | None = None) -> dict[str, Path]:
+def list_upload_files(folder: Path, checkpoint: Path | None = None) -> dict[str, Path]:
     """The files of a folder that belong on the Hub.
 
     Args:
@@ -100,8 +111,8 @@ def files_of(folder: Path, checkpoint: Path | None = None) -> dict[str, Path]:
     found = {}
     for path in sorted(folder.rglob("*")):
         inside = path.relative_to(folder)
-        hidden = any(fnmatch(part, pattern) for part in inside.parts for pattern in LEFT_OUT[:2])
-        left_out = LEFT_OUT if checkpoint is not None else (*LEFT_OUT, "best")
+        hidden = any(fnmatch(part, pattern) for part in inside.parts for pattern in IGNORE_PATTERNS[:2])
+        left_out = IGNORE_PATTERNS if checkpoint is not None else (*IGNORE_PATTERNS, "best")
         if path.is_file() and not hidden and not any(fnmatch(inside.parts[0], pattern) for pattern in left_out):
             found[inside.as_posix()] = path
     if checkpoint is not None:
@@ -109,13 +120,13 @@ def files_of(folder: Path, checkpoint: Path | None = None) -> dict[str, Path]:
     return found
 
 
-def freeze(files: Mapping[str, Path], place: Path) -> None:
+def copy_snapshot(files: Mapping[str, Path], place: Path) -> None:
     """Put files into a folder of their own that a running training does not change.
 
     Whatever a run replaces whole is linked; what it appends to is copied.
 
     Args:
-        files: from `files_of`.
+        files: from `list_upload_files`.
         place: an empty folder, best on the same disk.
 
     Raises:
@@ -124,7 +135,7 @@ def freeze(files: Mapping[str, Path], place: Path) -> None:
     for name, file in files.items():
         target = place / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        if file.suffix not in APPENDED:
+        if file.suffix not in APPENDED_SUFFIXES:
             try:
                 os.link(file, target)
                 continue
@@ -133,13 +144,13 @@ def freeze(files: Mapping[str, Path], place: Path) -> None:
         shutil.copyfile(file, target)
 
 
-def sha256_of(path: Path) -> str:
+def sha256_of_file(path: Path) -> str:
     """sha256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def git_id_of(path: Path) -> str:
+def git_blob_id(path: Path) -> str:
     """The id that git, and the Hub, give a small file."""
     digest = hashlib.sha1(f"blob {path.stat().st_size}\0".encode())
     with path.open("rb") as file:
@@ -148,7 +159,7 @@ def git_id_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def claim(target: Target, say: Callable[[str], None] = lambda text: None) -> str:
+def create_repo(target: HubTarget, say: Callable[[str], None] = lambda text: None) -> str:
     """Make the repository, if it is not there.
 
     Args:
@@ -170,7 +181,9 @@ def claim(target: Target, say: Callable[[str], None] = lambda text: None) -> str
     return _persist(make, target, say)
 
 
-def upload(place: Path, target: Target, message: str, say: Callable[[str], None] = lambda text: None) -> Pushed:
+def upload(
+    place: Path, target: HubTarget, message: str, say: Callable[[str], None] = lambda text: None
+) -> UploadResult:
     """Bring a folder into one commit, and compare what the Hub then has with it.
 
     The same call again finishes what an earlier one has begun, and does nothing where nothing is left to be done.
@@ -190,18 +203,18 @@ def upload(place: Path, target: Target, message: str, say: Callable[[str], None]
     return _persist(lambda: _upload_once(place, target, message), target, say)
 
 
-def _persist(act: Callable[[], Result], target: Target, say: Callable[[str], None]) -> Result:
+def _persist(act: Callable[[], Result], target: HubTarget, say: Callable[[str], None]) -> Result:
     """Try, and try again where it may pass."""
     began = time.monotonic()
-    with patient(target.timeout):
-        for attempt in range(ATTEMPTS):
+    with hub_timeout(target.timeout):
+        for attempt in range(MAX_ATTEMPTS):
             try:
                 return act()
             except PushError:
                 raise
             except Exception as error:  # the client's own, the transport's, the system's: a run survives them all
-                why = reason(error, target)
-                last = attempt == ATTEMPTS - 1 or time.monotonic() - began > ENOUGH
+                why = describe_error(error, target)
+                last = attempt == MAX_ATTEMPTS - 1 or time.monotonic() - began > MAX_RETRY_SECONDS
                 if last or not _may_pass(error):
                     raise PushError(why) from None
                 if _is_about_xet(error):
@@ -211,19 +224,21 @@ def _persist(act: Callable[[], Result], target: Target, say: Callable[[str], Non
     raise AssertionError("unreachable")
 
 
-def _upload_once(place: Path, target: Target, message: str) -> Pushed:
+def _upload_once(place: Path, target: HubTarget, message: str) -> UploadResult:
     from huggingface_hub import HfApi, constants
 
     api, repo_id = HfApi(token=target.token), target.repo_id
-    commit = api.upload_folder(repo_id=repo_id, folder_path=place, commit_message=message, delete_patterns=list(OURS))
+    commit = api.upload_folder(
+        repo_id=repo_id, folder_path=place, commit_message=message, delete_patterns=list(DELETE_PATTERNS)
+    )
     names = [path.relative_to(place).as_posix() for path in place.rglob("*") if path.is_file()]
-    differing = compare(api, repo_id, commit.oid, {name: place / name for name in names})
+    differing = differing_files(api, repo_id, commit.oid, {name: place / name for name in names})
     if differing:
         raise PushError(f"commit {commit.oid[:12]} of {repo_id} differs from the folder in {differing[0]}")
-    return Pushed(repo_id, commit.oid, f"{constants.ENDPOINT}/{repo_id}", len(names))
+    return UploadResult(repo_id, commit.oid, f"{constants.ENDPOINT}/{repo_id}", len(names))
 
 
-def compare(api: Any, repo_id: str, commit: str, files: Mapping[str, Path]) -> list[str]:
+def differing_files(api: Any, repo_id: str, commit: str, files: Mapping[str, Path]) -> list[str]:
     """Files that are not in a commit as they are here, by what the Hub reports of them.
 
     Large files are compared by their sha256, small ones by their git id; none is loaded again, but for small ones of
@@ -245,9 +260,9 @@ def compare(api: Any, repo_id: str, commit: str, files: Mapping[str, Path]) -> l
         if entry is None or getattr(entry, "size", -1) != path.stat().st_size:
             differing.append(name)
         elif entry.lfs is not None:
-            if entry.lfs.sha256 != sha256_of(path):
+            if entry.lfs.sha256 != sha256_of_file(path):
                 differing.append(name)
-        elif entry.blob_id != git_id_of(path) and not _same_bytes(api, repo_id, commit, name, path):
+        elif entry.blob_id != git_blob_id(path) and not _same_bytes(api, repo_id, commit, name, path):
             differing.append(name)
     return differing
 
@@ -264,7 +279,7 @@ def _same_bytes(api: Any, repo_id: str, commit: str, name: str, path: Path) -> b
 
 
 @contextmanager
-def patient(seconds: float) -> Iterator[None]:
+def hub_timeout(seconds: float) -> Iterator[None]:
     """Let the client give up on a Hub that says nothing for so long; by itself it would wait for ever.
 
     Args:
@@ -307,7 +322,7 @@ def _may_pass(error: Exception) -> bool:
     return not isinstance(error, ValueError)
 
 
-def reason(error: Exception, target: Target) -> str:
+def describe_error(error: Exception, target: HubTarget) -> str:
     """What went wrong, in one sentence without any token.
 
     Args:
@@ -328,7 +343,7 @@ def reason(error: Exception, target: Target) -> str:
         text = f"{repo}: {error}"
     else:
         text = f"the Hub was not reached for {repo} ({type(error).__name__}: {error})"
-    return clean(text, target.token)
+    return redact_tokens(text, target.token)
 
 
 def _said(error: Exception) -> str:
@@ -336,7 +351,7 @@ def _said(error: Exception) -> str:
     return " ".join(str(message).split())[:200]
 
 
-def clean(text: str, token: str | None = None) -> str:
+def redact_tokens(text: str, token: str | None = None) -> str:
     """A text in one line, without tokens.
 
     Args:
@@ -358,17 +373,17 @@ def _memory() -> Path:
     return Path(constants.HF_HOME) / "ddpm-ext" / "pushed.json"
 
 
-def remember(folder: Path, pushed: Pushed) -> None:
+def record_push(folder: Path, pushed: UploadResult) -> None:
     """Note the commit beside the folder and beside the client's cache, for `ddpm-ext verify`."""
     facts = {"repo_id": pushed.repo_id, "commit": pushed.commit, "url": pushed.url}
-    write_text_atomically(folder / RECORD, json.dumps(facts, indent=2) + "\n")
+    write_text_atomically(folder / PUSH_RECORD, json.dumps(facts, indent=2) + "\n")
     known = read_json(_memory()) | {pushed.repo_id: pushed.commit}
     write_text_atomically(_memory(), json.dumps(known, indent=2) + "\n")
 
 
-def last_push(repo_id: str, folder: Path | None = None) -> str | None:
+def last_pushed_commit(repo_id: str, folder: Path | None = None) -> str | None:
     """The commit that was pushed last to a repository from a folder, or from this machine."""
     if folder is not None:
-        record = read_json(folder / RECORD)
+        record = read_json(folder / PUSH_RECORD)
         return record.get("commit") if record.get("repo_id") == repo_id else None
     return read_json(_memory()).get(repo_id)

@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-FOLDER = "class_embedder"
-CONFIG_NAME = "config.json"
-WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
-KEY = "class_embedder"
-FORMAT = 1
+CLASS_EMBEDDER_FOLDER = "class_embedder"
+_CONFIG = "config.json"
+_WEIGHTS = "diffusion_pytorch_model.safetensors"
+_KEY = "class_embedder"
+_FORMAT = 1
 
 
 def save_class_embedder(folder: str | os.PathLike[str], table: Tensor) -> None:
@@ -28,12 +28,12 @@ def save_class_embedder(folder: str | os.PathLike[str], table: Tensor) -> None:
         folder: of the pipeline.
         table: (num_classes, dim), floating.
     """
-    place = Path(folder) / FOLDER
+    place = Path(folder) / CLASS_EMBEDDER_FOLDER
     place.mkdir(parents=True, exist_ok=True)
     values = table.detach().to("cpu", torch.float32).contiguous()
-    (place / WEIGHTS_NAME).write_bytes(save({KEY: values}, metadata={"format": "pt"}))
-    config = {"format": FORMAT, "num_classes": len(table), "dim": table.shape[1]}
-    (place / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (place / _WEIGHTS).write_bytes(save({_KEY: values}, metadata={"format": "pt"}))
+    config = {"format": _FORMAT, "num_classes": len(table), "dim": table.shape[1]}
+    (place / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def load_class_embedder(folder: str | os.PathLike[str]) -> Tensor | None:
@@ -48,17 +48,17 @@ def load_class_embedder(folder: str | os.PathLike[str]) -> Tensor | None:
     Raises:
         ValueError: a file is missing or damaged; the message names it.
     """
-    place = Path(folder) / FOLDER
-    if not (place / CONFIG_NAME).is_file():
+    place = Path(folder) / CLASS_EMBEDDER_FOLDER
+    if not (place / _CONFIG).is_file():
         return None
     try:
-        config = json.loads((place / CONFIG_NAME).read_text(encoding="utf-8"))
+        config = json.loads((place / _CONFIG).read_text(encoding="utf-8"))
         shape = (config["num_classes"], config["dim"])
-        if config["format"] != FORMAT:
-            raise ValueError(f'it says "format": {config["format"]}, this version reads {FORMAT}')
-        table = load((place / WEIGHTS_NAME).read_bytes())[KEY]
+        if config["format"] != _FORMAT:
+            raise ValueError(f'it says "format": {config["format"]}, this version reads {_FORMAT}')
+        table = load((place / _WEIGHTS).read_bytes())[_KEY]
     except Exception as error:  # safetensors' own error class differs between its versions
         raise ValueError(f"{place} cannot be read: {error}") from error
     if tuple(table.shape) != shape:
-        raise ValueError(f"{place / WEIGHTS_NAME} has shape {tuple(table.shape)}, its config says {shape}.")
+        raise ValueError(f"{place / _WEIGHTS} has shape {tuple(table.shape)}, its config says {shape}.")
     return table.float()

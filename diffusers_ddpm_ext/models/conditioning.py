@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from diffusers_ddpm_ext.utils.vocabulary import CONDITIONING_KEYS
 
-NEEDS: dict[str | None, tuple[str, ...]] = {
+REQUIRED_CONDITIONS: dict[str | None, tuple[str, ...]] = {
     None: (),
     "concat": ("concat_inputs",),
     "crossattn": ("encoder_hidden_states",),
@@ -34,7 +34,7 @@ NEEDS: dict[str | None, tuple[str, ...]] = {
     "hybrid-adm": ("concat_inputs", "encoder_hidden_states", "class_labels"),
     "crossattn-adm": ("encoder_hidden_states", "class_labels"),
 }
-COORDINATES = 2
+COORDINATE_CHANNELS = 2
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Conditions:
         return next((len(value) for value in self.named().values()), None)
 
 
-def check_key(conditioning_key: str | None) -> str | None:
+def check_conditioning_key(conditioning_key: str | None) -> str | None:
     """Return a conditioning key that is known.
 
     Args:
@@ -78,7 +78,7 @@ def check_key(conditioning_key: str | None) -> str | None:
     Raises:
         ValueError: it is none of them.
     """
-    if conditioning_key not in NEEDS:
+    if conditioning_key not in REQUIRED_CONDITIONS:
         raise ValueError(
             f"conditioning_key is {conditioning_key!r}; it must be None or one of {', '.join(CONDITIONING_KEYS)}."
         )
@@ -86,7 +86,7 @@ def check_key(conditioning_key: str | None) -> str | None:
 
 
 @dataclass(frozen=True)
-class Join:
+class Conditioning:
     """Puts a batch and its conditions together for a network.
 
     Attributes:
@@ -99,7 +99,7 @@ class Join:
     use_positional_encodings: bool = False
 
     def __post_init__(self) -> None:
-        check_key(self.conditioning_key)
+        check_conditioning_key(self.conditioning_key)
 
     def __call__(self, xt: Tensor, conditions: Conditions) -> tuple[Tensor, dict[str, Tensor]]:
         """Join.
@@ -114,7 +114,7 @@ class Join:
         Raises:
             ValueError: a condition is missing, too many, or of another batch or size.
         """
-        given, needed = conditions.named(), NEEDS[self.conditioning_key]
+        given, needed = conditions.named(), REQUIRED_CONDITIONS[self.conditioning_key]
         for name in needed:
             if name not in given:
                 raise ValueError(f"{name} is missing: conditioning_key {self.conditioning_key} needs it.")
@@ -130,7 +130,7 @@ class Join:
                 raise ValueError(f"concat_inputs has shape {tuple(extra.shape)}; the samples are {tuple(xt.shape)}.")
             inputs.append(extra.to(xt.dtype))
         if self.use_positional_encodings:
-            inputs.append(coordinates(xt))
+            inputs.append(pixel_coordinates(xt))
         named = {name: value.to(xt.dtype) if value.is_floating_point() else value for name, value in given.items()}
         return torch.cat(inputs, dim=1) if len(inputs) > 1 else xt, named
 
@@ -142,10 +142,10 @@ class Join:
     @property
     def widens_input(self) -> bool:
         """Whether the network's input has more channels than a sample."""
-        return "concat_inputs" in NEEDS[self.conditioning_key] or self.use_positional_encodings
+        return "concat_inputs" in REQUIRED_CONDITIONS[self.conditioning_key] or self.use_positional_encodings
 
 
-def coordinates(like: Tensor) -> Tensor:
+def pixel_coordinates(like: Tensor) -> Tensor:
     """Column and row of each pixel, from -1 to 1; 0 along an axis of one pixel.
 
     Args:
@@ -163,7 +163,7 @@ def coordinates(like: Tensor) -> Tensor:
     return torch.stack([columns, rows]).expand(len(like), -1, -1, -1)
 
 
-def gathered(value: Any, axis: int) -> Any:
+def concatenate_parts(value: Any, axis: int) -> Any:
     """A condition given in parts, as CompVis' dictionaries of lists hold them, as one tensor."""
     if isinstance(value, list | tuple) and value and all(isinstance(part, Tensor) for part in value):
         return torch.cat(list(value), dim=axis)
@@ -176,7 +176,7 @@ class ConditionedDenoiser(nn.Module):
     Args:
         unet: a UNet2DModel, or with context a UNet2DConditionModel.
         conditioning_key: one of `CONDITIONING_KEYS`, or None.
-        use_positional_encodings: see `Join`.
+        use_positional_encodings: see `Conditioning`.
 
     Raises:
         ValueError: the key is not known.
@@ -187,7 +187,7 @@ class ConditionedDenoiser(nn.Module):
     ) -> None:
         super().__init__()
         self.unet = unet
-        self.join = Join(conditioning_key, use_positional_encodings)
+        self.conditioning = Conditioning(conditioning_key, use_positional_encodings)
 
     def forward(
         self,
@@ -211,14 +211,16 @@ class ConditionedDenoiser(nn.Module):
             The network's output; ``.sample`` is (B, C or 2C, H, W).
 
         Raises:
-            ValueError: see `Join`.
+            ValueError: see `Conditioning`.
         """
-        conditions = Conditions(class_labels, gathered(concat_inputs, 1), gathered(encoder_hidden_states, 1))
-        inputs, named = self.join(xt, conditions)
+        conditions = Conditions(
+            class_labels, concatenate_parts(concat_inputs, 1), concatenate_parts(encoder_hidden_states, 1)
+        )
+        inputs, named = self.conditioning(xt, conditions)
         return self.unet(inputs, t, **named)
 
 
-def guided(conditional: Tensor, unconditional: Tensor, scale: float, channels: int) -> Tensor:
+def classifier_free_guidance(conditional: Tensor, unconditional: Tensor, scale: float, channels: int) -> Tensor:
     """Classifier-free guidance: ``u + s (c - u)`` ([CFG] Ho & Salimans 2022, eq. 6, with s = w + 1).
 
     Args:

@@ -259,12 +259,12 @@ def _checked_decay(decay: Any) -> float:
     return float(decay)
 
 
-FACTS_NAME = "ema.json"
-FACTS_FORMAT = 1
+EMA_METADATA_NAME = "ema.json"
+EMA_METADATA_FORMAT = 1
 
 
 @dataclass(frozen=True)
-class EmaFacts:
+class EmaMetadata:
     """What a pipeline's folder says of the average that its default weights are.
 
     Attributes:
@@ -276,18 +276,18 @@ class EmaFacts:
     num_updates: int
 
 
-def save_ema_facts(folder: str | os.PathLike[str], facts: EmaFacts) -> None:
+def save_ema_metadata(folder: str | os.PathLike[str], facts: EmaMetadata) -> None:
     """Write ``ema.json`` into a pipeline's folder.
 
     Args:
         folder: it exists.
         facts: of the average.
     """
-    content = {"format": FACTS_FORMAT, "decay": facts.decay, "num_updates": facts.num_updates}
-    Path(folder, FACTS_NAME).write_text(json.dumps(content) + "\n", encoding="utf-8")
+    content = {"format": EMA_METADATA_FORMAT, "decay": facts.decay, "num_updates": facts.num_updates}
+    Path(folder, EMA_METADATA_NAME).write_text(json.dumps(content) + "\n", encoding="utf-8")
 
 
-def load_ema_facts(folder: str | os.PathLike[str]) -> EmaFacts | None:
+def load_ema_metadata(folder: str | os.PathLike[str]) -> EmaMetadata | None:
     """Read ``ema.json`` of a pipeline's folder.
 
     Args:
@@ -299,13 +299,13 @@ def load_ema_facts(folder: str | os.PathLike[str]) -> EmaFacts | None:
     Raises:
         ValueError: it is damaged or of another format.
     """
-    path = Path(folder, FACTS_NAME)
+    path = Path(folder, EMA_METADATA_NAME)
     if not path.is_file():
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        if content["format"] != FACTS_FORMAT:
-            raise ValueError(f'it says "format": {content["format"]}, this version reads {FACTS_FORMAT}')
-        return EmaFacts(_checked_decay(content["decay"]), int(content["num_updates"]))
+        if content["format"] != EMA_METADATA_FORMAT:
+            raise ValueError(f'it says "format": {content["format"]}, this version reads {EMA_METADATA_FORMAT}')
+        return EmaMetadata(_checked_decay(content["decay"]), int(content["num_updates"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} cannot be read: {error!r}") from error

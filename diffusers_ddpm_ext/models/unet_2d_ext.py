@@ -160,7 +160,7 @@ class UNet2DExtModel(UNet2DModel):
         _set_heads(self.up_blocks, up, "num_attention_heads_up")
 
     @classmethod
-    def of(cls, unet: UNet2DModel) -> UNet2DExtModel:
+    def from_unet(cls, unet: UNet2DModel) -> UNet2DExtModel:
         """The same network as one of this class, which stock Diffusers refuses; it shares the tensors.
 
         Args:

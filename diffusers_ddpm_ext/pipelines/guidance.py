@@ -12,13 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffusers_ddpm_ext.models.conditioning import NEEDS, Conditions, Join, gathered, guided
+from diffusers_ddpm_ext.models.conditioning import (
+    REQUIRED_CONDITIONS,
+    Conditioning,
+    Conditions,
+    classifier_free_guidance,
+    concatenate_parts,
+)
 
 Labels = int | Sequence[int] | Tensor
 
 
 @dataclass(frozen=True)
-class Given:
+class ConditionArguments:
     """Conditions as a caller gives them; see `DDPMExtPipeline.__call__`."""
 
     class_labels: Labels | None = None
@@ -30,7 +36,7 @@ class Given:
         """Number of samples that they are for; 1 where they do not say."""
         sizes = [1]
         for value, axis in ((self.concat_inputs, 1), (self.encoder_hidden_states, 1)):
-            whole = gathered(value, axis)
+            whole = concatenate_parts(value, axis)
             sizes += [len(whole)] if isinstance(whole, Tensor) else []
         labels = self.class_labels
         if isinstance(labels, Sequence) or (isinstance(labels, Tensor) and labels.ndim):
@@ -38,19 +44,19 @@ class Given:
         return max(sizes)
 
 
-def config_of(network: nn.Module) -> Mapping[str, Any]:
+def network_config(network: nn.Module) -> Mapping[str, Any]:
     """The configuration of a Diffusers network, whose type says nothing of it."""
     config: Any = network.config
     return config
 
 
 @dataclass(frozen=True)
-class Model:
+class ConditionedModel:
     """What a pipeline knows of its conditions.
 
     Attributes:
         unet: the network.
-        join: how conditions are joined.
+        conditioning: how conditions are joined.
         class_embedder: (num_classes, dim), where classes become tokens.
         null_class_label: the class that stands for none.
         channels: of a sample.
@@ -58,7 +64,7 @@ class Model:
     """
 
     unet: nn.Module
-    join: Join
+    conditioning: Conditioning
     class_embedder: Tensor | None
     null_class_label: int | None
     channels: int
@@ -67,7 +73,7 @@ class Model:
     @property
     def embeds_classes(self) -> bool:
         """Whether class labels become encoder_hidden_states."""
-        needs = NEEDS[self.join.conditioning_key]
+        needs = REQUIRED_CONDITIONS[self.conditioning.conditioning_key]
         return self.class_embedder is not None and "encoder_hidden_states" in needs and "class_labels" not in needs
 
     @property
@@ -75,11 +81,11 @@ class Model:
         """Number of classes, where labels are numbers."""
         if self.embeds_classes and self.class_embedder is not None:
             return len(self.class_embedder)
-        classes: int | None = config_of(self.unet).get("num_class_embeds")
+        classes: int | None = network_config(self.unet).get("num_class_embeds")
         return classes
 
 
-def as_conditions(given: Given, model: Model, batch: int) -> Conditions:
+def prepare_conditions(given: ConditionArguments, model: ConditionedModel, batch: int) -> Conditions:
     """Bring conditions into the form that a network takes.
 
     Args:
@@ -94,18 +100,18 @@ def as_conditions(given: Given, model: Model, batch: int) -> Conditions:
         ValueError: a label is out of range, or a condition is of another batch.
     """
     labels = None if given.class_labels is None else _labels(given.class_labels, model, batch)
-    context = gathered(given.encoder_hidden_states, 1)
+    context = concatenate_parts(given.encoder_hidden_states, 1)
     if labels is not None and context is None and model.embeds_classes:
         assert model.class_embedder is not None
         context, labels = model.class_embedder.to(labels.device)[labels][:, None], None
     return Conditions(
         labels,
-        _for_all("concat_inputs", gathered(given.concat_inputs, 1), batch),
+        _for_all("concat_inputs", concatenate_parts(given.concat_inputs, 1), batch),
         _for_all("encoder_hidden_states", context, batch),
     ).to(model.device)
 
 
-def _labels(labels: Labels, model: Model, batch: int) -> Tensor:
+def _labels(labels: Labels, model: ConditionedModel, batch: int) -> Tensor:
     table = labels if isinstance(labels, Tensor) else torch.tensor(labels)
     table = table.reshape(1) if table.ndim == 0 else table
     if not table.is_floating_point():
@@ -128,7 +134,9 @@ def _for_all(name: str, value: Tensor | None, batch: int) -> Tensor | None:
     return value.expand(batch, *value.shape[1:])
 
 
-def nothing(given: Given, model: Model, positive: Conditions) -> Given:
+def unconditional_arguments(
+    given: ConditionArguments, model: ConditionedModel, positive: Conditions
+) -> ConditionArguments:
     """The counterpart of conditions that stands for none of them.
 
     Args:
@@ -137,12 +145,12 @@ def nothing(given: Given, model: Model, positive: Conditions) -> Given:
         positive: the conditions.
 
     Returns:
-        Given, and else: the null class; zeros for embeddings and concatenated inputs.
+        ConditionArguments, and else: the null class; zeros for embeddings and concatenated inputs.
 
     Raises:
         ValueError: there is no null class, and none was given.
     """
-    needs = NEEDS[model.join.conditioning_key]
+    needs = REQUIRED_CONDITIONS[model.conditioning.conditioning_key]
     labels, concat, context = given.class_labels, given.concat_inputs, given.encoder_hidden_states
     by_class = "class_labels" in needs or (model.embeds_classes and context is None)
     if by_class and labels is None:
@@ -156,7 +164,7 @@ def nothing(given: Given, model: Model, positive: Conditions) -> Given:
         context = torch.zeros_like(positive.encoder_hidden_states)
     if concat is None and positive.concat_inputs is not None:
         concat = torch.zeros_like(positive.concat_inputs)
-    return Given(labels, concat, context)
+    return ConditionArguments(labels, concat, context)
 
 
 @dataclass(frozen=True)
@@ -171,7 +179,7 @@ class Guidance:
         interval: lowest and highest step of the chain of training at which there is guidance; None for all.
     """
 
-    model: Model
+    model: ConditionedModel
     positive: Conditions
     negative: Conditions | None = None
     scale: float = 1.0
@@ -193,21 +201,21 @@ class Guidance:
         both = {name: torch.cat([value, pairs[name]]) for name, value in self.positive.named().items()}
         out = self._call(torch.cat([xt, xt]), t, Conditions(**both))
         conditional, unconditional = out.chunk(2)
-        return guided(conditional, unconditional, self.scale, self.model.channels)
+        return classifier_free_guidance(conditional, unconditional, self.scale, self.model.channels)
 
     def _guides(self, t: float) -> bool:
         return self.interval is None or self.interval[0] <= t <= self.interval[1]
 
     def _call(self, xt: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
-        inputs, named = self.model.join(xt, conditions)
+        inputs, named = self.model.conditioning(xt, conditions)
         out: Tensor = self.model.unet(inputs, t, **named, return_dict=False)[0]
         return out
 
 
-def make_guidance(
-    model: Model,
-    given: Given,
-    negative: Given,
+def prepare_guidance(
+    model: ConditionedModel,
+    given: ConditionArguments,
+    negative: ConditionArguments,
     batch: int,
     scale: float = 1.0,
     interval: tuple[float, float] | None = None,
@@ -228,8 +236,8 @@ def make_guidance(
     Raises:
         ValueError: a condition is missing, too many or of another shape; guidance without conditions.
     """
-    positive = as_conditions(given, model, batch)
-    key, needs = model.join.conditioning_key, NEEDS[model.join.conditioning_key]
+    positive = prepare_conditions(given, model, batch)
+    key, needs = model.conditioning.conditioning_key, REQUIRED_CONDITIONS[model.conditioning.conditioning_key]
     for name in needs:
         if name not in positive.named():
             raise ValueError(f"{name} is missing: this model's conditioning_key is {key}.")
@@ -248,4 +256,10 @@ def make_guidance(
         return Guidance(model, positive)
     if not needs:
         raise ValueError(f"guidance_scale is {scale}, but this model is unconditional; leave it out.")
-    return Guidance(model, positive, as_conditions(nothing(negative, model, positive), model, batch), scale, interval)
+    return Guidance(
+        model,
+        positive,
+        prepare_conditions(unconditional_arguments(negative, model, positive), model, batch),
+        scale,
+        interval,
+    )

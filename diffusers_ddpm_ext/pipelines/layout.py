@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 TABLES = {
     name: (f"{name}/{LOGVAR_CONFIG_NAME}", f"{name}/{LOGVAR_WEIGHTS_NAME}")
-    for name in (LOGVAR_FOLDER, class_embedder.FOLDER)
+    for name in (LOGVAR_FOLDER, class_embedder.CLASS_EMBEDDER_FOLDER)
 }
 JOINED = ("conditioning_key", "use_positional_encodings", "null_class_label")
 # Stock DDPMScheduler takes the root of a log-variance for these: every sample becomes NaN.

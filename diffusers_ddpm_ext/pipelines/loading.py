@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from diffusers_ddpm_ext.errors import ConfigError
-from diffusers_ddpm_ext.pipelines.quiet import quiet
+from diffusers_ddpm_ext.pipelines.quiet import quiet_diffusers
 
-DTYPES = ("float32", "bfloat16", "float16")
+PIPELINE_DTYPES = ("float32", "bfloat16", "float16")
 
 
-def check_folder(name: str) -> None:
+def check_pipeline_source(name: str) -> None:
     """Refuse what can be neither a pipeline's folder nor a Hub id.
 
     Raises:
@@ -28,25 +28,25 @@ def check_folder(name: str) -> None:
         raise ConfigError(f"{name} does not exist: give the folder of a pipeline, or a Hub id")
 
 
-def check_here(name: str) -> Path:
+def check_pipeline_folder(name: str) -> Path:
     """The folder of a pipeline on this machine.
 
     Raises:
         ConfigError: there is none of that name, or it holds no pipeline.
     """
-    check_folder(name)
+    check_pipeline_source(name)
     if not Path(name).is_dir():
         raise ConfigError(f"{name} is no folder here: give that of a saved pipeline")
     return Path(name)
 
 
-def check_dtype(dtype: str, allowed: tuple[str, ...] = DTYPES) -> None:
+def check_dtype(dtype: str, allowed: tuple[str, ...] = PIPELINE_DTYPES) -> None:
     """Refuse a precision that is not among those allowed."""
     if dtype not in allowed:
         raise ConfigError(f"--dtype {dtype!r} is not one of {', '.join(allowed)}")
 
 
-def find_device(name: str | None) -> Any:
+def select_device(name: str | None) -> Any:
     """The device of a name, or the fastest there is.
 
     Raises:
@@ -67,13 +67,13 @@ def find_device(name: str | None) -> Any:
     return device
 
 
-def open_pipeline(folder: str, variant: str | None, device: Any, dtype: str, asked: str = "") -> Any:
+def load_pipeline(folder: str, variant: str | None, device: Any, dtype: str, asked: str = "") -> Any:
     """Load a pipeline and put it where it is to compute.
 
     Args:
         folder: a folder or Hub id.
         variant: of the weights.
-        device: from `find_device`.
+        device: from `select_device`.
         dtype: name of the weights' precision.
         asked: the option that asked for the variant, for an error.
 
@@ -85,7 +85,7 @@ def open_pipeline(folder: str, variant: str | None, device: Any, dtype: str, ask
     from diffusers_ddpm_ext.pipelines.pipeline_ddpm_ext import DDPMExtPipeline
 
     try:
-        with quiet():
+        with quiet_diffusers():
             pipeline = DDPMExtPipeline.from_pretrained(folder, variant=variant)
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
         with_variant = f" with {asked}" if variant else ""
@@ -98,7 +98,7 @@ def open_pipeline(folder: str, variant: str | None, device: Any, dtype: str, ask
     if not all(bool(torch.isfinite(weight).all()) for weight in pipeline.unet.parameters()):
         raise ConfigError(f"{folder}: its weights are not finite (NaN or infinity), so that it cannot sample")
     pipeline.set_progress_bar_config(disable=True)
-    with quiet():
+    with quiet_diffusers():
         return pipeline.to(device, getattr(torch, dtype))
 
 

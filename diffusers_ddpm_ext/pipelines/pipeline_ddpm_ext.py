@@ -24,9 +24,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from diffusers_ddpm_ext.diffusion.reverse_step import LEARNED_VARIANCES
-from diffusers_ddpm_ext.models.conditioning import NEEDS, Join
+from diffusers_ddpm_ext.models.conditioning import REQUIRED_CONDITIONS, Conditioning
 from diffusers_ddpm_ext.models.unet_2d_ext import UNet2DExtModel
-from diffusers_ddpm_ext.pipelines.guidance import Given, Labels, Model, make_guidance
+from diffusers_ddpm_ext.pipelines.guidance import ConditionArguments, ConditionedModel, Labels, prepare_guidance
 from diffusers_ddpm_ext.pipelines.serialization import PipelineFiles
 from diffusers_ddpm_ext.schedulers.adapter import SchedulerAdapter, adapt_scheduler, supports_temperature
 from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
@@ -87,11 +87,11 @@ class DDPMExtPipeline(PipelineFiles):
         self._num_timesteps = 0
         self._num_network_calls = 0
         self._interrupt = False
-        self._join = Join(conditioning_key, use_positional_encodings)
+        self._conditioning = Conditioning(conditioning_key, use_positional_encodings)
         scheduler = as_ours(scheduler)
         log_variance = isinstance(scheduler, DDPMExtScheduler) and scheduler.config.variance_type == "learned"
-        if (self._join.widens_input or log_variance) and type(unet) is UNet2DModel:
-            unet = UNet2DExtModel.of(unet)
+        if (self._conditioning.widens_input or log_variance) and type(unet) is UNet2DModel:
+            unet = UNet2DExtModel.from_unet(unet)
         self.register_modules(unet=unet, scheduler=scheduler)
         said = {
             "conditioning_key": conditioning_key,
@@ -156,7 +156,7 @@ class DDPMExtPipeline(PipelineFiles):
     def num_classes(self) -> int | None:
         """How many classes it can be asked for, a null class included; None where there are none."""
         model = self._model(torch.device("cpu"))
-        by_class = "class_labels" in NEEDS[self._join.conditioning_key] or model.embeds_classes
+        by_class = "class_labels" in REQUIRED_CONDITIONS[self._conditioning.conditioning_key] or model.embeds_classes
         return model.num_classes if by_class else None
 
     @property
@@ -253,7 +253,7 @@ class DDPMExtPipeline(PipelineFiles):
             ValueError: an argument is out of its range, the model does not fit, the scheduler cannot sample it, or
                 the samples are not finite.
         """
-        given = Given(class_labels, concat_inputs, encoder_hidden_states)
+        given = ConditionArguments(class_labels, concat_inputs, encoder_hidden_states)
         batch_size = given.batch if batch_size == 1 else batch_size
         self._check_call(batch_size, output_type, log_every_t, temperature)
         generator = _check_generators(generator, batch_size)
@@ -271,8 +271,8 @@ class DDPMExtPipeline(PipelineFiles):
         shape = self._sample_shape(batch_size, output_type)
 
         device = self._execution_device
-        negative = Given(negative_class_labels, negative_concat_inputs, negative_encoder_hidden_states)
-        denoise = make_guidance(
+        negative = ConditionArguments(negative_class_labels, negative_concat_inputs, negative_encoder_hidden_states)
+        denoise = prepare_guidance(
             self._model(device), given, negative, batch_size, float(guidance_scale), guidance_interval
         )
         steps = self._set_timesteps(sampler, num_inference_steps, timesteps, device, optimal_timesteps)
@@ -320,22 +320,22 @@ class DDPMExtPipeline(PipelineFiles):
         return output if return_dict else output.to_tuple()
 
     @property
-    def join(self) -> Join:
+    def conditioning(self) -> Conditioning:
         """How conditions reach the network."""
-        return self._join
+        return self._conditioning
 
     @property
     def channels(self) -> int:
         """Channels C of a sample."""
         config = self.unet.config
-        if not self._join.widens_input:
+        if not self._conditioning.widens_input:
             return int(config.in_channels)
         learned = self.scheduler.config.get("variance_type") in LEARNED_VARIANCES
         return int(config.out_channels) // (2 if learned else 1)
 
-    def _model(self, device: torch.device) -> Model:
+    def _model(self, device: torch.device) -> ConditionedModel:
         null = self.config.get("null_class_label")
-        return Model(self.unet, self._join, self._class_embedder, null, self.channels, device)
+        return ConditionedModel(self.unet, self._conditioning, self._class_embedder, null, self.channels, device)
 
     def _check_call(
         self, batch_size: int, output_type: str | None, log_every_t: int | None, temperature: float

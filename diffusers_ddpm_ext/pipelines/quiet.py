@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def quiet_diffusers() -> Iterator[None]:
     """Keep Diffusers' bars and warnings back while a pipeline is read: what is wrong, we say.
 
     Yields:

@@ -52,7 +52,7 @@ class PipelineFiles(DiffusionPipeline):
 
     def missing_tables(self) -> list[str]:
         """Folders of the tables that this pipeline does not have."""
-        held = {LOGVAR_FOLDER: self.logvar, class_embedder.FOLDER: self.class_embedder}
+        held = {LOGVAR_FOLDER: self.logvar, class_embedder.CLASS_EMBEDDER_FOLDER: self.class_embedder}
         return [name for name, table in held.items() if table is None]
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:

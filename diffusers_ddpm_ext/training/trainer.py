@@ -19,7 +19,7 @@ import torch
 from tqdm.auto import tqdm
 
 from diffusers_ddpm_ext.errors import Interrupted, RunError, warn
-from diffusers_ddpm_ext.hub.card import environment
+from diffusers_ddpm_ext.hub.card import environment_versions
 from diffusers_ddpm_ext.training.checkpoints.output_dir import run_name
 from diffusers_ddpm_ext.training.config.train_config import TrainConfig
 from diffusers_ddpm_ext.training.data.batches import Batch, batch_stream
@@ -148,7 +148,7 @@ def write_environment(run: Run) -> None:
     """Leave versions, device and images in the folder, for the model card."""
     device, data = run.accelerator.device, run.data
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    facts = environment() | {
+    facts = environment_versions() | {
         "device": f"{run.plan.processes} x {name}",
         "data": {
             "name": run_name(run.config.data),

@@ -16,7 +16,7 @@ from diffusers_ddpm_ext.compvis.architecture import translate_unet
 from diffusers_ddpm_ext.compvis.convert import convert_compvis
 from diffusers_ddpm_ext.compvis.reader.archive import read_tensors
 from diffusers_ddpm_ext.compvis.weights import export_unet
-from diffusers_ddpm_ext.models.ema import load_ema_facts
+from diffusers_ddpm_ext.models.ema import load_ema_metadata
 
 TABLES = 12
 
@@ -237,12 +237,12 @@ def convert_synthetic():
 
 def test_a_trained_folder_goes_out_with_its_average(tmp_path):
     """Raw and EMA weights of a run's folder, its decay and its count."""
-    from diffusers_ddpm_ext.models.ema import EmaFacts, save_ema_facts
+    from diffusers_ddpm_ext.models.ema import EmaMetadata, save_ema_metadata
 
     raw, average = (random_weights(translate_unet(BASE).build(), seed) for seed in (1, 2))
     DDPMExtPipeline(average, DDPMExtScheduler()).save_pretrained(tmp_path / "run")
     raw.save_pretrained(tmp_path / "run" / "unet", variant="raw")
-    save_ema_facts(tmp_path / "run", EmaFacts(0.999, 123))
+    save_ema_metadata(tmp_path / "run", EmaMetadata(0.999, 123))
     save_compvis(tmp_path / "run", tmp_path / "m.ckpt")
     back = torch.load(tmp_path / "m.ckpt", weights_only=True)["state_dict"]
     assert torch.equal(back["model.diffusion_model.input_blocks.0.0.weight"], raw.conv_in.weight)
@@ -250,5 +250,5 @@ def test_a_trained_folder_goes_out_with_its_average(tmp_path):
     assert int(back["model_ema.num_updates"]) == 123
     assert back["model_ema.num_updates"].dtype == torch.int32
     assert float(back["model_ema.decay"]) == pytest.approx(0.999)
-    assert load_ema_facts(tmp_path / "run") == EmaFacts(0.999, 123)
+    assert load_ema_metadata(tmp_path / "run") == EmaMetadata(0.999, 123)
     assert sum(not name.startswith("model") for name in back) == TABLES

@@ -327,10 +327,10 @@ def made(trained, tmp_path_factory):
     """What a push brings to the Hub, in a folder."""
     from diffusers_ddpm_ext.cli.push import parse_push_args
     from diffusers_ddpm_ext.hub.push import _complete
-    from diffusers_ddpm_ext.hub.upload import files_of, freeze
+    from diffusers_ddpm_ext.hub.upload import copy_snapshot, list_upload_files
 
     place = tmp_path_factory.mktemp("pushed")
-    freeze(files_of(trained), place)
+    copy_snapshot(list_upload_files(trained), place)
     _complete(parse_push_args([str(trained)]), place, "alice/digits")
     return place
 

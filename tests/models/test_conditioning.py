@@ -12,7 +12,12 @@ from torch import nn
 
 from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtScheduler
 from diffusers_ddpm_ext.compvis.architecture import translate_unet
-from diffusers_ddpm_ext.models.conditioning import CONDITIONING_KEYS, NEEDS, ConditionedDenoiser, coordinates
+from diffusers_ddpm_ext.models.conditioning import (
+    CONDITIONING_KEYS,
+    REQUIRED_CONDITIONS,
+    ConditionedDenoiser,
+    pixel_coordinates,
+)
 
 GENERATOR = torch.Generator().manual_seed(0)
 X = torch.randn(4, 3, 8, 8, generator=GENERATOR)
@@ -25,16 +30,16 @@ ALL = (None, *CONDITIONING_KEYS)
 
 
 def given(key):
-    return {name: GIVEN[name] for name in NEEDS[key]}
+    return {name: GIVEN[name] for name in REQUIRED_CONDITIONS[key]}
 
 
 def network(key, seed=0, extra=0):
     params = dict(BASE)
-    if "concat_inputs" in NEEDS[key]:
+    if "concat_inputs" in REQUIRED_CONDITIONS[key]:
         params["in_channels"] = 5
-    if "encoder_hidden_states" in NEEDS[key]:
+    if "encoder_hidden_states" in REQUIRED_CONDITIONS[key]:
         params |= {"use_spatial_transformer": True, "context_dim": 6}
-    if "class_labels" in NEEDS[key]:
+    if "class_labels" in REQUIRED_CONDITIONS[key]:
         params["num_classes"] = 5
     params["in_channels"] += extra
     return random_weights(translate_unet(params, conditioning_key=key).build(), seed)
@@ -84,23 +89,23 @@ def test_several_inputs_and_contexts_are_joined():
 
 def test_coordinates():
     """Two channels: columns from left to right, rows from top to bottom."""
-    made = coordinates(torch.zeros(2, 3, 4, 5))
+    made = pixel_coordinates(torch.zeros(2, 3, 4, 5))
     assert made.shape == (2, 2, 4, 5)
     assert torch.allclose(made[0, 0, 2], torch.tensor([-1, -0.5, 0, 0.5, 1]))
     assert torch.allclose(made[1, 1, :, 3], torch.tensor([-1, -1 / 3, 1 / 3, 1]))
     recorder = Recorder()
     ConditionedDenoiser(recorder, "concat", True)(X, torch.arange(4), concat_inputs=GIVEN["concat_inputs"])
-    assert torch.equal(recorder.called[0][0], torch.cat([X, GIVEN["concat_inputs"], coordinates(X)], dim=1))
+    assert torch.equal(recorder.called[0][0], torch.cat([X, GIVEN["concat_inputs"], pixel_coordinates(X)], dim=1))
 
 
 @pytest.mark.parametrize("key", ALL)
 def test_missing_and_surplus_conditions_are_refused(key):
     denoiser = ConditionedDenoiser(Recorder(), key)
-    for name in NEEDS[key]:
+    for name in REQUIRED_CONDITIONS[key]:
         rest = {other: value for other, value in given(key).items() if other != name}
         with pytest.raises(ValueError, match=f"{name} is missing"):
             denoiser(X, torch.arange(4), **rest)
-    for name in GIVEN.keys() - set(NEEDS[key]):
+    for name in GIVEN.keys() - set(REQUIRED_CONDITIONS[key]):
         with pytest.raises(ValueError, match=f"{name} is given"):
             denoiser(X, torch.arange(4), **given(key), **{name: GIVEN[name]})
     with pytest.raises(ValueError, match="conditioning_key"):
@@ -200,7 +205,9 @@ def test_save_and_load(key, coordinates_too, tmp_path):
     plain = key is None and not coordinates_too
     assert index["_class_name"] == ("DDPMPipeline" if plain else "DDPMExtPipeline")
     assert ("conditioning_key" in index) == (key is not None)
-    wide = ("concat_inputs" in NEEDS[key] or coordinates_too) and "encoder_hidden_states" not in NEEDS[key]
+    wide = (
+        "concat_inputs" in REQUIRED_CONDITIONS[key] or coordinates_too
+    ) and "encoder_hidden_states" not in REQUIRED_CONDITIONS[key]
     assert (index["unet"][1] == "UNet2DExtModel") == wide
 
 

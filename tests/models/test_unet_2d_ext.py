@@ -77,13 +77,13 @@ def test_labels_through_a_projection():
 def test_the_same_network_shares_its_tensors():
     stock = random_weights(UNet2DModel(**CONFIG)).train()
     stock.conv_in.weight.requires_grad_(False)
-    ours = UNet2DExtModel.of(stock)
+    ours = UNet2DExtModel.from_unet(stock)
     assert ours.conv_in.weight.data_ptr() == stock.conv_in.weight.data_ptr()
     assert ours.training
     assert not ours.conv_in.weight.requires_grad
     assert ours.conv_out.weight.requires_grad
     assert torch.equal(out(ours), out(stock))
-    assert UNet2DExtModel.of(ours) is ours
+    assert UNet2DExtModel.from_unet(ours) is ours
 
 
 def test_doors(tmp_path):

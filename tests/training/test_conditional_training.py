@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from diffusers_ddpm_ext import DDPMExtPipeline, UNet2DExtModel
 from diffusers_ddpm_ext.cli import main
 from diffusers_ddpm_ext.errors import ConfigError
-from diffusers_ddpm_ext.models.conditioning import CONDITIONING_KEYS, NEEDS, Conditions
+from diffusers_ddpm_ext.models.conditioning import CONDITIONING_KEYS, REQUIRED_CONDITIONS, Conditions
 from diffusers_ddpm_ext.training import trainer
 from diffusers_ddpm_ext.training.config.options import DataOptions
 from diffusers_ddpm_ext.training.config.train_config import TrainConfig
@@ -59,7 +59,7 @@ def images(tmp_path_factory) -> Path:
 
 
 def options(key: str, images: Path, **more: Any) -> dict[str, Any]:
-    columns = dict(COLUMNS[name] for name in NEEDS[key])
+    columns = dict(COLUMNS[name] for name in REQUIRED_CONDITIONS[key])
     return {"conditioning_key": key, "train_data_dir": str(images), "norm_num_groups": 4} | columns | more
 
 
@@ -82,7 +82,7 @@ def test_every_key_trains_saves_loads_and_samples(key, steps, images, tmp_path):
                       **given.named()).images for seed in (0, 0)]  # fmt: skip
     assert drawn[0].shape == (4, 8, 8, 3)
     assert np.array_equal(*drawn)
-    wide = "concat_inputs" in NEEDS[key] and "encoder_hidden_states" not in NEEDS[key]
+    wide = "concat_inputs" in REQUIRED_CONDITIONS[key] and "encoder_hidden_states" not in REQUIRED_CONDITIONS[key]
     assert isinstance(pipeline.unet, UNet2DExtModel) == wide
     assert (tmp_path / "samples.png").is_file()
 

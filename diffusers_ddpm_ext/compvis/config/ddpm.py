@@ -17,7 +17,7 @@ from diffusers_ddpm_ext.compvis.architecture import DEFAULTS, WITHOUT_EFFECT
 from diffusers_ddpm_ext.compvis.config import targets
 from diffusers_ddpm_ext.compvis.config.run_keys import RunKeys, leaves, mapping
 from diffusers_ddpm_ext.compvis.schema import Fate, Row, short
-from diffusers_ddpm_ext.models.conditioning import NEEDS
+from diffusers_ddpm_ext.models.conditioning import REQUIRED_CONDITIONS
 from diffusers_ddpm_ext.utils.vocabulary import (
     CONDITIONING_KEYS,
     FROM_COMPVIS_BETA_SCHEDULE,
@@ -259,9 +259,9 @@ class _Reader(RunKeys):
             if "p" not in entry:
                 raise ValueError(f"{full} lacks p, the probability.")
             own = not self.latent or name == self.params.get("cond_stage_key", "image")
-            if direct and own and len(NEEDS[key]) == 1 and not isinstance(entry.get("val"), str):
-                dropout[NEEDS[key][0]] = {k: entry[k] for k in ("p", "val") if entry.get(k) is not None}
-                self.note(full, given[name], "translated", f"--conditioning_dropout of {NEEDS[key][0]}")
+            if direct and own and len(REQUIRED_CONDITIONS[key]) == 1 and not isinstance(entry.get("val"), str):
+                dropout[REQUIRED_CONDITIONS[key][0]] = {k: entry[k] for k in ("p", "val") if entry.get(k) is not None}
+                self.note(full, given[name], "translated", f"--conditioning_dropout of {REQUIRED_CONDITIONS[key][0]}")
             else:
                 why = "there it replaces what a stage is given; --conditioning_dropout what the network is given"
                 self.note(full, given[name], "without effect", why if key else "there is no condition")

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from diffusers_ddpm_ext.errors import ConfigError
-from diffusers_ddpm_ext.models.conditioning import NEEDS, Conditions
+from diffusers_ddpm_ext.models.conditioning import REQUIRED_CONDITIONS, Conditions
 from diffusers_ddpm_ext.utils import random_keys as keys
 
 
@@ -67,8 +67,8 @@ def make_condition_dropout(
         return None, None
     probability, null = {}, {}
     for name, value in given.items():
-        if name not in NEEDS[conditioning_key]:
-            allowed = ", ".join(NEEDS[conditioning_key]) or "none, without --conditioning_key"
+        if name not in REQUIRED_CONDITIONS[conditioning_key]:
+            allowed = ", ".join(REQUIRED_CONDITIONS[conditioning_key]) or "none, without --conditioning_key"
             raise ConfigError(f"--conditioning_dropout {name!r}: the conditions of this run are {allowed}")
         entry = value if isinstance(value, Mapping) else {"p": value}
         if set(entry) - {"p", "val"} or not _is_number(entry.get("p")) or not 0 <= entry["p"] <= 1:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from diffusers_ddpm_ext.errors import ConfigError
-from diffusers_ddpm_ext.models.conditioning import NEEDS
+from diffusers_ddpm_ext.models.conditioning import REQUIRED_CONDITIONS
 from diffusers_ddpm_ext.training.config.options import DataOptions
 from diffusers_ddpm_ext.training.data.condition_tables import OF_FOLDER, Table
 from diffusers_ddpm_ext.training.data.decoding import Preparation
@@ -94,7 +94,7 @@ def column_names(conditioning_key: str | None, options: DataOptions, *, digits: 
     Raises:
         ConfigError: a column is missing, or named in vain.
     """
-    needed = NEEDS[conditioning_key]
+    needed = REQUIRED_CONDITIONS[conditioning_key]
     chosen: dict[str, str] = {}
     for condition, option in OPTION.items():
         given = getattr(options, option)

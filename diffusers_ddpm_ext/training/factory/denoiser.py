@@ -62,7 +62,7 @@ def _denoiser_class(shape: DenoiserShape) -> str:
     if shape.needs("encoder_hidden_states"):
         return "UNet2DConditionModel"
     # Stock Diffusers would silently sample wrongly with a wider input, projected labels or learned log-variances.
-    special = shape.join.widens_input or shape.label_width is not None or shape.learned_variance == "learned"
+    special = shape.conditioning.widens_input or shape.label_width is not None or shape.learned_variance == "learned"
     return "UNet2DExtModel" if special else "UNet2DModel"
 
 
@@ -126,7 +126,7 @@ def _check_config(config: dict[str, Any], shape: DenoiserShape, option: str) -> 
     cross = shape.needs("encoder_hidden_states")
     if cross != (kind == "UNet2DConditionModel"):
         needed = "UNet2DConditionModel" if cross else "UNet2DModel"
-        key = shape.join.conditioning_key
+        key = shape.conditioning.conditioning_key
         raise ConfigError(f"{option} describes a {kind}; --conditioning_key {key or 'none'} needs a {needed}.")
     _check_labels(config, shape, option)
     inputs, outputs = config.get("in_channels", shape.in_channels), config.get("out_channels", shape.out_channels)
@@ -189,7 +189,7 @@ def _check_halvings(config: dict[str, Any], size: tuple[int, int], option: str) 
 def _try_forward(denoiser: UNet2DModel, shape: DenoiserShape, option: str) -> None:
     """Find now, not in the first step, whether the blocks fit together."""
     zeros, conditions = shape.zeros()
-    inputs, named = shape.join(zeros, conditions)
+    inputs, named = shape.conditioning(zeros, conditions)
     with as_config_error(option):
         denoiser.eval()
         output_shape = denoiser(inputs, torch.zeros(1, dtype=torch.long), **named).sample.shape

@@ -8,7 +8,7 @@ import torch
 
 from diffusers_ddpm_ext.diffusion.reverse_step import LEARNED_VARIANCES
 from diffusers_ddpm_ext.errors import ConfigError
-from diffusers_ddpm_ext.models.conditioning import COORDINATES, NEEDS, Conditions, Join
+from diffusers_ddpm_ext.models.conditioning import COORDINATE_CHANNELS, REQUIRED_CONDITIONS, Conditioning, Conditions
 from diffusers_ddpm_ext.training.config.options import ModelOptions
 from diffusers_ddpm_ext.training.data.image_set import ImageSet
 
@@ -20,7 +20,7 @@ class DenoiserShape:
     Attributes:
         size: height and width of the images, pixels.
         channels: channels of the images.
-        join: how conditions reach the network.
+        conditioning: how conditions reach the network.
         concat_channels: channels of the images that are concatenated to the input.
         num_classes: number of classes, a null class included; None where labels are not integers.
         label_width: width of labels that are vectors.
@@ -30,7 +30,7 @@ class DenoiserShape:
 
     size: tuple[int, int]
     channels: int
-    join: Join
+    conditioning: Conditioning
     concat_channels: int = 0
     num_classes: int | None = None
     label_width: int | None = None
@@ -45,11 +45,11 @@ class DenoiserShape:
     @property
     def in_channels(self) -> int:
         """Input channels."""
-        return self.channels + self.concat_channels + COORDINATES * self.join.use_positional_encodings
+        return self.channels + self.concat_channels + COORDINATE_CHANNELS * self.conditioning.use_positional_encodings
 
     def needs(self, condition: str) -> bool:
         """Whether the network is conditioned on this."""
-        return condition in NEEDS[self.join.conditioning_key]
+        return condition in REQUIRED_CONDITIONS[self.conditioning.conditioning_key]
 
     def zeros(self) -> tuple[torch.Tensor, Conditions]:
         """A batch of one image of zeros and its conditions, for a trial forward pass."""
@@ -80,10 +80,10 @@ def denoiser_shape(
         ConfigError: ``num_class_embeds`` is smaller than the number of classes.
     """
     channels, columns = images.shape[0], images.columns
-    join = Join(options.conditioning_key, options.use_positional_encodings)
+    conditioning = Conditioning(options.conditioning_key, options.use_positional_encodings)
     variance = variance_type if variance_type in LEARNED_VARIANCES else None
     if columns is None:
-        return DenoiserShape(images.size, channels, join, learned_variance=variance)
+        return DenoiserShape(images.size, channels, conditioning, learned_variance=variance)
     classes = len(columns.class_names) or None
     if classes is not None:
         least = max(classes, 0 if null_class is None else null_class + 1)
@@ -94,7 +94,7 @@ def denoiser_shape(
     return DenoiserShape(
         size=images.size,
         channels=channels,
-        join=join,
+        conditioning=conditioning,
         concat_channels=0 if columns.concat is None else columns.concat.channels,
         num_classes=classes,
         label_width=columns.label_width,

@@ -15,7 +15,7 @@ from diffusers_ddpm_ext.diffusion.timesteps import TimestepSampler, make_sampler
 from diffusers_ddpm_ext.errors import as_config_error
 from diffusers_ddpm_ext.losses.distances import PerceptualDistance
 from diffusers_ddpm_ext.losses.objective import DDPMObjective
-from diffusers_ddpm_ext.models.conditioning import Join
+from diffusers_ddpm_ext.models.conditioning import Conditioning
 from diffusers_ddpm_ext.models.ema import LitEMA
 from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
 from diffusers_ddpm_ext.training.config.options import EmaOptions, ObjectiveOptions, ScheduleOptions
@@ -44,7 +44,7 @@ class Parts:
         denoiser: the network.
         scheduler: the noise scheduler.
         objective: the loss.
-        join: how conditions reach the network.
+        conditioning: how conditions reach the network.
         dropout: random dropout of conditions.
         null_class: label that stands for no class; None where there is none.
         num_classes: number of classes of the data; None where labels are not classes.
@@ -54,7 +54,7 @@ class Parts:
     denoiser: UNet2DModel
     scheduler: DDPMExtScheduler
     objective: DDPMObjective
-    join: Join = field(default_factory=Join)
+    conditioning: Conditioning = field(default_factory=Conditioning)
     dropout: ConditionDropout | None = None
     null_class: int | None = None
     num_classes: int | None = None
@@ -64,8 +64,8 @@ class Parts:
     def pipeline_kwargs(self) -> dict[str, Any]:
         """Arguments of the pipeline that state how conditions reach the network."""
         return {
-            "conditioning_key": self.join.conditioning_key,
-            "use_positional_encodings": self.join.use_positional_encodings,
+            "conditioning_key": self.conditioning.conditioning_key,
+            "use_positional_encodings": self.conditioning.use_positional_encodings,
             "null_class_label": self.null_class,
         }
 
@@ -93,7 +93,7 @@ def build_parts(config: TrainConfig, images: ImageSet) -> Parts:
     dropout, null_class = make_condition_dropout(config.data.conditioning_dropout, conditioning_key, classes)
     shape = denoiser_shape(config.model, images, null_class, config.schedule.variance_type)
     denoiser = build_denoiser(config.model, shape, config.loop.seed)
-    return Parts(denoiser, scheduler, objective, shape.join, dropout, null_class, classes, sampler)
+    return Parts(denoiser, scheduler, objective, shape.conditioning, dropout, null_class, classes, sampler)
 
 
 def build_scheduler(options: ScheduleOptions) -> DDPMExtScheduler:

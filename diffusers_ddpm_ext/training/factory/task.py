@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from diffusers_ddpm_ext.diffusion.gaussian import q_sample
 from diffusers_ddpm_ext.diffusion.timesteps import TimestepSampler
 from diffusers_ddpm_ext.losses.objective import DDPMObjective, ObjectiveOutput
-from diffusers_ddpm_ext.models.conditioning import Conditions, Join
+from diffusers_ddpm_ext.models.conditioning import Conditioning, Conditions
 
 
 class DenoisingTask(nn.Module):
@@ -20,7 +20,7 @@ class DenoisingTask(nn.Module):
     Args:
         denoiser: a network called as ``denoiser(xt, t)`` whose output has ``.sample``, as UNet2DModel's has.
         objective: the loss, with the schedule that the noise follows.
-        join: how conditions reach the denoiser; by default there are none.
+        conditioning: how conditions reach the denoiser; by default there are none.
         sampler: of the steps; here so that what it has learned is part of the task's state.
     """
 
@@ -28,11 +28,11 @@ class DenoisingTask(nn.Module):
         self,
         denoiser: nn.Module,
         objective: DDPMObjective,
-        join: Join | None = None,
+        conditioning: Conditioning | None = None,
         sampler: TimestepSampler | None = None,
     ) -> None:
         super().__init__()
-        self.join = join or Join()
+        self.conditioning = conditioning or Conditioning()
         self.denoiser = denoiser
         self.objective = objective
         self.timestep_sampler = sampler
@@ -62,7 +62,7 @@ class DenoisingTask(nn.Module):
         """
         with torch.autocast(x0.device.type, enabled=False):
             xt = q_sample(self.objective.schedule, x0.float(), noise.float(), t)
-        inputs, named = self.join(xt, conditions or Conditions())
+        inputs, named = self.conditioning(xt, conditions or Conditions())
         output = self.denoiser(inputs, t, **named).sample
         with torch.autocast(x0.device.type, enabled=False):
             return self.objective(output.float(), x0.float(), noise.float(), t, weights)

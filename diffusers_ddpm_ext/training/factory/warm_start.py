@@ -26,8 +26,8 @@ from diffusers_ddpm_ext.compvis.weights import convert_tensors, export_unet
 from diffusers_ddpm_ext.errors import ConfigError
 from diffusers_ddpm_ext.losses.logvar import load_logvar
 from diffusers_ddpm_ext.losses.objective import DDPMObjective
-from diffusers_ddpm_ext.models.ema import EmaFacts, LitEMA, load_ema_facts
-from diffusers_ddpm_ext.pipelines.guidance import config_of
+from diffusers_ddpm_ext.models.ema import EmaMetadata, LitEMA, load_ema_metadata
+from diffusers_ddpm_ext.pipelines.guidance import network_config
 from diffusers_ddpm_ext.training.checkpoints.folders import list_checkpoints
 from diffusers_ddpm_ext.training.config.options import StartOptions
 from diffusers_ddpm_ext.training.config.train_config import TrainConfig
@@ -58,7 +58,7 @@ class InitialWeights:
     source: Path
     raw: dict[str, Tensor]
     average: dict[str, Tensor]
-    facts: EmaFacts | None
+    facts: EmaMetadata | None
     logvar: Tensor | None
     missing: list[str]
     fitted: list[str]
@@ -185,7 +185,7 @@ def _of_checkpoint(path: Path, options: StartOptions, denoiser: nn.Module) -> In
     fitting = _Fitting(mine, options.make_it_fit)
     raw = fitting.complete(contents.raw or contents.average)
     average = fitting.complete(contents.average, raw) if contents.average else {}
-    facts = EmaFacts(0.9999 if contents.decay is None else contents.decay, contents.num_updates or 0)
+    facts = EmaMetadata(0.9999 if contents.decay is None else contents.decay, contents.num_updates or 0)
     if not contents.raw:
         notes.append("the file holds EMA weights only: training goes on from these")
     return InitialWeights(
@@ -232,7 +232,7 @@ def _of_folder(path: Path, options: StartOptions, denoiser: nn.Module) -> Initia
         path,
         raw,
         average,
-        load_ema_facts(path) if average else None,
+        load_ema_metadata(path) if average else None,
         load_logvar(path),
         fitting.missing,
         fitting.fitted,
@@ -250,7 +250,7 @@ def _weights(place: Path, variant: str) -> Path | None:
 
 def _other_function(config: Mapping[str, Any], denoiser: nn.Module) -> list[str]:
     """Note settings by which the same weights are another function."""
-    own = {name: value for name, value in config_of(denoiser).items() if not name.startswith("_")}
+    own = {name: value for name, value in network_config(denoiser).items() if not name.startswith("_")}
 
     def plain(value: Any) -> Any:
         return list(value) if isinstance(value, tuple) else value

@@ -15,7 +15,7 @@ from diffusers import UNet2DModel
 from torch import Tensor
 
 from diffusers_ddpm_ext.losses.logvar import ContinuousLogvar
-from diffusers_ddpm_ext.models.ema import EmaFacts, LitEMA, save_ema_facts
+from diffusers_ddpm_ext.models.ema import EmaMetadata, LitEMA, save_ema_metadata
 from diffusers_ddpm_ext.pipelines.pipeline_ddpm_ext import DDPMExtPipeline
 from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
 from diffusers_ddpm_ext.utils.dtensor import full_tensor, is_main_process, is_sharded
@@ -37,7 +37,7 @@ class Networks:
 
     default: UNet2DModel
     raw: UNet2DModel | None
-    facts: EmaFacts | None = None
+    facts: EmaMetadata | None = None
 
 
 @torch.no_grad()
@@ -59,7 +59,7 @@ def take_networks(denoiser: UNet2DModel, ema: LitEMA | None) -> Networks | None:
     if ema is None:
         return Networks(_network(denoiser, raw), None)
     average = {name: tensor.to(raw[name].dtype) for name, tensor in average.items()}
-    facts = EmaFacts(ema.decay, ema.num_updates)
+    facts = EmaMetadata(ema.decay, ema.num_updates)
     return Networks(_network(denoiser, raw | average), _network(denoiser, raw), facts)
 
 
@@ -114,7 +114,7 @@ def save_pipeline(
             if networks.raw is not None:
                 networks.raw.save_pretrained(place / "unet", variant=RAW)
             if networks.facts is not None:
-                save_ema_facts(place, networks.facts)
+                save_ema_metadata(place, networks.facts)
         _move_in(place, folder)
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from diffusers_ddpm_ext.errors import ConfigError, RunError, warn
-from diffusers_ddpm_ext.hub.upload import RECORD, files_of, freeze
+from diffusers_ddpm_ext.hub.upload import PUSH_RECORD, copy_snapshot, list_upload_files
 from diffusers_ddpm_ext.training.checkpoints.folders import checkpoint_step, list_checkpoints, newest
 from diffusers_ddpm_ext.training.config.options import HubOptions
 from diffusers_ddpm_ext.training.config.train_config import TrainConfig
@@ -111,7 +111,7 @@ class Publisher:
             self._collect()
             checkpoints = list_checkpoints(self.folder) if self.with_checkpoint else []
             self.place = Path(tempfile.mkdtemp(prefix=PLACE, dir=self.folder))
-            freeze(files_of(self.folder, checkpoints[-1] if checkpoints else None), self.place)
+            copy_snapshot(list_upload_files(self.folder, checkpoints[-1] if checkpoints else None), self.place)
             command = [sys.executable, "-m", "diffusers_ddpm_ext", "push", str(self.place), *self._flags()]
             if not checkpoints and self.with_checkpoint:
                 command.remove("--with_checkpoint")
@@ -138,8 +138,8 @@ class Publisher:
             errors = [line for line in told.splitlines() if line.startswith("error: ")]
             why = errors[-1].removeprefix("error: ") if errors else f"status {self.child.returncode}"
             self._warn(why.split(f". {self.place} is as it was")[0])
-        elif self.place is not None and (self.place / RECORD).is_file():
-            os.replace(self.place / RECORD, self.folder / RECORD)
+        elif self.place is not None and (self.place / PUSH_RECORD).is_file():
+            os.replace(self.place / PUSH_RECORD, self.folder / PUSH_RECORD)
         self.child = None
         self._clear()
 
@@ -206,11 +206,11 @@ def fetch_run(repo_id: str, folder: Path) -> str:
     """
     from huggingface_hub import HfApi
 
-    from diffusers_ddpm_ext.hub.upload import Target, patient, reason
+    from diffusers_ddpm_ext.hub.upload import HubTarget, describe_error, hub_timeout
 
     own = newest(folder).checkpoint if list_checkpoints(folder) else None
     option = f"--resume_from_hub {repo_id}"
-    with tempfile.TemporaryDirectory(prefix=PLACE, dir=folder) as name, patient(Target(repo_id).timeout):
+    with tempfile.TemporaryDirectory(prefix=PLACE, dir=folder) as name, hub_timeout(HubTarget(repo_id).timeout):
         place = Path(name)
         try:
             api = HfApi()
@@ -228,7 +228,7 @@ def fetch_run(repo_id: str, folder: Path) -> str:
         except ConfigError:
             raise
         except Exception as error:  # of the client or the transport
-            raise ConfigError(f"{option} cannot be loaded: {reason(error, Target(repo_id))}") from None
+            raise ConfigError(f"{option} cannot be loaded: {describe_error(error, HubTarget(repo_id))}") from None
         if newest(place).checkpoint is None:
             raise ConfigError(f"{option}: checkpoint-{there} there is not whole")
         shutil.rmtree(place / ".cache", ignore_errors=True)

@@ -205,7 +205,7 @@ def start(config: TrainConfig) -> Run:
         data = replace(data, train=replace(data.train, dropout=parts.dropout))
         plan = make_plan(config, len(data.train), accelerator.num_processes)
         initial = load_initial_weights(config, parts.denoiser, parts.objective)
-        task = DenoisingTask(parts.denoiser, parts.objective, parts.join, parts.sampler).to(accelerator.device)
+        task = DenoisingTask(parts.denoiser, parts.objective, parts.conditioning, parts.sampler).to(accelerator.device)
         ema = build_ema(config.ema, parts.denoiser)
         if initial is not None:
             accelerator.print(initial.describe([] if ema is None else [initialize_ema(initial, ema, config.start)]))

@@ -44,7 +44,7 @@ def train_step(run: Run, batches: Iterator[Batch]) -> bool:
         seed_dropout(run, micro)
         with accelerator.accumulate(run.task):
             draws = (noise.to(device, non_blocking=True), t.to(device, non_blocking=True))
-            conditions = () if run.parts.join.conditioning_key is None else (batch.conditions,)
+            conditions = () if run.parts.conditioning.conditioning_key is None else (batch.conditions,)
             named = {} if weights is None else {"weights": weights.to(device, non_blocking=True)}
             output = run.task(batch.pixels, *draws, *conditions, **named)
             accelerator.backward(output.loss)

@@ -61,7 +61,7 @@ def validation_bpd(run: Run, images: ImageSet) -> float:
     )
 
     def network(xt: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
-        inputs, named = task.join(xt, conditions)
+        inputs, named = task.conditioning(xt, conditions)
         output: Tensor = run.denoiser(inputs, t, **named).sample
         return output
 

@@ -13,7 +13,7 @@ import torch
 from diffusers import UNet2DModel
 
 from diffusers_ddpm_ext.errors import ConfigError
-from diffusers_ddpm_ext.models.conditioning import Join
+from diffusers_ddpm_ext.models.conditioning import Conditioning
 from diffusers_ddpm_ext.training.config.options import EmaOptions, ModelOptions, ObjectiveOptions, ScheduleOptions
 from diffusers_ddpm_ext.training.config.train_config import TrainConfig
 from diffusers_ddpm_ext.training.data.image_set import ImageSet
@@ -24,7 +24,7 @@ from diffusers_ddpm_ext.training.factory.parts import build_ema, build_objective
 
 
 def build_denoiser(model: ModelOptions, size: tuple[int, int], channels: int, seed: int) -> UNet2DModel:
-    return denoiser.build_denoiser(model, DenoiserShape(size, channels, Join()), seed)
+    return denoiser.build_denoiser(model, DenoiserShape(size, channels, Conditioning()), seed)
 
 
 SMALL = ModelOptions(block_out_channels=(8, 16), layers_per_block=1, attention_levels=(1,), norm_num_groups=4)

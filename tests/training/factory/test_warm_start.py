@@ -18,7 +18,7 @@ from diffusers_ddpm_ext.compvis import save_compvis
 from diffusers_ddpm_ext.compvis.architecture import translate_unet
 from diffusers_ddpm_ext.compvis.weights import export_unet
 from diffusers_ddpm_ext.errors import ConfigError
-from diffusers_ddpm_ext.models.ema import EmaFacts, save_ema_facts
+from diffusers_ddpm_ext.models.ema import EmaMetadata, save_ema_metadata
 from diffusers_ddpm_ext.training import trainer
 from diffusers_ddpm_ext.training.config.train_config import TrainConfig
 from diffusers_ddpm_ext.training.factory.warm_start import fit_weight
@@ -56,7 +56,7 @@ def original(tmp_path) -> Path:
     folder = tmp_path / "original"
     pipeline.save_pretrained(folder)
     raw.save_pretrained(folder / "unet", variant="raw")
-    save_ema_facts(folder, EmaFacts(0.999, 77))
+    save_ema_metadata(folder, EmaMetadata(0.999, 77))
     save_compvis(folder, tmp_path / "model.ckpt")
     return folder
 
