@@ -231,7 +231,7 @@ def convert(options: ConvertOptions) -> str:
         ConfigError: the files cannot be read, do not belong together, or cannot be converted.
         RunError: --check found a difference.
     """
-    from diffusers_ddpm_ext.pipelines.quiet import quiet_diffusers
+    from diffusers_ddpm_ext.pipelines.loading import quiet_diffusers
 
     try:
         with quiet_diffusers():

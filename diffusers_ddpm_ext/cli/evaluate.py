@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffusers_ddpm_ext.cli.arguments import check_dtype, check_pipeline_source
 from diffusers_ddpm_ext.cli.extras import TRAIN_MODULES, require_modules
 from diffusers_ddpm_ext.cli.measuring import (
     Caller,
@@ -24,7 +25,7 @@ from diffusers_ddpm_ext.cli.measuring import (
     take_data_flags,
 )
 from diffusers_ddpm_ext.errors import ConfigError, RunError
-from diffusers_ddpm_ext.pipelines.loading import check_dtype, check_pipeline_source, load_pipeline, select_device
+from diffusers_ddpm_ext.pipelines.loading import load_pipeline, select_device
 from diffusers_ddpm_ext.training.config.flags import Parser
 
 if TYPE_CHECKING:

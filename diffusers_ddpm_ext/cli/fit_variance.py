@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from diffusers_ddpm_ext.cli.arguments import PIPELINE_DTYPES, check_dtype, check_pipeline_source
 from diffusers_ddpm_ext.cli.extras import TRAIN_MODULES, require_modules
 from diffusers_ddpm_ext.cli.measuring import (
     Caller,
@@ -18,13 +19,7 @@ from diffusers_ddpm_ext.cli.measuring import (
     take_data_flags,
 )
 from diffusers_ddpm_ext.errors import ConfigError, RunError
-from diffusers_ddpm_ext.pipelines.loading import (
-    PIPELINE_DTYPES,
-    check_dtype,
-    check_pipeline_source,
-    load_pipeline,
-    select_device,
-)
+from diffusers_ddpm_ext.pipelines.loading import load_pipeline, select_device
 from diffusers_ddpm_ext.training.config.flags import Parser
 from diffusers_ddpm_ext.utils.files import CONFIG
 

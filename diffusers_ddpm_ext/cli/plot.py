@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffusers_ddpm_ext.cli.arguments import check_pipeline_folder
 from diffusers_ddpm_ext.cli.extras import TRAIN_MODULES, require_modules
 from diffusers_ddpm_ext.errors import ConfigError, RunError
-from diffusers_ddpm_ext.pipelines.loading import check_pipeline_folder
 from diffusers_ddpm_ext.training.config.flags import Parser
 from diffusers_ddpm_ext.utils.files import CONFIG
 

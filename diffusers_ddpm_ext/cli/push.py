@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from diffusers_ddpm_ext.cli.arguments import check_pipeline_folder
 from diffusers_ddpm_ext.errors import ConfigError
 from diffusers_ddpm_ext.hub.push import PushOptions, check_repo_id, push
 from diffusers_ddpm_ext.hub.upload import HUB_TIMEOUT, check_timeout
-from diffusers_ddpm_ext.pipelines.loading import check_pipeline_folder
 from diffusers_ddpm_ext.training.config.flags import Parser
 
 HEAD = """Push a trained folder to the Hugging Face Hub: the pipeline, its pictures and numbers, a model card, and a

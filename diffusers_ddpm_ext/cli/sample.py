@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffusers_ddpm_ext.cli.sample_options import SampleOptions, parse_sample_args
 from diffusers_ddpm_ext.errors import ConfigError
-from diffusers_ddpm_ext.pipelines.loading import load_pipeline, select_device
-from diffusers_ddpm_ext.pipelines.quiet import quiet_diffusers
+from diffusers_ddpm_ext.pipelines.loading import load_pipeline, quiet_diffusers, select_device
 
 if TYPE_CHECKING:
     from diffusers_ddpm_ext.cli.sample_output import OneFile, PngFolder

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from diffusers_ddpm_ext.cli.arguments import check_dtype, check_pipeline_source
 from diffusers_ddpm_ext.errors import ConfigError
-from diffusers_ddpm_ext.pipelines.loading import check_dtype, check_pipeline_source
 from diffusers_ddpm_ext.training.config.flags import Parser
 
 FILES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".npy", ".npz")

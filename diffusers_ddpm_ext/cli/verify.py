@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from diffusers_ddpm_ext.cli.arguments import check_pipeline_source
 from diffusers_ddpm_ext.errors import ConfigError, RunError
 from diffusers_ddpm_ext.hub.push import check_repo_id
 from diffusers_ddpm_ext.hub.upload import (
@@ -20,7 +21,7 @@ from diffusers_ddpm_ext.hub.upload import (
     hub_timeout,
     last_pushed_commit,
 )
-from diffusers_ddpm_ext.pipelines.loading import check_pipeline_source, load_pipeline, select_device
+from diffusers_ddpm_ext.pipelines.loading import load_pipeline, select_device
 from diffusers_ddpm_ext.training.config.flags import Parser
 
 HEAD = """Check a pipeline that `ddpm-ext push` has brought to the Hub: load the repository anew, compare each file
