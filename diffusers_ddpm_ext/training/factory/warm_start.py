@@ -1,16 +1,16 @@
-"""Starting from weights that exist: of a CompVis checkpoint, or of a folder of Diffusers.
+"""Initial weights of a run from a CompVis checkpoint, or from a folder saved by Diffusers.
 
-As in the original, names that the file lacks keep their initial weights and names that the network lacks are left out;
-unlike there, a run says all of it, a file of which nothing fits is refused, and an average that the file lacks starts
-from the loaded weights.
+As in CompVis, tensors that the file lacks keep their initial values and tensors that the network lacks are ignored.
+Unlike there, a run reports both, a file without any matching tensor is an error, and an average that the file lacks
+starts from the loaded weights.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,224 +32,230 @@ from diffusers_ddpm_ext.training.checkpoints.folders import list_checkpoints
 from diffusers_ddpm_ext.training.config.options import StartOptions
 from diffusers_ddpm_ext.training.config.train_config import TrainConfig
 
-WEIGHTS = "diffusion_pytorch_model{}.safetensors"
-INDEX = "diffusion_pytorch_model.safetensors.index{}.json"
-# Of a network's configuration, what may differ without another function of the same weights.
-NO_FUNCTION = ("sample_size", "in_channels", "out_channels", "dropout")
+WEIGHTS_FILE = "diffusion_pytorch_model{}.safetensors"
+WEIGHTS_INDEX_FILE = "diffusion_pytorch_model.safetensors.index{}.json"
+UNCOMPARED_SETTINGS = ("sample_size", "in_channels", "out_channels", "dropout")
+"""Settings of a network that may differ although its weights compute the same function."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class InitialWeights:
-    """What a file gives to a run, under the names of the run's network.
+    """Tensors loaded from a file, under the names of the run's network.
 
     Attributes:
         source: the file or folder.
-        raw: the weights to train on from.
+        raw: the weights to start training from, every tensor of the network.
         average: the moving average; empty where the file has none.
-        facts: of the average.
+        ema_metadata: decay and number of updates of the average.
         logvar: (T,), None where there is none.
-        missing: names that keep their initial weights.
-        fitted: names whose channels were repeated or cut.
-        left_out: tensors of the file that found no place.
-        notes: sentences a person should read.
-        tables: of the file's schedule.
+        missing: names of tensors that are not in the file and keep their initial values.
+        resized: names of tensors whose channels were repeated or cut.
+        left_out: tensors of the file that are not used.
+        notes: further sentences for the report.
+        tables: of the file's noise schedule.
     """
 
     source: Path
     raw: dict[str, Tensor]
     average: dict[str, Tensor]
-    facts: EmaMetadata | None
+    ema_metadata: EmaMetadata | None
     logvar: Tensor | None
     missing: list[str]
-    fitted: list[str]
+    resized: list[str]
     left_out: list[LeftOut]
     notes: list[str] = field(default_factory=list)
     tables: dict[str, Tensor] = field(default_factory=dict)
 
-    def describe(self, took: Sequence[str]) -> str:
-        """What was loaded, and what was not, in a few lines.
+    def describe(self, ema_report: str | None) -> str:
+        """What was loaded and what was not, in a few lines.
 
         Args:
-            took: what the run took beside the weights.
-
-        Returns:
-            Lines to print.
+            ema_report: from `initialize_ema`; None for a run without an average.
         """
-        given = len(self.raw) - len(self.missing)
-        lines = [f"--ckpt_path {self.source}: {given} of {len(self.raw)} tensors of the network; {', '.join(took)}"]
-        if self.fitted:
-            lines.append(f"  made to fit: {_some(self.fitted)}")
+        loaded = len(self.raw) - len(self.missing)
+        ema = "" if ema_report is None else f"; {ema_report}"
+        lines = [f"--ckpt_path {self.source}: {loaded} of {len(self.raw)} tensors of the network{ema}"]
+        if self.resized:
+            lines.append(f"  resized: {_join_names(self.resized)}")
         if self.missing:
-            lines.append(f"  not in the file, initialised afresh: {_some(self.missing)}")
+            lines.append(f"  not in the file, re-initialized: {_join_names(self.missing)}")
         groups = Counter((left.source.partition(".")[0], left.why) for left in self.left_out)
         lines += [f"  left out: {name} ({count} tensors): {why}" for (name, why), count in groups.items()]
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 
 
 def load_initial_weights(config: TrainConfig, denoiser: nn.Module, objective: DDPMObjective) -> InitialWeights | None:
-    """Read the weights that a run starts from, and put them into its network and its log-variances.
+    """Load ``ckpt_path`` into a run's network and log-variances.
 
     Args:
-        config: as parsed.
+        config: of the run.
         denoiser: the run's network, on the CPU, free of wrappers.
         objective: of the run.
 
     Returns:
-        What the file gave; None without ``ckpt_path``, and where it is gone but the run has a checkpoint to go on
+        What was loaded; None without ``ckpt_path``, and where the file is gone but the run has a checkpoint to resume
         from.
 
     Raises:
-        ConfigError: the file cannot be read, nothing of it fits, or shapes differ without ``make_it_fit``.
+        ConfigError: the file cannot be read, none of its tensors match, or shapes differ without ``make_it_fit``.
     """
     options = config.start
     if options.ckpt_path is None:
         return None
     path = Path(options.ckpt_path).expanduser()
     if not path.exists():
-        resumes, folder = config.resumes, config.output.output_dir
-        if resumes and folder is not None and list_checkpoints(Path(folder)):
+        folder = config.output.output_dir
+        if config.resumes and folder is not None and list_checkpoints(Path(folder)):
             return None
         raise ConfigError(f"--ckpt_path {path} does not exist: give a checkpoint, or the folder of a pipeline")
     try:
-        start = _of_folder(path, options, denoiser) if path.is_dir() else _of_checkpoint(path, options, denoiser)
+        weights = (_read_folder if path.is_dir() else _read_checkpoint)(path, options, denoiser)
     except ConfigError:
         raise
     except (OSError, ValueError) as error:
         raise ConfigError(f"--ckpt_path {path}: {' '.join(str(error).split())}") from error
-    if len(start.missing) == len(start.raw):
-        raise ConfigError(f"--ckpt_path {path}: it holds no weights of this network under names that are known")
-    denoiser.load_state_dict(start.raw, strict=True)
-    if start.logvar is not None:
-        _take_logvar(start, objective, options.load_only_unet)
-    difference = describe_difference(start.tables, objective.schedule)
+    if len(weights.missing) == len(weights.raw):
+        raise ConfigError(f"--ckpt_path {path}: it holds no weights of this network under known names")
+    denoiser.load_state_dict(weights.raw, strict=True)
+    notes = list(weights.notes)
+    if weights.logvar is not None:
+        notes.append(_load_logvar(weights.logvar, objective, options.load_only_unet))
+    difference = describe_difference(weights.tables, objective.schedule)
     if difference:
-        start.notes.append(f"the run's schedule is its own, not the file's: {difference}")
-    return start
+        notes.append(f"the run uses its own schedule, not the file's: {difference}")
+    return replace(weights, notes=notes)
 
 
-def initialize_ema(start: InitialWeights, ema: LitEMA, options: StartOptions) -> str:
-    """Let the run's average begin where the file's stands, or at the loaded weights.
+def initialize_ema(weights: InitialWeights, ema: LitEMA, options: StartOptions) -> str:
+    """Start the run's average from the file's, or from the loaded weights.
 
     Args:
-        start: from `begin`.
-        ema: of the run's network, made after its weights were loaded.
+        weights: from `load_initial_weights`.
+        ema: of the run's network, created after its weights were loaded.
         options: section ``start``.
 
     Returns:
         What was done, in a few words.
     """
-    if not start.average or options.reset_ema:
-        return "EMA begins at these weights" + (" (--reset_ema)" if start.average else ": the file has none")
+    if not weights.average or options.reset_ema:
+        return "EMA starts from these weights" + (" (--reset_ema)" if weights.average else ": the file has none")
     state = ema.state_dict()
-    state["shadow"] = {name: start.average[name].to(old.dtype) for name, old in state["shadow"].items()}
-    updates = 0 if start.facts is None or options.reset_num_ema_updates else max(start.facts.num_updates, 0)
+    state["shadow"] = {name: weights.average[name].to(old.dtype) for name, old in state["shadow"].items()}
+    metadata = weights.ema_metadata
+    updates = 0 if metadata is None or options.reset_num_ema_updates else max(metadata.num_updates, 0)
     state["num_updates"] = updates if ema.use_num_updates else -1
     ema.load_state_dict(state)
     return f"EMA of the file, {updates:,} updates"
 
 
-def _take_logvar(start: InitialWeights, objective: DDPMObjective, only_unet: bool) -> None:
-    table, own = start.logvar, objective.log_variances()
-    assert table is not None
-    if only_unet:
-        start.notes.append("its log-variances are left out (--load_only_unet)")
-    elif not objective.learn_logvar:
-        start.notes.append("its log-variances are left out: this run does not learn them (--learn_logvar)")
-    elif objective.logvar_network is not None:
-        start.notes.append("its log-variances are left out: this run learns a function (--logvar_kind continuous)")
-    elif table.shape != own.shape:
-        start.notes.append(f"its log-variances are left out: they are of {len(table)} steps, this run has {len(own)}")
-    else:
-        with torch.no_grad():
-            own.copy_(table)
-        start.notes.append(f"log-variances of the file, mean {float(table.float().mean()):.4f}")
+def _load_logvar(table: Tensor, objective: DDPMObjective, load_only_unet: bool) -> str:
+    """Load the log-variances if the run learns them as a table; return what was done."""
+    own = objective.log_variances()
+    if load_only_unet:
+        return "its log-variances are left out (--load_only_unet)"
+    if not objective.learn_logvar:
+        return "its log-variances are left out: this run does not learn them (--learn_logvar)"
+    if objective.logvar_network is not None:
+        return "its log-variances are left out: this run learns a function (--logvar_kind continuous)"
+    if table.shape != own.shape:
+        return f"its log-variances are left out: they have {len(table)} steps, this run has {len(own)}"
+    with torch.no_grad():
+        own.copy_(table)
+    return f"log-variances of the file, mean {float(table.float().mean()):.4f}"
 
 
-def _of_checkpoint(path: Path, options: StartOptions, denoiser: nn.Module) -> InitialWeights:
-    """A CompVis checkpoint, in the names of the run's network."""
+def _read_checkpoint(path: Path, options: StartOptions, denoiser: nn.Module) -> InitialWeights:
+    """A CompVis checkpoint, under the names of the run's network."""
     try:
         params = unet_params_of(denoiser)
     except ValueError as error:
         raise ConfigError(
-            f"--ckpt_path {path}: a CompVis checkpoint has no network like this run's: {error}"
+            f"--ckpt_path {path}: CompVis checkpoints cannot hold a network like this run's: {error}"
         ) from error
     notes = []
     if options.ckpt_config is not None:
-        theirs = read_config(options.ckpt_config).unet_params
-        params["use_new_attention_order"] = bool(theirs.get("use_new_attention_order", False))
-        notes = _other_function(dict(translate_unet(theirs).config), denoiser)
+        file_params = read_config(options.ckpt_config).unet_params
+        params["use_new_attention_order"] = bool(file_params.get("use_new_attention_order", False))
+        notes = _compare_settings(dict(translate_unet(file_params).config), denoiser)
     contents = sort_tensors(
         read_tensors(path), params, ignore_keys=options.ignore_keys or (), load_only_unet=False, strict=False
     )
-    mine = export_unet(denoiser, params)
-    fitting = _Fitting(mine, options.make_it_fit)
-    raw = fitting.complete(contents.raw or contents.average)
-    average = fitting.complete(contents.average, raw) if contents.average else {}
-    facts = EmaMetadata(0.9999 if contents.decay is None else contents.decay, contents.num_updates or 0)
+    own = export_unet(denoiser, params)
+    raw = _complete(contents.raw or contents.average, own, own, options.make_it_fit)
+    average = {}
+    if contents.average:
+        average = _complete(contents.average, own, raw.tensors, options.make_it_fit).tensors
+    metadata = EmaMetadata(0.9999 if contents.decay is None else contents.decay, contents.num_updates or 0)
     if not contents.raw:
-        notes.append("the file holds EMA weights only: training goes on from these")
+        notes.append("the file holds EMA weights only: training starts from these")
     return InitialWeights(
-        path,
-        convert_tensors(raw, params)[0],
-        convert_tensors(average, params)[0] if average else {},
-        facts if average else None,
-        contents.logvar,
-        fitting.missing,
-        fitting.fitted,
-        contents.left_out,
-        notes,
-        contents.tables,
+        source=path,
+        raw=convert_tensors(raw.tensors, params)[0],
+        average=convert_tensors(average, params)[0] if average else {},
+        ema_metadata=metadata if average else None,
+        logvar=contents.logvar,
+        missing=raw.missing,
+        resized=raw.resized,
+        left_out=contents.left_out,
+        notes=notes,
+        tables=contents.tables,
     )
 
 
-def _of_folder(path: Path, options: StartOptions, denoiser: nn.Module) -> InitialWeights:
-    """A pipeline's folder, or a network's."""
-    place = path / "unet" if (path / "unet").is_dir() else path
-    default = _weights(place, "")
-    if default is None:
-        raise ConfigError(f"--ckpt_path {path} holds no weights ({WEIGHTS.format('')}): give the folder of a pipeline")
-    raw_file = _weights(place, ".raw")
-    given, raw_given = read_tensors(default), None if raw_file is None else read_tensors(raw_file)
-    left_out: list[LeftOut] = []
-    mine = {name: tensor.detach() for name, tensor in denoiser.state_dict().items()}
-    fitting = _Fitting(mine, options.make_it_fit)
+def _read_folder(path: Path, options: StartOptions, denoiser: nn.Module) -> InitialWeights:
+    """The folder of a pipeline or of a network."""
+    folder = path / "unet" if (path / "unet").is_dir() else path
+    default_file, raw_file = _weights_file(folder, ""), _weights_file(folder, ".raw")
+    if default_file is None:
+        raise ConfigError(
+            f"--ckpt_path {path} holds no weights ({WEIGHTS_FILE.format('')}): give the folder of a pipeline"
+        )
+    own = {name: tensor.detach() for name, tensor in denoiser.state_dict().items()}
     prefixes = tuple(options.ignore_keys or ())
-
-    def wanted(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        kept = {}
-        for name, tensor in given.items():
-            why = "in ignore_keys" if name.startswith(prefixes) and prefixes else "not in this network"
-            if why == "in ignore_keys" or name not in mine:
-                left_out.append(LeftOut(name, tuple(tensor.shape), why))
-            else:
-                kept[name] = tensor
-        return kept
-
-    raw = fitting.complete(wanted(given if raw_given is None else raw_given))
-    average = fitting.complete(wanted(given), raw) if raw_given is not None else {}
-    config = json.loads((place / "config.json").read_text(encoding="utf-8"))
+    default, left_out = _select(read_tensors(default_file), own, prefixes)
+    if raw_file is None:
+        raw, average = _complete(default, own, own, options.make_it_fit), {}
+    else:
+        loaded, raw_left_out = _select(read_tensors(raw_file), own, prefixes)
+        left_out = raw_left_out + left_out
+        raw = _complete(loaded, own, own, options.make_it_fit)
+        average = _complete(default, own, raw.tensors, options.make_it_fit).tensors
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return InitialWeights(
-        path,
-        raw,
-        average,
-        load_ema_metadata(path) if average else None,
-        load_logvar(path),
-        fitting.missing,
-        fitting.fitted,
-        left_out,
-        _other_function(config, denoiser),
+        source=path,
+        raw=raw.tensors,
+        average=average,
+        ema_metadata=load_ema_metadata(path) if average else None,
+        logvar=load_logvar(path),
+        missing=raw.missing,
+        resized=raw.resized,
+        left_out=left_out,
+        notes=_compare_settings(config, denoiser),
     )
 
 
-def _weights(place: Path, variant: str) -> Path | None:
-    """The file, or the index of shards, of a variant."""
-    return next(
-        (path for path in (place / WEIGHTS.format(variant), place / INDEX.format(variant)) if path.is_file()), None
-    )
+def _select(
+    tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], ignored: tuple[str, ...]
+) -> tuple[dict[str, Tensor], list[LeftOut]]:
+    """The tensors that the network has and that are not ignored, and the others with the reason."""
+    selected, left_out = {}, []
+    for name, tensor in tensors.items():
+        if name.startswith(ignored) or name not in own:
+            why = "in ignore_keys" if name.startswith(ignored) else "not in this network"
+            left_out.append(LeftOut(name, tuple(tensor.shape), why))
+        else:
+            selected[name] = tensor
+    return selected, left_out
 
 
-def _other_function(config: Mapping[str, Any], denoiser: nn.Module) -> list[str]:
-    """Note settings by which the same weights are another function."""
+def _weights_file(folder: Path, variant: str) -> Path | None:
+    """The weights of a variant: a file, or the index of its shards."""
+    files = (folder / WEIGHTS_FILE.format(variant), folder / WEIGHTS_INDEX_FILE.format(variant))
+    return next((file for file in files if file.is_file()), None)
+
+
+def _compare_settings(config: Mapping[str, Any], denoiser: nn.Module) -> list[str]:
+    """Notes on settings with which the same weights compute another function."""
     own = {name: value for name, value in network_config(denoiser).items() if not name.startswith("_")}
 
     def plain(value: Any) -> Any:
@@ -258,73 +264,78 @@ def _other_function(config: Mapping[str, Any], denoiser: nn.Module) -> list[str]
     different = [
         f"{name} was {plain(config[name])} and is {plain(value)}"
         for name, value in own.items()
-        if name in config and name not in NO_FUNCTION and plain(config[name]) != plain(value)
+        if name in config and name not in UNCOMPARED_SETTINGS and plain(config[name]) != plain(value)
     ]
-    return [f"its network is another function of its weights: {'; '.join(different)}"] if different else []
+    return [f"its network computes another function from these weights: {'; '.join(different)}"] if different else []
 
 
-class _Fitting:
-    """Brings tensors to the shapes of a network's, and remembers what it took to do so."""
+@dataclass(frozen=True)
+class _Completed:
+    """Every tensor of a network.
 
-    def __init__(self, mine: Mapping[str, Tensor], make_it_fit: str | None) -> None:
-        self.mine = mine
-        self.make_it_fit = make_it_fit
-        self.missing: list[str] = []
-        self.fitted: list[str] = []
+    Attributes:
+        tensors: by name, in the network's shapes.
+        missing: names that were filled in.
+        resized: names of tensors that were resized.
+    """
 
-    def complete(self, given: Mapping[str, Tensor], rest: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Return every tensor of the network: given, made to fit, or else from the rest or as it is."""
-        missing = [name for name in self.mine if name not in given]
-        other = [name for name in self.mine if name in given and given[name].shape != self.mine[name].shape]
-        if other and self.make_it_fit is None:
-            shapes = [f"{name} {tuple(given[name].shape)}, here {tuple(self.mine[name].shape)}" for name in other]
-            raise ConfigError(
-                f"--ckpt_path: {len(other)} tensors have other shapes than this run's network ({_some(shapes, 3)}). "
-                "Give the network's own sizes, leave them out with --ignore_keys, or say --make_it_fit correct"
-            )
-        if rest is None:
-            self.missing, self.fitted = missing, other
-        tensors = dict(rest if rest is not None else self.mine)
-        for name in self.mine.keys() & given.keys():
-            tensor = given[name].float()
-            tensors[name] = (
-                fit_weight(tensor, self.mine[name].shape, str(self.make_it_fit)) if name in other else tensor
-            )
-        return tensors
+    tensors: dict[str, Tensor]
+    missing: list[str]
+    resized: list[str]
 
 
-def fit_weight(old: Tensor, shape: Sequence[int], how: str) -> Tensor:
-    """Give a weight other widths, by repeating its output channels (axis 0) and input channels (axis 1) in turn.
+def _complete(
+    loaded: Mapping[str, Tensor], own: Mapping[str, Tensor], fill: Mapping[str, Tensor], make_it_fit: str | None
+) -> _Completed:
+    """Resize loaded tensors to the network's own shapes, and fill in those that are missing."""
+    missing = [name for name in own if name not in loaded]
+    resized = [name for name in own if name in loaded and loaded[name].shape != own[name].shape]
+    if resized and make_it_fit is None:
+        shapes = [f"{name} {tuple(loaded[name].shape)}, here {tuple(own[name].shape)}" for name in resized]
+        raise ConfigError(
+            f"--ckpt_path: {len(resized)} tensors have other shapes than this run's network "
+            f"({_join_names(shapes, 3)}). Use the network's own sizes, leave them out with --ignore_keys, or use "
+            "--make_it_fit correct"
+        )
+    tensors = dict(fill)
+    for name in own.keys() & loaded.keys():
+        tensor = loaded[name].float()
+        tensors[name] = fit_weight(tensor, own[name].shape, str(make_it_fit)) if name in resized else tensor
+    return _Completed(tensors, missing, resized)
 
-    A repeated input is divided by the number of its uses, so that the sum over inputs stays what it was.
+
+def fit_weight(weight: Tensor, shape: Sequence[int], how: str) -> Tensor:
+    """Resize a weight by repeating its output channels (axis 0) and input channels (axis 1) cyclically.
+
+    A repeated input is divided by the number of its uses, so that the sum over inputs does not change.
 
     Args:
-        old: weights, floating.
-        shape: wanted; beyond axis 1 as it was.
-        how: ``correct``, or ``compvis``, which divides by one use more than there are.
+        weight: floating.
+        shape: of the result; beyond axis 1 that of the weight.
+        how: ``correct``, or ``compvis``, which divides by the number of uses plus one.
 
     Returns:
-        Weights of that shape.
+        A weight of that shape.
 
     Raises:
-        ConfigError: the shapes differ elsewhere.
+        ConfigError: the shapes differ beyond axis 1.
     """
-    if len(shape) != old.ndim or tuple(shape[2:]) != tuple(old.shape[2:]) or not old.numel():
+    if len(shape) != weight.ndim or tuple(shape[2:]) != tuple(weight.shape[2:]) or not weight.numel():
         raise ConfigError(
-            f"--make_it_fit {how} cannot turn a weight of shape {tuple(old.shape)} into {tuple(shape)}: only the "
+            f"--make_it_fit {how} cannot turn a weight of shape {tuple(weight.shape)} into {tuple(shape)}: only the "
             "first two axes may differ"
         )
-    if old.ndim == 0:
-        return old
-    new = old[torch.arange(shape[0]) % old.shape[0]]
-    if old.ndim == 1:
-        return new
-    columns = torch.arange(shape[1]) % old.shape[1]
-    uses = torch.bincount(columns, minlength=old.shape[1])[columns] + (1 if how == "compvis" else 0)
-    return new[:, columns] / uses.to(old.dtype).reshape(1, -1, *[1] * (old.ndim - 2))
+    if weight.ndim == 0:
+        return weight
+    repeated = weight[torch.arange(shape[0]) % weight.shape[0]]
+    if weight.ndim == 1:
+        return repeated
+    columns = torch.arange(shape[1]) % weight.shape[1]
+    uses = torch.bincount(columns, minlength=weight.shape[1])[columns] + (1 if how == "compvis" else 0)
+    return repeated[:, columns] / uses.to(weight.dtype).reshape(1, -1, *[1] * (weight.ndim - 2))
 
 
-def _some(names: Iterable[str], most: int = 6) -> str:
-    names = list(names)
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+def _join_names(names: Sequence[str], limit: int = 6) -> str:
+    """The first names, and the number of the others."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

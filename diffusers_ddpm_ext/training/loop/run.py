@@ -208,7 +208,7 @@ def start(config: TrainConfig) -> Run:
         task = DenoisingTask(parts.denoiser, parts.objective, parts.conditioning, parts.sampler).to(accelerator.device)
         ema = build_ema(config.ema, parts.denoiser)
         if initial is not None:
-            accelerator.print(initial.describe([] if ema is None else [initialize_ema(initial, ema, config.start)]))
+            accelerator.print(initial.describe(None if ema is None else initialize_ema(initial, ema, config.start)))
         prepare_network(config, accelerator, parts.denoiser)
         optimizer = make_optimizer(config, parts, plan)
         with as_config_error("--lr_scheduler"):

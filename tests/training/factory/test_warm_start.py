@@ -125,7 +125,7 @@ def test_ignored_keys_and_the_network_alone(original, tmp_path, capsys):
     assert torch.equal(own["conv_in.weight"], raw["conv_in.weight"])
     assert float(run.parts.objective.logvar.detach().abs().max()) == 0
     told = capsys.readouterr().out
-    assert "initialised afresh: " in told
+    assert "re-initialized: " in told
     assert "in ignore_keys" in told
     assert "--load_only_unet" in told
 
