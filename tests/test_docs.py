@@ -1,7 +1,8 @@
-"""Every code block of the pages is run, or says why not; every flag of train_unconditional.py has its row."""
+"""Every code block of the pages is run, or states why not; every flag of train_unconditional.py has its row."""
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import shlex
@@ -21,6 +22,7 @@ from PIL import Image
 from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtScheduler, cli
 from diffusers_ddpm_ext.training import trainer
 
+PACKAGE = ROOT / "diffusers_ddpm_ext"
 PAGES = ["CONTRIBUTING.md", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/*.md"))]
 NOT_RUN = r"\s*<!-- not run here: [^>]{8,} -->"
 FLAGS = """
@@ -39,17 +41,18 @@ pytestmark = [
 
 
 def blocks(page: str) -> list[tuple[str, str, bool]]:
-    """Language, text, and whether it is to be run, of each code block."""
+    """Language, text, and whether it is run, of each code block; diagrams are not code."""
     text = (ROOT / page).read_text()
-    found = []
+    result = []
     for match in re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.M | re.S):
-        found.append((match[1], match[2], re.match(NOT_RUN, text[match.end() :]) is None))
-    return found
+        if match[1] != "mermaid":
+            result.append((match[1], match[2], re.match(NOT_RUN, text[match.end() :]) is None))
+    return result
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder with all that the pages name: a run on the digits, one of classes, photos."""
+def workspace(tmp_path_factory):
+    """A folder with everything that the pages name: a run on the digits, one with classes, photos."""
     root = tmp_path_factory.mktemp("docs")
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
@@ -76,11 +79,11 @@ def run_commands(text: str) -> None:
         words = shlex.split(line, comments=True)
         if not words:
             continue
-        assert words[0] == "ddpm-ext", f"{line}: say why it is not run"
+        assert words[0] == "ddpm-ext", f"{line}: state why it is not run"
         if words[1] == "train" and "--dry_run" not in words:
             words.append("--dry_run")
         if words[1] == "train":
-            words.append("--overwrite_output_dir")  # a dry run takes nothing away
+            words.append("--overwrite_output_dir")  # a dry run deletes nothing
         if words[1] == "doctor":
             words.append("--offline")
         if words[1] == "fit-variance":
@@ -93,8 +96,8 @@ def run_commands(text: str) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_every_block_runs_or_says_why_not(page, place, monkeypatch, capsys):
-    monkeypatch.chdir(place)
+def test_every_block_runs_or_states_why_not(page, workspace, monkeypatch, capsys):
+    monkeypatch.chdir(workspace)
     names: dict = {"DDPMExtPipeline": DDPMExtPipeline, "torch": torch}
     shared = {"docs/conditioning.md": 1, "docs/likelihood.md": 1}
     for language, text, to_run in blocks(page):
@@ -106,7 +109,7 @@ def test_every_block_runs_or_says_why_not(page, place, monkeypatch, capsys):
                 names = {}
             exec(compile(text, page, "exec"), names)
         elif page == "CONTRIBUTING.md":
-            continue  # make's own targets and pytest's: what CI runs
+            continue  # make targets and pytest: CI runs them
         else:
             assert language == "", f"{page}: a block in {language} is not run"
             run_commands(
@@ -121,19 +124,19 @@ def test_examples_of_contributing_are_short():
 
 
 def test_every_flag_of_train_unconditional_has_its_row(capsys, tmp_path, monkeypatch):
-    """And what the row says is so: taken, or refused with an answer."""
+    """The row is correct, too: the flag is accepted, or refused with an explanation."""
     monkeypatch.chdir(tmp_path)
     rows = re.findall(r"^\| (.*?) \| (.*?) \|$", (ROOT / "docs/coming-from-train-unconditional.md").read_text(), re.M)
-    said = {flag: text for flags, text in rows for flag in re.findall(r"`--(\w+)`", flags)}
-    assert set(said) == set(FLAGS.split())
+    described = {flag: text for flags, text in rows for flag in re.findall(r"`--(\w+)`", flags)}
+    assert set(described) == set(FLAGS.split())
     assert cli.main(["train", "--help"]) == 0
-    told = capsys.readouterr().out
-    for flag, text in said.items():
+    help_text = capsys.readouterr().out
+    for flag, text in described.items():
         if text.startswith("refused"):
             assert cli.main(["train", f"--{flag}", "1", "--dry_run"]) == 2
             assert flag in capsys.readouterr().err
         else:
-            assert f"--{flag}" in told, flag
+            assert f"--{flag}" in help_text, flag
 
 
 def test_every_page_is_in_the_navigation():
@@ -142,22 +145,53 @@ def test_every_page_is_in_the_navigation():
         assert f": {path.name}" in nav, path.name
 
 
+def test_architecture_page_describes_every_folder():
+    page = (ROOT / "docs/architecture.md").read_text()
+    folders = {path.parent.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("__init__.py")} - {"."}
+    described = re.findall(r"^\| `([\w/]+)/` \|", page, re.M)
+    assert set(described) == folders | {"training/recipes"}
+    assert len(described) == len(set(described))
+    floors = {folder for folder in folders if "/" not in folder}
+    assert set(re.findall(r'^ +\w+\["(\w+)/"\]$', page, re.M)) == floors
+
+
+@pytest.mark.parametrize("page", ["docs/architecture.md", "CONTRIBUTING.md"])
+def test_files_and_names_that_the_layout_pages_mention_exist(page):
+    """Paths are relative to the package; names in parentheses after a path are defined in that file."""
+    text = (ROOT / page).read_text()
+    paths = set(re.findall(r"`([\w/]+\.py)`", text))
+    assert len(paths) > 10
+    for path in paths:
+        assert (PACKAGE / path).is_file() or (ROOT / path).is_file(), path
+    for path, names in re.findall(r"`([\w/]+\.py)` \(((?:`\w+`(?:, )?)+)\)", text):
+        source = (PACKAGE / path).read_text()
+        defined = {n.name for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+        assert all(name in defined or f"{name}:" in source for name in re.findall(r"\w+", names)), path
+
+
+def test_test_files_that_the_pages_name_exist():
+    for page in [*PAGES, "README.md", "benchmarks/README.md"]:
+        text = (ROOT / page).read_text()
+        for path in re.findall(r"((?:tests/)?(?:\w+/)*test_\w+\.py)", text):
+            assert (ROOT / "tests" / path.removeprefix("tests/")).is_file() or "_x.py" in path, f"{page}: {path}"
+
+
 @pytest.mark.slow
 def test_the_pages_build_without_a_warning(tmp_path):
     pytest.importorskip("mkdocs")
     pytest.importorskip("mkdocstrings")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(tmp_path / "site")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    completed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert completed.returncode == 0, completed.stderr[-2000:]
     for page in (tmp_path / "site").rglob("*.html"):
         for target in re.findall(r'href="([^"#:]+)["#]', page.read_text()):
-            place = tmp_path / "site" / target.lstrip("/") if target.startswith("/") else page.parent / target
-            assert place.exists() or page.name == "404.html", f"{page}: {target}"
+            path = tmp_path / "site" / target.lstrip("/") if target.startswith("/") else page.parent / target
+            assert path.exists() or page.name == "404.html", f"{page}: {target}"
 
 
 @pytest.mark.slow
 def test_the_notebook_runs(tmp_path, monkeypatch):
-    """Its cells one after the other; what begins with ! in a shell."""
+    """Its cells in order; those that start with ! are shell commands."""
     monkeypatch.chdir(tmp_path)
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
