@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusers_ddpm_ext.errors import ConfigError
-from diffusers_ddpm_ext.training.config.flags import OPTIONS, add_options, convert
+from diffusers_ddpm_ext.training.config.flags import Parser
+from diffusers_ddpm_ext.training.config.options import OPTIONS, DataOptions
 from diffusers_ddpm_ext.utils.files import CONFIG
+from diffusers_ddpm_ext.utils.option import options_of
+from diffusers_ddpm_ext.utils.option_values import convert_value
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,7 +25,7 @@ ABOUT = """Images, by default those of the run: the default of each option is wh
 taken as in validation: their middle, never mirrored."""
 
 
-def add_measuring_flags(parser: argparse.ArgumentParser, dtypes: tuple[str, ...]) -> None:
+def add_measuring_flags(parser: Parser, dtypes: tuple[str, ...]) -> None:
     """Give a parser the flags of a measurement, and the data flags of the trainer in a group of their own."""
     add = parser.add_argument
     add("--seed", type=int, default=0, metavar="N", help="Of all that is drawn (default: 0).")
@@ -38,7 +40,7 @@ def add_measuring_flags(parser: argparse.ArgumentParser, dtypes: tuple[str, ...]
     add("--bin_width", type=float, metavar="X", help="Distance of two levels, data units (default: that of the data).")
     add("--device", metavar="NAME", help="cpu, cuda, cuda:1, mps (default: the fastest there is).")
     add("--dtype", default="float32", metavar="NAME", help=f"Of the network: {', '.join(dtypes)} (default: float32).")
-    add_options(parser, ("data",), ABOUT)
+    parser.add_options(options_of(DataOptions).values(), "data", ABOUT, negatable=True)
 
 
 def check_measuring(options: Any, least: Mapping[str, int], allowed: Mapping[str, Sequence[str | None]]) -> None:
@@ -71,7 +73,7 @@ def take_data_flags(given: dict[str, Any]) -> dict[str, Any]:
     """Take what was said about data out of the parsed arguments, converted."""
     names = [name for name, option in OPTIONS.items() if option.section == "data" and name in given]
     pairs = {name: given.pop(name) for name in names}
-    return {name: convert(OPTIONS[name], pair[1], pair[0]) for name, pair in pairs.items() if pair is not None}
+    return {name: convert_value(OPTIONS[name], pair[1], pair[0]) for name, pair in pairs.items() if pair is not None}
 
 
 def load_images(folder: str, pipeline: Any, typed: Mapping[str, Any], progress: bool) -> ImageData:

@@ -12,8 +12,7 @@ import pytest
 from helpers.paths import ROOT
 
 from diffusers_ddpm_ext.cli.dispatch import USAGE
-from diffusers_ddpm_ext.training.config.flags import OPTIONS
-from diffusers_ddpm_ext.training.config.options import SECTIONS
+from diffusers_ddpm_ext.training.config.options import OPTIONS, SECTIONS
 
 TRAIN = ROOT / "training" / "train.py"
 HEAVY = ("torch", "diffusers", "transformers", "accelerate", "datasets", "numpy", "yaml", "PIL")

@@ -12,7 +12,7 @@ from helpers.paths import ROOT
 from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtScheduler, DDPMObjective
 from diffusers_ddpm_ext.compvis import load_compvis
 from diffusers_ddpm_ext.compvis.config.openai import OWN, REFUSED, SHARED
-from diffusers_ddpm_ext.training.config.flags import OPTIONS
+from diffusers_ddpm_ext.training.config.options import OPTIONS
 
 # DDPM.__init__ of stablediffusion, whose arguments include latent-diffusion's.
 ARGUMENTS = [

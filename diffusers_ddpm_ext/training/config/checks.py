@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from diffusers_ddpm_ext.errors import ConfigError
-from diffusers_ddpm_ext.training.config.flags import OPTIONS, Option
 from diffusers_ddpm_ext.utils import lr_lambdas
 
 Flat = Mapping[str, Any]
@@ -67,8 +66,6 @@ def check(flat: Flat, typed: Set[str]) -> None:
     Raises:
         ConfigError: the first fault found; it names the option, its value and the way out.
     """
-    for name, value in flat.items():
-        check_limits(OPTIONS[name], value)
     _check_needs(flat, typed)
     check_data(flat)
     _check_schedule(flat, typed)
@@ -78,24 +75,6 @@ def check(flat: Flat, typed: Set[str]) -> None:
     _check_course(flat)
     _check_resume(flat, typed)
     _check_output(flat)
-
-
-def check_limits(option: Option, value: Any) -> None:
-    """Refuse a value outside the limits of its option."""
-    limits = option.metadata
-    for number in value if isinstance(value, tuple) else (value,):
-        if isinstance(number, bool) or not isinstance(number, (int, float)):
-            continue
-        out = (
-            ("low" in limits and number < limits["low"])
-            or ("high" in limits and number > limits["high"])
-            or ("above" in limits and number <= limits["above"])
-            or ("below" in limits and number >= limits["below"])
-        )
-        if out:
-            words = {"low": "at least", "above": "above", "high": "at most", "below": "below"}
-            allowed = " and ".join(f"{word} {limits[key]:g}" for key, word in words.items() if key in limits)
-            raise ConfigError(f"--{option.name} must be {allowed}, got {number}")
 
 
 def _check_needs(flat: Flat, typed: Set[str]) -> None:

@@ -7,10 +7,10 @@ scripts where they have one, and CompVis' where only CompVis has one. Defaults a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass
+from typing import Any, Literal
 
+from diffusers_ddpm_ext.utils.option import option, options_of
 from diffusers_ddpm_ext.utils.vocabulary import (
     FROM_COMPVIS_PREDICTION_TYPE,
     BetaSchedule,
@@ -18,42 +18,6 @@ from diffusers_ddpm_ext.utils.vocabulary import (
     PredictionType,
     VarianceType,
 )
-
-T = TypeVar("T")
-
-
-def option(
-    default: T,
-    help: str,
-    *,
-    alias: tuple[str, ...] = (),
-    low: float | None = None,
-    above: float | None = None,
-    high: float | None = None,
-    below: float | None = None,
-    words: Mapping[str, str] | None = None,
-    unset: str = "",
-) -> T:
-    """A dataclass field that carries its own help and limits.
-
-    Args:
-        default: value when nobody says otherwise.
-        help: one or two sentences, units included.
-        alias: other names of the flag.
-        low: smallest value allowed (of every element, for a tuple).
-        above: value must be larger than this.
-        high: largest value allowed.
-        below: value must be smaller than this.
-        words: other people's words for a choice, and what to answer.
-        unset: what `--help` says instead of a default of None.
-
-    Returns:
-        A `dataclasses.Field`, typed as its value.
-    """
-    limits = {"low": low, "above": above, "high": high, "below": below}
-    metadata = {"help": help, "alias": alias, "words": words or {}, "unset": unset}
-    declared: Any = field(default=default, metadata=metadata | {k: v for k, v in limits.items() if v is not None})
-    return declared
 
 
 @dataclass(frozen=True)
@@ -114,7 +78,7 @@ class ModelOptions:
         "How conditions reach the network: joined to its input (concat), as tokens of cross attention (crossattn), as"
         " class labels (adm), or together. The digits need nothing else: --conditioning_key adm.",
         unset="unconditional",
-        words={"none": "leave it out for an unconditional network"},
+        answers={"none": "leave it out for an unconditional network"},
     )
     num_class_embeds: int | None = option(
         None, "Classes that the network knows.", low=1, unset="those of the data, and a null class where one is needed"
@@ -183,7 +147,7 @@ class ScheduleOptions:
         "Shape of the betas. CompVis' `linear` is scaled_linear here, its `sqrt_linear` is linear, its `cosine` is"
         " squaredcos_cap_v2.",
         alias=("ddpm_beta_schedule",),
-        words=BETA_SCHEDULE_HINTS,
+        answers=BETA_SCHEDULE_HINTS,
     )
     beta_start: float = option(1e-4, "First beta.", above=0, below=1)
     beta_end: float = option(0.02, "Last beta.", above=0, below=1)
@@ -197,7 +161,7 @@ class ScheduleOptions:
     prediction_type: PredictionType = option(
         "epsilon",
         "What the network predicts: the noise, the clean image, or the velocity.",
-        words=PREDICTION_TYPE_HINTS,
+        answers=PREDICTION_TYPE_HINTS,
     )
     variance_type: VarianceType = option(
         "fixed_small",
@@ -230,7 +194,7 @@ class ObjectiveOptions:
         "l2",
         "Distance between prediction and target; perceptual: l2, and a distance of features of the predicted image;"
         " hybrid: l2, and the variational bound for a learned variance; vlb: the bound alone.",
-        words={"mse": "say l2", "mae": "say l1"},
+        answers={"mse": "say l2", "mae": "say l1"},
     )
     huber_c: float = option(0.1, "Where the huber distance turns from a square into a line, in data units.", above=0)
     l_simple_weight: float = option(1.0, "Weight of the simple loss.", low=0)
@@ -290,7 +254,7 @@ class OptimOptions:
     lr_scaling: Literal["none", "linear", "sqrt"] = option(
         "none",
         "Multiply --learning_rate by the effective batch (linear: CompVis' `scale_lr`), or by its root (sqrt).",
-        words={"true": "say linear", "false": "say none"},
+        answers={"true": "say linear", "false": "say none"},
     )
     lr_scheduler: Literal[
         "linear",
@@ -484,3 +448,7 @@ SECTIONS: dict[str, type] = {
     "output": OutputOptions,
     "hub": HubOptions,
 }
+OPTIONS = {name: each for section, cls in SECTIONS.items() for name, each in options_of(cls, section).items()}
+"""Every option of a training run by name."""
+CANONICAL_NAMES = {a: o.name for o in OPTIONS.values() for a in (o.name, *o.metadata["alias"])}
+"""Flag or key, aliases included -> name of the option."""

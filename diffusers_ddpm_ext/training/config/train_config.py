@@ -10,16 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from diffusers_ddpm_ext.errors import ConfigError
-from diffusers_ddpm_ext.training.config.checks import WITHOUT_WARMUP, check, check_data, check_limits
-from diffusers_ddpm_ext.training.config.flags import (
-    CANONICAL,
-    OPTIONS,
-    Parser,
-    add_options,
-    convert,
-    unknown,
-)
+from diffusers_ddpm_ext.training.config.checks import WITHOUT_WARMUP, check, check_data
+from diffusers_ddpm_ext.training.config.flags import Parser
+from diffusers_ddpm_ext.training.config.foreign_flags import answer
 from diffusers_ddpm_ext.training.config.options import (
+    CANONICAL_NAMES,
+    OPTIONS,
     SECTIONS,
     CheckpointOptions,
     DataOptions,
@@ -36,6 +32,8 @@ from diffusers_ddpm_ext.training.config.options import (
     ValidationOptions,
 )
 from diffusers_ddpm_ext.utils.yaml_io import dump_options, load_options
+from diffusers_ddpm_ext.utils.option import option, options_of
+from diffusers_ddpm_ext.utils.option_values import convert_value, unknown_option
 
 NO_SIZES = (
     "model_config_name_or_path", "model_config", "conditioning_key", "num_class_embeds", "use_positional_encodings",
@@ -141,28 +139,28 @@ class TrainConfig:
         Path(path).write_text("".join(lines), encoding="utf-8")
 
 
-def parse_train_args(argv: Sequence[str], prog: str = "ddpm-ext train") -> TrainConfig:
-    """The configuration that a command line asks for. Imports neither torch nor diffusers, writes nothing.
+def parse_train_args(argv: Sequence[str]) -> TrainConfig:
+    """The configuration of a command line. Imports neither torch nor diffusers, writes nothing.
 
     Args:
         argv: the arguments after the command.
-        prog: how help calls the program.
 
     Returns:
-        A checked configuration: defaults, under the digits' recipe if no data option is given, under `--config`,
-        under the command line.
+        A checked configuration. The command line overrides the file of `--config`, which overrides the recipe
+        `digits` (used without a data option), which overrides the defaults.
 
     Raises:
-        ConfigError: anything a person must put right; one sentence.
-        SystemExit: `--help` was asked for.
+        ConfigError: an option is wrong; one sentence with the way out.
+        SystemExit: `--help` was requested.
     """
-    parser = Parser(prog=prog, usage=f"{prog} [options]", description=HELP_HEAD, epilog=HELP_TAIL)
-    parser.add_argument("--config", metavar="FILE", help="YAML file of options, or a recipe: " + ", ".join(recipes()))
-    add_options(parser)
-    given = parser.parse_checked(argv, words=True)
-    config = given.pop("config")
-    typed = {n: convert(OPTIONS[n], pair[1], pair[0]) for n, pair in given.items() if pair is not None}
-    layers = [] if config is None else [read_config(config)]
+    parser = Parser(usage="ddpm-ext train [options]", description=HELP_HEAD, epilog=HELP_TAIL)
+    file_option = options_of(_ConfigFile)["config"]
+    parser.add_options([file_option])
+    for section, cls in SECTIONS.items():
+        parser.add_options([o for o in OPTIONS.values() if o.section == section], section, cls.__doc__, negatable=True)
+    typed = parser.parse_values(argv, explain=answer)
+    file = typed.pop("config", None)
+    layers = [] if file is None else [read_config(file)]
     return _resolve([*layers, _Layer("the command line", typed)], typed=set(typed))
 
 
@@ -184,9 +182,6 @@ def data_options(file: Path | None, typed: Mapping[str, Any], defaults: Mapping[
     layers = [] if file is None else [read_config(str(file))]
     for layer in (*layers, _Layer("the command line", dict(typed))):
         flat |= _replaced(layer) | {n: value for n, value in layer.options.items() if OPTIONS[n].section == "data"}
-    for name, option in OPTIONS.items():
-        if option.section == "data":
-            check_limits(option, flat[name])
     check_data(flat)
     return DataOptions(**{name: flat[name] for name, option in OPTIONS.items() if option.section == "data"})
 
@@ -222,6 +217,11 @@ def read_config(name: str) -> _Layer:
 
 
 @dataclass(frozen=True)
+class _ConfigFile:
+    config: str | None = option(None, "YAML file of options, or the name of a recipe (listed below).", metavar="FILE")
+
+
+@dataclass(frozen=True)
 class _Layer:
     source: str
     options: dict[str, Any]
@@ -243,16 +243,16 @@ def _read_text(text: str, name: str) -> _Layer:
 def _read_layer(options: Mapping[str, Any], source: str) -> _Layer:
     read: dict[str, Any] = {}
     for key, value in _flatten(options, source):
-        name = CANONICAL.get(key)
+        name = CANONICAL_NAMES.get(key)
         label = f"{key} (in {source})" if source else key
         if name is None:
-            error = unknown(key, [*CANONICAL, *SECTIONS], flag=False)
+            error = unknown_option(key, [*CANONICAL_NAMES, *SECTIONS], dashes="", explain=answer)
             raise ConfigError(f"{error} (in {source})" if source else str(error))
         if name == "hub_token" and source:
             raise ConfigError(f"{label}: a token does not belong in a file; give HF_TOKEN, or call `hf auth login`")
         if name in read:
             raise ConfigError(f"{label} is given twice: keep one of them")
-        read[name] = convert(OPTIONS[name], value, label)
+        read[name] = convert_value(OPTIONS[name], value, label)
     return _Layer(source or "the options", read)
 
 
@@ -267,8 +267,10 @@ def _flatten(options: Mapping[str, Any], source: str) -> Iterator[tuple[str, Any
         if not isinstance(value, dict):
             raise ConfigError(f"{key}{where} is a section: write its options below it, indented")
         for name, inner in value.items():
-            if name in CANONICAL and OPTIONS[CANONICAL[name]].section != key:
-                raise ConfigError(f"{name}{where} belongs to section {OPTIONS[CANONICAL[name]].section}, not {key}")
+            if name in CANONICAL_NAMES and OPTIONS[CANONICAL_NAMES[name]].section != key:
+                raise ConfigError(
+                    f"{name}{where} belongs to section {OPTIONS[CANONICAL_NAMES[name]].section}, not {key}"
+                )
             if not isinstance(name, str):
                 raise ConfigError(f"key {name!r}{where} is not the name of an option")
             yield name, inner

@@ -30,7 +30,7 @@ from diffusers_ddpm_ext.training.checkpoints.manifest import (
 )
 from diffusers_ddpm_ext.training.checkpoints.restore import restore_snapshot
 from diffusers_ddpm_ext.training.checkpoints.snapshot import Progress, Snapshot
-from diffusers_ddpm_ext.training.config.flags import OPTIONS
+from diffusers_ddpm_ext.training.config.options import OPTIONS
 from diffusers_ddpm_ext.training.distributed import fail_together
 from diffusers_ddpm_ext.training.loop.run import Run
 from diffusers_ddpm_ext.utils.files import METRICS

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from diffusers_ddpm_ext.errors import ConfigError
-from diffusers_ddpm_ext.training.config.flags import OPTIONS
+from diffusers_ddpm_ext.training.config.options import OPTIONS
 from diffusers_ddpm_ext.training.config.train_config import TrainConfig, parse_train_args
 
 FLAGS = """
