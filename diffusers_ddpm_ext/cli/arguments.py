@@ -1,12 +1,18 @@
-"""Checks of arguments that several commands share: a pipeline's folder or Hub id, and the precision."""
+"""Arguments that commands share: the folder of a pipeline, the device, the precision, and the output path."""
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
+from typing import Literal
 
 from diffusers_ddpm_ext.errors import ConfigError
 
+Dtype = Literal["float32", "bfloat16", "float16"]
+FOLDER_HELP = "Output folder of a run, folder of a saved pipeline, or Hub id."
+LOCAL_FOLDER_HELP = "Output folder of a run, or folder of a saved pipeline."
+DEVICE_HELP = "Device: cpu, cuda, cuda:1, mps, ..."
 PIPELINE_DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -46,3 +52,24 @@ def check_dtype(dtype: str, allowed: tuple[str, ...] = PIPELINE_DTYPES) -> None:
     """
     if dtype not in allowed:
         raise ConfigError(f"--dtype {dtype!r} is not one of {', '.join(allowed)}")
+
+
+def check_output_path(flag: str, path: Path, kind: Literal["file", "folder"]) -> None:
+    """Check that a file or folder can be written at a path.
+
+    Args:
+        flag: the option, for messages.
+        path: its value.
+        kind: what is written there.
+
+    Raises:
+        ConfigError: the path is of the other kind, or its parent folder does not exist or is not writable.
+    """
+    if kind == "folder" and path.is_file():
+        raise ConfigError(f"{flag} {path} is a file: name a folder")
+    if kind == "file" and path.is_dir():
+        raise ConfigError(f"{flag} {path} is a folder: name a file")
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"{flag} {path} is in a folder that does not exist: create it first")
+    if not os.access(path.absolute().parent, os.W_OK | os.X_OK):
+        raise ConfigError(f"{flag} {path} is not writable: name another place")

@@ -14,12 +14,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from diffusers_ddpm_ext._version import __version__
+from diffusers_ddpm_ext.cli.parser import parse_options
 from diffusers_ddpm_ext.errors import ConfigError, RunError
-from diffusers_ddpm_ext.training.config.flags import Parser
+from diffusers_ddpm_ext.utils.option import option, positional
 
-HEAD = """Look at this machine, this environment and, where one is named, at a trained folder: versions, devices,
-extras, disk, login at the Hub, and known numbers. Every finding is a line with what to do about it."""
-TAIL = """examples:
+DOCTOR_EXAMPLES = """examples:
   ddpm-ext doctor
   ddpm-ext doctor runs/digits      its pipeline, its checkpoints and its proof, too
 
@@ -59,10 +58,14 @@ class Finding:
 
 @dataclass(frozen=True)
 class DoctorOptions:
-    """What `ddpm-ext doctor` was asked for; checked."""
+    """Check this machine, this environment and, if one is named, a trained folder.
 
-    folder: Path | None
-    offline: bool
+    Looks at versions, devices, extras, disk, login at the Hub, and recorded values. Every finding is a line with what
+    to do about it.
+    """
+
+    folder: Path | None = positional("FOLDER", "Output folder of a run, or folder of a saved pipeline.", default=None)
+    offline: bool = option(False, "Do not ask the Hub who is logged in.")
 
 
 def doctor_command(argv: Sequence[str]) -> str:
@@ -71,16 +74,12 @@ def doctor_command(argv: Sequence[str]) -> str:
     return ""
 
 
-def parse_doctor_args(argv: Sequence[str], prog: str = "ddpm-ext doctor") -> DoctorOptions:
-    """The options of a command line, checked; arguments and errors are those of `Parser.parse_checked`."""
-    parser = Parser(prog=prog, usage=f"{prog} [FOLDER] [options]", description=HEAD, epilog=TAIL)
-    parser.add_argument("folder", nargs="?", metavar="FOLDER", help="Output folder of a run, or a saved pipeline.")
-    parser.add_argument("--offline", action="store_true", help="Do not ask the Hub who is logged in.")
-    given = parser.parse_checked(argv)
-    folder = None if given["folder"] is None else Path(given["folder"])
-    if folder is not None and not folder.is_dir():
-        raise ConfigError(f"{folder} is no folder: give the output folder of a run, or leave it out")
-    return DoctorOptions(folder, given["offline"])
+def parse_doctor_args(argv: Sequence[str]) -> DoctorOptions:
+    """The options of a command line, checked; errors are those of `parse_options`."""
+    options = parse_options(DoctorOptions, argv, "doctor", DOCTOR_EXAMPLES)
+    if options.folder is not None and not options.folder.is_dir():
+        raise ConfigError(f"{options.folder} is not a folder: give the output folder of a run, or leave it out")
+    return options
 
 
 def doctor(options: DoctorOptions) -> None:

@@ -64,13 +64,13 @@ def sample(options: SampleOptions) -> str:
     except ValueError as error:
         raise ConfigError(f"{options.folder}: {error}") from None
     except OSError as error:
-        raise ConfigError(f"cannot write {error.filename or options.out}: {error.strerror or error}") from None
+        raise ConfigError(f"cannot write {error.filename or options.output_path}: {error.strerror or error}") from None
     size = pipeline.unet.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
     beside = f" and, one by one, to {options.individual}" if options.individual else ""
     return (
-        f"{options.num_images} images of {height}x{width}x{pipeline.channels} written to {options.out}{beside} "
-        f"({calls} calls of the network each)"
+        f"{options.num_images} images of {height}x{width}x{pipeline.channels} written to {options.output_path}{beside}"
+        f" ({calls} calls of the network each)"
     )
 
 
@@ -158,8 +158,8 @@ def _store(pipeline: Any, options: SampleOptions) -> OneFile | PngFolder:
     settings["model"] = _fingerprint(pipeline)
     settings = json.loads(json.dumps(settings))
     if options.is_folder:
-        return PngFolder(options.out, settings, bit_depth)
-    return OneFile(options.out, settings, options.individual, bit_depth)
+        return PngFolder(options.output_path, settings, bit_depth)
+    return OneFile(options.output_path, settings, options.individual, bit_depth)
 
 
 def _fingerprint(pipeline: Any) -> str:
@@ -200,7 +200,7 @@ def _draw(
 
     batches = [indices[start : start + options.batch_size] for start in range(0, len(indices), options.batch_size)]
     wanted = {round(place * (steps - 1) / max(FRAMES - 2, 1)) for place in range(FRAMES - 1)}
-    films = options.out.suffix.lower() == VIDEO
+    films = options.output_path.suffix.lower() == VIDEO
     frames: list[Any] = []
 
     def advance(pipe: Any, i: int, t: int, tensors: dict[str, Any]) -> dict[str, Any]:

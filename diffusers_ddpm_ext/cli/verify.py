@@ -11,79 +11,68 @@ from pathlib import Path
 from typing import Any
 
 from diffusers_ddpm_ext.cli.arguments import check_pipeline_source
+from diffusers_ddpm_ext.cli.parser import parse_options
 from diffusers_ddpm_ext.errors import ConfigError, RunError
 from diffusers_ddpm_ext.hub.push import check_repo_id
-from diffusers_ddpm_ext.hub.upload import (
-    HUB_TIMEOUT,
-    HubTarget,
-    check_timeout,
-    describe_error,
-    hub_timeout,
-    last_pushed_commit,
-)
+from diffusers_ddpm_ext.hub.upload import HUB_TIMEOUT, HubTarget, describe_error, hub_timeout, last_pushed_commit
 from diffusers_ddpm_ext.pipelines.loading import load_pipeline, select_device
-from diffusers_ddpm_ext.training.config.flags import Parser
+from diffusers_ddpm_ext.utils.option import option, positional
 
-HEAD = """Check a pipeline that `ddpm-ext push` has brought to the Hub: load the repository anew, compare each file
-with the proof that was pushed along, open the pipeline, draw the images of the card with their seed, and compare."""
-TAIL = """examples:
+VERIFY_EXAMPLES = """examples:
   ddpm-ext verify me/digits                       the newest commit
-  ddpm-ext verify me/digits --folder runs/digits  and whether it is what was pushed last from that folder
-  ddpm-ext verify runs/digits                     a folder here, pushed or loaded before
+  ddpm-ext verify me/digits --folder runs/digits  also: is it the last push from that folder?
+  ddpm-ext verify runs/digits                     a local folder, pushed or downloaded before
 
-Each finding is a line; the status is 1 where there is one. On another machine images differ in rounding, which is
+Each finding is a line; the status is 1 if there is any. On another machine images differ by rounding, which is
 allowed for."""
 
 
 @dataclass(frozen=True)
 class VerifyOptions:
-    """What `ddpm-ext verify` was asked for; checked."""
+    """Check a pipeline that `ddpm-ext push` uploaded to the Hub.
 
-    source: str
-    revision: str | None
-    folder: Path | None
-    device: str | None
-    timeout: float
-    hub_token: str | None = None
+    Downloads the repository again, compares each file with the proof that was pushed with it, opens the pipeline,
+    draws the images of the card with their seed, and compares them.
+    """
+
+    source: str = positional("ID", "user/name on the Hub, or a local folder.")
+    revision: str | None = option(None, "Branch, tag or commit.", metavar="NAME", unset="main")
+    folder: Path | None = option(
+        None, "The folder that was pushed: is its last push the newest commit?", metavar="FOLDER"
+    )
+    device: str = option("cpu", "Device to draw on. The card's images were drawn on cpu.", metavar="NAME")
+    timeout: float = option(HUB_TIMEOUT, "How long the Hub may take to answer.", above=0, metavar="SECONDS")
+    hub_token: str | None = option(
+        None, "Token of the Hub.", metavar="TOKEN", unset="HF_TOKEN, or the one that `hf auth login` stored"
+    )
 
     @property
     def is_local(self) -> bool:
-        """Whether it is a folder here."""
+        """Whether the source is a local folder."""
         return Path(self.source).is_dir()
 
 
 def verify_command(argv: Sequence[str]) -> str:
     """Parse the command line and run the command; arguments and errors are those of the two functions below."""
-    return verify(parse_verify_args(argv))
+    return verify_pushed(parse_verify_args(argv))
 
 
-def parse_verify_args(argv: Sequence[str], prog: str = "ddpm-ext verify") -> VerifyOptions:
-    """The options of a command line, checked; arguments and errors are those of `Parser.parse_checked`."""
-    parser = Parser(prog=prog, usage=f"{prog} ID [options]", description=HEAD, epilog=TAIL)
-    add = parser.add_argument
-    add("source", metavar="ID", help="user/name on the Hub, or a folder here.")
-    add("--revision", metavar="NAME", help="Branch, tag or commit (default: main).")
-    add("--folder", metavar="FOLDER", help="That it was pushed from: is its last push the newest commit?")
-    add("--hub_token", metavar="TOKEN", help="Of the Hub (default: HF_TOKEN, or what `hf auth login` has left).")
-    add("--device", default="cpu", metavar="NAME", help="To draw on (default: cpu, as the card's images were).")
-    add("--timeout", type=float, default=HUB_TIMEOUT, metavar="SECONDS", help=f"(default: {HUB_TIMEOUT:g})")
-    given = parser.parse_checked(argv)
-    check_pipeline_source(given["source"])
-    check_timeout(given["timeout"])
-    folder = None if given["folder"] is None else Path(given["folder"])
-    if folder is not None and not folder.is_dir():
-        raise ConfigError(f"--folder {folder} is no folder: leave it out, or give the one that was pushed")
-    options = VerifyOptions(**given | {"folder": folder})
-    if options.is_local and (options.revision is not None or folder is not None):
+def parse_verify_args(argv: Sequence[str]) -> VerifyOptions:
+    """The options of a command line, checked; errors are those of `parse_options`."""
+    options = parse_options(VerifyOptions, argv, "verify", VERIFY_EXAMPLES)
+    check_pipeline_source(options.source)
+    if options.folder is not None and not options.folder.is_dir():
+        raise ConfigError(f"--folder {options.folder} is not a folder: leave it out, or give the one that was pushed")
+    if options.is_local and (options.revision is not None or options.folder is not None):
         raise ConfigError(
-            f"{options.source} is a folder here: --revision and --folder are about the Hub, leave them out"
+            f"{options.source} is a local folder: --revision and --folder are about the Hub, leave them out"
         )
     if not options.is_local:
         check_repo_id(options.source, "ID")
     return options
 
 
-def verify(options: VerifyOptions) -> str:
+def verify_pushed(options: VerifyOptions) -> str:
     """Load, compare and draw.
 
     Args:

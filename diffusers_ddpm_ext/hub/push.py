@@ -26,26 +26,38 @@ from diffusers_ddpm_ext.hub.upload import (
     upload,
 )
 from diffusers_ddpm_ext.utils.files import write_text_atomically
+from diffusers_ddpm_ext.utils.option import option, positional
 
 
 @dataclass(frozen=True)
 class PushOptions:
-    """What `ddpm-ext push` was asked for; checked."""
+    """Options of an upload; those of `ddpm-ext push`."""
 
-    folder: Path
-    hub_model_id: str
-    hub_private_repo: bool = False
-    with_checkpoint: bool = False
-    license: str | None = None
-    commit_message: str = "Upload by ddpm-ext"
-    draws: bool = True
-    timeout: float = HUB_TIMEOUT
-    hub_token: str | None = None
+    folder: Path = positional("FOLDER", "Output folder of a run, or folder of a saved pipeline.")
+    hub_model_id: str | None = option(
+        None, "Name of the repository, or user/name.", metavar="ID", unset="the folder's name"
+    )
+    hub_private_repo: bool = option(False, "A repository that is created is private.", alias=("private",))
+    with_checkpoint: bool = option(False, "Also upload the newest checkpoint, so that training can be resumed.")
+    license: str | None = option(
+        None, "License of the weights, for the card, e.g. mit, cc-by-4.0.", metavar="NAME", unset="not stated"
+    )
+    commit_message: str = option("Upload by ddpm-ext", "Message of the commit.")
+    no_images: bool = option(False, "Draw no images for the card and for `verify`.")
+    timeout: float = option(HUB_TIMEOUT, "How long the Hub may take to answer.", above=0, metavar="SECONDS")
+    hub_token: str | None = option(
+        None, "Token of the Hub.", metavar="TOKEN", unset="HF_TOKEN, or the one that `hf auth login` stored"
+    )
+
+    @property
+    def repo_id(self) -> str:
+        """Name of the repository, with or without its namespace."""
+        return self.hub_model_id or self.folder.resolve().name
 
     @property
     def line(self) -> str:
         """The command line that does this, without any token."""
-        parts = ["ddpm-ext", "push", str(self.folder), "--hub_model_id", self.hub_model_id]
+        parts = ["ddpm-ext", "push", str(self.folder), "--hub_model_id", self.repo_id]
         parts += ["--hub_private_repo"] * self.hub_private_repo + ["--with_checkpoint"] * self.with_checkpoint
         parts += ["--license", self.license] if self.license else []
         return shlex.join(parts)
@@ -85,7 +97,7 @@ def push(options: PushOptions, checkpoint: Path | None = None) -> str:
     """
     if options.hub_token is not None:
         os.environ["HF_TOKEN"] = options.hub_token
-    target = HubTarget(options.hub_model_id, options.hub_private_repo or None, options.hub_token, options.timeout)
+    target = HubTarget(options.repo_id, options.hub_private_repo or None, options.hub_token, options.timeout)
     try:
         with tempfile.TemporaryDirectory(prefix=".pushing-", dir=options.folder) as name:
             place = Path(name)
@@ -121,7 +133,7 @@ def _complete(options: PushOptions, place: Path, repo_id: str) -> None:
 
     for name in (CARD_IMAGES, CARD_GRID):
         (place / name).unlink(missing_ok=True)
-    drawn = _draw(place) if options.draws else None
+    drawn = None if options.no_images else _draw(place)
     if may_replace_card(place):
         text = make_card(place, repo_id, options.license)
         write_text_atomically(place / CARD_NAME, text)  # never through a link to the folder's own file

@@ -18,7 +18,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, TypeVar
 
-from diffusers_ddpm_ext.errors import ConfigError, RunError
+from diffusers_ddpm_ext.errors import RunError
 from diffusers_ddpm_ext.utils.files import read_json, write_text_atomically
 
 PUSH_RECORD = ".hub.json"
@@ -86,16 +86,6 @@ class UploadResult:
     commit: str
     url: str
     files: int
-
-
-def check_timeout(seconds: float) -> None:
-    """Refuse a patience that is none.
-
-    Raises:
-        ConfigError: it is not above 0.
-    """
-    if not seconds > 0:
-        raise ConfigError(f"--timeout must be above 0, got {seconds}")
 
 
 def list_upload_files(folder: Path, checkpoint: Path | None = None) -> dict[str, Path]:

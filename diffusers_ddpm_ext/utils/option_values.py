@@ -45,7 +45,8 @@ def convert_value(option: Option, value: Any, label: str) -> Any:
         result = (_read_choice if option.choices else read)(option, value)
     except (ValueError, TypeError) as error:
         if isinstance(error, ConfigError):
-            raise ConfigError(f"{label}: {error}") from None
+            colon = "" if str(error).startswith("'") else ":"
+            raise ConfigError(f"{label}{colon} {error}") from None
         text = " ".join(value) if isinstance(value, list) and all(isinstance(v, str) for v in value) else value
         raise ConfigError(f"{label} takes {expected_value(option)}, got {text!r}") from None
     _check_range(option, result, label)
@@ -208,7 +209,7 @@ def _read_number_list(text: str) -> Any:
 
 def _read_dict(option: Option, value: Any) -> dict[str, Any]:
     if option.takes_pairs and isinstance(value, list):
-        return dict(_read_pair(text) for text in value)
+        return dict(map(_read_pair, value))
     value = json.loads(value) if isinstance(value, str) else value
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise ValueError

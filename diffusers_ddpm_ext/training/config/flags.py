@@ -133,7 +133,8 @@ class _Store(argparse.Action):
 
 def _settings(option: Option, negatable: bool) -> dict[str, Any]:
     """What argparse needs to know of an option, beside its names."""
-    metavar: Any = option.metadata["metavar"] or ("NAME" if option.choices else _METAVARS.get(option.hint, "N"))
+    default_metavar = "NAME" if str in map(type, option.choices) else _METAVARS.get(option.hint, "N")
+    metavar: Any = option.metadata["metavar"] or default_metavar
     if option.is_positional:
         return {"metavar": metavar, "help": option.metadata["help"]} | (
             {} if not option.has_default else {"nargs": "?"}

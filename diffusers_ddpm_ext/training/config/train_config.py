@@ -31,9 +31,9 @@ from diffusers_ddpm_ext.training.config.options import (
     StartOptions,
     ValidationOptions,
 )
-from diffusers_ddpm_ext.utils.yaml_io import dump_options, load_options
 from diffusers_ddpm_ext.utils.option import option, options_of
 from diffusers_ddpm_ext.utils.option_values import convert_value, unknown_option
+from diffusers_ddpm_ext.utils.yaml_io import dump_options, load_options
 
 NO_SIZES = (
     "model_config_name_or_path", "model_config", "conditioning_key", "num_class_embeds", "use_positional_encodings",
@@ -153,7 +153,8 @@ def parse_train_args(argv: Sequence[str]) -> TrainConfig:
         ConfigError: an option is wrong; one sentence with the way out.
         SystemExit: `--help` was requested.
     """
-    parser = Parser(usage="ddpm-ext train [options]", description=HELP_HEAD, epilog=HELP_TAIL)
+    epilog = f"{HELP_TAIL}\n\nrecipes for --config: {', '.join(recipes())}"
+    parser = Parser(usage="ddpm-ext train [options]", description=HELP_HEAD, epilog=epilog)
     file_option = options_of(_ConfigFile)["config"]
     parser.add_options([file_option])
     for section, cls in SECTIONS.items():
@@ -218,7 +219,7 @@ def read_config(name: str) -> _Layer:
 
 @dataclass(frozen=True)
 class _ConfigFile:
-    config: str | None = option(None, "YAML file of options, or the name of a recipe (listed below).", metavar="FILE")
+    config: str | None = option(None, "YAML file of options, or the name of a recipe.", metavar="FILE")
 
 
 @dataclass(frozen=True)

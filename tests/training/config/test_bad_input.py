@@ -260,7 +260,7 @@ LOOKED_AT: dict[str, tuple[list[str], list[str]]] = {
     ),
 }
 SAMPLE: dict[str, tuple[list[str], list[str]]] = {
-    "bits": (["pipe", "--bit_depth", "12", "--out", "a.npz"], ["--bit_depth", "8 or 16"]),
+    "bits": (["pipe", "--bit_depth", "12", "--out", "a.npz"], ["--bit_depth", "8, 16"]),
     "bits of a grid": (["pipe", "--bit_depth", "16", "--out", "a.png"], ["--bit_depth 16", "a.png", ".npz"]),
     "no folder": ([], ["FOLDER"]),
     "unknown flag": (["pipe", "--num_image", "3"], ["--num_image", "--num_images"]),
