@@ -146,4 +146,4 @@ def test_the_wrong_folder(capsys, tmp_path):
 
 def test_no_folder(capsys):
     assert cli.main(["doctor", "missing"]) == 2
-    assert "missing is no folder" in capsys.readouterr().err
+    assert "missing is not a folder" in capsys.readouterr().err
