@@ -1,10 +1,10 @@
-"""Optimizer, gradient clipping and learning-rate schedules, all counted in optimizer steps."""
+"""Optimizer, gradient clipping and learning-rate schedules, in optimizer steps."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers.optimization import SchedulerType, get_scheduler
@@ -18,47 +18,50 @@ from diffusers_ddpm_ext.utils.lr_lambdas import (
     LambdaWarmUpCosineScheduler2,
 )
 
-LAMBDAS = {
+COMPVIS_LAMBDAS = {
     kind.__name__: kind for kind in (LambdaLinearScheduler, LambdaWarmUpCosineScheduler, LambdaWarmUpCosineScheduler2)
 }
-LR_SCHEDULERS = (*(kind.value for kind in SchedulerType), *LAMBDAS)
+LR_SCHEDULERS = (*(kind.value for kind in SchedulerType), *COMPVIS_LAMBDAS)
+DIFFUSERS_ARGUMENTS = {"num_cycles", "power", "step_rules"}
 
 
 def parameter_groups(
     network: Iterable[nn.Parameter], logvar: Iterable[nn.Parameter], weight_decay: float, logvar_learning_rate: float
 ) -> list[dict[str, Any]]:
-    """The two groups of a run: the network, and the table of log-variances with a rate of its own.
+    """The two parameter groups of a run: the network, and the log-variances with their own learning rate.
 
-    Adam moves an entry by about its rate a step, so a table that starts far from the log loss never arrives at a
-    network's rate. Weight decay would pull entries towards 0 that the batch did not even hold.
+    Adam moves an entry by about the learning rate per step; at a network's rate a table that starts far from the log
+    loss would never reach it. Weight decay would pull entries that are not in the batch towards 0.
 
     Args:
         network: parameters of the denoiser.
-        logvar: parameters of the objective, none where logvar is not learned.
+        logvar: parameters of the objective; empty if logvar is not learned.
         weight_decay: of the network.
-        logvar_learning_rate: peak rate of logvar; it follows the run's schedule.
+        logvar_learning_rate: peak learning rate of logvar, which follows the run's schedule.
 
     Returns:
         Groups for a torch optimizer, named ``network`` and ``logvar``.
     """
     groups: list[dict[str, Any]] = [{"name": "network", "params": list(network), "weight_decay": weight_decay}]
-    table = list(logvar)
-    if table:
-        groups.append({"name": "logvar", "params": table, "lr": logvar_learning_rate, "weight_decay": 0.0})
+    logvar_parameters = list(logvar)
+    if logvar_parameters:
+        groups.append({"name": "logvar", "params": logvar_parameters, "lr": logvar_learning_rate, "weight_decay": 0.0})
     return groups
 
 
-def scaled_rate(learning_rate: float, scaling: str, effective_batch: int) -> float:
-    """The peak rate of a run.
+def scale_learning_rate(
+    learning_rate: float, scaling: Literal["none", "linear", "sqrt"], effective_batch: int
+) -> float:
+    """The peak learning rate of a run.
 
     Args:
-        learning_rate: as given.
-        scaling: ``none``; ``linear``, CompVis' ``scale_lr``, whose rate is one of an image; or ``sqrt``, which keeps
-            the noise of Adam's steps.
-        effective_batch: images of an optimizer step.
+        learning_rate: of the options.
+        scaling: ``none``; ``linear``, CompVis' ``scale_lr``, whose learning rate is per image; or ``sqrt``, which
+            keeps the noise scale of Adam's steps.
+        effective_batch: images per optimizer step.
 
     Returns:
-        The rate, times the effective batch, or its root.
+        The learning rate times 1, the effective batch or its square root.
     """
     return learning_rate * {"none": 1.0, "linear": float(effective_batch), "sqrt": effective_batch**0.5}[scaling]
 
@@ -66,11 +69,11 @@ def scaled_rate(learning_rate: float, scaling: str, effective_batch: int) -> flo
 def adamw_8bit(
     groups: list[dict[str, Any]], learning_rate: float, betas: tuple[float, float], epsilon: float
 ) -> torch.optim.Optimizer:
-    """AdamW of bitsandbytes, whose moments take a byte each.
+    """AdamW of bitsandbytes, whose moments take one byte each.
 
     Args:
-        groups: as for `adamw`, as are the others.
-        learning_rate: peak rate of the network.
+        groups: from :func:`parameter_groups`, on their final device.
+        learning_rate: peak learning rate of the network.
         betas: decay rates of the two moments.
         epsilon: added to the root of the second moment.
 
@@ -78,11 +81,11 @@ def adamw_8bit(
         The optimizer.
 
     Raises:
-        ValueError: bitsandbytes is not installed, or does not work here.
+        ValueError: bitsandbytes is not installed, or does not work on this machine.
     """
     try:
         from bitsandbytes.optim import AdamW8bit
-    except Exception as error:  # its import fails in many ways where a library of the device is missing
+    except Exception as error:  # its import fails in many ways if a library of the device is missing
         raise ValueError(f"bitsandbytes cannot be imported ({error}): `pip install bitsandbytes`") from error
     optimizer: torch.optim.Optimizer = AdamW8bit(groups, lr=learning_rate, betas=betas, eps=epsilon)
     return optimizer
@@ -91,16 +94,16 @@ def adamw_8bit(
 def adamw(
     groups: list[dict[str, Any]], learning_rate: float, betas: tuple[float, float], epsilon: float
 ) -> torch.optim.AdamW:
-    """AdamW in one fused pass over all parameters (three times faster on a CPU than torch's default there).
+    """AdamW, fused where the device supports it (on a CPU three times as fast as torch's default).
 
     Args:
         groups: from :func:`parameter_groups`, on their final device.
-        learning_rate: peak rate of the network.
+        learning_rate: peak learning rate of the network.
         betas: decay rates of the two moments.
         epsilon: added to the root of the second moment.
 
     Returns:
-        The optimizer; torch's default implementation on a device that has no fused one.
+        The optimizer.
     """
     device = groups[0]["params"][0].device.type
     fused = device in ("cpu", "cuda", "xpu", "mps", "hpu")
@@ -112,21 +115,22 @@ def gradient_norms(parameters: Sequence[nn.Parameter]) -> Tensor:
     """The 2-norm of each parameter's gradient.
 
     Args:
-        parameters: after the backward pass; where they are sharded all processes enter.
+        parameters: after the backward pass. If sharded, a collective call: every process must make it.
 
     Returns:
-        (n,), plain, on the device, the same in every process; 0 for a parameter without a gradient.
+        (n,), a plain tensor on the device, the same on every process; 0 for a parameter without a gradient.
     """
-    kinds: dict[bool, dict[int, Tensor]] = {False: {}, True: {}}  # torch refuses plain and sharded ones together
-    for place, parameter in enumerate(parameters):
+    # torch does not accept plain and sharded gradients in one call.
+    by_sharding: dict[bool, dict[int, Tensor]] = {False: {}, True: {}}
+    for index, parameter in enumerate(parameters):
         if parameter.grad is not None:
-            kinds[is_sharded(parameter.grad)][place] = parameter.grad
+            by_sharding[is_sharded(parameter.grad)][index] = parameter.grad
     norms = torch.zeros(len(parameters), device=local_tensor(parameters[0]).device)
-    for gradients in filter(None, kinds.values()):
-        found = full_tensor(torch.stack(torch._foreach_norm(list(gradients.values()))))
+    for gradients in filter(None, by_sharding.values()):
+        group_norms = full_tensor(torch.stack(torch._foreach_norm(list(gradients.values()))))
         if len(gradients) == len(parameters):
-            return found
-        norms[list(gradients)] = found.to(norms)
+            return group_norms
+        norms[list(gradients)] = group_norms.to(norms)
     return norms
 
 
@@ -135,18 +139,17 @@ def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float, norms: T
     """Scale gradients down, in place, to a joint norm of at most ``max_norm``.
 
     Args:
-        parameters: those to clip together; where they are sharded all processes enter, and the norm is that of the
-            whole gradients.
+        parameters: those to clip together. If sharded, a collective call: every process must make it.
         max_norm: limit of the 2-norm, above 0.
-        norms: from `gradient_norms`, where they are known already.
+        norms: from `gradient_norms`, if computed already.
 
     Returns:
-        The norm before clipping, a plain 0-dim tensor that is still on the device, the same in every process.
+        The norm before clipping, a plain 0-dim tensor on the device, the same on every process.
     """
     norm = torch.linalg.vector_norm(gradient_norms(parameters) if norms is None else norms)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-    # Scaling by exactly 1 changes nothing. Looking first is free on a CPU and would stall an accelerator.
+    # Scaling by exactly 1 changes nothing. Reading the scale is free on a CPU, but synchronizes an accelerator.
     if norm.device.type != "cpu" or scale < 1.0 or not torch.isfinite(scale):
         torch._foreach_mul_([local_tensor(gradient) for gradient in gradients], scale)
     return norm
@@ -159,43 +162,36 @@ def lr_schedule(
     warmup_steps: int = 0,
     arguments: Mapping[str, Any] | None = None,
 ) -> LambdaLR:
-    """The factor on every group's peak rate as a function of the optimizer step.
+    """A learning-rate scheduler: the factor on every group's peak learning rate at each optimizer step.
 
     Args:
-        name: one of Diffusers' ``get_scheduler``, or a CompVis lambda by its class name.
-        optimizer: its current rates are the peaks.
-        max_train_steps: optimizer steps of the whole run.
-        warmup_steps: steps of linear warm-up, for Diffusers' names.
-        arguments: keyword arguments of a lambda, or ``num_cycles``, ``power``, ``step_rules`` of Diffusers' ones.
+        name: one of Diffusers' ``get_scheduler``, or the class name of a CompVis lambda.
+        optimizer: its current learning rates are the peaks.
+        max_train_steps: optimizer steps of the run.
+        warmup_steps: steps of linear warm-up, for Diffusers' schedules.
+        arguments: keyword arguments of a lambda, or ``num_cycles``, ``power``, ``step_rules`` of Diffusers'.
 
     Returns:
-        A scheduler to step once per optimizer step, however many processes and micro-batches make one.
+        A scheduler to step once per optimizer step, for any number of processes and micro-batches.
 
     Raises:
-        ValueError: an unknown name, or arguments that the schedule does not take.
+        ValueError: the name is unknown, or the schedule does not accept the arguments.
     """
     arguments = dict(arguments or {})
     try:
-        if name in LAMBDAS:
+        if name in COMPVIS_LAMBDAS:
             if warmup_steps:
                 raise ValueError("it has its own warm-up: leave lr_warmup_steps at 0")
-            return LambdaLR(optimizer, LAMBDAS[name](**arguments))
+            return LambdaLR(optimizer, COMPVIS_LAMBDAS[name](**arguments))
         if name not in LR_SCHEDULERS:
             raise ValueError(f"choose from {', '.join(LR_SCHEDULERS)}")
+        if unknown := set(arguments) - DIFFUSERS_ARGUMENTS:
+            raise ValueError(
+                f"lr_scheduler_args of Diffusers' schedules are num_cycles, power, step_rules, got {unknown}"
+            )
         return get_scheduler(
-            name,
-            optimizer,
-            num_warmup_steps=warmup_steps,
-            num_training_steps=max_train_steps,
-            **_named(arguments),
+            name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=max_train_steps, **arguments
         )
     except (TypeError, ValueError, AttributeError) as error:
-        given = f" with lr_scheduler_args {json.dumps(arguments)}" if arguments else ""
-        raise ValueError(f"lr_scheduler {name!r}{given} is refused: {str(error).rstrip('.')}.") from error
-
-
-def _named(arguments: dict[str, Any]) -> dict[str, Any]:
-    unknown = set(arguments) - {"num_cycles", "power", "step_rules"}
-    if unknown:
-        raise ValueError(f"lr_scheduler_args of Diffusers' schedules are num_cycles, power, step_rules, got {unknown}")
-    return arguments
+        with_arguments = f" with lr_scheduler_args {json.dumps(arguments)}" if arguments else ""
+        raise ValueError(f"lr_scheduler {name!r}{with_arguments} is invalid: {str(error).rstrip('.')}.") from error

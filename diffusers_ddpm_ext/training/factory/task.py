@@ -1,4 +1,4 @@
-"""One module for everything that has gradients: the denoiser and the objective with its log-variances.
+"""The denoising task: one module of everything with gradients, the denoiser and the objective with its log-variances.
 
 ``Accelerator.prepare`` receives this module, so that data-parallel training averages the gradient of logvar too.
 """
@@ -15,13 +15,13 @@ from diffusers_ddpm_ext.models.conditioning import Conditioning, Conditions
 
 
 class DenoisingTask(nn.Module):
-    """Noise clean samples, denoise them, score the result.
+    """Noises clean samples, denoises them and computes the loss.
 
     Args:
         denoiser: a network called as ``denoiser(xt, t)`` whose output has ``.sample``, as UNet2DModel's has.
-        objective: the loss, with the schedule that the noise follows.
-        conditioning: how conditions reach the denoiser; by default there are none.
-        sampler: of the steps; here so that what it has learned is part of the task's state.
+        objective: the loss, with its noise schedule.
+        conditioning: how conditions reach the denoiser; by default unconditional.
+        sampler: of the timesteps; a submodule, so that its statistics are part of the task's state.
     """
 
     def __init__(
@@ -47,15 +47,14 @@ class DenoisingTask(nn.Module):
     ) -> ObjectiveOutput:
         """The training terms of one micro-batch.
 
-        Only the network runs in the precision of a surrounding autocast: in bfloat16 the first noise levels would
-        round to zero.
+        Only the network runs under a surrounding autocast: in bfloat16 the smallest noise levels would round to zero.
 
         Args:
             x0: clean samples, (B, ...), float32, data units.
             noise: standard normal, same shape.
             t: steps, (B,), integer.
-            conditions: of the samples, exactly those that ``join`` asks for.
-            weights: of the samples' steps, (B,), None where they are drawn evenly.
+            conditions: of the samples, exactly those that ``join`` needs.
+            weights: of the samples' steps, (B,); None where they are drawn uniformly.
 
         Returns:
             The objective's terms, float32.

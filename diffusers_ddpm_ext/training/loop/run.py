@@ -30,7 +30,13 @@ from diffusers_ddpm_ext.training.distributed import (
     sum_over_ranks,
 )
 from diffusers_ddpm_ext.training.evaluation.processes import Processes
-from diffusers_ddpm_ext.training.factory.optimizer import adamw, adamw_8bit, lr_schedule, parameter_groups, scaled_rate
+from diffusers_ddpm_ext.training.factory.optimizer import (
+    adamw,
+    adamw_8bit,
+    lr_schedule,
+    parameter_groups,
+    scale_learning_rate,
+)
 from diffusers_ddpm_ext.training.factory.parts import Parts, build_ema, build_parts
 from diffusers_ddpm_ext.training.factory.task import DenoisingTask
 from diffusers_ddpm_ext.training.factory.warm_start import initialize_ema, load_initial_weights
@@ -350,7 +356,7 @@ def make_optimizer(config: TrainConfig, parts: Parts, plan: Plan) -> torch.optim
         optim.adam_weight_decay,
         config.objective.logvar_learning_rate,
     )
-    rate = scaled_rate(optim.learning_rate, optim.lr_scaling, plan.effective_batch)
+    rate = scale_learning_rate(optim.learning_rate, optim.lr_scaling, plan.effective_batch)
     make = adamw_8bit if optim.use_8bit_adam else adamw
     with as_config_error("--use_8bit_adam" if optim.use_8bit_adam else ""):
         return make(groups, rate, (optim.adam_beta1, optim.adam_beta2), optim.adam_epsilon)

@@ -9,7 +9,7 @@ from torch import nn
 
 from diffusers_ddpm_ext.diffusion.schedule import NoiseSchedule
 from diffusers_ddpm_ext.training.config.options import OptimOptions, ScheduleOptions
-from diffusers_ddpm_ext.training.factory.optimizer import scaled_rate
+from diffusers_ddpm_ext.training.factory.optimizer import scale_learning_rate
 from diffusers_ddpm_ext.utils.vocabulary import TO_COMPVIS_BETA_SCHEDULE, TO_COMPVIS_PREDICTION_TYPE
 
 SLOW_ON_CPU = 20_000_000  # parameters; that many take seconds a step at 64x64
@@ -116,7 +116,7 @@ def describe_learning_rate(options: OptimOptions, plan: Plan, logvar_rate: float
     rate = f"{options.learning_rate:g}"
     if options.lr_scaling != "none":
         factor = {"linear": "effective batch", "sqrt": "root of the effective batch"}[options.lr_scaling]
-        scaled = scaled_rate(options.learning_rate, options.lr_scaling, plan.effective_batch)
+        scaled = scale_learning_rate(options.learning_rate, options.lr_scaling, plan.effective_batch)
         rate += f" x {factor} {plan.effective_batch} = {scaled:g}"
     return f"{rate} {options.lr_scheduler}{warmup}{logvar}"
 
