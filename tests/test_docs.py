@@ -169,6 +169,16 @@ def test_files_and_names_that_the_layout_pages_mention_exist(page):
         assert all(name in defined or f"{name}:" in source for name in re.findall(r"\w+", names)), path
 
 
+def test_every_import_in_the_pages_and_the_notebook_works():
+    pages = [*PAGES, "README.md", "docs/quickstart.ipynb"]
+    lines = {
+        line for page in pages for line in re.findall(r"from diffusers_ddpm_ext[^\n\\]*", (ROOT / page).read_text())
+    }
+    assert len(lines) > 5
+    for line in lines:
+        exec(line.rstrip('",'), {})
+
+
 def test_test_files_that_the_pages_name_exist():
     for page in [*PAGES, "README.md", "benchmarks/README.md"]:
         text = (ROOT / page).read_text()
