@@ -1,6 +1,6 @@
-"""How conditions reach a network: joined to its input, as tokens of cross attention, as labels.
+"""Conditioning of a network: concatenated inputs, cross attention, class labels and pixel coordinates.
 
-What CompVis' ``DiffusionWrapper`` does under each ``conditioning_key``:
+What CompVis' ``DiffusionWrapper`` passes to the network under each ``conditioning_key``:
 
     key            input                context         labels
     (none)         x
@@ -11,17 +11,16 @@ What CompVis' ``DiffusionWrapper`` does under each ``conditioning_key``:
     hybrid-adm     x, concat_inputs     context         labels
     crossattn-adm  x                    context         labels
 
-Inputs are joined along the channels, contexts along the tokens.
+Inputs are concatenated along the channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffusers_ddpm_ext.utils.vocabulary import CONDITIONING_KEYS
 
@@ -39,7 +38,7 @@ COORDINATE_CHANNELS = 2
 
 @dataclass(frozen=True)
 class Conditions:
-    """What a batch is conditioned on; None for what there is not.
+    """The conditions of a batch; None for each that is absent.
 
     Attributes:
         class_labels: (B,), integer, or (B, width), floating, for a projected embedding.
@@ -51,98 +50,94 @@ class Conditions:
     concat_inputs: Tensor | None = None
     encoder_hidden_states: Tensor | None = None
 
-    def named(self) -> dict[str, Tensor]:
-        """Those that there are, by name."""
+    def as_dict(self) -> dict[str, Tensor]:
+        """The conditions that are present, by name."""
         return {item.name: getattr(self, item.name) for item in fields(self) if getattr(self, item.name) is not None}
 
     def to(self, device: torch.device | str) -> Conditions:
-        """The same on a device."""
-        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in self.named().items()})
+        """The same conditions on a device."""
+        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in self.as_dict().items()})
 
     def __getitem__(self, index: Any) -> Conditions:
-        """The conditions of some of the batch."""
-        return replace(self, **{name: value[index] for name, value in self.named().items()})
-
-    @property
-    def batch(self) -> int | None:
-        """Number of samples, None where there are no conditions."""
-        return next((len(value) for value in self.named().values()), None)
-
-
-def check_conditioning_key(conditioning_key: str | None) -> str | None:
-    """Return a conditioning key that is known.
-
-    Args:
-        conditioning_key: one of `CONDITIONING_KEYS`, or None.
-
-    Raises:
-        ValueError: it is none of them.
-    """
-    if conditioning_key not in REQUIRED_CONDITIONS:
-        raise ValueError(
-            f"conditioning_key is {conditioning_key!r}; it must be None or one of {', '.join(CONDITIONING_KEYS)}."
-        )
-    return conditioning_key
+        """The conditions of a part of the batch."""
+        return replace(self, **{name: value[index] for name, value in self.as_dict().items()})
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Puts a batch and its conditions together for a network.
+    """How a network receives its conditions.
 
     Attributes:
-        conditioning_key: which conditions there are, and where they go.
+        conditioning_key: which conditions it requires, and where they go.
         use_positional_encodings: whether two channels of coordinates come last: the column and the row of each pixel,
             from -1 (left, top) to 1.
+
+    Raises:
+        ValueError: the key is unknown.
     """
 
     conditioning_key: str | None = None
     use_positional_encodings: bool = False
 
     def __post_init__(self) -> None:
-        check_conditioning_key(self.conditioning_key)
+        if self.conditioning_key not in REQUIRED_CONDITIONS:
+            raise ValueError(
+                f"conditioning_key is {self.conditioning_key!r}; it must be None or one of "
+                f"{', '.join(CONDITIONING_KEYS)}."
+            )
+
+    @property
+    def required(self) -> tuple[str, ...]:
+        """Names of the conditions that the network requires."""
+        return REQUIRED_CONDITIONS[self.conditioning_key]
+
+    @property
+    def widens_input(self) -> bool:
+        """Whether the network's input has more channels than a sample."""
+        return "concat_inputs" in self.required or self.use_positional_encodings
+
+    def check(self, conditions: Conditions) -> None:
+        """Refuse missing and unused conditions.
+
+        Raises:
+            ValueError: a required condition is missing, or one that the network does not take is present.
+        """
+        present = conditions.as_dict()
+        for name in self.required:
+            if name not in present:
+                raise ValueError(f"{name} is missing: conditioning_key {self.conditioning_key} needs it.")
+        for name in present:
+            if name not in self.required:
+                raise ValueError(f"{name} is given, but conditioning_key {self.conditioning_key} has no place for it.")
 
     def __call__(self, xt: Tensor, conditions: Conditions) -> tuple[Tensor, dict[str, Tensor]]:
-        """Join.
+        """Prepare a call of the network.
 
         Args:
             xt: noisy samples, (B, C, H, W).
-            conditions: exactly those that the key asks for.
+            conditions: exactly the required ones.
 
         Returns:
-            The network's input, and the keyword arguments that it is called with.
+            The network's input, and the keyword arguments of the call.
 
         Raises:
-            ValueError: a condition is missing, too many, or of another batch or size.
+            ValueError: a condition is missing, unused, or of another batch or image size.
         """
-        given, needed = conditions.named(), REQUIRED_CONDITIONS[self.conditioning_key]
-        for name in needed:
-            if name not in given:
-                raise ValueError(f"{name} is missing: conditioning_key {self.conditioning_key} needs it.")
-        for name, value in given.items():
-            if name not in needed:
-                raise ValueError(f"{name} is given, but conditioning_key {self.conditioning_key} has no place for it.")
+        self.check(conditions)
+        kwargs = conditions.as_dict()
+        for name, value in kwargs.items():
             if len(value) != len(xt):
-                raise ValueError(f"{name} has {len(value)} entries for a batch of {len(xt)}; give one a sample.")
+                raise ValueError(f"{name} has {len(value)} entries for a batch of {len(xt)}; give one per sample.")
         inputs = [xt]
-        if "concat_inputs" in given:
-            extra = given.pop("concat_inputs")
+        if "concat_inputs" in kwargs:
+            extra = kwargs.pop("concat_inputs")
             if extra.ndim != xt.ndim or extra.shape[2:] != xt.shape[2:]:
                 raise ValueError(f"concat_inputs has shape {tuple(extra.shape)}; the samples are {tuple(xt.shape)}.")
             inputs.append(extra.to(xt.dtype))
         if self.use_positional_encodings:
             inputs.append(pixel_coordinates(xt))
-        named = {name: value.to(xt.dtype) if value.is_floating_point() else value for name, value in given.items()}
-        return torch.cat(inputs, dim=1) if len(inputs) > 1 else xt, named
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether the network sees nothing but the samples."""
-        return self.conditioning_key is None and not self.use_positional_encodings
-
-    @property
-    def widens_input(self) -> bool:
-        """Whether the network's input has more channels than a sample."""
-        return "concat_inputs" in REQUIRED_CONDITIONS[self.conditioning_key] or self.use_positional_encodings
+        kwargs = {name: value.to(xt.dtype) if value.is_floating_point() else value for name, value in kwargs.items()}
+        return torch.cat(inputs, dim=1) if len(inputs) > 1 else xt, kwargs
 
 
 def pixel_coordinates(like: Tensor) -> Tensor:
@@ -163,71 +158,14 @@ def pixel_coordinates(like: Tensor) -> Tensor:
     return torch.stack([columns, rows]).expand(len(like), -1, -1, -1)
 
 
-def concatenate_parts(value: Any, axis: int) -> Any:
-    """A condition given in parts, as CompVis' dictionaries of lists hold them, as one tensor."""
-    if isinstance(value, list | tuple) and value and all(isinstance(part, Tensor) for part in value):
-        return torch.cat(list(value), dim=axis)
-    return value
-
-
-class ConditionedDenoiser(nn.Module):
-    """A network and the way its conditions are joined to it: CompVis' ``DiffusionWrapper``.
-
-    Args:
-        unet: a UNet2DModel, or with context a UNet2DConditionModel.
-        conditioning_key: one of `CONDITIONING_KEYS`, or None.
-        use_positional_encodings: see `Conditioning`.
-
-    Raises:
-        ValueError: the key is not known.
-    """
-
-    def __init__(
-        self, unet: nn.Module, conditioning_key: str | None = None, use_positional_encodings: bool = False
-    ) -> None:
-        super().__init__()
-        self.unet = unet
-        self.conditioning = Conditioning(conditioning_key, use_positional_encodings)
-
-    def forward(
-        self,
-        xt: Tensor,
-        t: Tensor,
-        *,
-        class_labels: Tensor | None = None,
-        concat_inputs: Tensor | Sequence[Tensor] | None = None,
-        encoder_hidden_states: Tensor | Sequence[Tensor] | None = None,
-    ) -> Any:
-        """Denoise.
-
-        Args:
-            xt: noisy samples, (B, C, H, W).
-            t: steps, (B,), or one for all.
-            class_labels: see `Conditions`.
-            concat_inputs: see `Conditions`; or several, which are joined along the channels.
-            encoder_hidden_states: see `Conditions`; or several, which are joined along the tokens.
-
-        Returns:
-            The network's output; ``.sample`` is (B, C or 2C, H, W).
-
-        Raises:
-            ValueError: see `Conditioning`.
-        """
-        conditions = Conditions(
-            class_labels, concatenate_parts(concat_inputs, 1), concatenate_parts(encoder_hidden_states, 1)
-        )
-        inputs, named = self.conditioning(xt, conditions)
-        return self.unet(inputs, t, **named)
-
-
 def classifier_free_guidance(conditional: Tensor, unconditional: Tensor, scale: float, channels: int) -> Tensor:
     """Classifier-free guidance: ``u + s (c - u)`` ([CFG] Ho & Salimans 2022, eq. 6, with s = w + 1).
 
     Args:
-        conditional: the network's output, (B, C or 2C, H, W).
-        unconditional: the same without the condition.
+        conditional: the network's output c, (B, C or 2C, H, W).
+        unconditional: its output u without the condition.
         scale: s; 1 is the conditional output.
-        channels: C; what lies beyond, a learned variance, stays the conditional one.
+        channels: C; a learned variance in the channels after them stays the conditional one.
 
     Returns:
         The guided output.

@@ -24,7 +24,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from diffusers_ddpm_ext.diffusion.reverse_step import LEARNED_VARIANCES
-from diffusers_ddpm_ext.models.conditioning import REQUIRED_CONDITIONS, Conditioning
+from diffusers_ddpm_ext.models.conditioning import Conditioning
 from diffusers_ddpm_ext.models.unet_2d_ext import UNet2DExtModel
 from diffusers_ddpm_ext.pipelines.guidance import ConditionArguments, ConditionedModel, Labels, prepare_guidance
 from diffusers_ddpm_ext.pipelines.serialization import PipelineFiles
@@ -156,8 +156,7 @@ class DDPMExtPipeline(PipelineFiles):
     def num_classes(self) -> int | None:
         """How many classes it can be asked for, a null class included; None where there are none."""
         model = self._model(torch.device("cpu"))
-        by_class = "class_labels" in REQUIRED_CONDITIONS[self._conditioning.conditioning_key] or model.embeds_classes
-        return model.num_classes if by_class else None
+        return model.num_classes if model.takes_labels else None
 
     @property
     def trained_scheduler(self) -> DDPMExtScheduler:
@@ -254,7 +253,7 @@ class DDPMExtPipeline(PipelineFiles):
                 the samples are not finite.
         """
         given = ConditionArguments(class_labels, concat_inputs, encoder_hidden_states)
-        batch_size = given.batch if batch_size == 1 else batch_size
+        batch_size = given.batch_size if batch_size == 1 else batch_size
         self._check_call(batch_size, output_type, log_every_t, temperature)
         generator = _check_generators(generator, batch_size)
         step_kwargs = dict(step_kwargs or {}) | ({} if eta is None else {"eta": eta})

@@ -15,9 +15,11 @@ from diffusers_ddpm_ext.compvis.architecture import translate_unet
 from diffusers_ddpm_ext.models.conditioning import (
     CONDITIONING_KEYS,
     REQUIRED_CONDITIONS,
-    ConditionedDenoiser,
+    Conditioning,
+    Conditions,
     pixel_coordinates,
 )
+from diffusers_ddpm_ext.pipelines.guidance import ConditionArguments, ConditionedModel, prepare_conditions
 
 GENERATOR = torch.Generator().manual_seed(0)
 X = torch.randn(4, 3, 8, 8, generator=GENERATOR)
@@ -51,12 +53,10 @@ def pipeline(key, **named):
     return pipe
 
 
-class Recorder(nn.Module):
-    """Notes what it is called with."""
-
-    def forward(self, *arguments, **named):
-        self.called = (arguments, named)
-        return arguments[0]
+def call(unet, key, xt, t, named):
+    """The output of a network under conditions, without the pipeline."""
+    inputs, kwargs = Conditioning(key)(xt, Conditions(**named))
+    return unet(inputs, t, **kwargs).sample
 
 
 @pytest.mark.parametrize("key", ALL)
@@ -67,24 +67,20 @@ def test_what_the_network_is_called_with(key):
     }[key]  # fmt: skip
     context = key in ("crossattn", "hybrid", "hybrid-adm", "crossattn-adm")
     labels = key in ("adm", "hybrid-adm", "crossattn-adm")
-    recorder, t = Recorder(), torch.arange(4)
-    ConditionedDenoiser(recorder, key)(X, t, **given(key))
-    (called, when), named = recorder.called
+    called, named = Conditioning(key)(X, Conditions(**given(key)))
     expected = torch.cat([X, GIVEN["concat_inputs"]], dim=1) if isinstance(inputs, str) else X
     assert torch.equal(called, expected)
-    assert when is t
     assert named.keys() == ({"encoder_hidden_states"} if context else set()) | ({"class_labels"} if labels else set())
     assert all(value is GIVEN[name] or torch.equal(value, GIVEN[name]) for name, value in named.items())
 
 
-def test_several_inputs_and_contexts_are_joined():
+def test_several_inputs_and_contexts_are_concatenated():
     """Lists, as the original's dictionaries hold: channels after channels, tokens after tokens."""
-    recorder = Recorder()
+    model = ConditionedModel(nn.Identity(), Conditioning("hybrid"), None, None, 3, torch.device("cpu"))
     parts, contexts = [X[:, :1], X[:, 1:2]], [GIVEN["encoder_hidden_states"], GIVEN["encoder_hidden_states"] + 1]
-    ConditionedDenoiser(recorder, "hybrid")(X, torch.arange(4), concat_inputs=parts, encoder_hidden_states=contexts)
-    (called, _), named = recorder.called
-    assert torch.equal(called, torch.cat([X, X[:, :2]], dim=1))
-    assert torch.equal(named["encoder_hidden_states"], torch.cat(contexts, dim=1))
+    conditions = prepare_conditions(ConditionArguments(None, parts, contexts), model, 4)
+    assert torch.equal(conditions.concat_inputs, X[:, :2])
+    assert torch.equal(conditions.encoder_hidden_states, torch.cat(contexts, dim=1))
 
 
 def test_coordinates():
@@ -93,23 +89,22 @@ def test_coordinates():
     assert made.shape == (2, 2, 4, 5)
     assert torch.allclose(made[0, 0, 2], torch.tensor([-1, -0.5, 0, 0.5, 1]))
     assert torch.allclose(made[1, 1, :, 3], torch.tensor([-1, -1 / 3, 1 / 3, 1]))
-    recorder = Recorder()
-    ConditionedDenoiser(recorder, "concat", True)(X, torch.arange(4), concat_inputs=GIVEN["concat_inputs"])
-    assert torch.equal(recorder.called[0][0], torch.cat([X, GIVEN["concat_inputs"], pixel_coordinates(X)], dim=1))
+    inputs, _ = Conditioning("concat", True)(X, Conditions(concat_inputs=GIVEN["concat_inputs"]))
+    assert torch.equal(inputs, torch.cat([X, GIVEN["concat_inputs"], pixel_coordinates(X)], dim=1))
 
 
 @pytest.mark.parametrize("key", ALL)
 def test_missing_and_surplus_conditions_are_refused(key):
-    denoiser = ConditionedDenoiser(Recorder(), key)
+    conditioning = Conditioning(key)
     for name in REQUIRED_CONDITIONS[key]:
         rest = {other: value for other, value in given(key).items() if other != name}
         with pytest.raises(ValueError, match=f"{name} is missing"):
-            denoiser(X, torch.arange(4), **rest)
+            conditioning(X, Conditions(**rest))
     for name in GIVEN.keys() - set(REQUIRED_CONDITIONS[key]):
         with pytest.raises(ValueError, match=f"{name} is given"):
-            denoiser(X, torch.arange(4), **given(key), **{name: GIVEN[name]})
+            conditioning(X, Conditions(**given(key), **{name: GIVEN[name]}))
     with pytest.raises(ValueError, match="conditioning_key"):
-        ConditionedDenoiser(Recorder(), "all")
+        Conditioning("all")
 
 
 @pytest.mark.parametrize("key", CONDITIONING_KEYS)
@@ -121,13 +116,12 @@ def test_guidance_is_the_formula(key, scale):
     null = {"class_labels": torch.full((4,), 4), "concat_inputs": torch.zeros(4, 2, 8, 8),
             "encoder_hidden_states": torch.zeros(4, 5, 6)}  # fmt: skip
     drawn = pipe(4, torch.Generator().manual_seed(1), 4, "latent", latents=X, guidance_scale=scale, **named).images
-    denoiser = ConditionedDenoiser(pipe.unet, key)
     scheduler, sample, generator = pipe.scheduler, X, torch.Generator().manual_seed(1)
     scheduler.set_timesteps(4)
     with torch.no_grad():
         for t in scheduler.timesteps:
-            conditional = denoiser(sample, t, **named).sample
-            without = denoiser(sample, t, **{name: null[name] for name in named}).sample
+            conditional = call(pipe.unet, key, sample, t, named)
+            without = call(pipe.unet, key, sample, t, {name: null[name] for name in named})
             out = without + scale * (conditional - without)
             sample = scheduler.step(out, int(t), sample, generator=generator).prev_sample
     assert torch.allclose(drawn, sample, atol=2e-5)

@@ -79,7 +79,7 @@ def test_every_key_trains_saves_loads_and_samples(key, steps, images, tmp_path):
     pipeline.set_progress_bar_config(disable=True)
     given = load_data(tiny_run(tmp_path / "x", **options(key, images)).data, key).train.conditions(range(4))
     drawn = [pipeline(num_inference_steps=3, output_type="np", generator=torch.Generator().manual_seed(seed),
-                      **given.named()).images for seed in (0, 0)]  # fmt: skip
+                      **given.as_dict()).images for seed in (0, 0)]  # fmt: skip
     assert drawn[0].shape == (4, 8, 8, 3)
     assert np.array_equal(*drawn)
     wide = "concat_inputs" in REQUIRED_CONDITIONS[key] and "encoder_hidden_states" not in REQUIRED_CONDITIONS[key]

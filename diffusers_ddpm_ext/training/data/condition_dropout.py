@@ -37,7 +37,7 @@ class ConditionDropout:
         Returns:
             The conditions, those left out replaced.
         """
-        named = conditions.named()
+        named = conditions.as_dict()
         for name, probability in self.probability.items():
             value = named[name].clone()
             for place, position in enumerate(positions.tolist()):

@@ -178,7 +178,7 @@ def _sum_batches(
         _, noise = keys.sample_draws(draws.seed, 0, positions, x0.shape[1:], 1, draws.stream)
         conditions = images.conditions(indices).to(processes.device)
         x0, noise, t = (tensor.to(processes.device) for tensor in (x0, noise, t))
-        output = task(x0, noise, t, conditions) if conditions.named() else task(x0, noise, t)
+        output = task(x0, noise, t, conditions) if conditions.as_dict() else task(x0, noise, t)
         sums = batch_sums(output, t)
         if is_own:
             table[batch % len(table)] += sums

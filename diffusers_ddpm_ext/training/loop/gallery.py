@@ -66,7 +66,7 @@ def conditions_of(run: Run, images: range) -> dict[str, Any]:
         Arguments of the pipeline's call, on the run's device.
     """
     data = run.data.validation if run.data.validation is not None else run.data.train
-    named = data.conditions([image % len(data) for image in images]).to(run.accelerator.device).named()
+    named = data.conditions([image % len(data) for image in images]).to(run.accelerator.device).as_dict()
     if run.parts.num_classes is not None and "class_labels" in named:
         named["class_labels"] = torch.tensor([image % run.parts.num_classes for image in images])
     return named
