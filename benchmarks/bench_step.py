@@ -34,7 +34,7 @@ from diffusers_ddpm_ext.losses.objective import ObjectiveOutput
 from diffusers_ddpm_ext.training.config.train_config import TrainConfig
 from diffusers_ddpm_ext.training.loop.run import Run, start
 from diffusers_ddpm_ext.training.loop.step import clip, seed_dropout
-from diffusers_ddpm_ext.training.tracking.metrics import StepTrace
+from diffusers_ddpm_ext.training.tracking.step_losses import StepTrace
 from diffusers_ddpm_ext.training.trainer import open_metrics_logger, read_losses
 from diffusers_ddpm_ext.utils import random_keys as keys
 

@@ -42,7 +42,8 @@ from diffusers_ddpm_ext.training.loop.step import train_step
 from diffusers_ddpm_ext.training.loop.stop_requests import RequestPoller, StopRequest
 from diffusers_ddpm_ext.training.loop.validation import measure
 from diffusers_ddpm_ext.training.signals import handle_signals
-from diffusers_ddpm_ext.training.tracking.metrics import MetricsLogger, first_nonfinite
+from diffusers_ddpm_ext.training.tracking.metrics import MetricsLogger
+from diffusers_ddpm_ext.training.tracking.step_losses import first_nonfinite
 from diffusers_ddpm_ext.utils.files import CONFIG, ENVIRONMENT, METRICS, write_text_atomically
 
 PROJECT = "diffusers-ddpm-ext"
@@ -329,7 +330,7 @@ def open_metrics_logger(run: Run) -> MetricsLogger:
     logger = MetricsLogger(run.taken_folder, accelerator.log, run.learns_logvar, run.plan.effective_batch, bar)
     logger.tracker_failed = down
     if accelerator.is_main_process:
-        logger.open_files(run.metrics_size)
+        logger.truncate_files(run.metrics_size)
     return logger
 
 
@@ -366,7 +367,7 @@ def read_losses(run: Run, logger: MetricsLogger) -> None:
     """
     accelerator = run.accelerator
     rows = run.meter.read(lambda tensor: mean_over_ranks(accelerator, tensor))
-    broken = first_nonfinite(rows, look_at_gradients=accelerator.scaler is None)
+    broken = first_nonfinite(rows, check_gradients=accelerator.scaler is None)
     if rows:
         run.last_row = rows[-1].row(run.learns_logvar)
     if accelerator.is_main_process:

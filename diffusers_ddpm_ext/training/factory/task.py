@@ -53,7 +53,7 @@ class DenoisingTask(nn.Module):
             x0: clean samples, (B, ...), float32, data units.
             noise: standard normal, same shape.
             t: steps, (B,), integer.
-            conditions: of the samples, exactly those that ``join`` needs.
+            conditions: of the samples, exactly those that ``conditioning`` needs.
             weights: of the samples' steps, (B,); None where they are drawn uniformly.
 
         Returns:

@@ -27,7 +27,7 @@ from diffusers_ddpm_ext.training.checkpoints.restore import restore_snapshot
 from diffusers_ddpm_ext.training.distributed import exit_without_message, fail_together
 from diffusers_ddpm_ext.training.loop.resume import find, live
 from diffusers_ddpm_ext.training.loop.run import Run
-from diffusers_ddpm_ext.training.tracking.metrics import SampleLoss
+from diffusers_ddpm_ext.training.tracking.step_losses import SampleLoss
 from diffusers_ddpm_ext.utils.files import CONFIG
 
 CRASH = "crash"

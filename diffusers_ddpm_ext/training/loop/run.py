@@ -42,7 +42,6 @@ from diffusers_ddpm_ext.training.factory.task import DenoisingTask
 from diffusers_ddpm_ext.training.factory.warm_start import initialize_ema, load_initial_weights
 from diffusers_ddpm_ext.training.loop.hub_publisher import Publisher, check_token, fetch_run
 from diffusers_ddpm_ext.training.signals import SignalRequests
-from diffusers_ddpm_ext.training.tracking.metrics import LossMeter
 from diffusers_ddpm_ext.training.tracking.monitor import Monitor
 from diffusers_ddpm_ext.training.tracking.plan import (
     DiskUsage,
@@ -58,6 +57,7 @@ from diffusers_ddpm_ext.training.tracking.plan import (
     schedule_warning,
     steps_for_epochs,
 )
+from diffusers_ddpm_ext.training.tracking.step_losses import LossMeter
 from diffusers_ddpm_ext.utils.dtensor import full_tensor, is_sharded
 
 

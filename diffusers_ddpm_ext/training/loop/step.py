@@ -13,7 +13,7 @@ from diffusers_ddpm_ext.training.data.batches import Batch
 from diffusers_ddpm_ext.training.distributed import any_rank, gather_rows
 from diffusers_ddpm_ext.training.factory.optimizer import clip_gradients, gradient_norms
 from diffusers_ddpm_ext.training.loop.run import Run
-from diffusers_ddpm_ext.training.tracking.metrics import StepTrace
+from diffusers_ddpm_ext.training.tracking.step_losses import StepTrace
 from diffusers_ddpm_ext.utils import random_keys as keys
 
 
