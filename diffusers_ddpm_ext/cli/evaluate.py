@@ -29,6 +29,8 @@ from diffusers_ddpm_ext.pipelines.loading import load_pipeline, select_device
 from diffusers_ddpm_ext.training.config.flags import Parser
 
 if TYPE_CHECKING:
+    from diffusers_ddpm_ext.diffusion.likelihood import Decoder
+    from diffusers_ddpm_ext.diffusion.likelihood_estimate import StepBits
     from diffusers_ddpm_ext.training.evaluation.processes import Processes
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -68,7 +70,7 @@ class EvaluateOptions:
     seed: int
     batch_size: int
     clip_denoised: bool
-    decoder: str
+    decoder: Decoder
     bin_width: float | None
 
 
@@ -276,7 +278,7 @@ def _fingerprint(options: EvaluateOptions, data: str, pipeline: Any) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def _write(options: EvaluateOptions, facts: dict[str, Any], table: list[tuple[int, float, float | None, int]]) -> None:
+def _write(options: EvaluateOptions, facts: dict[str, Any], table: list[StepBits]) -> None:
     from diffusers_ddpm_ext.plotting.chain import plot_steps
     from diffusers_ddpm_ext.utils.files import write_text_atomically
 

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffusers_ddpm_ext.cli.arguments import PIPELINE_DTYPES, check_dtype, check_pipeline_source
 from diffusers_ddpm_ext.cli.extras import TRAIN_MODULES, require_modules
@@ -22,6 +22,11 @@ from diffusers_ddpm_ext.errors import ConfigError, RunError
 from diffusers_ddpm_ext.pipelines.loading import load_pipeline, select_device
 from diffusers_ddpm_ext.training.config.flags import Parser
 from diffusers_ddpm_ext.utils.files import CONFIG
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from diffusers_ddpm_ext.diffusion.likelihood import Decoder
 
 RECORD = "variance_fit.json"
 SCHEDULER = Path("scheduler") / "scheduler_config.json"
@@ -51,7 +56,7 @@ class FitOptions:
     draws: int
     max_steps: int
     first_step: int | None
-    decoder: str
+    decoder: Decoder
     bin_width: float | None
     seed: int
     batch_size: int
@@ -125,10 +130,9 @@ def fit_variance(options: FitOptions) -> str:
     import torch
     from tqdm import tqdm
 
-    from diffusers_ddpm_ext.diffusion.gaussian import predict_x0, q_sample
     from diffusers_ddpm_ext.diffusion.optimal_variance import x0_error_of_logvar
     from diffusers_ddpm_ext.diffusion.reverse_step import LEARNED_VARIANCES
-    from diffusers_ddpm_ext.diffusion.variance_fit import VarianceMeter, rows_of
+    from diffusers_ddpm_ext.diffusion.variance_fit import measure_errors
     from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
     from diffusers_ddpm_ext.utils import random_keys as keys
 
@@ -150,19 +154,29 @@ def fit_variance(options: FitOptions) -> str:
     if options.first_step is not None and options.first_step >= len(schedule):
         raise ConfigError(f"--first_step must be below T, {len(schedule)}, got {options.first_step}")
     bin_width = 2 / (images.levels - 1) if options.bin_width is None else options.bin_width
-    meter = VarianceMeter(schedule, options.decoder, bin_width)
     network, dtype = Caller(pipeline), getattr(torch, options.dtype)
+
+    def draw(chosen: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        x0 = images.pixels(chosen)
+        noise = keys.noise_of_steps(keys.FIT, options.seed, chosen.tolist(), t.tolist(), x0.shape[1:])
+        return x0.to(device), noise.to(device)
+
+    def denoise(xt: Tensor, t: Tensor, chosen: Tensor) -> Tensor:
+        return network(xt.to(dtype), t, images.conditions(chosen).to(device)).float()
+
     pipeline.unet.eval()
-    total = len(schedule) * options.draws
-    with tqdm(total=total, desc="measuring", unit="row") as bar, torch.no_grad():
-        for t, chosen in rows_of(len(schedule), options.draws, len(images), options.batch_size):
-            x0 = images.pixels(chosen)
-            noise = keys.noise_of_steps(keys.FIT, options.seed, chosen.tolist(), t.tolist(), x0.shape[1:])
-            x0, noise, t = x0.to(device), noise.to(device), t.to(device)
-            xt = q_sample(schedule, x0, noise, t)
-            output = network(xt.to(dtype), t, images.conditions(chosen).to(device)).float()
-            meter.add(x0, predict_x0(schedule, schedule.prediction_type, output, xt, t), t)
-            bar.update(len(t))
+    with tqdm(total=len(schedule) * options.draws, desc="measuring", unit="row") as bar:
+        meter = measure_errors(
+            scheduler,
+            len(images),
+            draw,
+            denoise,
+            draws=options.draws,
+            decoder=options.decoder,
+            bin_width=bin_width,
+            rows=options.batch_size,
+            progress=bar.update,
+        )
     try:
         error = None
         if options.source == "logvar" and pipeline.logvar is not None:

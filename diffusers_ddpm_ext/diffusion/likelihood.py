@@ -1,22 +1,22 @@
-"""The variational bound, term by term: prior, one divergence a step, decoder; in bits per dimension.
+"""The variational bound in bits per dimension, term by term: prior, one KL divergence per step, decoder.
 
-Symbols, on the chain of the steps in use (all T of them, or the K kept by ``set_timesteps``):
+Symbols, on the chain in use (all T steps, or the K steps of ``set_timesteps``):
 
     x0, xt, eps, A   as in :mod:`diffusers_ddpm_ext.diffusion.gaussian`
     small, large     variance of the exact posterior, and beta
-    S                variance of the model's step back
+    S                variance of the model's reverse step
 
     bound = KL(q(x_K | x0) || N(0, I))                      prior
           + sum over i > 0 of KL(q(x_{i-1} | x_i, x0) || p(x_{i-1} | x_i))
           - log p(x0 | x_first)                             decoder
 
-The chain may begin at any step: what comes first is read off by the decoder, so each choice of steps is a bound on the
-log-likelihood of one and the same data. S of the first step is not 0, as it is while sampling: where ``v_posterior``
-makes it 0 it is that of the neighbour, or beta in a chain of one step; ``fixed_large``, ``fixed_small`` and the small
-end of ``learned_range`` have the neighbour's posterior variance there.
+The chain may start at any step: the decoder reconstructs the data from the first one, so each choice of steps is a
+bound on the log-likelihood of the same data. S of the first step is not 0, unlike in sampling: if ``v_posterior``
+makes it 0, it is that of the next step, or beta in a chain of one step; ``fixed_large``, ``fixed_small`` and the lower
+end of ``learned_range`` have the next step's posterior variance there.
 
-All is computed in float64, where the device has it: small divergences and the mass of unlikely levels are lost in
-float32.
+Everything is computed in float64 if the device supports it: float32 loses small divergences and the probability of
+unlikely levels.
 
 Sources: [DDPM] Ho et al. 2020, eqs. 5 and 13; [iDDPM] Nichol & Dhariwal 2021, eqs. 4 to 7 and 15, and its published
 code for ``decoder="improved_diffusion"``.
@@ -27,7 +27,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import torch
@@ -36,18 +36,25 @@ from torch import Tensor
 from diffusers_ddpm_ext.diffusion.gaussian import at_step, check_steps, predict_x0, q_sample
 from diffusers_ddpm_ext.diffusion.reverse_step import LEARNED_VARIANCES, log_variance, small_variance, split_variance
 from diffusers_ddpm_ext.diffusion.schedule import NoiseSchedule, Table
+from diffusers_ddpm_ext.utils.vocabulary import VarianceType
 
-DECODERS = ("exact", "improved_diffusion", "continuous")
+__all__ = [
+    "BitsPerDim", "BoundTerms", "ChainScheduler", "Decoder", "Denoiser", "ReverseTransition", "SchedulerLike",
+    "bits_per_dim", "bound_terms", "check_decoder", "discretized_gaussian_log_likelihood", "normal_kl", "prior_bits",
+]  # fmt: skip
+
+Decoder = Literal["exact", "improved_diffusion", "continuous"]
+DECODERS: tuple[Decoder, ...] = get_args(Decoder)
 EIGHT_BITS = 2 / 255
-ROWS = 256  # of the network in one call, unless there are more images than that
+ROWS = 256  # network inputs per call, unless the batch is larger
 MIN_MASS = 1e-12  # improved-diffusion's floor of a probability
-NARROW = 1e-5  # standard deviations: bins narrower than this are a density times their width
+NARROW = 1e-5  # standard deviations: the mass of narrower bins is density times width
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 
 
 class SchedulerLike(Protocol):
-    """What an objective needs of a scheduler; ``DDPMExtScheduler`` has it."""
+    """The part of ``DDPMExtScheduler`` that an objective uses."""
 
     @property
     def schedule(self) -> NoiseSchedule:
@@ -56,12 +63,12 @@ class SchedulerLike(Protocol):
 
     @property
     def config(self) -> Any:
-        """Holds ``prediction_type``, ``variance_type`` and ``v_posterior``."""
+        """Has ``prediction_type``, ``variance_type`` and ``v_posterior``."""
         ...
 
 
 class ChainScheduler(Protocol):
-    """What a bound needs of a scheduler; ``DDPMExtScheduler`` has it."""
+    """The part of ``DDPMExtScheduler`` that a bound uses."""
 
     @property
     def kept(self) -> NoiseSchedule:
@@ -70,19 +77,19 @@ class ChainScheduler(Protocol):
 
     @property
     def config(self) -> Any:
-        """Holds ``variance_type`` and ``v_posterior``."""
+        """Has ``variance_type`` and ``v_posterior``."""
         ...
 
 
 @dataclass(frozen=True)
 class BoundTerms:
-    """The bound's terms at one step for each sample.
+    """Terms of the bound at one step per sample.
 
     Attributes:
-        bits: (B,), bits per dimension: the decoder's at the first step of the chain, a divergence at the others.
-        pred_x0: (B, ...), the clean sample that the network predicted, clipped if that was asked for.
-        mean: (B, ...), of the model's step back.
-        log_variance: (B, ...) or (B, 1, ..., 1), of it, natural log.
+        bits: (B,), bits per dimension: decoder term at the first step of the chain, KL divergence at the others.
+        pred_x0: (B, ...), the predicted clean sample, clipped if requested.
+        mean: (B, ...), of the model's reverse step.
+        log_variance: (B, ...) or (B, 1, ..., 1), natural log of its variance.
     """
 
     bits: Tensor
@@ -96,8 +103,8 @@ class BitsPerDim:
     """The bound of a batch, in bits per dimension.
 
     Attributes:
-        total: (B,), the whole bound.
-        prior: (B,), its part that no network can change.
+        total: (B,), the bound: prior, decoder and all steps.
+        prior: (B,), the part that does not depend on the network.
         steps: (B, K), ascending in t; column 0 is the decoder.
     """
 
@@ -109,24 +116,24 @@ class BitsPerDim:
 def normal_kl(
     mean1: Tensor | float, logvar1: Tensor | float, mean2: Tensor | float, logvar2: Tensor | float
 ) -> Tensor:
-    """Divergence of two normal laws, element by element.
+    """KL divergence of two normal distributions, elementwise.
 
     Args:
-        mean1: of the first law; all four broadcast together.
+        mean1: of the first distribution; all four broadcast together.
         logvar1: natural log of its variance.
-        mean2: of the second law.
+        mean2: of the second distribution.
         logvar2: natural log of its variance.
 
     Returns:
         ``KL(first || second)`` in nats, 0 or more up to rounding.
     """
-    given = [value for value in (mean1, logvar1, mean2, logvar2) if isinstance(value, Tensor)]
-    like = given[0] if given else torch.zeros((), dtype=torch.float64)
+    tensors = [value for value in (mean1, logvar1, mean2, logvar2) if isinstance(value, Tensor)]
+    like = tensors[0] if tensors else torch.zeros((), dtype=torch.float64)
     m1, l1, m2, l2 = (
         torch.as_tensor(v, dtype=like.dtype, device=like.device) if not isinstance(v, Tensor) else v
         for v in (mean1, logvar1, mean2, logvar2)
     )
-    # expm1(d) - d instead of exp(d) - 1 - d: of two almost equal laws the latter leaves no digit.
+    # expm1(d) - d instead of exp(d) - 1 - d, which cancels for two almost equal distributions.
     d = l1 - l2
     return 0.5 * (torch.expm1(d) - d + (m1 - m2) ** 2 * torch.exp(-l2))
 
@@ -137,20 +144,20 @@ def discretized_gaussian_log_likelihood(
     log_scale: Tensor | float,
     *,
     bin_width: float = EIGHT_BITS,
-    decoder: str = "exact",
+    decoder: Decoder = "exact",
 ) -> Tensor:
-    """Log-probability of levels under a normal law, element by element ([DDPM] eq. 13).
+    """Log-probability of levels under a normal distribution, elementwise ([DDPM] eq. 13).
 
-    A level stands for the bin around it, and the first and the last for all that lies beyond them.
+    A level is the bin around it; the first and the last level include everything beyond them.
 
     Args:
         x: levels, (B, ...), floating, in [-1, 1].
-        mean: of the law, same shape.
+        mean: of the distribution, same shape.
         log_scale: natural log of its standard deviation; broadcasts.
         bin_width: distance of two levels, data units: 2/255 for 8 bits.
         decoder: ``exact``: the normal distribution function, without a floor; ``improved_diffusion``: its tanh
             approximation and floor of 1e-12, as published; ``continuous``: the log-density at x instead, nats
-            per dimension of continuous (or dequantised) data, for which ``bin_width`` has no meaning.
+            per dimension of continuous (or dequantized) data, which does not use ``bin_width``.
 
     Returns:
         Nats, of the shape and precision of ``x`` (at least float32); computed in float64.
@@ -172,45 +179,41 @@ def discretized_gaussian_log_likelihood(
         edge = 1 - 0.1275 * bin_width  # 0.999 for 8 bits, as published
         return _tanh_mass(x, lower, upper, edge).to(dtype)
     edge = 1 - bin_width / 4
-    mass = torch.where(x > edge, _log_ndtr(-lower), _log_mass(lower, upper))
-    return torch.where(x < -edge, _log_ndtr(upper), mass).to(dtype)
+    mass = torch.where(x > edge, torch.special.log_ndtr(-lower), _log_mass(lower, upper))
+    return torch.where(x < -edge, torch.special.log_ndtr(upper), mass).to(dtype)
 
 
 def check_decoder(decoder: str, bin_width: float) -> None:
-    """Raise ValueError unless there is such a decoder and such a bin."""
+    """Raise ValueError if the decoder is unknown or the bin width is out of its range."""
     if decoder not in DECODERS:
         raise ValueError(f"decoder={decoder!r} is unknown: choose one of {', '.join(DECODERS)}.")
     number = isinstance(bin_width, (int, float, np.number)) and not isinstance(bin_width, bool)
     if not number or not 0 < bin_width <= 2:
         raise ValueError(
-            f"bin_width={bin_width!r} must lie in (0, 2], data units: 2/255 for 8 bits; decoder='continuous' has none."
+            f"bin_width={bin_width!r} must be in (0, 2], data units: 2/255 for 8 bits; decoder='continuous' has none."
         )
 
 
 def exact_dtype(device: torch.device) -> torch.dtype:
-    """float64, or float32 on a device without it."""
+    """float64, or float32 on a device that lacks it."""
     return torch.float32 if device.type == "mps" else torch.float64
-
-
-def _log_ndtr(z: Tensor) -> Tensor:
-    return torch.special.log_ndtr(z)
 
 
 def _log_mass(lower: Tensor, upper: Tensor) -> Tensor:
     """``log(Phi(upper) - Phi(lower))`` without cancellation, with finite gradients."""
-    flip = lower + upper > 0  # in the left tail both logs have all their digits
+    flip = lower + upper > 0  # in the left tail both logs have full precision
     a, b = torch.where(flip, -upper, lower), torch.where(flip, -lower, upper)
     narrow = b - a < NARROW
-    wide_a = torch.where(narrow, b - 1, a)  # keeps infinities out of the gradient of the branch not taken
-    top = _log_ndtr(b)
-    wide = top + torch.log(-torch.expm1(_log_ndtr(wide_a) - top))
+    wide_a = torch.where(narrow, b - 1, a)  # keeps infinities out of the gradient of the unused branch
+    top = torch.special.log_ndtr(b)
+    wide = top + torch.log(-torch.expm1(torch.special.log_ndtr(wide_a) - top))
     width = torch.where(narrow, b - a, torch.ones_like(a)).clamp(min=torch.finfo(a.dtype).tiny)
     density = -0.125 * (a + b) ** 2 - 0.5 * math.log(2 * math.pi) + torch.log(width)
     return torch.where(narrow, density, wide)
 
 
 def _tanh_mass(x: Tensor, lower: Tensor, upper: Tensor, edge: float) -> Tensor:
-    """improved-diffusion's approximation of the same, with its floor."""
+    """improved-diffusion's approximation of `_log_mass`, with its floor."""
 
     def cdf(z: Tensor) -> Tensor:
         return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
@@ -221,22 +224,22 @@ def _tanh_mass(x: Tensor, lower: Tensor, upper: Tensor, edge: float) -> Tensor:
 
 
 class ReverseTransition:
-    """The model's law of a step back, p(x_{i-1} | x_i), on one chain, and its share of the bound.
+    """The model's reverse transition p(x_{i-1} | x_i) on a chain, and its terms of the bound.
 
     Args:
-        kept: the chain in use; its ``prediction_type`` names what the network predicts.
-        variance_type: as a scheduler's config has it.
-        follows_v: whether ``v_posterior`` was given, so that the chain's own variances hold.
+        kept: the chain in use; its ``prediction_type`` is that of the network.
+        variance_type: of the scheduler's config.
+        use_v_posterior: whether ``v_posterior`` is set, so that the chain's own variances are used.
     """
 
-    def __init__(self, kept: NoiseSchedule, variance_type: str, follows_v: bool) -> None:
+    def __init__(self, kept: NoiseSchedule, variance_type: VarianceType, use_v_posterior: bool) -> None:
         self.kept = kept
         self.variance_type = variance_type
         small = small_variance(kept)
         small[0] = small[1] if len(kept) > 1 else kept.betas[0]
         large, fixed = kept.betas.copy(), None
         if variance_type not in LEARNED_VARIANCES:
-            if follows_v:
+            if use_v_posterior:
                 fixed = np.where(kept.posterior_variance > 0, kept.posterior_variance, small)
             elif variance_type.startswith("fixed_large"):
                 fixed = np.append(small[:1], large[1:])
@@ -248,12 +251,12 @@ class ReverseTransition:
 
     @classmethod
     def from_scheduler(cls, scheduler: ChainScheduler) -> ReverseTransition:
-        """The law of a scheduler's chain in use."""
+        """The transition on a scheduler's chain in use."""
         config = scheduler.config
         return cls(scheduler.kept, config.variance_type, getattr(config, "v_posterior", None) is not None)
 
-    def places(self, t: Tensor, like: Tensor) -> Tensor:
-        """Where in the chain the steps stand, counted upwards.
+    def chain_indices(self, t: Tensor, like: Tensor) -> Tensor:
+        """Indices of the steps in the ascending chain.
 
         Raises:
             ValueError: ``t`` is not one step of the chain per sample.
@@ -262,41 +265,41 @@ class ReverseTransition:
         check_steps(t, like, int(steps[-1]) + 1)
         if len(steps) == steps[-1] + 1:
             return t.long()
-        places = np.searchsorted(steps, t.cpu().numpy())
-        if (steps[places] != t.cpu().numpy()).any():
+        indices = np.searchsorted(steps, t.cpu().numpy())
+        if (steps[indices] != t.cpu().numpy()).any():
             raise ValueError(
-                f"t holds steps that the chain in use ({len(steps)} steps, {steps[0]} to {steps[-1]}) does not keep: "
+                f"t has steps that are not in the chain in use ({len(steps)} steps, {steps[0]} to {steps[-1]}): "
                 "take them from scheduler.timesteps, or call set_timesteps with those you want."
             )
-        return torch.from_numpy(places).to(t.device)
+        return torch.from_numpy(indices).to(t.device)
 
-    def step_back(self, model_output: Tensor, xt: Tensor, place: Tensor, clip: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Predicted x0, mean and log-variance of the law.
+    def predict(self, model_output: Tensor, xt: Tensor, index: Tensor, clip: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Predicted x0, mean and log-variance of a reverse step.
 
         Args:
             model_output: (B, C, ...), or (B, 2 C, ...) for learned variances.
-            xt: what the network was given, (B, C, ...).
-            place: from `places`.
+            xt: input of the network, (B, C, ...).
+            index: from `chain_indices`.
             clip: whether the predicted x0 is clipped to [-1, 1].
 
         Returns:
-            The three; the log-variance is (B, 1, ..., 1) where it is fixed.
+            The three; a fixed log-variance is (B, 1, ..., 1).
         """
         kept = self.kept
         if self.log_fixed is None:
             model_output, predicted = split_variance(model_output, xt)
-            small, large = at_step(self.log_small, place, xt), at_step(self.log_large, place, xt)
+            small, large = at_step(self.log_small, index, xt), at_step(self.log_large, index, xt)
             scale = log_variance(self.variance_type, predicted, small, large)
         else:
-            scale = at_step(self.log_fixed, place, xt)
-        x0 = predict_x0(kept, kept.prediction_type, model_output, xt, place)
+            scale = at_step(self.log_fixed, index, xt)
+        x0 = predict_x0(kept, kept.prediction_type, model_output, xt, index)
         if clip:
             x0 = x0.clamp(-1, 1)
-        return x0, self._mean(x0, xt, place), scale
+        return x0, self._mean(x0, xt, index), scale
 
-    def _mean(self, x0: Tensor, xt: Tensor, place: Tensor) -> Tensor:
+    def _mean(self, x0: Tensor, xt: Tensor, index: Tensor) -> Tensor:
         kept = self.kept
-        return at_step(kept.posterior_mean_coef1, place, xt) * x0 + at_step(kept.posterior_mean_coef2, place, xt) * xt
+        return at_step(kept.posterior_mean_coef1, index, xt) * x0 + at_step(kept.posterior_mean_coef2, index, xt) * xt
 
     def terms(
         self,
@@ -306,26 +309,26 @@ class ReverseTransition:
         t: Tensor,
         *,
         clip_denoised: bool = False,
-        decoder: str = "exact",
+        decoder: Decoder = "exact",
         bin_width: float = EIGHT_BITS,
     ) -> BoundTerms:
         """See :func:`bound_terms`."""
         check_decoder(decoder, bin_width)
         if x0.shape != xt.shape:
-            raise ValueError(f"x0 and xt must have one shape, got {tuple(x0.shape)} and {tuple(xt.shape)}.")
-        place = self.places(t, xt)
+            raise ValueError(f"x0 and xt must have the same shape, got {tuple(x0.shape)} and {tuple(xt.shape)}.")
+        index = self.chain_indices(t, xt)
         dtype = torch.promote_types(torch.promote_types(x0.dtype, model_output.dtype), torch.float32)
         exact = exact_dtype(xt.device)
         model_output, x0, xt = model_output.to(exact), x0.to(exact), xt.to(exact)
-        predicted, mean, scale = self.step_back(model_output, xt, place, clip_denoised)
-        nats = normal_kl(self._mean(x0, xt, place), at_step(self.log_small, place, xt), mean, scale)
-        first = (place == 0).nonzero().flatten()
+        predicted, mean, scale = self.predict(model_output, xt, index, clip_denoised)
+        nats = normal_kl(self._mean(x0, xt, index), at_step(self.log_small, index, xt), mean, scale)
+        first = (index == 0).nonzero().flatten()
         if len(first):
-            spread = 0.5 * scale.expand_as(mean)[first]
-            likely = discretized_gaussian_log_likelihood(
-                x0[first], mean[first], spread, bin_width=bin_width, decoder=decoder
+            log_scale = 0.5 * scale.expand_as(mean)[first]
+            log_likelihood = discretized_gaussian_log_likelihood(
+                x0[first], mean[first], log_scale, bin_width=bin_width, decoder=decoder
             )
-            nats = nats.index_copy(0, first, -likely)
+            nats = nats.index_copy(0, first, -log_likelihood)
         bits = nats.flatten(1).mean(1) / math.log(2)
         return BoundTerms(bits.to(dtype), predicted.to(dtype), mean.to(dtype), scale.to(dtype))
 
@@ -338,37 +341,37 @@ def bound_terms(
     t: Tensor,
     *,
     clip_denoised: bool = False,
-    decoder: str = "exact",
+    decoder: Decoder = "exact",
     bin_width: float = EIGHT_BITS,
 ) -> BoundTerms:
-    """What one step of each sample adds to the bound, differentiable in the network's output.
+    """One term of the bound per sample, differentiable in the network's output.
 
     Args:
-        scheduler: whose chain in use is meant, and its variance: ``v_posterior``, fixed or learned.
-        model_output: what the network returned for ``xt``, (B, C, ...), or (B, 2 C, ...) with learned variances.
+        scheduler: its chain in use and its variance (``v_posterior``, fixed or learned) define the bound.
+        model_output: the network's output for ``xt``, (B, C, ...), or (B, 2 C, ...) with learned variances.
         x0: clean samples, (B, C, ...), data units.
-        xt: the same noised to their steps.
-        t: steps of the full chain, (B,), integer, each kept by the chain in use.
+        xt: the samples, noised to their steps.
+        t: steps of the full chain, (B,), integer, each in the chain in use.
         clip_denoised: whether the predicted x0 is clipped to [-1, 1].
         decoder: see :func:`discretized_gaussian_log_likelihood`.
         bin_width: see there.
 
     Returns:
-        Bits and what they came from, in the precision of ``x0`` and ``model_output`` (at least float32). Not finite
-        where the network's prediction stands for no finite x0 (epsilon at zero terminal SNR).
+        Bits and intermediate results, in the precision of ``x0`` and ``model_output`` (at least float32). Not finite
+        if the prediction implies no finite x0 (epsilon at zero terminal SNR).
 
     Raises:
-        ValueError: shapes, steps or options do not fit.
+        ValueError: shapes, steps or options are invalid.
     """
-    law = ReverseTransition.from_scheduler(scheduler)
-    return law.terms(model_output, x0, xt, t, clip_denoised=clip_denoised, decoder=decoder, bin_width=bin_width)
+    transition = ReverseTransition.from_scheduler(scheduler)
+    return transition.terms(model_output, x0, xt, t, clip_denoised=clip_denoised, decoder=decoder, bin_width=bin_width)
 
 
 def prior_bits(scheduler: ChainScheduler, x0: Tensor) -> Tensor:
     """``KL(q(x_K | x0) || N(0, I))`` of the chain's last step, bits per dimension.
 
     Args:
-        scheduler: whose chain in use is meant.
+        scheduler: its chain in use is the one meant.
         x0: clean samples, (B, ...), data units.
 
     Returns:
@@ -390,60 +393,61 @@ def bits_per_dim(
     generator: torch.Generator | None = None,
     noise: Tensor | None = None,
     clip_denoised: bool = False,
-    decoder: str = "exact",
+    decoder: Decoder = "exact",
     bin_width: float = EIGHT_BITS,
     rows: int = ROWS,
 ) -> BitsPerDim:
-    """The bound of a batch on the scheduler's chain in use, one draw of noise for each step.
+    """The bound of a batch on the scheduler's chain in use, with one noise sample per step.
 
-    Several steps share a call of the network, the images running fastest.
+    Several steps share a network call, with the image index varying fastest.
 
     Args:
         denoiser: called as ``denoiser(xt, t)`` with (R, C, ...) and int64 (R,); returns a tensor.
-        scheduler: its chain is all T steps, or those of the last ``set_timesteps``.
+        scheduler: the chain is all T steps, or those of the last ``set_timesteps``.
         x0: clean samples, (B, C, ...), data units; float64 stays float64 throughout.
-        generator: where the noise comes from, step by step upwards, the whole batch at once.
-        noise: standard normal, (K, B, C, ...), ascending in t, instead of drawing it.
+        generator: of the noise, drawn for the complete batch step by step, ascending in t.
+        noise: standard normal, (K, B, C, ...), ascending in t, to use instead.
         clip_denoised: whether the predicted x0 is clipped to [-1, 1].
         decoder: see :func:`discretized_gaussian_log_likelihood`.
         bin_width: see there.
-        rows: of the network in one call; as many whole steps as fit into them, at least one.
+        rows: network inputs per call; as many complete steps as fit, at least one.
 
     Returns:
         The bound, its prior and its steps.
 
     Raises:
-        ValueError: shapes or options do not fit.
+        ValueError: shapes or options are invalid.
     """
-    law, kept = ReverseTransition.from_scheduler(scheduler), scheduler.kept
+    transition, kept = ReverseTransition.from_scheduler(scheduler), scheduler.kept
     count, batch = len(kept), len(x0)
     check_decoder(decoder, bin_width)
     if not x0.is_floating_point() or x0.ndim < 2 or batch == 0:
         raise ValueError(f"x0 must be floating, (B, C, ...), got {x0.dtype} of shape {tuple(x0.shape)}.")
     if noise is not None and noise.shape != (count, *x0.shape):
-        raise ValueError(f"noise must be {(count, *x0.shape)}, one draw a step, got {tuple(noise.shape)}.")
+        raise ValueError(f"noise must be {(count, *x0.shape)}, one sample per step, got {tuple(noise.shape)}.")
     steps = torch.from_numpy(kept.timesteps.copy()).to(x0.device)
     bits = torch.empty(count, batch, dtype=exact_dtype(x0.device), device=x0.device)
-    share = max(1, rows // batch)
-    for start in range(0, count, share):
-        places = range(start, min(start + share, count))
+    steps_per_call = max(1, rows // batch)
+    for start in range(0, count, steps_per_call):
+        indices = range(start, min(start + steps_per_call, count))
         if noise is None:
-            drawn = [_normal_like(x0, generator) for _ in places]
-            eps = torch.cat(drawn)
+            eps = torch.cat([normal_like(x0, generator) for _ in indices])
         else:
-            eps = noise[places.start : places.stop].to(x0).flatten(0, 1)
-        clean = x0.repeat(len(places), *(1,) * (x0.ndim - 1))
-        place = torch.arange(places.start, places.stop, device=x0.device).repeat_interleave(batch)
-        xt, t = q_sample(kept, clean, eps, place), steps[place]
+            eps = noise[indices.start : indices.stop].to(x0).flatten(0, 1)
+        clean = x0.repeat(len(indices), *(1,) * (x0.ndim - 1))
+        index = torch.arange(indices.start, indices.stop, device=x0.device).repeat_interleave(batch)
+        xt, t = q_sample(kept, clean, eps, index), steps[index]
         output = denoiser(xt, t)
-        terms = law.terms(output, clean, xt, t, clip_denoised=clip_denoised, decoder=decoder, bin_width=bin_width)
-        bits[places.start : places.stop] = terms.bits.reshape(len(places), batch)
+        terms = transition.terms(
+            output, clean, xt, t, clip_denoised=clip_denoised, decoder=decoder, bin_width=bin_width
+        )
+        bits[indices.start : indices.stop] = terms.bits.reshape(len(indices), batch)
     prior = prior_bits(scheduler, x0)
     total = bits.sum(0) + prior
     return BitsPerDim(total.to(prior.dtype), prior, bits.T.to(prior.dtype).contiguous())
 
 
-def _normal_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Standard normal noise on the device of ``x``; a CPU generator serves every device."""
-    place = x.device if generator is None else generator.device
-    return torch.randn(x.shape, generator=generator, device=place, dtype=x.dtype).to(x.device)
+def normal_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Standard normal noise on the device of ``x``; a CPU generator works for every device."""
+    device = x.device if generator is None else generator.device
+    return torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device)

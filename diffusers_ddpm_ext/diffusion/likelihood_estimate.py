@@ -1,20 +1,21 @@
-"""The bound of a set of images from a few steps of each: strata, weights and an interval.
+"""Estimate of the bound on a set of images from a few steps per image: strata, weights and a confidence interval.
 
-Every image draws its own steps: the mean over images then has errors that are independent of each other, and Student's
-t over the images' totals covers both kinds of chance, which images were taken and which steps and noise they drew.
-With steps that all images share, the second kind is common to all and invisible in their spread.
+Every image draws its own steps: the images' errors are then independent, and Student's t over the images' totals
+covers both sources of randomness, the choice of images and that of their steps and noise. If all images shared their
+steps, the second source would be common to all and invisible in their standard deviation.
 
-The chain is cut into strata: its first step, which the decoder sees and which differs from all others, and pieces of
-the rest. One step is drawn in each, and counts for the whole piece. What a step adds falls steeply with its noise:
-pieces of equal length would leave the first of them with a few large steps among many small ones, and totals so skewed
-that no interval of theirs is to be trusted. Pieces are therefore cut where a schedule's own divergences, those of
-standard normal data, add up to equal parts; a quarter of them goes by length, for networks that err elsewhere.
+The chain is divided into strata: its first step, the decoder's, which differs from all others, and intervals of the
+rest. One step is drawn in each stratum and represents all of its steps. The terms of the bound fall steeply with the
+noise: of intervals of equal length the first would have a few large terms among many small ones, and the totals would
+be too skewed for an interval. The edges are therefore placed where the KL divergences of standard normal data sum to
+equal parts, with a quarter of the weight on equal length, for networks whose errors lie elsewhere.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,16 +24,16 @@ from torch import Tensor
 from diffusers_ddpm_ext.diffusion.respacing import Steps
 from diffusers_ddpm_ext.diffusion.schedule import NoiseSchedule, Table
 
-BY_LENGTH = 0.25
+EQUAL_LENGTH_SHARE = 0.25
 
 
 @dataclass(frozen=True)
 class Strata:
-    """Pieces of a chain of ``length`` steps.
+    """Strata of a chain of ``length`` steps.
 
     Attributes:
-        starts: first place of each piece, (K,), int64, ascending; the first piece is the chain's first step alone.
-        sizes: places in each piece, (K,), int64, of sum ``length``.
+        starts: first index of each stratum, (K,), int64, ascending; the first stratum is the first step alone.
+        sizes: number of steps in each stratum, (K,), int64, of sum ``length``.
     """
 
     starts: Steps
@@ -40,11 +41,11 @@ class Strata:
 
     @classmethod
     def from_schedule(cls, kept: NoiseSchedule, count: int | None = None) -> Strata:
-        """Cut a chain.
+        """Divide a chain.
 
         Args:
             kept: the chain in use.
-            count: K, steps of each image, from 2 to all (1 for a chain of one step); None: all.
+            count: K, steps per image, from 2 to all (1 for a chain of one step); None: all.
 
         Raises:
             ValueError: ``count`` is out of its range.
@@ -54,17 +55,16 @@ class Strata:
             return cls(np.arange(length), np.ones(length, dtype=np.int64))
         if not 2 <= count <= length:
             raise ValueError(
-                f"num_timesteps={count} must lie in [2, {length}], or be 'all': the first step is a stratum of its "
-                "own."
+                f"num_timesteps={count} must be in [2, {length}], or 'all': the first step is a separate stratum."
             )
         snr, noise = kept.snr, 1 - kept.alphas_cumprod
         costs = np.log1p(noise[1:] * (snr[:-1] - snr[1:]))
-        shares = (1 - BY_LENGTH) * costs / costs.sum() + BY_LENGTH / (length - 1)
-        pieces = np.arange(1, count - 1)
-        edges = 1 + np.searchsorted(np.cumsum(shares), pieces / (count - 1))
-        # At least one step for every piece, on both sides of each edge.
-        edges = np.maximum.accumulate(edges - pieces) + pieces
-        edges = np.minimum(edges.clip(min=1 + pieces), length - (count - 1) + pieces)
+        shares = (1 - EQUAL_LENGTH_SHARE) * costs / costs.sum() + EQUAL_LENGTH_SHARE / (length - 1)
+        edge_index = np.arange(1, count - 1)
+        edges = 1 + np.searchsorted(np.cumsum(shares), edge_index / (count - 1))
+        # Every stratum has at least one step.
+        edges = np.maximum.accumulate(edges - edge_index) + edge_index
+        edges = np.minimum(edges.clip(min=1 + edge_index), length - (count - 1) + edge_index)
         starts = np.concatenate([[0, 1], edges]).astype(np.int64)
         return cls(starts, np.diff(np.append(starts, length)))
 
@@ -72,23 +72,23 @@ class Strata:
         return len(self.starts)
 
     def draw(self, generator: torch.Generator) -> Steps:
-        """One place of each piece, (K,), int64."""
-        inside = torch.rand(len(self), generator=generator, dtype=torch.float64).numpy()
-        return self.starts + np.minimum((inside * self.sizes).astype(np.int64), self.sizes - 1)
+        """One chain index per stratum, (K,), int64."""
+        fraction = torch.rand(len(self), generator=generator, dtype=torch.float64).numpy()
+        return self.starts + np.minimum((fraction * self.sizes).astype(np.int64), self.sizes - 1)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over images with its interval, and its parts; bits per dimension.
+    """Mean of the bound over images, its confidence interval and its parts; bits per dimension.
 
     Attributes:
-        bits_per_dim: the bound's mean.
-        low: lower end of the interval; None for a single image, which says nothing of the spread.
-        high: its upper end.
-        prior: part of the mean.
-        steps: part of the mean, all divergences together.
-        decoder: part of the mean.
-        num_images: that it was taken over.
+        bits_per_dim: mean of the bound.
+        low: lower end of the interval; None for a single image.
+        high: upper end.
+        prior: prior term of the mean.
+        steps: sum of the KL divergences of the mean.
+        decoder: decoder term of the mean.
+        num_images: number of images.
         confidence: of the interval.
     """
 
@@ -103,12 +103,12 @@ class Estimate:
 
 
 def estimate(bits: Table | Tensor, prior: Table | Tensor, strata: Strata, confidence: float = 0.95) -> Estimate:
-    """Put an estimate together.
+    """Estimate the bound.
 
     Args:
-        bits: what each image's drawn steps add to its bound, (N, K), by stratum.
+        bits: terms of the bound at each image's steps, (N, K), one per stratum.
         prior: of each image, (N,).
-        strata: that they were drawn from.
+        strata: from which the steps were drawn.
         confidence: of the interval, in (0, 1).
 
     Returns:
@@ -118,7 +118,7 @@ def estimate(bits: Table | Tensor, prior: Table | Tensor, strata: Strata, confid
         ValueError: ``confidence`` is out of its range.
     """
     if not 0 < confidence < 1:
-        raise ValueError(f"confidence={confidence!r} must lie in (0, 1); 0.95 is usual.")
+        raise ValueError(f"confidence={confidence!r} must be in (0, 1); 0.95 is usual.")
     table = np.asarray(bits, dtype=np.float64) * strata.sizes
     before = np.asarray(prior, dtype=np.float64)
     totals = table.sum(1) + before
@@ -137,7 +137,7 @@ def estimate(bits: Table | Tensor, prior: Table | Tensor, strata: Strata, confid
 
 
 def half_width(values: Table, confidence: float = 0.95) -> float | None:
-    """Half of Student's t interval of the mean of ``values``, (N,); None for a single one."""
+    """Half the width of Student's t interval for the mean of ``values``, (N,); None for a single value."""
     from scipy.stats import t
 
     count = len(values)
@@ -146,24 +146,33 @@ def half_width(values: Table, confidence: float = 0.95) -> float | None:
     return float(t.ppf((1 + confidence) / 2, count - 1) * values.std(ddof=1) / math.sqrt(count))
 
 
-def step_table(bits: Table | Tensor, places: Steps, timesteps: Steps) -> list[tuple[int, float, float | None, int]]:
-    """What each step of a chain adds, where any image drew it.
+class StepBits(NamedTuple):
+    """Mean term of the bound at a step, bits per dimension; no standard error for a single draw."""
+
+    timestep: int
+    mean: float
+    standard_error: float | None
+    draws: int
+
+
+def step_table(bits: Table | Tensor, indices: Steps, timesteps: Steps) -> list[StepBits]:
+    """Mean term of the bound at each step of a chain that any image drew.
 
     Args:
         bits: (N, K).
-        places: which place of the chain each of them was at, (N, K).
+        indices: of their steps in the chain, (N, K).
         timesteps: of the chain, (length,), ascending.
 
     Returns:
-        Rows (timestep, mean bits per dimension, its standard error or None, draws), ascending.
+        One row per drawn step, ascending.
     """
-    values, flat = np.asarray(bits, dtype=np.float64).ravel(), np.asarray(places).ravel()
-    rows: list[tuple[int, float, float | None, int]] = []
+    values, flat = np.asarray(bits, dtype=np.float64).ravel(), np.asarray(indices).ravel()
+    rows: list[StepBits] = []
     order = np.argsort(flat, kind="stable")
     edges = np.searchsorted(flat[order], np.arange(len(timesteps) + 1))
-    for place, timestep in enumerate(timesteps):
-        seen = values[order[edges[place] : edges[place + 1]]]
-        if len(seen):
-            error = float(seen.std(ddof=1) / math.sqrt(len(seen))) if len(seen) > 1 else None
-            rows.append((int(timestep), float(seen.mean()), error, len(seen)))
+    for index, timestep in enumerate(timesteps):
+        drawn = values[order[edges[index] : edges[index + 1]]]
+        if len(drawn):
+            error = float(drawn.std(ddof=1) / math.sqrt(len(drawn))) if len(drawn) > 1 else None
+            rows.append(StepBits(int(timestep), float(drawn.mean()), error, len(drawn)))
     return rows

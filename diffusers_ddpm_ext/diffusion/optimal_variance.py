@@ -1,23 +1,23 @@
-"""The best reverse variance of each step, and the best few steps: tables in, tables out.
+"""Optimal reverse variances and optimal timesteps, from tables of prediction errors.
 
-Symbols, with t a step of the full chain and s < t the step that a shorter chain keeps below it:
+Symbols, with t a step of the full chain and s < t the next lower step of a shorter chain:
 
     A, SNR   alphas_cumprod, A / (1 - A)
     M        mean squared error of the predicted x0 at step t, averaged over data, noise and dimensions
     b, B     beta and posterior variance of the chain that goes from t to s in one step
     c1       its posterior_mean_coef1
-    S        variance of the model's step back, (1 - v) B + v b
+    S        variance of the model's reverse step, (1 - v) B + v b
 
-The step's divergence, averaged, is ``(log(S / B) - 1 + B / S + c1^2 M / S) / 2`` nats a dimension. It is least at
+The step's mean KL divergence is ``(log(S / B) - 1 + B / S + c1^2 M / S) / 2`` nats per dimension, least at
 ``S = B + c1^2 M``; and since ``b - B = c1^2 (1 - A)``, that is
 
     v* = M / (1 - A),        the least divergence    log(1 + M (SNR_s - SNR_t)) / 2
 
-for every s: one table serves every shorter chain. v* is at most 1 where the network is no worse than the mean of data
-of variance 1 or less; beyond that it is clipped, which costs something.
+for every s: one table is optimal for every shorter chain. v* is at most 1 if the network is no worse than the mean of
+data of variance 1 or less; larger values are clipped, at a cost.
 
-The first step of a chain has no step below it: there the data are read off by the decoder, whose cost and best
-variance do not follow from M and are measured.
+The first step of a chain has no lower step: its term is the decoder, whose cost and best variance do not follow from
+M and are measured.
 
 Sources: [DDPM] Ho et al. 2020, eqs. 5 to 7; [Analytic-DPM] Bao et al. 2022, theorem 1 (the optimal variance) and
 section 4 (the best steps by dynamic programming); [Watson] Watson et al. 2021 (the same recursion).
@@ -33,18 +33,18 @@ import numpy as np
 
 from diffusers_ddpm_ext.diffusion.schedule import LARGEST_LOG_SNR, NoiseSchedule, Table, log_snr
 
-REACH = 0.5  # of the smoother, natural log of the SNR
-LEAST_V = 1e-6  # of a fitted table: 0 stands for "no choice" at the first step
+SMOOTHING_REACH = 0.5  # half of the smoothing window, natural log of the SNR
+LEAST_V = 1e-6  # of a fitted table; at the first step 0 means that v is not set
 
 
 @dataclass(frozen=True)
 class OptimalV:
-    """The reverse variance that makes the bound least.
+    """Reverse variances that minimize the bound.
 
     Attributes:
         v: (T,), ``v_posterior`` of each step, in [0, 1].
-        clipped: int64, the steps whose best v lies above 1.
-        loss: bits per dimension that clipping costs, summed over the steps of the chain.
+        clipped: int64, the steps whose optimal v is above 1.
+        loss: cost of clipping in bits per dimension, summed over the steps of the chain.
     """
 
     v: Table
@@ -53,17 +53,17 @@ class OptimalV:
 
 
 def x0_error_of_logvar(schedule: NoiseSchedule, logvar: Table) -> Table:
-    """M from the log of the mean squared error in the space of what the network predicts.
+    """M from the log of the mean squared error in the space of the network's prediction.
 
     Args:
-        schedule: tables of T steps; its ``prediction_type`` names the space.
-        logvar: (T,), natural log: of an ``l2`` loss, learned or measured.
+        schedule: tables of T steps; its ``prediction_type`` is the space.
+        logvar: (T,), natural log of an ``l2`` loss, learned or measured.
 
     Returns:
         float64, (T,), squared data units. Infinite at zero terminal SNR for ``epsilon``.
 
     Raises:
-        ValueError: ``logvar`` is not one finite number a step.
+        ValueError: ``logvar`` is not one finite number per step.
     """
     table = np.asarray(logvar, dtype=np.float64)
     if table.shape != (len(schedule),) or not np.isfinite(table).all():
@@ -78,7 +78,7 @@ def x0_error_of_logvar(schedule: NoiseSchedule, logvar: Table) -> Table:
 
 
 def log_loss_of_x0_error(schedule: NoiseSchedule, x0_error: Table) -> Table:
-    """The inverse of :func:`x0_error_of_logvar`: log of the mean squared error of what the network predicts, (T,)."""
+    """The inverse of :func:`x0_error_of_logvar`: log of the prediction's mean squared error, (T,)."""
     error = np.log(_checked_error(schedule, x0_error))
     if schedule.prediction_type == "v_prediction":
         return error - np.log1p(-schedule.alphas_cumprod)
@@ -86,11 +86,11 @@ def log_loss_of_x0_error(schedule: NoiseSchedule, x0_error: Table) -> Table:
 
 
 class Smoother:
-    """Curves over the steps, drawn through what was measured by local lines in the log-SNR.
+    """Smooths per-step measurements by local linear regression in the log-SNR.
 
     A step's value is that of a line fitted to the steps within ``reach`` of its log-SNR, weighted by their draws and
-    falling off linearly. Steps that stand alone keep their value, as in short chains; a chain of a thousand lends each
-    step the draws of dozens of others. Without it the noise of the measurement would decide which steps are best.
+    by a linear falloff. Isolated steps keep their value, as in short chains; in a chain of a thousand each step uses
+    the draws of dozens of others. Without it the noise of the measurement would decide which steps are best.
 
     Args:
         schedule: of the full chain.
@@ -98,34 +98,33 @@ class Smoother:
         reach: half of the window, natural log.
 
     Raises:
-        ValueError: there was no draw at all.
+        ValueError: there is no draw at all.
     """
 
-    def __init__(self, schedule: NoiseSchedule, counts: Table | np.ndarray, reach: float = REACH) -> None:
-        seen = np.asarray(counts, dtype=np.float64)
-        if not seen.any():
+    def __init__(self, schedule: NoiseSchedule, counts: Table | np.ndarray, reach: float = SMOOTHING_REACH) -> None:
+        draws = np.asarray(counts, dtype=np.float64)
+        if not draws.any():
             raise ValueError("log_error: no step was measured; take at least one draw.")
         self.level = level = log_snr(schedule).clip(-LARGEST_LOG_SNR, LARGEST_LOG_SNR)
-        self.known = np.flatnonzero(seen > 0)
+        self.known = np.flatnonzero(draws > 0)
         offset = level[self.known][None] - level[:, None]
-        weight = seen[self.known] * np.clip(1 - np.abs(offset) / reach, 0, None)
+        weight = draws[self.known] * np.clip(1 - np.abs(offset) / reach, 0, None)
         total = np.where(weight.sum(1) > 0, weight.sum(1), 1)
         centre = (weight * offset).sum(1) / total
         spread = (weight * offset**2).sum(1) / total - centre**2
-        self.near = (weight.sum(1) > 0) & ((seen > 0) | (spread > 1e-9))
+        self.near = (weight.sum(1) > 0) & ((draws > 0) | (spread > 1e-9))
         lever = np.where(spread > 1e-9, -centre / np.where(spread > 1e-9, spread, 1), 0)
-        # The line's value at the step itself, as a sum over the steps that were measured.
+        # The line's value at the step itself, as a sum over the measured steps.
         self.matrix = weight / total[:, None] * (1 + lever[:, None] * (offset - centre[:, None]))
 
     def __call__(self, values: Table) -> Table:
         """Smooth a curve.
 
         Args:
-            values: (T,) or (T, n); those of steps without a draw are not looked at.
+            values: (T,) or (T, n); those of steps without a draw are not used.
 
         Returns:
-            float64, of the same shape; far from any draw the nearest values, joined by lines
-            in the log-SNR.
+            float64, of the same shape; far from any draw, interpolated linearly in the log-SNR.
         """
         table = np.asarray(values, dtype=np.float64)
         smooth: Table = self.matrix @ table[self.known]
@@ -137,38 +136,38 @@ class Smoother:
 
 
 def optimal_v(schedule: NoiseSchedule, x0_error: Table) -> OptimalV:
-    """v* of every step, for the chain and all shorter ones.
+    """v* of every step, for this chain and all shorter ones.
 
     Args:
         schedule: the chain in use, full or respaced.
         x0_error: M of each of its steps, (K,), squared data units, 0 or more.
 
     Returns:
-        The table, and what was clipped on this chain.
+        The table, with the steps clipped on this chain.
 
     Raises:
-        ValueError: ``x0_error`` has another length, or negative or undefined numbers.
+        ValueError: ``x0_error`` has another length, or negative or undefined values.
     """
     error = _checked_error(schedule, x0_error)
-    wanted = error / (1 - schedule.alphas_cumprod)
-    v = np.clip(wanted, LEAST_V, 1)
-    clipped = np.flatnonzero(wanted > 1 + 1e-12)
-    reach = clipped[clipped > 0]
+    unclipped = error / (1 - schedule.alphas_cumprod)
+    v = np.clip(unclipped, LEAST_V, 1)
+    clipped = np.flatnonzero(unclipped > 1 + 1e-12)
+    costly = clipped[clipped > 0]
     prev = np.append(np.inf, schedule.snr[:-1])
     with np.errstate(invalid="ignore"):
         lost = step_bits(error, v, prev, schedule.snr, schedule.alphas_cumprod) - _least_bits(
             error, prev, schedule.snr
         )
-    return OptimalV(v, schedule.timesteps[clipped].copy(), float(lost[reach].sum()))
+    return OptimalV(v, schedule.timesteps[clipped].copy(), float(lost[costly].sum()))
 
 
 def step_bits(x0_error: Table, v: Table, snr_below: Table, snr: Table, abar: Table) -> Table:
-    """Mean divergence of a step with any v, bits per dimension; arguments broadcast.
+    """Mean KL divergence of a step for any v, bits per dimension; arguments broadcast.
 
     Args:
         x0_error: M.
         v: of the step's reverse variance, in [0, 1].
-        snr_below: SNR of the step that it goes to.
+        snr_below: SNR of the next lower step.
         snr: SNR of the step itself.
         abar: A of the step itself.
 
@@ -186,7 +185,7 @@ def _least_bits(x0_error: Table, snr_below: Table, snr: Table) -> Table:
 
 
 def pair_costs(schedule: NoiseSchedule, x0_error: Table) -> Table:
-    """Mean divergence of one step from t to s, with the best variance that v in [0, 1] gives.
+    """Mean KL divergence of one step from t to s, with the best v in [0, 1].
 
     Args:
         schedule: the full chain.
@@ -226,50 +225,52 @@ def best_timesteps(
     counts: Iterable[int],
     first: int | None = None,
 ) -> dict[int, np.ndarray]:
-    """The K steps that make the bound least, for each K, by dynamic programming over the pairs of steps.
+    """The K steps that minimize the bound, for each K, by dynamic programming over pairs of steps.
 
     Args:
         schedule: the full chain.
         x0_error: M, (T,), squared data units.
-        decoder: cost of reading the data off at each step, bits per dimension, (T,); infinite where it may not be.
+        decoder: cost of the decoder at each step, bits per dimension, (T,); infinite at steps that may not be first.
         second_moment: mean of x0^2 over data and dimensions.
-        counts: the K that are asked for, each in [1, T].
-        first: a step that every chain must begin at; None: any.
+        counts: values of K, each in [1, T].
+        first: the first step of every chain; None: any.
 
     Returns:
         K -> int64, (K,), descending.
 
     Raises:
-        ValueError: a K is out of its range, or too large for chains that begin at ``first``; tables do not fit.
+        ValueError: a K is out of its range, or too large for chains that start at ``first``; a table is invalid.
     """
-    wanted = sorted(set(counts))
+    requested = sorted(set(counts))
     total = len(schedule)
     longest = total - (first or 0)
-    if not wanted or wanted[0] < 1 or wanted[-1] > longest:
-        raise ValueError(f"num_inference_steps={wanted} must lie in [1, {longest}].")
-    reading = np.array(decoder, dtype=np.float64)
-    if reading.shape != (total,) or np.isnan(reading).any():
-        raise ValueError(f"decoder must be {total} numbers, got shape {reading.shape}.")
+    if not requested or requested[0] < 1 or requested[-1] > longest:
+        raise ValueError(f"num_inference_steps={requested} must be in [1, {longest}].")
+    decoder_bits = np.array(decoder, dtype=np.float64)
+    if decoder_bits.shape != (total,) or np.isnan(decoder_bits).any():
+        raise ValueError(f"decoder must be {total} numbers, got shape {decoder_bits.shape}.")
     if first is not None:
-        reading = np.where(np.arange(total) == first, reading, np.inf)
-    costs = np.ascontiguousarray(pair_costs(schedule, x0_error).T)  # [t, s]: the minimum runs over s in memory order
+        decoder_bits = np.where(np.arange(total) == first, decoder_bits, np.inf)
+    costs = np.ascontiguousarray(
+        pair_costs(schedule, x0_error).T
+    )  # [t, s]: the minimum over s is contiguous in memory
     prior = prior_costs(schedule, second_moment)
-    best, came_from, found = reading, [], {}
-    for count in range(1, wanted[-1] + 1):
+    best, came_from, chosen = decoder_bits, [], {}
+    for count in range(1, requested[-1] + 1):
         if count > 1:
             through = costs + best
             came_from.append(through.argmin(1))
             best = through[np.arange(total), came_from[-1]]
-        if count in wanted:
+        if count in requested:
             steps = [int(np.argmin(best + prior))]
             for back in reversed(came_from):
                 steps.append(int(back[steps[-1]]))
-            found[count] = np.array(steps, dtype=np.int64)
-    return found
+            chosen[count] = np.array(steps, dtype=np.int64)
+    return chosen
 
 
 def _checked_error(schedule: NoiseSchedule, x0_error: Table) -> Table:
     error = np.asarray(x0_error, dtype=np.float64)
     if error.shape != (len(schedule),) or not (error >= 0).all():
-        raise ValueError(f"x0_error must be {len(schedule)} numbers of 0 or more, got shape {error.shape}.")
+        raise ValueError(f"x0_error must be {len(schedule)} values of 0 or more, got shape {error.shape}.")
     return error

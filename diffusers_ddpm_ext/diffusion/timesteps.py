@@ -1,25 +1,25 @@
-"""Which steps a batch trains on, and the weights that keep every choice unbiased.
+"""Timestep samplers: the training steps of a batch, and the weights that make every choice unbiased.
 
-A step drawn with probability p carries the weight 1 / (T p): the weighted mean of any function of the step has the
-expectation of its uniform mean, whatever the sampler. Steps are drawn by the inverse of the distribution function at
-numbers u in [0, 1) that the caller draws, so that they are a function of its keys.
+A step drawn with probability p has the weight 1 / (T p): the weighted mean of any function of the step has the
+expectation of its uniform mean, for any sampler. Steps are drawn by inverting the distribution function at numbers u
+in [0, 1) that the caller draws, so that they are a function of the caller's random keys.
 
 ======================  ==============================================================================================
-``uniform``             every step alike
-``stratified``          a batch's steps spread over the chain, one in each of its equal pieces; every step alike
+``uniform``             every step with equal probability
+``stratified``          one step of a batch in each of N equal intervals of the chain; equal probabilities
 ``loss_second_moment``  in proportion to the root mean square of a step's last losses ([iDDPM] section 3.3)
-``log_snr_normal``      log-SNR normally distributed, e.g. round the levels that matter to the eye ([EDM] section 5)
-``log_snr_uniform``     log-SNR evenly distributed ([VDM])
+``log_snr_normal``      log-SNR normally distributed, e.g. around perceptually important levels ([EDM] section 5)
+``log_snr_uniform``     log-SNR uniformly distributed ([VDM])
 ======================  ==============================================================================================
 
 Sources: [iDDPM] Nichol & Dhariwal 2021, eq. 18, and its published code; [VDM] Kingma et al. 2021, appendix I.1 (one
-draw per piece); [EDM] Karras et al. 2022.
+draw per interval); [EDM] Karras et al. 2022.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -27,18 +27,22 @@ from torch import Tensor, nn
 
 from diffusers_ddpm_ext.diffusion.schedule import LARGEST_LOG_SNR, NoiseSchedule, Table, log_snr
 
-SAMPLERS = ("uniform", "stratified", "loss_second_moment", "log_snr_normal", "log_snr_uniform")
-HISTORY = 10  # losses kept of each step
-UNIFORM_SHARE = 0.001  # of the draws of loss_second_moment that are made evenly
-LOG_SNR_SHARE = 0.1  # of those of the log-SNR densities: no weight is above 10
+SamplerName = Literal["uniform", "stratified", "loss_second_moment", "log_snr_normal", "log_snr_uniform"]
+SAMPLERS: tuple[SamplerName, ...] = get_args(SamplerName)
+HISTORY = 10  # losses stored per step
+UNIFORM_SHARE = 0.001  # fraction of uniform draws in loss_second_moment
+LOG_SNR_SHARE = 0.1  # fraction of uniform draws in the log-SNR densities: no weight is above 10
+
+__all__ = ["LossSecondMomentSampler", "TimestepSampler", "log_snr_edges", "make_sampler", "stratify"]
 
 
 class TimestepSampler(nn.Module):
     """Draws steps with fixed probabilities.
 
     Args:
-        probabilities: of the T steps, (T,), float64, above 0, of sum 1; None for even ones.
-        stratified: whether a batch's steps spread over the chain.
+        probabilities: of the T steps, (T,), float64, above 0, of sum 1; None for equal ones.
+        num_train_timesteps: T.
+        stratified: whether a batch has one step in each of N equal intervals of the chain.
     """
 
     def __init__(self, probabilities: Table | None, num_train_timesteps: int, stratified: bool = False) -> None:
@@ -49,21 +53,21 @@ class TimestepSampler(nn.Module):
 
     @property
     def learns(self) -> bool:
-        """Whether it wants to be told the losses."""
+        """Whether it uses the losses (`update`)."""
         return False
 
     def probabilities(self) -> Table | None:
-        """Of the T steps, (T,), float64; None where they are even."""
+        """Probabilities of the T steps, (T,), float64; None if they are equal."""
         return self._fixed
 
     def draw(self, u: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Steps at places of the distribution.
+        """Steps at quantiles of the distribution.
 
         Args:
             u: (B,), float64, on the CPU, each in [0, 1).
 
         Returns:
-            Steps (B,), int64, and their weights 1 / (T p), (B,), float64; None where all are 1.
+            Steps (B,), int64, and their weights 1 / (T p), (B,), float64; None if all are 1.
         """
         p, last = self.probabilities(), self.num_train_timesteps - 1
         if p is None:
@@ -73,27 +77,27 @@ class TimestepSampler(nn.Module):
         return torch.from_numpy(places.astype(np.int64)), torch.from_numpy(1 / (len(p) * p[places]))
 
     def update(self, timesteps: Tensor, losses: Tensor) -> None:
-        """Take note of losses, if the sampler learns from them.
+        """Record losses, if the sampler learns from them.
 
         Args:
             timesteps: (N,), int64, of the whole batch, in an order that is the same on every rank.
-            losses: (N,), of the same samples, without the sampler's weights.
+            losses: (N,), of the same samples, without the weights of `draw`.
         """
 
 
 class LossSecondMomentSampler(TimestepSampler):
-    """Steps in proportion to the root mean square of their last losses, once each has been seen often enough.
+    """Steps in proportion to the root mean square of their last losses, once every step has a full history.
 
-    Until then they are drawn evenly. A loss that is not finite is left out. Its memory is in the state dict.
+    Until then they are drawn uniformly. Non-finite losses are left out. The history is in the state dict.
 
     Args:
         num_train_timesteps: T.
-        history: losses kept of each step.
-        uniform_share: part of the draws that are made evenly, in (0, 1].
+        history: losses stored per step.
+        uniform_share: fraction of uniform draws, in (0, 1].
 
     Attributes:
-        losses: (T, history), float64 (float32 on MPS, which has no other), the last ones, oldest first.
-        counts: (T,), int64, how many of them there are.
+        losses: (T, history), float64 (float32 on MPS, which lacks float64), the last ones, oldest first.
+        counts: (T,), int64, how many are stored.
     """
 
     losses: Tensor
@@ -102,7 +106,7 @@ class LossSecondMomentSampler(TimestepSampler):
     def __init__(self, num_train_timesteps: int, history: int = HISTORY, uniform_share: float = UNIFORM_SHARE) -> None:
         super().__init__(None, num_train_timesteps)
         if history < 1 or not 0 < uniform_share <= 1:
-            raise ValueError(f"history={history} must be 1 or more, and uniform_share={uniform_share} lie in (0, 1].")
+            raise ValueError(f"history={history} must be 1 or more, and uniform_share={uniform_share} be in (0, 1].")
         self.uniform_share = uniform_share
         self.register_buffer("losses", torch.zeros(num_train_timesteps, history, dtype=torch.float64))
         self.register_buffer("counts", torch.zeros(num_train_timesteps, dtype=torch.int64))
@@ -113,22 +117,22 @@ class LossSecondMomentSampler(TimestepSampler):
         return True
 
     def _apply(self, fn: Any, recurse: bool = True) -> LossSecondMomentSampler:
-        """The memory goes where the module goes, which synchronises it there, but keeps its precision."""
+        """Move the history with the module, so that it is synchronized there, but keep its precision."""
         device = fn(torch.zeros(1)).device
         self.losses = self.losses.to(device, torch.float32 if device.type == "mps" else torch.float64)
         self.counts = self.counts.to(device)
         return self
 
     def probabilities(self) -> Table | None:
-        """Of the T steps; even until every step has a full history, and where all losses are 0."""
+        """As in `TimestepSampler`; equal until every step has a full history, and if all losses are 0."""
         if not self.is_warm:
             return None
         root = np.sqrt((self.losses.double().cpu().numpy() ** 2).mean(axis=1))
         total = root.sum()
         if total == 0 or not math.isfinite(total):
             return None
-        even = self.uniform_share / len(root)
-        p: Table = root / total * (1 - self.uniform_share) + even
+        uniform = self.uniform_share / len(root)
+        p: Table = root / total * (1 - self.uniform_share) + uniform
         return p
 
     @property
@@ -138,28 +142,28 @@ class LossSecondMomentSampler(TimestepSampler):
 
     def update(self, timesteps: Tensor, losses: Tensor) -> None:
         """See `TimestepSampler.update`."""
-        memory, counts = self.losses.cpu().numpy(), self.counts.cpu().numpy()
-        full = memory.shape[1]
+        history, counts = self.losses.cpu().numpy(), self.counts.cpu().numpy()
+        full = history.shape[1]
         for t, loss in zip(timesteps.tolist(), losses.double().tolist(), strict=True):
             if not math.isfinite(loss):
                 continue
             if counts[t] == full:
-                memory[t, :-1] = memory[t, 1:].copy()
-                memory[t, -1] = loss
+                history[t, :-1] = history[t, 1:].copy()
+                history[t, -1] = loss
             else:
-                memory[t, counts[t]] = loss
+                history[t, counts[t]] = loss
                 counts[t] += 1
-        self.losses.copy_(torch.from_numpy(memory))
+        self.losses.copy_(torch.from_numpy(history))
         self.counts.copy_(torch.from_numpy(counts))
 
 
 def make_sampler(
-    name: str, schedule: NoiseSchedule, log_snr_mean: float = 0.0, log_snr_std: float = 2.0
+    name: SamplerName, schedule: NoiseSchedule, log_snr_mean: float = 0.0, log_snr_std: float = 2.0
 ) -> TimestepSampler:
-    """The sampler of a name.
+    """Make a sampler by name.
 
     Args:
-        name: one of the module's table.
+        name: one of the table in this module's docstring.
         schedule: of the full chain.
         log_snr_mean: of ``log_snr_normal``.
         log_snr_std: of ``log_snr_normal``, above 0.
@@ -168,7 +172,7 @@ def make_sampler(
         The sampler.
 
     Raises:
-        ValueError: the name is unknown, or a number out of its range.
+        ValueError: the name is unknown, or a value is out of its range.
     """
     steps = len(schedule)
     if name not in SAMPLERS:
@@ -178,7 +182,7 @@ def make_sampler(
     if not name.startswith("log_snr"):
         return TimestepSampler(None, steps, stratified=name == "stratified")
     if not math.isfinite(log_snr_mean):
-        raise ValueError(f"log_snr_mean={log_snr_mean!r} must be finite; 0 is as much signal as noise.")
+        raise ValueError(f"log_snr_mean={log_snr_mean!r} must be finite; at 0 signal and noise are equal.")
     if not 0 < log_snr_std < math.inf:
         raise ValueError(f"log_snr_std={log_snr_std!r} must be finite and above 0; 2 is usual.")
     edges = log_snr_edges(schedule)
@@ -190,14 +194,14 @@ def make_sampler(
     total = mass.sum()
     if not total > 0:
         raise ValueError(
-            f"log_snr_mean={log_snr_mean} with log_snr_std={log_snr_std} lies outside the chain's log-SNR, "
+            f"log_snr_mean={log_snr_mean} with log_snr_std={log_snr_std} is outside the chain's log-SNR, "
             f"{edges[-1]:.1f} to {edges[0]:.1f}."
         )
     return TimestepSampler((1 - LOG_SNR_SHARE) * mass / total + LOG_SNR_SHARE / steps, steps)
 
 
 def log_snr_edges(schedule: NoiseSchedule) -> Table:
-    """Edges of the cells round each step's log-SNR, falling, (T + 1,); their ends as far out as their neighbours."""
+    """Edges of the intervals around each step's log-SNR, descending, (T + 1,); the outer ones are symmetric."""
     levels = log_snr(schedule).clip(-LARGEST_LOG_SNR, LARGEST_LOG_SNR)
     if len(levels) == 1:
         return np.array([levels[0] + 0.5, levels[0] - 0.5])
@@ -206,14 +210,14 @@ def log_snr_edges(schedule: NoiseSchedule) -> Table:
 
 
 def stratify(u: Tensor, positions: Tensor, order: Tensor) -> Tensor:
-    """Move the places of a batch each into a piece of [0, 1) of its own.
+    """Move each random number of a batch into its own interval of [0, 1).
 
     Args:
         u: (B,), float64, in [0, 1).
         positions: (B,), of the samples in the effective batch of N.
-        order: (N,), a permutation: which piece each position takes.
+        order: (N,), a permutation: the interval of each position.
 
     Returns:
-        (B,), float64; each of them, over random orders, even in [0, 1).
+        (B,), float64; over random orders each is uniform in [0, 1).
     """
     return (order[positions].double() + u.double()) / len(order)

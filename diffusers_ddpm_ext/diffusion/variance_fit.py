@@ -1,8 +1,8 @@
-"""The measuring pass: each step's error on data, and what reading the data off at it costs.
+"""Variance fitting: measures each step's prediction error and decoder cost on data.
 
-Symbols as in :mod:`diffusers_ddpm_ext.diffusion.optimal_variance`. A chain that begins at step t reads the data off
-around the predicted x0, with variance ``v (1 - A)``: the cost of every candidate first step follows from the same
-predictions as M, for a grid of v whose least value is then refined.
+Symbols as in :mod:`diffusers_ddpm_ext.diffusion.optimal_variance`. The decoder of a chain whose first step is t has
+the predicted x0 as its mean and the variance ``v (1 - A)``: the cost of every candidate first step follows from the
+same predictions as M, on a grid of v whose minimum is then refined.
 """
 
 from __future__ import annotations
@@ -19,31 +19,32 @@ from diffusers_ddpm_ext.diffusion.gaussian import predict_x0, q_sample
 from diffusers_ddpm_ext.diffusion.likelihood import (
     EIGHT_BITS,
     ROWS,
+    Decoder,
     Denoiser,
     SchedulerLike,
     check_decoder,
     discretized_gaussian_log_likelihood,
     exact_dtype,
+    normal_like,
 )
 from diffusers_ddpm_ext.diffusion.optimal_variance import OptimalV, Smoother, best_timesteps, optimal_v
 from diffusers_ddpm_ext.diffusion.reverse_step import LEARNED_VARIANCES
 from diffusers_ddpm_ext.diffusion.schedule import NoiseSchedule, Table
 
 DRAWS = 64
-SMALLEST = 1e-300  # error of a perfect network, whose logarithm is wanted
-PIXELS = 256  # of an image that the decoder's cost is measured on: it is a mean over dimensions
-GRID = np.append(np.geomspace(1e-5, 1.0, 41), 10 ** (1 / 8))  # of v, for the decoder; the last for a parabola alone
+SMALLEST = 1e-300  # floor of an error whose logarithm is taken
+PIXELS = 256  # per image for the decoder's cost, a mean over dimensions
+GRID = np.append(np.geomspace(1e-5, 1.0, 41), 10 ** (1 / 8))  # of v, for the decoder; the last only for the parabola
 
 
 @dataclass(frozen=True)
 class VarianceFit:
-    """What was measured, at each step of the full chain.
+    """Measured and fitted values at each step of the full chain.
 
     Attributes:
         x0_error: M, (T,), squared data units, smoothed over the log-SNR.
-        decoder: least cost of reading the data off at each step, (T,), bits per dimension; infinite where there was
-            no draw.
-        v_decoder: (T,), the v at which it is least.
+        decoder: least cost of the decoder at each step, (T,), bits per dimension; infinite without a draw.
+        v_decoder: (T,), the v of that least cost.
         second_moment: mean of x0^2.
         draws: (T,), int64.
         optimal: v* of the full chain.
@@ -57,21 +58,21 @@ class VarianceFit:
     optimal: OptimalV
 
     def choose(self, schedule: NoiseSchedule, largest: int = 100, first: int | None = None) -> dict[int, np.ndarray]:
-        """The best steps for every K up to ``largest``, descending; see `variance.best_timesteps`."""
+        """The best steps for every K up to ``largest``, descending; see `best_timesteps`."""
         counts = range(1, min(largest, len(schedule) - (first or 0)) + 1)
         return best_timesteps(schedule, self.x0_error, self.decoder, self.second_moment, counts, first)
 
 
 class VarianceMeter:
-    """Collects predictions, and sums them up.
+    """Accumulates prediction errors and decoder costs per step.
 
     Args:
         schedule: the full chain.
         decoder: see `discretized_gaussian_log_likelihood`.
-        bin_width: see there.
+        bin_width: see `discretized_gaussian_log_likelihood`.
     """
 
-    def __init__(self, schedule: NoiseSchedule, decoder: str = "exact", bin_width: float = EIGHT_BITS) -> None:
+    def __init__(self, schedule: NoiseSchedule, decoder: Decoder = "exact", bin_width: float = EIGHT_BITS) -> None:
         check_decoder(decoder, bin_width)
         self.schedule, self.decoder, self.bin_width = schedule, decoder, bin_width
         steps = len(schedule)
@@ -80,12 +81,12 @@ class VarianceMeter:
         self.squares = self.images = 0.0
 
     def add(self, x0: Tensor, pred_x0: Tensor, t: Tensor) -> None:
-        """Note a batch.
+        """Add a batch.
 
         Args:
             x0: clean samples, (B, ...), data units.
-            pred_x0: what the network predicted for them, unclipped.
-            t: at which steps, (B,).
+            pred_x0: predicted clean samples, unclipped.
+            t: steps, (B,).
         """
         exact = exact_dtype(x0.device)
         x0, pred_x0 = x0.to(exact).flatten(1), pred_x0.to(exact).flatten(1)
@@ -98,30 +99,31 @@ class VarianceMeter:
         x0, pred_x0 = x0[:, ::stride], pred_x0[:, ::stride]
         noise = torch.from_numpy(1 - self.schedule.alphas_cumprod[steps]).to(x0)
         for column, v in enumerate(GRID):
-            spread = 0.5 * torch.log(v * noise)[:, None]
+            log_scale = 0.5 * torch.log(v * noise)[:, None]
             nats = discretized_gaussian_log_likelihood(
-                x0, pred_x0, spread, bin_width=self.bin_width, decoder=self.decoder
+                x0, pred_x0, log_scale, bin_width=self.bin_width, decoder=self.decoder
             )
             np.add.at(self.costs[:, column], steps, -nats.mean(1).cpu().numpy() / math.log(2))
 
     def result(self, x0_error: Table | None = None) -> VarianceFit:
-        """What was measured.
+        """Fit the variances.
 
         Args:
-            x0_error: M from elsewhere, (T,), above 0: from a learned log-variance, say; smoothed likewise.
+            x0_error: M, (T,), above 0, to use instead of the measured one, such as that of a learned log-variance;
+                smoothed, too.
 
         Raises:
-            ValueError: nothing was measured, or not one finite prediction.
+            ValueError: nothing was measured, or a prediction is not finite.
         """
-        seen = self.counts > 0
-        if not seen.any() or not np.isfinite(self.errors).all():
-            raise ValueError("the network's predictions are not finite, or none was made: nothing can be fitted.")
+        has_draws = self.counts > 0
+        if not has_draws.any() or not np.isfinite(self.errors).all():
+            raise ValueError("the network's predictions are not finite, or there are none: nothing can be fitted.")
         draws = np.maximum(self.counts, 1)
         smooth = Smoother(self.schedule, self.counts)
         if x0_error is None:
             error = np.exp(smooth(np.log(np.maximum(self.errors / draws, SMALLEST))))
         else:
-            error = np.exp(Smoother(self.schedule, np.ones(len(seen)))(np.log(x0_error)))
+            error = np.exp(Smoother(self.schedule, np.ones(len(has_draws)))(np.log(x0_error)))
         decoder, v = (
             np.array(column) for column in zip(*map(_least, smooth(self.costs / draws[:, None])), strict=True)
         )
@@ -132,39 +134,91 @@ class VarianceMeter:
 
 
 def _least(costs: Table) -> tuple[float, float]:
-    """The least cost over the grid, and its v, by a parabola in log v through the three lowest points."""
+    """Least cost over the grid and its v, by a parabola in log v around the lowest point."""
     logs, one = np.log(GRID), len(GRID) - 2
-    place = int(np.argmin(np.where(np.isnan(costs), np.inf, costs)[: one + 1]))
-    if place == 0:
-        return float(costs[place]), float(GRID[place])
-    left, middle, right = costs[place - 1 : place + 2]
-    bend = left - 2 * middle + right
-    if not (math.isfinite(bend) and bend > 0):
-        return float(middle), float(GRID[place])
-    shift = 0.5 * (left - right) / bend
-    if place == one and shift > 0:
+    index = int(np.argmin(np.where(np.isnan(costs), np.inf, costs)[: one + 1]))
+    if index == 0:
+        return float(costs[index]), float(GRID[index])
+    left, middle, right = costs[index - 1 : index + 2]
+    curvature = left - 2 * middle + right
+    if not (math.isfinite(curvature) and curvature > 0):
+        return float(middle), float(GRID[index])
+    shift = 0.5 * (left - right) / curvature
+    if index == one and shift > 0:
         return float(middle), 1.0
-    return float(middle - 0.25 * (left - right) * shift), float(np.exp(logs[place] + shift * (logs[1] - logs[0])))
+    return float(middle - 0.25 * (left - right) * shift), float(np.exp(logs[index] + shift * (logs[1] - logs[0])))
 
 
-def rows_of(steps: int, draws: int, images: int, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Which image each step sees: ``draws`` in turn, so that no step sees one twice before it saw all.
+def measurement_batches(steps: int, draws: int, images: int, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pairs of a step and an image: ``draws`` images per step in turn, so that none repeats before all were used.
 
     Args:
         steps: T.
-        draws: of each step.
-        images: how many there are.
-        rows: in one batch.
+        draws: per step.
+        images: number of images.
+        rows: pairs per batch.
 
     Yields:
-        Steps and numbers of images of a batch, (R,) each, int64.
+        Steps and image indices of a batch, (R,) each, int64.
     """
-    for some in torch.arange(steps * draws).split(rows):
-        t, turn = some % steps, some // steps
+    for batch in torch.arange(steps * draws).split(rows):
+        t, turn = batch % steps, batch // steps
         yield t, (t * draws + turn) % images
 
 
+def check_fixed_variance(scheduler: SchedulerLike) -> None:
+    """Raise ValueError if the scheduler's variance is learned."""
+    kind = scheduler.config.variance_type
+    if kind in LEARNED_VARIANCES:
+        raise ValueError(f"variance_type={kind!r}: the network predicts its own variance; nothing to fit.")
+
+
 @torch.no_grad()
+def measure_errors(
+    scheduler: SchedulerLike,
+    num_images: int,
+    draw: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    denoise: Callable[[Tensor, Tensor, Tensor], Tensor],
+    *,
+    draws: int = DRAWS,
+    decoder: Decoder = "exact",
+    bin_width: float = EIGHT_BITS,
+    rows: int = ROWS,
+    progress: Callable[[int], None] = lambda rows: None,
+) -> VarianceMeter:
+    """Measure a network's error at every step of the full chain.
+
+    Args:
+        scheduler: its full chain and prediction type are used.
+        num_images: number of images; each step uses ``draws`` of them in turn.
+        draw: ``draw(images, t) -> (x0, noise)`` from image indices and steps, (R,) each on the CPU.
+        denoise: ``denoise(xt, t, images)`` returns the network's output, (R, ...), without a variance.
+        draws: per step, 1 or more.
+        decoder: see `discretized_gaussian_log_likelihood`.
+        bin_width: see `discretized_gaussian_log_likelihood`.
+        rows: network inputs per call.
+        progress: called with the number of rows of each call.
+
+    Returns:
+        The measurements.
+
+    Raises:
+        ValueError: an option is invalid, or the scheduler's variance is learned.
+    """
+    check_fixed_variance(scheduler)
+    if draws < 1 or num_images == 0:
+        raise ValueError(f"draws={draws} must be 1 or more, and there must be an image.")
+    schedule = scheduler.schedule
+    meter = VarianceMeter(schedule, decoder, bin_width)
+    for t, images in measurement_batches(len(schedule), draws, num_images, rows):
+        x0, noise = draw(images, t)
+        t = t.to(x0.device)
+        xt = q_sample(schedule, x0, noise, t)
+        meter.add(x0, predict_x0(schedule, schedule.prediction_type, denoise(xt, t, images), xt, t), t)
+        progress(len(t))
+    return meter
+
+
 def fit_logvar(
     denoiser: Denoiser,
     scheduler: SchedulerLike,
@@ -172,43 +226,37 @@ def fit_logvar(
     *,
     draws: int = DRAWS,
     generator: torch.Generator | None = None,
-    decoder: str = "exact",
+    decoder: Decoder = "exact",
     bin_width: float = EIGHT_BITS,
     rows: int = ROWS,
-    progress: Callable[[int], None] = lambda done: None,
+    progress: Callable[[int], None] = lambda rows: None,
 ) -> VarianceFit:
-    """Measure every step's error on data in one pass, with the network as it is.
+    """Measure every step's error on data and fit the variances; arguments and errors as in `measure_errors`.
 
     Args:
-        denoiser: called as ``denoiser(xt, t)``; returns (B, ...), no variance.
-        scheduler: whose full chain and prediction type are meant.
-        x0: images, (N, ...), data units; each step takes ``draws`` of them in turn.
-        draws: of each step, 1 or more.
+        denoiser: called as ``denoiser(xt, t)``; returns (R, ...), without a variance.
+        scheduler: its full chain and prediction type are used.
+        x0: images, (N, ...), data units.
+        draws: per step.
         generator: of the noise.
-        decoder: see `discretized_gaussian_log_likelihood`.
-        bin_width: see there.
-        rows: of the network in one call.
-        progress: is told how many rows each call had.
-
-    Returns:
-        What was measured.
-
-    Raises:
-        ValueError: options do not fit, or the scheduler's variance is learned.
+        decoder: of the bound.
+        bin_width: of the decoder.
+        rows: network inputs per call.
+        progress: called with the number of rows of each call.
     """
-    if scheduler.config.variance_type in LEARNED_VARIANCES:
-        raise ValueError(
-            f"variance_type={scheduler.config.variance_type!r}: the network says its own variance; nothing to fit."
-        )
-    if draws < 1 or len(x0) == 0:
-        raise ValueError(f"draws={draws} must be 1 or more, and there must be an image.")
-    schedule = scheduler.schedule
-    meter = VarianceMeter(schedule, decoder, bin_width)
-    for t, chosen in rows_of(len(schedule), draws, len(x0), rows):
-        t, clean = t.to(x0.device), x0[chosen]
-        place = generator.device if generator is not None else x0.device
-        noise = torch.randn(clean.shape, generator=generator, device=place, dtype=clean.dtype).to(x0.device)
-        xt = q_sample(schedule, clean, noise, t)
-        meter.add(clean, predict_x0(schedule, schedule.prediction_type, denoiser(xt, t), xt, t), t)
-        progress(len(t))
-    return meter.result()
+
+    def draw(images: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        clean = x0[images]
+        return clean, normal_like(clean, generator)
+
+    return measure_errors(
+        scheduler,
+        len(x0),
+        draw,
+        lambda xt, t, images: denoiser(xt, t),
+        draws=draws,
+        decoder=decoder,
+        bin_width=bin_width,
+        rows=rows,
+        progress=progress,
+    ).result()

@@ -1,17 +1,16 @@
-"""Weights of a step's squared error, in the space of what the network predicts.
+"""Loss weights per timestep, in the space of the network's prediction.
 
 Symbols, with t counted from 0 to T-1:
 
-    b, a, A, P   betas, 1 - betas, alphas_cumprod, and alphas_cumprod of the step before (1 at the first)
+    b, a, A, P   betas, 1 - betas, alphas_cumprod, and alphas_cumprod of the previous step (1 at the first)
     S            posterior_variance, the variance of the model's reverse step
     SNR          A / (1 - A)
 
-An error of the network is an error of the clean sample that it stands for, by the algebra of
-:mod:`diffusers_ddpm_ext.diffusion.gaussian`:
+By the algebra of :mod:`diffusers_ddpm_ext.diffusion.gaussian`, an error of the prediction is an error of x0:
 
     |x0 error|^2  =  |eps error|^2 / SNR  =  (1 - A) |v error|^2
 
-so a weight in x0 space has one equal in each of the others, and all three minimise the same function.
+so a weight in x0 space has an equivalent in each of the others, and all three minimize the same function.
 
 Sources: [DDPM] Ho et al. 2020, eqs. 8 and 12; [VDM] Kingma et al. 2021; [min-SNR] Hang et al. 2023, eq. 8;
 [soft min-SNR] Crowson et al. 2024, section 4.2 (HDiT); [P2] Choi et al. 2022, eq. 8; [debiased] Yu et al. 2024.
@@ -20,36 +19,38 @@ Sources: [DDPM] Ho et al. 2020, eqs. 8 and 12; [VDM] Kingma et al. 2021; [min-SN
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from diffusers_ddpm_ext.diffusion.schedule import NoiseSchedule, Table
 
-ELBO_KINDS = ("exact", "compvis")
+ElboKind = Literal["exact", "compvis"]
+LossWeighting = Literal["simple", "min_snr", "soft_min_snr", "p2", "debiased", "elbo", "compvis_elbo"]
+ELBO_KINDS: tuple[ElboKind, ...] = get_args(ElboKind)
+WEIGHTINGS: tuple[LossWeighting, ...] = get_args(LossWeighting)
 DEFAULT_GAMMA = 5.0
-WEIGHTINGS = ("simple", "min_snr", "soft_min_snr", "p2", "debiased", "elbo", "compvis_elbo")
 
 
-def elbo_weights(schedule: NoiseSchedule, kind: str = "exact") -> Table:
-    """Weights with which the mean squared errors of the steps make up the variational bound, up to constants.
+def elbo_weights(schedule: NoiseSchedule, kind: ElboKind = "exact") -> Table:
+    """Weights of the steps' mean squared errors in the variational bound, up to constants.
 
     ``exact``: the factor of the squared error in ``KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t))``, nats for the sum
     over dimensions ([DDPM] eq. 8), where q has the exact posterior's variance and p the schedule's
-    ``posterior_variance`` S, whatever ``v_posterior``: ``b^2 P / (2 S (1 - A)^2)`` for ``sample``,
+    ``posterior_variance`` S, for any ``v_posterior``: ``b^2 P / (2 S (1 - A)^2)`` for ``sample``,
     ``b^2 / (2 S a (1 - A))`` for ``epsilon`` and ``b^2 P / (2 S (1 - A))`` for ``v_prediction``. At t = 0 with
     ``v_posterior`` 0, where S is 0 and the weight infinite, S is replaced by its neighbour ``posterior_variance[1]``
     (by ``betas[0]`` in a chain of one step).
 
     ``compvis``: the published code's ``lvlb_weights``, for parity runs; for ``sample`` and ``v_prediction`` they are
-    not the bound's.
+    not those of the bound.
 
     Args:
-        schedule: tables of T steps, of a respaced chain as well; its ``prediction_type`` names the space.
+        schedule: tables of T steps, respaced or not; its ``prediction_type`` is the space.
         kind: ``exact`` or ``compvis``.
 
     Returns:
-        float64, (T,). Infinite at the last step of ``epsilon`` with zero terminal SNR alone.
+        float64, (T,). Infinite only at the last step of ``epsilon`` with zero terminal SNR.
 
     Raises:
         ValueError: ``kind`` is unknown.
@@ -75,17 +76,22 @@ def elbo_weights(schedule: NoiseSchedule, kind: str = "exact") -> Table:
 
 
 def loss_weights(
-    schedule: NoiseSchedule, weighting: str, *, gamma: float = 5.0, p2_k: float = 1.0, p2_gamma: float = 1.0
+    schedule: NoiseSchedule,
+    weighting: LossWeighting,
+    *,
+    gamma: float = DEFAULT_GAMMA,
+    p2_k: float = 1.0,
+    p2_gamma: float = 1.0,
 ) -> Table:
-    """Weight of each step's squared error, in the space of what the network predicts.
+    """Weight of each step's squared error, in the space of the network's prediction.
 
-    All but ``simple`` and ``compvis_elbo`` are one function W(SNR) of the x0 error, mapped to the schedule's
-    ``prediction_type``, so that one and the same function is minimised in all three:
+    All but ``simple`` and ``compvis_elbo`` are a function W(SNR) of the x0 error, mapped to the schedule's
+    ``prediction_type``, so that the same function is minimized in all three spaces:
 
     ================  =============================  ===============================================
     ``simple``        1 in every space               [DDPM] eq. 14; three different functions
     ``min_snr``       ``min(SNR, gamma)``            [min-SNR]; without a cap the eps error has weight 1
-    ``soft_min_snr``  ``SNR gamma / (SNR + gamma)``  [soft min-SNR], smooth where min-SNR has its corner
+    ``soft_min_snr``  ``SNR gamma / (SNR + gamma)``  [soft min-SNR], a smooth min-SNR
     ``p2``            ``SNR / (k + SNR)^gamma``      [P2], with k = ``p2_k`` and gamma = ``p2_gamma``
     ``debiased``      ``sqrt(SNR)``                  [debiased]: 1 / sqrt(SNR) on the eps error
     ``elbo``          the bound's, `elbo_weights`    [DDPM] eq. 12
@@ -93,11 +99,11 @@ def loss_weights(
     ================  =============================  ===============================================
 
     Args:
-        schedule: tables of T steps; its ``prediction_type`` names the space.
-        weighting: a name of the table.
+        schedule: tables of T steps; its ``prediction_type`` is the space.
+        weighting: a name in the table above.
         gamma: of ``min_snr`` and ``soft_min_snr``, above 0.
         p2_k: of ``p2``, above 0.
-        p2_gamma: of ``p2``, 0 or more; 0 is weight 1 of the eps error.
+        p2_gamma: of ``p2``, 0 or more; with 0 the eps error has weight 1.
 
     Returns:
         float64, (T,). Infinite at the last step of ``epsilon`` with zero terminal SNR under ``debiased`` and ``elbo``.
@@ -116,7 +122,7 @@ def loss_weights(
     if weighting in ("elbo", "compvis_elbo"):
         return elbo_weights(schedule, "exact" if weighting == "elbo" else "compvis")
     signal, noise = schedule.alphas_cumprod, 1 - schedule.alphas_cumprod
-    # W / SNR, which is the weight of the eps error, is finite wherever W is not much larger than the SNR.
+    # W / SNR, the weight of the eps error, is finite unless W is much larger than the SNR.
     with np.errstate(divide="ignore"):
         if weighting == "soft_min_snr":
             on_noise = gamma * noise / (signal + gamma * noise)
@@ -132,16 +138,16 @@ def loss_weights(
 
 
 def weight_table(
-    schedule: NoiseSchedule, weighting: str, gamma: float | None, p2_k: float, p2_gamma: float
-) -> tuple[str, Table | None]:
-    """Name and weights (T,) of a weighting; no weights for ``simple``, and ``min_snr`` where gamma is given alone."""
+    schedule: NoiseSchedule, weighting: LossWeighting, gamma: float | None, p2_k: float, p2_gamma: float
+) -> tuple[LossWeighting, Table | None]:
+    """Name and weights (T,) of a weighting; None for ``simple``, which gamma alone turns into ``min_snr``."""
     if gamma is not None:
         check_gamma(gamma)
         if weighting == "simple":
             weighting = "min_snr"
         elif weighting not in ("min_snr", "soft_min_snr"):
             raise ValueError(
-                f"snr_gamma={gamma!r} is used by loss_weighting='min_snr' and 'soft_min_snr' alone, not {weighting!r}."
+                f"snr_gamma={gamma!r} is only used by loss_weighting='min_snr' and 'soft_min_snr', not {weighting!r}."
             )
     used = DEFAULT_GAMMA if gamma is None else gamma
     table = loss_weights(schedule, weighting, gamma=used, p2_k=p2_k, p2_gamma=p2_gamma)
@@ -160,14 +166,14 @@ def _check_p2(k: Any, gamma: Any) -> None:
             raise ValueError(f"{name}={value!r} must be a finite number, {low}; the usual value is 1.")
 
 
-def min_snr_weights(schedule: NoiseSchedule, gamma: float = 5.0) -> Table:
-    """Weights ``min(SNR, gamma)`` of the x0 error ([min-SNR]), mapped to what the network predicts.
+def min_snr_weights(schedule: NoiseSchedule, gamma: float = DEFAULT_GAMMA) -> Table:
+    """Weights ``min(SNR, gamma)`` of the x0 error ([min-SNR]), mapped to the network's prediction.
 
     ``min(SNR, gamma)`` for ``sample``, ``min(1, gamma / SNR)`` for ``epsilon``, ``min(A, gamma (1 - A))`` for
-    ``v_prediction``: one function is minimised in all three, and all are finite at zero terminal SNR too.
+    ``v_prediction``: the same function is minimized in all three, and all are finite at zero terminal SNR, too.
 
     Args:
-        schedule: tables of T steps; its ``prediction_type`` names the space.
+        schedule: tables of T steps; its ``prediction_type`` is the space.
         gamma: cap of the weight in x0 space, above 0. Without a cap (infinity) the eps error has weight 1 everywhere.
 
     Returns:
@@ -187,6 +193,7 @@ def min_snr_weights(schedule: NoiseSchedule, gamma: float = 5.0) -> Table:
 
 
 def check_gamma(gamma: Any) -> None:
+    """Raise ValueError unless ``gamma`` is a number above 0."""
     number = isinstance(gamma, (int, float, np.number)) and not isinstance(gamma, bool)
     if not number or math.isnan(gamma) or gamma <= 0:
-        raise ValueError(f"snr_gamma={gamma!r} must be above 0; the usual value is 5, and None leaves min-SNR off.")
+        raise ValueError(f"snr_gamma={gamma!r} must be above 0; the usual value is 5, and None turns min-SNR off.")

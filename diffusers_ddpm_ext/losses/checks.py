@@ -1,18 +1,24 @@
-"""What a training objective refuses, and the tables that it makes of its options."""
+"""Checks of the training objective's options."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal, get_args
 
 from diffusers_ddpm_ext.diffusion.likelihood import SchedulerLike
 from diffusers_ddpm_ext.diffusion.reverse_step import LEARNED_VARIANCES
 from diffusers_ddpm_ext.diffusion.schedule import NoiseSchedule
-from diffusers_ddpm_ext.losses.distances import LOSS_TYPES, Distance
-from diffusers_ddpm_ext.utils.vocabulary import FROM_COMPVIS_PREDICTION_TYPE, PREDICTION_TYPES
+from diffusers_ddpm_ext.losses.distances import Distance
+from diffusers_ddpm_ext.utils.vocabulary import (
+    FROM_COMPVIS_PREDICTION_TYPE,
+    PREDICTION_TYPES,
+    PredictionType,
+    VarianceType,
+)
 
+LossType = Literal["l2", "l1", "huber", "perceptual", "hybrid", "vlb"]
 BOUND_LOSSES = ("hybrid", "vlb")
-OBJECTIVE_LOSSES = (*LOSS_TYPES, "perceptual", *BOUND_LOSSES)
+OBJECTIVE_LOSSES: tuple[LossType, ...] = get_args(LossType)
 
 
 def checked_weight(name: str, value: Any) -> float:
@@ -22,38 +28,38 @@ def checked_weight(name: str, value: Any) -> float:
     return float(value)
 
 
-def checked_schedule(scheduler: SchedulerLike, prediction_type: str | None) -> NoiseSchedule:
-    """The tables of a scheduler, for what its network predicts."""
+def checked_schedule(scheduler: SchedulerLike, prediction_type: PredictionType | None) -> NoiseSchedule:
+    """The schedule of a scheduler, checked for training."""
     schedule = getattr(scheduler, "schedule", None)
     if not isinstance(schedule, NoiseSchedule):
         raise ValueError(
-            f"scheduler={type(scheduler).__name__} has no tables of this package; "
+            f"scheduler={type(scheduler).__name__} has no NoiseSchedule; "
             "convert it with DDPMExtScheduler.from_config(scheduler.config)."
         )
     own = scheduler.config.prediction_type
     if prediction_type is not None and prediction_type not in PREDICTION_TYPES:
         hint = FROM_COMPVIS_PREDICTION_TYPE.get(prediction_type)
-        way_out = f"it is called {hint!r} here" if hint else f"choose one of {', '.join(PREDICTION_TYPES)}"
+        way_out = f"use {hint!r}" if hint else f"choose one of {', '.join(PREDICTION_TYPES)}"
         raise ValueError(f"prediction_type={prediction_type!r} is unknown: {way_out}.")
     if prediction_type is not None and prediction_type != own:
         raise ValueError(
-            f"prediction_type={prediction_type!r} differs from the scheduler's {own!r}, whose tables are used; "
-            f"leave it out, or make the scheduler with prediction_type={prediction_type!r}."
+            f"prediction_type={prediction_type!r} differs from the scheduler's {own!r}; "
+            f"leave it out, or create the scheduler with prediction_type={prediction_type!r}."
         )
     if schedule.zero_terminal_snr and own == "epsilon":
         raise ValueError(
-            "prediction_type='epsilon' cannot be trained at zero terminal SNR, where the last step holds no signal: "
+            "prediction_type='epsilon' cannot be trained at zero terminal SNR, where the last step has no signal: "
             "use prediction_type='v_prediction' or 'sample', or rescale_betas_zero_snr=False."
         )
     return schedule if schedule.prediction_type == own else schedule.with_prediction_type(own)
 
 
-def check_bound(loss_type: str, variance_type: str, learn_logvar: bool) -> None:
-    """Raise ValueError unless loss and variance belong together."""
+def check_bound(loss_type: str, variance_type: VarianceType, learn_logvar: bool) -> None:
+    """Raise ValueError unless loss and variance are compatible."""
     learned = variance_type in LEARNED_VARIANCES
     if learned and loss_type not in BOUND_LOSSES:
         raise ValueError(
-            f"variance_type={variance_type!r} is learned from the bound alone: use loss_type='hybrid' (or 'vlb'), "
+            f"variance_type={variance_type!r} is learned only from the bound: use loss_type='hybrid' (or 'vlb'), "
             f"not {loss_type!r}, or a fixed variance."
         )
     if loss_type == "hybrid" and not learned:
@@ -62,20 +68,20 @@ def check_bound(loss_type: str, variance_type: str, learn_logvar: bool) -> None:
             "use variance_type='learned_range' (or 'learned'), or loss_type='l2'."
         )
     if loss_type == "vlb" and learn_logvar:
-        raise ValueError("learn_logvar has no place in loss_type='vlb': use 'hybrid' or 'l2', or leave it out.")
+        raise ValueError("learn_logvar has no effect with loss_type='vlb': use 'hybrid' or 'l2', or leave it out.")
 
 
 def checked_features(loss_type: str, features: Distance | None) -> Distance | None:
-    """The distance of ``perceptual``, which needs one; None with any other loss."""
+    """The feature distance, which ``perceptual`` needs and no other loss may have."""
     if loss_type == "perceptual" and not callable(features):
         raise ValueError("loss_type='perceptual' needs features: a callable features(pred_x0, x0) -> (B,).")
     if loss_type != "perceptual" and features is not None:
-        raise ValueError(f"features are used by loss_type='perceptual' alone, not {loss_type!r}: leave them out.")
+        raise ValueError(f"features are only used by loss_type='perceptual', not {loss_type!r}: leave them out.")
     return features
 
 
 def checked_share(name: str, value: Any) -> float:
     """A number in [0, 1]."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-        raise ValueError(f"{name}={value!r} must lie in [0, 1].")
+        raise ValueError(f"{name}={value!r} must be in [0, 1].")
     return float(value)

@@ -1,15 +1,18 @@
-"""Distances between a prediction and its target, one number per sample.
+"""Distances between a prediction and its target, one value per sample: l1, l2, pseudo-Huber, perceptual.
 
-``d`` is ``prediction - target``; every distance is the mean over all axes but the first.
+``d`` is ``prediction - target``; the first three are means over all axes but the first. The perceptual one scales the
+features of every layer of a pretrained network to length 1 over their channels, sums their squared differences over
+channels, and averages over positions and layers: [LPIPS] without its fitted weights.
 
-Source of the pseudo-Huber distance: [iCT] Song & Dhariwal 2023, in the scaling of Diffusers' training scripts.
+Sources: [iCT] Song & Dhariwal 2023 (pseudo-Huber), in the scaling of Diffusers' training scripts; [LPIPS] Zhang et al.
+2018, eq. 1.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,7 +21,7 @@ from torch import Tensor, nn
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 
-LOSS_TYPES = ("l2", "l1", "huber")
+DISTANCES = ("l2", "l1", "huber")
 HALF = (0.5, 0.5, 0.5)
 
 
@@ -42,7 +45,7 @@ def huber(prediction: Tensor, target: Tensor, c: float = 0.1) -> Tensor:
     Args:
         prediction: (B, ...).
         target: same shape.
-        c: where the square turns into a line, above 0, in the unit of d.
+        c: where the square becomes linear, above 0, in the unit of d.
 
     Returns:
         (B,).
@@ -52,13 +55,13 @@ def huber(prediction: Tensor, target: Tensor, c: float = 0.1) -> Tensor:
     return _mean_per_sample(2 * c * square / ((square + c**2).sqrt() + c))
 
 
-def get_distance(loss_type: str | Distance, huber_c: float = 0.1, allowed: tuple[str, ...] = LOSS_TYPES) -> Distance:
-    """The distance of a name.
+def get_distance(loss_type: str | Distance, huber_c: float = 0.1, names: Sequence[str] = DISTANCES) -> Distance:
+    """Get a distance by name.
 
     Args:
         loss_type: ``l2``, ``l1``, ``huber``, or a callable ``distance(prediction, target) -> (B,)``, returned as is.
         huber_c: the ``c`` of ``huber``, above 0.
-        allowed: names that an error lists, where more than the distances are allowed.
+        names: choices for the error message.
 
     Returns:
         ``distance(prediction, target) -> (B,)``.
@@ -75,7 +78,7 @@ def get_distance(loss_type: str | Distance, huber_c: float = 0.1, allowed: tuple
         return l1
     if loss_type == "huber":
         return partial(huber, c=float(huber_c))
-    way_out = f"choose one of {', '.join(allowed)}, or give a callable distance(prediction, target) -> (B,)."
+    way_out = f"choose one of {', '.join(names)}, or pass a callable distance(prediction, target) -> (B,)."
     raise ValueError(f"loss_type={loss_type!r} is unknown: {way_out}")
 
 
@@ -87,13 +90,13 @@ def _check_huber_c(huber_c: Any) -> None:
 class PerceptualDistance:
     """Called as ``distance(prediction, image) -> (B,)``, on images (B, 1, 3 or 4, H, W) in [-1, 1].
 
-    The backbone is frozen and follows the images to their device. Grey images are shown to it as colour, transparency
-    is left out, and images are resized to what it was made for.
+    The backbone is frozen and moved to the device of the images. Grayscale images are repeated to three channels,
+    alpha channels are dropped, and images are resized to the backbone's input size.
 
     Args:
         backbone: a vision model of `transformers`.
         mean: of its inputs, for three channels in [0, 1].
-        std: the same.
+        std: of its inputs.
     """
 
     def __init__(self, backbone: nn.Module, mean: tuple[float, ...] = HALF, std: tuple[float, ...] = HALF) -> None:
@@ -107,7 +110,7 @@ class PerceptualDistance:
         """Load a backbone.
 
         Args:
-            name_or_path: folder or Hub id, with weights as safetensors; pickles and code of its own are not opened.
+            name_or_path: folder or Hub id, with weights as safetensors; pickles and remote code are never loaded.
 
         Raises:
             ValueError: it cannot be loaded.
@@ -117,21 +120,21 @@ class PerceptualDistance:
             from transformers.models.auto.image_processing_auto import get_image_processor_config
 
             backbone = AutoModel.from_pretrained(name_or_path, use_safetensors=True, trust_remote_code=False)
-            told: dict[str, Any] = get_image_processor_config(name_or_path)
+            processor: dict[str, Any] = get_image_processor_config(name_or_path)
         except ImportError as error:
             raise ValueError(
                 f"perceptual_model needs `transformers` ({error}): pip install diffusers-ddpm-ext[perceptual]"
             ) from error
-        except Exception as error:  # a library's own, of many kinds
+        except Exception as error:  # transformers raises many types
             text = " ".join(f"{type(error).__name__} {error}".split())
             raise ValueError(
                 f"perceptual_model={os.fspath(name_or_path)!r} cannot be loaded as a vision model of transformers "
                 f"with safetensors weights: {text}"
             ) from error
-        return cls(backbone, tuple(told.get("image_mean") or HALF), tuple(told.get("image_std") or HALF))
+        return cls(backbone, tuple(processor.get("image_mean") or HALF), tuple(processor.get("image_std") or HALF))
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """Features of every layer, each (B, places, channels), of length 1 over the channels."""
+        """Features of every layer, each (B, positions, channels), of length 1 over the channels."""
         channels = images.shape[1]
         if images.ndim != 4 or channels not in (1, 3, 4):
             raise ValueError(f"perceptual features need images (B, 1, 3 or 4, H, W), got {tuple(images.shape)}.")
@@ -146,7 +149,7 @@ class PerceptualDistance:
     def __call__(self, prediction: Tensor, image: Tensor) -> Tensor:
         """See the class."""
         with torch.no_grad():
-            wanted = self.features(image.float())
-        got = self.features(prediction.float())
-        layers = [(a - b).square().sum(2).mean(1) for a, b in zip(got, wanted, strict=True)]
+            target = self.features(image.float())
+        predicted = self.features(prediction.float())
+        layers = [(a - b).square().sum(2).mean(1) for a, b in zip(predicted, target, strict=True)]
         return torch.stack(layers).mean(0)

@@ -1,15 +1,15 @@
-"""The log-variance of each step: LatentDiffusion's table, fixed or learned, or a function of the log-SNR.
+"""Log-variance per step: LatentDiffusion's table, fixed or learned, or a continuous function of the log-SNR.
 
-Training minimises ``loss / exp(logvar[t]) + logvar[t]``, whose minimum over logvar lies at the log of step t's
+Training minimizes ``loss / exp(logvar[t]) + logvar[t]``, whose minimum over logvar is the log of step t's
 expected loss: a learned table is an estimate of the network's log loss per step ([LDM] Rombach et al. 2022, code). A
-table's entry learns from its own step alone; the continuous kind shares what it sees among neighbours ([EDM2] Karras
-et al. 2024, section 2.1 and appendix B.2: random Fourier features of the noise level, and one linear layer that starts
-at 0).
+table's entry learns only from its own step; the continuous kind shares information between nearby steps ([EDM2] Karras
+et al. 2024, section 2.1 and appendix B.2: random Fourier features of the noise level, and one linear layer initialized
+with 0).
 
-File format 1, a folder ``logvar/`` beside a pipeline's components: ``config.json`` with ``format`` and
-``num_train_timesteps``, and ``diffusion_pytorch_model.safetensors`` with the key ``logvar``, float32 (T,). Of the
-continuous kind ``config.json`` says ``"kind": "continuous"``; beside ``logvar``, here what the function says at the
-T steps, stand its ``continuous.*``: any reader of the table reads it.
+File format 1, a folder ``logvar/`` next to a pipeline's components: ``config.json`` with ``format`` and
+``num_train_timesteps``, and ``diffusion_pytorch_model.safetensors`` with the key ``logvar``, float32 (T,). For the
+continuous kind ``config.json`` has ``"kind": "continuous"``, and there are ``continuous.*`` tensors, while ``logvar``
+holds the function's values at the T steps: any reader of the table can read it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors.torch import load, save
@@ -31,17 +31,18 @@ LOGVAR_FOLDER = "logvar"
 LOGVAR_CONFIG_NAME = "config.json"
 LOGVAR_WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 LOGVAR_KEY = "logvar"
-LOGVAR_KINDS = ("table", "continuous")
+LogvarKind = Literal["table", "continuous"]
+LOGVAR_KINDS: tuple[LogvarKind, ...] = get_args(LogvarKind)
 CONTINUOUS = "continuous."
 CHANNELS = 128
 
 
 def make_logvar(num_train_timesteps: int, init: float | Tensor = 0.0) -> Tensor:
-    """A new table.
+    """Make a table.
 
     Args:
         num_train_timesteps: T.
-        init: one value for all steps, or a table (T,) to start from, which is copied.
+        init: one value for all steps, or a table (T,), which is copied.
 
     Returns:
         float32, (T,).
@@ -67,8 +68,8 @@ class ContinuousLogvar(nn.Module):
     Called as ``logvar(log_snr)``, natural log, any shape, float32; the same network serves any schedule.
 
     Args:
-        log_snr: of the T steps that :meth:`table` speaks of, (T,), float64.
-        init: its value everywhere at the start.
+        log_snr: of the T steps of :meth:`table`, (T,), float64.
+        init: initial value everywhere.
         channels: number of features.
         seed: of the features.
 
@@ -102,28 +103,28 @@ class ContinuousLogvar(nn.Module):
 
     def forward(self, log_snr: Tensor) -> Tensor:
         """See the class."""
-        return self._say(log_snr, self.weights)
+        return self._evaluate(log_snr, self.weights)
 
-    def _say(self, log_snr: Tensor, weights: Tensor) -> Tensor:
+    def _evaluate(self, log_snr: Tensor, weights: Tensor) -> Tensor:
         level = (log_snr.to(self.centre).clamp(-LARGEST_LOG_SNR, LARGEST_LOG_SNR) - self.centre) / self.spread
         # A quarter of the standard deviation's frequencies: [EDM2] divides its log sigma by 4 likewise.
         features = torch.cos(0.25 * level.unsqueeze(-1) * self.frequencies + self.phases)
         return features @ weights[:-1] * math.sqrt(2 / len(self.frequencies)) + weights[-1]
 
     def table(self, weights: Tensor | None = None) -> Tensor:
-        """What it says at the T steps, (T,), part of the graph; with other weights than its own if they are given."""
-        return self._say(self.log_snr, self.weights if weights is None else weights)
+        """Values at the T steps, (T,), part of the graph; optionally with other weights."""
+        return self._evaluate(self.log_snr, self.weights if weights is None else weights)
 
 
 def save_logvar(
     folder: str | os.PathLike[str], table: Tensor, network: ContinuousLogvar | None = None, **meta: Any
 ) -> Path:
-    """Write a table beside a pipeline's components.
+    """Write a table next to a pipeline's components.
 
     Args:
-        folder: the pipeline's folder; ``logvar/`` is made in it.
+        folder: the pipeline's folder, in which ``logvar/`` is created.
         table: (T,), floating, any device.
-        network: that the table was taken from, of the continuous kind.
+        network: of the continuous kind, from which the table was computed.
         **meta: further entries of ``config.json``, JSON values.
 
     Returns:
@@ -134,17 +135,17 @@ def save_logvar(
     """
     if table.ndim != 1 or not table.is_floating_point():
         raise ValueError(f"logvar must be a floating tensor (T,), got {table.dtype} of shape {tuple(table.shape)}.")
-    place = Path(folder) / LOGVAR_FOLDER
-    place.mkdir(parents=True, exist_ok=True)
+    target = Path(folder) / LOGVAR_FOLDER
+    target.mkdir(parents=True, exist_ok=True)
     config = {**meta, "format": LOGVAR_FORMAT, "num_train_timesteps": len(table)}
     tensors = {LOGVAR_KEY: table}
     if network is not None:
         config["kind"] = "continuous"
         tensors |= {CONTINUOUS + name: tensor for name, tensor in network.state_dict().items()}
     values = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in tensors.items()}
-    (place / LOGVAR_WEIGHTS_NAME).write_bytes(save(values, metadata={"format": "pt"}))
-    (place / LOGVAR_CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    return place
+    (target / LOGVAR_WEIGHTS_NAME).write_bytes(save(values, metadata={"format": "pt"}))
+    (target / LOGVAR_CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return target
 
 
 def load_logvar(folder: str | os.PathLike[str], num_train_timesteps: int | None = None) -> Tensor | None:
@@ -152,29 +153,29 @@ def load_logvar(folder: str | os.PathLike[str], num_train_timesteps: int | None 
 
     Args:
         folder: the pipeline's folder, the parent of ``logvar/``.
-        num_train_timesteps: T that the table must have; None for the one that its own ``config.json`` names.
+        num_train_timesteps: T that the table must have; None for that of its ``config.json``.
 
     Returns:
-        float32, (T,), on the CPU; None when the folder holds no ``logvar/``.
+        float32, (T,), on the CPU; None if the folder has no ``logvar/``.
 
     Raises:
         ValueError: a file is missing, damaged, of another format or of another length; the message names the file.
     """
-    place = Path(folder) / LOGVAR_FOLDER
-    if not place.is_dir():
+    source = Path(folder) / LOGVAR_FOLDER
+    if not source.is_dir():
         return None
-    length = _read_length(place / LOGVAR_CONFIG_NAME)
-    path = place / LOGVAR_WEIGHTS_NAME
+    length = _read_length(source / LOGVAR_CONFIG_NAME)
+    path = source / LOGVAR_WEIGHTS_NAME
     try:
         tensors = load(path.read_bytes())
-    except Exception as error:  # safetensors' own error class differs between its versions
+    except Exception as error:  # safetensors' error class differs between versions
         raise ValueError(f"{path} cannot be read as a safetensors file: {error}") from error
     table = tensors.get(LOGVAR_KEY)
     if table is None or table.ndim != 1 or not table.is_floating_point():
         raise ValueError(
             f"{path} must hold one floating tensor (T,) under the key {LOGVAR_KEY!r}, got {sorted(tensors)}."
         )
-    for owner, expected in ((place / LOGVAR_CONFIG_NAME, length), ("the scheduler", num_train_timesteps)):
+    for owner, expected in ((source / LOGVAR_CONFIG_NAME, length), ("the scheduler", num_train_timesteps)):
         if expected is not None and len(table) != expected:
             raise ValueError(f"{path} holds {len(table)} steps, but {owner} says {expected}.")
     table = table.to(torch.float32)
@@ -184,28 +185,28 @@ def load_logvar(folder: str | os.PathLike[str], num_train_timesteps: int | None 
 
 
 def load_continuous(folder: str | os.PathLike[str], log_snr: Tensor) -> ContinuousLogvar | None:
-    """Read the function that :func:`save_logvar` wrote beside a table.
+    """Read the continuous log-variance that :func:`save_logvar` wrote.
 
     Args:
         folder: the pipeline's folder, the parent of ``logvar/``.
-        log_snr: of the steps that its table is to speak of, (T,).
+        log_snr: of the steps of its table, (T,).
 
     Returns:
-        The function, on the CPU; None where there is none, or the folder's log-variances are a table alone.
+        The function, on the CPU; None if the folder has no log-variances, or only a table.
 
     Raises:
         ValueError: a file is missing or damaged; the message names it.
     """
-    place = Path(folder) / LOGVAR_FOLDER
-    if not place.is_dir() or _read_config(place / LOGVAR_CONFIG_NAME).get("kind") != "continuous":
+    source = Path(folder) / LOGVAR_FOLDER
+    if not source.is_dir() or _read_config(source / LOGVAR_CONFIG_NAME).get("kind") != "continuous":
         return None
-    path = place / LOGVAR_WEIGHTS_NAME
+    path = source / LOGVAR_WEIGHTS_NAME
     try:
         tensors = load(path.read_bytes())
         state = {name.removeprefix(CONTINUOUS): t for name, t in tensors.items() if name.startswith(CONTINUOUS)}
         network = ContinuousLogvar(log_snr, channels=len(state["frequencies"]))
         network.load_state_dict(state)
-    except Exception as error:  # safetensors' own error class differs between its versions
+    except Exception as error:  # safetensors' error class differs between versions
         raise ValueError(f"{path} does not hold a continuous log-variance: {error}") from error
     return network
 
@@ -216,7 +217,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(config, dict) or config.get("format") != LOGVAR_FORMAT:
-        raise ValueError(f'{path} must say "format": {LOGVAR_FORMAT}; a newer version of this package may read it.')
+        raise ValueError(f'{path} must have "format": {LOGVAR_FORMAT}; a newer version of this package may read it.')
     return config
 
 

@@ -1,4 +1,4 @@
-"""The training objective: target, distance, weights over steps, the learned log-variance, and the bound itself.
+"""The training objective: target, distance, weights per step, learned log-variance, and the bound.
 
 Symbols, for a sample of step t:
 
@@ -6,19 +6,19 @@ Symbols, for a sample of step t:
     lv    logvar[t]
     w     weight of step t (``loss_weighting``), 1 for ``simple``
     e     weight of step t in the variational bound
-    k     what step t adds to the bound, bits per dimension (:mod:`diffusers_ddpm_ext.diffusion.likelihood`)
-    u     1 / (T p) for a step drawn with probability p, 1 where steps are drawn evenly
+    k     term of step t in the bound, bits per dimension (:mod:`diffusers_ddpm_ext.diffusion.likelihood`)
+    u     1 / (T p) for a step drawn with probability p, 1 if steps are drawn uniformly
 
     loss_simple = mean(u d)        loss_vlb = mean(u e d)        loss_gamma = mean(u (d / exp(lv) + lv))
     loss        = mean(u (l_simple_weight * w * (d / exp(lv) + lv) + original_elbo_weight * e d))
 
-``hybrid`` adds ``vlb_weight * (T / 1000) * k`` with the mean held fixed, so that the bound moves the learned variance
-alone; ``vlb`` is ``vlb_weight * T * k``, an estimate of the bound without its prior.
+``hybrid`` adds ``vlb_weight * (T / 1000) * k`` with a detached mean, so that the bound only trains the learned
+variance; ``vlb`` is ``vlb_weight * T * k``, an estimate of the bound without its prior.
 
 With w = 1 this is LatentDiffusion's ``p_losses`` ([LDM] code), and with lv = 0 as well base DDPM's. w multiplies the
-bracket as a whole, so that lv still goes to the log of the unweighted d.
+complete bracket, so that lv still converges to the log of the unweighted d.
 
-Everything is float32 (float64 for float64 inputs), for half-precision inputs and under autocast too; k is computed in
+Everything is float32 (float64 for float64 inputs), also for half-precision inputs and under autocast; k is computed in
 float64.
 
 Sources: [DDPM] Ho et al. 2020, eqs. 12 and 14; [iDDPM] Nichol & Dhariwal 2021, eqs. 15 and 16 (``hybrid``); [PD]
@@ -35,14 +35,21 @@ import torch
 from torch import Tensor, nn
 
 from diffusers_ddpm_ext.diffusion.gaussian import at_step, check_steps, predict_x0, q_sample, training_target
-from diffusers_ddpm_ext.diffusion.likelihood import EIGHT_BITS, ReverseTransition, SchedulerLike, check_decoder
+from diffusers_ddpm_ext.diffusion.likelihood import (
+    EIGHT_BITS,
+    Decoder,
+    ReverseTransition,
+    SchedulerLike,
+    check_decoder,
+)
 from diffusers_ddpm_ext.diffusion.reverse_step import LEARNED_VARIANCES, split_variance
 from diffusers_ddpm_ext.diffusion.schedule import log_snr
+from diffusers_ddpm_ext.diffusion.weighting import ElboKind, LossWeighting, weight_table
 from diffusers_ddpm_ext.diffusion.weighting import elbo_weights as make_elbo_weights
-from diffusers_ddpm_ext.diffusion.weighting import weight_table
 from diffusers_ddpm_ext.losses.checks import (
     BOUND_LOSSES,
     OBJECTIVE_LOSSES,
+    LossType,
     check_bound,
     checked_features,
     checked_schedule,
@@ -50,23 +57,24 @@ from diffusers_ddpm_ext.losses.checks import (
     checked_weight,
 )
 from diffusers_ddpm_ext.losses.distances import Distance, get_distance, l2
-from diffusers_ddpm_ext.losses.logvar import LOGVAR_KINDS, ContinuousLogvar, make_logvar
+from diffusers_ddpm_ext.losses.logvar import LOGVAR_KINDS, ContinuousLogvar, LogvarKind, make_logvar
+from diffusers_ddpm_ext.utils.vocabulary import PredictionType
 
 
 @dataclass(frozen=True)
 class ObjectiveOutput:
-    """One batch's losses.
+    """Losses of a batch.
 
     Attributes:
-        loss: scalar to minimise.
+        loss: scalar to minimize.
         loss_simple: unweighted mean distance, comparable across settings; detached, for logs.
         loss_vlb: mean distance under the weights of the bound; detached, for logs.
         loss_gamma: mean of ``d / exp(logvar[t]) + logvar[t]``; detached, for logs.
-        logvar_mean: mean of the whole logvar table; detached, for logs.
+        logvar_mean: mean of the logvar table; detached, for logs.
         per_sample_simple: (B,), the distances, unweighted; part of the graph.
-        per_sample_loss: (B,), whose mean is ``loss`` where steps are drawn evenly; part of the graph.
+        per_sample_loss: (B,), whose mean is ``loss`` if steps are drawn uniformly; part of the graph.
         loss_bound: bits per dimension, an estimate of the bound without its prior; detached, for logs. None unless
-            the loss holds the bound.
+            the loss includes the bound.
     """
 
     loss: Tensor
@@ -83,36 +91,36 @@ class DDPMObjective(nn.Module):
     """CompVis' diffusion losses as a module, called as ``objective(model_output, x0, noise, t)``.
 
     Args:
-        scheduler: a ``DDPMExtScheduler``. Its tables are taken over as they are now.
+        scheduler: a ``DDPMExtScheduler``, whose current tables are used.
         prediction_type: what the network predicts; None for the scheduler's, which it must equal.
         loss_type: ``l2``, ``l1``, ``huber``, ``perceptual``, ``hybrid`` (``l2``, and the bound for the learned
             variance), ``vlb`` (the bound alone), or a callable ``distance(prediction, target) -> (B,)``.
         l_simple_weight: weight of the simple loss, 0 or more.
         original_elbo_weight: weight of the variational bound, 0 or more. With another distance than ``l2`` the sum is
-            CompVis' but no bound.
+            CompVis', but not a bound.
         elbo_weights: ``exact``, the coefficients of the bound, or ``compvis``, the published code's table.
-        learn_logvar: whether ``logvar`` is learned. Give it an optimizer group of its own, with a learning rate of
-            about 2e-2 and without weight decay, which would pull unseen steps to 0.
+        learn_logvar: whether ``logvar`` is learned. Give it a separate optimizer group, with a learning rate of
+            about 2e-2 and without weight decay, which would pull unused steps to 0.
         logvar_init: log-variance at the start, one number or a (T,) tensor.
-        snr_gamma: gamma of ``min_snr`` and ``soft_min_snr`` (5 is usual). Given alone it means ``min_snr``.
+        snr_gamma: gamma of ``min_snr`` and ``soft_min_snr`` (5 is usual). On its own it means ``min_snr``.
         huber_c: the ``c`` of ``huber``.
         loss_weighting: weight of each step, see :func:`~diffusers_ddpm_ext.diffusion.weighting.loss_weights`.
         p2_k: k of ``p2``.
         p2_gamma: gamma of ``p2``.
-        logvar_kind: ``table``, one number a step, or ``continuous``, a small network of the log-SNR.
+        logvar_kind: ``table``, one value per step, or ``continuous``, a small network of the log-SNR.
         vlb_weight: weight of the bound in ``hybrid`` and ``vlb``.
         decoder: of the bound, see :func:`~diffusers_ddpm_ext.likelihood.discretized_gaussian_log_likelihood`.
         bin_width: distance of two levels of the data, for the bound.
         features: for ``perceptual``: ``features(pred_x0, x0) -> (B,)``, a distance of images.
-        perceptual_weight: its share, in [0, 1]; the rest is ``l2``.
+        perceptual_weight: of ``features``, in [0, 1]; ``l2`` has the rest.
 
     Attributes:
-        logvar: (T,), a parameter if learned, else a buffer, ``logvar`` in the state dict both ways. It stays float32
-            when the module is cast to a half type (``.double()`` makes it float64). Of the ``table`` kind alone;
-            :meth:`log_variances` speaks of both.
+        logvar: (T,), a parameter if learned, else a buffer, ``logvar`` in the state dict in both cases. It stays
+            float32 when the module is cast to half precision (``.double()`` makes it float64). Only of the ``table``
+            kind; :meth:`log_variances` returns both.
         logvar_network: of the ``continuous`` kind, else None.
         schedule: the tables in use.
-        prediction_type: what the network predicts.
+        prediction_type: of the network.
 
     Raises:
         ValueError: an option is out of its range, or contradicts the scheduler or another option.
@@ -123,21 +131,21 @@ class DDPMObjective(nn.Module):
     def __init__(
         self,
         scheduler: SchedulerLike,
-        prediction_type: str | None = None,
-        loss_type: str | Distance = "l2",
+        prediction_type: PredictionType | None = None,
+        loss_type: LossType | Distance = "l2",
         l_simple_weight: float = 1.0,
         original_elbo_weight: float = 0.0,
-        elbo_weights: str = "exact",
+        elbo_weights: ElboKind = "exact",
         learn_logvar: bool = False,
         logvar_init: float | Tensor = 0.0,
         snr_gamma: float | None = None,
         huber_c: float = 0.1,
-        loss_weighting: str = "simple",
+        loss_weighting: LossWeighting = "simple",
         p2_k: float = 1.0,
         p2_gamma: float = 1.0,
-        logvar_kind: str = "table",
+        logvar_kind: LogvarKind = "table",
         vlb_weight: float = 1.0,
-        decoder: str = "exact",
+        decoder: Decoder = "exact",
         bin_width: float = EIGHT_BITS,
         features: Distance | None = None,
         perceptual_weight: float = 1.0,
@@ -151,20 +159,20 @@ class DDPMObjective(nn.Module):
         self.learns_variance = scheduler.config.variance_type in LEARNED_VARIANCES
         check_bound(self.loss_type, scheduler.config.variance_type, learn_logvar)
         check_decoder(decoder, bin_width)
-        self.law: ReverseTransition | None = None
+        self.transition: ReverseTransition | None = None
         if self.loss_type in BOUND_LOSSES:
             config = scheduler.config
-            self.law = ReverseTransition(
+            self.transition = ReverseTransition(
                 self.schedule, config.variance_type, getattr(config, "v_posterior", None) is not None
             )
         self.decoder, self.bin_width = decoder, float(bin_width)
         self.vlb_weight = checked_weight("vlb_weight", vlb_weight)
-        # In a tuple: a frozen network of features is no part of this module's parameters or state.
+        # In a tuple: a frozen feature network is not part of this module's parameters or state.
         self._features = (checked_features(self.loss_type, features),)
         self.perceptual_weight = checked_share("perceptual_weight", perceptual_weight)
         self.l_simple_weight = checked_weight("l_simple_weight", l_simple_weight)
         self.original_elbo_weight = checked_weight("original_elbo_weight", original_elbo_weight)
-        if self.l_simple_weight == 0 and self.original_elbo_weight == 0 and self.law is None:
+        if self.l_simple_weight == 0 and self.original_elbo_weight == 0 and self.transition is None:
             raise ValueError("l_simple_weight and original_elbo_weight are both 0: nothing is left to train on.")
         self.elbo_table = make_elbo_weights(self.schedule, elbo_weights)
         weights = weight_table(self.schedule, loss_weighting, snr_gamma, p2_k, p2_gamma)
@@ -172,7 +180,7 @@ class DDPMObjective(nn.Module):
         self.learn_logvar = bool(learn_logvar)
         self._make_logvar(logvar_kind, logvar_init)
 
-    def _make_logvar(self, kind: str, init: float | Tensor) -> None:
+    def _make_logvar(self, kind: LogvarKind, init: float | Tensor) -> None:
         if kind not in LOGVAR_KINDS:
             raise ValueError(f"logvar_kind={kind!r} is unknown: choose one of {', '.join(LOGVAR_KINDS)}.")
         self.logvar_network: ContinuousLogvar | None = None
@@ -190,17 +198,17 @@ class DDPMObjective(nn.Module):
         self.logvar_network = ContinuousLogvar(torch.from_numpy(log_snr(self.schedule)), float(init))
 
     def log_variances(self) -> Tensor:
-        """The log-variance of every step as it is now, (T,), natural log, of either kind."""
+        """Current log-variance of every step, (T,), natural log, of either kind."""
         return self.logvar if self.logvar_network is None else self.logvar_network.table()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DDPMObjective:
-        """Moves and casts go through here; a cast below float32 keeps the dtype and takes the device alone."""
+        """Move or cast; a cast below float32 changes only the device."""
 
-        def never_half(tensor: Tensor) -> Tensor:
+        def at_least_float32(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             return moved if torch.finfo(moved.dtype).bits >= 32 else tensor.to(moved.device)
 
-        return super()._apply(lambda t: never_half(t) if t.is_floating_point() else fn(t), recurse)
+        return super()._apply(lambda t: at_least_float32(t) if t.is_floating_point() else fn(t), recurse)
 
     def extra_repr(self) -> str:
         """The settings shown when the module is printed."""
@@ -211,11 +219,11 @@ class DDPMObjective(nn.Module):
         )
 
     def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """What the network should return.
+        """Training target of the network.
 
         Args:
             x0: clean samples, (B, ...), floating, data units.
-            noise: the standard normal noise they got, same shape.
+            noise: the standard normal noise added to them, same shape.
             t: steps, (B,), integer, each in [0, T).
 
         Returns:
@@ -232,15 +240,15 @@ class DDPMObjective(nn.Module):
     def forward(
         self, model_output: Tensor, x0: Tensor, noise: Tensor, t: Tensor, weights: Tensor | None = None
     ) -> ObjectiveOutput:
-        """The losses of one batch.
+        """Losses of a batch.
 
         Args:
-            model_output: what the network returned for ``q_sample(x0, noise, t)``, (B, ...), floating; (B, 2 C, ...)
-                for a learned variance, the prediction first.
+            model_output: the network's output for ``q_sample(x0, noise, t)``, (B, ...), floating; (B, 2 C, ...) for a
+                learned variance, the prediction first.
             x0: clean samples, (B, C, ...), data units.
-            noise: the standard normal noise they got, same shape.
+            noise: the standard normal noise added to them, same shape.
             t: steps, (B,), integer, each in [0, T).
-            weights: (B,), ``1 / (T p)`` for steps drawn with probability p; None where they are drawn evenly.
+            weights: (B,), ``1 / (T p)`` for steps drawn with probability p; None if they are drawn uniformly.
 
         Returns:
             The losses, at least float32.
@@ -263,18 +271,18 @@ class DDPMObjective(nn.Module):
             if features is not None:
                 xt = q_sample(self.schedule, x0, noise, t)
                 clean = predict_x0(self.schedule, self.prediction_type, model_output, xt, t)
-                share = self.perceptual_weight
-                distances = (1 - share) * distances + share * _one_each(features(clean, x0), x0, "features")
+                weight = self.perceptual_weight
+                distances = (1 - weight) * distances + weight * _check_per_sample(features(clean, x0), x0, "features")
             bits = None
-            if self.law is not None:
+            if self.transition is not None:
                 fixed = model_output.detach() if self.loss_type == "hybrid" else model_output
-                whole = fixed if variance is None else torch.cat([fixed, variance.to(dtype)], 1)
+                output = fixed if variance is None else torch.cat([fixed, variance.to(dtype)], 1)
                 xt = q_sample(self.schedule, x0, noise, t)
-                bits = self.law.terms(whole, x0, xt, t, decoder=self.decoder, bin_width=self.bin_width).bits
+                bits = self.transition.terms(output, x0, xt, t, decoder=self.decoder, bin_width=self.bin_width).bits
             return self._reduce(distances, t, bits, weights)
 
     def _distances(self, prediction: Tensor, target: Tensor) -> Tensor:
-        return _one_each(self.distance(prediction, target), prediction, "loss_type")
+        return _check_per_sample(self.distance(prediction, target), prediction, "loss_type")
 
     def _reduce(self, distances: Tensor, t: Tensor, bits: Tensor | None, weights: Tensor | None) -> ObjectiveOutput:
         logvar = self._logvar_at(t).to(distances)
@@ -289,10 +297,10 @@ class DDPMObjective(nn.Module):
             per_sample = per_sample + self.vlb_weight * steps / 1000 * bits
         elif bits is not None:
             per_sample = self.vlb_weight * steps * bits
-        share = None if weights is None else weights.to(distances)
+        importance = None if weights is None else weights.to(distances)
 
         def mean(values: Tensor) -> Tensor:
-            return values.mean() if share is None else (share * values).mean()
+            return values.mean() if importance is None else (importance * values).mean()
 
         return ObjectiveOutput(
             loss=mean(per_sample),
@@ -312,11 +320,11 @@ class DDPMObjective(nn.Module):
         return levels
 
 
-def _one_each(distances: Any, like: Tensor, name: str) -> Tensor:
+def _check_per_sample(distances: Any, like: Tensor, name: str) -> Tensor:
     if not isinstance(distances, Tensor) or distances.shape != like.shape[:1]:
         got = tuple(distances.shape) if isinstance(distances, Tensor) else type(distances).__name__
         raise ValueError(
-            f"{name}: the distance must return one number per sample, shape {tuple(like.shape[:1])}, "
+            f"{name}: the distance must return one value per sample, shape {tuple(like.shape[:1])}, "
             f"got {got}; take the mean over all axes but the first."
         )
     return distances.to(like.dtype)
@@ -337,4 +345,4 @@ def _check_samples(**tensors: Tensor) -> None:
         if not tensor.is_floating_point():
             raise ValueError(f"{name} must be a floating tensor, got {tensor.dtype}.")
         if tensor.ndim == 0 or len(tensor) == 0:
-            raise ValueError(f"{name} must hold at least one sample, shape (B, ...), got {tuple(tensor.shape)}.")
+            raise ValueError(f"{name} must have at least one sample, shape (B, ...), got {tuple(tensor.shape)}.")

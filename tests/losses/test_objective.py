@@ -297,7 +297,7 @@ def test_custom_distance_and_modules():
     ],
 )
 def test_custom_distance_of_another_shape_is_refused(distance):
-    with pytest.raises(ValueError, match=r"loss_type.*one number per sample"):
+    with pytest.raises(ValueError, match=r"loss_type.*one value per sample"):
         DDPMObjective(scheduler(), loss_type=distance)(*batch(4, 3))
 
 
@@ -438,7 +438,7 @@ def test_perceptual_is_a_share_of_features_of_the_predicted_image():
     expected = 0.75 * l2.per_sample_simple + 0.25 * features(output, x0)
     torch.testing.assert_close(got.per_sample_loss, expected, rtol=1e-12, atol=0)
     bad = DDPMObjective(owner, loss_type="perceptual", features=lambda a, b: (a - b).abs())
-    with pytest.raises(ValueError, match="features: the distance must return one number per sample"):
+    with pytest.raises(ValueError, match="features: the distance must return one value per sample"):
         bad(output, x0, noise, t)
 
 

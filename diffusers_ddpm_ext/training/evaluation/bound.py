@@ -16,7 +16,14 @@ import torch
 from torch import Tensor
 
 from diffusers_ddpm_ext.diffusion.gaussian import q_sample
-from diffusers_ddpm_ext.diffusion.likelihood import EIGHT_BITS, ChainScheduler, bound_terms, exact_dtype, prior_bits
+from diffusers_ddpm_ext.diffusion.likelihood import (
+    EIGHT_BITS,
+    ChainScheduler,
+    Decoder,
+    bound_terms,
+    exact_dtype,
+    prior_bits,
+)
 from diffusers_ddpm_ext.diffusion.likelihood_estimate import Strata
 from diffusers_ddpm_ext.models.conditioning import Conditions
 from diffusers_ddpm_ext.training.data.image_set import ImageSet
@@ -53,7 +60,7 @@ class BoundEvaluation:
     batch_size: int = 256
     dtype: torch.dtype = torch.float32
     clip_denoised: bool = False
-    decoder: str = "exact"
+    decoder: Decoder = "exact"
     bin_width: float = EIGHT_BITS
     places: np.ndarray = field(init=False)
 
