@@ -49,7 +49,7 @@ def test_every_step_of_a_stratum_is_drawn_alike():
 
 @pytest.mark.parametrize(("length", "count"), [(10, 1), (10, 11), (10, 0), (1, 2)])
 def test_counts_out_of_range(length, count):
-    with pytest.raises(ValueError, match=rf"num_timesteps={count} must lie in \[2, {length}\]"):
+    with pytest.raises(ValueError, match=rf"num_timesteps={count} must be in \[2, {length}\]"):
         Strata.from_schedule(chain(length), count)
 
 

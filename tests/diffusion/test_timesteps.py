@@ -151,7 +151,7 @@ def test_short_chains_and_zero_terminal_snr(name, steps, rescaled):
         ("importance", {}, "timestep_sampler='importance' is unknown: choose one of uniform"),
         ("log_snr_normal", {"log_snr_std": 0.0}, "log_snr_std"),
         ("log_snr_normal", {"log_snr_mean": float("nan")}, "log_snr_mean"),
-        ("log_snr_normal", {"log_snr_mean": 500.0}, "lies outside the chain's log-SNR"),
+        ("log_snr_normal", {"log_snr_mean": 500.0}, "is outside the chain's log-SNR"),
     ],
 )
 def test_bad_options_are_refused(name, options, match):

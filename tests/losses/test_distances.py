@@ -56,7 +56,7 @@ def test_what_is_no_distance_is_listed_where_it_is_allowed(name):
     with pytest.raises(ValueError, match=f"{name}' is unknown: choose one of l2, l1, huber, or"):
         get_distance(name)
     with pytest.raises(ValueError, match="choose one of l2, other, or"):
-        get_distance(name, allowed=("l2", "other"))
+        get_distance(name, names=("l2", "other"))
 
 
 @pytest.mark.parametrize("name", ["l3", "", None, 2])
