@@ -121,7 +121,7 @@ def test_lr_scaling(scaling, factor, tmp_path, capsys):
     assert rows(tmp_path / "run")[0]["lr"] == pytest.approx(1e-5 * factor)
     plan = capsys.readouterr().out
     assert ("effective batch 16" in plan) == (scaling != "none")
-    assert "8 a device x 2 accumulated x 1 process = 16" in plan
+    assert "8 per device x 2 accumulated x 1 process = 16" in plan
 
 
 def test_the_plan_tells_memory_and_disk(tmp_path, capsys):

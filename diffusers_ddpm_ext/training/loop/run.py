@@ -382,7 +382,7 @@ def describe(run: Run) -> str:
     if objective.original_elbo_weight:
         loss += f", {objective.original_elbo_weight:g} x {objective.elbo_weights} ELBO"
     rate = describe_learning_rate(
-        config.optim, run.plan, objective.logvar_learning_rate if objective.learn_logvar else None
+        config.optim, run.plan.effective_batch, objective.logvar_learning_rate if objective.learn_logvar else None
     )
     threads = torch.get_num_threads()
     device = f"{run.accelerator.device.type}, {engine(run)}, precision {run.accelerator.mixed_precision}"

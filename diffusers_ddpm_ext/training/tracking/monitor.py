@@ -1,6 +1,6 @@
-"""Which validations were the best, and whether it is time to stop: decisions from numbers alone.
+"""Monitor of one metric: the best k validations, and early stopping.
 
-Every process is given the same numbers and so comes to the same decisions; all of it goes into a checkpoint.
+Every process sees the same values and so makes the same decisions; the state is saved in every checkpoint.
 """
 
 from __future__ import annotations
@@ -8,19 +8,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
-MODES = ("min", "max", "auto")
+MonitorMode = Literal["auto", "min", "max"]
 LARGER_IS_BETTER = ("acc", "psnr", "ssim", "score", "likelihood")
 
 
 @dataclass(frozen=True)
 class RankedValue:
-    """A validation that counts among the best.
+    """The monitored value of one validation.
 
     Attributes:
-        step: optimizer steps done when it was made.
-        value: of the monitored metric, finite.
+        step: optimizer steps done.
+        value: of the metric, finite.
     """
 
     step: int
@@ -29,13 +29,13 @@ class RankedValue:
 
 @dataclass(frozen=True)
 class MonitorDecision:
-    """What follows from one validation.
+    """What the monitor decides after one validation.
 
     Attributes:
         in_top_k: whether it is among the best k.
         best: whether it is the best of all.
-        evicted_step: step of the entry that it pushed out; None where there was room.
-        stop: whether the patience is used up.
+        evicted_step: step of the validation that it replaces among the best k; None where there were fewer.
+        stop: whether to stop early.
     """
 
     in_top_k: bool
@@ -50,10 +50,14 @@ class Monitor:
     Args:
         name: of the metric as logged, such as ``val/loss_simple_ema``.
         mode: ``min``, ``max``, or ``auto``: larger is better for accuracies, scores and likelihoods, else smaller.
-        save_top_k: how many of the best are remembered, 0 or more.
+        save_top_k: how many of the best validations to keep, 0 or more.
         patience: validations without an improvement after which to stop; None never stops.
-        min_delta: what a value must gain on the last improvement to count as one, 0 or more. It has no say in which
+        min_delta: least difference to the last improvement that counts as one, 0 or more. It does not affect which
             validations are the best.
+
+    Attributes:
+        top: the best validations, best first.
+        best: the best validation so far, the earlier one of equal values; None before the first finite value.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -62,13 +66,13 @@ class Monitor:
     def __init__(
         self,
         name: str,
-        mode: str = "auto",
+        mode: MonitorMode = "auto",
         save_top_k: int = 1,
         patience: int | None = None,
         min_delta: float = 0.0,
     ) -> None:
-        if mode not in MODES:
-            raise ValueError(f"monitor_mode={mode!r} is unknown: choose one of {', '.join(MODES)}.")
+        if mode not in get_args(MonitorMode):
+            raise ValueError(f"monitor_mode={mode!r} is unknown: choose one of {', '.join(get_args(MonitorMode))}.")
         if save_top_k < 0:
             raise ValueError(f"save_top_k={save_top_k} must be 0 or more.")
         if patience is not None and patience < 1:
@@ -82,32 +86,19 @@ class Monitor:
         self.patience = patience
         self.min_delta = min_delta
         self.top: list[RankedValue] = []
-        self._best: RankedValue | None = None
-        self._reference: float | None = None  # the last improvement
+        self.best: RankedValue | None = None
+        self._reference: float | None = None  # value of the last improvement
         self._stale = 0  # validations since then
 
-    @property
-    def best(self) -> RankedValue | None:
-        """The best validation so far, the earlier one where two are equal; None before the first finite value."""
-        return self._best
-
-    @property
-    def stale(self) -> int:
-        """Validations in a row without an improvement."""
-        return self._stale
-
-    def _gain(self, value: float, than: float) -> float:
-        return than - value if self.mode == "min" else value - than
+    def _gain(self, value: float, reference: float) -> float:
+        return reference - value if self.mode == "min" else value - reference
 
     def update(self, step: int, value: float) -> MonitorDecision:
-        """Take a validation into account.
+        """Add a validation and decide what follows from it.
 
         Args:
-            step: optimizer steps done, more than at the last call.
-            value: of the metric. One that is not finite is never among the best, and no improvement.
-
-        Returns:
-            What follows from it.
+            step: optimizer steps done, more than in the last call.
+            value: of the metric. One that is not finite is never among the best nor an improvement.
         """
         finite = math.isfinite(value)
         improved = finite and (self._reference is None or self._gain(value, self._reference) > self.min_delta)
@@ -115,55 +106,52 @@ class Monitor:
             self._reference, self._stale = value, 0
         else:
             self._stale += 1
-        best = finite and (self._best is None or self._gain(value, self._best.value) > 0)
+        best = finite and (self.best is None or self._gain(value, self.best.value) > 0)
         if best:
-            self._best = RankedValue(step, value)
-        entered, dropped = self._rank(RankedValue(step, value)) if finite else (False, None)
+            self.best = RankedValue(step, value)
+        in_top_k, evicted_step = self._rank(RankedValue(step, value)) if finite else (False, None)
         stop = self.patience is not None and self._stale >= self.patience
-        return MonitorDecision(entered, best, dropped, stop)
+        return MonitorDecision(in_top_k, best, evicted_step, stop)
 
     def _rank(self, entry: RankedValue) -> tuple[bool, int | None]:
+        """Insert a value among the best k; return whether it stays and which step it evicts."""
         sign = 1 if self.mode == "min" else -1
         ranked = sorted([*self.top, entry], key=lambda other: (sign * other.value, other.step))
-        out = ranked[self.save_top_k :]
+        evicted = ranked[self.save_top_k :]
         self.top = ranked[: self.save_top_k]
-        entered = entry in self.top
-        return entered, out[0].step if entered and out else None
+        in_top_k = entry in self.top
+        return in_top_k, evicted[0].step if in_top_k and evicted else None
 
     def state_dict(self) -> dict[str, Any]:
-        """All that decisions depend on, as JSON knows it."""
+        """Everything that decisions depend on, as JSON types."""
         return {
             "name": self.name,
             "mode": self.mode,
             "top": [asdict(entry) for entry in self.top],
-            "best": None if self._best is None else asdict(self._best),
+            "best": None if self.best is None else asdict(self.best),
             "reference": self._reference,
             "stale": self._stale,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was taken.
+        """Load the result of :meth:`state_dict`.
 
-        A state of another metric or mode says nothing about this one and is not taken over. Fewer best ones than
-        before may be kept now.
-
-        Args:
-            state: what :meth:`state_dict` returned.
+        The state of another metric or mode is ignored. ``save_top_k`` may be smaller than when it was saved.
 
         Raises:
-            ValueError: an entry is missing or of the wrong kind.
+            ValueError: a key is missing or has a value of the wrong type.
         """
         try:
             if (state["name"], state["mode"]) != (self.name, self.mode):
                 return
-            top = [RankedValue(int(entry["step"]), float(entry["value"])) for entry in state["top"]]
-            best = (
-                None
-                if state["best"] is None
-                else RankedValue(int(state["best"]["step"]), float(state["best"]["value"]))
-            )
+            top = [_ranked_value(entry) for entry in state["top"]]
+            best = None if state["best"] is None else _ranked_value(state["best"])
             reference = None if state["reference"] is None else float(state["reference"])
             stale = int(state["stale"])
         except (KeyError, TypeError) as error:
-            raise ValueError(f"no state of a monitor: {error!r}.") from error
-        self.top, self._best, self._reference, self._stale = top[: self.save_top_k], best, reference, stale
+            raise ValueError(f"not the state of a monitor: {error!r}.") from error
+        self.top, self.best, self._reference, self._stale = top[: self.save_top_k], best, reference, stale
+
+
+def _ranked_value(entry: Mapping[str, Any]) -> RankedValue:
+    return RankedValue(int(entry["step"]), float(entry["value"]))
