@@ -1,4 +1,4 @@
-"""What two connected processes do in test_sharded.py, where torchrun starts them."""
+"""Cases of test_sharded.py, run by two processes that torchrun starts."""
 
 from __future__ import annotations
 
@@ -26,10 +26,19 @@ from diffusers_ddpm_ext.training.checkpoints.state import TrainingObjects, captu
 from diffusers_ddpm_ext.training.factory.optimizer import clip_gradients
 from diffusers_ddpm_ext.training.factory.task import DenoisingTask
 from diffusers_ddpm_ext.utils.dtensor import full_tensor, is_sharded, local_tensor, reshard
-from helpers.state_cases import Small, advance, assert_same, draws, farthest, small_run, small_task, through_files
+from helpers.state_cases import (
+    SmallRun,
+    advance,
+    assert_same,
+    draws,
+    largest_difference,
+    small_run,
+    small_task,
+    through_files,
+)
 
-LIMIT = 60
-"""Seconds a case may take; one that hangs ends the process and says where."""
+SECONDS_PER_CASE = 60
+"""A case that takes longer ends the process with a traceback."""
 
 CASES: dict[str, Callable[[Path], None]] = {}
 
@@ -44,79 +53,79 @@ def rank() -> int:
 
 
 def shard(task: DenoisingTask) -> DenoisingTask:
-    """Blocks on their own, and the task around them: its log-variances are sharded and averaged with the rest."""
+    """Each block by itself, then the task around them, whose log-variances are sharded, too."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for block in [*task.denoiser.down_blocks, task.denoiser.mid_block, *task.denoiser.up_blocks]:
         fully_shard(block, mesh=mesh)
     return fully_shard(task, mesh=mesh)
 
 
-def sharded_run() -> Small:
+def sharded_run() -> SmallRun:
     return small_run(shard(small_task()))
 
 
-def ddp_run() -> Small:
+def ddp_run() -> SmallRun:
     task = small_task()
     return small_run(task, DistributedDataParallel(task))
 
 
-def train(run: Small, steps: int) -> None:
+def train(run: SmallRun, steps: int) -> None:
     advance(run, steps, rank=rank(), world=2)
 
 
-def carried(run: Small, folder: Path) -> Snapshot | None:
-    """A snapshot, through its files."""
-    snapshot = capture_snapshot(run.live, run.progress)
+def saved_snapshot(run: SmallRun, folder: Path) -> Snapshot | None:
+    """A snapshot after a round trip through its files."""
+    snapshot = capture_snapshot(run.objects, run.progress)
     assert (snapshot is None) == (rank() > 0)
     return None if snapshot is None else through_files(snapshot, folder)
 
 
 @case
 def sharded_to_plain_to_sharded(folder: Path) -> None:
-    """Saved and loaded state is equal to the bit both ways, and so are further steps of the sharded run."""
+    """State is bit-identical both ways, and so are further steps of the sharded run."""
     run, again = sharded_run(), sharded_run()
     train(run, 3)
-    parts = {local_tensor(p).numel() == 0 for p in run.task.parameters()}
-    assert parts == ({False} if rank() == 0 else {False, True}), "the case needs a process with an empty part"
-    saved = carried(run, folder / "a")
+    empty = {local_tensor(p).numel() == 0 for p in run.task.parameters()}
+    assert empty == ({False} if rank() == 0 else {False, True}), "the case needs a process with an empty shard"
+    saved = saved_snapshot(run, folder / "a")
     middle = None
     if saved is not None:
         middle = plain_copy(saved)
         assert_same(saved, middle)
-    progress = restore_snapshot(middle, again.live)
-    assert progress.step == 3, "every process knows where the run stands"
+    progress = restore_snapshot(middle, again.objects)
+    assert progress.step == 3, "every process gets the progress"
     again.step = progress.step
-    loaded = carried(again, folder / "b")
+    loaded = saved_snapshot(again, folder / "b")
     if saved is not None and loaded is not None:
         assert_same(saved, loaded)
     for each in (run, again):
         train(each, 2)
-    one, other = carried(run, folder / "c"), carried(again, folder / "d")
+    one, other = saved_snapshot(run, folder / "c"), saved_snapshot(again, folder / "d")
     if one is not None and other is not None:
         assert_same(one, other)
 
 
 def plain_copy(snapshot: Snapshot) -> Snapshot:
-    """Through a run of one process, which does not know that it is one of two."""
+    """Restored and captured again by a run of one process, which ignores the process group."""
     single = small_run(small_task())
-    single.step = apply_alone(snapshot, single.live).step
-    return gather_alone(single)
+    single.step = restore_in_one_process(snapshot, single.objects).step
+    return capture_in_one_process(single)
 
 
-def apply_alone(snapshot: Snapshot, live: TrainingObjects) -> Progress:
-    with alone():
-        return restore_snapshot(snapshot, live)
+def restore_in_one_process(snapshot: Snapshot, objects: TrainingObjects) -> Progress:
+    with without_process_group():
+        return restore_snapshot(snapshot, objects)
 
 
-def gather_alone(run: Small) -> Snapshot:
-    with alone():
-        snapshot = capture_snapshot(run.live, run.progress)
+def capture_in_one_process(run: SmallRun) -> Snapshot:
+    with without_process_group():
+        snapshot = capture_snapshot(run.objects, run.progress)
     assert snapshot is not None
     return snapshot
 
 
-class alone:
-    """One process without the group: what a run of one process sees."""
+class without_process_group:
+    """Hide the process group, as in a run of one process."""
 
     def __enter__(self) -> None:
         self.real = dist.is_initialized
@@ -127,13 +136,13 @@ class alone:
 
 
 @case
-def a_snapshot_changes_nothing(folder: Path) -> None:
+def capturing_changes_nothing(folder: Path) -> None:
     watched, straight = sharded_run(), sharded_run()
     for _ in range(3):
-        capture_snapshot(watched.live, watched.progress)  # the first one before there is any state
+        capture_snapshot(watched.objects, watched.progress)  # the first time before the optimizer has state
         train(watched, 1)
         train(straight, 1)
-    one, other = carried(watched, folder / "a"), carried(straight, folder / "b")
+    one, other = saved_snapshot(watched, folder / "a"), saved_snapshot(straight, folder / "b")
     if one is not None and other is not None:
         assert_same(one, other)
 
@@ -142,13 +151,13 @@ def a_snapshot_changes_nothing(folder: Path) -> None:
 def before_the_first_step(folder: Path) -> None:
     run, late, straight = sharded_run(), sharded_run(), sharded_run()
     train(late, 1)
-    saved = carried(run, folder / "a")
-    late.step = restore_snapshot(saved, late.live).step
-    assert not late.live.optimizer.state
+    saved = saved_snapshot(run, folder / "a")
+    late.step = restore_snapshot(saved, late.objects).step
+    assert not late.objects.optimizer.state
     assert late.step == 0
     for each in (late, straight):
         train(each, 2)
-    one, other = carried(late, folder / "b"), carried(straight, folder / "c")
+    one, other = saved_snapshot(late, folder / "b"), saved_snapshot(straight, folder / "c")
     if one is not None and other is not None:
         assert_same(one, other)
 
@@ -157,39 +166,39 @@ def before_the_first_step(folder: Path) -> None:
 def data_parallel_to_sharded_and_back(folder: Path) -> None:
     run, sharded, again = ddp_run(), sharded_run(), ddp_run()
     train(run, 3)
-    saved = carried(run, folder / "a")
-    restore_snapshot(saved, sharded.live)
+    saved = saved_snapshot(run, folder / "a")
+    restore_snapshot(saved, sharded.objects)
     sharded.step = 3
-    between = carried(sharded, folder / "b")
-    restore_snapshot(between, again.live)
-    back = carried(again, folder / "c")
+    between = saved_snapshot(sharded, folder / "b")
+    restore_snapshot(between, again.objects)
+    back = saved_snapshot(again, folder / "c")
     if saved is not None and between is not None and back is not None:
         assert_same(saved, between)
         assert_same(saved, back)
     train(run, 1)
     train(sharded, 1)
-    one, other = carried(run, folder / "d"), carried(sharded, folder / "e")
+    one, other = saved_snapshot(run, folder / "d"), saved_snapshot(sharded, folder / "e")
     if one is not None and other is not None:
-        assert farthest(one, other) < 1e-5
+        assert largest_difference(one, other) < 1e-5
 
 
 @case
 def data_parallel_to_single(folder: Path) -> None:
-    """Two processes and one agree to the order of floating-point sums, before and after the change."""
+    """Two processes and one agree up to the order of floating-point sums, before and after restoring."""
     run = ddp_run()
     train(run, 3)
-    saved = carried(run, folder / "a")
+    saved = saved_snapshot(run, folder / "a")
     train(run, 3)
-    end = carried(run, folder / "b")
+    end = saved_snapshot(run, folder / "b")
     if saved is None or end is None:
         return
     single, straight = small_run(small_task()), small_run(small_task())
-    single.step = apply_alone(saved, single.live).step
+    single.step = restore_in_one_process(saved, single.objects).step
     advance(single, 3)
     advance(straight, 6)
-    for other in (gather_alone(single), gather_alone(straight)):
-        # Adam divides by a root that may be zero but for rounding: weights may differ by some learning rates.
-        assert farthest(end, other) < 2e-3
+    for other in (capture_in_one_process(single), capture_in_one_process(straight)):
+        # Adam divides by a root that may be zero except for rounding: weights may differ by a few learning rates.
+        assert largest_difference(end, other) < 2e-3
         losses = [float(loss_of(each)) for each in (end, other)]
         assert abs(losses[0] - losses[1]) < 1e-4 * abs(losses[1])
 
@@ -203,10 +212,10 @@ def loss_of(snapshot: Snapshot) -> Tensor:
 
 
 @case
-def average_and_clipping(folder: Path) -> None:
-    """From equal weights and gradients: the same norm, clipped gradients and averages, one process or two."""
+def ema_and_clipping(folder: Path) -> None:
+    """Equal weights and gradients give the same norm, clipped gradients and EMA, in one process or two."""
     plain, task = small_task(), shard(small_task())
-    averages = [LitEMA(plain.denoiser, 0.9), LitEMA(task.denoiser, 0.9)]
+    emas = [LitEMA(plain.denoiser, 0.9), LitEMA(task.denoiser, 0.9)]
     for step in range(3):
         generator = torch.Generator().manual_seed(step)
         for (name, a), (other, b) in zip(plain.named_parameters(), task.named_parameters(), strict=True):
@@ -215,9 +224,9 @@ def average_and_clipping(folder: Path) -> None:
             with torch.no_grad():
                 a.add_(values, alpha=0.1)
                 a.grad = values
-                part = spread_by_hand(values, b)
-                local_tensor(b).add_(part, alpha=0.1)
-                b.grad = part_like(b, part)
+                shard_of_values = own_rows(values)
+                local_tensor(b).add_(shard_of_values, alpha=0.1)
+                b.grad = sharded_like(b, shard_of_values)
         for limit in (1.0, 1e6):
             for of in (lambda t: list(t.denoiser.parameters()), lambda t: [t.objective.logvar]):
                 norms = [clip_gradients(of(each), limit) for each in (plain, task)]
@@ -225,30 +234,30 @@ def average_and_clipping(folder: Path) -> None:
                 torch.testing.assert_close(norms[1], norms[0], rtol=1e-6, atol=0)
         for a, b in zip(plain.parameters(), task.parameters(), strict=True):
             torch.testing.assert_close(full_tensor(b.grad), a.grad, rtol=1e-6, atol=1e-6)
-        for average, each in zip(averages, (plain, task), strict=True):
-            average.step(each.denoiser)
-    state, expected = averages[1].state_dict(), averages[0].state_dict()
+        for ema, each in zip(emas, (plain, task), strict=True):
+            ema.step(each.denoiser)
+    state, expected = emas[1].state_dict(), emas[0].state_dict()
     assert state["num_updates"] == expected["num_updates"] == 3
     for name, shadow in expected["shadow"].items():
         assert type(state["shadow"][name]) is Tensor
         torch.testing.assert_close(state["shadow"][name], shadow, rtol=1e-6, atol=1e-6)
 
 
-def spread_by_hand(values: Tensor, like: Tensor) -> Tensor:
-    """This process's rows, as torch.chunk gives them."""
+def own_rows(values: Tensor) -> Tensor:
+    """This process's rows, as torch.chunk splits them."""
     chunks = values.chunk(2)
     return chunks[rank()] if rank() < len(chunks) else values[:0]
 
 
-def part_like(parameter: Tensor, part: Tensor) -> Tensor:
+def sharded_like(parameter: Tensor, shard_of_values: Tensor) -> Tensor:
     gradient = torch.zeros_like(parameter)
-    local_tensor(gradient).copy_(part)
+    local_tensor(gradient).copy_(shard_of_values)
     return gradient
 
 
 @case
-def clipping_of_a_mixture(folder: Path) -> None:
-    """A parameter left out of the sharding is clipped with the rest, which torch's own function refuses."""
+def clipping_sharded_and_plain_parameters(folder: Path) -> None:
+    """A parameter that is not sharded is clipped with the rest, which torch's own function refuses."""
     module = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)])
     fully_shard(module[0])
     for parameter in module.parameters():
@@ -260,16 +269,16 @@ def clipping_of_a_mixture(folder: Path) -> None:
 
 
 @case
-def average_follows_into_shards(folder: Path) -> None:
-    """Made before the sharding, stepped after; its state opens in a plain module and the other way round."""
+def ema_created_before_sharding(folder: Path) -> None:
+    """Created before sharding, updated after; its state loads into a plain module and the other way round."""
     task = small_task()
     plain = copy.deepcopy(task)
     early, expected = LitEMA(task.denoiser, 0.5), LitEMA(plain.denoiser, 0.5)
     shard(task)
-    for part in task.parameters():
-        local_tensor(part).detach().add_(1)
-    for part in plain.parameters():
-        part.detach().add_(1)
+    for parameter in task.parameters():
+        local_tensor(parameter).detach().add_(1)
+    for parameter in plain.parameters():
+        parameter.detach().add_(1)
     early.step(task.denoiser)
     expected.step(plain.denoiser)
     assert all(is_sharded(shadow) for shadow in early.shadow.values())
@@ -286,14 +295,14 @@ def average_follows_into_shards(folder: Path) -> None:
 
 
 @case
-def scope_and_back(folder: Path) -> None:
-    """After a validation with EMA weights, the next step trains the raw ones: torch keeps the weights that a forward
-    pass gathered, and would use them again."""
+def ema_scope_and_back(folder: Path) -> None:
+    """After a validation with EMA weights, the next step trains the raw ones: torch keeps the weights gathered by a
+    forward pass and would use them again."""
     run, straight = sharded_run(), sharded_run()
     for each in (run, straight):
         train(each, 2)
     images, noise, t = draws(99, torch.arange(4))
-    ema = run.live.ema
+    ema = run.objects.ema
     assert ema is not None
     plain = small_task()
     ema.copy_to(plain.denoiser)
@@ -307,24 +316,24 @@ def scope_and_back(folder: Path) -> None:
     train(run, 1)
     reshard(run.task)
     train(straight, 1)
-    one, other = carried(run, folder / "a"), carried(straight, folder / "b")
+    one, other = saved_snapshot(run, folder / "a"), saved_snapshot(straight, folder / "b")
     if one is not None and other is not None:
         assert_same(one, other)
 
 
 @case
-def a_misfit_is_named_by_all(folder: Path) -> None:
+def every_process_raises_a_mismatch(folder: Path) -> None:
     run = sharded_run()
     train(run, 1)
-    saved = carried(run, folder / "a")
+    saved = saved_snapshot(run, folder / "a")
     if saved is not None:
         write_snapshot(saved, folder)
         saved = read_snapshot(folder)
         saved.model.pop("denoiser.conv_in.bias")
-    before = carried(run, folder / "b")
+    before = saved_snapshot(run, folder / "b")
     with pytest.raises(ValueError, match=r"denoiser\.conv_in\.bias"):
-        restore_snapshot(saved, run.live)
-    after = carried(run, folder / "c")
+        restore_snapshot(saved, run.objects)
+    after = saved_snapshot(run, folder / "c")
     if before is not None and after is not None:
         assert_same(before, after)
 
@@ -332,11 +341,11 @@ def a_misfit_is_named_by_all(folder: Path) -> None:
 def main(folder: str, names: list[str]) -> None:
     warnings.simplefilter("error")
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=LIMIT))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=SECONDS_PER_CASE))
     for name in names:
         place = Path(folder) / name
         place.mkdir(exist_ok=True)
-        faulthandler.dump_traceback_later(LIMIT, exit=True)
+        faulthandler.dump_traceback_later(SECONDS_PER_CASE, exit=True)
         CASES[name](place)
         dist.barrier()
         if rank() == 0:

@@ -1,4 +1,4 @@
-"""A small run with everything that has state, for tests in one process and in two."""
+"""A small run with every object that has state, for tests in one process and in two."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ CYCLE = {"warm_up_steps": [3], "f_min": [0.1], "f_max": [1.0], "f_start": [0.01]
 
 
 @dataclass
-class Small:
-    """A run: the live objects, and the parts without wrappers."""
+class SmallRun:
+    """A run: the objects with state, and the task without wrappers."""
 
-    live: TrainingObjects
+    objects: TrainingObjects
     task: DenoisingTask
     step: int = 0
 
@@ -44,38 +44,40 @@ def small_task(
     return DenoisingTask(denoiser, DDPMObjective(scheduler, learn_logvar=learn_logvar, **network))
 
 
-def small_run(task: DenoisingTask, wrapped: nn.Module | None = None, schedule: str = "LambdaLinearScheduler") -> Small:
-    """Optimizer, schedule and average around a task that has its final form already."""
+def small_run(
+    task: DenoisingTask, wrapped: nn.Module | None = None, schedule: str = "LambdaLinearScheduler"
+) -> SmallRun:
+    """Optimizer, LR scheduler and EMA for a task that is already wrapped or sharded."""
     arguments = CYCLE if schedule == "LambdaLinearScheduler" else {}
     groups = parameter_groups(task.denoiser.parameters(), task.objective.parameters(), 0.01, 2e-2)
     optimizer = adamw(groups, 1e-3, (0.9, 0.999), 1e-8)
     lr_scheduler = lr_schedule(schedule, optimizer, 9, 0 if arguments else 2, arguments)
-    return Small(TrainingObjects(wrapped or task, optimizer, lr_scheduler, LitEMA(task.denoiser, 0.99)), task)
+    return SmallRun(TrainingObjects(wrapped or task, optimizer, lr_scheduler, LitEMA(task.denoiser, 0.99)), task)
 
 
 def draws(step: int, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Images, steps and noise that are functions of the step and of the position in the effective batch."""
+    """Images, timesteps and noise as functions of the step and the position in the effective batch."""
     t, noise = keys.sample_draws(7, step, positions, torch.Size((1, 8, 8)), T)
     _, images = keys.sample_draws(8, step, positions, torch.Size((1, 8, 8)), T)
     return images.tanh(), noise, t
 
 
-def advance(run: Small, steps: int, accumulation: int = 1, rank: int = 0, world: int = 1) -> None:
+def advance(run: SmallRun, steps: int, accumulation: int = 1, rank: int = 0, world: int = 1) -> None:
     """Train, with this process's share of the effective batch."""
     share = BATCH // accumulation // world
     for _ in range(steps):
         for micro in range(accumulation):
             start = (micro * world + rank) * share
             images, noise, t = draws(run.step, torch.arange(start, start + share))
-            (run.live.task(images, noise, t).loss / accumulation).backward()
+            (run.objects.task(images, noise, t).loss / accumulation).backward()
         if run.task.objective.learn_logvar:
             clip_gradients([run.task.objective.logvar], 1.0)
         clip_gradients(list(run.task.denoiser.parameters()), 1.0)
-        run.live.optimizer.step()
-        run.live.optimizer.zero_grad()
-        run.live.lr_scheduler.step()
-        assert run.live.ema is not None
-        run.live.ema.step(run.task.denoiser)
+        run.objects.optimizer.step()
+        run.objects.optimizer.zero_grad()
+        run.objects.lr_scheduler.step()
+        assert run.objects.ema is not None
+        run.objects.ema.step(run.task.denoiser)
         run.step += 1
 
 
@@ -91,14 +93,14 @@ def bits(tensor: Tensor) -> Tensor:
 
 
 def assert_same(one: Snapshot, other: Snapshot) -> None:
-    """Equal to the bit, files, keys and numbers."""
+    """Bit-identical tensors, equal files, keys and scalars."""
     assert one.files.keys() == other.files.keys()
     for name, tensors in one.files.items():
         assert tensors.keys() == other.files[name].keys(), name
         for key, tensor in tensors.items():
-            twin = other.files[name][key]
-            assert (tensor.dtype, tensor.shape) == (twin.dtype, twin.shape), key
-            assert torch.equal(bits(tensor), bits(twin)), key
+            expected = other.files[name][key]
+            assert (tensor.dtype, tensor.shape) == (expected.dtype, expected.shape), key
+            assert torch.equal(bits(tensor), bits(expected)), key
     # JSON has no tuples.
     for one_group, other_group in zip(one.scalars.groups, other.scalars.groups, strict=True):
         assert {k: list(v) if isinstance(v, tuple) else v for k, v in one_group.items()} == {
@@ -109,11 +111,11 @@ def assert_same(one: Snapshot, other: Snapshot) -> None:
     assert one.scalars.scaler == other.scalars.scaler
 
 
-def farthest(one: Snapshot, other: Snapshot) -> float:
+def largest_difference(one: Snapshot, other: Snapshot) -> float:
     """The largest difference between tensors of two snapshots, relative to 1 where they are smaller."""
-    found = 0.0
+    largest = 0.0
     for name, tensors in one.files.items():
         for key, tensor in tensors.items():
             difference = (tensor - other.files[name][key]).abs() / other.files[name][key].abs().clamp_min(1)
-            found = max(found, float(difference.max()))
-    return found
+            largest = max(largest, float(difference.max()))
+    return largest

@@ -1,9 +1,11 @@
-"""Restore."""
+"""Restoring a snapshot into a run: the same for single-process, data-parallel and sharded runs.
+
+The main process checks that the snapshot fits the run and broadcasts a header; then the tensors follow, one at a time.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,23 +15,23 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 
 from diffusers_ddpm_ext.models.ema import LitEMA
 from diffusers_ddpm_ext.training.checkpoints.snapshot import (
-    EMA,
-    MODEL,
-    OPTIMIZER,
-    STATE,
+    EMA_FILE,
+    MODEL_FILE,
+    OPTIMIZER_FILE,
+    STATE_FILE,
     Progress,
     ScalarState,
     Snapshot,
+    TensorSpecs,
     first_difference,
     tensor_specs,
 )
 from diffusers_ddpm_ext.training.checkpoints.state import (
-    AVERAGE,
-    COMPILED,
-    NESTED,
-    SCHEDULE,
+    COMPILE_PREFIX,
+    EMA_KEYS,
+    LR_SCHEDULER_KEYS,
+    NESTED_SEPARATOR,
     TrainingObjects,
-    group_options,
 )
 from diffusers_ddpm_ext.utils.dtensor import (
     distribute_like,
@@ -40,155 +42,167 @@ from diffusers_ddpm_ext.utils.dtensor import (
     world_size,
 )
 
-IMPLEMENTATION = ("params", "foreach", "fused", "capturable", "differentiable")
-"""What a group of an optimizer says about how, not what; it stays that of the device at hand."""
+IMPLEMENTATION_OPTIONS = ("params", "foreach", "fused", "capturable", "differentiable")
+"""Options of a parameter group that select an implementation; they follow the current device, not the snapshot."""
 
-AS_PARAMETER = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
-"""Slots that have the shape of their parameter."""
-
-
-@dataclass
-class _Letter:
-    """What the first process tells the others before tensors travel: all there is to know but the tensors."""
-
-    problem: str = ""
-    progress: Progress | None = None
-    scalars: ScalarState | None = None
-    average: dict[str, list[Any]] = field(default_factory=dict)  # name to [dtype, shape]
-    slots: dict[str, list[Any]] = field(default_factory=dict)  # key to [dtype, shape]
-    small: dict[str, Tensor] = field(default_factory=dict)  # slots of one number: too many to send one by one
+PARAMETER_SHAPED_SLOTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
+"""Slots of an optimizer that have the shape of their parameter."""
 
 
-def restore_snapshot(snapshot: Snapshot | None, live: TrainingObjects, keep_current_options: bool = False) -> Progress:
-    """Put a run where a snapshot was taken; all processes enter.
+@dataclass(frozen=True)
+class BroadcastHeader:
+    """Everything of a snapshot but its large tensors, sent by the main process before them.
 
-    The learning-rate schedule must have been made on the optimizer before. Gradients are dropped.
+    Attributes:
+        progress: of the snapshot.
+        scalars: of the snapshot.
+        ema: of the EMA weights.
+        slots: of the optimizer's tensors.
+        scalar_slots: the optimizer's tensors of no dimension, too many to send one by one.
+    """
+
+    progress: Progress
+    scalars: ScalarState
+    ema: TensorSpecs
+    slots: TensorSpecs
+    scalar_slots: dict[str, Tensor]
+
+
+def restore_snapshot(
+    snapshot: Snapshot | None, objects: TrainingObjects, keep_current_options: bool = False
+) -> Progress:
+    """Restore the state of a snapshot in a run. Collective call: every process must make it.
+
+    The LR scheduler must have been created on the optimizer before. Gradients are dropped.
 
     Args:
-        snapshot: in the first process; the others' is not looked at and may be None.
-        live: of the run, of any engine; without a difference in what is trained.
+        snapshot: in the main process; ignored in the others, where it may be None.
+        objects: of the run, of any engine, with the parameters of the snapshot's run.
         keep_current_options: use the run's own learning rates, decay and other options of optimizer and EMA, and
             follow its own schedule from the snapshot's step on. By default the snapshot's are used.
 
     Returns:
-        Where the run stands now, in every process.
+        The snapshot's progress, in every process.
 
     Raises:
-        ValueError: the snapshot is of another network, optimizer or average, in every process; file and key are
-            named, and nothing is changed.
+        ValueError: the snapshot belongs to another network, optimizer or EMA; raised in every process, with file and
+            key, before anything is changed.
     """
-    first = is_main_process()
-    letter = _letter(snapshot, live, keep_current_options) if first else _Letter()
+    source = snapshot if is_main_process() else None
+    header_or_problem = [_make_header(source, objects, keep_current_options) if is_main_process() else None]
     if world_size() > 1:
-        letters = [letter]
-        dist.broadcast_object_list(letters, src=0)
-        letter = letters[0]
-    if letter.problem:
-        raise ValueError(letter.problem)
-    assert letter.scalars is not None
-    assert letter.progress is not None
-    task, optimizer = live.plain_task, live.torch_optimizer
-    optimizer.zero_grad(set_to_none=True)
+        dist.broadcast_object_list(header_or_problem, src=0)
+    header = header_or_problem[0]
+    if not isinstance(header, BroadcastHeader):
+        raise ValueError(header)
+    task = objects.unwrapped_task
+    objects.unwrapped_optimizer.zero_grad(set_to_none=True)
     reshard(task)
     if world_size() > 1:
-        travelling = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-        set_model_state_dict(task, dict(snapshot.model) if first and snapshot else {}, options=travelling)
-    elif snapshot is not None:
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    else:
         options = StateDictOptions(full_state_dict=any(map(is_sharded, task.parameters())))
-        set_model_state_dict(task, dict(snapshot.model), options=options)
-    _apply_optimizer(letter, snapshot.optimizer if first and snapshot else {}, live, keep_current_options)
-    if live.ema is not None and letter.scalars.ema is not None:
-        _apply_average(letter, (snapshot.ema if first and snapshot else None) or {}, live.ema, keep_current_options)
-    _apply_schedule(letter.scalars.lr_scheduler, live, keep_current_options)
-    if live.scaler is not None and live.scaler.is_enabled() and letter.scalars.scaler is not None:
-        live.scaler.load_state_dict(letter.scalars.scaler)
-    return letter.progress
+    set_model_state_dict(task, {} if source is None else dict(source.model), options=options)
+    _restore_optimizer(header, {} if source is None else source.optimizer, objects, keep_current_options)
+    if objects.ema is not None:
+        _restore_ema(header, (None if source is None else source.ema) or {}, objects.ema, keep_current_options)
+    _restore_lr_scheduler(header.scalars.lr_scheduler, objects, keep_current_options)
+    if objects.scaler is not None and objects.scaler.is_enabled() and header.scalars.scaler is not None:
+        objects.scaler.load_state_dict(header.scalars.scaler)
+    return header.progress
 
 
-def _letter(snapshot: Snapshot | None, live: TrainingObjects, keep_current_options: bool) -> _Letter:
+def _make_header(
+    snapshot: Snapshot | None, objects: TrainingObjects, keep_current_options: bool
+) -> BroadcastHeader | str:
+    """The header of a snapshot, or why it does not fit the run."""
     if snapshot is None:
-        return _Letter("the first process has no snapshot to load.")
+        return "the main process has no snapshot to load."
     try:
-        problem = _problem(snapshot, live, keep_current_options)
-    except (KeyError, TypeError, AttributeError) as error:  # a state.json that nobody's program wrote
-        problem = f"{STATE} cannot be used: {type(error).__name__} {error}"
+        problem = (
+            _model_mismatch(snapshot, objects)
+            or _optimizer_mismatch(snapshot, objects)
+            or _ema_mismatch(snapshot, objects.ema, keep_current_options)
+        )
+    except (KeyError, TypeError, AttributeError) as error:  # a state.json that this package did not write
+        problem = f"{STATE_FILE} cannot be used: {type(error).__name__} {error}"
     if problem:
-        return _Letter(problem)
+        return problem
     slots = tensor_specs({key: value for key, value in snapshot.optimizer.items() if value.ndim > 0})
-    small = {key: value.clone() for key, value in snapshot.optimizer.items() if value.ndim == 0}
-    return _Letter("", snapshot.progress, snapshot.scalars, tensor_specs(snapshot.ema or {}), slots, small)
+    scalar_slots = {key: value.clone() for key, value in snapshot.optimizer.items() if value.ndim == 0}
+    return BroadcastHeader(snapshot.progress, snapshot.scalars, tensor_specs(snapshot.ema or {}), slots, scalar_slots)
 
 
-def _problem(snapshot: Snapshot, live: TrainingObjects, keep_current_options: bool) -> str:
-    """Why a snapshot is not one of this run; empty if it is."""
-    here = {name.replace(COMPILED, ""): t for name, t in live.plain_task.state_dict().items()}
-    difference = first_difference(tensor_specs(here), tensor_specs(snapshot.model))
-    if difference:
-        return f"{MODEL} is of another model: {difference}."
-    return _optimizer_problem(snapshot, live) or _average_problem(snapshot, live.ema, keep_current_options)
+def _model_mismatch(snapshot: Snapshot, objects: TrainingObjects) -> str:
+    own = {name.replace(COMPILE_PREFIX, ""): t for name, t in objects.unwrapped_task.state_dict().items()}
+    difference = first_difference(tensor_specs(own), tensor_specs(snapshot.model))
+    return f"{MODEL_FILE} belongs to another model: {difference}." if difference else ""
 
 
-def _optimizer_problem(snapshot: Snapshot, live: TrainingObjects) -> str:
-    numbers, shapes = snapshot.scalars, {name: parameter.shape for parameter, name in live.names.items()}
-    held, own = ([group.get("params") for group in groups] for groups in (numbers.groups, group_options(live)))
-    if held != own:
-        groups = ({name: f"group {i}" for i, names in enumerate(side) for name in names or ()} for side in (own, held))
-        return f"{STATE} is of another optimizer: {first_difference(*groups) or 'its parameters have another order'}."
+def _optimizer_mismatch(snapshot: Snapshot, objects: TrainingObjects) -> str:
+    scalars, shapes = snapshot.scalars, {name: parameter.shape for parameter, name in objects.parameter_names.items()}
+    stored, own = ([group.get("params") for group in groups] for groups in (scalars.groups, objects.group_options))
+    if stored != own:
+        group_of = [
+            {name: f"group {i}" for i, names in enumerate(groups) for name in names or ()} for groups in (own, stored)
+        ]
+        difference = first_difference(*group_of) or "its parameters have another order"
+        return f"{STATE_FILE} belongs to another optimizer: {difference}."
     for key, value in snapshot.optimizer.items():
         name, _, slot = key.rpartition(".")
         if name not in shapes:
-            return f"{OPTIMIZER}: {key} is of no parameter."
-        if slot in AS_PARAMETER and value.shape != shapes[name]:
-            return f"{OPTIMIZER}: {key} has shape {tuple(value.shape)}, its parameter {tuple(shapes[name])}."
-    if not numbers.slots.keys() <= shapes.keys():
-        return f"{STATE}: numbers.slots names {min(numbers.slots.keys() - shapes.keys())}, which is no parameter."
-    missing = set(SCHEDULE) - numbers.lr_scheduler.keys()
+            return f"{OPTIMIZER_FILE}: {key} belongs to no parameter."
+        if slot in PARAMETER_SHAPED_SLOTS and value.shape != shapes[name]:
+            return f"{OPTIMIZER_FILE}: {key} has shape {tuple(value.shape)}, its parameter {tuple(shapes[name])}."
+    if not scalars.slots.keys() <= shapes.keys():
+        unknown = min(scalars.slots.keys() - shapes.keys())
+        return f"{STATE_FILE}: numbers.slots names {unknown}, which is not a parameter."
+    missing = set(LR_SCHEDULER_KEYS) - scalars.lr_scheduler.keys()
     if missing:
-        return f"{STATE}: numbers.lr_scheduler.{min(missing)} is missing."
-    if len(numbers.lr_scheduler["base_lrs"]) != len(own):
-        return f"{STATE}: numbers.lr_scheduler.base_lrs has not one rate for each of {len(own)} groups."
+        return f"{STATE_FILE}: numbers.lr_scheduler.{min(missing)} is missing."
+    if len(scalars.lr_scheduler["base_lrs"]) != len(own):
+        return f"{STATE_FILE}: numbers.lr_scheduler.base_lrs does not have one rate for each of {len(own)} groups."
     return ""
 
 
-def _average_problem(snapshot: Snapshot, ema: LitEMA | None, keep_current_options: bool) -> str:
+def _ema_mismatch(snapshot: Snapshot, ema: LitEMA | None, keep_current_options: bool) -> str:
     if ema is None:
         dropped = snapshot.ema is not None and not keep_current_options
-        return f"{EMA}: the checkpoint has a moving average, and this run keeps none." if dropped else ""
+        return f"{EMA_FILE}: the checkpoint has an EMA, but this run has none." if dropped else ""
     if snapshot.ema is None or snapshot.scalars.ema is None:
-        return f"{EMA} is missing: the checkpoint's run kept no moving average, and this run does."
-    missing = set(AVERAGE) - snapshot.scalars.ema.keys()
+        return f"{EMA_FILE} is missing: the checkpoint has no EMA, but this run has one."
+    missing = set(EMA_KEYS) - snapshot.scalars.ema.keys()
     if missing:
-        return f"{STATE}: numbers.ema.{min(missing)} is missing."
+        return f"{STATE_FILE}: numbers.ema.{min(missing)} is missing."
     difference = first_difference(tensor_specs(ema.shadow), tensor_specs(snapshot.ema))
-    return f"{EMA} is of another network: {difference}." if difference else ""
+    return f"{EMA_FILE} belongs to another network: {difference}." if difference else ""
 
 
-def _apply_optimizer(
-    letter: _Letter, tensors: dict[str, Tensor], live: TrainingObjects, keep_current_options: bool
+def _restore_optimizer(
+    header: BroadcastHeader, tensors: dict[str, Tensor], objects: TrainingObjects, keep_current_options: bool
 ) -> None:
-    """Give the optimizer its slots, where parameters never used have none, and its groups' options."""
-    assert letter.scalars is not None
-    optimizer, names = live.torch_optimizer, live.names
+    """Load the slots, none for parameters that were never updated, and the options of the parameter groups."""
+    optimizer, names = objects.unwrapped_optimizer, objects.parameter_names
     parameters = {names[p]: p for group in optimizer.param_groups for p in group["params"]}
-    state: dict[str, dict[str, Any]] = {name: dict(values) for name, values in letter.scalars.slots.items()}
-    for key, value in letter.small.items():
+    received = dict(header.scalar_slots)
+    for key, spec in header.slots.items():
+        received[key] = _receive(tensors.get(key), spec, parameters[key.rpartition(".")[0]])
+    state: dict[str, dict[str, Any]] = {name: dict(slots) for name, slots in header.scalars.slots.items()}
+    for key, value in received.items():
         name, _, slot = key.rpartition(".")
         state.setdefault(name, {})[slot] = value
-    for key, facts in letter.slots.items():
-        name, _, slot = key.rpartition(".")
-        state.setdefault(name, {})[slot] = _receive(tensors.get(key), facts, parameters[name])
-    numbered = {number: _nested(state[name]) for number, name in enumerate(parameters) if name in state}
+    state_by_index = {index: _unflatten(state[name]) for index, name in enumerate(parameters) if name in state}
     groups = optimizer.state_dict()["param_groups"]
     if not keep_current_options:
-        groups = [_with_options(own, new) for own, new in zip(groups, letter.scalars.groups, strict=True)]
-    optimizer.load_state_dict({"state": numbered, "param_groups": groups})
+        groups = [_with_stored_options(own, new) for own, new in zip(groups, header.scalars.groups, strict=True)]
+    optimizer.load_state_dict({"state": state_by_index, "param_groups": groups})
 
 
-def _nested(slots: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of `_flat`."""
+def _unflatten(slots: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `state._flatten`."""
     nested: dict[str, Any] = {}
     for slot, value in slots.items():
-        outer, _, inner = slot.rpartition(NESTED)
+        outer, _, inner = slot.rpartition(NESTED_SEPARATOR)
         if outer:
             nested.setdefault(outer, {})[inner] = value
         else:
@@ -196,21 +210,20 @@ def _nested(slots: dict[str, Any]) -> dict[str, Any]:
     return nested
 
 
-def _with_options(own: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """A group with a snapshot's options, as far as it knows them."""
+def _with_stored_options(own: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
+    """A parameter group with the stored values of the options that it has."""
     group = dict(own)
-    for name in own.keys() & new.keys() - set(IMPLEMENTATION):
-        kind = own[name]
-        if isinstance(kind, Tensor):
-            group[name] = torch.full_like(kind, new[name])
+    for name in own.keys() & stored.keys() - set(IMPLEMENTATION_OPTIONS):
+        if isinstance(own[name], Tensor):
+            group[name] = torch.full_like(own[name], stored[name])
         else:
-            group[name] = tuple(new[name]) if isinstance(kind, tuple) else new[name]
+            group[name] = tuple(stored[name]) if isinstance(own[name], tuple) else stored[name]
     return group
 
 
-def _receive(tensor: Tensor | None, facts: Iterable[Any], like: Tensor) -> Tensor:
-    """A new tensor with the values of the first process: laid out as ``like`` where it has its shape, else plain."""
-    dtype, shape = facts
+def _receive(tensor: Tensor | None, spec: list[Any], like: Tensor) -> Tensor:
+    """A new tensor with the main process's values: sharded as ``like`` if it has its shape, otherwise not sharded."""
+    dtype, shape = spec
     if tensor is None:
         tensor = torch.empty(shape, dtype=getattr(torch, dtype))
     if tensor.shape != like.shape:
@@ -218,22 +231,21 @@ def _receive(tensor: Tensor | None, facts: Iterable[Any], like: Tensor) -> Tenso
     return distribute_like(tensor, like, from_main_process=True)
 
 
-def _apply_average(letter: _Letter, tensors: dict[str, Tensor], ema: LitEMA, keep_current_options: bool) -> None:
-    assert letter.scalars is not None
-    shadow = tensors  # copied into place by the average itself
+def _restore_ema(header: BroadcastHeader, tensors: dict[str, Tensor], ema: LitEMA, keep_current_options: bool) -> None:
+    shadow = tensors  # load_state_dict copies the values
     if world_size() > 1:
-        shadow = {name: _receive(tensors.get(name), facts, ema.shadow[name]) for name, facts in letter.average.items()}
-    numbers = dict(letter.scalars.ema or {})
+        shadow = {name: _receive(tensors.get(name), spec, ema.shadow[name]) for name, spec in header.ema.items()}
+    scalars = dict(header.scalars.ema or {})
     if keep_current_options:
-        updates = max(numbers["num_updates"], 0) if ema.use_num_updates else -1
-        numbers |= {"decay": ema.decay, "use_num_updates": ema.use_num_updates, "num_updates": updates}
-    ema.load_state_dict({"shadow": shadow} | numbers)
+        num_updates = max(scalars["num_updates"], 0) if ema.use_num_updates else -1
+        scalars |= {"decay": ema.decay, "use_num_updates": ema.use_num_updates, "num_updates": num_updates}
+    ema.load_state_dict({"shadow": shadow} | scalars)
 
 
-def _apply_schedule(numbers: dict[str, Any], live: TrainingObjects, keep_current_options: bool) -> None:
-    scheduler, optimizer = live.lr_scheduler, live.torch_optimizer
-    names = SCHEDULE[:2] if keep_current_options else SCHEDULE
-    state = {name: list(numbers[name]) if isinstance(numbers[name], list) else numbers[name] for name in names}
+def _restore_lr_scheduler(stored: dict[str, Any], objects: TrainingObjects, keep_current_options: bool) -> None:
+    scheduler, optimizer = objects.lr_scheduler, objects.unwrapped_optimizer
+    names = LR_SCHEDULER_KEYS[:2] if keep_current_options else LR_SCHEDULER_KEYS
+    state = {name: list(stored[name]) if isinstance(stored[name], list) else stored[name] for name in names}
     scheduler.load_state_dict(state | {"lr_lambdas": [None] * len(scheduler.lr_lambdas)})
     if keep_current_options:
         step = scheduler.last_epoch

@@ -1,49 +1,53 @@
-"""What a checkpoint holds, and its files: safetensors and JSON, nothing that a reader would have to trust.
+"""Snapshot of a training run, and the files of a checkpoint that store it: safetensors and JSON, no pickle.
 
 ====================  =================================================================================================
 model.safetensors     network and log-variances, named as in DenoisingTask: ``denoiser.*`` and ``objective.logvar``
-ema.safetensors       the moving average, named as in the network; absent where the run keeps none
+ema.safetensors       the EMA weights, named as in the network; absent if the run has no EMA
 optimizer.safetensors ``<parameter>.<slot>``, e.g. ``denoiser.conv_in.weight.exp_avg``; empty before the first step
-state.json            ``"format": 1``; all that is no tensor, and dtype and shape of every tensor
+state.json            ``"format": 1``; everything that is not a tensor, and dtype and shape of every tensor
 ====================  =================================================================================================
 
-The layout is the same for one process, data-parallel and sharded ones: whole tensors, free of wrappers' names.
+The layout is the same for single-process, data-parallel and sharded runs: unsharded tensors, names without wrappers.
 """
 
 from __future__ import annotations
 
 import json
 import platform
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffusers_ddpm_ext._version import __version__
 
-FORMAT = 1
-MODEL, EMA, OPTIMIZER = "model.safetensors", "ema.safetensors", "optimizer.safetensors"
-STATE = "state.json"
-NETWORK, LOGVAR = "denoiser.", "objective.logvar"
+STATE_FORMAT = 1
+MODEL_FILE, EMA_FILE, OPTIMIZER_FILE = "model.safetensors", "ema.safetensors", "optimizer.safetensors"
+STATE_FILE = "state.json"
+
+TensorSpecs = dict[str, list[Any]]
+"""Tensor's name to ``[dtype, shape]``, as in JSON."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands, and which run it is. Everything here is a JSON value.
+    """Step of a run, and what identifies the run. Every value is JSON.
 
     Attributes:
         step: optimizer steps done.
-        epoch: epochs begun before the next sample.
+        epoch: epochs completed.
         samples: samples seen, over all processes.
         seed: of the run.
-        world_size: processes that wrote it.
+        world_size: number of processes that wrote it.
         config: resolved configuration, flat.
         data_fingerprint: of the images and their order.
-        records: how far metrics and trackers are.
-        monitor: best checkpoints and patience, None where nothing is monitored.
+        records: size of the metrics file, remaining tasks of the step.
+        monitor: best checkpoints and patience, None if nothing is monitored.
         versions: of the libraries that wrote it.
     """
 
@@ -61,14 +65,14 @@ class Progress:
 
 @dataclass(frozen=True)
 class ScalarState:
-    """The state of optimizer, schedule, scaler and average that is no tensor. Everything here is a JSON value.
+    """State of optimizer, LR scheduler, gradient scaler and EMA that is not tensors. Every value is JSON.
 
     Attributes:
-        groups: the optimizer's groups with their options; ``params`` holds names.
-        slots: parameter to slot to value, of the optimizer's slots that are no tensors.
+        groups: the optimizer's parameter groups with their options; ``params`` holds names.
+        slots: parameter's name to slot to value, for the optimizer's slots that are not tensors.
         lr_scheduler: step counts, base rates and last rates.
-        scaler: of float16's loss scaler, None where there is none.
-        ema: decay, warm-up and number of updates of the average, None where there is none.
+        scaler: of float16's gradient scaler, None if there is none.
+        ema: decay, warm-up and number of updates, None if there is none.
     """
 
     groups: list[dict[str, Any]]
@@ -80,14 +84,14 @@ class ScalarState:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The state of a run at the end of an optimizer step, on the CPU; no two tensors share memory.
+    """State of a run at the end of an optimizer step, on the CPU; no two tensors share memory.
 
     Attributes:
         model: of the task.
         optimizer: keys ``<parameter>.<slot>``.
-        ema: of the average, None where there is none.
-        scalars: what is no tensor.
-        progress: where the run stands.
+        ema: EMA weights, None if there are none.
+        scalars: state that is not tensors; ``numbers`` in the file.
+        progress: step and identity of the run.
     """
 
     model: dict[str, Tensor]
@@ -97,46 +101,36 @@ class Snapshot:
     progress: Progress
 
     @property
-    def network(self) -> dict[str, Tensor]:
-        """The network's raw weights under its own names."""
-        return {name.removeprefix(NETWORK): t for name, t in self.model.items() if name.startswith(NETWORK)}
-
-    @property
-    def logvar(self) -> Tensor | None:
-        """The log-variances, (T,), learned or not."""
-        return self.model.get(LOGVAR)
-
-    @property
     def files(self) -> dict[str, dict[str, Tensor]]:
-        """Name of each safetensors file to what it holds."""
-        files = {MODEL: self.model, OPTIMIZER: self.optimizer}
-        return files if self.ema is None else files | {EMA: self.ema}
+        """Name of each safetensors file to its tensors."""
+        files = {MODEL_FILE: self.model, OPTIMIZER_FILE: self.optimizer}
+        return files if self.ema is None else files | {EMA_FILE: self.ema}
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of what decides a run's numbers."""
-    found = {"diffusers-ddpm-ext": __version__, "python": platform.python_version()}
+    """Versions of the libraries that a run's results depend on."""
+    versions = {"diffusers-ddpm-ext": __version__, "python": platform.python_version()}
     for name in ("torch", "diffusers", "accelerate", "numpy"):
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def write_snapshot(snapshot: Snapshot, folder: Path) -> None:
-    """Write a snapshot's files, one after the other; that they appear together is the caller's business.
+    """Write a snapshot's files, one after the other. `write_checkpoint` makes this atomic.
 
     Args:
         snapshot: to write.
         folder: exists.
 
     Raises:
-        OSError: the disk is full, or the folder cannot be written.
-        ValueError: progress or numbers hold something that is no JSON value; nothing is written then.
+        OSError: the disk is full, or the folder is not writable.
+        ValueError: progress or scalars contain a value that is not JSON; nothing is written then.
     """
     state = {
-        "format": FORMAT,
+        "format": STATE_FORMAT,
         "progress": asdict(snapshot.progress),
         "numbers": asdict(snapshot.scalars),
         "tensors": {name: tensor_specs(tensors) for name, tensors in snapshot.files.items()},
@@ -144,72 +138,48 @@ def write_snapshot(snapshot: Snapshot, folder: Path) -> None:
     try:
         text = json.dumps(state, indent=1)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{STATE}: only JSON values can be in a checkpoint: {error}") from error
+        raise ValueError(f"{STATE_FILE}: only JSON values can be in a checkpoint: {error}") from error
     for name, tensors in snapshot.files.items():
         save_file(tensors, folder / name, metadata={"format": "pt"})
-    (folder / STATE).write_text(text + "\n", encoding="utf-8")
+    (folder / STATE_FILE).write_text(text + "\n", encoding="utf-8")
 
 
-def tensor_specs(tensors: dict[str, Tensor]) -> dict[str, list[Any]]:
-    """Dtype and shape by name.
-
-    Args:
-        tensors: any.
-
-    Returns:
-        ``[dtype, shape]`` of each, as JSON has it.
-    """
+def tensor_specs(tensors: dict[str, Tensor]) -> TensorSpecs:
+    """Dtype and shape of each tensor, by name."""
     return {name: [str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in tensors.items()}
 
 
 def read_snapshot(folder: Path) -> Snapshot:
-    """Read a snapshot and check it against its own table of contents. No pickle is opened.
+    """Read a snapshot and check its tensors against the table in its ``state.json``. No pickle is opened.
 
     Args:
-        folder: with the files of :func:`write`; others are not looked at.
+        folder: with the files of `write_snapshot`; other files are ignored.
 
     Returns:
         The snapshot, on the CPU.
 
     Raises:
-        ValueError: a file is missing, damaged, of another format, or does not hold what it should; file and key are
-            named.
+        ValueError: a file is missing, damaged, of another format, or has unexpected content; file and key are named.
     """
-    path = folder / STATE
-    state = _object(path, _read_json(path), {"format": int, "progress": dict, "numbers": dict, "tensors": dict})
-    progress = Progress(**_object(path, state["progress"], _PROGRESS, "progress."))
-    numbers = ScalarState(**_object(path, state["numbers"], _NUMBERS, "numbers."))
-    contents = state["tensors"]
-    if not {MODEL, OPTIMIZER} <= contents.keys() <= {MODEL, OPTIMIZER, EMA}:
-        raise ValueError(f"{path}: tensors names {sorted(contents)}, not {MODEL}, {OPTIMIZER} and, if kept, {EMA}.")
-    if (EMA in contents) != (numbers.ema is not None):
-        raise ValueError(f"{path}: numbers.ema and tensors.{EMA} do not agree on whether there is an average.")
-    tensors = {name: _read_tensors(folder / name, contents[name]) for name in contents}
-    return Snapshot(tensors[MODEL], tensors[OPTIMIZER], tensors.get(EMA), numbers, progress)
+    path = folder / STATE_FILE
+    kinds = {"format": (int,), "progress": (dict,), "numbers": (dict,), "tensors": (dict,)}
+    state = _check_object(path, _read_json(path), kinds)
+    progress = Progress(**_check_object(path, state["progress"], _json_types(Progress), "progress."))
+    scalars = ScalarState(**_check_object(path, state["numbers"], _json_types(ScalarState), "numbers."))
+    specs = state["tensors"]
+    if not {MODEL_FILE, OPTIMIZER_FILE} <= specs.keys() <= {MODEL_FILE, OPTIMIZER_FILE, EMA_FILE}:
+        expected = f"{MODEL_FILE}, {OPTIMIZER_FILE} and, with an EMA, {EMA_FILE}"
+        raise ValueError(f"{path}: tensors names {sorted(specs)}, not {expected}.")
+    if (EMA_FILE in specs) != (scalars.ema is not None):
+        raise ValueError(f"{path}: numbers.ema and tensors.{EMA_FILE} do not agree on whether there is an EMA.")
+    tensors = {name: _read_tensors(folder / name, specs[name]) for name in specs}
+    return Snapshot(tensors[MODEL_FILE], tensors[OPTIMIZER_FILE], tensors.get(EMA_FILE), scalars, progress)
 
 
-_NONE = type(None)
-_PROGRESS: dict[str, Any] = {
-    "step": int,
-    "epoch": int,
-    "samples": int,
-    "seed": int,
-    "world_size": int,
-    "config": dict,
-    "data_fingerprint": str,
-    "records": dict,
-    "monitor": (dict, _NONE),
-    "versions": dict,
-}
-_NUMBERS: dict[str, Any] = {
-    "groups": list,
-    "slots": dict,
-    "lr_scheduler": dict,
-    "scaler": (dict, _NONE),
-    "ema": (dict, _NONE),
-}
-assert list(_PROGRESS) == [f.name for f in fields(Progress)]
-assert list(_NUMBERS) == [f.name for f in fields(ScalarState)]
+def _json_types(cls: type[Progress] | type[ScalarState]) -> dict[str, tuple[type, ...]]:
+    """Field's name to the classes that its value has as JSON."""
+    hints = {name: get_args(t) if isinstance(t, UnionType) else (t,) for name, t in get_type_hints(cls).items()}
+    return {name: tuple(get_origin(t) or t for t in types) for name, types in hints.items()}
 
 
 def _read_json(path: Path) -> Any:
@@ -217,52 +187,51 @@ def _read_json(path: Path) -> Any:
         state = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from error
-    found = state.get("format") if isinstance(state, dict) else None
-    if type(found) is int and found > FORMAT:
-        raise ValueError(f"{path}: format {found} is newer than {FORMAT}, which this version reads; update it.")
-    if found != FORMAT or isinstance(found, bool):
-        raise ValueError(f'{path}: must say "format": {FORMAT}, says {found!r}.')
+    number = state.get("format") if isinstance(state, dict) else None
+    if type(number) is int and number > STATE_FORMAT:
+        raise ValueError(f"{path}: format {number} is newer than {STATE_FORMAT}, which this version reads; update it.")
+    if number != STATE_FORMAT or isinstance(number, bool):
+        raise ValueError(f'{path}: must have "format": {STATE_FORMAT}, has {number!r}.')
     return state
 
 
-def _object(path: Path, value: Any, kinds: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A JSON object with exactly these keys and kinds of values."""
+def _check_object(path: Path, value: Any, kinds: Mapping[str, tuple[type, ...]], prefix: str = "") -> dict[str, Any]:
+    """Return a JSON object if it has exactly these keys and types of values."""
     missing, unknown = sorted(kinds.keys() - value.keys()), sorted(value.keys() - kinds.keys())
     if missing or unknown:
         raise ValueError(f"{path}: {prefix}{(missing + unknown)[0]} is {'missing' if missing else 'unexpected'}.")
     for key, kind in kinds.items():
         if not isinstance(value[key], kind) or isinstance(value[key], bool):
-            raise ValueError(f"{path}: {prefix}{key} is {value[key]!r:.60}, of the wrong kind.")
+            raise ValueError(f"{path}: {prefix}{key} is {value[key]!r:.60}, of the wrong type.")
     return value
 
 
-def _read_tensors(path: Path, contents: Any) -> dict[str, Tensor]:
+def _read_tensors(path: Path, specs: Any) -> dict[str, Tensor]:
     try:
         tensors = load_file(path)
     except Exception as error:  # safetensors' own error class differs between its versions
         raise ValueError(f"{path} cannot be read as a safetensors file: {error}") from error
-    difference = (
-        first_difference(contents, tensor_specs(tensors)) if isinstance(contents, dict) else "no table of contents"
-    )
+    difference = first_difference(specs, tensor_specs(tensors)) if isinstance(specs, dict) else "no table of tensors"
     if difference:
         raise ValueError(f"{path}: {difference}.")
     return tensors
 
 
-def first_difference(expected: dict[str, Any], found: dict[str, Any]) -> str:
-    """The first difference between two tables of tensors.
+def first_difference(expected: dict[str, Any], actual: dict[str, Any]) -> str:
+    """Describe the first difference between two tables.
 
     Args:
-        expected: name to ``[dtype, shape]``, or to anything that can be compared.
-        found: likewise.
+        expected: tensor's name to ``[dtype, shape]``, or to anything that can be compared.
+        actual: likewise.
 
     Returns:
-        A sentence, empty where there is no difference.
+        A sentence, empty if they are equal.
     """
-    for what, names in (("missing", expected.keys() - found.keys()), ("unexpected", found.keys() - expected.keys())):
+    missing, unexpected = expected.keys() - actual.keys(), actual.keys() - expected.keys()
+    for what, names in (("missing", missing), ("unexpected", unexpected)):
         if names:
             return f"{min(names)} is {what}" + (f", and {len(names) - 1} more" if len(names) > 1 else "")
     for name in expected:
-        if expected[name] != found[name]:
-            return f"{name} is {found[name]}, expected {expected[name]}"
+        if expected[name] != actual[name]:
+            return f"{name} is {actual[name]}, expected {expected[name]}"
     return ""

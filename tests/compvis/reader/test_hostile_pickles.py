@@ -150,7 +150,7 @@ STATE = """
     run = small_run(small_task())
     advance(run, 1)
     folder.mkdir(parents=True)
-    snapshot.write_snapshot(capture_snapshot(run.live, run.progress), folder)
+    snapshot.write_snapshot(capture_snapshot(run.objects, run.progress), folder)
     sound = {path.name: path.read_bytes() for path in folder.iterdir()}
     refused = 0
     for name in sound:

@@ -1,4 +1,4 @@
-"""A run that was taken, written, read and put back is the run: to the bit, and on through further steps."""
+"""A run captured, written, read and restored is bit-identical, also after further steps."""
 
 from __future__ import annotations
 
@@ -25,74 +25,74 @@ PROGRESS = Progress(3, 1, 48, 7, 1, {"seed": 7}, "abc", {"lines": 3}, {"best": [
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("learn_logvar", [True, False])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_resumed_run_is_the_undisturbed_run(accumulation, learn_logvar, prediction_type, tmp_path):
+def test_resumed_run_equals_the_uninterrupted_run(accumulation, learn_logvar, prediction_type, tmp_path):
     def fresh():
         return small_run(small_task(prediction_type, learn_logvar))
 
     straight, saved, resumed = fresh(), fresh(), fresh()
     advance(straight, 6, accumulation)
     advance(saved, 3, accumulation)
-    snapshot = through_files(capture_snapshot(saved.live, saved.progress), tmp_path)
-    advance(resumed, 1, accumulation)  # loading must also work over a state that is there already
-    progress = restore_snapshot(snapshot, resumed.live)
+    snapshot = through_files(capture_snapshot(saved.objects, saved.progress), tmp_path)
+    advance(resumed, 1, accumulation)  # restoring must also replace an existing state
+    progress = restore_snapshot(snapshot, resumed.objects)
     assert progress == saved.progress
     resumed.step = progress.step
-    assert resumed.live.lr_scheduler.get_last_lr() == saved.live.lr_scheduler.get_last_lr()
+    assert resumed.objects.lr_scheduler.get_last_lr() == saved.objects.lr_scheduler.get_last_lr()
     for run in (saved, resumed):
         advance(run, 3, accumulation)
-    end = capture_snapshot(straight.live, straight.progress)
-    assert_same(end, capture_snapshot(saved.live, saved.progress))
-    assert_same(end, capture_snapshot(resumed.live, resumed.progress))
-    assert resumed.live.lr_scheduler.get_last_lr() == straight.live.lr_scheduler.get_last_lr()
-    assert resumed.live.ema.num_updates == 6
+    end = capture_snapshot(straight.objects, straight.progress)
+    assert_same(end, capture_snapshot(saved.objects, saved.progress))
+    assert_same(end, capture_snapshot(resumed.objects, resumed.progress))
+    assert resumed.objects.lr_scheduler.get_last_lr() == straight.objects.lr_scheduler.get_last_lr()
+    assert resumed.objects.ema.num_updates == 6
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "constant_with_warmup", "LambdaLinearScheduler"])
 def test_before_the_first_step(schedule, tmp_path):
-    """torch steps an optimizer with gradients of zero to show a state it does not have yet; ours must not."""
+    """torch creates an optimizer's missing state by a step with zero gradients; capturing must not do that."""
     straight, saved, resumed = (small_run(small_task(), schedule=schedule) for _ in range(3))
     with torch.no_grad():
         saved.task.denoiser.conv_in.bias.fill_(-0.0)
         straight.task.denoiser.conv_in.bias.fill_(-0.0)
-    snapshot = through_files(capture_snapshot(saved.live, saved.progress), tmp_path)
-    assert not saved.live.optimizer.state
+    snapshot = through_files(capture_snapshot(saved.objects, saved.progress), tmp_path)
+    assert not saved.objects.optimizer.state
     assert snapshot.optimizer == {}
     advance(resumed, 2)
-    resumed.step = restore_snapshot(snapshot, resumed.live).step
-    assert not resumed.live.optimizer.state
+    resumed.step = restore_snapshot(snapshot, resumed.objects).step
+    assert not resumed.objects.optimizer.state
     assert bits(resumed.task.denoiser.conv_in.bias).tolist() == bits(torch.full((8,), -0.0)).tolist()
     for run in (straight, saved, resumed):
         advance(run, 2)
-    end = capture_snapshot(straight.live, straight.progress)
-    assert_same(end, capture_snapshot(saved.live, saved.progress))
-    assert_same(end, capture_snapshot(resumed.live, resumed.progress))
+    end = capture_snapshot(straight.objects, straight.progress)
+    assert_same(end, capture_snapshot(saved.objects, saved.progress))
+    assert_same(end, capture_snapshot(resumed.objects, resumed.progress))
     assert {int(v) for k, v in end.optimizer.items() if k.endswith(".step")} == {2}
 
 
 def test_snapshot_shares_no_memory():
     run, other = small_run(small_task()), small_run(small_task())
     advance(run, 2)
-    snapshot, twin = capture_snapshot(run.live, run.progress), capture_snapshot(run.live, run.progress)
+    snapshot, second = capture_snapshot(run.objects, run.progress), capture_snapshot(run.objects, run.progress)
     kept = copy.deepcopy(snapshot)
     pointers = [t.untyped_storage().data_ptr() for file in snapshot.files.values() for t in file.values()]
     assert len(set(pointers)) == len(pointers)
-    restore_snapshot(snapshot, other.live)
+    restore_snapshot(snapshot, other.objects)
     other.step = 2
     for trained in (run, other):
         advance(trained, 2)
     assert_same(snapshot, kept)
-    assert_same(twin, kept)
+    assert_same(second, kept)
 
 
-def test_borrowed_snapshot_is_the_same_in_files(tmp_path):
-    live = odd_live(0)
-    odd_steps(live, range(2))
-    borrowed = capture_snapshot(live, PROGRESS, share_memory=True)
-    assert borrowed.model["first.bias"].data_ptr() == live.task.first.bias.data_ptr()
-    assert_same(through_files(borrowed, tmp_path), capture_snapshot(live, PROGRESS))
+def test_snapshot_that_shares_memory_is_the_same_in_files(tmp_path):
+    objects = unusual_objects(0)
+    train_unusual(objects, range(2))
+    shared = capture_snapshot(objects, PROGRESS, share_memory=True)
+    assert shared.model["first.bias"].data_ptr() == objects.task.first.bias.data_ptr()
+    assert_same(through_files(shared, tmp_path), capture_snapshot(objects, PROGRESS))
 
 
-class Odd(nn.Module):
+class UnusualTask(nn.Module):
     """Tied weights, a scalar, a layer that is never used, a frozen one, channels last, half precision, buffers."""
 
     def __init__(self) -> None:
@@ -112,29 +112,29 @@ class Odd(nn.Module):
         return self.norm(self.tied(self.first(x)) * self.scale).square().mean() + self.conv(image).square().mean()
 
 
-def odd_live(seed: int) -> TrainingObjects:
+def unusual_objects(seed: int) -> TrainingObjects:
     torch.manual_seed(seed)
-    module = Odd()
+    module = UnusualTask()
     trainable = [p for p in module.parameters() if p.requires_grad]
     optimizer = adamw([{"name": "all", "params": trainable}], 1e-2, (0.9, 0.99), 1e-8)
     return TrainingObjects(module, optimizer, lr_schedule("linear", optimizer, 10, 2), LitEMA(module))
 
 
-def odd_steps(live: TrainingObjects, steps: range) -> None:
+def train_unusual(objects: TrainingObjects, steps: range) -> None:
     for step in steps:
         generator = torch.Generator().manual_seed(step)
         x = torch.randn(4, 3, generator=generator)
-        live.task(x, torch.randn(1, 4, 5, 5, generator=generator)).backward()
-        live.optimizer.step()
-        live.optimizer.zero_grad()
-        live.lr_scheduler.step()
-        live.ema.step(live.task)
+        objects.task(x, torch.randn(1, 4, 5, 5, generator=generator)).backward()
+        objects.optimizer.step()
+        objects.optimizer.zero_grad()
+        objects.lr_scheduler.step()
+        objects.ema.step(objects.task)
 
 
-def test_odd_tensors(tmp_path):
-    saved, resumed, straight = odd_live(0), odd_live(1), odd_live(0)
-    odd_steps(straight, range(6))
-    odd_steps(saved, range(3))
+def test_unusual_tensors_survive_a_round_trip(tmp_path):
+    saved, resumed, straight = unusual_objects(0), unusual_objects(1), unusual_objects(0)
+    train_unusual(straight, range(6))
+    train_unusual(saved, range(3))
     snapshot = through_files(capture_snapshot(saved, PROGRESS), tmp_path)
     assert_same(snapshot, capture_snapshot(saved, PROGRESS))
     assert not [key for key in snapshot.optimizer if "never" in key or "frozen" in key or "tied" in key]
@@ -144,86 +144,87 @@ def test_odd_tensors(tmp_path):
     task, state = resumed.task, resumed.optimizer.state
     assert task.tied.weight is task.first.weight
     assert task.never.weight not in state
-    # A fused step reads memory in order: moments must lie as their weights do.
+    # A fused step reads memory in order: moments need the strides of their weights.
     assert state[task.conv.weight]["exp_avg"].stride() == task.conv.weight.stride() != (36, 9, 3, 1)
-    odd_steps(resumed, range(3, 6))
+    train_unusual(resumed, range(3, 6))
     assert_same(capture_snapshot(straight, PROGRESS), capture_snapshot(resumed, PROGRESS))
 
 
-def test_never_used_before_the_first_step_of_a_loaded_run():
-    """A parameter without state must start its own count when its first gradient comes."""
-    saved, resumed = odd_live(0), odd_live(1)
-    odd_steps(saved, range(2))
-    odd_steps(resumed, range(1))
+def test_a_parameter_first_used_after_restoring_starts_its_own_count():
+    """It has no state in the snapshot and must count from its first gradient."""
+    saved, resumed = unusual_objects(0), unusual_objects(1)
+    train_unusual(saved, range(2))
+    train_unusual(resumed, range(1))
     restore_snapshot(capture_snapshot(saved, PROGRESS), resumed)
-    for live in (saved, resumed):
-        live.task.never(torch.ones(1, 2)).sum().backward()
-        live.optimizer.step()
+    for objects in (saved, resumed):
+        objects.task.never(torch.ones(1, 2)).sum().backward()
+        objects.optimizer.step()
     assert int(resumed.optimizer.state[resumed.task.never.weight]["step"]) == 1
     assert_same(capture_snapshot(saved, PROGRESS), capture_snapshot(resumed, PROGRESS))
 
 
-def test_wrappers_leave_no_trace(tmp_path):
-    """`torch.compile` around the task or inside it, and Accelerate's optimizer: same names, same bits."""
+def test_snapshots_do_not_depend_on_wrappers(tmp_path):
+    """`torch.compile` around the task or inside it, and Accelerate's optimizer: same names, same values."""
     plain, wrapped, inside = (small_run(small_task()) for _ in range(3))
     for run in (plain, wrapped, inside):
         advance(run, 2)
-    expected = capture_snapshot(plain.live, plain.progress)
+    expected = capture_snapshot(plain.objects, plain.progress)
     from accelerate import Accelerator
 
-    optimizer = Accelerator(cpu=True).prepare(wrapped.live.optimizer)
+    optimizer = Accelerator(cpu=True).prepare(wrapped.objects.optimizer)
     assert isinstance(optimizer, AcceleratedOptimizer)
-    live = replace(wrapped.live, task=torch.compile(wrapped.task, backend="eager"), optimizer=optimizer)
-    assert_same(capture_snapshot(live, plain.progress), expected)
+    objects = replace(wrapped.objects, task=torch.compile(wrapped.task, backend="eager"), optimizer=optimizer)
+    assert_same(capture_snapshot(objects, plain.progress), expected)
     inside.task.denoiser = torch.compile(inside.task.denoiser, backend="eager")
-    assert_same(capture_snapshot(inside.live, plain.progress), expected)
+    assert_same(capture_snapshot(inside.objects, plain.progress), expected)
     fresh = small_run(small_task())
     advance(fresh, 1)
     fresh.task.denoiser = torch.compile(fresh.task.denoiser, backend="eager")
-    restore_snapshot(expected, replace(fresh.live, task=torch.compile(fresh.task, backend="eager")))
-    assert_same(capture_snapshot(fresh.live, plain.progress), expected)
+    restore_snapshot(expected, replace(fresh.objects, task=torch.compile(fresh.task, backend="eager")))
+    assert_same(capture_snapshot(fresh.objects, plain.progress), expected)
 
 
-def test_network_and_logvar_open_alone():
+def test_network_and_logvar_can_be_loaded_alone():
     run = small_run(small_task())
-    snapshot = capture_snapshot(run.live, run.progress)
-    small_task().denoiser.load_state_dict(snapshot.network)
-    assert torch.equal(snapshot.logvar, run.task.objective.logvar)
+    model = capture_snapshot(run.objects, run.progress).model
+    network = {name.removeprefix("denoiser."): t for name, t in model.items() if name.startswith("denoiser.")}
+    small_task().denoiser.load_state_dict(network)
+    assert torch.equal(model["objective.logvar"], run.task.objective.logvar)
 
 
-def test_scaler_goes_on():
+def test_scaler_is_restored():
     run = small_run(small_task())
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     scaler.scale(torch.ones(()))
     scaler._scale.fill_(64.0)
-    live = replace(run.live, scaler=scaler)
+    objects = replace(run.objects, scaler=scaler)
     fresh = torch.amp.GradScaler("cpu", init_scale=2.0)
-    restore_snapshot(capture_snapshot(live, run.progress), replace(run.live, scaler=fresh))
+    restore_snapshot(capture_snapshot(objects, run.progress), replace(run.objects, scaler=fresh))
     fresh.scale(torch.ones(()))
     assert fresh.get_scale() == 64.0
 
 
-def test_own_options_win_where_asked():
-    """The schedule goes on from the step where it was, with the new peak rate; the average with the new decay."""
+def test_current_options_can_be_kept():
+    """The schedule continues at the snapshot's step, with the new peak rate; the EMA with the new decay."""
     saved, other = small_run(small_task()), small_run(small_task())
     advance(saved, 4)
-    for group in other.live.optimizer.param_groups:
+    for group in other.objects.optimizer.param_groups:
         group["initial_lr"] *= 3
-    other.live.lr_scheduler.base_lrs = [3 * rate for rate in other.live.lr_scheduler.base_lrs]
-    other.live.optimizer.param_groups[0]["weight_decay"] = 0.5
-    other.live.ema.decay = 0.5
-    restore_snapshot(capture_snapshot(saved.live, saved.progress), other.live, keep_current_options=True)
-    expected = [3 * rate for rate in saved.live.lr_scheduler.get_last_lr()]
-    assert other.live.lr_scheduler.get_last_lr() == pytest.approx(expected, rel=1e-12)
-    assert [group["lr"] for group in other.live.optimizer.param_groups] == pytest.approx(expected, rel=1e-12)
-    assert other.live.optimizer.param_groups[0]["weight_decay"] == 0.5
-    assert (other.live.ema.decay, other.live.ema.num_updates) == (0.5, 4)
+    other.objects.lr_scheduler.base_lrs = [3 * rate for rate in other.objects.lr_scheduler.base_lrs]
+    other.objects.optimizer.param_groups[0]["weight_decay"] = 0.5
+    other.objects.ema.decay = 0.5
+    restore_snapshot(capture_snapshot(saved.objects, saved.progress), other.objects, keep_current_options=True)
+    expected = [3 * rate for rate in saved.objects.lr_scheduler.get_last_lr()]
+    assert other.objects.lr_scheduler.get_last_lr() == pytest.approx(expected, rel=1e-12)
+    assert [group["lr"] for group in other.objects.optimizer.param_groups] == pytest.approx(expected, rel=1e-12)
+    assert other.objects.optimizer.param_groups[0]["weight_decay"] == 0.5
+    assert (other.objects.ema.decay, other.objects.ema.num_updates) == (0.5, 4)
 
 
-def test_no_snapshot_inside_a_scope():
+def test_no_snapshot_inside_an_ema_scope():
     run = small_run(small_task())
-    with run.live.ema.scope(run.task.denoiser), pytest.raises(ValueError, match="scope"):
-        capture_snapshot(run.live, run.progress)
+    with run.objects.ema.scope(run.task.denoiser), pytest.raises(ValueError, match="scope"):
+        capture_snapshot(run.objects, run.progress)
 
 
 @pytest.fixture(scope="module")
@@ -231,18 +232,18 @@ def written(tmp_path_factory):
     folder = tmp_path_factory.mktemp("written")
     run = small_run(small_task())
     advance(run, 1)
-    write_snapshot(capture_snapshot(run.live, run.progress), folder)
+    write_snapshot(capture_snapshot(run.objects, run.progress), folder)
     return folder
 
 
-def damaged(written, tmp_path, name, change):
+def changed_copy(written, tmp_path, name, change):
     """A copy of a snapshot's folder with one file changed."""
     for path in written.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     if name == "state.json":
         state = json.loads((tmp_path / name).read_text())
-        changed = change(state)
-        (tmp_path / name).write_text(json.dumps(changed if isinstance(changed, list) else state))
+        replacement = change(state)
+        (tmp_path / name).write_text(json.dumps(replacement if isinstance(replacement, list) else state))
     else:
         tensors = load_file(tmp_path / name)
         change(tensors)
@@ -251,7 +252,7 @@ def damaged(written, tmp_path, name, change):
 
 
 BIAS = "denoiser.conv_in.bias"
-READING = {
+DAMAGE = {
     "missing tensor": ("model.safetensors", lambda t: t.pop(BIAS), rf"model\.safetensors: {BIAS} is missing"),
     "unknown tensor": ("ema.safetensors", lambda t: t.update(x=torch.ones(1)), r"ema\.safetensors: x is unexpected"),
     "shape": (
@@ -261,28 +262,28 @@ READING = {
     ),
     "dtype": ("model.safetensors", lambda t: t.update({BIAS: t[BIAS].double()}), rf"{BIAS} is .*float64"),
     "newer": ("state.json", lambda s: s.update(format=2), r"state\.json: format 2 is newer than 1.*update"),
-    "no format": ("state.json", lambda s: s.pop("format"), r"must say \"format\": 1"),
+    "no format": ("state.json", lambda s: s.pop("format"), r"must have \"format\": 1"),
     "true is not 1": ("state.json", lambda s: s.update(format=True), "format"),
     "no object": ("state.json", lambda s: ["format"], "format"),
     "missing key": ("state.json", lambda s: s["progress"].pop("seed"), r"state\.json: progress\.seed is missing"),
     "unknown key": ("state.json", lambda s: s["numbers"].update(x=1), r"numbers\.x is unexpected"),
-    "wrong kind": ("state.json", lambda s: s["progress"].update(step="1"), r"progress\.step is '1'"),
+    "wrong type": ("state.json", lambda s: s["progress"].update(step="1"), r"progress\.step is '1'"),
     "no file": ("state.json", lambda s: s["tensors"].pop("model.safetensors"), "tensors names"),
     "no average": ("state.json", lambda s: s["numbers"].update(ema=None), r"numbers\.ema"),
 }
 
 
-@pytest.mark.parametrize("case", READING)
+@pytest.mark.parametrize("case", DAMAGE)
 def test_reading_names_file_and_key(written, tmp_path, case):
-    name, change, match = READING[case]
+    name, change, match = DAMAGE[case]
     with pytest.raises(ValueError, match=match):
-        read_snapshot(damaged(written, tmp_path, name, change))
+        read_snapshot(changed_copy(written, tmp_path, name, change))
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json"])
 @pytest.mark.parametrize("content", [None, b"", b"\x80\x04.", b"[" * 100_000])
-def test_reading_what_is_no_file_of_ours(written, tmp_path, name, content):
-    damaged(written, tmp_path, "state.json", lambda s: s)
+def test_unreadable_files_are_named(written, tmp_path, name, content):
+    changed_copy(written, tmp_path, "state.json", lambda s: s)
     if content is None:
         (tmp_path / name).unlink()
     else:
@@ -291,7 +292,7 @@ def test_reading_what_is_no_file_of_ours(written, tmp_path, name, content):
         read_snapshot(tmp_path)
 
 
-def test_progress_and_odd_numbers_come_back(written, tmp_path):
+def test_progress_survives_a_round_trip(written, tmp_path):
     snapshot = replace(read_snapshot(written), progress=PROGRESS)
     assert through_files(snapshot, tmp_path).progress == PROGRESS
     assert PROGRESS.versions == library_versions()
@@ -305,74 +306,79 @@ def test_only_json_is_written(written, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def without_ema(live: TrainingObjects) -> TrainingObjects:
-    return replace(live, ema=None)
+def without_ema(objects: TrainingObjects) -> TrainingObjects:
+    return replace(objects, ema=None)
 
 
-MISFITS = {
-    "another network": (lambda: small_run(small_task(channels=3)).live, r"model\.safetensors.*denoiser\.conv_in"),
-    "another optimizer": (lambda: small_run(small_task(learn_logvar=False)).live, r"state\.json.*objective\.logvar"),
-    "no average": (lambda: without_ema(small_run(small_task()).live), r"ema\.safetensors.*keeps none"),
+MISMATCHES = {
+    "another network": (lambda: small_run(small_task(channels=3)).objects, r"model\.safetensors.*denoiser\.conv_in"),
+    "another optimizer": (
+        lambda: small_run(small_task(learn_logvar=False)).objects,
+        r"state\.json.*objective\.logvar",
+    ),
+    "no average": (lambda: without_ema(small_run(small_task()).objects), r"ema\.safetensors.*this run has none"),
 }
 
 
-@pytest.mark.parametrize("case", MISFITS)
-def test_misfits_change_nothing(written, case):
-    make, match = MISFITS[case]
-    live = make()
-    before = capture_snapshot(live, PROGRESS)
+@pytest.mark.parametrize("case", MISMATCHES)
+def test_a_mismatched_snapshot_changes_nothing(written, case):
+    make, match = MISMATCHES[case]
+    objects = make()
+    before = capture_snapshot(objects, PROGRESS)
     with pytest.raises(ValueError, match=match):
-        restore_snapshot(read_snapshot(written), live)
-    assert_same(before, capture_snapshot(live, PROGRESS))
+        restore_snapshot(read_snapshot(written), objects)
+    assert_same(before, capture_snapshot(objects, PROGRESS))
 
 
-def test_average_must_be_there(written):
+def test_a_missing_ema_is_refused(written):
     run = small_run(small_task())
     with pytest.raises(ValueError, match=r"ema\.safetensors is missing"):
-        restore_snapshot(capture_snapshot(without_ema(run.live), PROGRESS), run.live)
-    restore_snapshot(read_snapshot(written), without_ema(run.live), keep_current_options=True)
+        restore_snapshot(capture_snapshot(without_ema(run.objects), PROGRESS), run.objects)
+    restore_snapshot(read_snapshot(written), without_ema(run.objects), keep_current_options=True)
 
 
-def test_state_of_no_kind_that_a_file_holds():
+def test_optimizer_state_that_cannot_be_stored_is_refused():
     run = small_run(small_task())
     advance(run, 1)
-    next(iter(run.live.optimizer.state.values()))["history"] = [torch.ones(1)]
-    with pytest.raises(ValueError, match="'history' as list"):
-        capture_snapshot(run.live, run.progress)
+    next(iter(run.objects.optimizer.state.values()))["history"] = [torch.ones(1)]
+    with pytest.raises(ValueError, match="'history' is a list"):
+        capture_snapshot(run.objects, run.progress)
 
 
-def test_numbers_of_an_optimizer_come_back(tmp_path):
-    """Some optimizers count in plain numbers, and keep tensors of other shapes than their parameters'."""
+def test_other_state_of_an_optimizer_survives_a_round_trip(tmp_path):
+    """Some optimizers have plain numbers, and tensors of other shapes than their parameters'."""
     run, fresh = small_run(small_task()), small_run(small_task())
     advance(run, 1)
     bias = run.task.denoiser.conv_in.bias
-    run.live.optimizer.state[bias] |= {"count": 3, "table": torch.arange(5)}
-    restore_snapshot(through_files(capture_snapshot(run.live, run.progress), tmp_path), fresh.live)
-    state = fresh.live.optimizer.state[fresh.task.denoiser.conv_in.bias]
+    run.objects.optimizer.state[bias] |= {"count": 3, "table": torch.arange(5)}
+    restore_snapshot(through_files(capture_snapshot(run.objects, run.progress), tmp_path), fresh.objects)
+    state = fresh.objects.optimizer.state[fresh.task.denoiser.conv_in.bias]
     assert state["count"] == 3
     assert state["table"].tolist() == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("change", [{"groups": [3]}, {"lr_scheduler": {}}, {"slots": {"x": {}}}])
-def test_numbers_of_another_program(written, change):
+def test_inconsistent_scalars_are_refused(written, change):
     snapshot = read_snapshot(written)
     with pytest.raises(ValueError, match=r"state\.json"):
-        restore_snapshot(replace(snapshot, scalars=replace(snapshot.scalars, **change)), small_run(small_task()).live)
+        restore_snapshot(
+            replace(snapshot, scalars=replace(snapshot.scalars, **change)), small_run(small_task()).objects
+        )
 
 
-def test_nobody_has_a_snapshot():
+def test_restoring_without_a_snapshot_is_refused():
     with pytest.raises(ValueError, match="no snapshot"):
-        restore_snapshot(None, small_run(small_task()).live)
+        restore_snapshot(None, small_run(small_task()).objects)
 
 
 def test_draws_depend_on_the_step():
-    """The oracle of these tests would be none if every step were the same."""
+    """These tests would prove nothing if every step were the same."""
     one, other = draws(0, torch.arange(4)), draws(1, torch.arange(4))
     assert not torch.equal(one[1], other[1])
 
 
-class Nesting(torch.optim.AdamW):
-    """Writes a moment into a dict of its own, as bitsandbytes does with what it quantises."""
+class NestedAdamW(torch.optim.AdamW):
+    """Puts a moment into an inner dict, as bitsandbytes does with quantized state."""
 
     def state_dict(self):
         state = super().state_dict()
@@ -390,17 +396,19 @@ class Nesting(torch.optim.AdamW):
         super().load_state_dict(dict(state_dict) | {"state": flat})
 
 
-def test_an_optimizer_whose_state_is_nested(tmp_path):
+def test_nested_optimizer_state_survives_a_round_trip(tmp_path):
     runs = [small_run(small_task()) for _ in range(2)]
     for number, run in enumerate(runs):
-        optimizer = Nesting(run.live.optimizer.param_groups, lr=1e-3)
-        runs[number].live = replace(run.live, optimizer=optimizer, lr_scheduler=lr_schedule("constant", optimizer, 9))
+        optimizer = NestedAdamW(run.objects.optimizer.param_groups, lr=1e-3)
+        runs[number].objects = replace(
+            run.objects, optimizer=optimizer, lr_scheduler=lr_schedule("constant", optimizer, 9)
+        )
     saved, resumed = runs
     advance(saved, 2)
-    snapshot = through_files(capture_snapshot(saved.live, saved.progress), tmp_path)
+    snapshot = through_files(capture_snapshot(saved.objects, saved.progress), tmp_path)
     assert "denoiser.conv_in.weight.quant/exp_avg" in snapshot.optimizer
     advance(resumed, 1)
-    resumed.step = restore_snapshot(snapshot, resumed.live).step
+    resumed.step = restore_snapshot(snapshot, resumed.objects).step
     for run in runs:
         advance(run, 2)
-    assert_same(capture_snapshot(saved.live, saved.progress), capture_snapshot(resumed.live, resumed.progress))
+    assert_same(capture_snapshot(saved.objects, saved.progress), capture_snapshot(resumed.objects, resumed.progress))
