@@ -255,20 +255,15 @@ def _read(options: ConvertOptions) -> Converted:
 
         return convert_openai(options.checkpoint, options.model_flags, options.ema_checkpoint)
     from diffusers_ddpm_ext.compvis.convert import convert_compvis
+    from diffusers_ddpm_ext.compvis.load import LoadOptions
 
     assert options.config is not None
-    return convert_compvis(
-        options.checkpoint,
-        options.config,
-        weights=options.weights,
-        ignore_keys=options.ignore_keys,
-        load_only_unet=options.load_only_unet,
-        schedule_from=options.schedule,
-    )
+    load_options = LoadOptions(options.weights, options.ignore_keys, options.load_only_unet, options.schedule)  # type: ignore[arg-type]
+    return convert_compvis(options.checkpoint, options.config, load_options)
 
 
 def _make(options: ConvertOptions, converted: Converted) -> str:
-    from diffusers_ddpm_ext.compvis.report import FILE
+    from diffusers_ddpm_ext.compvis.schema import REPORT_FILE
     from diffusers_ddpm_ext.utils.files import replace_folder
 
     assert options.out is not None
@@ -278,12 +273,12 @@ def _make(options: ConvertOptions, converted: Converted) -> str:
         converted.save(draft)
         if options.samples:
             _draw(converted.pipeline, draft / "samples.png", options)
-        (draft / FILE).write_text(json.dumps(converted.report.as_json(), indent=1) + "\n", encoding="utf-8")
+        (draft / REPORT_FILE).write_text(json.dumps(converted.report.as_json(), indent=1) + "\n", encoding="utf-8")
         replace_folder(draft, options.out)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     told = converted.report.summary() if options.quiet else converted.report.table()
-    return f"{told}\nThe pipeline is in {options.out}; {FILE} says all of the above."
+    return f"{told}\nThe pipeline is in {options.out}; {REPORT_FILE} says all of the above."
 
 
 def _draw(pipeline: Any, path: Path, options: ConvertOptions) -> None:
@@ -324,7 +319,7 @@ def _compare(options: ConvertOptions, converted: Converted) -> str:
 def _back(options: ConvertOptions) -> str:
     import yaml
 
-    from diffusers_ddpm_ext.compvis.save import configuration_of, save_compvis
+    from diffusers_ddpm_ext.compvis.save import compvis_config, save_compvis
 
     assert options.folder is not None
     assert options.out is not None
@@ -333,6 +328,6 @@ def _back(options: ConvertOptions) -> str:
     told = f"{options.out} written, {size:.1f} MiB: the original classes load its state_dict with strict=True"
     if options.config_out is None:
         return told
-    text = yaml.safe_dump(configuration_of(options.folder), sort_keys=False, default_flow_style=None)
+    text = yaml.safe_dump(compvis_config(options.folder), sort_keys=False, default_flow_style=None)
     options.config_out.write_text(text, encoding="utf-8")
     return f"{told}, under the configuration {options.config_out}"

@@ -76,8 +76,8 @@ def convert_config(options: ConvertConfigOptions) -> str:
         ConfigError: the file is no such configuration, or a key has no place here.
     """
     from diffusers_ddpm_ext.compvis.config.ddpm import read_config
-    from diffusers_ddpm_ext.compvis.config.recipe import LATENTS, recipe, write_recipe
-    from diffusers_ddpm_ext.compvis.report import columns
+    from diffusers_ddpm_ext.compvis.config.recipe import LATENT_NOTE, recipe, write_recipe
+    from diffusers_ddpm_ext.compvis.report import format_columns
 
     try:
         config = read_config(options.config, strict=not options.allow_refused)
@@ -91,6 +91,8 @@ def convert_config(options: ConvertConfigOptions) -> str:
     rows = [(row.key, " ".join(str(row.value).split())[:40], row.fate, row.note) for row in config.rows]
     network = content["model"]["model_config"]["_class_name"]
     told = f"{config.target}: a {network}, conditioning_key {config.conditioning_key}"
-    told += f"\nnote: {LATENTS}" if config.latent else ""
+    told += f"\nnote: {LATENT_NOTE}" if config.samples.latent else ""
     where = f"\nwritten to {options.out}: ddpm-ext train --config {options.out} --train_data_dir FOLDER"
-    return f"{columns(('key', 'value', 'fate', 'here'), rows)}\n{told}{where if options.out is not None else ''}"
+    return (
+        f"{format_columns(('key', 'value', 'fate', 'here'), rows)}\n{told}{where if options.out is not None else ''}"
+    )

@@ -1,11 +1,11 @@
-"""From the arguments of CompVis' (and OpenAI's) ``UNetModel`` to the Diffusers network that computes the same.
+"""Arguments of CompVis' (and OpenAI's) ``UNetModel``, translated to an equivalent Diffusers network.
 
     UNet2DModel            wherever it can express the network
     UNet2DConditionModel   with cross attention (use_spatial_transformer, context_dim)
-    UNet2DExtModel         a number of heads over several widths, other heads on the way up, projected labels, scaled
-                           time, and inputs that are concatenated, which stock Diffusers would sample wrongly
+    UNet2DExtModel         a number of heads at several widths, different heads in the up blocks, projected labels,
+                           scaled timesteps, and concatenated inputs, which stock Diffusers would sample incorrectly
 
-The way back is in :mod:`diffusers_ddpm_ext.compvis.unet_params`.
+The inverse is in :mod:`diffusers_ddpm_ext.compvis.unet_params`.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from typing import Any
 from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import nn
 
-from diffusers_ddpm_ext.compvis import schema as kinds
+from diffusers_ddpm_ext.compvis.schema import UNET_PARAM_TYPES, check_values
 from diffusers_ddpm_ext.models.unet_2d_ext import UNet2DExtModel
 
-CLASSES: dict[str, type[nn.Module]] = {
+NETWORK_CLASSES: dict[str, type[nn.Module]] = {
     "UNet2DModel": UNet2DModel,
     "UNet2DConditionModel": UNet2DConditionModel,
     "UNet2DExtModel": UNet2DExtModel,
 }
-GROUPS = 32
-DEFAULTS: dict[str, Any] = {
+NORM_GROUPS = 32
+UNET_DEFAULTS: dict[str, Any] = {
     "image_size": None, "in_channels": None, "model_channels": None, "out_channels": None, "num_res_blocks": None,
     "attention_resolutions": None, "dropout": 0, "channel_mult": (1, 2, 4, 8), "conv_resample": True, "dims": 2,
     "num_classes": None, "use_checkpoint": False, "use_fp16": False, "use_bf16": False, "num_heads": -1,
@@ -36,15 +36,15 @@ DEFAULTS: dict[str, Any] = {
     "n_embed": None, "legacy": True, "disable_self_attentions": None, "num_attention_blocks": None,
     "disable_middle_self_attn": False, "use_linear_in_transformer": False, "adm_in_channels": None,
 }  # fmt: skip
-NEEDED = ("in_channels", "model_channels", "out_channels", "num_res_blocks", "attention_resolutions")
-# Options of the original's that change no number here.
-WITHOUT_EFFECT = {
+REQUIRED_UNET_PARAMS = ("in_channels", "model_channels", "out_channels", "num_res_blocks", "attention_resolutions")
+# Options of UNetModel that do not change any value here.
+UNET_PARAMS_WITHOUT_EFFECT = {
     "use_checkpoint": "gradient checkpointing: pipeline.unet.enable_gradient_checkpointing()",
     "use_fp16": "weights are float32; load with torch_dtype=torch.float16",
     "use_bf16": "weights are float32; load with torch_dtype=torch.bfloat16",
 }
-# Option -> the only value that a Diffusers network can express, and why.
-ONLY: dict[str, tuple[Any, str]] = {
+# Option -> the only value that a Diffusers network can express, and the reason.
+ONLY_SUPPORTED_VALUE: dict[str, tuple[Any, str]] = {
     "dims": (2, "Diffusers' UNet2D networks are two-dimensional"),
     "n_embed": (None, "no Diffusers network predicts codebook entries"),
     "num_attention_blocks": (None, "every residual block of a level has attention, or none"),
@@ -53,28 +53,24 @@ ONLY: dict[str, tuple[Any, str]] = {
 
 
 @dataclass(frozen=True)
-class Network:
-    """A Diffusers network, not built yet.
+class NetworkSpec:
+    """Class and configuration of a Diffusers network that is not built yet.
 
     Attributes:
-        kind: name of its class.
+        class_name: name of its class.
         config: its keyword arguments.
     """
 
-    kind: str
+    class_name: str
     config: dict[str, Any]
 
     def build(self) -> nn.Module:
-        """Build it, with random weights.
-
-        Returns:
-            The network; on the meta device inside ``torch.device("meta")``.
-        """
-        return CLASSES[self.kind](**self.config)
+        """Build the network with random weights; inside ``torch.device("meta")`` without any."""
+        return NETWORK_CLASSES[self.class_name](**self.config)
 
 
-def complete(unet_params: Mapping[str, Any]) -> dict[str, Any]:
-    """All arguments of UNetModel, defaults filled in, and refused what no Diffusers network can express.
+def complete_unet_params(unet_params: Mapping[str, Any]) -> dict[str, Any]:
+    """Fill in the defaults of UNetModel's arguments, and refuse what no Diffusers network can express.
 
     Args:
         unet_params: keyword arguments of UNetModel; its defaults are those of the published classes.
@@ -83,28 +79,28 @@ def complete(unet_params: Mapping[str, Any]) -> dict[str, Any]:
         Every option by name; sequences as lists.
 
     Raises:
-        ValueError: an option is unknown, missing, of another type, or cannot be expressed; its name is given.
+        ValueError: an option is unknown, missing, of the wrong type, or cannot be expressed; the message names it.
     """
     for name in unet_params:
-        if name not in DEFAULTS:
-            near = difflib.get_close_matches(str(name), DEFAULTS, n=1)
-            hint = f"did you mean {near[0]}?" if near else "leave it out if it changes nothing."
-            raise ValueError(f"{name} is no option of UNetModel that is known here: {hint}")
-    options = DEFAULTS | {name: plain(value) for name, value in unet_params.items()}
-    missing = [name for name in NEEDED if options[name] is None]
+        if name not in UNET_DEFAULTS:
+            near = difflib.get_close_matches(str(name), UNET_DEFAULTS, n=1)
+            hint = f"did you mean {near[0]}?" if near else "leave it out if it has no effect."
+            raise ValueError(f"{name} is not a known option of UNetModel: {hint}")
+    options = UNET_DEFAULTS | {name: as_list(value) for name, value in unet_params.items()}
+    missing = [name for name in REQUIRED_UNET_PARAMS if options[name] is None]
     if missing:
-        raise ValueError(f"UNetModel needs {', '.join(missing)}: its configuration does not give them.")
-    options |= kinds.checked({name: options[name] for name in unet_params}, kinds.NETWORK)
-    for name, (value, why) in ONLY.items():
+        raise ValueError(f"UNetModel needs {', '.join(missing)}, which the configuration does not set.")
+    options |= check_values({name: options[name] for name in unet_params}, UNET_PARAM_TYPES)
+    for name, (value, why) in ONLY_SUPPORTED_VALUE.items():
         if options[name] != value:
             raise ValueError(f"{name} {options[name]} cannot be expressed by a Diffusers network: {why}.")
-    if not options["use_spatial_transformer"]:  # where the original ignores them
+    if not options["use_spatial_transformer"]:  # the original ignores them then
         options["disable_self_attentions"] = None
     blocks = options["num_res_blocks"]
     if isinstance(blocks, list):
         if len(set(blocks)) != 1 or len(blocks) != len(options["channel_mult"]):
             raise ValueError(
-                f"num_res_blocks {blocks} cannot be expressed by a Diffusers network: layers_per_block is one number."
+                f"num_res_blocks {blocks} cannot be expressed by a Diffusers network: layers_per_block is one value."
             )
         options["num_res_blocks"] = blocks[0]
     _check_widths(options)
@@ -115,54 +111,54 @@ def _check_widths(options: Mapping[str, Any]) -> None:
     channels, mult = options["model_channels"], options["channel_mult"]
     if not mult or mult[0] != 1:
         raise ValueError(
-            f"channel_mult {mult} cannot be expressed by a Diffusers network: it must begin with 1, since the first "
-            "convolution makes model_channels."
+            f"channel_mult {mult} cannot be expressed by a Diffusers network: it must start with 1, since the first "
+            "convolution outputs model_channels."
         )
     for width in (channels * m for m in mult):
-        if width != int(width) or width % GROUPS:
+        if width != int(width) or width % NORM_GROUPS:
             raise ValueError(
                 f"model_channels {channels} times channel_mult {mult} gives a width of {width}; it must be a multiple "
-                f"of {GROUPS}, the number of norm groups."
+                f"of {NORM_GROUPS}, the number of norm groups."
             )
     if options["num_heads"] == -1 and options["num_head_channels"] == -1:
-        raise ValueError("UNetModel needs num_heads or num_head_channels: its configuration gives neither.")
+        raise ValueError("UNetModel needs num_heads or num_head_channels: the configuration sets neither.")
 
 
 def translate_unet(
     unet_params: Mapping[str, Any], *, conditioning_key: str | None = None, timestep_scale: float = 1.0
-) -> Network:
-    """Find the Diffusers network that computes what a UNetModel computes, from the same weights.
+) -> NetworkSpec:
+    """Find the Diffusers network that computes the same function as a UNetModel with the same weights.
 
     Args:
         unet_params: keyword arguments of UNetModel.
-        conditioning_key: how inputs are joined; a network that is fed concatenated inputs becomes a
-            `UNet2DExtModel`, since stock Diffusers would sample it wrongly.
-        timestep_scale: factor on the timestep before the network sees it.
+        conditioning_key: how conditions are joined; a network with concatenated inputs becomes a `UNet2DExtModel`,
+            since stock Diffusers would sample it incorrectly.
+        timestep_scale: factor applied to the timestep before the network gets it.
 
     Returns:
         The network's class and arguments.
 
     Raises:
-        ValueError: no Diffusers network can express it; the option is named.
+        ValueError: no Diffusers network can express it; the message names the option.
     """
-    options = complete(unet_params)
+    options = complete_unet_params(unet_params)
     if options["use_spatial_transformer"] or options["context_dim"] is not None:
         if timestep_scale != 1:
             raise ValueError(f"timestep_scale {timestep_scale} with cross attention is not supported.")
-        return Network("UNet2DConditionModel", _condition_config(options))
-    config = _shared_config(options) | _types(options, "AttnDownBlock2D", "AttnUpBlock2D")
+        return NetworkSpec("UNet2DConditionModel", _condition_config(options))
+    config = _shared_config(options) | _block_types(options, "AttnDownBlock2D", "AttnUpBlock2D")
     config |= {
-        "attn_norm_num_groups": GROUPS,
+        "attn_norm_num_groups": NORM_GROUPS,
         "downsample_type": "resnet" if options["resblock_updown"] else "conv",
         "upsample_type": "resnet" if options["resblock_updown"] else "conv",
     }
-    special = _heads(options) | _labels(options)
+    special = _head_config(options) | _label_config(options)
     config["attention_head_dim"] = special.pop("attention_head_dim", None)
     if timestep_scale != 1:
         special["timestep_scale"] = float(timestep_scale)
     concatenated = options["in_channels"] > options["out_channels"] or conditioning_key in ("concat", "hybrid")
-    kind = "UNet2DExtModel" if concatenated or set(special) - {"num_class_embeds"} else "UNet2DModel"
-    return Network(kind, config | special)
+    class_name = "UNet2DExtModel" if concatenated or set(special) - {"num_class_embeds"} else "UNet2DModel"
+    return NetworkSpec(class_name, config | special)
 
 
 def attention_levels(options: Mapping[str, Any]) -> list[bool]:
@@ -170,46 +166,46 @@ def attention_levels(options: Mapping[str, Any]) -> list[bool]:
     return [2**level in options["attention_resolutions"] for level in range(len(options["channel_mult"]))]
 
 
-def widths(options: Mapping[str, Any]) -> list[int]:
+def level_widths(options: Mapping[str, Any]) -> list[int]:
     """Channels of each level."""
     return [int(options["model_channels"] * mult) for mult in options["channel_mult"]]
 
 
 def head_counts(options: Mapping[str, Any]) -> tuple[list[int], int, list[int]]:
-    """Heads of each level's down blocks, of the middle block, and of each level's up blocks.
+    """Attention heads of each level's down blocks, of the middle block, and of each level's up blocks.
 
     Args:
-        options: from `complete`.
+        options: from `complete_unet_params`.
 
     Returns:
-        The three, levels in order of falling resolution.
+        The three, levels in order of decreasing resolution.
 
     Raises:
-        ValueError: heads do not divide a width that has attention.
+        ValueError: the heads do not divide the width of an attention block.
     """
     size, count, cross = options["num_head_channels"], options["num_heads"], options["use_spatial_transformer"]
     # Without `legacy`, or with cross attention, the original ignores num_heads_upsample.
     up = options["num_heads_upsample"] if options["legacy"] and not cross else -1
     up = count if up == -1 else up
-    levels = widths(options)
+    levels = level_widths(options)
     attends = [width for width, has in zip(levels, attention_levels(options), strict=True) if has] + levels[-1:]
-    named = {"num_head_channels": size} if size != -1 else {"num_heads": count, "num_heads_upsample": up}
-    for name, number in named.items():
+    divisors = {"num_head_channels": size} if size != -1 else {"num_heads": count, "num_heads_upsample": up}
+    for name, divisor in divisors.items():
         for width in attends:
-            if number < 1 or width % number:
-                raise ValueError(f"{name} {number} does not divide {width}, the width of an attention.")
+            if divisor < 1 or width % divisor:
+                raise ValueError(f"{name} {divisor} does not divide {width}, the width of an attention block.")
     if size != -1:
         heads = [max(width // size, 1) for width in levels]
         return heads, heads[-1], heads
     return [count] * len(levels), count, [up] * len(levels)
 
 
-def _heads(options: Mapping[str, Any]) -> dict[str, Any]:
-    """How UNet2DModel says the heads, or else UNet2DExtModel."""
+def _head_config(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Attention heads as arguments of UNet2DModel, or else of UNet2DExtModel."""
     down, middle, up = head_counts(options)
     if options["num_head_channels"] != -1:
         return {"attention_head_dim": options["num_head_channels"]}
-    attends, levels = attention_levels(options), widths(options)
+    attends, levels = attention_levels(options), level_widths(options)
     used = {(levels[-1], middle)}
     for heads in (down, up):
         used |= {(width, n) for width, n, has in zip(levels, heads, attends, strict=True) if has}
@@ -221,7 +217,7 @@ def _heads(options: Mapping[str, Any]) -> dict[str, Any]:
     return {"num_attention_heads": middle, "num_attention_heads_up": up[0]}
 
 
-def _labels(options: Mapping[str, Any]) -> dict[str, Any]:
+def _label_config(options: Mapping[str, Any]) -> dict[str, Any]:
     classes = options["num_classes"]
     if classes is None:
         return {}
@@ -233,8 +229,8 @@ def _labels(options: Mapping[str, Any]) -> dict[str, Any]:
         width = options["adm_in_channels"]
         return {"class_embed_type": "projection", "projection_class_embeddings_input_dim": width}
     if classes == "sequential":
-        raise ValueError("num_classes sequential needs adm_in_channels, the width of a label.")
-    raise ValueError(f"num_classes {classes!r} cannot be expressed: it must be a number, continuous or sequential.")
+        raise ValueError("num_classes sequential needs adm_in_channels, the width of a label vector.")
+    raise ValueError(f"num_classes {classes!r} cannot be expressed: it must be an integer, continuous or sequential.")
 
 
 def _shared_config(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -243,10 +239,10 @@ def _shared_config(options: Mapping[str, Any]) -> dict[str, Any]:
         "sample_size": size if size is None or isinstance(size, int) else list(size),
         "in_channels": options["in_channels"],
         "out_channels": options["out_channels"],
-        "block_out_channels": widths(options),
+        "block_out_channels": level_widths(options),
         "layers_per_block": options["num_res_blocks"],
         "dropout": float(options["dropout"]),
-        "norm_num_groups": GROUPS,
+        "norm_num_groups": NORM_GROUPS,
         "norm_eps": 1e-5,
         "act_fn": "silu",
         "flip_sin_to_cos": True,
@@ -256,10 +252,10 @@ def _shared_config(options: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _types(options: Mapping[str, Any], down: str, up: str) -> dict[str, Any]:
-    """Block types: with attention as given, without it by how the block resamples."""
-    plain = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D")
-    plain = plain if options["resblock_updown"] else ("DownBlock2D", "UpBlock2D")
+def _block_types(options: Mapping[str, Any], down: str, up: str) -> dict[str, Any]:
+    """Block types: ``down`` and ``up`` on levels with attention, elsewhere by how the block resamples."""
+    resnets = options["resblock_updown"]
+    plain = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D") if resnets else ("DownBlock2D", "UpBlock2D")
     attends = attention_levels(options)
     return {
         "down_block_types": [down if has else plain[0] for has in attends],
@@ -270,30 +266,37 @@ def _types(options: Mapping[str, Any], down: str, up: str) -> dict[str, Any]:
 def _condition_config(options: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of UNet2DConditionModel."""
     if not options["use_spatial_transformer"] or options["context_dim"] is None:
-        raise ValueError("use_spatial_transformer and context_dim go together: the configuration gives one of them.")
+        raise ValueError("use_spatial_transformer and context_dim need each other: the configuration sets only one.")
     if options["resblock_updown"]:
         raise ValueError("resblock_updown with use_spatial_transformer cannot be expressed by a Diffusers network.")
     depth, context = options["transformer_depth"], options["context_dim"]
     contexts = context if isinstance(context, list) else [context]
     if len(set(contexts)) != 1:
-        raise ValueError(f"context_dim {contexts} cannot be expressed by a Diffusers network: it is one number there.")
+        raise ValueError(
+            f"context_dim {contexts} cannot be expressed by a Diffusers network: it takes a single width."
+        )
     if not isinstance(depth, int):
-        raise ValueError(f"transformer_depth {depth} cannot be expressed: UNetModel takes one number.")
+        raise ValueError(f"transformer_depth {depth} cannot be expressed: UNetModel takes a single depth.")
     down, middle, _ = head_counts(options)
     assert middle == down[-1]
-    config = _shared_config(options) | _types(options, "CrossAttnDownBlock2D", "CrossAttnUpBlock2D") | _labels(options)
+    config = (
+        _shared_config(options)
+        | _block_types(options, "CrossAttnDownBlock2D", "CrossAttnUpBlock2D")
+        | _label_config(options)
+    )
     levels = len(options["channel_mult"])
     without_self = options["disable_self_attentions"] or [False] * levels
     if len(without_self) != levels:
-        raise ValueError(f"disable_self_attentions {without_self} must say true or false for each of {levels} levels.")
+        raise ValueError(f"disable_self_attentions {without_self} must be true or false for each of {levels} levels.")
     return config | {
         "only_cross_attention": [bool(value) for value in without_self],
         "cross_attention_dim": contexts[0],
         "transformer_layers_per_block": depth,
-        "attention_head_dim": down,  # which Diffusers means as the number of heads
+        "attention_head_dim": down,  # which Diffusers reads as the number of heads
         "use_linear_projection": bool(options["use_linear_in_transformer"]),
     }
 
 
-def plain(value: Any) -> Any:
+def as_list(value: Any) -> Any:
+    """A tuple or other sequence as a list; any other value as it is."""
     return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value

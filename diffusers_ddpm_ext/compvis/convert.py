@@ -1,9 +1,8 @@
-"""A converted checkpoint as a folder: both sets of weights, what is beside them, and a comparison with its source."""
+"""Conversion of an original checkpoint to a pipeline's folder, and comparison of a folder with its checkpoint."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,30 +10,35 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffusers_ddpm_ext.compvis.architecture import as_list
 from diffusers_ddpm_ext.compvis.config.openai import read_flags
-from diffusers_ddpm_ext.compvis.load import build_network, choose, read_original, report_of
-from diffusers_ddpm_ext.compvis.reader.archive import read_tensors
+from diffusers_ddpm_ext.compvis.load import (
+    LoadOptions,
+    choose_weights,
+    read_compvis_checkpoint,
+    report_compvis,
+)
+from diffusers_ddpm_ext.compvis.reader.archive import PathLike, read_tensors
 from diffusers_ddpm_ext.compvis.report import Report
-from diffusers_ddpm_ext.compvis.state_dict import TABLES
-from diffusers_ddpm_ext.compvis.weights import bare
+from diffusers_ddpm_ext.compvis.state_dict import SAVED_TABLES
+from diffusers_ddpm_ext.compvis.weights import build_network, strip_prefixes
 from diffusers_ddpm_ext.models.ema import EmaMetadata, load_ema_metadata, save_ema_metadata
 from diffusers_ddpm_ext.pipelines.guidance import network_config
 from diffusers_ddpm_ext.pipelines.pipeline_ddpm_ext import DDPMExtPipeline
 from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
 
-PATH = str | os.PathLike[str]
-RAW = "raw"
+RAW_VARIANT = "raw"
 
 
 @dataclass(frozen=True)
 class Converted:
-    """A pipeline and what goes with it into its folder.
+    """A converted checkpoint: a pipeline and what is saved with it.
 
     Attributes:
         pipeline: with the default weights.
-        raw: the raw network beside EMA weights; None where the default ones are all there is.
-        ema: of the average, where the default weights are one.
-        report: what came from where.
+        raw: the network with the raw weights; None unless the default weights are the EMA and the file has both.
+        ema: decay and number of updates, if the default weights are an EMA.
+        report: of the conversion.
     """
 
     pipeline: DDPMExtPipeline
@@ -42,120 +46,108 @@ class Converted:
     ema: EmaMetadata | None
     report: Report
 
-    def save(self, folder: PATH) -> None:
+    def save(self, folder: PathLike) -> None:
         """Write the pipeline, the raw weights as ``variant="raw"``, and ``ema.json``.
 
         Args:
-            folder: made if it is missing.
+            folder: created if it does not exist.
         """
         self.pipeline.save_pretrained(folder)
         if self.raw is not None:
             network: Any = self.raw
-            network.save_pretrained(Path(folder, "unet"), variant=RAW)
+            network.save_pretrained(Path(folder, "unet"), variant=RAW_VARIANT)
         if self.ema is not None:
             save_ema_metadata(folder, self.ema)
 
-    def compare(self, folder: PATH) -> list[str]:
-        """Say where a folder differs from this.
+    def compare(self, folder: PathLike) -> list[str]:
+        """Compare a pipeline's folder with this conversion.
 
         Args:
             folder: of a pipeline.
 
         Returns:
-            One phrase a difference; none where all tensors are equal to the bit.
+            One phrase per difference; none if all tensors are bit-exact and all settings equal.
         """
-        theirs = DDPMExtPipeline.from_pretrained(folder)
-        found = _differences("unet", self.pipeline.unet, theirs.unet)
+        other = DDPMExtPipeline.from_pretrained(folder)
+        differences = _network_differences("unet", self.pipeline.unet, other.unet)
         if self.raw is not None:
             try:
-                raw = type(theirs.unet).from_pretrained(folder, subfolder="unet", variant=RAW)
-                found += _differences('unet (variant="raw")', self.raw, raw)
+                raw = type(other.unet).from_pretrained(folder, subfolder="unet", variant=RAW_VARIANT)
+                differences += _network_differences('unet (variant="raw")', self.raw, raw)
             except OSError:
-                found.append('unet has no variant="raw"')
+                differences.append('unet has no variant="raw"')
         for name in ("logvar", "class_embedder"):
-            found += _difference(name, getattr(self.pipeline, name, None), getattr(theirs, name, None))
-        for name in TABLES:
-            table = getattr(theirs.scheduler, name, None)
-            found += _difference(f"scheduler.{name}", getattr(self.pipeline.scheduler, name), table)
+            differences += _tensor_difference(name, getattr(self.pipeline, name, None), getattr(other, name, None))
+        for name in SAVED_TABLES:
+            table = getattr(other.scheduler, name, None)
+            differences += _tensor_difference(f"scheduler.{name}", getattr(self.pipeline.scheduler, name), table)
         for name, value in self.pipeline.scheduler.config.items():
-            if not name.startswith("_") and name != "trained_betas" and theirs.scheduler.config.get(name) != value:
-                found.append(f"scheduler's {name} is {theirs.scheduler.config.get(name)}, not {value}")
+            if not name.startswith("_") and name != "trained_betas" and other.scheduler.config.get(name) != value:
+                differences.append(f"the scheduler's {name} is {other.scheduler.config.get(name)}, not {value}")
         for name in ("conditioning_key", "use_positional_encodings"):
-            if (theirs.config.get(name) or None) != (self.pipeline.config.get(name) or None):
-                found.append(f"{name} is {theirs.config.get(name)}, not {self.pipeline.config.get(name)}")
+            if (other.config.get(name) or None) != (self.pipeline.config.get(name) or None):
+                differences.append(f"{name} is {other.config.get(name)}, not {self.pipeline.config.get(name)}")
         if self.ema is not None and load_ema_metadata(folder) != self.ema:
-            found.append(f"ema.json is {load_ema_metadata(folder)}, not {self.ema}")
-        return found
+            differences.append(f"ema.json is {load_ema_metadata(folder)}, not {self.ema}")
+        return differences
 
 
-def _differences(where: str, ours: nn.Module, theirs: nn.Module) -> list[str]:
-    mine, other = ours.state_dict(), theirs.state_dict()
-    found = [f"{where} lacks {name}" for name in mine.keys() - other.keys()]
-    found += [f"{where} has {name} besides" for name in other.keys() - mine.keys()]
-    settings = {name: value for name, value in network_config(ours).items() if not name.startswith("_")}
-    given = network_config(theirs)
-    found += [
-        f"{where}'s {name} is {given.get(name)}, not {value}"
-        for name, value in settings.items()
-        if _plain(given.get(name)) != _plain(value)
+def _network_differences(where: str, ours: nn.Module, theirs: nn.Module) -> list[str]:
+    expected, actual = ours.state_dict(), theirs.state_dict()
+    differences = [f"{where} lacks {name}" for name in expected.keys() - actual.keys()]
+    differences += [f"{where} has an additional {name}" for name in actual.keys() - expected.keys()]
+    config = network_config(theirs)
+    differences += [
+        f"{where}'s {name} is {config.get(name)}, not {value}"
+        for name, value in network_config(ours).items()
+        if not name.startswith("_") and as_list(config.get(name)) != as_list(value)
     ]
-    for name in mine.keys() & other.keys():
-        found += _difference(f"{where} {name}", mine[name], other[name])
-    return sorted(found)
+    for name in expected.keys() & actual.keys():
+        differences += _tensor_difference(f"{where} {name}", expected[name], actual[name])
+    return sorted(differences)
 
 
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _difference(name: str, ours: Tensor | None, theirs: Tensor | None) -> list[str]:
+def _tensor_difference(name: str, ours: Tensor | None, theirs: Tensor | None) -> list[str]:
     if ours is None or theirs is None:
-        what = "missing" if theirs is None else "there, but not in the source"
+        what = "missing" if theirs is None else "present, but not in the source"
         return [] if ours is theirs else [f"{name} is {what}"]
     if ours.shape != theirs.shape:
         return [f"{name} has shape {tuple(theirs.shape)}, not {tuple(ours.shape)}"]
     if torch.equal(ours, theirs.to(ours.dtype)):
         return []
-    worst = float((ours.double() - theirs.double()).abs().max())
-    return [f"{name} differs by up to {worst:.3g}"]
+    largest = float((ours.double() - theirs.double()).abs().max())
+    return [f"{name} differs by up to {largest:.3g}"]
 
 
 def convert_compvis(
-    path: PATH,
-    config: PATH | Mapping[str, Any],
-    *,
-    weights: str = "auto",
-    ignore_keys: Iterable[str] = (),
-    load_only_unet: bool = False,
-    schedule_from: str = "config",
+    path: PathLike, config: PathLike | Mapping[str, Any], options: LoadOptions | None = None
 ) -> Converted:
-    """Convert a checkpoint of CompVis' classes; arguments and errors as `load_compvis` has them.
+    """Convert a checkpoint of CompVis' classes; see `load_compvis` for arguments and errors.
 
     Returns:
-        The pipeline with the EMA weights where the file has them, the raw ones beside them, and the report.
+        The pipeline, with the EMA weights by default and the raw ones too if the file has both, and the report.
     """
-    original = read_original(
-        path, config, ignore_keys=ignore_keys, load_only_unet=load_only_unet, schedule_from=schedule_from
-    )
-    kind = choose(original, weights)
-    networks = {kind: original.network(kind)}
-    if kind == "ema" and original.has("raw"):
-        networks["raw"] = original.network("raw")
+    options = options or LoadOptions()
+    checkpoint = read_compvis_checkpoint(path, config, options)
+    default = choose_weights(checkpoint, options.weights)
+    networks = {default: checkpoint.network(default)}
+    if default == "ema" and checkpoint.weights("raw"):
+        networks["raw"] = checkpoint.network("raw")
     return Converted(
-        original.pipeline(networks[kind][0]),
+        checkpoint.pipeline(networks[default][0]),
         networks["raw"][0] if len(networks) > 1 else None,
-        original.ema_facts if kind == "ema" else None,
-        report_of(original, path, networks),
+        checkpoint.ema_metadata if default == "ema" else None,
+        report_compvis(checkpoint, path, networks),
     )
 
 
-def convert_openai(path: PATH, flags: PATH | Mapping[str, Any], ema_path: PATH | None = None) -> Converted:
+def convert_openai(path: PathLike, flags: PathLike | Mapping[str, Any], ema_path: PathLike | None = None) -> Converted:
     """Convert a checkpoint of openai/improved-diffusion or guided-diffusion.
 
     Args:
-        path: a bare ``state_dict``, such as ``model500000.pt`` or ``ema_0.9999_500000.pt``.
+        path: a ``state_dict``, such as ``model500000.pt`` or ``ema_0.9999_500000.pt``.
         flags: of the model and its diffusion; see `read_flags`.
-        ema_path: the averaged weights, which become the default ones, where ``path`` has the raw ones.
+        ema_path: the EMA weights, which become the default ones; ``path`` then has the raw ones.
 
     Returns:
         The pipeline and the report.
@@ -165,29 +157,19 @@ def convert_openai(path: PATH, flags: PATH | Mapping[str, Any], ema_path: PATH |
     """
     config = read_flags(flags)
     params, networks = dict(config.unet_params), {}
-    for kind, place in (("ema", ema_path), ("raw", path)):
-        if place is None:
+    for which, file in (("ema", ema_path), ("raw", path)):
+        if file is None:
             continue
-        tensors = bare(read_tensors(place))
+        tensors = strip_prefixes(read_tensors(file))
         labels = tensors.get("label_emb.weight")
         if config.class_cond and labels is not None:
             params["num_classes"] = len(labels)
-        networks[kind] = build_network(tensors, params, timestep_scale=config.timestep_scale)
-    kind = next(iter(networks))
-    network, _ = networks[kind]
+        networks[which] = build_network(tensors, params, timestep_scale=config.timestep_scale)
+    network, _ = next(iter(networks.values()))
     pipeline = DDPMExtPipeline(
         network, DDPMExtScheduler(**config.schedule), conditioning_key="adm" if config.class_cond else None
     )
-    report = Report(
-        family="openai",
-        source=Path(path).name,
-        network=type(network).__name__,
-        default=kind,
-        raw_variant=len(networks) > 1,
-        parameters=sum(parameter.numel() for parameter in network.parameters()),
-        tensors={name: rows for name, (_, rows) in networks.items()},
-        configuration=config.rows,
-        facts={f"scheduler.{name}": value for name, value in config.schedule.items()}
-        | {"family": config.family, "timestep_scale": config.timestep_scale, "unet_params": params},
-    )
+    facts = {f"scheduler.{name}": value for name, value in config.schedule.items()}
+    facts |= {"family": config.family, "timestep_scale": config.timestep_scale, "unet_params": params}
+    report = Report.of_networks("openai", Path(path).name, networks, configuration=config.rows, facts=facts)
     return Converted(pipeline, networks["raw"][0] if len(networks) > 1 else None, None, report)

@@ -1,4 +1,4 @@
-"""Which tensor of a Diffusers network comes from which tensor of UNetModel, and how.
+"""Key map between a Diffusers network's tensors and UNetModel's, with the transformation of each.
 
 time_embed.{0,2}                 time_embedding.linear_{1,2}
 label_emb                        class_embedding
@@ -19,91 +19,92 @@ from typing import Any, Literal
 
 import torch
 
-from diffusers_ddpm_ext.compvis.architecture import attention_levels, complete, head_counts, translate_unet
+from diffusers_ddpm_ext.compvis.architecture import attention_levels, complete_unet_params, head_counts, translate_unet
 
-Take = Literal["same", "q", "k", "v", "squeeze", "pool", "nearest"]
+Transform = Literal["same", "q", "k", "v", "squeeze", "pool", "nearest"]
+BlockKind = Literal["same", "resnet", "attention", "pool", "nearest"]
 
-RESNET = {
+RESNET_KEYS = {
     "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
     "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
 }  # fmt: skip
-ATTENTION = {"group_norm": "norm", "to_q": "qkv", "to_k": "qkv", "to_v": "qkv", "to_out.0": "proj_out"}
-TAKES: dict[str, Take] = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "squeeze"}
+ATTENTION_KEYS = {"group_norm": "norm", "to_q": "qkv", "to_k": "qkv", "to_v": "qkv", "to_out.0": "proj_out"}
+ATTENTION_TRANSFORMS: dict[str, Transform] = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "squeeze"}
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Where one tensor of a Diffusers network comes from.
+class TensorMapping:
+    """Source of one tensor of a Diffusers network.
 
     Attributes:
-        target: its name there.
-        source: UNetModel's own name; empty where it has none (resampling without weights).
-        take: ``same``; a third of a ``qkv`` (``q``, ``k``, ``v``); ``squeeze``: without the last axis; ``pool`` and
-            ``nearest``: the convolution that averages 2x2 pixels, and the one that changes nothing.
-        heads: of the attention.
+        target: key in the Diffusers network.
+        source: key in UNetModel; empty if it has none (resampling without weights).
+        transform: ``same``; a third of a ``qkv`` (``q``, ``k``, ``v``); ``squeeze``: without the last axis; ``pool``
+            and ``nearest``: the convolution that averages 2x2 pixels, and the identity convolution.
+        heads: number of attention heads.
         shape: of the target.
     """
 
     target: str
     source: str
-    take: Take
+    transform: Transform
     heads: int
     shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class _Block:
-    """A module of each network that belong together."""
+    """A pair of corresponding modules: one of the Diffusers network, one of UNetModel."""
 
     target: str
     source: str
-    kind: Literal["same", "resnet", "attention", "pool", "nearest"]
+    kind: BlockKind
     heads: int = 1
 
 
-def name_map(unet_params: Mapping[str, Any]) -> tuple[Piece, ...]:
-    """Say where each tensor of the Diffusers network comes from.
+def map_keys(unet_params: Mapping[str, Any]) -> tuple[TensorMapping, ...]:
+    """Map every tensor of the Diffusers network to its source in UNetModel.
 
     Args:
         unet_params: keyword arguments of UNetModel.
 
     Returns:
-        One piece a tensor, in the Diffusers network's order.
+        One mapping per tensor, in the Diffusers network's order.
 
     Raises:
-        ValueError: no Diffusers network can express this one.
+        ValueError: no Diffusers network can express this UNetModel.
     """
-    return _name_map(json.dumps(complete(unet_params), sort_keys=True))
+    return _map_keys(json.dumps(complete_unet_params(unet_params), sort_keys=True))
 
 
 @lru_cache(maxsize=16)
-def _name_map(text: str) -> tuple[Piece, ...]:
+def _map_keys(text: str) -> tuple[TensorMapping, ...]:
     options = json.loads(text)
     with torch.device("meta"):
         network = translate_unet(options).build()
     blocks = sorted(_blocks(options), key=lambda block: -len(block.target))
     shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    return tuple(_piece(name, shape, blocks) for name, shape in shapes.items())
+    return tuple(_map_key(name, shape, blocks) for name, shape in shapes.items())
 
 
-def _piece(target: str, shape: tuple[int, ...], blocks: list[_Block]) -> Piece:
+def _map_key(target: str, shape: tuple[int, ...], blocks: list[_Block]) -> TensorMapping:
     block = next(block for block in blocks if target.startswith(f"{block.target}."))
     inner, _, leaf = target[len(block.target) + 1 :].rpartition(".")
     if block.kind == "resnet":
-        return Piece(target, f"{block.source}.{RESNET[inner]}.{leaf}", "same", 1, shape)
+        return TensorMapping(target, f"{block.source}.{RESNET_KEYS[inner]}.{leaf}", "same", 1, shape)
     if block.kind == "attention":
-        take = TAKES.get(inner, "same")
-        if take == "squeeze" and leaf == "bias":
-            take = "same"
-        return Piece(target, f"{block.source}.{ATTENTION[inner]}.{leaf}", take, block.heads, shape)
+        transform = ATTENTION_TRANSFORMS.get(inner, "same")
+        if transform == "squeeze" and leaf == "bias":
+            transform = "same"
+        return TensorMapping(target, f"{block.source}.{ATTENTION_KEYS[inner]}.{leaf}", transform, block.heads, shape)
     if block.kind in ("pool", "nearest"):
-        return Piece(target, "", block.kind, 1, shape)
+        return TensorMapping(target, "", block.kind, 1, shape)
     rest = f"{inner}.{leaf}" if inner else leaf
-    return Piece(target, f"{block.source}.{rest}", "same", 1, shape)
+    return TensorMapping(target, f"{block.source}.{rest}", "same", 1, shape)
 
 
 def _blocks(options: Mapping[str, Any]) -> Iterator[_Block]:
-    """All modules that hold weights, by both names."""
+    """All pairs of modules that hold weights."""
     yield _Block("conv_in", "input_blocks.0.0", "same")
     for number, source in ((1, 0), (2, 2)):
         yield _Block(f"time_embedding.linear_{number}", f"time_embed.{source}", "same")
@@ -112,44 +113,47 @@ def _blocks(options: Mapping[str, Any]) -> Iterator[_Block]:
         yield _Block("class_embedding.linear_2", "label_emb.0.2", "same")
     elif options["num_classes"] is not None:
         yield _Block("class_embedding", "label_emb", "same")
-    yield from _down(options)
-    cross = options["use_spatial_transformer"]
+    yield from _down_blocks(options)
     middle = head_counts(options)[1]
     for number, target in ((0, "resnets.0"), (2, "resnets.1")):
         yield _Block(f"mid_block.{target}", f"middle_block.{number}", "resnet")
-    yield _Block("mid_block.attentions.0", "middle_block.1", "same" if cross else "attention", middle)
-    yield from _up(options)
+    yield _Block("mid_block.attentions.0", "middle_block.1", _attention_kind(options), middle)
+    yield from _up_blocks(options)
     yield _Block("conv_norm_out", "out.0", "same")
     yield _Block("conv_out", "out.2", "same")
 
 
-def _down(options: Mapping[str, Any]) -> Iterator[_Block]:
+def _attention_kind(options: Mapping[str, Any]) -> BlockKind:
+    return "same" if options["use_spatial_transformer"] else "attention"
+
+
+def _down_blocks(options: Mapping[str, Any]) -> Iterator[_Block]:
     attends, heads, number = attention_levels(options), head_counts(options)[0], 0
-    attention = "same" if options["use_spatial_transformer"] else "attention"
+    attention = _attention_kind(options)
     for level, has in enumerate(attends):
         for layer in range(options["num_res_blocks"]):
             number += 1
             yield _Block(f"down_blocks.{level}.resnets.{layer}", f"input_blocks.{number}.0", "resnet")
             if has:
                 target = f"down_blocks.{level}.attentions.{layer}"
-                yield _Block(target, f"input_blocks.{number}.1", attention, heads[level])  # type: ignore[arg-type]
+                yield _Block(target, f"input_blocks.{number}.1", attention, heads[level])
         if level < len(attends) - 1:
             number += 1
             target, source = f"down_blocks.{level}.downsamplers.0", f"input_blocks.{number}.0"
             yield _resampler(options, target, source, "op", "pool")
 
 
-def _up(options: Mapping[str, Any]) -> Iterator[_Block]:
+def _up_blocks(options: Mapping[str, Any]) -> Iterator[_Block]:
     attends, heads, number = attention_levels(options), head_counts(options)[2], -1
-    attention = "same" if options["use_spatial_transformer"] else "attention"
+    attention = _attention_kind(options)
     for block, level in enumerate(reversed(range(len(attends)))):
         for layer in range(options["num_res_blocks"] + 1):
             number += 1
             yield _Block(f"up_blocks.{block}.resnets.{layer}", f"output_blocks.{number}.0", "resnet")
             if attends[level]:
                 target = f"up_blocks.{block}.attentions.{layer}"
-                yield _Block(target, f"output_blocks.{number}.1", attention, heads[level])  # type: ignore[arg-type]
-        if level > 0:  # after the attention, where there is one
+                yield _Block(target, f"output_blocks.{number}.1", attention, heads[level])
+        if level > 0:  # after the attention, if there is one
             source = f"output_blocks.{number}.{2 if attends[level] else 1}"
             yield _resampler(options, f"up_blocks.{block}.upsamplers.0", source, "conv", "nearest")
 

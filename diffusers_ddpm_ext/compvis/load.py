@@ -1,76 +1,92 @@
-"""Original checkpoints in: `load_compvis`. The way back is :mod:`diffusers_ddpm_ext.compvis.save`.
+"""Loading of original checkpoints: `load_compvis`. The inverse is :mod:`diffusers_ddpm_ext.compvis.save`.
 
-What the original does wrong when it loads is put right: a learned logvar is kept, the configuration's schedule wins
-over the file's (and a difference is said), `load_only_unet` finds its weights and works for every class, prefixes in
-`ignore_keys` may overlap, and an average that a file lacks is not left at random weights.
+Defects of the original's loading are fixed: a learned logvar is loaded, the configuration's schedule wins over the
+file's (with a warning if they differ), `load_only_unet` works for every class, prefixes in `ignore_keys` may overlap,
+and a missing EMA is not left at random weights.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor, nn
 
-from diffusers_ddpm_ext.compvis.architecture import translate_unet
 from diffusers_ddpm_ext.compvis.config.ddpm import CompVisConfig, read_config
-from diffusers_ddpm_ext.compvis.reader.archive import read_tensors
+from diffusers_ddpm_ext.compvis.reader.archive import PathLike, read_tensors
 from diffusers_ddpm_ext.compvis.report import Report
-from diffusers_ddpm_ext.compvis.state_dict import Contents, describe_difference, sort_tensors
-from diffusers_ddpm_ext.compvis.weights import Moved, convert_tensors, export_unet
+from diffusers_ddpm_ext.compvis.state_dict import CheckpointContents, classify_tensors, describe_schedule_difference
+from diffusers_ddpm_ext.compvis.weights import ConvertedTensor, build_network
 from diffusers_ddpm_ext.models.ema import EmaMetadata
 from diffusers_ddpm_ext.pipelines.pipeline_ddpm_ext import DDPMExtPipeline
 from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS = ("auto", "raw", "ema")
-SCHEDULES = ("config", "checkpoint")
-PATH = str | os.PathLike[str]
+WeightSet = Literal["raw", "ema"]
+WeightChoice = Literal["auto", "raw", "ema"]
+ScheduleSource = Literal["config", "checkpoint"]
 
 
 @dataclass(frozen=True)
-class Original:
-    """A checkpoint and its configuration, read and understood; no network is built yet.
+class LoadOptions:
+    """Options of loading a checkpoint; see `load_compvis`.
+
+    Raises:
+        ValueError: ``weights`` or ``schedule_from`` is not one of the allowed values.
+    """
+
+    weights: WeightChoice = "auto"
+    ignore_keys: tuple[str, ...] = ()
+    load_only_unet: bool = False
+    schedule_from: ScheduleSource = "config"
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("weights", get_args(WeightChoice)), ("schedule_from", get_args(ScheduleSource))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}.")
+
+
+@dataclass(frozen=True)
+class CompVisCheckpoint:
+    """A checkpoint and its configuration, read and checked; no network is built yet.
 
     Attributes:
         config: translated.
-        contents: the tensors, sorted.
-        scheduler: with the schedule that was asked for.
-        notes: sentences a person should read.
+        contents: the tensors by role.
+        scheduler: with the requested schedule.
+        notes: sentences for the user.
     """
 
     config: CompVisConfig
-    contents: Contents
+    contents: CheckpointContents
     scheduler: DDPMExtScheduler
     notes: list[str]
 
-    def has(self, kind: str) -> bool:
-        """Whether the file holds ``raw`` or ``ema`` weights."""
-        return bool(self.contents.average if kind == "ema" else self.contents.raw)
+    def weights(self, which: WeightSet) -> dict[str, Tensor]:
+        """One set of weights by UNetModel's keys; empty if the file does not have it."""
+        return self.contents.ema if which == "ema" else self.contents.raw
 
-    def network(self, kind: str) -> tuple[nn.Module, list[Moved]]:
-        """Build the Diffusers network with one of the two sets of weights.
+    def network(self, which: WeightSet) -> tuple[nn.Module, list[ConvertedTensor]]:
+        """Build the Diffusers network with one set of weights.
 
         Args:
-            kind: ``raw`` or ``ema``.
+            which: ``raw`` or ``ema``.
 
         Returns:
-            The network, float32, in eval mode, and what came from where.
+            The network, float32, in eval mode, and one row per tensor.
         """
-        tensors = self.contents.average if kind == "ema" else self.contents.raw
-        return build_network(tensors, self.config.unet_params, self.config.conditioning_key, self.contents.ignored)
+        config = self.config
+        return build_network(self.weights(which), config.unet_params, config.conditioning_key, self.contents.ignored)
 
     def pipeline(self, network: nn.Module) -> DDPMExtPipeline:
-        """Put a pipeline around a network: scheduler, logvar, class embeddings, how conditions are joined."""
+        """Make a pipeline of a network, with the checkpoint's scheduler, logvar, class embeddings and conditioning."""
         pipeline = DDPMExtPipeline(network, self.scheduler, conditioning_key=self.config.conditioning_key)
-        pipeline.compvis_params = dict(self.config.unet_params)  # their order of heads, for the way back
+        pipeline.compvis_params = dict(self.config.unet_params)  # save_compvis needs their order of attention heads
         if self.contents.logvar is not None:
             pipeline.logvar = self.contents.logvar
         if self.contents.class_embedding is not None:
@@ -78,201 +94,150 @@ class Original:
         return pipeline
 
     @property
-    def ema_facts(self) -> EmaMetadata | None:
-        """Decay and count of the average; None where the file has none."""
-        found = self.contents
-        if not found.average:
-            return None
-        return EmaMetadata(0.9999 if found.decay is None else found.decay, found.num_updates or 0)
+    def ema_metadata(self) -> EmaMetadata | None:
+        """Decay and number of updates of the EMA; None if the file has none."""
+        return self.contents.ema_metadata if self.contents.ema else None
 
 
 def load_compvis(
-    path: PATH,
-    config: PATH | Mapping[str, Any],
+    path: PathLike,
+    config: PathLike | Mapping[str, Any],
     *,
-    weights: str = "auto",
+    weights: WeightChoice = "auto",
     ignore_keys: Iterable[str] = (),
     load_only_unet: bool = False,
-    schedule_from: str = "config",
+    schedule_from: ScheduleSource = "config",
 ) -> DDPMExtPipeline:
-    """Make a pipeline of an original checkpoint. Nothing that a file names is imported or run.
+    """Load an original checkpoint as a pipeline. Nothing that a file names is imported or executed.
 
     Args:
         path: ``.ckpt``, ``.pt``, ``.pth`` or ``.safetensors``, or the index of its shards.
         config: the YAML file that belongs to it, or its content.
-        weights: ``raw``, ``ema``, or ``auto``: EMA where the file has it, else raw; which one is logged.
-        ignore_keys: prefixes of names in the file that are left out. Parts of the network that this leaves without
-            weights are initialised afresh, with a warning.
-        load_only_unet: take the network and nothing else: no logvar.
-        schedule_from: ``config``, whose schedule wins (a file that holds another one is warned of), or ``checkpoint``.
+        weights: ``raw``, ``ema``, or ``auto``: EMA if the file has it, else raw; the choice is logged.
+        ignore_keys: prefixes of keys in the file that are left out. Parts of the network that have no weights because
+            of this are re-initialized, with a warning.
+        load_only_unet: load the network only, without logvar.
+        schedule_from: ``config``, with a warning if the file holds a different schedule, or ``checkpoint``.
 
     Returns:
-        The pipeline; ``.unet`` is the bare Diffusers network, float32, in eval mode. First stage and conditioning
-        stage are no part of it.
+        The pipeline; ``.unet`` is the Diffusers network, float32, in eval mode. First stage and conditioning stage
+        are not part of it.
 
     Raises:
-        ValueError: an argument is not one of these, the file cannot be read, or it and the configuration do not
-            belong together: names that are missing or left over are listed.
+        ValueError: an argument is not one of the allowed values, the file cannot be read, or it does not belong to the
+            configuration: missing and unexpected keys are listed.
     """
-    if weights not in WEIGHTS:
-        raise ValueError(f"weights is {weights!r}; it must be one of {', '.join(WEIGHTS)}.")
-    original = read_original(
-        path, config, ignore_keys=ignore_keys, load_only_unet=load_only_unet, schedule_from=schedule_from
-    )
-    for note in original.notes:
+    prefixes = (ignore_keys,) if isinstance(ignore_keys, str) else tuple(ignore_keys)
+    checkpoint = read_compvis_checkpoint(path, config, LoadOptions(weights, prefixes, load_only_unet, schedule_from))
+    for note in checkpoint.notes:
         warnings.warn(note, stacklevel=2)
-    kind = choose(original, weights)
+    which = choose_weights(checkpoint, weights)
     if weights == "auto":
-        other = "" if kind == "ema" and original.has("raw") else "the only ones that the file holds; "
-        logger.warning('%s: %sthe pipeline has its %s weights (weights="%s").', path, other, kind.upper(), kind)
-    network, _ = original.network(kind)
-    return original.pipeline(network)
+        other = "" if which == "ema" and checkpoint.weights("raw") else "the only ones in the file; "
+        logger.warning('%s: %sthe pipeline has its %s weights (weights="%s").', path, other, which.upper(), which)
+    network, _ = checkpoint.network(which)
+    return checkpoint.pipeline(network)
 
 
-def choose(original: Original, weights: str) -> str:
-    """Which set of weights is meant.
+def choose_weights(checkpoint: CompVisCheckpoint, weights: WeightChoice) -> WeightSet:
+    """Choose a set of weights of a checkpoint.
 
     Args:
-        original: a checkpoint.
+        checkpoint: read and checked.
         weights: ``auto``, ``raw`` or ``ema``.
 
     Returns:
         ``raw`` or ``ema``.
 
     Raises:
-        ValueError: the file does not hold what was asked for.
+        ValueError: the file does not have the requested weights.
     """
-    kind = ("ema" if original.has("ema") else "raw") if weights == "auto" else weights
-    if not original.has(kind):
-        there = "EMA" if kind == "raw" else "raw"
-        raise ValueError(f'weights is "{kind}", but the checkpoint holds {there} weights only; say weights="auto".')
-    return kind
+    which: WeightSet = ("ema" if checkpoint.weights("ema") else "raw") if weights == "auto" else weights
+    if not checkpoint.weights(which):
+        available = "EMA" if which == "raw" else "raw"
+        raise ValueError(f'weights is "{which}", but the checkpoint has {available} weights only: use weights="auto".')
+    return which
 
 
-def read_original(
-    path: PATH,
-    config: PATH | Mapping[str, Any],
-    *,
-    ignore_keys: Iterable[str] = (),
-    load_only_unet: bool = False,
-    schedule_from: str = "config",
-) -> Original:
+def read_compvis_checkpoint(
+    path: PathLike, config: PathLike | Mapping[str, Any], options: LoadOptions
+) -> CompVisCheckpoint:
     """Read a checkpoint and its configuration; see `load_compvis` for arguments and errors."""
-    if schedule_from not in SCHEDULES:
-        raise ValueError(f"schedule_from is {schedule_from!r}; it must be one of {', '.join(SCHEDULES)}.")
     translated = read_config(config)
-    contents = sort_tensors(
+    contents = classify_tensors(
         read_tensors(path),
         translated.unet_params,
-        ignore_keys=ignore_keys,
-        load_only_unet=load_only_unet,
+        ignore_keys=options.ignore_keys,
+        load_only_unet=options.load_only_unet,
         class_embedder=(translated.cond_stage or "").rpartition(".")[2] == "ClassEmbedder",
     )
-    scheduler, notes = _scheduler(translated.schedule, contents.tables, schedule_from)
+    scheduler, notes = _make_scheduler(translated.schedule, contents.tables, options.schedule_from)
     steps = len(scheduler.schedule)
     if contents.logvar is not None and contents.logvar.shape != (steps,):
         raise ValueError(
             f"The checkpoint's logvar has {tuple(contents.logvar.shape)} entries, but the configuration's schedule "
-            f'has {steps} steps. Say schedule_from="checkpoint", or leave it out with ignore_keys=["logvar"].'
+            f'has {steps} steps. Use schedule_from="checkpoint", or leave it out with ignore_keys=["logvar"].'
         )
     if contents.ignored:
-        notes.append(f"Initialised afresh, since ignore_keys left them out: {', '.join(sorted(contents.ignored))}.")
+        notes.append(f"Re-initialized, because ignore_keys left them out: {', '.join(sorted(contents.ignored))}.")
     if contents.filled:
-        notes.append(f"The average lacks {len(contents.filled)} frozen tensors; the raw weights fill them in.")
-    return Original(translated, contents, scheduler, notes)
+        notes.append(f"The EMA lacks {len(contents.filled)} frozen tensors; they are copied from the raw weights.")
+    return CompVisCheckpoint(translated, contents, scheduler, notes)
 
 
-def _scheduler(
-    schedule: Mapping[str, Any], tables: Mapping[str, Tensor], schedule_from: str
+def _make_scheduler(
+    schedule: Mapping[str, Any], tables: Mapping[str, Tensor], schedule_from: ScheduleSource
 ) -> tuple[DDPMExtScheduler, list[str]]:
-    """The scheduler, and what to know of it."""
+    """The scheduler, and notes on it for the user."""
     scheduler = DDPMExtScheduler(**schedule)
     if schedule_from == "checkpoint":
         if "betas" not in tables:
-            raise ValueError('schedule_from is "checkpoint", but the checkpoint holds no betas; say "config".')
-        own = {key: value for key, value in schedule.items() if not key.startswith(("beta", "cosine", "num_train"))}
-        return DDPMExtScheduler(**own | {"trained_betas": tables["betas"].double().tolist()}), []
-    difference = describe_difference(tables, scheduler.schedule)
+            raise ValueError('schedule_from is "checkpoint", but the checkpoint has no betas: use "config".')
+        other = {key: value for key, value in schedule.items() if not key.startswith(("beta", "cosine", "num_train"))}
+        return DDPMExtScheduler(**other | {"trained_betas": tables["betas"].double().tolist()}), []
+    difference = describe_schedule_difference(tables, scheduler.schedule)
     if not difference:
         return scheduler, []
     return scheduler, [
-        f"The checkpoint's schedule is not the configuration's, which is used: {difference}. To take the "
-        'checkpoint\'s, say schedule_from="checkpoint".'
+        f"The checkpoint's schedule differs from the configuration's, which is used: {difference}. To use the "
+        'checkpoint\'s, set schedule_from="checkpoint".'
     ]
 
 
-def build_network(
-    tensors: Mapping[str, Tensor],
-    unet_params: Mapping[str, Any],
-    conditioning_key: str | None = None,
-    afresh: Iterable[str] = (),
-    timestep_scale: float = 1.0,
-) -> tuple[nn.Module, list[Moved]]:
-    """Build a Diffusers network from tensors under UNetModel's own names.
+def report_compvis(
+    checkpoint: CompVisCheckpoint,
+    source: PathLike,
+    networks: Mapping[WeightSet, tuple[nn.Module, list[ConvertedTensor]]],
+) -> Report:
+    """Report on the conversion of a checkpoint of CompVis' classes.
 
     Args:
-        tensors: floating, any dtype.
-        unet_params: keyword arguments of UNetModel.
-        conditioning_key: how its inputs are joined.
-        afresh: names that may be missing and are initialised, always alike.
-        timestep_scale: factor on the timestep before the network sees it.
-
-    Returns:
-        The network, float32, in eval mode, and one row a tensor.
-
-    Raises:
-        ValueError: names are missing or left over, or no Diffusers network can express this one.
-    """
-    plan = translate_unet(unet_params, conditioning_key=conditioning_key, timestep_scale=timestep_scale)
-    if set(afresh) - set(tensors):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            start = export_unet(plan.build(), unet_params)
-        tensors = {**{name: start[name] for name in afresh if name in start}, **tensors}
-    converted, rows = convert_tensors(tensors, unet_params)
-    with torch.device("meta"):
-        network = plan.build()
-    network.load_state_dict({name: tensor.float() for name, tensor in converted.items()}, strict=True, assign=True)
-    return network.eval(), rows
-
-
-def report_of(original: Original, source: PATH, networks: Mapping[str, tuple[nn.Module, list[Moved]]]) -> Report:
-    """What a conversion did.
-
-    Args:
-        original: what was read.
-        source: the checkpoint.
+        checkpoint: read and checked.
+        source: its file.
         networks: by set of weights, the default one first.
 
     Returns:
         The report.
     """
-    default = next(iter(networks))
-    network = networks[default][0]
-    found = original.contents
+    contents, config = checkpoint.contents, checkpoint.config
     facts: dict[str, Any] = {}
-    if original.ema_facts is not None:
-        facts |= {"ema_decay": original.ema_facts.decay, "ema_num_updates": original.ema_facts.num_updates}
-    if found.logvar is not None:
-        facts["logvar"] = f"learned, mean {float(found.logvar.mean()):.4f}"
-    if found.class_embedding is not None:
-        facts["class_embedder"] = f"{len(found.class_embedding)} classes"
-    scale = found.scale_factor if found.scale_factor is not None else original.config.scale_factor
+    if checkpoint.ema_metadata is not None:
+        facts |= {"ema_decay": checkpoint.ema_metadata.decay, "ema_num_updates": checkpoint.ema_metadata.num_updates}
+    if contents.logvar is not None:
+        facts["logvar"] = f"learned, mean {float(contents.logvar.mean()):.4f}"
+    if contents.class_embedding is not None:
+        facts["class_embedder"] = f"{len(contents.class_embedding)} classes"
+    scale = config.samples.scale_factor if contents.scale_factor is None else contents.scale_factor
     if scale is not None:
         facts["scale_factor"] = scale
-    facts |= {f"scheduler.{name}": value for name, value in original.config.schedule.items()}
-    facts["conditioning_key"] = original.config.conditioning_key
-    facts["unet_params"] = original.config.unet_params
-    return Report(
-        family="compvis",
-        source=Path(source).name,
-        network=type(network).__name__,
-        default=default,
-        raw_variant=default == "ema" and "raw" in networks,
-        parameters=sum(parameter.numel() for parameter in network.parameters()),
-        tensors={kind: rows for kind, (_, rows) in networks.items()},
-        left_out=found.left_out,
-        configuration=original.config.rows,
+    facts |= {f"scheduler.{name}": value for name, value in config.schedule.items()}
+    facts |= {"conditioning_key": config.conditioning_key, "unet_params": config.unet_params}
+    return Report.of_networks(
+        "compvis",
+        Path(source).name,
+        networks,
+        left_out=contents.left_out,
+        configuration=config.rows,
         facts=facts,
-        notes=original.notes,
+        notes=checkpoint.notes,
     )

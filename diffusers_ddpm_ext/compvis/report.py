@@ -1,91 +1,126 @@
-"""What a conversion did: a record for ``conversion.json``, and a table for people.
+"""Report of a conversion: a record for ``conversion.json``, and a table to print.
 
 conversion.json   {"format": 1, "from", "source", "network", "weights", "ema", "configuration", "tensors", ...}
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-from diffusers_ddpm_ext.compvis.schema import Row
+from torch import nn
+
+from diffusers_ddpm_ext.compvis.schema import ConfigRow
 from diffusers_ddpm_ext.compvis.state_dict import LeftOut
-from diffusers_ddpm_ext.compvis.weights import Moved
+from diffusers_ddpm_ext.compvis.weights import ConvertedTensor
 
-FILE = "conversion.json"
-FORMAT = 1
+REPORT_FORMAT = 1
+Family = Literal["compvis", "openai"]
 
 
 @dataclass
 class Report:
-    """What went where.
+    """What a conversion did. The fields' names are keys of ``conversion.json``.
 
     Attributes:
-        family: whose checkpoint: ``compvis`` or ``openai``.
+        family: origin of the checkpoint: ``compvis`` or ``openai``.
         source: name of the file, without its folder.
         network: class of the Diffusers network.
         default: which weights are the default files: ``ema`` or ``raw``.
-        raw_variant: whether the raw weights are there too, as ``variant="raw"``.
-        parameters: of the network.
-        tensors: by set of weights (``raw``, ``ema``), one row a target.
-        left_out: what has no place in the pipeline.
-        configuration: one row a key.
-        facts: what is carried beside the weights, by name.
-        notes: sentences a person should read.
+        raw_variant: whether the raw weights are saved too, as ``variant="raw"``.
+        parameters: number of the network's parameters.
+        tensors: by set of weights (``raw``, ``ema``), one row per target.
+        left_out: tensors that are not part of the pipeline.
+        configuration: one row per key.
+        facts: what is converted in addition to the weights, by name.
+        notes: sentences for the user.
     """
 
-    family: str
+    family: Family
     source: str
     network: str
     default: str
     raw_variant: bool
     parameters: int
-    tensors: dict[str, list[Moved]] = field(default_factory=dict)
+    tensors: dict[str, list[ConvertedTensor]] = field(default_factory=dict)
     left_out: list[LeftOut] = field(default_factory=list)
-    configuration: Sequence[Row] = ()
+    configuration: Sequence[ConfigRow] = ()
     facts: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
+    @classmethod
+    def of_networks(
+        cls, family: Family, source: str, networks: Mapping[Any, tuple[nn.Module, list[ConvertedTensor]]], **more: Any
+    ) -> Report:
+        """Report on converted networks.
+
+        Args:
+            family: origin of the checkpoint.
+            source: name of its file.
+            networks: by set of weights, the default one first, each with one row per tensor.
+            **more: the other fields.
+
+        Returns:
+            The report.
+        """
+        default = next(iter(networks))
+        network = networks[default][0]
+        return cls(
+            family=family,
+            source=source,
+            network=type(network).__name__,
+            default=default,
+            raw_variant=len(networks) > 1,
+            parameters=sum(parameter.numel() for parameter in network.parameters()),
+            tensors={which: rows for which, (_, rows) in networks.items()},
+            **more,
+        )
+
     def as_json(self) -> dict[str, Any]:
-        """All of it, for ``conversion.json``."""
+        """The content of ``conversion.json``."""
         content = asdict(self)
-        return {"format": FORMAT, "from": content.pop("family"), **content}
+        return {"format": REPORT_FORMAT, "from": content.pop("family"), **content}
 
     def table(self) -> str:
-        """All of it, to be printed: each tensor's way, what stayed outside and why, and what to know."""
+        """The complete report to print: each tensor's source and target, what was left out and why, and notes."""
         parts = []
-        for kind, rows in self.tensors.items():
-            lines = [(row.source, row.target, "x".join(map(str, row.shape)) or "1", row.sha256[:12]) for row in rows]
-            parts.append(f"{kind} weights\n" + columns(("source", "target", "shape", "sha256"), lines))
+        for which, rows in self.tensors.items():
+            lines = [(row.source, row.target, _shape(row.shape), row.sha256[:12]) for row in rows]
+            parts.append(f"{which} weights\n" + format_columns(("source", "target", "shape", "sha256"), lines))
         if self.left_out:
-            out = [(row.source, "x".join(map(str, row.shape)) or "1", row.why) for row in self.left_out]
-            parts.append("left out\n" + columns(("source", "shape", "why"), out))
-        beside = [row for row in self.configuration if row.fate != "translated"]
-        if beside:
-            keys = [(row.key, " ".join(str(row.value).split())[:40], row.fate, row.note) for row in beside]
-            parts.append("configuration without effect\n" + columns(("key", "value", "fate", "why"), keys))
+            out = [(row.source, _shape(row.shape), row.why) for row in self.left_out]
+            parts.append("left out\n" + format_columns(("source", "shape", "why"), out))
+        untranslated = [row for row in self.configuration if row.fate != "translated"]
+        if untranslated:
+            keys = format_columns(("key", "value", "fate", "why"), [row.cells() for row in untranslated])
+            parts.append(f"configuration without effect\n{keys}")
         if self.facts:
-            parts.append("carried beside\n" + columns(("what", "value"), [(k, str(v)) for k, v in self.facts.items()]))
+            facts = [(name, str(value)) for name, value in self.facts.items()]
+            parts.append("converted in addition\n" + format_columns(("what", "value"), facts))
         return "\n\n".join([*parts, self.summary()])
 
     def summary(self) -> str:
-        """A few lines: the network, its weights, and what to know."""
-        kinds = {"ema": "the EMA weights", "raw": "the raw weights"}
-        beside = ', the raw ones beside them as variant="raw"' if self.raw_variant else ""
-        lines = [f"{self.network}, {self.parameters:,} parameters: {kinds[self.default]}{beside}"]
+        """A few lines: the network, its weights, and notes."""
+        default = "EMA" if self.default == "ema" else "raw"
+        raw = ', the raw ones are saved too, as variant="raw"' if self.raw_variant else ""
+        lines = [f"{self.network}, {self.parameters:,} parameters: the {default} weights{raw}"]
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
-def columns(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Text in columns.
+def _shape(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape)) or "1"
+
+
+def format_columns(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Format a table as text in aligned columns.
 
     Args:
-        head: their titles.
-        rows: as many entries each.
+        head: titles of the columns.
+        rows: cells of each row, as many as titles.
 
     Returns:
-        One line a row, the last column ragged.
+        One line per row; the last column is not padded.
     """
     table = [head, *rows]
     widths = [max(len(row[column]) for row in table) for column in range(len(head))]

@@ -1,4 +1,4 @@
-"""What a setting of an original configuration may hold, so that a wrong one is a sentence before anything is built."""
+"""Allowed values of an original configuration, checked before anything is built, and rows that report on its keys."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ import numpy as np
 
 from diffusers_ddpm_ext.utils import lr_lambdas
 
-POWER = re.compile(r"[-+]?\d+[eE][-+]?\d+")  # which plain YAML takes for text
-
+EXPONENT_FLOAT = re.compile(r"[-+]?\d+[eE][-+]?\d+")  # plain YAML reads 1e-6 as text
+REPORT_FILE = "conversion.json"
+COMPVIS_EMA_DECAY = 0.9999
 
 Fate = Literal["translated", "without effect", "refused"]
 
 
 @dataclass(frozen=True)
-class Row:
-    """One key of a file.
+class ConfigRow:
+    """One key of a configuration. The fields' names are keys of ``conversion.json``.
 
     Attributes:
-        key: dotted, as it stands in the file.
-        value: as it stands in the file.
-        fate: what became of it.
-        note: what it is here, or why it is nothing.
+        key: dotted, as in the file.
+        value: as in the file.
+        fate: whether it is translated, has no effect here, or is refused.
+        note: its counterpart here, or the reason.
     """
 
     key: str
@@ -35,177 +36,182 @@ class Row:
     fate: Fate
     note: str
 
+    def cells(self) -> tuple[str, str, str, str]:
+        """The row as text for a table, its value shortened."""
+        return self.key, " ".join(str(self.value).split())[:40], self.fate, self.note
+
 
 @dataclass(frozen=True)
-class Kind:
-    """Values of one sort.
+class ValueType:
+    """A set of allowed values.
 
     Attributes:
-        words: what they are, for an error.
-        fits: whether a value is one.
+        description: for an error message.
+        allows: whether a value is allowed.
     """
 
-    words: str
-    fits: Callable[[Any], bool]
+    description: str
+    allows: Callable[[Any], bool]
 
-    def __or__(self, other: Kind) -> Kind:
-        """Either of the two."""
-        return Kind(f"{self.words} or {other.words}", lambda value: self.fits(value) or other.fits(value))
+    def __or__(self, other: ValueType) -> ValueType:
+        """Values of either type."""
+        return ValueType(
+            f"{self.description} or {other.description}", lambda value: self.allows(value) or other.allows(value)
+        )
 
 
-def _is_whole(value: Any) -> bool:
+def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def whole(low: int) -> Kind:
-    """Whole numbers from ``low``."""
-    return Kind(f"a whole number from {low}", lambda value: _is_whole(value) and value >= low)
-
-
-def number(low: float = -math.inf, high: float = math.inf, *, open_ends: bool = False) -> Kind:
-    """Finite numbers in a range, whose ends do not count where they are open."""
-    words = "a finite number"
+def number(low: float = -math.inf, high: float = math.inf, *, exclusive: bool = False) -> ValueType:
+    """Finite numbers from ``low`` to ``high``, without the two if ``exclusive``."""
+    description = "a finite number"
     if low > -math.inf:
-        words = f"a number {'above' if open_ends else 'from'} {low:g}"
+        description = f"a number {'above' if exclusive else 'from'} {low:g}"
     if high < math.inf:
-        words += f" {'and below' if open_ends else 'to'} {high:g}"
+        description += f" {'and below' if exclusive else 'to'} {high:g}"
 
-    def fits(value: Any) -> bool:
-        return _is_number(value) and (low < value < high if open_ends else low <= value <= high)
+    def allows(value: Any) -> bool:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            return False
+        return low < value < high if exclusive else low <= value <= high
 
-    return Kind(words, fits)
-
-
-def several(kind: Kind, what: str) -> Kind:
-    """Lists of at least one, each of a kind."""
-    return Kind(f"a list of {what}", lambda v: isinstance(v, list | tuple) and bool(v) and all(map(kind.fits, v)))
+    return ValueType(description, allows)
 
 
-NOTHING = Kind("nothing", lambda value: value is None)
-TEXT = Kind("text", lambda value: isinstance(value, str))
-SWITCH = Kind("true or false", lambda value: value is None or isinstance(value, bool) or value in (0, 1))
-COUNT = whole(1)
-COUNTS = several(COUNT, "whole numbers")
-HEADS = Kind("a whole number from 1, or -1", lambda value: _is_whole(value) and (value == -1 or value > 0))
-SIZE = COUNT | Kind("height and width", lambda value: COUNTS.fits(value) and len(value) == 2)
-BETA = number(0, 1, open_ends=True)
-BETAS = Kind(
-    "a list of betas",
-    lambda value: isinstance(value, np.ndarray) or several(number(), "").fits(value),
+def list_of(items: ValueType, description: str, *, allow_empty: bool = False) -> ValueType:
+    """Lists of a type."""
+
+    def allows(value: Any) -> bool:
+        return isinstance(value, list | tuple) and (allow_empty or bool(value)) and all(map(items.allows, value))
+
+    return ValueType(f"a list of {description}", allows)
+
+
+NONE = ValueType("nothing", lambda value: value is None)
+TEXT = ValueType("text", lambda value: isinstance(value, str))
+BOOLEAN = ValueType("true or false", lambda value: value is None or isinstance(value, bool) or value in (0, 1))
+POSITIVE_INT = ValueType("a whole number from 1", lambda value: _is_integer(value) and value >= 1)
+POSITIVE_INTS = list_of(POSITIVE_INT, "whole numbers")
+HEAD_COUNT = ValueType("a whole number from 1, or -1", lambda value: _is_integer(value) and (value == -1 or value > 0))
+IMAGE_SIZE = POSITIVE_INT | ValueType(
+    "height and width", lambda value: POSITIVE_INTS.allows(value) and len(value) == 2
 )
-NAMES = Kind("a list of names", lambda value: isinstance(value, list | tuple) and all(map(TEXT.fits, value)))
+BETA_RANGE = number(0, 1, exclusive=True)
+BETA_LIST = ValueType(
+    "a list of betas", lambda value: isinstance(value, np.ndarray) or list_of(number(), "").allows(value)
+)
 
-NETWORK: dict[str, Kind] = {
-    "image_size": SIZE | NOTHING,
-    "in_channels": COUNT,
-    "model_channels": COUNT,
-    "out_channels": COUNT,
-    "num_res_blocks": COUNT | COUNTS,
-    "attention_resolutions": Kind(
-        "a list of whole numbers", lambda value: isinstance(value, list | tuple) and all(map(COUNT.fits, value))
-    ),
+UNET_PARAM_TYPES: dict[str, ValueType] = {
+    "image_size": IMAGE_SIZE | NONE,
+    "in_channels": POSITIVE_INT,
+    "model_channels": POSITIVE_INT,
+    "out_channels": POSITIVE_INT,
+    "num_res_blocks": POSITIVE_INT | POSITIVE_INTS,
+    "attention_resolutions": list_of(POSITIVE_INT, "whole numbers", allow_empty=True),
     "dropout": number(0, 1),
-    "channel_mult": several(number(0, open_ends=True), "numbers above 0"),
-    "num_classes": COUNT | TEXT | NOTHING,
-    "num_heads": HEADS,
-    "num_head_channels": HEADS,
-    "num_heads_upsample": HEADS,
-    "transformer_depth": COUNT | COUNTS,
-    "context_dim": COUNT | COUNTS | NOTHING,
-    "disable_self_attentions": several(SWITCH, "true and false") | NOTHING,
-    "adm_in_channels": COUNT | NOTHING,
+    "channel_mult": list_of(number(0, exclusive=True), "numbers above 0"),
+    "num_classes": POSITIVE_INT | TEXT | NONE,
+    "num_heads": HEAD_COUNT,
+    "num_head_channels": HEAD_COUNT,
+    "num_heads_upsample": HEAD_COUNT,
+    "transformer_depth": POSITIVE_INT | POSITIVE_INTS,
+    "context_dim": POSITIVE_INT | POSITIVE_INTS | NONE,
+    "disable_self_attentions": list_of(BOOLEAN, "true and false") | NONE,
+    "adm_in_channels": POSITIVE_INT | NONE,
     **dict.fromkeys(
         ("conv_resample", "use_scale_shift_norm", "resblock_updown", "use_new_attention_order", "legacy",
          "use_spatial_transformer", "use_linear_in_transformer", "use_checkpoint", "use_fp16", "use_bf16"),
-        SWITCH,
+        BOOLEAN,
     ),
 }  # fmt: skip
-MODEL: dict[str, Kind] = {
-    "timesteps": COUNT,
-    "linear_start": BETA,
-    "linear_end": BETA,
-    "cosine_s": number(0, open_ends=True),
-    "given_betas": BETAS | NOTHING,
+MODEL_PARAM_TYPES: dict[str, ValueType] = {
+    "timesteps": POSITIVE_INT,
+    "linear_start": BETA_RANGE,
+    "linear_end": BETA_RANGE,
+    "cosine_s": number(0, exclusive=True),
+    "given_betas": BETA_LIST | NONE,
     "v_posterior": number(0, 1),
     "l_simple_weight": number(0),
     "original_elbo_weight": number(0),
     "logvar_init": number(),
-    "scale_factor": number(0, open_ends=True),
-    "image_size": SIZE,
-    "channels": COUNT,
+    "scale_factor": number(0, exclusive=True),
+    "image_size": IMAGE_SIZE,
+    "channels": POSITIVE_INT,
     "beta_schedule": TEXT,
     "parameterization": TEXT,
     "loss_type": TEXT,
-    "conditioning_key": TEXT | NOTHING,
-    "ckpt_path": TEXT | NOTHING,
-    "ignore_keys": NAMES | NOTHING,
+    "conditioning_key": TEXT | NONE,
+    "ckpt_path": TEXT | NONE,
+    "ignore_keys": list_of(TEXT, "names", allow_empty=True) | NONE,
     **dict.fromkeys(
         ("clip_denoised", "use_ema", "learn_logvar", "concat_mode", "force_null_conditioning", "load_only_unet",
          "make_it_fit", "reset_ema", "reset_num_ema_updates", "use_positional_encodings"),
-        SWITCH,
+        BOOLEAN,
     ),
 }  # fmt: skip
+LEARNING_RATE_TYPES = {"base_learning_rate": number(0, exclusive=True), "scale_lr": BOOLEAN}
+UCG_TYPES = {"p": number(0, 1), "val": number() | TEXT | NONE}
 
 
-RATE = {"base_learning_rate": number(0, open_ends=True), "scale_lr": SWITCH}
-DROPOUT = {"p": number(0, 1), "val": number() | TEXT | NOTHING}
-
-
-def checked(values: Mapping[str, Any], kinds: Mapping[str, Kind], where: str = "") -> dict[str, Any]:
-    """Refuse values of another kind.
+def check_values(values: Mapping[str, Any], types: Mapping[str, ValueType], prefix: str = "") -> dict[str, Any]:
+    """Refuse values of a wrong type.
 
     Args:
-        values: by name; names that have no kind are let through.
-        kinds: what each may be.
-        where: what stands before the names in an error.
+        values: by name; names without a type are not checked.
+        types: allowed values by name.
+        prefix: of the names in an error message.
 
     Returns:
-        The values; a number such as 1e-6, which plain YAML takes for text, as the number it is.
+        The values; a number such as 1e-6, which plain YAML reads as text, as a float.
 
     Raises:
-        ValueError: the first that does not fit, by name, with what it takes.
+        ValueError: the first value that is not allowed, with its name and what is allowed.
     """
-    made = dict(values)
-    for name in kinds.keys() & values.keys():
+    checked = dict(values)
+    for name in types.keys() & values.keys():
         value = values[name]
-        if not kinds[name].fits(value) and isinstance(value, str) and POWER.fullmatch(value):
-            made[name] = float(value)
-    for name, kind in kinds.items():
-        if name in made and not kind.fits(made[name]):
-            raise ValueError(f"{where}{name} takes {kind.words}, got {short(repr(made[name]))}.")
-    return made
+        if not types[name].allows(value) and isinstance(value, str) and EXPONENT_FLOAT.fullmatch(value):
+            checked[name] = float(value)
+    for name, allowed in types.items():
+        if name in checked and not allowed.allows(checked[name]):
+            raise ValueError(f"{prefix}{name} takes {allowed.description}, got {one_line(repr(checked[name]))}.")
+    return checked
 
 
-def check_course(name: str, given: Mapping[str, Any], where: str) -> None:
+def check_lr_lambda(name: str, arguments: Mapping[str, Any], key: str) -> None:
     """Refuse arguments that a learning-rate lambda does not take.
 
     Args:
         name: its class.
-        given: keyword arguments.
-        where: the key that they stand under.
+        arguments: keyword arguments.
+        key: under which the configuration has them.
 
     Raises:
-        ValueError: one is missing, unknown, or no such number; it is named.
+        ValueError: one is missing, unknown, or not allowed; the message names it.
     """
-    course = getattr(lr_lambdas, name)
-    takes = inspect.signature(course).parameters
-    for key in given:
-        if key not in takes:
-            raise ValueError(f"{where}.{key} is not taken by {name}, which takes {', '.join(takes)}.")
-    missing = [key for key, argument in takes.items() if argument.default is argument.empty and key not in given]
+    lr_lambda = getattr(lr_lambdas, name)
+    parameters = inspect.signature(lr_lambda).parameters
+    for argument in arguments:
+        if argument not in parameters:
+            raise ValueError(f"{key}.{argument} is not an argument of {name}, which takes {', '.join(parameters)}.")
+    missing = [n for n, p in parameters.items() if p.default is p.empty and n not in arguments]
     if missing:
-        raise ValueError(f"{where} lacks {', '.join(missing)} of {name}.")
+        raise ValueError(f"{key} lacks {', '.join(missing)} of {name}.")
     try:
-        course(**given)
+        lr_lambda(**arguments)
     except ValueError as error:
-        raise ValueError(f"{where}: {short(error, 200)}") from None
+        raise ValueError(f"{key}: {one_line(error, 200)}") from None
 
 
-def short(value: Any, most: int = 60) -> str:
-    """A value on one line of printable characters."""
+def one_line(value: Any, max_length: int = 60) -> str:
+    """A value as one line of printable characters, shortened."""
     text = "".join(c if c.isprintable() else "?" for c in " ".join(str(value).split()))
-    return text if len(text) <= most else text[: most - 3] + "..."
+    return text if len(text) <= max_length else text[: max_length - 3] + "..."
+
+
+def listed(names: list[str], most: int = 8) -> str:
+    """Names separated by commas; of many names the first and the number of the others."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

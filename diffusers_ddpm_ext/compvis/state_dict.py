@@ -1,38 +1,42 @@
-"""What a checkpoint of CompVis' classes holds, sorted by what it is here.
+"""Tensors of a CompVis checkpoint, classified by their role.
 
-model.diffusion_model.*          the network (also `diffusion_model.*`, and bare names)
-model_ema.*                      its moving average, under names without dots; decay, num_updates
+model.diffusion_model.*          the network (also `diffusion_model.*`, and keys without a prefix)
+model_ema.*                      its EMA, under names without dots; decay, num_updates
 betas, alphas_cumprod, ...       the tables of the schedule
-logvar, scale_factor             as their names say
-cond_stage_model.embedding.*     of a ClassEmbedder: it stands in for a text encoder
-the rest                         first stage, conditioning stage, training losses: no part of a pipeline here
+logvar, scale_factor             learned log-variances, factor of the latents
+cond_stage_model.embedding.*     of a ClassEmbedder, used in place of a text encoder
+all others                       first stage, conditioning stage, training losses: not part of a pipeline here
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from diffusers_ddpm_ext.compvis.weights import EMA, PREFIXES, ema_names, unet_keys
+from diffusers_ddpm_ext.compvis.schema import COMPVIS_EMA_DECAY, listed
+from diffusers_ddpm_ext.compvis.weights import EMA_PREFIX, UNET_PREFIXES, ema_buffer_names, unet_keys
 from diffusers_ddpm_ext.diffusion.schedule import TABLE_NAMES, NoiseSchedule
+from diffusers_ddpm_ext.models.ema import EmaMetadata
 
-CLASS_EMBEDDING = "cond_stage_model.embedding.weight"
-TABLES = tuple(name for name in TABLE_NAMES if name != "lvlb_weights")
-"""The 12 tables that the original saves; it computes ``lvlb_weights`` anew."""
+CLASS_EMBEDDING_KEY = "cond_stage_model.embedding.weight"
+EMA_DECAY_KEY, EMA_NUM_UPDATES_KEY = f"{EMA_PREFIX}decay", f"{EMA_PREFIX}num_updates"
+SAVED_TABLES = tuple(name for name in TABLE_NAMES if name != "lvlb_weights")
+"""The 12 tables that the original saves; it recomputes ``lvlb_weights``."""
 
-# Prefix -> why it stays outside.
-ELSEWHERE = {
+# Prefix -> why such tensors are not converted.
+LEFT_OUT_PREFIXES = {
     "first_stage_model.": "first stage (autoencoder): decode latents with it",
-    "cond_stage_model.": "conditioning stage (text encoder and its kin): give its output as encoder_hidden_states",
-    "cond_stage_models.": "conditioning stages: give their output as encoder_hidden_states",
-    "structcond_stage_model.": "structure encoder of StableSR: no part of the network",
-    "low_scale_model.": "noise augmentation of the low-resolution input: no weights of the network",
-    "noise_augmentor.": "noise augmentation of the conditioning: no weights of the network",
-    "depth_model.": "depth estimator: give its output as concat_inputs",
-    "embedder.": "image encoder: give its output as encoder_hidden_states",
+    "cond_stage_model.": "conditioning stage (such as a text encoder): pass its output as encoder_hidden_states",
+    "cond_stage_models.": "conditioning stages: pass their output as encoder_hidden_states",
+    "structcond_stage_model.": "structure encoder of StableSR: not part of the network",
+    "low_scale_model.": "noise augmentation of the low-resolution input: not weights of the network",
+    "noise_augmentor.": "noise augmentation of the conditioning: not weights of the network",
+    "depth_model.": "depth estimator: pass its output as concat_inputs",
+    "embedder.": "image encoder: pass its output as encoder_hidden_states",
     "loss.": "training loss of the first stage",
     "ddim_": "left by a DDIM sampler; follows from the schedule",
     "lvlb_weights": "follows from the schedule",
@@ -43,12 +47,12 @@ ELSEWHERE = {
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A tensor of the file that has no place in the pipeline.
+    """A tensor of the file that is not converted.
 
     Attributes:
-        source: its name in the file.
+        source: its key in the file.
         shape: of the tensor.
-        why: one phrase.
+        why: the reason, a phrase.
     """
 
     source: str
@@ -56,38 +60,36 @@ class LeftOut:
     why: str
 
 
-@dataclass
-class Contents:
-    """A file, sorted. Tensors are those of the file, on the CPU and in its dtypes.
+@dataclass(frozen=True)
+class CheckpointContents:
+    """Tensors of a checkpoint by role; those of the file, on the CPU, in the file's dtypes.
 
     Attributes:
-        raw: the network by UNetModel's own names; empty where the file has none.
-        average: its moving average by the same names; empty where the file has none.
-        decay: of the average, as the float32 number that the original keeps.
-        num_updates: of the average.
+        raw: the network's weights by UNetModel's keys; empty if the file has none.
+        ema: their moving average by the same keys; empty if the file has none.
+        ema_metadata: decay and number of updates of the EMA, with CompVis' defaults if the file has no such buffers.
         tables: of the schedule, by CompVis' names.
-        logvar: (T,), None where the file has none.
-        scale_factor: by which latents were multiplied.
+        logvar: (T,), None if the file has none.
+        scale_factor: of the latents, None if the file has none.
         class_embedding: (classes, dim), of a ClassEmbedder.
-        left_out: what has no place here.
-        ignored: names of the network's tensors that the caller did not want, by UNetModel's own names.
-        filled: names that the average lacks, since they were frozen, and that the raw weights filled in.
+        left_out: tensors that are not converted.
+        ignored: UNetModel's keys of tensors that ``ignore_keys`` left out.
+        filled: keys missing in the EMA because they were frozen, filled in from the raw weights.
     """
 
-    raw: dict[str, Tensor] = field(default_factory=dict)
-    average: dict[str, Tensor] = field(default_factory=dict)
-    decay: float | None = None
-    num_updates: int | None = None
-    tables: dict[str, Tensor] = field(default_factory=dict)
-    logvar: Tensor | None = None
-    scale_factor: float | None = None
-    class_embedding: Tensor | None = None
-    left_out: list[LeftOut] = field(default_factory=list)
-    ignored: set[str] = field(default_factory=set)
-    filled: list[str] = field(default_factory=list)
+    raw: dict[str, Tensor]
+    ema: dict[str, Tensor]
+    ema_metadata: EmaMetadata
+    tables: dict[str, Tensor]
+    logvar: Tensor | None
+    scale_factor: float | None
+    class_embedding: Tensor | None
+    left_out: list[LeftOut]
+    ignored: set[str]
+    filled: list[str]
 
 
-def sort_tensors(
+def classify_tensors(
     tensors: Mapping[str, Tensor],
     unet_params: Mapping[str, object],
     *,
@@ -95,151 +97,152 @@ def sort_tensors(
     load_only_unet: bool = False,
     class_embedder: bool = False,
     strict: bool = True,
-) -> Contents:
-    """Say what each tensor of a file is.
+) -> CheckpointContents:
+    """Classify each tensor of a file.
 
     Args:
-        tensors: of the file, by their names in it.
+        tensors: of the file, by their keys in it.
         unet_params: keyword arguments of its UNetModel.
-        ignore_keys: prefixes of names that are left out, as in the original; a name may match several.
-        load_only_unet: leave out all but the network and its average.
+        ignore_keys: prefixes of keys that are left out, as in the original; several may match one key.
+        load_only_unet: leave out everything but the network and its EMA.
         class_embedder: whether the conditioning stage is a ClassEmbedder.
-        strict: refuse names that are missing or unknown; without it they are missing, or left out.
+        strict: refuse missing and unknown keys; otherwise unknown ones are left out.
 
     Returns:
-        The file, sorted.
+        The tensors by role.
 
     Raises:
-        ValueError: a name that belongs to the network but that this network does not have, a name of nothing known,
-            or a file without any network.
+        ValueError: a key that this network does not have, an unknown key, or a file without a network.
     """
     prefixes = (ignore_keys,) if isinstance(ignore_keys, str) else tuple(ignore_keys)
-    names, averages = set(unet_keys(unet_params)), ema_names(unet_params)
-    found = Contents()
+    known = _KnownKeys(set(unet_keys(unet_params)), ema_buffer_names(unet_params), class_embedder)
+    by_role: dict[Role, dict[str, Tensor]] = {"raw": {}, "ema": {}, "ema_metadata": {}, "extra": {}}
+    left_out: list[LeftOut] = []
+    ignored: set[str] = set()
     unknown: list[str] = []
-    for source, tensor in tensors.items():
-        bare = _bare(source, names)
-        if any(source.startswith(prefix) for prefix in prefixes):
-            found.left_out.append(_left(source, tensor, "in ignore_keys"))
-            if bare in names or source in averages:
-                found.ignored.add(str(bare if bare in names else averages[source]))
-        elif bare is not None:
-            _take(found.raw, bare, tensor, source, unknown if bare not in names else None)
-        elif source.startswith(EMA):
-            _take_average(found, source, tensor, averages, unknown)
-        elif load_only_unet:
-            found.left_out.append(_left(source, tensor, "load_only_unet"))
-        elif not _take_other(found, source, tensor, class_embedder):
-            unknown.append(source)
-    if not strict:
-        found.left_out += [_left(source, tensors[source], "not in this network") for source in unknown]
-    elif unknown:
-        raise ValueError(
-            f"The checkpoint holds {len(unknown)} tensors that this configuration has no place for: {_list(unknown)}. "
-            "Give the configuration that belongs to it, or leave them out with ignore_keys."
-        )
-    if not found.raw and not found.average and not found.ignored:
-        raise ValueError(
-            "The checkpoint holds no network: no name begins with "
-            f"{', '.join(PREFIXES)} or {EMA}, and none is a bare name such as input_blocks.0.0.weight. "
-            f"It holds {_list(list(tensors))}."
-        )
+    for key, tensor in tensors.items():
+        role, name = known.role(key)
+        if key.startswith(prefixes):
+            left_out.append(LeftOut(key, tuple(tensor.shape), "in ignore_keys"))
+            ignored |= {name} if role in ("raw", "ema") else set()
+        elif load_only_unet and role in ("extra", "not converted", "unknown"):
+            left_out.append(LeftOut(key, tuple(tensor.shape), "load_only_unet"))
+        elif role == "not converted":
+            left_out.append(LeftOut(key, tuple(tensor.shape), name))
+        elif role in ("unknown", "other network"):
+            unknown.append(key)
+        elif name in by_role[role]:
+            raise ValueError(f"The checkpoint contains {name} twice, under {key} and another prefix or none.")
+        else:
+            by_role[role][name] = tensor
     if strict:
-        _complete(found, names)
-    return found
+        _check_known(unknown)
+    left_out += [LeftOut(key, tuple(tensors[key].shape), "not in this network") for key in unknown]
+    _check_has_network(list(tensors), by_role, ignored)
+    return _contents(by_role, left_out, ignored, known.unet if strict else None)
 
 
-def _bare(source: str, names: set[str]) -> str | None:
-    """UNetModel's own name of a tensor that is the network's; None for what is not."""
-    for prefix in PREFIXES:
-        if source.startswith(prefix):
-            return source[len(prefix) :]
-    return source if source in names else None
+Role = Literal["raw", "ema", "ema_metadata", "extra", "not converted", "other network", "unknown"]
 
 
-def _take(into: dict[str, Tensor], name: str, tensor: Tensor, source: str, unknown: list[str] | None) -> None:
-    if unknown is not None:
-        unknown.append(source)
-    elif name in into:
-        raise ValueError(f"The checkpoint holds {name} twice, under {source} and without or with another prefix.")
-    else:
-        into[name] = tensor
+@dataclass(frozen=True)
+class _KnownKeys:
+    """Keys that a checkpoint of a certain UNetModel may contain.
+
+    Attributes:
+        unet: UNetModel's keys.
+        ema: names of the EMA's buffers to UNetModel's keys.
+        class_embedder: whether the conditioning stage is a ClassEmbedder.
+    """
+
+    unet: set[str]
+    ema: dict[str, str]
+    class_embedder: bool
+
+    def role(self, key: str) -> tuple[Role, str]:
+        """Role of a key, and its name in that role; for one that is not converted the reason."""
+        prefix = next((prefix for prefix in UNET_PREFIXES if key.startswith(prefix)), "")
+        if prefix or key in self.unet:
+            name = key[len(prefix) :]
+            return "raw" if name in self.unet else "other network", name
+        if key in self.ema:
+            return "ema", self.ema[key]
+        if key.startswith(EMA_PREFIX):
+            return "ema_metadata" if key in (EMA_DECAY_KEY, EMA_NUM_UPDATES_KEY) else "other network", key
+        if key in (*SAVED_TABLES, "logvar", "scale_factor") or (key == CLASS_EMBEDDING_KEY and self.class_embedder):
+            return "extra", key
+        why = next((why for prefix, why in LEFT_OUT_PREFIXES.items() if key.startswith(prefix)), None)
+        return ("unknown", key) if why is None else ("not converted", why)
 
 
-def _take_average(
-    found: Contents, source: str, tensor: Tensor, averages: Mapping[str, str], unknown: list[str]
-) -> None:
-    if source == f"{EMA}decay":
-        found.decay = float(tensor)
-    elif source == f"{EMA}num_updates":
-        found.num_updates = int(tensor)
-    elif source in averages:
-        found.average[averages[source]] = tensor
-    else:
-        unknown.append(source)
+def _check_known(unknown: list[str]) -> None:
+    if unknown:
+        raise ValueError(
+            f"The checkpoint contains {len(unknown)} tensors that do not belong to this configuration: "
+            f"{listed(unknown)}. Give the configuration that belongs to it, or leave them out with ignore_keys."
+        )
 
 
-def _take_other(found: Contents, source: str, tensor: Tensor, class_embedder: bool) -> bool:
-    """Sort what is beside the network; whether it is anything known."""
-    if source in TABLES:
-        found.tables[source] = tensor
-    elif source == "logvar":
-        found.logvar = tensor
-    elif source == "scale_factor":
-        found.scale_factor = float(tensor)
-    elif source == CLASS_EMBEDDING and class_embedder:
-        found.class_embedding = tensor
-    else:
-        why = next((why for prefix, why in ELSEWHERE.items() if source.startswith(prefix)), None)
-        if why is None:
-            return False
-        found.left_out.append(_left(source, tensor, why))
-    return True
+def _check_has_network(keys: list[str], by_role: Mapping[Role, Mapping[str, Tensor]], ignored: set[str]) -> None:
+    if not (by_role["raw"] or by_role["ema"] or ignored):
+        raise ValueError(
+            f"The checkpoint contains no network: no key starts with {', '.join(UNET_PREFIXES)} or {EMA_PREFIX}, and "
+            f"none is a key without a prefix such as input_blocks.0.0.weight. It contains {listed(keys)}."
+        )
 
 
-def _complete(found: Contents, names: set[str]) -> None:
-    """Fill the average with what was frozen, and refuse gaps."""
-    if found.average:
-        found.filled = sorted((names - set(found.average)) & set(found.raw))
-        found.average = {**found.average, **{name: found.raw[name] for name in found.filled}}
-    for tensors in (found.raw, found.average):
-        missing = names - set(tensors) - found.ignored
+def _contents(
+    by_role: Mapping[Role, dict[str, Tensor]], left_out: list[LeftOut], ignored: set[str], required: set[str] | None
+) -> CheckpointContents:
+    """Fill in the EMA's frozen tensors, and refuse missing ones, if the keys of the network are ``required``."""
+    raw, ema, extra = by_role["raw"], by_role["ema"], by_role["extra"]
+    filled = sorted((required - set(ema)) & set(raw)) if required and ema else []
+    ema = {**ema, **{name: raw[name] for name in filled}}
+    for tensors in (raw, ema):
+        missing = set() if required is None else required - set(tensors) - ignored
         if tensors and missing:
             raise ValueError(
                 f"The checkpoint lacks {len(missing)} tensors of the network that the configuration describes: "
-                f"{_list(sorted(missing))}. Give the configuration that belongs to it."
+                f"{listed(sorted(missing))}. Give the configuration that belongs to it."
             )
+    decay = float(by_role["ema_metadata"].get(EMA_DECAY_KEY, COMPVIS_EMA_DECAY))
+    num_updates = int(by_role["ema_metadata"].get(EMA_NUM_UPDATES_KEY, 0))
+    return CheckpointContents(
+        raw=raw,
+        ema=ema,
+        ema_metadata=EmaMetadata(decay, num_updates),
+        tables={key: tensor for key, tensor in extra.items() if key in SAVED_TABLES},
+        logvar=extra.get("logvar"),
+        scale_factor=float(extra["scale_factor"]) if "scale_factor" in extra else None,
+        class_embedding=extra.get(CLASS_EMBEDDING_KEY),
+        left_out=left_out,
+        ignored=ignored,
+        filled=filled,
+    )
 
 
-def _left(source: str, tensor: Tensor, why: str) -> LeftOut:
-    return LeftOut(source, tuple(tensor.shape), why)
-
-
-def _list(names: list[str], most: int = 8) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + (more or "")
-
-
-def describe_difference(tables: Mapping[str, Tensor], schedule: NoiseSchedule) -> str:
-    """Say where a file's schedule differs from another one.
+def describe_schedule_difference(tables: Mapping[str, Tensor], schedule: NoiseSchedule) -> str:
+    """Describe where a file's schedule differs from another one.
 
     Args:
         tables: of the file, by CompVis' names.
         schedule: of the configuration.
 
     Returns:
-        One phrase; empty where every table agrees within the rounding of the file's own dtype.
+        A phrase; empty if every table agrees within the rounding of the file's dtype.
     """
     for name, table in tables.items():
-        mine = torch.tensor(getattr(schedule, name), dtype=torch.float32)
-        if table.shape != mine.shape:
-            return f"{name} has {tuple(table.shape)} entries in the file and {tuple(mine.shape)} by the configuration"
+        expected = torch.tensor(getattr(schedule, name), dtype=torch.float32)
+        if table.shape != expected.shape:
+            return (
+                f"{name} has {tuple(table.shape)} entries in the file and {tuple(expected.shape)} in the configuration"
+            )
         if not table.is_floating_point():
             return f"{name} is {table.dtype} in the file"
         half = table.dtype in (torch.float16, torch.bfloat16)
-        theirs, ours = table.float(), mine.to(table.dtype).float() if half else mine
+        theirs, ours = table.float(), expected.to(table.dtype).float() if half else expected
         if not torch.allclose(theirs, ours, rtol=1e-2 if half else 1e-5, atol=0):
             worst = int(((theirs - ours).abs() / ours.abs().clamp(min=1e-30)).argmax())
-            theirs_says, ours_says = float(theirs[worst]), float(ours[worst])
-            return f"{name}[{worst}] is {theirs_says:g} in the file and {ours_says:g} by the configuration"
+            in_file, in_config = float(theirs[worst]), float(ours[worst])
+            return f"{name}[{worst}] is {in_file:g} in the file and {in_config:g} in the configuration"
     return ""

@@ -1,37 +1,38 @@
-"""Weights of CompVis' (and OpenAI's) ``UNetModel`` in a Diffusers network, and back, to the bit.
+"""Weights of CompVis' (and OpenAI's) ``UNetModel``, converted to a Diffusers network and back, bit-exact.
 
-Two things are more than other names. The rows of ``qkv`` are ordered [head][q, k, v][channel] in the published default
-and [q, k, v][head][channel] under ``use_new_attention_order``; taking one for the other is wrong for every head but a
-single one. And resampling without weights (``conv_resample: false``) becomes the convolution that computes the same.
+Two conversions are more than a new key. The rows of ``qkv`` are ordered [head][q, k, v][channel] by default and
+[q, k, v][head][channel] under ``use_new_attention_order``; confusing the two is wrong unless there is a single head.
+And resampling without weights (``conv_resample: false``) becomes the convolution that computes the same.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from diffusers_ddpm_ext.compvis.architecture import complete, translate_unet
-from diffusers_ddpm_ext.compvis.key_map import Piece, name_map
+from diffusers_ddpm_ext.compvis.architecture import complete_unet_params, translate_unet
+from diffusers_ddpm_ext.compvis.key_map import TensorMapping, Transform, map_keys
+from diffusers_ddpm_ext.compvis.schema import listed
 from diffusers_ddpm_ext.compvis.unet_params import unet_params_of
 
-PREFIXES = ("model.diffusion_model.", "diffusion_model.")
-EMA = "model_ema."
-WRAPPER = "diffusion_model."  # what LitEma's names begin with, dots and all
-THIRDS = ("q", "k", "v")
+UNET_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
+EMA_PREFIX = "model_ema."
+LITEMA_WRAPPER = "diffusion_model."  # LitEma's names start with this, before it removes their dots
+QKV = ("q", "k", "v")
 
 
 @dataclass(frozen=True)
-class Moved:
-    """One tensor's way.
+class ConvertedTensor:
+    """One row of a conversion report.
 
     Attributes:
-        source: UNetModel's own name; empty where the original has no weights.
-        target: name in the Diffusers network.
+        source: key in UNetModel; empty if it has no such weights.
+        target: key in the Diffusers network.
         shape: of the target.
         sha256: of the target's bytes, hexadecimal.
     """
@@ -43,106 +44,134 @@ class Moved:
 
 
 def convert_unet(state_dict: Mapping[str, Tensor], unet_params: Mapping[str, Any]) -> nn.Module:
-    """Build the Diffusers network that computes what a UNetModel computes.
+    """Build the Diffusers network that computes the same function as a UNetModel.
 
     Args:
-        state_dict: its weights, floating, under its own names, or with ``diffusion_model.`` or
-            ``model.diffusion_model.`` before them.
+        state_dict: its weights, floating, under UNetModel's keys, with or without the prefix ``diffusion_model.`` or
+            ``model.diffusion_model.``.
         unet_params: its keyword arguments.
 
     Returns:
         A UNet2DModel, UNet2DConditionModel or UNet2DExtModel, float32, in eval mode.
 
     Raises:
-        ValueError: names are missing or left over, shapes differ, or no Diffusers network can express it.
+        ValueError: keys are missing or unexpected, shapes differ, or no Diffusers network can express it.
     """
-    plan = translate_unet(unet_params)
-    converted, _ = convert_tensors(bare(state_dict), unet_params)
+    return build_network(strip_prefixes(state_dict), unet_params)[0]
+
+
+def build_network(
+    tensors: Mapping[str, Tensor],
+    unet_params: Mapping[str, Any],
+    conditioning_key: str | None = None,
+    reinitialized: Iterable[str] = (),
+    timestep_scale: float = 1.0,
+) -> tuple[nn.Module, list[ConvertedTensor]]:
+    """Build a Diffusers network from tensors under UNetModel's keys.
+
+    Args:
+        tensors: floating, any dtype.
+        unet_params: keyword arguments of UNetModel.
+        conditioning_key: how conditions are joined to the network's input.
+        reinitialized: keys that may be missing; their weights are initialized with a fixed seed.
+        timestep_scale: factor applied to the timestep before the network gets it.
+
+    Returns:
+        The network, float32, in eval mode, and one row per tensor.
+
+    Raises:
+        ValueError: keys are missing or unexpected, shapes differ, or no Diffusers network can express it.
+    """
+    spec = translate_unet(unet_params, conditioning_key=conditioning_key, timestep_scale=timestep_scale)
+    if set(reinitialized) - set(tensors):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            initial = export_unet(spec.build(), unet_params)
+        tensors = {**{name: initial[name] for name in reinitialized if name in initial}, **tensors}
+    converted, rows = convert_tensors(tensors, unet_params)
     with torch.device("meta"):
-        network = plan.build()
+        network = spec.build()
     network.load_state_dict(converted, strict=True, assign=True)
-    return network.eval()
+    return network.eval(), rows
 
 
-def bare(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Strip what the original's wrappers put before a network's names; other names stay."""
+def strip_prefixes(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Remove the prefixes that CompVis' wrappers add to the network's keys; other keys stay as they are."""
     tensors = {}
     for name, tensor in state_dict.items():
-        prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), "")
+        prefix = next((prefix for prefix in UNET_PREFIXES if name.startswith(prefix)), "")
         if name[len(prefix) :] in tensors:
-            raise ValueError(f"The weights hold {name[len(prefix) :]} twice, under different prefixes.")
+            raise ValueError(f"The weights contain {name[len(prefix) :]} twice, under different prefixes.")
         tensors[name[len(prefix) :]] = tensor
     return tensors
 
 
 def convert_tensors(
     tensors: Mapping[str, Tensor], unet_params: Mapping[str, Any]
-) -> tuple[dict[str, Tensor], list[Moved]]:
-    """Give UNetModel's tensors the names and shapes of the Diffusers network.
+) -> tuple[dict[str, Tensor], list[ConvertedTensor]]:
+    """Convert UNetModel's tensors to the keys and shapes of the Diffusers network.
 
     Args:
-        tensors: under UNetModel's own names, floating.
+        tensors: under UNetModel's keys, floating.
         unet_params: its keyword arguments.
 
     Returns:
-        Name to tensor, float32, and one row a tensor.
+        Key to tensor, float32, and one row per tensor.
 
     Raises:
-        ValueError: names are missing or left over, or a shape differs; all of them are listed.
+        ValueError: keys are missing or unexpected, or shapes differ; all of them are listed.
     """
-    pieces, new_order = name_map(unet_params), complete(unet_params)["use_new_attention_order"]
-    wanted = {piece.source for piece in pieces if piece.source}
-    _refuse_names(wanted - set(tensors), set(tensors) - wanted)
+    mappings, new_order = map_keys(unet_params), complete_unet_params(unet_params)["use_new_attention_order"]
+    expected = {mapping.source for mapping in mappings if mapping.source}
+    _check_keys(expected - set(tensors), set(tensors) - expected)
     converted, rows, wrong = {}, [], []
-    for piece in pieces:
-        tensor = _synthetic(piece) if not piece.source else _take(piece, tensors[piece.source], new_order)
-        if tensor is None or tensor.shape != piece.shape:
-            wrong.append(f"{piece.source} {tuple(tensors[piece.source].shape)}")
+    for mapping in mappings:
+        tensor = (
+            _transformed(mapping, tensors[mapping.source], new_order)
+            if mapping.source
+            else _resampling_weight(mapping.transform, mapping.shape)
+        )
+        if tensor is None or tensor.shape != mapping.shape:
+            wrong.append(f"{mapping.source} {tuple(tensors[mapping.source].shape)}")
             continue
-        converted[piece.target] = tensor.float().contiguous()
-        digest = hashlib.sha256(converted[piece.target].numpy().data).hexdigest()
-        rows.append(Moved(piece.source, piece.target, piece.shape, digest))
+        converted[mapping.target] = tensor.float().contiguous()
+        digest = hashlib.sha256(converted[mapping.target].numpy().data).hexdigest()
+        rows.append(ConvertedTensor(mapping.source, mapping.target, mapping.shape, digest))
     if wrong:
-        raise ValueError(f"{len(wrong)} weights have another shape than this configuration's: {_list(wrong)}.")
+        raise ValueError(f"{len(wrong)} weights have a different shape in this configuration: {listed(wrong, 12)}.")
     return converted, rows
 
 
-def _refuse_names(missing: set[str], surplus: set[str]) -> None:
-    if missing or surplus:
-        parts = [f"missing: {_list(sorted(missing))}"] if missing else []
-        parts += [f"left over: {_list(sorted(surplus))}"] if surplus else []
-        raise ValueError(
-            f"The weights are not those of the network that the configuration describes; {'; '.join(parts)}."
-        )
+def _check_keys(missing: set[str], unexpected: set[str]) -> None:
+    if missing or unexpected:
+        parts = [f"missing: {listed(sorted(missing), 12)}"] if missing else []
+        parts += [f"unexpected: {listed(sorted(unexpected), 12)}"] if unexpected else []
+        raise ValueError(f"The weights do not match the network that the configuration describes; {'; '.join(parts)}.")
 
 
-def _list(names: list[str], most: int = 12) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def _take(piece: Piece, source: Tensor, new_order: bool) -> Tensor | None:
-    """The target's part of a source, None where their shapes cannot belong together."""
-    if piece.take == "same":
+def _transformed(mapping: TensorMapping, source: Tensor, new_order: bool) -> Tensor | None:
+    """The target tensor of a source tensor; None if their shapes are incompatible."""
+    if mapping.transform == "same":
         return source
-    if piece.take == "squeeze":
+    if mapping.transform == "squeeze":
         return source.squeeze(-1) if source.ndim == 3 and source.shape[-1] == 1 else None
-    width = piece.shape[0]
+    width = mapping.shape[0]
     if source.shape[0] != 3 * width:
         return None
-    third = THIRDS.index(piece.take)
+    third = QKV.index(mapping.transform)
     if new_order:
         part = source.reshape(3, width, *source.shape[1:])[third]
     else:
-        part = source.reshape(piece.heads, 3, width // piece.heads, *source.shape[1:])[:, third]
-    return part.reshape(piece.shape) if part.numel() == torch.Size(piece.shape).numel() else None
+        part = source.reshape(mapping.heads, 3, width // mapping.heads, *source.shape[1:])[:, third]
+    return part.reshape(mapping.shape) if part.numel() == torch.Size(mapping.shape).numel() else None
 
 
-def _synthetic(piece: Piece) -> Tensor:
-    """Weights of the convolution that resamples as the original does without weights."""
-    weight = torch.zeros(piece.shape)
+def _resampling_weight(transform: Transform, shape: tuple[int, ...]) -> Tensor:
+    """Weights of the convolution that computes what UNetModel computes without weights."""
+    weight = torch.zeros(shape)
     if weight.ndim == 4:
         channels = torch.arange(weight.shape[0])
-        if piece.take == "pool":  # stride 2, padding 1: the window's last two rows and columns are the 2x2 pixels
+        if transform == "pool":  # stride 2, padding 1: the window's last two rows and columns are the 2x2 pixels
             for row in (1, 2):
                 for column in (1, 2):
                     weight[channels, channels, row, column] = 0.25
@@ -151,50 +180,50 @@ def _synthetic(piece: Piece) -> Tensor:
     return weight
 
 
-def is_synthetic(network: nn.Module) -> bool:
-    """Whether a network resamples by the convolutions that stand for ``conv_resample: false``."""
-    found = []
-    for name, tensor in network.state_dict().items():
-        take = {"downsamplers.0.conv.": "pool", "upsamplers.0.conv.": "nearest"}
-        kind = next((take[inner] for inner in take if inner in name), None)
-        if kind is None:
-            continue
-        expected = _synthetic(Piece(name, "", kind, 1, tuple(tensor.shape)))  # type: ignore[arg-type]
-        found.append(not tensor.is_meta and torch.equal(tensor.detach().cpu().float(), expected))
-    return bool(found) and all(found)
+def resamples_without_weights(network: nn.Module) -> bool:
+    """Whether a network's resampling convolutions are those that replace ``conv_resample: false``."""
+    transforms: dict[str, Transform] = {"downsamplers.0.conv.": "pool", "upsamplers.0.conv.": "nearest"}
+    matches = [
+        not tensor.is_meta
+        and torch.equal(tensor.detach().cpu().float(), _resampling_weight(transform, tuple(tensor.shape)))
+        for name, tensor in network.state_dict().items()
+        for part, transform in transforms.items()
+        if part in name
+    ]
+    return bool(matches) and all(matches)
 
 
 def export_unet(network: nn.Module, unet_params: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
-    """Give a Diffusers network's weights the names and shapes of UNetModel; the inverse of `convert_tensors`.
+    """Convert a Diffusers network's weights to UNetModel's keys and shapes; the inverse of `convert_tensors`.
 
     Args:
         network: a UNet2DModel, UNet2DConditionModel or UNet2DExtModel.
-        unet_params: keyword arguments of the UNetModel; found from the network where they are not given.
+        unet_params: keyword arguments of UNetModel; by default those of `unet_params_of`.
 
     Returns:
-        UNetModel's own names to tensors, in the network's dtype, on its device.
+        UNetModel's keys to tensors, in the network's dtype, on its device.
 
     Raises:
-        ValueError: UNetModel cannot express the network; the setting is named.
+        ValueError: UNetModel cannot express the network; the message names the setting.
     """
     params = unet_params_of(network) if unet_params is None else unet_params
-    new_order = complete(params)["use_new_attention_order"]
-    own, tensors = network.state_dict(), {}
+    new_order = complete_unet_params(params)["use_new_attention_order"]
+    weights, tensors = network.state_dict(), {}
     parts: dict[str, dict[str, Tensor]] = {}
-    for piece in name_map(params):
-        tensor = own[piece.target].detach()
-        if piece.take in THIRDS:
-            parts.setdefault(piece.source, {})[piece.take] = tensor
-            if len(parts[piece.source]) == 3:
-                tensors[piece.source] = _join(parts.pop(piece.source), piece.heads, new_order)
-        elif piece.source:
-            tensors[piece.source] = tensor.unsqueeze(-1) if piece.take == "squeeze" else tensor
+    for mapping in map_keys(params):
+        tensor = weights[mapping.target].detach()
+        if mapping.transform in QKV:
+            parts.setdefault(mapping.source, {})[mapping.transform] = tensor
+            if len(parts[mapping.source]) == 3:
+                tensors[mapping.source] = _join_qkv(parts.pop(mapping.source), mapping.heads, new_order)
+        elif mapping.source:
+            tensors[mapping.source] = tensor.unsqueeze(-1) if mapping.transform == "squeeze" else tensor
     return tensors
 
 
-def _join(thirds: Mapping[str, Tensor], heads: int, new_order: bool) -> Tensor:
-    """A ``qkv`` of its thirds: (3C, C, 1), or (3C,) of biases."""
-    q, k, v = (thirds[name] for name in THIRDS)
+def _join_qkv(thirds: Mapping[str, Tensor], heads: int, new_order: bool) -> Tensor:
+    """Join q, k and v into one ``qkv``: (3C, C, 1), or (3C,) for biases."""
+    q, k, v = (thirds[name] for name in QKV)
     if new_order:
         joined = torch.cat([q, k, v])
     else:
@@ -204,30 +233,28 @@ def _join(thirds: Mapping[str, Tensor], heads: int, new_order: bool) -> Tensor:
 
 
 def unet_keys(unet_params: Mapping[str, Any]) -> list[str]:
-    """UNetModel's own names of all its tensors, each once."""
-    return list(dict.fromkeys(piece.source for piece in name_map(unet_params) if piece.source))
+    """Keys of all tensors of a UNetModel, each once."""
+    return list(dict.fromkeys(mapping.source for mapping in map_keys(unet_params) if mapping.source))
 
 
-def ema_names(unet_params: Mapping[str, Any]) -> dict[str, str]:
-    """Names of the moving average's buffers in a checkpoint, to UNetModel's own.
+def ema_buffer_names(unet_params: Mapping[str, Any]) -> dict[str, str]:
+    """Map the names of an EMA's buffers in a checkpoint to UNetModel's keys.
 
-    LitEma drops the dots of ``diffusion_model.<name>``, so that the way back leads through the names there are.
+    LitEma removes the dots of ``diffusion_model.<key>``, so the map is built from the keys of the network.
 
     Args:
         unet_params: keyword arguments of UNetModel.
 
     Returns:
-        ``model_ema.<name without dots>`` to UNetModel's own name.
+        ``model_ema.<key without dots>`` to UNetModel's key.
 
     Raises:
-        ValueError: two names are one without their dots.
+        ValueError: two keys are equal without their dots.
     """
     names: dict[str, str] = {}
-    for name in unet_keys(unet_params):
-        flat = EMA + (WRAPPER + name).replace(".", "")
+    for key in unet_keys(unet_params):
+        flat = EMA_PREFIX + (LITEMA_WRAPPER + key).replace(".", "")
         if flat in names:
-            raise ValueError(
-                f"{names[flat]} and {name} are the same without their dots: the average cannot be told apart."
-            )
-        names[flat] = name
+            raise ValueError(f"{names[flat]} and {key} are equal without their dots, so their averages are ambiguous.")
+        names[flat] = key
     return names

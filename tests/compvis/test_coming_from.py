@@ -11,7 +11,7 @@ from helpers.paths import ROOT
 
 from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtScheduler, DDPMObjective
 from diffusers_ddpm_ext.compvis import load_compvis
-from diffusers_ddpm_ext.compvis.config.openai import OWN, REFUSED, SHARED
+from diffusers_ddpm_ext.compvis.config.openai import FAMILY_DEFAULTS, REFUSED_FLAGS, SHARED_DEFAULTS
 from diffusers_ddpm_ext.training.config.options import OPTIONS
 
 # DDPM.__init__ of stablediffusion, whose arguments include latent-diffusion's.
@@ -50,11 +50,11 @@ ARGUMENTS = [
 ]
 
 
-def table(page: str, columns: int) -> list[list[str]]:
+def table(page: str, format_columns: int) -> list[list[str]]:
     rows = [
         line.strip("|").split("|") for line in (ROOT / "docs" / page).read_text().splitlines() if line[:3] == "| `"
     ]
-    return [[cell.strip() for cell in row] for row in rows if len(row) == columns]
+    return [[cell.strip() for cell in row] for row in rows if len(row) == format_columns]
 
 
 ROWS = {row[0].strip("`"): row for row in table("coming-from-compvis.md", 4)}
@@ -94,5 +94,10 @@ def test_every_defect_that_a_row_names_is_described():
 
 def test_every_flag_of_openai_has_a_row():
     rows = {row[0].strip("`") for row in table("coming-from-openai.md", 2)}
-    flags = SHARED.keys() | OWN["improved"].keys() | OWN["guided"].keys() | (REFUSED.keys() - {"classifier"})
+    flags = (
+        SHARED_DEFAULTS.keys()
+        | FAMILY_DEFAULTS["improved"].keys()
+        | FAMILY_DEFAULTS["guided"].keys()
+        | (REFUSED_FLAGS.keys() - {"classifier"})
+    )
     assert rows == flags | {"classifier_*"}

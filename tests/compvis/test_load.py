@@ -1,4 +1,4 @@
-"""Original checkpoints in and out, and what the original does wrong when it loads them."""
+"""Loading and saving of original checkpoints, and the defects of the original's loading."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from diffusers_ddpm_ext.compvis.reader.archive import read_tensors
 from diffusers_ddpm_ext.compvis.weights import export_unet
 from diffusers_ddpm_ext.models.ema import load_ema_metadata
 
-TABLES = 12
+SAVED_TABLE_COUNT = 12
 
 
-def folder_of(case: str, place: Path) -> Path:
+def converted_folder(case: str, place: Path) -> Path:
     converted = convert_compvis(FOLDER / f"{case}.ckpt", FOLDER / f"{case}.yaml")
     converted.save(place)
     (place / "conversion.json").write_text(json.dumps(converted.report.as_json()))
@@ -30,17 +30,17 @@ def folder_of(case: str, place: Path) -> Path:
 
 
 @pytest.mark.parametrize("case", HELD)
-def test_there_and_back(case, tmp_path):
-    """Every tensor of the source, to the bit, under the source's own names."""
+def test_round_trip(case, tmp_path):
+    """Every tensor of the source is bit-exact, under the source's own keys."""
     source = read_tensors(FOLDER / f"{case}.ckpt")
-    folder = folder_of(case, tmp_path / "folder")
+    folder = converted_folder(case, tmp_path / "folder")
     save_compvis(folder, tmp_path / "back.ckpt", use_ema=CASES[case]["ema"])
     back = torch.load(tmp_path / "back.ckpt", weights_only=True)["state_dict"]
     assert back.keys() == source.keys()
     assert [name for name in back if not torch.equal(back[name].float(), source[name].float())] == []
 
 
-def test_one_set_of_weights_gets_an_average_of_count_zero(tmp_path):
+def test_a_single_set_of_weights_is_saved_with_an_ema_of_zero_updates(tmp_path):
     pipeline = load_compvis(FOLDER / "latent_logvar.ckpt", FOLDER / "latent_logvar.yaml")
     save_compvis(pipeline, tmp_path / "a.ckpt")
     save_compvis(pipeline, tmp_path / "b.ckpt", use_ema=False)
@@ -57,11 +57,11 @@ def test_which_weights(weights, caplog):
     arrays = recorded("ema")
     truth = arrays["out_raw" if weights == "raw" else "out_ema"]
     assert float((run(pipeline.unet, arrays) - truth).abs().max()) <= 5e-6
-    assert (weights == "auto") == ("EMA weights" in caplog.text), "auto says which it took"
+    assert (weights == "auto") == ("EMA weights" in caplog.text), "auto logs its choice"
 
 
-def test_a_file_without_the_weights_that_are_asked_for(tmp_path):
-    with pytest.raises(ValueError, match='say weights="auto"'):
+def test_requested_weights_that_the_file_does_not_have(tmp_path):
+    with pytest.raises(ValueError, match='use weights="auto"'):
         load_compvis(FOLDER / "concat.ckpt", FOLDER / "concat.yaml", weights="ema")
     with pytest.raises(ValueError, match="auto, raw, ema"):
         load_compvis(FOLDER / "concat.ckpt", FOLDER / "concat.yaml", weights="both")
@@ -74,8 +74,8 @@ def test_a_file_without_the_weights_that_are_asked_for(tmp_path):
         load_compvis(tmp_path / "m.ckpt", FOLDER / "ema.yaml", weights="raw")
 
 
-def test_a_learned_logvar_arrives():
-    """D3: the original base class drops it without a word."""
+def test_a_learned_logvar_is_loaded():
+    """D3: the original base class drops it silently."""
     pipeline = load_compvis(FOLDER / "latent_logvar.ckpt", FOLDER / "latent_logvar.yaml")
     assert torch.equal(pipeline.logvar, recorded("latent_logvar")["logvar"])
     assert pipeline.scheduler.config.clip_sample is False, "latents are never clipped"
@@ -85,11 +85,11 @@ def test_a_learned_logvar_arrives():
     ).logvar is None  # fmt: skip
 
 
-def test_the_configurations_schedule_wins_and_a_difference_is_told():
-    """D4: there the file's tables win, all but one of them."""
+def test_the_configurations_schedule_wins_with_a_warning_if_it_differs():
+    """D4: in the original the file's tables win, except one."""
     other = content("ema")
     other["model"]["params"]["linear_end"] = 0.03
-    with pytest.warns(UserWarning, match="schedule is not the configuration's"):
+    with pytest.warns(UserWarning, match="schedule differs from the configuration's"):
         pipeline = load_compvis(FOLDER / "ema.ckpt", other)
     assert pipeline.scheduler.config.beta_end == 0.03
     with warnings.catch_warnings():
@@ -104,8 +104,8 @@ def test_the_configurations_schedule_wins_and_a_difference_is_told():
 
 
 @pytest.mark.parametrize("prefix", ["model.diffusion_model.", "diffusion_model.", ""])
-def test_the_network_alone(prefix, tmp_path):
-    """D5, D6: it is found under every prefix, and a file of which nothing matches is an error."""
+def test_load_only_unet(prefix, tmp_path):
+    """D5, D6: every prefix works, and a file without a matching key is an error."""
     tensors = {
         prefix + name.removeprefix("model.diffusion_model."): tensor
         for name, tensor in read_tensors(FOLDER / "concat.ckpt").items()
@@ -121,24 +121,24 @@ def test_the_network_alone(prefix, tmp_path):
 
 
 def test_prefixes_to_ignore_may_overlap():
-    """D7: a key that two of them match is deleted twice there."""
+    """D7: the original deletes a key that two of them match twice."""
     keys = ("logvar", "log", "model_ema", "model_ema.")
     pipeline = load_compvis(FOLDER / "latent_logvar.ckpt", FOLDER / "latent_logvar.yaml", ignore_keys=keys)
     assert pipeline.logvar is None
-    with pytest.warns(UserWarning, match=r"Initialised afresh.*out\.2\.weight"):
+    with pytest.warns(UserWarning, match=r"Re-initialized.*out\.2\.weight"):
         partly = load_compvis(
             FOLDER / "concat.ckpt", FOLDER / "concat.yaml", ignore_keys=["model.diffusion_model.out.2"]
         )
-    with pytest.warns(UserWarning, match="Initialised afresh"):
+    with pytest.warns(UserWarning, match="Re-initialized"):
         again = load_compvis(
             FOLDER / "concat.ckpt", FOLDER / "concat.yaml", ignore_keys=["model.diffusion_model.out.2"]
         )
     truth = read_tensors(FOLDER / "concat.ckpt")["model.diffusion_model.out.0.weight"]
     assert torch.equal(partly.unet.conv_norm_out.weight, truth)
-    assert torch.equal(partly.unet.conv_out.weight, again.unet.conv_out.weight), "always alike"
+    assert torch.equal(partly.unet.conv_out.weight, again.unet.conv_out.weight), "initialized with a fixed seed"
 
 
-def test_missing_and_surplus_names_are_listed(tmp_path):
+def test_missing_and_unexpected_keys_are_listed(tmp_path):
     tensors = dict(read_tensors(FOLDER / "concat.ckpt"))
     tensors["model.diffusion_model.new.weight"] = torch.zeros(1)
     torch.save({"state_dict": tensors}, tmp_path / "m.ckpt")
@@ -150,7 +150,7 @@ def test_missing_and_surplus_names_are_listed(tmp_path):
         load_compvis(tmp_path / "m.ckpt", FOLDER / "concat.yaml")
 
 
-def test_stages_stay_outside_and_come_back_from_the_base(tmp_path):
+def test_stages_are_left_out_and_restored_from_the_base(tmp_path):
     tensors = dict(read_tensors(FOLDER / "latent_logvar.ckpt"))
     stages = {"first_stage_model.encoder.weight": torch.randn(3), "scale_factor": torch.tensor(0.18)}
     torch.save({"state_dict": tensors | stages}, tmp_path / "m.ckpt")
@@ -204,13 +204,13 @@ def test_a_class_embedder_becomes_tokens(tmp_path):
     assert torch.equal(back["cond_stage_model.embedding.weight"], table)
 
 
-def test_what_does_not_go_back(tmp_path):
-    digits = DDPMExtPipeline(translate_small_groups(), DDPMExtScheduler())
+def test_pipelines_that_cannot_be_exported(tmp_path):
+    digits = DDPMExtPipeline(network_of_small_groups(), DDPMExtScheduler())
     with pytest.raises(ValueError, match="norm_num_groups"):
         save_compvis(digits, tmp_path / "m.ckpt")
-    synthetic = convert_synthetic()
+    resampled = network_without_resampling_weights()
     with pytest.raises(ValueError, match="conv_resample"):
-        save_compvis(DDPMExtPipeline(synthetic, DDPMExtScheduler()), tmp_path / "m.ckpt")
+        save_compvis(DDPMExtPipeline(resampled, DDPMExtScheduler()), tmp_path / "m.ckpt")
     scaled = translate_unet(BASE, timestep_scale=0.25).build()
     assert isinstance(scaled, UNet2DExtModel)
     with pytest.raises(ValueError, match="timestep_scale"):
@@ -222,21 +222,21 @@ def test_what_does_not_go_back(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def translate_small_groups():
+def network_of_small_groups():
     from diffusers import UNet2DModel
 
     return UNet2DModel(**translate_unet(BASE).config | {"norm_num_groups": 8})
 
 
-def convert_synthetic():
+def network_without_resampling_weights():
     from diffusers_ddpm_ext.compvis.weights import convert_unet
 
     params = BASE | {"conv_resample": False}
     return convert_unet(export_unet(random_weights(translate_unet(params).build()), params), params)
 
 
-def test_a_trained_folder_goes_out_with_its_average(tmp_path):
-    """Raw and EMA weights of a run's folder, its decay and its count."""
+def test_a_trained_folder_is_saved_with_its_ema(tmp_path):
+    """Raw and EMA weights of a run's folder, decay and number of updates."""
     from diffusers_ddpm_ext.models.ema import EmaMetadata, save_ema_metadata
 
     raw, average = (random_weights(translate_unet(BASE).build(), seed) for seed in (1, 2))
@@ -251,4 +251,4 @@ def test_a_trained_folder_goes_out_with_its_average(tmp_path):
     assert back["model_ema.num_updates"].dtype == torch.int32
     assert float(back["model_ema.decay"]) == pytest.approx(0.999)
     assert load_ema_metadata(tmp_path / "run") == EmaMetadata(0.999, 123)
-    assert sum(not name.startswith("model") for name in back) == TABLES
+    assert sum(not name.startswith("model") for name in back) == SAVED_TABLE_COUNT

@@ -44,7 +44,7 @@ def test_released(name):
     with torch.device("meta"):
         built = network.build()
     count = sum(parameter.numel() for parameter in built.parameters())
-    assert [network.kind, count, config.conditioning_key] == facts["expected"]
+    assert [network.class_name, count, config.conditioning_key] == facts["expected"]
     published = next((size for model, size in PUBLISHED.items() if name.endswith(model)), None)
     assert published is None or round(count / 1e6) == published
 

@@ -1,4 +1,4 @@
-"""Weights of original networks in Diffusers' networks: against outputs that the original code recorded, and back."""
+"""Weights of original networks converted to Diffusers': compared with recorded outputs of the original, and back."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtScheduler
 from diffusers_ddpm_ext.compvis.architecture import translate_unet
 from diffusers_ddpm_ext.compvis.reader.archive import read_tensors
 from diffusers_ddpm_ext.compvis.unet_params import unet_params_of
-from diffusers_ddpm_ext.compvis.weights import convert_tensors, convert_unet, ema_names, export_unet, unet_keys
+from diffusers_ddpm_ext.compvis.weights import convert_tensors, convert_unet, ema_buffer_names, export_unet, unet_keys
+from diffusers_ddpm_ext.utils.vocabulary import FROM_COMPVIS_PREDICTION_TYPE
 
 
 def network_part(tensors):
@@ -30,10 +31,12 @@ def test_recorded_outputs(case):
     network = convert_unet(network_part(tensors), params)
     assert float((run(network, arrays) - arrays["out_raw"]).abs().max()) <= 5e-6
     if CASES[case]["ema"]:
-        names = ema_names(params)
+        names = ema_buffer_names(params)
         average = convert_unet({names[name]: tensors[name] for name in tensors if name in names}, params)
         assert float((run(average, arrays) - arrays["out_ema"]).abs().max()) <= 5e-6
-        assert float((arrays["out_ema"] - arrays["out_raw"]).abs().max()) > 1e-2, "or the two would not be told apart"
+        assert float((arrays["out_ema"] - arrays["out_raw"]).abs().max()) > 1e-2, (
+            "otherwise the two could not be distinguished"
+        )
 
 
 def test_recorded_sampling_loop():
@@ -47,10 +50,9 @@ def test_recorded_sampling_loop():
     weights = torch.load(GOLDEN / case["weights"], weights_only=True)
     unet = convert_unet(weights, params["unet_config"]["params"])
     scheduler = DDPMExtScheduler(clip_sample=params.get("clip_denoised", True))
-    words = {"timesteps", "beta_schedule", "linear_start", "linear_end", "cosine_s", "given_betas"}
-    scheduler.register_schedule(**{name: value for name, value in params.items() if name in words})
-    kinds = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
-    prediction_type = kinds[params.get("parameterization", "eps")]
+    arguments = {"timesteps", "beta_schedule", "linear_start", "linear_end", "cosine_s", "given_betas"}
+    scheduler.register_schedule(**{name: value for name, value in params.items() if name in arguments})
+    prediction_type = FROM_COMPVIS_PREDICTION_TYPE[params.get("parameterization", "eps")]
     scheduler = DDPMExtScheduler.from_config(
         scheduler.config, prediction_type=prediction_type, v_posterior=params.get("v_posterior", 0.0)
     )
@@ -67,8 +69,8 @@ def test_recorded_sampling_loop():
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_back_to_the_bit(name):
-    """Every tensor comes home, with and without the arguments of the UNetModel."""
+def test_round_trip_is_bit_exact(name):
+    """Every tensor is restored, with and without the arguments of the UNetModel."""
     params = BASE | ARCHITECTURES[name]
     network = random_weights(translate_unet(params).build())
     tensors = export_unet(network, params)
@@ -85,7 +87,7 @@ def test_back_to_the_bit(name):
 
 
 class Attention(nn.Module):
-    """Self-attention written down from the definition: softmax(q k / sqrt(d)) v, heads apart."""
+    """Self-attention by its definition: softmax(q k / sqrt(d)) v for each head."""
 
     def __init__(self, heads: int, new_order: bool) -> None:
         super().__init__()
@@ -124,7 +126,7 @@ def test_order_of_heads(heads, new_order):
 
 
 def test_resampling_without_weights():
-    """The convolutions that stand for it are average pooling and repetition."""
+    """The convolutions in its place compute average pooling and repetition."""
     params = BASE | {"conv_resample": False}
     network = random_weights(translate_unet(params).build())
     converted = convert_unet(export_unet(network, params), params)
@@ -138,13 +140,13 @@ def test_resampling_without_weights():
     assert torch.equal(up, nn.functional.interpolate(wide, scale_factor=2, mode="nearest"))
 
 
-def test_names_that_do_not_fit_are_listed():
+def test_keys_that_do_not_match_are_listed():
     params = BASE
     tensors = export_unet(random_weights(translate_unet(params).build()), params)
     gap = {name: tensor for name, tensor in tensors.items() if name != "out.2.bias"}
-    with pytest.raises(ValueError, match=r"missing: out\.2\.bias; left over: extra\.weight"):
+    with pytest.raises(ValueError, match=r"missing: out\.2\.bias; unexpected: extra\.weight"):
         convert_unet(gap | {"extra.weight": torch.zeros(1)}, params)
-    with pytest.raises(ValueError, match=r"another shape .*out\.2\.bias"):
+    with pytest.raises(ValueError, match=r"different shape .*out\.2\.bias"):
         convert_unet(gap | {"out.2.bias": torch.zeros(4)}, params)
 
 
@@ -158,10 +160,10 @@ def test_prefixes_and_half_weights(prefix):
     assert not network.training
 
 
-def test_names_of_the_average_are_unique():
-    """Names lose their dots: for a deep network they stay apart."""
+def test_ema_buffer_names_are_unique():
+    """Keys without their dots are still distinct in a deep network."""
     deep = BASE | {"channel_mult": [1, 2, 3, 4, 5], "num_res_blocks": 3, "attention_resolutions": [1, 2, 4, 8, 16]}
-    names = ema_names(deep)
+    names = ema_buffer_names(deep)
     assert sorted(names.values()) == sorted(unet_keys(deep))
     assert names["model_ema.diffusion_modelinput_blocks00weight"] == "input_blocks.0.0.weight"
 
@@ -186,7 +188,7 @@ def test_names_of_the_average_are_unique():
         ({"use_spatial_transformer": True, "context_dim": 8, "resblock_updown": True}, "resblock_updown"),
     ],
 )
-def test_what_no_network_expresses_is_refused_by_name(change, word):
+def test_params_that_no_network_can_express_are_refused_by_name(change, word):
     with pytest.raises(ValueError, match=word):
         translate_unet(BASE | change)
 
@@ -205,7 +207,7 @@ def test_what_no_network_expresses_is_refused_by_name(change, word):
         ({"time_embedding_type": "fourier"}, "time_embedding_type"),
     ],
 )
-def test_what_does_not_go_back_is_refused_by_name(change, word):
+def test_settings_that_cannot_be_exported_are_refused_by_name(change, word):
     config = translate_unet(BASE).config | change
     with pytest.raises(ValueError, match=word):
         unet_params_of(UNet2DModel(**config))

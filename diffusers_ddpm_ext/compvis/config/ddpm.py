@@ -1,7 +1,7 @@
-"""Configurations of CompVis' classes: their words in, ours out, and a row for every key.
+"""Configurations of CompVis' classes, translated to our options, with a report row for every key.
 
-Names under ``target`` are looked up in a table by their last part; nothing is imported. Each key is translated, or
-without effect here, or refused: `read_config` never drops one.
+The last part of each ``target`` is looked up in a table; nothing is imported. Each key is translated, has no effect
+here, or is refused: `read_config` never drops one silently.
 """
 
 from __future__ import annotations
@@ -12,11 +12,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from diffusers_ddpm_ext.compvis import schema as kinds
-from diffusers_ddpm_ext.compvis.architecture import DEFAULTS, WITHOUT_EFFECT
+from diffusers_ddpm_ext.compvis.architecture import UNET_DEFAULTS, UNET_PARAMS_WITHOUT_EFFECT
 from diffusers_ddpm_ext.compvis.config import targets
-from diffusers_ddpm_ext.compvis.config.run_keys import RunKeys, leaves, mapping
-from diffusers_ddpm_ext.compvis.schema import Fate, Row, short
+from diffusers_ddpm_ext.compvis.config.run_keys import RunKeyReader, as_mapping, leaves
+from diffusers_ddpm_ext.compvis.schema import (
+    BOOLEAN,
+    LEARNING_RATE_TYPES,
+    MODEL_PARAM_TYPES,
+    UCG_TYPES,
+    ConfigRow,
+    Fate,
+    check_values,
+    one_line,
+)
 from diffusers_ddpm_ext.models.conditioning import REQUIRED_CONDITIONS
 from diffusers_ddpm_ext.utils.vocabulary import (
     CONDITIONING_KEYS,
@@ -25,12 +33,29 @@ from diffusers_ddpm_ext.utils.vocabulary import (
 )
 from diffusers_ddpm_ext.utils.yaml_io import load_compvis_yaml
 
-MISSING = object()
+UNCONDITIONAL_STAGE, FIRST_STAGE_AS_CONDITION = "__is_unconditional__", "__is_first_stage__"
+
+
+@dataclass(frozen=True)
+class SampleFormat:
+    """Samples that a model generates.
+
+    Attributes:
+        latent: whether they are latents of a first stage.
+        scale_factor: factor of the latents; None for images.
+        image_size: height and width, or both in one value.
+        channels: number of channels.
+    """
+
+    latent: bool
+    scale_factor: float | None
+    image_size: Any
+    channels: int
 
 
 @dataclass(frozen=True)
 class CompVisConfig:
-    """A configuration, translated.
+    """A translated configuration.
 
     Attributes:
         target: last part of the model's class.
@@ -38,16 +63,12 @@ class CompVisConfig:
         schedule: keyword arguments of `DDPMExtScheduler`.
         objective: keyword arguments of `DDPMObjective`.
         conditioning_key: as the class resolves it; None for an unconditional model.
-        use_ema: whether it keeps a moving average.
-        latent: whether it works on latents of a first stage.
-        scale_factor: by which latents are multiplied.
-        image_size: of the samples, in their pixels.
-        channels: of the samples.
-        first_stage: target of the first stage.
+        use_ema: whether it has an EMA.
+        samples: format of its samples.
         cond_stage: target of the conditioning stage.
-        ucg: conditions left out at random while training: by batch key, probability and null value.
-        training: the rest of what our trainer takes, by its flags' names.
-        rows: what became of each key.
+        ucg: conditions dropped at random in training: by batch key, probability and null value.
+        training: other options of our trainer, by name.
+        rows: one per key of the configuration.
     """
 
     target: str
@@ -56,15 +77,11 @@ class CompVisConfig:
     objective: dict[str, Any]
     conditioning_key: str | None
     use_ema: bool
-    latent: bool
-    scale_factor: float | None
-    image_size: Any
-    channels: int
-    first_stage: str | None
+    samples: SampleFormat
     cond_stage: str | None
     ucg: dict[str, Any]
     training: dict[str, Any]
-    rows: tuple[Row, ...] = ()
+    rows: tuple[ConfigRow, ...] = ()
 
 
 def read_config(source: str | os.PathLike[str] | Mapping[str, Any], *, strict: bool = True) -> CompVisConfig:
@@ -72,102 +89,111 @@ def read_config(source: str | os.PathLike[str] | Mapping[str, Any], *, strict: b
 
     Args:
         source: a YAML file, or its content.
-        strict: refuse what cannot be kept, by name; without it that stands in the rows.
+        strict: raise an error for refused keys; otherwise they are only in ``rows``.
 
     Returns:
         The translation.
 
     Raises:
-        ValueError: the file is no configuration of a diffusion model, or (strict) a key is refused.
+        ValueError: the file is not a configuration of a diffusion model, or (strict) a key is refused.
     """
     content = load_compvis_yaml(source) if not isinstance(source, Mapping) else source
     try:
         entries = list(leaves(content, ""))
     except RecursionError:
-        raise ValueError("The configuration contains itself: write its values out.") from None
+        raise ValueError("The configuration contains itself: replace the alias by its value.") from None
     for key, value in entries:
         if isinstance(value, str) and "${" in value:
-            raise ValueError(f"{key.lstrip('.')} {short(value)!r} refers to another key: write the value itself.")
-    reader = _Reader(content)
-    config = reader.read()
+            raise ValueError(f"{key.lstrip('.')} {one_line(value)!r} refers to another key: give the value itself.")
+    config = _ConfigReader(content).read()
     refused = [row for row in config.rows if row.fate == "refused"]
     if strict and refused:
         raise ValueError(
-            f"{short(refused[0].key, 200)} {short(refused[0].value)} is not supported: {refused[0].note}."
+            f"{one_line(refused[0].key, 200)} {one_line(refused[0].value)} is not supported: {refused[0].note}."
         )
     return config
 
 
-class _Reader(RunKeys):
-    """Goes through a configuration once, and notes what becomes of each key."""
+class _ConfigReader(RunKeyReader):
+    """Reads a configuration once, and adds a row for each key."""
 
     def read(self) -> CompVisConfig:
         model = self.content.get("model")
         if not isinstance(model, Mapping) or not isinstance(model.get("target"), str):
-            raise ValueError("The configuration has no section model with a target: it is none of CompVis'.")
+            raise ValueError("The configuration has no section model with a target: it is not one of CompVis'.")
         target = model["target"].rpartition(".")[2]
-        if target not in targets.MODELS:
-            raise ValueError(targets.unknown_model(short(model["target"], 200), target))
-        model = kinds.checked(model, kinds.RATE, "model.")
-        params = kinds.checked(mapping(model.get("params"), "model.params"), kinds.MODEL, "model.params.")
+        if target not in targets.IS_LATENT:
+            raise ValueError(targets.unknown_model(one_line(model["target"], 200), target))
+        model = check_values(model, LEARNING_RATE_TYPES, "model.")
+        params = as_mapping(model.get("params"), "model.params")
+        self.params = check_values(params, MODEL_PARAM_TYPES, "model.params.")
         self.note("model.target", model["target"], "translated", "the pipeline, its scheduler and objective")
-        self.latent = targets.MODELS[target]
-        self.params = params
-        made = self._model(target, params)
-        self.training_keys(model, params)
+        self.latent = targets.IS_LATENT[target]
+        translated = self._read_params()
+        self.read_training_keys(model, self.params)
         for key in model:
-            if key not in ("target", "params", "base_learning_rate", "scale_lr"):
-                self.note(f"model.{key}", model[key], "refused", "no key of a model that is known here")
+            if key not in ("target", "params", *LEARNING_RATE_TYPES):
+                self.note(f"model.{key}", model[key], "refused", "not a known key of a model")
         for key in self.content:
             if key not in ("model", "data", "lightning"):
                 self.note(key, self.content[key], "refused", "sections are model, data and lightning")
-        self.around()
-        return CompVisConfig(**made, training=self.training, rows=tuple(self.rows))
+        self.read_run_sections()
+        return CompVisConfig(target=target, **translated, training=self.training, rows=tuple(self.rows))
 
     # ---- model.params
 
-    def take(self, name: str, default: Any, note: str, fate: Fate = "translated") -> Any:
-        """Return a parameter, and note it where it stands in the file."""
-        value = self.params.get(name, MISSING)
-        if value is MISSING:
+    def param(self, name: str, default: Any, note: str, fate: Fate = "translated") -> Any:
+        """Return a parameter; add a row if the file has it."""
+        if name not in self.params:
             return default
-        self.note(f"model.params.{name}", value, fate, note)
-        return value
+        self.note(f"model.params.{name}", self.params[name], fate, note)
+        return self.params[name]
 
-    def _model(self, target: str, params: Mapping[str, Any]) -> dict[str, Any]:
-        made: dict[str, Any] = {"target": target, "latent": self.latent}
-        made["unet_params"] = self._unet(mapping(params.get("unet_config"), "model.params.unet_config"))
-        made["schedule"] = self._schedule()
-        made["objective"] = self._objective()
-        made["conditioning_key"] = self._conditioning()
-        made["use_ema"] = bool(self.take("use_ema", True, "--use_ema; ema_decay 0.9999"))
-        self.training["use_ema"] = made["use_ema"]
-        made["scale_factor"] = self.take("scale_factor", 1.0 if self.latent else None, "kept in conversion.json")
-        made["image_size"] = self.take("image_size", 256, "sample_size; --resolution")
-        made["channels"] = self.take("channels", 3, "channels of a sample; --channels")
-        made["first_stage"] = self._stage("first_stage_config", "decode latents with it")
-        made["cond_stage"] = self._stage("cond_stage_config", "give its output as a condition")
-        made["ucg"] = self._dropout(made["conditioning_key"], made["cond_stage"])
-        handled = {row.key.split(".")[2] for row in self.rows if row.key.startswith("model.params.")}
-        for name in params:
-            if name in handled or name in ("monitor", "scheduler_config", "ucg_training"):
+    def _read_params(self) -> dict[str, Any]:
+        unet_params = self._unet(as_mapping(self.params.get("unet_config"), "model.params.unet_config"))
+        schedule, objective, key = self._schedule(), self._objective(), self._conditioning_key()
+        use_ema = bool(self.param("use_ema", True, "--use_ema; ema_decay 0.9999"))
+        self.training["use_ema"] = use_ema
+        samples = SampleFormat(
+            self.latent,
+            self.param("scale_factor", 1.0 if self.latent else None, "kept in conversion.json"),
+            self.param("image_size", 256, "sample_size; --resolution"),
+            self.param("channels", 3, "channels of a sample; --channels"),
+        )
+        self._stage("first_stage_config", "decode latents with it")
+        cond_stage = self._stage("cond_stage_config", "pass its output as a condition")
+        ucg = self._condition_dropout(key, cond_stage)
+        self._read_other_params()
+        return {
+            "unet_params": unet_params,
+            "schedule": schedule,
+            "objective": objective,
+            "conditioning_key": key,
+            "use_ema": use_ema,
+            "samples": samples,
+            "cond_stage": cond_stage,
+            "ucg": ucg,
+        }
+
+    def _read_other_params(self) -> None:
+        """Add a row for each parameter that has none yet."""
+        noted = {row.key.split(".")[2] for row in self.rows if row.key.startswith("model.params.")}
+        for name, value in self.params.items():
+            if name in noted or name in ("monitor", "scheduler_config", "ucg_training"):
                 continue
-            if name in targets.START and name in targets.OF_A_START and not params.get("ckpt_path"):
-                self.note(f"model.params.{name}", params[name], "without effect", "there is no ckpt_path")
-            elif name in targets.START:
-                switch = kinds.MODEL[name] is kinds.SWITCH
-                self.training[name] = bool(params[name]) if switch else params[name]
-                self.note(f"model.params.{name}", params[name], "translated", f"--{name}")
-            elif name in targets.NO_EFFECT:
-                self.note(f"model.params.{name}", params[name], "without effect", targets.NO_EFFECT[name])
-            elif name in targets.REFUSED_UNLESS_NONE:
-                fate: Fate = "without effect" if not params[name] else "refused"
-                self.note(f"model.params.{name}", params[name], fate, targets.REFUSED_UNLESS_NONE[name])
+            fate: Fate = "without effect"
+            if name in targets.NEEDS_CKPT_PATH and not self.params.get("ckpt_path"):
+                note = "there is no ckpt_path"
+            elif name in targets.START_PARAMS:
+                self.training[name] = bool(value) if MODEL_PARAM_TYPES[name] is BOOLEAN else value
+                fate, note = "translated", f"--{name}"
+            elif name in targets.PARAMS_WITHOUT_EFFECT:
+                note = targets.PARAMS_WITHOUT_EFFECT[name]
+            elif name in targets.PARAMS_REFUSED_UNLESS_EMPTY:
+                fate, note = "refused" if value else fate, targets.PARAMS_REFUSED_UNLESS_EMPTY[name]
             else:
-                near = difflib.get_close_matches(str(name), targets.KNOWN_PARAMS, n=1)
-                hint = f"did you mean {near[0]}" if near else "no parameter of these classes"
-                self.note(f"model.params.{name}", params[name], "refused", hint)
-        return made
+                fate, note = "refused", suggestion(name, targets.KNOWN_PARAMS, "not a parameter of these classes")
+            self.note(f"model.params.{name}", value, fate, note)
 
     def _unet(self, unet: Mapping[str, Any]) -> dict[str, Any]:
         target = str(unet.get("target", ""))
@@ -178,98 +204,92 @@ class _Reader(RunKeys):
                 + targets.OTHER_NETWORKS.get(name, "the network must be a UNetModel.")
             )
         self.note("model.params.unet_config.target", target, "translated", "a Diffusers UNet")
-        params = dict(mapping(unet.get("params"), "model.params.unet_config.params"))
+        params = dict(as_mapping(unet.get("params"), "model.params.unet_config.params"))
         for key, value in params.items():
             full = f"model.params.unet_config.params.{key}"
-            if key in WITHOUT_EFFECT:
-                self.note(full, value, "without effect", WITHOUT_EFFECT[key])
-            elif key in DEFAULTS:
+            if key in UNET_PARAMS_WITHOUT_EFFECT:
+                self.note(full, value, "without effect", UNET_PARAMS_WITHOUT_EFFECT[key])
+            elif key in UNET_DEFAULTS:
                 self.note(full, value, "translated", "the network's configuration")
             else:
-                near = difflib.get_close_matches(str(key), DEFAULTS, n=1)
-                self.note(full, value, "refused", f"did you mean {near[0]}" if near else "no option of UNetModel")
+                self.note(full, value, "refused", suggestion(key, UNET_DEFAULTS, "not an option of UNetModel"))
         for key in unet:
             if key not in ("target", "params"):
-                self.note(f"model.params.unet_config.{key}", unet[key], "refused", "no key of a network")
+                self.note(f"model.params.unet_config.{key}", unet[key], "refused", "not a key of a network")
         return params
 
     def _schedule(self) -> dict[str, Any]:
-        given = self.take("given_betas", None, "trained_betas")
-        name = self.take("beta_schedule", "linear", "beta_schedule, in Diffusers' words")
-        if name not in FROM_COMPVIS_BETA_SCHEDULE:
-            raise ValueError(f"beta_schedule {name!r} is not one of {', '.join(FROM_COMPVIS_BETA_SCHEDULE)}.")
-        parameterization = self.take("parameterization", "eps", "prediction_type")
-        if parameterization not in FROM_COMPVIS_PREDICTION_TYPE:
-            raise ValueError(
-                f"parameterization {parameterization!r} is not one of {', '.join(FROM_COMPVIS_PREDICTION_TYPE)}."
-            )
-        clip = bool(self.take("clip_denoised", True, "clip_sample" + (" (never, for latents)" if self.latent else "")))
+        given_betas = self.param("given_betas", None, "trained_betas")
+        name = self.param("beta_schedule", "linear", "beta_schedule, under Diffusers' name")
+        _check_choice("beta_schedule", name, FROM_COMPVIS_BETA_SCHEDULE)
+        parameterization = self.param("parameterization", "eps", "prediction_type")
+        _check_choice("parameterization", parameterization, FROM_COMPVIS_PREDICTION_TYPE)
+        clip = self.param("clip_denoised", True, "clip_sample" + (" (never, for latents)" if self.latent else ""))
         schedule: dict[str, Any] = {
-            "num_train_timesteps": self.take("timesteps", 1000, "num_train_timesteps"),
-            "beta_start": self.take("linear_start", 1e-4, "beta_start"),
-            "beta_end": self.take("linear_end", 2e-2, "beta_end"),
+            "num_train_timesteps": self.param("timesteps", 1000, "num_train_timesteps"),
+            "beta_start": self.param("linear_start", 1e-4, "beta_start"),
+            "beta_end": self.param("linear_end", 2e-2, "beta_end"),
             "beta_schedule": FROM_COMPVIS_BETA_SCHEDULE[name],
-            "v_posterior": float(self.take("v_posterior", 0.0, "v_posterior")),
+            "v_posterior": float(self.param("v_posterior", 0.0, "v_posterior")),
             "prediction_type": FROM_COMPVIS_PREDICTION_TYPE[parameterization],
-            "clip_sample": clip and not self.latent,
+            "clip_sample": bool(clip) and not self.latent,
         }
-        cosine_s = self.take("cosine_s", 8e-3, "cosine_s")
+        cosine_s = self.param("cosine_s", 8e-3, "cosine_s")
         if name == "cosine":
             schedule["cosine_s"] = cosine_s
-        if given is not None:
-            schedule |= {"trained_betas": [float(beta) for beta in given], "num_train_timesteps": len(given)}
+        if given_betas is not None:
+            betas = [float(beta) for beta in given_betas]
+            schedule |= {"trained_betas": betas, "num_train_timesteps": len(betas)}
         return schedule
 
     def _objective(self) -> dict[str, Any]:
-        kind = self.take("loss_type", "l2", "loss_type")
-        if kind not in ("l1", "l2"):
-            raise ValueError(f"loss_type {kind!r} is not one of l1, l2.")
+        loss_type = self.param("loss_type", "l2", "loss_type")
+        _check_choice("loss_type", loss_type, ("l1", "l2"))
+        elbo_note = "original_elbo_weight, with elbo_weights compvis"
         return {
-            "loss_type": kind,
-            "l_simple_weight": float(self.take("l_simple_weight", 1.0, "l_simple_weight")),
-            "original_elbo_weight": float(
-                self.take("original_elbo_weight", 0.0, "original_elbo_weight, with elbo_weights compvis")
-            ),
+            "loss_type": loss_type,
+            "l_simple_weight": float(self.param("l_simple_weight", 1.0, "l_simple_weight")),
+            "original_elbo_weight": float(self.param("original_elbo_weight", 0.0, elbo_note)),
             "elbo_weights": "compvis",
-            "learn_logvar": bool(self.take("learn_logvar", False, "learn_logvar" + self.unlike_the_base())),
-            "logvar_init": float(self.take("logvar_init", 0.0, "logvar_init")),
+            "learn_logvar": bool(self.param("learn_logvar", False, "learn_logvar" + self.unlike_base_class())),
+            "logvar_init": float(self.param("logvar_init", 0.0, "logvar_init")),
         }
 
-    def _conditioning(self) -> str | None:
+    def _conditioning_key(self) -> str | None:
         """The key as DDPM and LatentDiffusion resolve it."""
-        key = self.take("conditioning_key", None, "conditioning_key")
-        mode = self.take("concat_mode", True, "conditioning_key concat, where none is given")
-        force = self.take("force_null_conditioning", False, "conditioning_key though there is no stage")
-        if key is not None and key not in CONDITIONING_KEYS:
-            raise ValueError(f"conditioning_key {key!r} is not one of {', '.join(CONDITIONING_KEYS)}.")
+        key: str | None = self.param("conditioning_key", None, "conditioning_key")
+        concat = self.param("concat_mode", True, "conditioning_key concat, if none is set")
+        force = self.param("force_null_conditioning", False, "conditioning_key, even without a stage")
+        if key is not None:
+            _check_choice("conditioning_key", key, CONDITIONING_KEYS)
         if not self.latent:
             return key
-        key = ("concat" if mode else "crossattn") if key is None else key
-        unconditional = self.params.get("cond_stage_config") == "__is_unconditional__"
-        return None if unconditional and not force else key
+        if self.params.get("cond_stage_config") == UNCONDITIONAL_STAGE and not force:
+            return None
+        return key or ("concat" if concat else "crossattn")
 
-    def _dropout(self, key: str | None, stage: str | None) -> dict[str, Any]:
-        """Conditions left out: here of what the network is given, there of what a conditioning stage is given."""
-        given = dict(mapping(self.params.get("ucg_training"), "model.params.ucg_training"))
+    def _condition_dropout(self, key: str | None, stage: str | None) -> dict[str, Any]:
+        """Random dropout of conditions: ours drops a network's input, the original's the input of a stage."""
+        ucg = dict(as_mapping(self.params.get("ucg_training"), "model.params.ucg_training"))
         direct = not self.latent or str(stage).rpartition(".")[2] == "Identity"
         dropout = {}
-        for name, entry in given.items():
+        for name, entry in ucg.items():
             full = f"model.params.ucg_training.{name}"
-            entry = kinds.checked(mapping(entry, full), kinds.DROPOUT, f"{full}.")
+            entry = check_values(as_mapping(entry, full), UCG_TYPES, f"{full}.")
             if "p" not in entry:
                 raise ValueError(f"{full} lacks p, the probability.")
             own = not self.latent or name == self.params.get("cond_stage_key", "image")
             if direct and own and len(REQUIRED_CONDITIONS[key]) == 1 and not isinstance(entry.get("val"), str):
                 dropout[REQUIRED_CONDITIONS[key][0]] = {k: entry[k] for k in ("p", "val") if entry.get(k) is not None}
-                self.note(full, given[name], "translated", f"--conditioning_dropout of {REQUIRED_CONDITIONS[key][0]}")
+                self.note(full, ucg[name], "translated", f"--conditioning_dropout of {REQUIRED_CONDITIONS[key][0]}")
             else:
-                why = "there it replaces what a stage is given; --conditioning_dropout what the network is given"
-                self.note(full, given[name], "without effect", why if key else "there is no condition")
-        if not given and "ucg_training" in self.params:
+                why = "it replaces the input of a stage; --conditioning_dropout replaces an input of the network"
+                self.note(full, ucg[name], "without effect", why if key else "there is no condition")
+        if not ucg and "ucg_training" in self.params:
             self.note("model.params.ucg_training", self.params["ucg_training"], "translated", "no dropout")
         if dropout:
             self.training["conditioning_dropout"] = dropout
-        return given
+        return ucg
 
     def _stage(self, name: str, use: str) -> str | None:
         stage = self.params.get(name)
@@ -279,10 +299,23 @@ class _Reader(RunKeys):
         if not isinstance(target, str):
             raise ValueError(f"model.params.{name} has no target.")
         last = target.rpartition(".")[2]
+        fate: Fate = "translated"
         if last == "ClassEmbedder":
-            self.note(f"model.params.{name}", stage, "translated", "pipeline.class_embedder; class_labels choose rows")
-        elif target in ("__is_unconditional__", "__is_first_stage__"):
-            self.note(f"model.params.{name}", stage, "translated", "conditioning_key")
+            note = "pipeline.class_embedder; class_labels choose rows"
+        elif target in (UNCONDITIONAL_STAGE, FIRST_STAGE_AS_CONDITION):
+            note = "conditioning_key"
         else:
-            self.note(f"model.params.{name}", stage, "without effect", f"{last} is no part of the pipeline: {use}")
+            fate, note = "without effect", f"{last} is not part of the pipeline: {use}"
+        self.note(f"model.params.{name}", stage, fate, note)
         return target
+
+
+def suggestion(name: object, known: Mapping[str, Any] | tuple[str, ...], otherwise: str) -> str:
+    """A note with the known name that is most similar to an unknown one."""
+    near = difflib.get_close_matches(str(name), known, n=1)
+    return f"did you mean {near[0]}" if near else otherwise
+
+
+def _check_choice(name: str, value: Any, allowed: Mapping[str, Any] | tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} {value!r} is not one of {', '.join(allowed)}.")

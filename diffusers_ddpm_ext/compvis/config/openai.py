@@ -1,7 +1,7 @@
-"""Flags of openai/improved-diffusion and guided-diffusion: their words in, ours out, and a row for every flag.
+"""Flags of openai/improved-diffusion and guided-diffusion, translated to our options, with a row for every flag.
 
-Both write a bare ``state_dict`` and keep the network's shape in the command line alone. Their UNetModel is the one
-that CompVis took over. What differs between the two are defaults: improved-diffusion shows the network ``1000 t / T``.
+Both save a ``state_dict`` only; the network's architecture is in their command line. CompVis' UNetModel is based on
+theirs. The two differ in defaults: improved-diffusion passes ``1000 t / T`` to the network.
 """
 
 from __future__ import annotations
@@ -12,41 +12,46 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
-from diffusers_ddpm_ext.compvis.schema import Fate, Row
+from diffusers_ddpm_ext.compvis.schema import ConfigRow, Fate
 
-FAMILIES = ("improved", "guided")
-NUM_CLASSES = 1000
-SHARED: dict[str, Any] = {
+OpenAIFamily = Literal["improved", "guided"]
+OPENAI_FAMILIES: tuple[OpenAIFamily, ...] = get_args(OpenAIFamily)
+IMAGENET_CLASSES = 1000
+SHARED_DEFAULTS: dict[str, Any] = {
     "image_size": 64, "num_channels": 128, "num_res_blocks": 2, "num_heads": 4, "num_heads_upsample": -1,
     "attention_resolutions": "16,8", "dropout": 0.0, "learn_sigma": False, "class_cond": False,
     "diffusion_steps": 1000, "noise_schedule": "linear", "timestep_respacing": "", "use_kl": False,
     "predict_xstart": False, "use_checkpoint": False, "use_scale_shift_norm": True,
 }  # fmt: skip
-OWN: dict[str, dict[str, Any]] = {
+FAMILY_DEFAULTS: dict[OpenAIFamily, dict[str, Any]] = {
     "improved": {"sigma_small": False, "rescale_timesteps": True, "rescale_learned_sigmas": True},
     "guided": {
         "num_head_channels": -1, "channel_mult": "", "resblock_updown": False, "use_fp16": False,
         "use_new_attention_order": False, "rescale_timesteps": False, "rescale_learned_sigmas": False,
     },
 }  # fmt: skip
-TELLING = {"improved": ("sigma_small",), "guided": tuple(name for name in OWN["guided"] if "rescale" not in name)}
-CHANNEL_MULT: dict[int, tuple[float, ...]] = {
+# Flags that only one of the two has, and that identify it.
+FAMILY_FLAGS: dict[OpenAIFamily, tuple[str, ...]] = {
+    "improved": ("sigma_small",),
+    "guided": tuple(name for name in FAMILY_DEFAULTS["guided"] if "rescale" not in name),
+}
+DEFAULT_CHANNEL_MULT: dict[int, tuple[float, ...]] = {
     512: (0.5, 1, 1, 2, 2, 4, 4),
     256: (1, 1, 2, 2, 4, 4),
     128: (1, 1, 2, 3, 4),
     64: (1, 2, 3, 4),
     32: (1, 2, 2, 2),
 }
-NOTES: dict[str, tuple[Fate, str]] = {
+FLAG_NOTES: dict[str, tuple[Fate, str]] = {
     "image_size": ("translated", "sample_size"),
     "num_channels": ("translated", "block_out_channels"),
     "num_res_blocks": ("translated", "layers_per_block"),
-    "num_heads": ("translated", "attention_head_dim, or num_attention_heads of a special network"),
-    "num_heads_upsample": ("translated", "num_attention_heads_up of a special network"),
+    "num_heads": ("translated", "attention_head_dim, or num_attention_heads of a UNet2DExtModel"),
+    "num_heads_upsample": ("translated", "num_attention_heads_up of a UNet2DExtModel"),
     "num_head_channels": ("translated", "attention_head_dim"),
-    "attention_resolutions": ("translated", "block types: they are pixels there"),
+    "attention_resolutions": ("translated", "block types; in pixels there"),
     "channel_mult": ("translated", "block_out_channels"),
     "dropout": ("translated", "dropout"),
     "learn_sigma": ("translated", "variance_type learned_range, twice the output channels"),
@@ -55,7 +60,7 @@ NOTES: dict[str, tuple[Fate, str]] = {
     "diffusion_steps": ("translated", "num_train_timesteps"),
     "noise_schedule": ("translated", "beta_schedule, beta_start, beta_end"),
     "predict_xstart": ("translated", "prediction_type sample"),
-    "rescale_timesteps": ("translated", "timestep_scale of a special network, where T is not 1000"),
+    "rescale_timesteps": ("translated", "timestep_scale of a UNet2DExtModel, if T is not 1000"),
     "use_scale_shift_norm": ("translated", "resnet_time_scale_shift"),
     "resblock_updown": ("translated", "block types"),
     "use_new_attention_order": ("translated", "order of the heads' weights"),
@@ -65,100 +70,101 @@ NOTES: dict[str, tuple[Fate, str]] = {
     "use_checkpoint": ("without effect", "pipeline.unet.enable_gradient_checkpointing()"),
     "use_fp16": ("without effect", "weights are float32; load with torch_dtype=torch.float16"),
 }
-REFUSED = {
-    "large_size": "a super-resolution model, which is fed the small image: not supported yet",
-    "small_size": "a super-resolution model, which is fed the small image: not supported yet",
-    "classifier": "a classifier's flag: a classifier is no diffusion model",
+REFUSED_FLAGS = {
+    "large_size": "a super-resolution model, whose input is the small image: not supported yet",
+    "small_size": "a super-resolution model, whose input is the small image: not supported yet",
+    "classifier": "a flag of a classifier, which is not a diffusion model",
 }
 
 
 @dataclass(frozen=True)
 class OpenAIConfig:
-    """Flags, translated.
+    """Translated flags.
 
     Attributes:
         family: ``improved`` or ``guided``.
         unet_params: keyword arguments of UNetModel.
-        timestep_scale: factor on the timestep before the network sees it.
+        timestep_scale: factor applied to the timestep before the network gets it.
         schedule: keyword arguments of `DDPMExtScheduler`.
         class_cond: whether the network takes class labels.
-        rows: what became of each flag.
+        rows: one per flag.
     """
 
-    family: str
+    family: OpenAIFamily
     unet_params: dict[str, Any]
     timestep_scale: float
     schedule: dict[str, Any]
     class_cond: bool
-    rows: tuple[Row, ...]
+    rows: tuple[ConfigRow, ...]
 
 
 def read_flags(source: str | os.PathLike[str] | Mapping[str, Any], family: str = "auto") -> OpenAIConfig:
     """Translate the flags of a model and its diffusion.
 
     Args:
-        source: a JSON object of flags, or a file that holds one; flags that are left out have the family's defaults.
-            ``"family"`` among them says whose flags they are.
-        family: ``improved``, ``guided``, or ``auto``: told by a flag that only one of them has.
+        source: a JSON object of flags, or a file with one; missing flags have the family's defaults. ``"family"`` may
+            be one of them.
+        family: ``improved``, ``guided``, or ``auto``: identified by a flag that only one of them has.
 
     Returns:
         The translation.
 
     Raises:
-        ValueError: a flag is unknown, cannot be expressed, or leaves the family open where that matters; by name.
+        ValueError: a flag is unknown or cannot be expressed, or the family is ambiguous; the message names the flag.
     """
-    given = dict(_load(source) if not isinstance(source, Mapping) else source)
-    family = _family(given, given.pop("family", family))
-    defaults = SHARED | OWN[family]
+    given = dict(_load_json(source) if not isinstance(source, Mapping) else source)
+    family = _identify_family(given, given.pop("family", family))
+    defaults = SHARED_DEFAULTS | FAMILY_DEFAULTS[family]
     for name in given:
-        why = REFUSED.get(name, REFUSED["classifier"] if name.startswith("classifier_") else None)
+        why = REFUSED_FLAGS.get(name, REFUSED_FLAGS["classifier"] if name.startswith("classifier_") else None)
         if why is not None:
             raise ValueError(f"{name} {given[name]} is not supported: {why}.")
         if name not in defaults:
             near = difflib.get_close_matches(name, defaults, n=1)
             hint = f"did you mean {near[0]}?" if near else f"{family}-diffusion has no such flag."
-            raise ValueError(f"{name} is no flag of the model or its diffusion: {hint}")
-    flags = defaults | {name: _typed(name, value, defaults[name]) for name, value in given.items()}
-    rows = tuple(Row(name, value, *NOTES[name]) for name, value in flags.items())
+            raise ValueError(f"{name} is not a flag of the model or its diffusion: {hint}")
+    flags = defaults | {name: _parse_flag(name, value, defaults[name]) for name, value in given.items()}
+    rows = tuple(ConfigRow(name, value, *FLAG_NOTES[name]) for name, value in flags.items())
     steps = flags["diffusion_steps"]
     scale = 1000.0 / steps if flags["rescale_timesteps"] else 1.0
-    return OpenAIConfig(family, _unet(flags), scale, _schedule(flags), flags["class_cond"], rows)
+    return OpenAIConfig(family, _unet_params(flags), scale, _schedule_config(flags), flags["class_cond"], rows)
 
 
-def _load(path: str | os.PathLike[str]) -> dict[str, Any]:
-    place = Path(path)
+def _load_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    file = Path(path)
     try:
-        content = json.loads(place.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"{place} cannot be read: {error.strerror}.") from None
+        raise ValueError(f"{file} cannot be read: {error.strerror}.") from None
     except ValueError as error:
-        raise ValueError(f"{place.name} holds no JSON: {error}.") from None
+        raise ValueError(f"{file.name} is not JSON: {error}.") from None
     if not isinstance(content, dict):
-        raise ValueError(f'{place.name} must hold a JSON object of flags, such as {{"image_size": 64}}.')
+        raise ValueError(f'{file.name} must hold a JSON object of flags, such as {{"image_size": 64}}.')
     return content
 
 
-def _family(given: Mapping[str, Any], family: Any) -> str:
-    if family in FAMILIES:
-        return str(family)
+def _identify_family(given: Mapping[str, Any], family: Any) -> OpenAIFamily:
+    for name in OPENAI_FAMILIES:
+        if family == name:
+            return name
     if family != "auto":
-        raise ValueError(f"family {family!r} is not one of {', '.join(FAMILIES)}, auto.")
-    told = [name for name in FAMILIES if any(flag in given for flag in TELLING[name])]
-    if len(told) == 1:
-        return told[0]
-    if told:
-        flags = [flag for name in FAMILIES for flag in TELLING[name] if flag in given]
-        raise ValueError(f'{" and ".join(flags)} are flags of different families: say "family".')
+        raise ValueError(f"family {family!r} is not one of {', '.join(OPENAI_FAMILIES)}, auto.")
+    matches = [name for name in OPENAI_FAMILIES if any(flag in given for flag in FAMILY_FLAGS[name])]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        flags = [flag for name in OPENAI_FAMILIES for flag in FAMILY_FLAGS[name] if flag in given]
+        raise ValueError(f'{" and ".join(flags)} are flags of different families: add "family".')
     if "rescale_timesteps" in given or given.get("diffusion_steps", 1000) == 1000:
-        return "improved"  # the rest of the defaults is the same
+        return "improved"  # the other defaults are the same
     raise ValueError(
-        'These flags are of improved-diffusion or guided-diffusion, whose rescale_timesteps differ: add "family": '
-        '"improved" or "guided".'
+        "These flags may belong to improved-diffusion or guided-diffusion, whose rescale_timesteps differ: add "
+        '"family": "improved" or "guided".'
     )
 
 
-def _typed(name: str, value: Any, default: Any) -> Any:
-    """A flag's value, which a command line would give as text."""
+def _parse_flag(name: str, value: Any, default: Any) -> Any:
+    """A flag's value, of its default's type; text as on a command line is parsed."""
     if isinstance(default, bool):
         word = str(value).lower()
         if word not in ("true", "false", "1", "0"):
@@ -176,20 +182,20 @@ def _typed(name: str, value: Any, default: Any) -> Any:
         raise ValueError(f"{name} {value!r} must be a number.") from None
 
 
-def _numbers(name: str, text: str) -> list[float]:
+def _parse_numbers(name: str, text: str) -> list[float]:
     try:
         return [float(part) if "." in part else int(part) for part in text.split(",")]
     except ValueError:
-        raise ValueError(f"{name} {text!r} must be numbers with commas between them.") from None
+        raise ValueError(f"{name} {text!r} must be numbers separated by commas.") from None
 
 
-def _unet(flags: Mapping[str, Any]) -> dict[str, Any]:
+def _unet_params(flags: Mapping[str, Any]) -> dict[str, Any]:
     size = flags["image_size"]
     text = flags.get("channel_mult", "")
-    mult = _numbers("channel_mult", text) if text else list(CHANNEL_MULT.get(size, ()))
+    mult = _parse_numbers("channel_mult", text) if text else list(DEFAULT_CHANNEL_MULT.get(size, ()))
     if not mult:
-        raise ValueError(f"image_size {size} has no channel_mult of its own: give channel_mult.")
-    pixels = _numbers("attention_resolutions", flags["attention_resolutions"])
+        raise ValueError(f"image_size {size} has no default channel_mult: set channel_mult.")
+    pixels = _parse_numbers("attention_resolutions", flags["attention_resolutions"])
     if any(number < 1 for number in pixels):
         raise ValueError(f"attention_resolutions {flags['attention_resolutions']!r} must be 1 pixel or more.")
     return {
@@ -201,7 +207,7 @@ def _unet(flags: Mapping[str, Any]) -> dict[str, Any]:
         "attention_resolutions": sorted({size // int(number) for number in pixels}),
         "dropout": flags["dropout"],
         "channel_mult": mult,
-        "num_classes": NUM_CLASSES if flags["class_cond"] else None,
+        "num_classes": IMAGENET_CLASSES if flags["class_cond"] else None,
         "num_heads": flags["num_heads"],
         "num_head_channels": flags.get("num_head_channels", -1),
         "num_heads_upsample": flags["num_heads_upsample"],
@@ -211,7 +217,7 @@ def _unet(flags: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _schedule(flags: Mapping[str, Any]) -> dict[str, Any]:
+def _schedule_config(flags: Mapping[str, Any]) -> dict[str, Any]:
     steps = flags["diffusion_steps"]
     if steps < 1:
         raise ValueError(f"diffusion_steps {steps} must be 1 or more.")

@@ -1,4 +1,4 @@
-"""What stands around the model in an original configuration: the rate and its course, data, Lightning's settings."""
+"""Keys of an original configuration that describe a run: learning rate and schedule, data, Lightning's settings."""
 
 from __future__ import annotations
 
@@ -6,59 +6,61 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from diffusers_ddpm_ext.compvis import schema as kinds
 from diffusers_ddpm_ext.compvis.config import targets
-from diffusers_ddpm_ext.compvis.schema import Fate, Row, short
+from diffusers_ddpm_ext.compvis.schema import ConfigRow, Fate, check_lr_lambda, one_line
 
 
-class RunKeys:
-    """Notes what becomes of each key, and collects what our trainer takes.
+class RunKeyReader:
+    """Reads the keys of a run: adds a row for each, and collects options of our trainer.
 
     Args:
-        content: the whole configuration.
+        content: the complete configuration.
 
     Attributes:
-        rows: one a key, so far.
+        rows: one per key, so far.
         training: options of our trainer by name, so far.
         latent: whether the model works on latents.
+        params: the checked ``model.params``.
     """
 
     def __init__(self, content: Mapping[str, Any]) -> None:
         self.content = content
-        self.rows: list[Row] = []
+        self.rows: list[ConfigRow] = []
         self.training: dict[str, Any] = {}
         self.latent = False
+        self.params: dict[str, Any] = {}
 
-    def note(self, key: str, value: Any, fate: Fate, text: str) -> None:
-        """Say what became of a key."""
-        self.rows.append(Row(key, value, fate, text))
+    def note(self, key: str, value: Any, fate: Fate, note: str) -> None:
+        """Add the row of a key."""
+        self.rows.append(ConfigRow(key, value, fate, note))
 
-    def unlike_the_base(self) -> str:
-        """What to add where `LatentDiffusion` does something that `DDPM` does not."""
-        return "" if self.latent else " (the original's base class does nothing with it)"
+    def unlike_base_class(self) -> str:
+        """Suffix of a note on a parameter that `LatentDiffusion` uses and `DDPM` ignores."""
+        return "" if self.latent else " (the original's base class ignores it)"
 
-    def training_keys(self, model: Mapping[str, Any], params: Mapping[str, Any]) -> None:
-        """The learning rate, its course, and the metric to follow.
+    def read_training_keys(self, model: Mapping[str, Any], params: Mapping[str, Any]) -> None:
+        """Read the learning rate, its schedule, and the monitored metric.
 
         Args:
             model: section ``model``.
             params: ``params`` in it.
 
         Raises:
-            ValueError: arguments of a course that it does not take.
+            ValueError: an argument that the learning-rate lambda does not take.
         """
+        rate = model.get("base_learning_rate")
         if "base_learning_rate" in model:
             self.training["learning_rate"] = float(model["base_learning_rate"])
-            rate = model["base_learning_rate"]
             self.note("model.base_learning_rate", rate, "translated", "learning_rate, and lr_scaling")
-        scale = model.get("scale_lr", True) and "base_learning_rate" in model  # our own default is no rate an image
+        # Without a rate in the file our default applies, which is not a rate per image.
+        scale = model.get("scale_lr", True) and "base_learning_rate" in model
         self.training["lr_scaling"] = "linear" if scale else "none"
         if "scale_lr" in model:
             self.note("model.scale_lr", model["scale_lr"], "translated", "lr_scaling")
         if "monitor" in params:
             self._monitor(params["monitor"])
         if params.get("scheduler_config") is not None:
-            self._course(mapping(params["scheduler_config"], "model.params.scheduler_config"))
+            self._lr_lambda(as_mapping(params["scheduler_config"], "model.params.scheduler_config"))
         elif "scheduler_config" in params:
             self.note("model.params.scheduler_config", None, "translated", "lr_scheduler constant")
 
@@ -69,51 +71,50 @@ class RunKeys:
         else:
             self.note("model.params.monitor", name, "refused", "it is not logged here; see --monitor")
 
-    def _course(self, course: Mapping[str, Any]) -> None:
-        name = str(course.get("target", "")).rpartition(".")[2]
-        where = "model.params.scheduler_config.params"
-        given = dict(mapping(course.get("params"), where))
-        for key in course:
+    def _lr_lambda(self, config: Mapping[str, Any]) -> None:
+        name = str(config.get("target", "")).rpartition(".")[2]
+        prefix = "model.params.scheduler_config"
+        arguments = dict(as_mapping(config.get("params"), f"{prefix}.params"))
+        for key in config:
             if key not in ("target", "params"):
-                self.note(f"model.params.scheduler_config.{key}", course[key], "refused", "no key of a course")
-        if name not in targets.COURSES:
-            known = ", ".join(targets.COURSES)
-            self.note("model.params.scheduler_config.target", course.get("target"), "refused", f"known are {known}")
-            self.note(where, given, "refused", "of a course that is not known")
+                self.note(f"{prefix}.{key}", config[key], "refused", "not a key of a learning-rate schedule")
+        if name not in targets.LR_LAMBDAS:
+            known = ", ".join(targets.LR_LAMBDAS)
+            self.note(f"{prefix}.target", config.get("target"), "refused", f"known are {known}")
+            self.note(f"{prefix}.params", arguments, "refused", "of an unknown learning-rate schedule")
             return
-        note = f"lr_scheduler {name}{self.unlike_the_base()}"
-        self.note("model.params.scheduler_config.target", course["target"], "translated", note)
-        if "verbosity_interval" in given:
-            verbosity = given.pop("verbosity_interval")
-            self.note(f"{where}.verbosity_interval", verbosity, "without effect", "the rate is in metrics.jsonl")
-        kinds.check_course(name, given, where)
-        for key, value in given.items():
-            self.note(f"{where}.{key}", value, "translated", "lr_scheduler_args")
-        self.training |= {"lr_scheduler": name, "lr_scheduler_args": given}
+        self.note(f"{prefix}.target", config["target"], "translated", f"lr_scheduler {name}{self.unlike_base_class()}")
+        if "verbosity_interval" in arguments:
+            verbosity = arguments.pop("verbosity_interval")
+            note = "the learning rate is in metrics.jsonl"
+            self.note(f"{prefix}.params.verbosity_interval", verbosity, "without effect", note)
+        check_lr_lambda(name, arguments, f"{prefix}.params")
+        for key, value in arguments.items():
+            self.note(f"{prefix}.params.{key}", value, "translated", "lr_scheduler_args")
+        self.training |= {"lr_scheduler": name, "lr_scheduler_args": arguments}
 
-    def around(self) -> None:
-        """Sections ``data`` and ``lightning``, each entry."""
+    def read_run_sections(self) -> None:
+        """Read every entry of the sections ``data`` and ``lightning``."""
         for section in ("data", "lightning"):
             if section in self.content:
                 for key, value in leaves(self.content[section], section):
-                    self._leaf(key, value)
+                    self._run_key(key, value)
 
-    def _leaf(self, key: str, value: Any) -> None:
-        flag = targets.LEAVES.get(key)
-        if flag is None:
-            why = next((why for start, why in targets.AROUND.items() if key.startswith(start)), targets.ELSE)
-            self.note(key, value, "without effect", why)
+    def _run_key(self, key: str, value: Any) -> None:
+        if key not in targets.OPTION_OF_KEY:
+            self.note(key, value, "without effect", targets.why_without_effect(key))
             return
-        converted = targets.LEAF_VALUES.get(key, lambda given: given)(value)
+        option, convert = targets.OPTION_OF_KEY[key]
+        converted = convert(value)
         if converted is None:
-            self.note(key, value, "without effect", f"{flag} takes other values here")
+            self.note(key, value, "without effect", f"{option} takes other values here")
         else:
-            self.training[flag] = converted
-            self.note(key, value, "translated", flag)
+            self.training[option] = converted
+            self.note(key, value, "translated", option)
 
 
 def leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """Every entry of nested mappings that is no mapping itself, under its dotted key."""
+    """Every entry of nested mappings that is not a mapping itself (or is an empty one), with its dotted key."""
     if isinstance(value, Mapping) and value:
         for key, inner in value.items():
             yield from leaves(inner, f"{path}.{key}")
@@ -121,21 +122,21 @@ def leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
-def mapping(value: Any, where: str) -> Mapping[str, Any]:
-    """A part of a configuration that must be a mapping; an empty one for nothing.
+def as_mapping(value: Any, key: str) -> Mapping[str, Any]:
+    """A part of a configuration that must be a mapping; an empty one for None.
 
     Args:
         value: of the part.
-        where: its key.
+        key: of the part.
 
     Returns:
         The mapping.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: it is not a mapping.
     """
     if value is None:
         return {}
     if not isinstance(value, Mapping):
-        raise ValueError(f"{where} must be a mapping, got {short(value)}.")
+        raise ValueError(f"{key} must be a mapping, got {one_line(value)}.")
     return value

@@ -26,6 +26,7 @@ from diffusers_ddpm_ext.compvis.reader.storages import MAKERS, LazyTensor, Stora
 from diffusers_ddpm_ext.compvis.reader.unpickle import Name, Standin, UnreadableCheckpoint, unpickle
 from diffusers_ddpm_ext.compvis.reader.zip_file import Member, check_member, read_members
 
+PathLike = str | os.PathLike[str]
 MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PROTOCOL = 1001
 INDEX = ".index.json"

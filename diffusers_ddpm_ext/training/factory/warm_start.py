@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from diffusers_ddpm_ext.compvis.architecture import translate_unet
 from diffusers_ddpm_ext.compvis.config.ddpm import read_config
 from diffusers_ddpm_ext.compvis.reader.archive import read_tensors
-from diffusers_ddpm_ext.compvis.state_dict import LeftOut, describe_difference, sort_tensors
+from diffusers_ddpm_ext.compvis.state_dict import LeftOut, classify_tensors, describe_schedule_difference
 from diffusers_ddpm_ext.compvis.unet_params import unet_params_of
 from diffusers_ddpm_ext.compvis.weights import convert_tensors, export_unet
 from diffusers_ddpm_ext.errors import ConfigError
@@ -120,7 +120,7 @@ def load_initial_weights(config: TrainConfig, denoiser: nn.Module, objective: DD
     notes = list(weights.notes)
     if weights.logvar is not None:
         notes.append(_load_logvar(weights.logvar, objective, options.load_only_unet))
-    difference = describe_difference(weights.tables, objective.schedule)
+    difference = describe_schedule_difference(weights.tables, objective.schedule)
     if difference:
         notes.append(f"the run uses its own schedule, not the file's: {difference}")
     return replace(weights, notes=notes)
@@ -177,22 +177,21 @@ def _read_checkpoint(path: Path, options: StartOptions, denoiser: nn.Module) -> 
         file_params = read_config(options.ckpt_config).unet_params
         params["use_new_attention_order"] = bool(file_params.get("use_new_attention_order", False))
         notes = _compare_settings(dict(translate_unet(file_params).config), denoiser)
-    contents = sort_tensors(
+    contents = classify_tensors(
         read_tensors(path), params, ignore_keys=options.ignore_keys or (), load_only_unet=False, strict=False
     )
     own = export_unet(denoiser, params)
-    raw = _complete(contents.raw or contents.average, own, own, options.make_it_fit)
+    raw = _complete(contents.raw or contents.ema, own, own, options.make_it_fit)
     average = {}
-    if contents.average:
-        average = _complete(contents.average, own, raw.tensors, options.make_it_fit).tensors
-    metadata = EmaMetadata(0.9999 if contents.decay is None else contents.decay, contents.num_updates or 0)
+    if contents.ema:
+        average = _complete(contents.ema, own, raw.tensors, options.make_it_fit).tensors
     if not contents.raw:
         notes.append("the file holds EMA weights only: training starts from these")
     return InitialWeights(
         source=path,
         raw=convert_tensors(raw.tensors, params)[0],
         average=convert_tensors(average, params)[0] if average else {},
-        ema_metadata=metadata if average else None,
+        ema_metadata=contents.ema_metadata if average else None,
         logvar=contents.logvar,
         missing=raw.missing,
         resized=raw.resized,

@@ -79,7 +79,12 @@ def test_words():
         "loss_type": "l1", "l_simple_weight": 1.0, "original_elbo_weight": 0.001, "elbo_weights": "compvis",
         "learn_logvar": True, "logvar_init": 0.5,
     }  # fmt: skip
-    assert (config.conditioning_key, config.latent, config.scale_factor, config.channels) == (None, True, 0.18, 3)
+    assert (config.conditioning_key, config.samples.latent, config.samples.scale_factor, config.samples.channels) == (
+        None,
+        True,
+        0.18,
+        3,
+    )
     assert config.training == {
         "use_ema": True, "learning_rate": 1e-6, "lr_scaling": "linear", "monitor": "val/loss_simple_ema",
         "lr_scheduler": "LambdaLinearScheduler",
@@ -128,7 +133,7 @@ def test_conditioning_keys_as_the_classes_resolve_them(target, key, mode, stage,
     ("path", "value", "word"),
     [
         ("model.target", "ldm.models.autoencoder.AutoencoderKL", "autoencoder"),
-        ("model.target", "os.system", "not known"),
+        ("model.target", "os.system", "not a known class"),
         ("model.target", "ldm.DDMP", "did you mean DDPM"),
         ("model.params.unet_config.target", "ldm.UNetModelDualcondV2", "structure encoder"),
         ("model.params.unet_config.target", "os.system", "UNetModel"),
@@ -208,7 +213,7 @@ def test_recipes_are_runs_of_ours(case, tmp_path, capsys, monkeypatch):
     assert ours.optim.adam_weight_decay == 0.01
     assert ours.model.conditioning_key == config.conditioning_key
     network = translate_unet(config.unet_params, conditioning_key=config.conditioning_key)
-    assert ours.model.model_config == {"_class_name": network.kind} | network.config
+    assert ours.model.model_config == {"_class_name": network.class_name} | network.config
     assert main(["convert-config", str(source), "--out", "run.yaml"]) == 2, "it is not overwritten unasked"
     assert "--overwrite" in capsys.readouterr().err
 

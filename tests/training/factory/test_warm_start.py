@@ -42,7 +42,7 @@ def config(folder: Path, params: dict[str, Any] | None = None, **options: Any) -
     """A run of a network that the original's classes have, too."""
     network = translate_unet(params or PARAMS)
     flat = {name: value for name, value in TINY.items() if name not in SIZES}
-    model = {"model_config": {"_class_name": network.kind} | network.config}
+    model = {"model_config": {"_class_name": network.class_name} | network.config}
     return TrainConfig.from_flat(flat | model | {"output_dir": str(folder), "learn_logvar": True} | options)
 
 
