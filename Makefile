@@ -2,14 +2,14 @@ PYTHON ?= python
 
 .PHONY: install style quality test slow bench torture floors docs
 
-install:  ## the package with everything that development needs, pinned
+install:  ## the package with pinned development requirements
 	$(PYTHON) -m pip install -r requirements/dev.txt -e .
 
-style:  ## format and mend what can be mended
+style:  ## format, and fix what can be fixed automatically
 	ruff format .
 	ruff check --fix .
 
-quality:  ## what a change must pass beside the tests
+quality:  ## checks that a change must pass in addition to the tests
 	ruff format --check .
 	ruff check .
 	mypy
@@ -20,17 +20,17 @@ test:
 slow:  ## the tests that take minutes
 	$(PYTHON) -m pytest -m slow
 
-bench:  ## ratios against named peers; tables in benchmarks/README.md
+bench:  ## comparisons with other implementations; tables in benchmarks/README.md
 	$(PYTHON) benchmarks/bench_scheduler.py
 	$(PYTHON) benchmarks/bench_step.py
 	$(PYTHON) benchmarks/bench_checkpoint.py
 
-torture:  ## what checkpoints promise, tried for an hour
+torture:  ## guarantees of checkpoints, tested for an hour
 	$(PYTHON) benchmarks/torture/faults.py
 	$(PYTHON) benchmarks/torture/kill.py
 	$(PYTHON) benchmarks/torture/signals.py
 
-floors:  ## the suite on the oldest supported diffusers, in a virtual environment of its own
+floors:  ## the test suite with the oldest supported versions, in a separate virtual environment
 	rm -rf .venv-floors
 	$(PYTHON) -m venv .venv-floors
 	.venv-floors/bin/python -m pip install -q -r requirements/floors.txt -e .

@@ -1,12 +1,11 @@
-"""How long training stands still for a checkpoint, against a plain copy of the same bytes with fsync.
+"""Time that training is blocked by a checkpoint, compared with a plain copy of the same bytes with fsync.
 
     python benchmarks/bench_checkpoint.py [--folder .] [--rounds 5] [--megabytes 50 200 400]
 
-Both write the same bytes from memory into files of a checkpoint's proportions (weights, their average, two moments in
-one file) and wait for the disk: the copy does fsync and no more, ours also reads every file back for its sha256,
-writes the manifest, syncs the folders and renames. The two take turns, in an order that alternates, and the medians
-and the median of the rounds' ratios are reported. The last column is the search at the next start, which reads every
-byte.
+Both write the same bytes from memory into files with a checkpoint's proportions (weights, EMA weights, two moments in
+one file) and wait for the disk: the copy only does fsync, ours also reads every file back for its sha256, writes the
+manifest, syncs the folders and renames. The two alternate, and the medians and the median of the rounds' ratios are
+reported. The last column is the search at the next start, which reads every byte.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ BLOCK = os.urandom(1 << 20)
 
 
 def fill(folder: Path, megabytes: int) -> None:
-    """The files of a checkpoint, without waiting for the disk."""
+    """Write the files of a checkpoint, without waiting for the disk."""
     for name, share in SHARES.items():
         with open(folder / name, "wb", buffering=0) as file:
             for _ in range(megabytes * share // sum(SHARES.values())):
@@ -39,7 +38,7 @@ def fill(folder: Path, megabytes: int) -> None:
 
 
 def copy(parent: Path, megabytes: int) -> None:
-    """The floor: the same bytes in the same files, each on the disk when this returns."""
+    """The lower limit: the same bytes in the same files, each on the disk when this returns."""
     folder = parent / "copy"
     folder.mkdir()
     fill(folder, megabytes)
@@ -49,30 +48,30 @@ def copy(parent: Path, megabytes: int) -> None:
 
 
 def seconds(run: Callable[[], object]) -> float:
-    """Wall time of one call, begun with nothing left for the disk to do."""
+    """Wall-clock time of one call, started after all earlier writes have finished."""
     os.sync()
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
 
 
-def one_round(place: Path, megabytes: int, ours_first: bool) -> tuple[float, float, float]:
+def one_round(folder: Path, megabytes: int, ours_first: bool) -> tuple[float, float, float]:
     """Seconds of a copy, of a checkpoint, and of the search that reads it."""
-    with tempfile.TemporaryDirectory(dir=place) as name:
-        parent = Path(name)
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        parent = Path(temporary)
         runs = {
             "copy": lambda: copy(parent, megabytes),
-            "ours": lambda: write_checkpoint(parent, 4, lambda folder: fill(folder, megabytes)),
+            "ours": lambda: write_checkpoint(parent, 4, lambda draft: fill(draft, megabytes)),
         }
-        took = {who: seconds(runs[who]) for who in sorted(runs, reverse=ours_first)}
+        took = {name: seconds(runs[name]) for name in sorted(runs, reverse=ours_first)}
         shutil.rmtree(parent / "copy")
         return took["copy"], took["ours"], seconds(lambda: newest(parent))
 
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description="A checkpoint against a plain copy with fsync.")
-    parser.add_argument("--folder", type=Path, default=Path("."), help="on the disk in question")
+    parser = argparse.ArgumentParser(description="A checkpoint compared with a plain copy with fsync.")
+    parser.add_argument("--folder", type=Path, default=Path("."), help="a folder on the disk to measure")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--megabytes", type=int, nargs="+", default=[50, 200, 400])
     arguments = parser.parse_args()

@@ -1,11 +1,12 @@
-"""The bound of a batch against improved-diffusion's `calc_bpd_loop`: the same numbers, and how long they take.
+"""The bound of a batch compared with improved-diffusion's `calc_bpd_loop`: equal values, and the time they take.
 
     python benchmarks/bench_likelihood.py RUN_FOLDER --peer CHECKOUT [--rounds 3] [--batches 1 4 64]
 
 CHECKOUT is a clone of openai/improved-diffusion, of which nothing is copied here. RUN_FOLDER is a digits run that
-predicts v; for the peer, which knows no v, its network is wrapped to predict the noise. First both measure the same
-images with the same noise in float64 (the peer's tables are kept in float64 for that: it casts them to float32, where
-1 - abar loses four digits), 8-bit bins and the peer's own decoder. Then they take turns, in float32, as they are.
+predicts v; for the reference, which does not support v, its network is wrapped to predict the noise. First both
+evaluate the same images with the same noise in float64 (the reference's tables stay in float64 for that; it casts them
+to float32, where 1 - abar loses four digits), with 8-bit bins and the reference's decoder. Then they alternate, in
+float32, unmodified.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from diffusers_ddpm_ext.training.data.dataset import load_data
 
 
 def load_peer(checkout: Path) -> Any:
-    """improved-diffusion's module; its package's imports of MPI are not needed for it."""
+    """Import improved-diffusion's module without its package's imports of MPI."""
     package = ModuleType("improved_diffusion")
     package.__path__ = [str(checkout / "improved_diffusion")]
     sys.modules["improved_diffusion"] = package
@@ -39,7 +40,7 @@ def load_peer(checkout: Path) -> Any:
 
 
 def peer_diffusion(peer: Any, scheduler: DDPMExtScheduler) -> Any:
-    """Its diffusion over our betas, predicting the noise, with the posterior's variance."""
+    """The reference's diffusion with our betas, predicting the noise, with the posterior variance."""
     return peer.GaussianDiffusion(
         betas=np.array(scheduler.schedule.betas),
         model_mean_type=peer.ModelMeanType.EPSILON,
@@ -48,8 +49,8 @@ def peer_diffusion(peer: Any, scheduler: DDPMExtScheduler) -> Any:
     )
 
 
-class OfNoise:
-    """The network as the peer calls it: from noisy images and steps to the noise in them."""
+class NoisePredictor:
+    """The network as the reference calls it: from noisy images and timesteps to the predicted noise."""
 
     def __init__(self, unet: Any, scheduler: DDPMExtScheduler) -> None:
         abar = torch.from_numpy(np.array(scheduler.schedule.alphas_cumprod))
@@ -62,7 +63,7 @@ class OfNoise:
 
 
 def largest_difference(peer: Any, pipeline: DDPMExtPipeline, images: Tensor) -> float:
-    """Of the totals, bits per dimension, on the same noise in float64."""
+    """Largest difference of the totals and steps, in bits per dimension, with the same noise in float64."""
     scheduler = pipeline.scheduler
     unet, x0 = pipeline.unet.double(), images.double()
     diffusion, cast = peer_diffusion(peer, scheduler), peer._extract_into_tensor
@@ -73,7 +74,7 @@ def largest_difference(peer: Any, pipeline: DDPMExtPipeline, images: Tensor) -> 
 
     peer._extract_into_tensor = in_double
     torch.manual_seed(0)
-    theirs = diffusion.calc_bpd_loop(OfNoise(unet, scheduler), x0, clip_denoised=False)
+    theirs = diffusion.calc_bpd_loop(NoisePredictor(unet, scheduler), x0, clip_denoised=False)
     peer._extract_into_tensor = cast
     torch.manual_seed(0)
     noise = torch.stack([torch.randn_like(x0) for _ in range(len(scheduler.schedule))]).flip(0)
@@ -84,7 +85,7 @@ def largest_difference(peer: Any, pipeline: DDPMExtPipeline, images: Tensor) -> 
 
 
 def main() -> int:
-    """Compare, and print a table."""
+    """Compare, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--peer", type=Path, required=True)
@@ -102,19 +103,19 @@ def main() -> int:
     images = held_out.pixels(torch.arange(max(arguments.batches)))
     difference = largest_difference(peer, pipeline, images[:2])
     print(f"largest difference on 2 images, float64: {difference:.2e} bits per dimension", flush=True)
-    print("| images | calc_bpd_loop, s | bits_per_dim, s | peer / ours | single rounds |\n|---|---|---|---|---|")
+    print("| images | calc_bpd_loop, s | bits_per_dim, s | reference / ours | single rounds |\n|---|---|---|---|---|")
     unet, scheduler = pipeline.unet, pipeline.scheduler
-    diffusion, of_noise = peer_diffusion(peer, scheduler), OfNoise(unet, scheduler)
+    diffusion, predictor = peer_diffusion(peer, scheduler), NoisePredictor(unet, scheduler)
     for count in arguments.batches:
         x0 = images[:count]
         times: list[tuple[float, float]] = []
         for _ in range(arguments.rounds):
-            begun = time.perf_counter()
+            start = time.perf_counter()
             with torch.no_grad():
-                diffusion.calc_bpd_loop(of_noise, x0, clip_denoised=False)
+                diffusion.calc_bpd_loop(predictor, x0, clip_denoised=False)
             middle = time.perf_counter()
             bits_per_dim(lambda x, t: unet(x, t).sample, scheduler, x0, decoder="improved_diffusion")
-            times.append((middle - begun, time.perf_counter() - middle))
+            times.append((middle - start, time.perf_counter() - middle))
         ratios = [theirs / ours for theirs, ours in times]
         theirs, ours = (statistics.median(column) for column in zip(*times, strict=True))
         print(

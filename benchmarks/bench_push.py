@@ -1,10 +1,10 @@
-"""What pushing costs a training: the same run with `--push_to_hub --hub_strategy every_save` and without.
+"""Cost of pushing during training: the same run with and without `--push_to_hub --hub_strategy every_save`.
 
     python benchmarks/bench_push.py [--rounds 3] [--steps 400] [--every 2]
 
-The Hub is the one of the tests, on the loopback, in this process. Runs of the default digits network take turns; the
-wall-clock time of their steps is read from timing.jsonl, without pictures, validation and saving, as the trainer
-counts it. The pipeline is saved, and pushed, every so many epochs.
+The Hub is that of the tests, on the loopback, in this process. Runs of the default digits network alternate; the
+wall-clock time of their steps is read from timing.jsonl, which excludes sample images, validation and saving. The
+pipeline is saved, and pushed, every `--every` epochs.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from helpers.hub_server import LoopbackHub  # noqa: E402
 
 
 def seconds(folder: Path) -> float:
-    """Of all steps but the first block."""
+    """Seconds per step, over all steps after the first logging interval."""
     rows = [json.loads(line) for line in (folder / "timing.jsonl").read_text().splitlines()]
     return float(rows[-1]["seconds"] - rows[0]["seconds"]) / (rows[-1]["step"] - rows[0]["step"])
 
 
 def main() -> int:
-    """Train in turns and print the table."""
+    """Train alternately and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=400)
@@ -54,10 +54,11 @@ def main() -> int:
             pushes += len(hub.repos[f"alice/{turn}-True"].commits) - 1
             ratios.append(cost[True] / cost[False])
             print(
-                f"round {turn + 1}: {1000 * cost[False]:.1f} ms a step, pushing {1000 * cost[True]:.1f} ms", flush=True
+                f"round {turn + 1}: {1000 * cost[False]:.1f} ms per step, pushing {1000 * cost[True]:.1f} ms",
+                flush=True,
             )
-    shown = ", ".join(f"{ratio:.3f}" for ratio in ratios)
-    print(f"| {arguments.steps} steps | {pushes} pushes | {statistics.median(ratios):.3f}x | {shown} |")
+    rounds = ", ".join(f"{ratio:.3f}" for ratio in ratios)
+    print(f"| {arguments.steps} steps | {pushes} pushes | {statistics.median(ratios):.3f}x | {rounds} |")
     return 0
 
 

@@ -1,10 +1,10 @@
-"""How long one `DDPMExtScheduler.step` takes, against `DDPMScheduler.step` of the installed Diffusers.
+"""Time of one `DDPMExtScheduler.step`, compared with `DDPMScheduler.step` of the installed Diffusers.
 
     python benchmarks/bench_scheduler.py [--rounds 40]
 
-Both do the same work: epsilon, clipped, whole-number steps, noise from equal generators. One thread; the two take
-turns in short rounds whose order alternates, and the median of the rounds' ratios is reported, so that a busy machine
-slows both. The noise row is the floor: nobody can be faster than drawing the noise.
+Both do the same work: epsilon, clipped, integer timesteps, noise from equal generators. One thread; the two alternate
+in short rounds, and the median of the rounds' ratios is reported, so that a busy machine slows both equally. The time
+to draw the noise is a lower limit.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ STEPS = 1000
 
 
 def stepper(scheduler: DDPMScheduler | DDPMExtScheduler, shape: tuple[int, ...]) -> Callable[[int], None]:
-    """A function that runs `count` steps down from the middle of the chain."""
+    """A function that runs `count` reverse steps from the middle of the chain."""
     scheduler.set_timesteps(STEPS)
     timesteps = scheduler.timesteps.tolist()
     sample, output = torch.randn(shape), torch.randn(shape)
@@ -49,7 +49,7 @@ def noise(shape: tuple[int, ...]) -> Callable[[int], None]:
 
 
 def seconds(run: Callable[[int], None], count: int) -> float:
-    """Wall time of one step."""
+    """Wall-clock time of one step."""
     start = time.perf_counter()
     run(count)
     return (time.perf_counter() - start) / count

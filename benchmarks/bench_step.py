@@ -1,13 +1,14 @@
-"""What a training step costs beside the network: noise, clipping, optimizer, EMA and logging.
+"""Cost of a training step without the network: noise, clipping, optimizer, EMA and logging.
 
-Peer: the same parts of Diffusers' `train_unconditional.py` with `--use_ema`, built from the same public classes with
-the same arguments: torch.randn and DDPMScheduler.add_noise, Accelerate's clip_grad_norm_, AdamW as torch makes it by
-default, the prepared cosine schedule, EMAModel, and in every step the loss read back, logged to TensorBoard and shown
-on the bar. Ours are the trainer's own functions, with TensorBoard and metrics.jsonl.
+Reference: the same parts of Diffusers' `train_unconditional.py` with `--use_ema`, built from the same public classes
+with the same arguments: torch.randn and DDPMScheduler.add_noise, Accelerate's clip_grad_norm_, AdamW with torch's
+defaults, the prepared cosine schedule, EMAModel, and in every step the loss is read from the device, logged to
+TensorBoard and displayed in the progress bar. Ours are the trainer's own functions, with TensorBoard and
+metrics.jsonl.
 
-Both work on copies of one network and get the same gradients, of a joint norm of 2, which both clip to 1. One thread;
-the two take turns in short rounds whose order alternates, and the median of the rounds' ratios is reported, so that a
-busy machine slows both.
+Both work on copies of one network and get the same gradients with a total norm of 2, which both clip to 1. One thread;
+the two alternate in short rounds, and the median of the rounds' ratios is reported, so that a busy machine slows both
+equally.
 
     python benchmarks/bench_step.py [--rounds 40]
 """
@@ -38,7 +39,7 @@ from diffusers_ddpm_ext.training.tracking.step_losses import StepTrace
 from diffusers_ddpm_ext.training.trainer import open_metrics_logger, read_losses
 from diffusers_ddpm_ext.utils import random_keys as keys
 
-STEPS = 10  # of a round; our logging interval, so that each round reads the losses once
+STEPS = 10  # per round; our logging interval, so that each round reads the losses once
 MODELS: dict[str, tuple[dict[str, object], int, int]] = {
     "4 M, 64 x 1 x 8 x 8": ({"block_out_channels": [64, 128], "attention_levels": [1]}, 64, 8),
     "15 M, 8 x 3 x 32 x 32": ({"block_out_channels": [64, 128, 256], "attention_levels": [1]}, 8, 32),
@@ -109,19 +110,19 @@ def our_step(run: Run, batch: torch.Tensor) -> Callable[[], None]:
 
 
 def timed(step: Callable[[], None], model: UNet2DModel, gradients: list[torch.Tensor]) -> float:
-    """Milliseconds of one step; giving the network its gradients is not counted."""
+    """Milliseconds per step, without the time to set the gradients."""
     total = 0.0
     for _ in range(STEPS):
         for parameter, gradient in zip(model.parameters(), gradients, strict=True):
             parameter.grad = gradient.clone()
-        begin = time.perf_counter()
+        start_time = time.perf_counter()
         step()
-        total += time.perf_counter() - begin
+        total += time.perf_counter() - start_time
     return 1000 * total / STEPS
 
 
 def measure(name: str, rounds: int, folder: Path) -> str:
-    """A row of the table."""
+    """One row of the table."""
     sizes, batch_size, side = MODELS[name]
     options = {"resolution": side, "train_batch_size": batch_size, "max_train_steps": 10**6, "layers_per_block": 2}
     options |= {"lr_scheduler": "cosine", "report_to": "tensorboard", "logging_steps": STEPS, "learning_rate": 1e-4}
@@ -138,8 +139,8 @@ def measure(name: str, rounds: int, folder: Path) -> str:
         timed(step, model, gradients)
     times: dict[str, list[float]] = {"ours": [], "peer": []}
     for number in range(rounds):
-        for who in sorted(steps, reverse=bool(number % 2)):
-            times[who].append(timed(*steps[who], gradients))
+        for name_of_step in sorted(steps, reverse=bool(number % 2)):
+            times[name_of_step].append(timed(*steps[name_of_step], gradients))
     ratio = statistics.median(peer / ours for ours, peer in zip(times["ours"], times["peer"], strict=True))
     ours, theirs = statistics.median(times["ours"]), statistics.median(times["peer"])
     millions = sum(parameter.numel() for parameter in peer.parameters()) / 1e6
@@ -156,7 +157,7 @@ def main() -> None:
     for name in MODELS:
         with tempfile.TemporaryDirectory() as folder:
             rows.append(measure(name, rounds, Path(folder)))
-    print("\n| parts of a step outside forward and backward | peer, ms | ours, ms | peer / ours |")
+    print("\n| parts of a step outside forward and backward | reference, ms | ours, ms | reference / ours |")
     print("|---|---|---|---|")
     print("\n".join(rows))
 

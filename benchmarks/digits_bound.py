@@ -1,13 +1,13 @@
-"""Bits per dimension of the digits under every reverse variance and choice of steps, from a few networks.
+"""Bits per dimension of the digits for every reverse variance and choice of steps.
 
     python benchmarks/digits_bound.py --plain RUN [RUN ...] [--learned RUN ...] [--samples 1000] [--json FILE]
-    python benchmarks/digits_bound.py --tables FILE [FILE ...]      the tables of what several calls have measured
+    python benchmarks/digits_bound.py --tables FILE [FILE ...]      tables from the results of several calls
 
 Plain runs predict with a fixed variance; learned ones were trained with `--loss_type hybrid --variance_type
-learned_range`, one for each plain run, with the same seed. Every network sees the 180 held-out digits once at all T
-steps, with noise that all share; every variance and chain is then arithmetic on its outputs. v* and the best steps are
-fitted on training images. 17-level bins, the exact decoder. With --samples, Frechet distances of that many samples of
-the first runs, as in digits_quality.py, beside.
+learned_range`, one for each plain run, with the same seed. Every network is evaluated once on the 180 held-out digits
+at all T steps, all with the same noise; every variance and chain is then computed from these outputs. v* and the best
+steps are fitted on training images. 17-level bins, the exact decoder. With --samples, also Frechet distances of that
+many samples of the first runs, as in digits_quality.py.
 """
 
 from __future__ import annotations
@@ -41,26 +41,26 @@ BIN = 1 / 8
 
 @dataclass
 class Outputs:
-    """What a network says of the held-out images at every step, and what it was shown."""
+    """Outputs of a network for the held-out images at every step, and its inputs."""
 
     scheduler: DDPMExtScheduler
     x0: Tensor
     noise: Tensor
-    said: Tensor
+    outputs: Tensor
 
     @classmethod
     @torch.no_grad()
     def of(cls, pipeline: DDPMExtPipeline, x0: Tensor, noise: Tensor) -> Outputs:
         """Call the network T times."""
-        schedule, said = pipeline.scheduler.schedule, []
+        schedule, outputs = pipeline.scheduler.schedule, []
         abar = torch.from_numpy(np.array(schedule.alphas_cumprod))
         for t in range(len(schedule)):
             xt = abar[t].sqrt() * x0 + (1 - abar[t]).sqrt() * noise[t]
-            said.append(pipeline.unet(xt.float(), torch.full((len(x0),), t)).sample)
-        return cls(pipeline.scheduler, x0, noise, torch.stack(said))
+            outputs.append(pipeline.unet(xt.float(), torch.full((len(x0),), t)).sample)
+        return cls(pipeline.scheduler, x0, noise, torch.stack(outputs))
 
     def bits(self, timesteps: list[int] | None = None, **settings: Any) -> np.ndarray:
-        """Total of each image on a chain, with these settings of the scheduler."""
+        """Total bits of each image for a chain, with these settings of the scheduler."""
         scheduler = DDPMExtScheduler.from_config(self.scheduler.config, **settings)
         steps = list(range(len(scheduler.schedule)))
         if timesteps is not None:
@@ -68,21 +68,21 @@ class Outputs:
             steps = sorted(timesteps)
 
         def denoiser(xt: Tensor, t: Tensor) -> Tensor:
-            return self.said[t, torch.arange(len(t)) % len(self.x0)]
+            return self.outputs[t, torch.arange(len(t)) % len(self.x0)]
 
-        got = bits_per_dim(denoiser, scheduler, self.x0, noise=self.noise[steps], bin_width=BIN)
-        return got.total.numpy()
+        bound = bits_per_dim(denoiser, scheduler, self.x0, noise=self.noise[steps], bin_width=BIN)
+        return bound.total.numpy()
 
 
 def even(count: int, first: int = 0, total: int = 1000) -> list[int]:
-    """``count`` steps evenly from ``first`` to the last."""
+    """``count`` evenly spaced steps from ``first`` to the last."""
     return np.unique(np.linspace(first, total - 1, count).round().astype(int)).tolist() if count > 1 else [first]
 
 
 def variants(
     outputs: Outputs, fit: VarianceFit, count: int, chosen: dict[str, dict[int, Any]]
 ) -> dict[str, np.ndarray]:
-    """Totals of the held-out images by name of variance and chain."""
+    """Totals of the held-out images, by name of variance and chain."""
     fitted = {"v_posterior": fit.optimal.v.tolist(), "v_decoder": fit.v_decoder.tolist()}
     plain = even(count)
     rows = {
@@ -98,14 +98,14 @@ def variants(
     return rows
 
 
-def told(values: list[np.ndarray]) -> str:
-    """Mean over all networks, and the interval over the images of each, the widest."""
+def format_mean(values: list[np.ndarray]) -> str:
+    """Mean over all networks, and the widest of their intervals over the images."""
     halves = [half_width(value) or 0.0 for value in values]
     return f"{np.mean([value.mean() for value in values]):.3f} ± {max(halves):.3f}"
 
 
-class Judge:
-    """Frechet distance of samples from real digits, relative to that of other real ones."""
+class FrechetDistance:
+    """Frechet distance of samples to real digits, relative to that of other real ones."""
 
     def __init__(self) -> None:
         images, labels = load_digits(return_X_y=True)
@@ -117,7 +117,7 @@ class Judge:
         self.real = frechet(self.near, self.classifier.decision_function(images[half:]))
 
     def __call__(self, pipeline: DDPMExtPipeline, count: int, timesteps: list[int]) -> float:
-        """Of ``count`` samples of a chain."""
+        """The distance of ``count`` samples of a chain."""
         rows = []
         for start in range(0, count, 250):
             some = range(start, min(start + 250, count))
@@ -203,7 +203,7 @@ def sampled(
     pipeline: DDPMExtPipeline, fitted: dict[str, Any], chosen: dict[str, dict[int, Any]], learned: Any, count: int
 ) -> dict[int, dict[str, float]]:
     """Frechet distances of samples, relative to real digits, by number of steps and variant."""
-    judge, found = Judge(), {}
+    relative_distance, result = FrechetDistance(), {}
     for steps in (10, 25, 50, 100):
         settings: dict[str, tuple[dict[str, Any], list[int]]] = {
             "v = 0": ({"v_posterior": 0.0}, even(steps)),
@@ -212,16 +212,16 @@ def sampled(
             "v*, best steps from 0": (fitted, chosen["zero"][steps].tolist()),
             "v*, best steps": (fitted, chosen["free"][steps].tolist()),
         }
-        found[steps] = {}
+        result[steps] = {}
         config = pipeline.scheduler.config
         for name, (options, timesteps) in settings.items():
             pipeline.scheduler = DDPMExtScheduler.from_config(config, **options)
-            found[steps][name] = judge(pipeline, count, timesteps)
+            result[steps][name] = relative_distance(pipeline, count, timesteps)
         pipeline.scheduler = DDPMExtScheduler.from_config(config)
         if learned is not None:
-            found[steps]["learned range"] = judge(learned, count, even(steps))
-        print(f"K = {steps}: Frechet distances {found[steps]}", flush=True)
-    return found
+            result[steps]["learned range"] = relative_distance(learned, count, even(steps))
+        print(f"K = {steps}: Frechet distances {result[steps]}", flush=True)
+    return result
 
 
 def show(
@@ -234,7 +234,7 @@ def show(
     print(f"\n| bits per dimension | {' | '.join(f'K = {count}' for count in table)} |")
     print("|---|" + "---|" * len(table))
     for name in names:
-        cells = [told(row[name]) if name in row else "" for row in table.values()]
+        cells = [format_mean(row[name]) if name in row else "" for row in table.values()]
         print(f"| {name} | {' | '.join(cells)} |")
     print(f"\nv = 1, even steps: {', '.join(f'{k}: {np.mean(uniform[k]):.3f}' for k in uniform)}")
     for count, row in table.items():

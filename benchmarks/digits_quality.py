@@ -1,18 +1,18 @@
-"""Are the samples of a digits run digits? A classifier that knows only real ones looks at them.
+"""Quality of the samples of a digits run, measured by a classifier trained only on real digits.
 
     python benchmarks/digits_quality.py RUN_FOLDER [--num_images 999] [--steps 250] [--draws 64]
 
-A logistic regression is trained on one half of the real digits and looks at the other half and at samples from the
-run's pipeline. Reported, each with what the other real half gets:
+A logistic regression is trained on one half of the real digits and classifies the other half and samples from the
+run's pipeline. Reported, each next to the value of the other real half:
 
-- confidence: mean probability of the class it chooses. Wanted: at least 0.97 of the real ones'.
-- classes: how often it chooses each. Wanted: all ten occur.
-- Frechet distance between Gaussians fitted to its ten logits, to the first half. Wanted: at most twice that of the
+- confidence: mean probability of the predicted class. Required: at least 0.97 of that for real digits.
+- classes: how often each class is predicted. Required: all ten occur.
+- Frechet distance between Gaussians fitted to the ten logits, to the first half. Required: at most twice that of the
   other real half.
-- the learned log-variance against the measured log loss of the raw weights, where the folder holds one: mean distance,
-  and the share of steps within 0.2.
+- the learned log-variance compared with the measured log loss of the raw weights, if the folder has one: mean
+  distance, and the share of steps within 0.2.
 
-Exit status 1 if one of the first three is missed.
+Exit status 1 if one of the first three requirements is not met.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ CONFIDENCE, DISTANCE = 0.97, 2.0
 
 
 def samples(pipeline: DDPMExtPipeline, count: int, steps: int) -> np.ndarray:
-    """Samples as rows of 64 values in [0, 1], each with a generator of its own."""
+    """Samples as rows of 64 values in [0, 1], each with a separate generator."""
     pipeline.set_progress_bar_config(disable=True)
     rows = []
     for start in range(0, count, 111):
@@ -63,11 +63,11 @@ def frechet(a: np.ndarray, b: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class Quality:
-    """What the classifier says of samples.
+    """Results of the classifier for samples.
 
     Attributes:
-        confidence: mean probability of the class it chooses, of samples and of real digits.
-        classes: how often it chooses each of the ten, of samples and of real digits.
+        confidence: mean probability of the predicted class, of samples and of real digits.
+        classes: how often each of the ten is predicted, of samples and of real digits.
         distance: Frechet distance to the first half of the real digits, of samples and of the other half.
     """
 
@@ -76,17 +76,17 @@ class Quality:
     distance: tuple[float, float]
 
     @property
-    def sure(self) -> float:
-        """Confidence of samples over that of real digits."""
+    def confidence_ratio(self) -> float:
+        """Confidence of samples divided by that of real digits."""
         return self.confidence[0] / self.confidence[1]
 
     @property
-    def far(self) -> float:
-        """Distance of samples over that of real digits."""
+    def distance_ratio(self) -> float:
+        """Distance of samples divided by that of real digits."""
         return self.distance[0] / self.distance[1]
 
 
-def look_at(drawn: np.ndarray) -> Quality:
+def measure_quality(drawn: np.ndarray) -> Quality:
     """Compare samples, rows of 64 values in [0, 1], with real digits."""
     images, labels = load_digits(return_X_y=True)
     order = np.random.default_rng(0).permutation(len(images))
@@ -102,17 +102,20 @@ def look_at(drawn: np.ndarray) -> Quality:
     )
 
 
-def judge(drawn: np.ndarray) -> bool:
-    """Print the comparison with real digits, and say whether it is passed."""
-    found = look_at(drawn)
-    write(f"confidence  samples {found.confidence[0]:.4f}  real {found.confidence[1]:.4f}  ratio {found.sure:.3f}")
-    write(f"classes     samples {found.classes[0]}  real {found.classes[1]}")
-    write(f"Frechet     samples {found.distance[0]:.3f}  real half {found.distance[1]:.3f}  ratio {found.far:.2f}")
-    return found.sure >= CONFIDENCE and all(found.classes[0]) and found.far <= DISTANCE
+def print_quality(drawn: np.ndarray) -> bool:
+    """Print the comparison with real digits, and return whether the requirements are met."""
+    quality = measure_quality(drawn)
+    for name, (ours, real), ratio in (
+        ("confidence", quality.confidence, quality.confidence_ratio),
+        ("Frechet", quality.distance, quality.distance_ratio),
+    ):
+        write(f"{name:<11} samples {ours:.4f}  real {real:.4f}  ratio {ratio:.3f}")
+    write(f"classes     samples {quality.classes[0]}  real {quality.classes[1]}")
+    return quality.confidence_ratio >= CONFIDENCE and all(quality.classes[0]) and quality.distance_ratio <= DISTANCE
 
 
-def judge_logvar(folder: Path, logvar: torch.Tensor, training: ImageSet, draws: int) -> None:
-    """Print how far the learned log-variance is from what it estimates, by so many draws a step."""
+def print_logvar_error(folder: Path, logvar: torch.Tensor, training: ImageSet, draws: int) -> None:
+    """Print how far the learned log-variance is from the log loss measured with ``draws`` draws per step."""
     variant = "raw" if (folder / "unet" / "diffusion_pytorch_model.raw.safetensors").is_file() else None
     denoiser = UNet2DModel.from_pretrained(folder, subfolder="unet", variant=variant)
     scheduler = DDPMExtScheduler.from_pretrained(folder, subfolder="scheduler")
@@ -121,26 +124,26 @@ def judge_logvar(folder: Path, logvar: torch.Tensor, training: ImageSet, draws: 
     timesteps = torch.arange(len(logvar)).repeat(draws)
     off = np.abs(log_loss_per_step(task, training, 1, timesteps, 256, alone) - logvar.numpy())
     close = f"within 0.2 at {100 * (off < 0.2).mean():.1f} %"
-    write(f"logvar      mean distance to the log loss {off.mean():.3f} ({draws} draws a step), {close}")
+    write(f"logvar      mean distance to the log loss {off.mean():.3f} ({draws} draws per step), {close}")
 
 
 def write(line: str) -> None:
-    """Print at once, for whoever waits."""
+    """Print a line and flush it."""
     print(line, flush=True)
 
 
 def main() -> int:
-    """Judge a run."""
+    """Measure a run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--num_images", type=int, default=999)
     parser.add_argument("--steps", type=int, default=250)
-    parser.add_argument("--draws", type=int, default=64, help="for the log-variance, a step")
+    parser.add_argument("--draws", type=int, default=64, help="per step, for the log-variance")
     arguments = parser.parse_args()
     pipeline = DDPMExtPipeline.from_pretrained(arguments.folder)
-    passed = judge(samples(pipeline, arguments.num_images, arguments.steps))
+    passed = print_quality(samples(pipeline, arguments.num_images, arguments.steps))
     if pipeline.logvar is not None:
-        judge_logvar(
+        print_logvar_error(
             arguments.folder, pipeline.logvar, load_data(DataOptions(resolution=(8, 8))).train, arguments.draws
         )
     return 0 if passed else 1

@@ -1,10 +1,11 @@
-"""Every compatible Diffusers scheduler on the digits, with at most 50 calls of the network.
+"""Every compatible Diffusers scheduler on the digits, with at most 50 network calls.
 
     python benchmarks/digits_samplers.py PLAIN_RUN LEARNED_RANGE_RUN [--num_images 899] [--picture FILE]
 
-Both runs predict v. Each sampler draws from both, and is judged as in digits_quality.py. Then the same networks are
-asked to speak of the noise and of the clean sample, and the largest difference of 16 images to those of v is shown.
-As many images are drawn as the held-out half of the digits has: a Frechet distance is the larger the fewer there are.
+Both runs predict v. Each scheduler samples from both, and is measured as in digits_quality.py. Then the outputs of the
+same networks are converted to the noise and to the clean sample, and the largest difference of 16 images to those of v
+is printed. As many images are drawn as the held-out half of the digits has: a Frechet distance grows when fewer are
+used.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import diffusers
 import numpy as np
 import torch
 from diffusers import ConfigMixin, ModelMixin
-from digits_quality import look_at, write
+from digits_quality import measure_quality, write
 from torch import Tensor
 
 from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtScheduler
@@ -28,31 +29,31 @@ from diffusers_ddpm_ext.plotting.curves import figure
 from diffusers_ddpm_ext.utils import random_keys as keys
 
 CALLS = 50
-WORDS = {"plain": ("epsilon", "sample"), "learned range": ("epsilon",)}
+PREDICTION_TYPES = {"plain": ("epsilon", "sample"), "learned range": ("epsilon",)}
 
 
-class Speaking(ModelMixin, ConfigMixin):
-    """A network of v that says it as the noise or as the clean sample."""
+class ConvertedNetwork(ModelMixin, ConfigMixin):
+    """A network that predicts v, whose output is converted to the noise or to the clean sample."""
 
-    def __init__(self, unet: Any, schedule: Any, word: str) -> None:
+    def __init__(self, unet: Any, schedule: Any, prediction_type: str) -> None:
         super().__init__()
-        self.unet, self.word = unet, word
+        self.unet, self.prediction_type = unet, prediction_type
         self._internal_dict = unet.config
         abar = schedule.alphas_cumprod
         self.log_sigma = 0.5 * np.log((1 - abar) / abar)
 
     def forward(self, xt: Tensor, t: Tensor, return_dict: bool = True) -> tuple[Tensor]:
-        """The output in other words; a variance stays what it is."""
+        """The converted output; a variance is unchanged."""
         out = self.unet(xt, t, return_dict=False)[0]
         v, rest = out[:, : xt.shape[1]], out[:, xt.shape[1] :]
         sigma = float(np.exp(np.interp(float(t), np.arange(len(self.log_sigma)), self.log_sigma)))
         root, other = 1 / (1 + sigma**2) ** 0.5, sigma / (1 + sigma**2) ** 0.5
-        said = other * xt + root * v if self.word == "epsilon" else root * xt - other * v
-        return (torch.cat([said, rest], dim=1),)
+        converted = other * xt + root * v if self.prediction_type == "epsilon" else root * xt - other * v
+        return (torch.cat([converted, rest], dim=1),)
 
 
 def steps_within(scheduler: Any) -> int:
-    """The most steps that take at most `CALLS` calls."""
+    """The largest number of steps with at most `CALLS` network calls."""
     for steps in range(CALLS, 1, -1):
         scheduler.set_timesteps(steps)
         if len(scheduler.timesteps) <= CALLS:
@@ -69,16 +70,16 @@ def draw(pipeline: DDPMExtPipeline, count: int, steps: int) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def speaking(pipeline: DDPMExtPipeline, word: str) -> DDPMExtPipeline:
-    """The same pipeline, whose network predicts something else."""
-    scheduler = DDPMExtScheduler.from_config(pipeline.trained_scheduler.config, prediction_type=word)
-    other = DDPMExtPipeline(Speaking(pipeline.unet, scheduler.schedule, word), scheduler)
+def convert_prediction(pipeline: DDPMExtPipeline, prediction_type: str) -> DDPMExtPipeline:
+    """The same pipeline with another prediction type of its network."""
+    scheduler = DDPMExtScheduler.from_config(pipeline.trained_scheduler.config, prediction_type=prediction_type)
+    other = DDPMExtPipeline(ConvertedNetwork(pipeline.unet, scheduler.schedule, prediction_type), scheduler)
     other.set_progress_bar_config(disable=True)
     return other
 
 
 def main() -> int:
-    """Draw, judge, and print the table."""
+    """Sample, measure, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("plain", type=Path)
     parser.add_argument("learned", type=Path)
@@ -100,41 +101,43 @@ def main() -> int:
             pipeline.scheduler = getattr(diffusers, name).from_config(pipeline.trained_scheduler.config)
             steps = steps_within(pipeline.scheduler)
             images = draw(pipeline, arguments.num_images, steps)
-            found, apart = look_at(images.reshape(len(images), -1)), []
-            for word in ("epsilon", "sample"):
-                if word not in WORDS[kind]:
-                    apart.append("")
+            quality, differences = measure_quality(images.reshape(len(images), -1)), []
+            for prediction_type in ("epsilon", "sample"):
+                if prediction_type not in PREDICTION_TYPES[kind]:
+                    differences.append("")
                     continue
-                other = speaking(pipeline, word)
+                other = convert_prediction(pipeline, prediction_type)
                 other.scheduler = getattr(diffusers, name).from_config(other.trained_scheduler.config)
-                apart.append(f"{np.abs(draw(other, 16, steps) - images[:16]).max():.0e}")
-            passed &= 0.95 <= found.sure <= 1.05 and all(found.classes[0]) and found.far <= 2
+                differences.append(f"{np.abs(draw(other, 16, steps) - images[:16]).max():.0e}")
+            passed &= (
+                0.95 <= quality.confidence_ratio <= 1.05 and all(quality.classes[0]) and quality.distance_ratio <= 2
+            )
             write(
-                f"| {name} | {steps} | {pipeline.num_network_calls} | {kind} | {found.sure:.3f} | "
-                f"{sum(map(bool, found.classes[0]))} | {found.far:.2f} | {' | '.join(apart)} |"
+                f"| {name} | {steps} | {pipeline.num_network_calls} | {kind} | {quality.confidence_ratio:.3f} | "
+                f"{sum(map(bool, quality.classes[0]))} | {quality.distance_ratio:.2f} | {' | '.join(differences)} |"
             )
             if kind == "plain":
                 sheets[name.removesuffix("Scheduler")] = images[:12]
     if arguments.picture is not None:
-        save_picture(sheets, arguments.picture)
+        save_figure(sheets, arguments.picture)
     return 0 if passed else 1
 
 
-def save_picture(sheets: dict[str, np.ndarray], path: Path) -> None:
-    """One row a sampler: images with the same noise to begin with."""
+def save_figure(sheets: dict[str, np.ndarray], path: Path) -> None:
+    """One row per scheduler: images from the same initial noise."""
     rows = []
     for images in sheets.values():
         framed = np.pad(images, ((0, 0), (1, 1), (1, 1)), constant_values=0.5)
         rows.append(np.concatenate(list(framed), axis=1))
 
-    def paint(axes: Any) -> None:
+    def draw_rows(axes: Any) -> None:
         sheet = np.concatenate(rows)
         axes.imshow(sheet, cmap="gray", interpolation="nearest", vmin=0, vmax=1, zorder=3)
         axes.set_xticks([])
         axes.set_yticks(np.arange(len(sheets)) * 10 + 4.5, list(sheets), fontsize=7)
         axes.get_figure().set_size_inches(8.5, 7.2)
 
-    figure(path, paint)
+    figure(path, draw_rows)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ COMMANDS = {
     "from-compvis": f"convert --from compvis --checkpoint {GOLDEN}.ckpt --config {GOLDEN}.yaml --out latent",
 }
 FINGERPRINTED = {".jsonl", ".safetensors", ".png", ".json", ".npz", ".ckpt", ".yaml", ".npy"}
-OF_THE_MACHINE = {"environment.json", "manifest.json", "timing.jsonl"}
+MACHINE_DEPENDENT = {"environment.json", "manifest.json", "timing.jsonl"}
 
 
 def make_images(folder: Path) -> None:
@@ -65,14 +65,14 @@ def fingerprints(out: Path) -> dict[str, str]:
     return {
         str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in files
-        if path.name not in OF_THE_MACHINE and path.name != "fingerprints.json"
+        if path.name not in MACHINE_DEPENDENT and path.name != "fingerprints.json"
     }
 
 
 def main() -> int:
     """Run every command, write the fingerprints, compare."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
-    parser.add_argument("out", type=Path, help="a folder to make")
+    parser.add_argument("out", type=Path, help="the folder to create")
     parser.add_argument("--package", type=Path, default=ROOT, help="the checkout to run (default: this one)")
     parser.add_argument("--compare", type=Path, help="fingerprints.json of another version")
     args = parser.parse_args()
@@ -80,7 +80,7 @@ def main() -> int:
     make_images(out / "images")
     environment = os.environ | {"PYTHONPATH": str(args.package.resolve()), "OMP_NUM_THREADS": "1"}
     for name, command in COMMANDS.items():
-        done = subprocess.run(
+        completed = subprocess.run(
             [sys.executable, "-m", "diffusers_ddpm_ext", *shlex.split(command)],
             cwd=out,
             env=environment,
@@ -88,19 +88,19 @@ def main() -> int:
             text=True,
             check=False,
         )
-        (out / f"{name}.log").write_text(done.stdout + done.stderr, encoding="utf-8")
-        print(f"{name}: exit status {done.returncode}", flush=True)
-        if done.returncode:
-            print(done.stderr[-2000:])
+        (out / f"{name}.log").write_text(completed.stdout + completed.stderr, encoding="utf-8")
+        print(f"{name}: exit status {completed.returncode}", flush=True)
+        if completed.returncode:
+            print(completed.stderr[-2000:])
             return 1
-    found = fingerprints(out)
-    (out / "fingerprints.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print(f"{len(found)} files")
+    result = fingerprints(out)
+    (out / "fingerprints.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(f"{len(result)} files")
     if args.compare is None:
         return 0
     other = json.loads(args.compare.read_text(encoding="utf-8"))
-    names = sorted(found.keys() | other.keys())
-    differing = [name for name in names if found.get(name) != other.get(name)]
+    names = sorted(result.keys() | other.keys())
+    differing = [name for name in names if result.get(name) != other.get(name)]
     print(f"{len(names) - len(differing)} of {len(names)} equal", *differing, sep="\n  ")
     return int(bool(differing))
 

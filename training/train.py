@@ -1,4 +1,4 @@
-"""A door for `accelerate launch training/train.py`: this clone's package first, then `ddpm-ext train`."""
+"""Script for `accelerate launch training/train.py`: runs `ddpm-ext train` with the package of this clone."""
 
 import sys
 from pathlib import Path

@@ -1,10 +1,10 @@
-"""Random single-bit and truncation faults over the files of a checkpoint: is each one named, and an older one taken?
+"""Random single-bit and truncation faults in checkpoint files: is each one reported, and an older checkpoint used?
 
     python benchmarks/torture/faults.py [--count 3000] [--seed 0]
 
-A run folder holds two checkpoints. Each fault strikes one file of the newer one (every file in turn, the manifest
-among them, so that small files get their share); then the folder is searched as a resuming run would. A fault is
-*silent* if the damaged folder is taken, and *unnamed* if the reason does not name the file that was struck.
+A run folder has two checkpoints. Each fault changes one file of the newer one (every file in turn, including the
+manifest, so that small files are covered); then the folder is searched as a resuming run would do. A fault is *silent*
+if the damaged folder is used, and *unnamed* if the reason does not name the changed file.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SIZES = {"model": 20_000, "ema": 20_000, "optimizer": 40_000, "logvar": 400}  # 
 
 @dataclass
 class Tally:
-    """What came of the faults: how many of each kind, and a line for each that went wrong."""
+    """Results of the faults: how many of each kind, and a line for each that was not handled correctly."""
 
     faults: int = 0
     kinds: dict[str, int] = field(default_factory=dict)
@@ -36,7 +36,7 @@ class Tally:
 
 
 def fill(folder: Path) -> None:
-    """Files like those of a checkpoint: tensors in safetensors, and JSON."""
+    """Write files like those of a checkpoint: tensors in safetensors, and JSON."""
     draw = random.Random(0)
     for name, size in SIZES.items():
         header = json.dumps({"x": {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}}).encode()
@@ -46,8 +46,8 @@ def fill(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps({"seed": 7, "learning_rate": 1e-4}))
 
 
-def strike(data: bytes, draw: random.Random) -> tuple[str, bytes]:
-    """One fault: half of them flip a bit, the others cut the end off (now and then all of it)."""
+def damage(data: bytes, draw: random.Random) -> tuple[str, bytes]:
+    """One fault: half of them flip a bit, the others truncate the file, possibly to nothing."""
     if draw.random() < 0.5:
         bit = draw.randrange(8 * len(data))
         changed = bytearray(data)
@@ -58,52 +58,52 @@ def strike(data: bytes, draw: random.Random) -> tuple[str, bytes]:
 
 
 def torture(folder: Path, count: int, seed: int) -> Tally:
-    """Strike a checkpoint again and again, mending it in between.
+    """Damage a checkpoint repeatedly, restoring it in between.
 
     Args:
-        folder: empty; a run's folder from now on.
-        count: faults.
-        seed: of the faults.
+        folder: an empty folder, which becomes a run's folder.
+        count: number of faults.
+        seed: random seed.
 
     Returns:
-        What came of them.
+        The results.
     """
     older, newer = write_checkpoint(folder, 4, fill), write_checkpoint(folder, 8, fill)
     files = sorted(path for path in newer.iterdir())
     draw, tally = random.Random(seed), Tally()
     for number in range(count):
         file = files[number % len(files)]
-        whole = file.read_bytes()
-        fault, data = strike(whole, draw)
+        original = file.read_bytes()
+        fault, data = damage(original, draw)
         file.write_bytes(data)
-        found = newest(folder)
-        line = f"{file.name}, {fault}: {found.damaged}"
-        if found.checkpoint is None or found.checkpoint.path != older:
+        search = newest(folder)
+        line = f"{file.name}, {fault}: {search.damaged}"
+        if search.checkpoint is None or search.checkpoint.path != older:
             tally.silent.append(line)
-        elif [path for path, _ in found.damaged] != [newer] or file.name not in found.damaged[0][1]:
+        elif [path for path, _ in search.damaged] != [newer] or file.name not in search.damaged[0][1]:
             tally.unnamed.append(line)
         tally.faults += 1
         kind = fault.split()[0]
         tally.kinds[kind] = tally.kinds.get(kind, 0) + 1
-        file.write_bytes(whole)
-    assert newest(folder).damaged == [], "mending failed: the figures mean nothing"
+        file.write_bytes(original)
+    assert newest(folder).damaged == [], "restoring failed: the results are invalid"
     return tally
 
 
 def main() -> int:
-    """Run it and print the figures; status 1 if any fault was silent or unnamed."""
-    parser = argparse.ArgumentParser(description="Random faults over the files of a checkpoint.")
+    """Run it and print the results; status 1 if any fault was silent or unnamed."""
+    parser = argparse.ArgumentParser(description="Random faults in the files of a checkpoint.")
     parser.add_argument("--count", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    began = time.perf_counter()
+    start_time = time.perf_counter()
     with tempfile.TemporaryDirectory() as name:
         tally = torture(Path(name), arguments.count, arguments.seed)
     kinds = ", ".join(f"{number} {kind}" for kind, number in sorted(tally.kinds.items()))
     print(f"faults   {tally.faults} ({kinds}), seed {arguments.seed}")
     print(f"silent   {len(tally.silent)}")
     print(f"unnamed  {len(tally.unnamed)}")
-    print(f"seconds  {time.perf_counter() - began:.1f}")
+    print(f"seconds  {time.perf_counter() - start_time:.1f}")
     print(*tally.silent, *tally.unnamed, sep="\n", end="")
     return 1 if tally.silent or tally.unnamed else 0
 

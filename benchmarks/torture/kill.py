@@ -1,11 +1,11 @@
-"""A run that is killed again and again must end with the very bytes of a run that nobody disturbed.
+"""A run that is killed repeatedly must end with the same bytes as an uninterrupted run.
 
     python benchmarks/torture/kill.py [--kills 200] [--inside_saves 60] [--seed 0] [--folder /tmp/torture]
 
 Runs of the digits with accumulation, a data worker, flips, EMA and a learned log-variance are ended by ``kill -9``: at
-random moments, and aimed into the writing of a checkpoint, which is seen by its folder. After each kill the same line
-is started again. Exit status 1 if a checkpoint is torn, a run falls back behind its last finished checkpoint, or the
-final files differ from the undisturbed run's.
+random moments, and during the writing of a checkpoint, which is detected by its folder. After each kill the same
+command is started again. Exit status 1 if a checkpoint is torn, a run falls back behind its last finished checkpoint,
+or the final files differ from those of the uninterrupted run.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 from diffusers_ddpm_ext.training.checkpoints.folders import checkpoint_step, list_checkpoints
 from diffusers_ddpm_ext.training.checkpoints.manifest import DamagedCheckpoint, verify
 
-LINE = (
+ARGUMENTS = (
     "--max_train_steps 60 --checkpointing_steps 4 --seed 7 --use_ema --learn_logvar --train_batch_size 16 "
     "--dataloader_num_workers 1 --gradient_accumulation_steps 2 --random_flip --resume_from_checkpoint auto "
     "--block_out_channels 8 16 --validation_steps 10 --logging_steps 5 --num_preview_images 2 --save_images_steps 25 "
@@ -43,24 +43,24 @@ FINAL = (
 
 
 def start(folder: Path, limit: int) -> subprocess.Popen[bytes]:
-    """The run, in a process group of its own so that a kill reaches its data worker too."""
-    command = [sys.executable, "-m", "diffusers_ddpm_ext.cli", "train", *LINE.split()]
+    """The run, in its own process group, so that a kill also reaches its data worker."""
+    command = [sys.executable, "-m", "diffusers_ddpm_ext.cli", "train", *ARGUMENTS.split()]
     command += ["--checkpoints_total_limit", str(limit), "--output_dir", str(folder)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    log = open(f"{folder}.log", "ab")  # noqa: SIM115 - the process keeps it
+    log = open(f"{folder}.log", "ab")  # noqa: SIM115 - the process uses it
     return subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
 
 
 def rows(folder: Path) -> int:
-    """Lines of the metrics so far."""
+    """Number of lines in metrics.jsonl."""
     path = folder / "metrics.jsonl"
     return path.read_bytes().count(b"\n") if path.is_file() else 0
 
 
 def wait_and_kill(process: subprocess.Popen[bytes], folder: Path, draw: random.Random, aimed: bool) -> str:
-    """Kill a run at a moment of its work; what was hit, or "" where the run had ended before."""
-    before, patience = rows(folder), draw.random() * 2
-    leftovers = set(folder.glob(".writing-*"))  # of the former life: cleaned once this one has imported everything
+    """Kill a run while it works; return what was interrupted, or "" if the run had ended before."""
+    before, delay = rows(folder), draw.random() * 2
+    leftovers = set(folder.glob(".writing-*"))  # of the previous process; removed once this one has started
     began: float | None = None
     while process.poll() is None:
         writing = bool(set(folder.glob(".writing-*")) - leftovers)
@@ -68,7 +68,7 @@ def wait_and_kill(process: subprocess.Popen[bytes], folder: Path, draw: random.R
             began = time.monotonic()
         if began is not None:
             inside = aimed and writing
-            if inside or (not aimed and time.monotonic() - began > patience):
+            if inside or (not aimed and time.monotonic() - began > delay):
                 time.sleep(draw.random() * 0.01 if inside else 0)
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
@@ -78,14 +78,14 @@ def wait_and_kill(process: subprocess.Popen[bytes], folder: Path, draw: random.R
 
 
 def newest_step(folder: Path) -> int:
-    """Step of the newest checkpoint, after making sure that every one is whole; 0 without any."""
+    """Step of the newest checkpoint, after verifying that every one is intact; 0 if there is none."""
     for path in list_checkpoints(folder):
         verify(path)
     return max((checkpoint_step(path) or 0 for path in list_checkpoints(folder)), default=0)
 
 
 def main() -> int:
-    """Kill, count, compare."""
+    """Kill runs, count, and compare the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--inside_saves", type=int, default=60, help="at least so many of them inside a save")
@@ -96,9 +96,9 @@ def main() -> int:
     shutil.rmtree(base, ignore_errors=True)
     base.mkdir(parents=True)
     draw = random.Random(options.seed)
-    straight = base / "straight"
-    if start(straight, 2).wait() != 0:
-        print(f"the undisturbed run failed: see {straight}.log")
+    uninterrupted = base / "uninterrupted"
+    if start(uninterrupted, 2).wait() != 0:
+        print(f"the uninterrupted run failed: see {uninterrupted}.log")
         return 1
     kills = saves = torn = backward = runs = different = 0
     while kills < options.kills or saves < options.inside_saves:
@@ -121,7 +121,7 @@ def main() -> int:
             saves += hit == "save"
         for name in FINAL:
             mine = folder / name
-            if not mine.is_file() or mine.read_bytes() != (straight / name).read_bytes():
+            if not mine.is_file() or mine.read_bytes() != (uninterrupted / name).read_bytes():
                 print(f"{mine} differs")
                 different += 1
         print(
