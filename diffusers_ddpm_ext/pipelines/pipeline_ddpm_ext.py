@@ -1,7 +1,7 @@
-"""DDPMExtPipeline: CompVis' ``p_sample_loop`` as a Diffusers pipeline, and the folder it is saved as.
+"""DDPMExtPipeline: CompVis' ``p_sample_loop`` as a Diffusers pipeline.
 
-What is saved opens everywhere: a reader without this package gets ``DDPMPipeline`` and ``DDPMScheduler``, while
-`DDPMExtPipeline` turns the stock scheduler back into ours, with all its keys (`diffusers_ddpm_ext.pipelines.layout`).
+A reader without this package opens the saved folder as ``DDPMPipeline`` and ``DDPMScheduler``; `DDPMExtPipeline` turns
+the stock scheduler back into ours, with all its keys (see `serialization`).
 
 Source: [DDPM] Ho et al. 2020, algorithm 2.
 """
@@ -27,7 +27,7 @@ from diffusers_ddpm_ext.diffusion.reverse_step import LEARNED_VARIANCES
 from diffusers_ddpm_ext.models.conditioning import Conditioning
 from diffusers_ddpm_ext.models.unet_2d_ext import UNet2DExtModel
 from diffusers_ddpm_ext.pipelines.guidance import ConditionArguments, ConditionedModel, Labels, prepare_guidance
-from diffusers_ddpm_ext.pipelines.serialization import PipelineFiles
+from diffusers_ddpm_ext.pipelines.serialization import SavedPipeline
 from diffusers_ddpm_ext.schedulers.adapter import SchedulerAdapter, adapt_scheduler, supports_temperature
 from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
 
@@ -39,7 +39,7 @@ PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 @dataclass
 class DDPMExtPipelineOutput(ImagePipelineOutput):
-    """What one call of `DDPMExtPipeline` made.
+    """Output of a call of `DDPMExtPipeline`.
 
     Args:
         images: list of PIL images, or an array (B, H, W, C) in [0, 1] for "np", a tensor (B, C, H, W) in [0, 1] for
@@ -54,20 +54,20 @@ class DDPMExtPipelineOutput(ImagePipelineOutput):
     pred_x0: list[Tensor] | None = None
 
 
-class DDPMExtPipeline(PipelineFiles):
-    """Draws images from a diffusion model ([DDPM] algorithm 2), step by step as CompVis' ``DDPM``.
+class DDPMExtPipeline(SavedPipeline):
+    """Samples images from a diffusion model ([DDPM] algorithm 2), with the steps of CompVis' ``DDPM``.
 
     Args:
-        unet: network from (B, C, H, W) and a step to (B, C, H, W), or to (B, 2C, H, W) with learned variances. One
-            that is fed concatenated inputs becomes a `UNet2DExtModel`, which stock Diffusers refuses: it would sample
-            it without them, and without an error.
+        unet: network from (B, C, H, W) and a timestep to (B, C, H, W), or to (B, 2C, H, W) with learned variances.
+            With concatenated inputs it becomes a `UNet2DExtModel`, which stock Diffusers refuses: it would sample the
+            model without them, and without an error.
         scheduler: any Diffusers scheduler. A plain ``DDPMScheduler`` becomes a `DDPMExtScheduler` with its config,
-            here and whenever one is assigned to ``pipeline.scheduler``; other classes stay what they are, and the
-            network's output is said in their words (`diffusers_ddpm_ext.schedulers.adapter`).
-        conditioning_key: how conditions reach the network (`diffusers_ddpm_ext.models.conditioning`); None: there
-            are none.
+            here and whenever one is assigned to ``pipeline.scheduler``; other classes are kept, and the network's
+            output is converted for them (`diffusers_ddpm_ext.schedulers.adapter`).
+        conditioning_key: how conditions reach the network (`diffusers_ddpm_ext.models.conditioning`); None for an
+            unconditional model.
         use_positional_encodings: whether the network's last two input channels are the pixels' coordinates.
-        null_class_label: the class that stands for none, in guidance.
+        null_class_label: the class that stands for no class, in guidance.
     """
 
     model_cpu_offload_seq = "unet"
@@ -93,31 +93,32 @@ class DDPMExtPipeline(PipelineFiles):
         if (self._conditioning.widens_input or log_variance) and type(unet) is UNet2DModel:
             unet = UNet2DExtModel.from_unet(unet)
         self.register_modules(unet=unet, scheduler=scheduler)
-        said = {
+        settings = {
             "conditioning_key": conditioning_key,
             "use_positional_encodings": use_positional_encodings or None,
             "null_class_label": null_class_label,
         }
-        # What is not said leaves no trace, so that an unconditional folder is a stock one.
-        self.register_to_config(**{name: value for name, value in said.items() if value is not None})
+        # Settings at their defaults are left out, so that the folder of an unconditional model is a stock one.
+        self.register_to_config(**{name: value for name, value in settings.items() if value is not None})
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Assign, and turn a stock scheduler into ours on the way."""
-        given = value
-        value = as_ours(value) if name == "scheduler" else value
+        """Assign an attribute; a stock scheduler becomes ours."""
+        if name == "scheduler":
+            is_stock = type(value) is DDPMScheduler
+            value = as_ours(value)
+            # A stock scheduler only tells what the network was trained with where nothing else does.
+            is_trained = not is_stock or "_trained_scheduler" not in self.__dict__
+            if is_trained and isinstance(value, DDPMExtScheduler):
+                self._trained_scheduler = value
         super().__setattr__(name, value)
-        # A stock scheduler says what a network was trained with only where nothing else has said it.
-        says = name == "scheduler" and (given is value or "_trained_scheduler" not in self.__dict__)
-        if says and isinstance(value, DDPMExtScheduler):
-            self._trained_scheduler = value
 
-    # ------------------------------------------------------------------ what it knows
+    # ------------------------------------------------------------------ attributes
 
     @property
     def logvar(self) -> Tensor | None:
-        """The learned log-variance of the training loss, one entry a step: (T,), float32, CPU. None if not learned.
+        """The learned log-variance of the training loss, one per timestep: (T,), float32, CPU. None if not learned.
 
-        `from_pretrained` of this class reads it; the generic ``DiffusionPipeline`` knows nothing of it.
+        `from_pretrained` of this class reads it; that of the generic ``DiffusionPipeline`` does not.
         """
         return self._logvar
 
@@ -136,7 +137,7 @@ class DDPMExtPipeline(PipelineFiles):
 
     @property
     def class_embedder(self) -> Tensor | None:
-        """What turns class labels into ``encoder_hidden_states``: (num_classes, dim), float32, CPU, or None."""
+        """Embedding of class labels as ``encoder_hidden_states``: (num_classes, dim), float32, CPU, or None."""
         return self._class_embedder
 
     @class_embedder.setter
@@ -154,19 +155,19 @@ class DDPMExtPipeline(PipelineFiles):
 
     @property
     def num_classes(self) -> int | None:
-        """How many classes it can be asked for, a null class included; None where there are none."""
+        """Number of classes, the null class included; None for a model without classes."""
         model = self._model(torch.device("cpu"))
         return model.num_classes if model.takes_labels else None
 
     @property
     def trained_scheduler(self) -> DDPMExtScheduler:
-        """A scheduler of ours with the schedule that the network was trained with, and what it predicts.
+        """A `DDPMExtScheduler` with the training schedule and the prediction type of the network.
 
-        It is the last of ours that was assigned to ``scheduler`` (a folder's own, when ``from_pretrained`` is handed
-        another), and else what ``scheduler``'s config says.
+        It is the last one assigned to ``scheduler`` (the folder's, when ``from_pretrained`` gets another scheduler);
+        without one it is made from ``scheduler``'s config.
         """
-        known: DDPMExtScheduler | None = self.__dict__.get("_trained_scheduler")
-        return DDPMExtScheduler.from_config(self.scheduler.config) if known is None else known
+        scheduler: DDPMExtScheduler | None = self.__dict__.get("_trained_scheduler")
+        return DDPMExtScheduler.from_config(self.scheduler.config) if scheduler is None else scheduler
 
     @property
     def num_timesteps(self) -> int:
@@ -175,12 +176,12 @@ class DDPMExtPipeline(PipelineFiles):
 
     @property
     def num_network_calls(self) -> int:
-        """How often the last call asked the network: for many samplers more often than ``num_inference_steps``."""
+        """Network calls of the last pipeline call: with many samplers more than ``num_inference_steps``."""
         return self._num_network_calls
 
     @property
     def interrupt(self) -> bool:
-        """Whether a callback asked to stop, by ``pipeline._interrupt = True``."""
+        """Whether a callback has stopped the call, by ``pipeline._interrupt = True``."""
         return self._interrupt
 
     # ------------------------------------------------------------------ sampling
@@ -211,37 +212,38 @@ class DDPMExtPipeline(PipelineFiles):
         eta: float | None = None,
         step_kwargs: Mapping[str, Any] | None = None,
     ) -> DDPMExtPipelineOutput | tuple[Any, ...]:
-        """Draw a batch of images.
+        """Sample a batch of images.
 
         Args:
-            batch_size: how many images; at 1, as many as the conditions are for.
-            generator: source of all noise, or a list of them, one an image: then image i depends on generator i only,
-                whatever the batch.
-            num_inference_steps: number K of steps kept of the T trained ones. None takes all T.
+            batch_size: number of images; at 1, as many as the conditions are for.
+            generator: source of all noise, or a list with one per image: then image i depends only on generator i,
+                regardless of the batch.
+            num_inference_steps: number K of sampling steps out of the T training steps. None uses all T.
             output_type: "pil", "np", "pt", or "latent" (the sample in data units, as the scheduler left it).
             return_dict: whether to return a `DDPMExtPipelineOutput` or a tuple of its fields that are not None.
-            log_every_t: with n, the output also carries ``intermediates`` and ``pred_x0`` for each kept step i,
+            log_every_t: with n, the output also has ``intermediates`` and ``pred_x0`` for each sampling step i,
                 counted from K - 1 down to 0, with ``i % n == 0`` or ``i == K - 1`` (CompVis' ``log_every_t``).
             temperature: factor on the noise of each step, not on the starting noise (CompVis' ``temperature``). Other
                 values than 1 need a scheduler whose ``step`` takes ``variance_noise`` and adds it.
             callback_on_step_end: called as ``callback(pipeline, i, t, tensors)`` after each step, i counting up from
                 0; ``latents`` in the dict it returns replaces the sample.
-            callback_on_step_end_tensor_inputs: which tensors it gets: "latents" (the sample), "model_output" (as
-                ``step`` got it), "model_input" (the sample as the network saw it).
-            latents: the starting noise, (batch_size, C, H, W), standard normal, instead of a drawn one.
-            timesteps: the steps to keep, descending, instead of ``num_inference_steps``.
-            class_labels: a class for all images or one an image; floating, (B, width), for a projected embedding. With
-                a ``class_embedder`` they stand for ``encoder_hidden_states``.
-            concat_inputs: (B, c, H, W), in data units, joined to the network's input; several along the channels.
-            encoder_hidden_states: (B, tokens, width) of cross attention; several are joined along the tokens.
-            guidance_scale: s of ``u + s (c - u)``, with c the network's output under the conditions and u without; 1
-                is c alone, and one call of the network instead of two.
-            guidance_interval: lowest and highest step of the chain of training at which there is guidance.
-            negative_class_labels: in place of the null class.
-            negative_concat_inputs: in place of zeros.
-            negative_encoder_hidden_states: in place of zeros, or of the null class.
-            optimal_timesteps: take the K steps that `ddpm-ext fit-variance` found best for the bound, which the
-                scheduler's config holds, instead of evenly spaced ones.
+            callback_on_step_end_tensor_inputs: tensors for the callback: "latents" (the sample), "model_output" (as
+                passed to ``step``), "model_input" (the sample as passed to the network).
+            latents: the starting noise, (batch_size, C, H, W), standard normal; None draws it.
+            timesteps: the timesteps to use, descending, instead of ``num_inference_steps``.
+            class_labels: one class for all images or one per image; floating, (B, width), for a projected embedding.
+                With a ``class_embedder`` they replace ``encoder_hidden_states``.
+            concat_inputs: (B, c, H, W), in data units, concatenated to the network's input; a list is concatenated
+                along the channels.
+            encoder_hidden_states: (B, tokens, width) of cross attention; a list is concatenated along the tokens.
+            guidance_scale: s of ``u + s (c - u)``, with c the network's output with the conditions and u without; 1
+                is c alone, and one network call instead of two.
+            guidance_interval: lowest and highest timestep of the training schedule at which there is guidance.
+            negative_class_labels: instead of the null class.
+            negative_concat_inputs: instead of zeros.
+            negative_encoder_hidden_states: instead of zeros, or of the null class.
+            optimal_timesteps: use the K timesteps that `ddpm-ext fit-variance` found best for the bound, from the
+                scheduler's config, instead of evenly spaced ones.
             eta: for schedulers whose ``step`` has it: 0 is deterministic, 1 as noisy as DDPM.
             step_kwargs: further arguments of the scheduler's ``step``, by name (``s_noise``, ``s_churn``, ...).
 
@@ -252,16 +254,16 @@ class DDPMExtPipeline(PipelineFiles):
             ValueError: an argument is out of its range, the model does not fit, the scheduler cannot sample it, or
                 the samples are not finite.
         """
-        given = ConditionArguments(class_labels, concat_inputs, encoder_hidden_states)
-        batch_size = given.batch_size if batch_size == 1 else batch_size
+        conditions = ConditionArguments(class_labels, concat_inputs, encoder_hidden_states)
+        batch_size = conditions.batch_size if batch_size == 1 else batch_size
         self._check_call(batch_size, output_type, log_every_t, temperature)
         generator = _check_generators(generator, batch_size)
         step_kwargs = dict(step_kwargs or {}) | ({} if eta is None else {"eta": eta})
         sampler = adapt_scheduler(self.scheduler, self.trained_scheduler, step_kwargs)
         if temperature != 1.0 and not sampler.is_ours and not supports_temperature(sampler.scheduler, step_kwargs):
             raise ValueError(
-                f"temperature is {temperature}, but {type(self.scheduler).__name__} takes no noise from outside, or "
-                "adds none. Leave it at 1, or use pipeline.scheduler = "
+                f"temperature is {temperature}, but {type(self.scheduler).__name__} takes no noise as an argument, "
+                "or adds none. Leave it at 1, or use pipeline.scheduler = "
                 "DDPMExtScheduler.from_config(pipeline.scheduler.config)."
             )
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
@@ -272,21 +274,21 @@ class DDPMExtPipeline(PipelineFiles):
         device = self._execution_device
         negative = ConditionArguments(negative_class_labels, negative_concat_inputs, negative_encoder_hidden_states)
         denoise = prepare_guidance(
-            self._model(device), given, negative, batch_size, float(guidance_scale), guidance_interval
+            self._model(device), conditions, negative, batch_size, float(guidance_scale), guidance_interval
         )
         steps = self._set_timesteps(sampler, num_inference_steps, timesteps, device, optimal_timesteps)
-        late = sampler.late_start_warning()
-        if late:
-            logger.warning(late)
-        sample = self._start(shape, generator, latents, sampler, device)
+        warning = sampler.late_start_warning()
+        if warning:
+            logger.warning(warning)
+        sample = self._initial_sample(shape, generator, latents, sampler, device)
         sampler = sampler.with_noise_seed(generator)
-        record = _Record(log_every_t, len(steps), sample)
+        intermediates = _Intermediates(log_every_t, len(steps), sample)
         accepts_generator = "generator" in inspect.signature(sampler.scheduler.step).parameters
         if accepts_generator and temperature == 1.0:
             step_kwargs["generator"] = generator
         self._num_timesteps, self._num_network_calls, self._interrupt = len(steps), 0, False
         network_dtype = self.unet.dtype
-        # As ints, the steps cost our scheduler no read from the device.
+        # As integers, the timesteps cost our scheduler no read from the device.
         step_arguments = steps.tolist() if sampler.is_ours else steps
 
         for i, t in enumerate(self.progress_bar(steps)):
@@ -300,7 +302,7 @@ class DDPMExtPipeline(PipelineFiles):
             model_output = sampler.convert_output(model_output, model_input, scale, t)
             if temperature != 1.0:
                 step_kwargs["variance_noise"] = None
-                if step_arguments[i] != 0:  # at 0 the scheduler draws nothing either
+                if step_arguments[i] != 0:  # at 0 the scheduler draws no noise either
                     noise = randn_tensor(sample.shape, generator=generator, device=device, dtype=sample.dtype)
                     step_kwargs["variance_noise"] = noise.mul_(temperature)
             result = sampler.scheduler.step(model_output, step_arguments[i], sample, **step_kwargs)
@@ -309,18 +311,20 @@ class DDPMExtPipeline(PipelineFiles):
                 tensors = {"latents": sample, "model_output": model_output, "model_input": model_input}
                 chosen = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
                 sample = (callback_on_step_end(self, i, t, chosen) or {}).get("latents", sample)
-            record.add(i, sample, result)
+            intermediates.add(i, sample, result)
             if self._interrupt:
                 break
 
         _check_finite(sample, "the samples")
-        output = DDPMExtPipelineOutput(self._as_images(sample, output_type), record.intermediates, record.pred_x0)
+        output = DDPMExtPipelineOutput(
+            self._as_images(sample, output_type), intermediates.samples, intermediates.pred_x0
+        )
         self.maybe_free_model_hooks()
         return output if return_dict else output.to_tuple()
 
     @property
     def conditioning(self) -> Conditioning:
-        """How conditions reach the network."""
+        """How the network receives its conditions."""
         return self._conditioning
 
     @property
@@ -386,26 +390,26 @@ class DDPMExtPipeline(PipelineFiles):
                 "optimal_timesteps needs num_inference_steps (without timesteps) and a DDPMExtScheduler, whose config "
                 f"holds them; this is a {type(scheduler).__name__}."
             )
-        chosen: dict[str, Any] = {"num_inference_steps": count}
+        arguments: dict[str, Any] = {"num_inference_steps": count}
         if optimal:
-            chosen["optimal"] = True
+            arguments["optimal"] = True
         elif timesteps is not None:
             if count is not None:
-                raise ValueError("num_inference_steps and timesteps both say which steps to take; give one of them.")
+                raise ValueError("num_inference_steps and timesteps both determine the timesteps; give one of them.")
             if "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
                 name = type(scheduler).__name__
                 raise ValueError(f"timesteps is given, but {name} takes only num_inference_steps.")
-            chosen = {"timesteps": [int(t) for t in timesteps]}
+            arguments = {"timesteps": [int(t) for t in timesteps]}
         else:
             count = scheduler.config.num_train_timesteps if count is None else count
             if count < 1:
                 raise ValueError(f"num_inference_steps is {count}; it must be 1 or more, or None for all steps.")
-            chosen["num_inference_steps"] = count
-        for each in dict.fromkeys((self.scheduler, scheduler)):  # what a callback reads is that of the call, too
-            each.set_timesteps(**chosen, device=device)
+            arguments["num_inference_steps"] = count
+        for each in dict.fromkeys((self.scheduler, scheduler)):  # a callback may read the pipeline's own scheduler
+            each.set_timesteps(**arguments, device=device)
         return scheduler.timesteps
 
-    def _start(
+    def _initial_sample(
         self,
         shape: tuple[int, int, int, int],
         generator: torch.Generator | list[torch.Generator] | None,
@@ -413,21 +417,21 @@ class DDPMExtPipeline(PipelineFiles):
         sampler: SchedulerAdapter,
         device: torch.device,
     ) -> Tensor:
-        """x_T. The sample is never below float32: only the network runs in half precision."""
+        """x_T, in float32 or more: only the network runs in half precision."""
         dtype = torch.promote_types(torch.float32, self.unet.dtype)
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         elif latents.shape != shape:
-            raise ValueError(f"latents has shape {tuple(latents.shape)}; batch_size and the model ask for {shape}.")
+            raise ValueError(f"latents has shape {tuple(latents.shape)}; batch_size and the model require {shape}.")
         return latents.to(device=device, dtype=dtype) * sampler.scheduler.init_noise_sigma
 
     def _check_channels(self, model_output: Tensor, sample: Tensor) -> None:
-        channels, made = sample.shape[1], model_output.shape[1]
+        channels, outputs = sample.shape[1], model_output.shape[1]
         learned = self.trained_scheduler.config.variance_type in LEARNED_VARIANCES
-        if made != channels and not (learned and made == 2 * channels):
+        if outputs != channels and not (learned and outputs == 2 * channels):
             raise ValueError(
-                f"The model makes {made} channels of {channels}. An unconditional model makes as many as it takes, or "
-                f"twice as many when the scheduler's variance_type is one of {', '.join(LEARNED_VARIANCES)} (here: "
+                f"The model returns {outputs} channels for samples of {channels}. It must return as many, or twice as "
+                f"many when the scheduler's variance_type is one of {', '.join(LEARNED_VARIANCES)} (here: "
                 f"{self.scheduler.config.get('variance_type')})."
             )
 
@@ -441,23 +445,23 @@ class DDPMExtPipeline(PipelineFiles):
         return self.numpy_to_pil(array) if output_type == "pil" else array
 
 
-class _Record:
-    """Keeps CompVis' intermediates during one call."""
+class _Intermediates:
+    """CompVis' intermediate results of one call."""
 
     def __init__(self, log_every_t: int | None, steps: int, start: Tensor) -> None:
         self.log_every_t = log_every_t
         self.last = steps - 1
-        self.intermediates: list[Tensor] | None = None if log_every_t is None else [start]
+        self.samples: list[Tensor] | None = None if log_every_t is None else [start]
         self.pred_x0: list[Tensor] | None = None if log_every_t is None else []
 
     def add(self, i: int, sample: Tensor, result: Any) -> None:
-        """Note the outcome of the i-th step taken, which is kept step K - 1 - i."""
-        if self.intermediates is None or self.log_every_t is None:
+        """Record the result of the i-th step, which CompVis counts as K - 1 - i."""
+        if self.samples is None or self.log_every_t is None:
             return
-        left = self.last - i
-        if left % self.log_every_t and left != self.last:
+        remaining = self.last - i
+        if remaining % self.log_every_t and remaining != self.last:
             return
-        self.intermediates.append(sample)
+        self.samples.append(sample)
         x0 = result.get("pred_original_sample")
         self.pred_x0 = None if x0 is None or self.pred_x0 is None else [*self.pred_x0, x0]
 
@@ -472,8 +476,8 @@ def _check_generators(generator: Any, batch_size: int) -> torch.Generator | list
         return generator
     if len(generator) != batch_size:
         raise ValueError(
-            f"generator is a list of {len(generator)}, but batch_size is {batch_size}; give one generator an image, "
-            "or a single generator for all."
+            f"generator is a list of {len(generator)}, but batch_size is {batch_size}; give one generator per "
+            "image, or a single generator for all."
         )
     return list(generator)
 
@@ -481,11 +485,11 @@ def _check_generators(generator: Any, batch_size: int) -> torch.Generator | list
 def _check_finite(values: Tensor, what: str) -> None:
     if not bool(torch.isfinite(values).all()):
         raise ValueError(
-            f"Values that are not finite (NaN or infinity) in {what}. The weights hold such values, or the network "
+            f"Non-finite values (NaN or infinity) in {what}. The weights contain such values, or the network "
             "overflows in half precision: check the checkpoint, or load it with torch_dtype=torch.float32."
         )
 
 
 for _class in (DDPMExtPipeline, DDPMExtScheduler, UNet2DExtModel):
-    # A folder that names one of ours is looked up here by Diffusers.
+    # Diffusers looks up the classes that a folder names in its own namespace.
     setattr(diffusers, _class.__name__, _class)

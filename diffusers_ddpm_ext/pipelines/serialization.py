@@ -1,85 +1,115 @@
-"""The folder and the repository of a `DDPMExtPipeline`: saving, pushing, loading (`pipelines.layout`)."""
+"""The saved folder of a `DDPMExtPipeline`: saving, pushing and loading, so that stock Diffusers opens it too.
+
+    model_index.json               names of stock Diffusers' classes, so that stock readers open the folder
+    scheduler/, unet/              the components, each written by Diffusers; the scheduler's config keeps our keys
+    logvar/, class_embedder/       tables next to the components, which only this package reads
+
+A model that stock ``DDPMPipeline`` would fail on, or sample wrongly without an error, is saved under our class names
+instead: then stock Diffusers refuses it.
+"""
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin
-from huggingface_hub import upload_folder
+from diffusers import DiffusionPipeline, SchedulerMixin, UNet2DModel
+from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache, upload_folder
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from torch import Tensor
 
+from diffusers_ddpm_ext.diffusion.reverse_step import LEARNED_VARIANCES
 from diffusers_ddpm_ext.diffusion.schedule import log_snr
-from diffusers_ddpm_ext.losses.logvar import LOGVAR_FOLDER, ContinuousLogvar, load_continuous, load_logvar, save_logvar
-from diffusers_ddpm_ext.models import class_embedder
-from diffusers_ddpm_ext.models.class_embedder import load_class_embedder, save_class_embedder
-from diffusers_ddpm_ext.pipelines.layout import JOINED, fetch_tables, has_logvar, ours_only, remove_table, stock_words
+from diffusers_ddpm_ext.losses.logvar import (
+    LOGVAR_CONFIG_NAME,
+    LOGVAR_FOLDER,
+    LOGVAR_WEIGHTS_NAME,
+    ContinuousLogvar,
+    load_continuous,
+    load_logvar,
+    save_logvar,
+)
+from diffusers_ddpm_ext.models.class_embedder import (
+    CLASS_EMBEDDER_FOLDER,
+    load_class_embedder,
+    save_class_embedder,
+)
+from diffusers_ddpm_ext.models.unet_2d_ext import UNet2DExtModel
 from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
 
 logger = logging.getLogger(__name__)
 
+TABLE_FILES = {
+    folder: (f"{folder}/{LOGVAR_CONFIG_NAME}", f"{folder}/{LOGVAR_WEIGHTS_NAME}")
+    for folder in (LOGVAR_FOLDER, CLASS_EMBEDDER_FOLDER)
+}
+CONDITIONING_ARGUMENTS = ("conditioning_key", "use_positional_encodings", "null_class_label")
+NAN_IN_STOCK = ("learned", "fixed_large_log")
+"""Variance types of which stock DDPMScheduler takes the square root of a log-variance: every sample becomes NaN."""
 
-class PipelineFiles(DiffusionPipeline):
-    """What a pipeline with tables beside its components adds to Diffusers' saving and loading.
+
+class SavedPipeline(DiffusionPipeline):
+    """Saving and loading of a pipeline that has tables next to its components.
 
     Attributes:
         logvar: (T,), or None.
         class_embedder: (num_classes, dim), or None.
-        logvar_network: the function that ``logvar`` was taken from, where it is of the continuous kind, or None.
+        logvar_network: the function that ``logvar`` was computed with, where it is of the continuous kind, or None.
     """
 
     logvar: Tensor | None
     class_embedder: Tensor | None
     logvar_network: ContinuousLogvar | None = None
 
-    def save_tables(self, folder: str) -> None:
-        """Write the tables into a folder, and take out those that this pipeline does not have.
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """Save to a folder that stock Diffusers opens too; takes the arguments of ``DiffusionPipeline``'s method.
 
         Args:
-            folder: of the pipeline, made if it is missing.
+            save_directory: the folder, created if it is missing.
+            *args: as in Diffusers.
+            **kwargs: as in Diffusers; with ``push_to_hub=True`` everything is in one commit, logvar included.
         """
+        folder = os.fspath(save_directory)
+        if os.path.isfile(folder):
+            raise ValueError(f"save_directory is {folder}, which is a file; give a folder.")
+        self._save_tables(folder)  # before the components: Diffusers uploads at the end of its method
+        reason = reason_to_refuse_stock(self.unet, self.scheduler, self.config)
+        if reason:
+            logger.warning(
+                "Stock Diffusers cannot sample this model right (%s): the folder names DDPMExtPipeline, and readers "
+                "need diffusers-ddpm-ext.",
+                reason,
+            )
+        super().save_pretrained(folder, *args, **kwargs)
+
+    def _save_tables(self, folder: str) -> None:
+        """Write the tables, and delete those in the folder that this pipeline does not have."""
         if self.logvar is not None:
             self.logvar = self.logvar  # checked again: the scheduler may have been replaced by one of another length
             save_logvar(folder, self.logvar, self.logvar_network)
         if self.class_embedder is not None:
             save_class_embedder(folder, self.class_embedder)
-        for name in self.missing_tables():
-            remove_table(folder, name)
+        for name in self._absent_tables():
+            for file in TABLE_FILES[name]:
+                Path(folder, file).unlink(missing_ok=True)
+            place = Path(folder, name)
+            if place.is_dir() and not any(place.iterdir()):
+                place.rmdir()
 
-    def missing_tables(self) -> list[str]:
+    def _absent_tables(self) -> list[str]:
         """Folders of the tables that this pipeline does not have."""
-        held = {LOGVAR_FOLDER: self.logvar, class_embedder.CLASS_EMBEDDER_FOLDER: self.class_embedder}
-        return [name for name, table in held.items() if table is None]
-
-    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """Save to a folder that stock Diffusers opens too; takes the arguments of ``DiffusionPipeline``'s method.
-
-        Args:
-            save_directory: the folder, made if it is missing.
-            *args: as in Diffusers.
-            **kwargs: as in Diffusers; with ``push_to_hub=True`` everything travels in one commit, logvar included.
-        """
-        folder = os.fspath(save_directory)
-        if os.path.isfile(folder):
-            raise ValueError(f"save_directory is {folder}, which is a file; give a folder.")
-        # Before the components: the upload is the last thing that happens below.
-        self.save_tables(folder)
-        why = ours_only(self.unet, self.scheduler, self.config)
-        if why:
-            logger.warning(
-                "Stock Diffusers cannot sample this model right (%s): the folder names DDPMExtPipeline, and readers "
-                "need diffusers-ddpm-ext.",
-                why,
-            )
-        super().save_pretrained(folder, *args, **kwargs)
+        tables = {LOGVAR_FOLDER: self.logvar, CLASS_EMBEDDER_FOLDER: self.class_embedder}
+        return [name for name, table in tables.items() if table is None]
 
     def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
-        """Write ``model_index.json`` in words that stock Diffusers knows."""
-        index = stock_words(json.loads(self.to_json_string()), self.unet, self.scheduler, self.config)
+        """Write ``model_index.json`` with class names that stock Diffusers knows."""
+        index = stock_model_index(json.loads(self.to_json_string()), self.unet, self.scheduler, self.config)
         Path(json_file_path).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     def _upload_folder(
@@ -91,7 +121,7 @@ class PipelineFiles(DiffusionPipeline):
         create_pr: bool = False,
         subfolder: str | None = None,
     ) -> Any:
-        """Diffusers' upload; tables that a pipeline does not have are taken out of the repository, too."""
+        """Diffusers' upload, which also deletes from the repository the tables that this pipeline does not have."""
         return upload_folder(
             repo_id=repo_id,
             folder_path=os.fspath(working_dir),
@@ -99,7 +129,7 @@ class PipelineFiles(DiffusionPipeline):
             token=token,
             commit_message=commit_message or f"Upload {type(self).__name__}",
             create_pr=create_pr,
-            delete_patterns=[f"{name}/*" for name in self.missing_tables()] or None,
+            delete_patterns=[f"{name}/*" for name in self._absent_tables()] or None,
         )
 
     @classmethod
@@ -126,8 +156,9 @@ class PipelineFiles(DiffusionPipeline):
                 hub["revision"] = Path(folder).name
             config = DDPMExtScheduler.load_config(source, subfolder="scheduler", **hub)
             pipeline._trained_scheduler = DDPMExtScheduler.from_config(config)
-        # Stock Diffusers may have cached a repository's table without its config: to us that is none (and was logged).
-        if folder == source or has_logvar(folder):
+        # Stock Diffusers may have cached a repository's table without its config: then there is no table for us, which
+        # `fetch_tables` has logged.
+        if folder == source or Path(folder, TABLE_FILES[LOGVAR_FOLDER][0]).is_file():
             pipeline.logvar = load_logvar(folder)
             if isinstance(pipeline.scheduler, DDPMExtScheduler):
                 pipeline.logvar_network = load_continuous(
@@ -138,7 +169,7 @@ class PipelineFiles(DiffusionPipeline):
 
     @classmethod
     def download(cls, pretrained_model_name: str, **kwargs: Any) -> str | os.PathLike[str]:
-        """Bring a repository into the cache, as Diffusers does, and the tables beside its components too.
+        """Download a repository into the cache, as Diffusers does, and the tables next to its components.
 
         Args:
             pretrained_model_name: the Hub id.
@@ -154,20 +185,109 @@ class PipelineFiles(DiffusionPipeline):
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Any:
-        """Build one on another pipeline's components, sharing them.
+        """Build a pipeline from another one's components, sharing them.
 
         Args:
             pipeline: e.g. a stock ``DDPMPipeline``.
             **kwargs: as in ``DiffusionPipeline.from_pipe``.
 
         Returns:
-            The new pipeline; from one of ours it takes ``logvar`` and ``class_embedder`` along, and how conditions
-            are joined.
+            The new pipeline; from one of ours also with its ``logvar``, ``class_embedder`` and conditioning.
         """
-        if isinstance(pipeline, PipelineFiles):
-            kwargs = {name: pipeline.config[name] for name in JOINED if name in pipeline.config} | kwargs
+        if isinstance(pipeline, SavedPipeline):
+            kwargs = {
+                name: pipeline.config[name] for name in CONDITIONING_ARGUMENTS if name in pipeline.config
+            } | kwargs
         new = super().from_pipe(pipeline, **kwargs)
-        if isinstance(pipeline, PipelineFiles) and isinstance(new, PipelineFiles):
+        if isinstance(pipeline, SavedPipeline) and isinstance(new, SavedPipeline):
             new.logvar, new.class_embedder = pipeline.logvar, pipeline.class_embedder
             new.logvar_network = pipeline.logvar_network
         return new
+
+
+# ------------------------------------------------------------------ model_index.json
+
+
+def reason_to_refuse_stock(unet: Any, scheduler: Any, config: Mapping[str, Any]) -> str:
+    """Why stock DDPMPipeline would fail on this model, or sample it wrongly.
+
+    Args:
+        unet: the pipeline's network.
+        scheduler: its scheduler.
+        config: of the pipeline.
+
+    Returns:
+        One phrase; empty where stock Diffusers samples it right.
+    """
+    variance_type = scheduler.config.get("variance_type")
+    if config.get("conditioning_key") is not None:
+        return f"conditioning_key {config['conditioning_key']}"
+    if config.get("use_positional_encodings"):
+        return "use_positional_encodings"
+    if isinstance(scheduler, DDPMExtScheduler) and variance_type in NAN_IN_STOCK:
+        return f"variance_type {variance_type}"
+    if type(unet) is not UNet2DModel:
+        return f"a {type(unet).__name__}"
+    if isinstance(scheduler, DDPMExtScheduler):
+        return ""
+    twice = unet.config.out_channels == 2 * unet.config.in_channels
+    # A scheduler swapped in by its config keeps the key, even if its class ignores it.
+    ignored = "variance_type" not in inspect.signature(type(scheduler).__init__).parameters
+    return f"variance_type {variance_type}" if variance_type in LEARNED_VARIANCES and twice and ignored else ""
+
+
+def stock_model_index(index: dict[str, Any], unet: Any, scheduler: Any, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of ``model_index.json``.
+
+    Args:
+        index: what Diffusers would write, which names our classes by their modules.
+        unet: the pipeline's network.
+        scheduler: its scheduler.
+        config: of the pipeline.
+
+    Returns:
+        A copy with class names that readers know. Subclasses of ours, and other schedulers, keep their own names.
+    """
+    index = dict(index)
+    index.pop("_name_or_path", None)  # where this copy was loaded from, maybe a private path
+    ours = bool(reason_to_refuse_stock(unet, scheduler, config))
+    # By a module path, a Hub id would not load: Diffusers looks for that file in the repository.
+    if type(scheduler) is DDPMExtScheduler:
+        index["scheduler"] = ["diffusers", "DDPMExtScheduler" if ours else "DDPMScheduler"]
+    if type(unet) is UNet2DExtModel:
+        index["unet"] = ["diffusers", "UNet2DExtModel"]
+    if index["_class_name"] == "DDPMExtPipeline" and not ours:
+        index["_class_name"] = "DDPMPipeline"
+    return index
+
+
+# ------------------------------------------------------------------ tables on the Hub
+
+
+def fetch_tables(repo_id: str, commit: str, **options: Any) -> None:
+    """Download the tables of a repository into its cached snapshot, if it has them.
+
+    Args:
+        repo_id: the Hub id.
+        commit: id of the snapshot's commit, so that tables and weights belong together.
+        **options: of ``hf_hub_download``; those that are None are left at their defaults.
+    """
+    options = {name: value for name, value in options.items() if value is not None}
+    for name, files in TABLE_FILES.items():
+        cached = try_to_load_from_cache(repo_id, files[0], options.get("cache_dir"), commit)
+        if cached is _CACHED_NO_EXIST:
+            continue
+        try:
+            for file in files:
+                hf_hub_download(repo_id, file, revision=commit, **options)
+        except LocalEntryNotFoundError:
+            logger.warning(
+                "Could not look for %s of %s: it is not cached, and the Hub was not reached. If a %s was saved there, "
+                "pipeline.%s will be None.",
+                files[0],
+                repo_id,
+                name,
+                name,
+            )
+        except EntryNotFoundError:
+            pass  # most repositories have none; the client caches that
