@@ -33,10 +33,12 @@ from tqdm.auto import tqdm
 from diffusers_ddpm_ext.diffusion.gaussian import q_sample
 from diffusers_ddpm_ext.losses.objective import ObjectiveOutput
 from diffusers_ddpm_ext.training.config.train_config import TrainConfig
-from diffusers_ddpm_ext.training.loop.run import Run, start
+from diffusers_ddpm_ext.training.loop.metrics_logging import log_losses, open_metrics_logger
+from diffusers_ddpm_ext.training.loop.run import Run, RunProgress
+from diffusers_ddpm_ext.training.loop.setup import build_setup
 from diffusers_ddpm_ext.training.loop.step import clip, seed_dropout
-from diffusers_ddpm_ext.training.tracking.step_losses import StepTrace
-from diffusers_ddpm_ext.training.trainer import open_metrics_logger, read_losses
+from diffusers_ddpm_ext.training.signals import SignalRequests
+from diffusers_ddpm_ext.training.tracking.step_losses import LossMeter, StepTrace
 from diffusers_ddpm_ext.utils import random_keys as keys
 
 STEPS = 10  # per round; our logging interval, so that each round reads the losses once
@@ -85,26 +87,27 @@ def peer_step(accelerator: Accelerator, model: UNet2DModel, batch: torch.Tensor)
 
 def our_step(run: Run, batch: torch.Tensor) -> Callable[[], None]:
     """The parts of the trainer's step around forward and backward."""
-    records, schedule = open_metrics_logger(run), run.parts.objective.schedule
+    setup, schedule = run.setup, run.setup.parts.objective.schedule
     positions, ones = torch.arange(len(batch)), torch.ones(len(batch))
     output = ObjectiveOutput(*torch.full((5,), 0.5).unbind(), ones, ones)
 
     def step() -> None:
-        t, noise = keys.sample_draws(run.seed, run.step, positions, batch.shape[1:], run.num_train_timesteps)
-        seed_dropout(run, 0)
+        number = run.progress.step
+        t, noise = keys.sample_draws(setup.seed, number, positions, batch.shape[1:], setup.num_train_timesteps)
+        seed_dropout(setup.accelerator, setup.seed, number, 0)
         q_sample(schedule, batch, noise, t)
-        norms = clip(run)
-        run.optimizer.step()
-        run.optimizer.zero_grad()
-        learning_rate = float(run.lr_scheduler.get_last_lr()[0])
-        run.lr_scheduler.step()
-        assert run.ema is not None
-        run.ema.step(run.denoiser)
-        run.step += 1
-        run.meter.add(StepTrace(run.step, learning_rate, [output], [positions], [t], norms))
-        records.progress_bar.update()
-        if run.step % run.config.output.logging_steps == 0:
-            read_losses(run, records)
+        norms = clip(setup)
+        setup.optimizer.step()
+        setup.optimizer.zero_grad()
+        learning_rate = float(setup.lr_scheduler.get_last_lr()[0])
+        setup.lr_scheduler.step()
+        assert setup.ema is not None
+        setup.ema.step(setup.denoiser)
+        run.progress.step += 1
+        run.meter.add(StepTrace(run.progress.step, learning_rate, [output], [positions], [t], norms))
+        run.logger.progress_bar.update()
+        if run.progress.step % setup.config.output.logging_steps == 0:
+            log_losses(run)
 
     return step
 
@@ -128,11 +131,12 @@ def measure(name: str, rounds: int, folder: Path) -> str:
     options |= {"lr_scheduler": "cosine", "report_to": "tensorboard", "logging_steps": STEPS, "learning_rate": 1e-4}
     options |= {"norm_num_groups": 32, "learn_logvar": False, "prediction_type": "epsilon", "ema_decay": 0.9999}
     options |= {"channels": 1 if side == 8 else 3}
-    run = start(TrainConfig.from_flat(options | sizes))
-    run.folder = folder
-    peer = copy.deepcopy(run.denoiser)
-    batch = torch.randn(batch_size, *run.data.train.shape)
-    steps = {"ours": (our_step(run, batch), run.denoiser), "peer": (peer_step(run.accelerator, peer, batch), peer)}
+    setup, progress = build_setup(TrainConfig.from_flat(options | sizes)), RunProgress()
+    logger = open_metrics_logger(setup, folder, progress)
+    run = Run(setup, folder, None, None, SignalRequests(), LossMeter(), logger, progress)
+    peer = copy.deepcopy(setup.denoiser)
+    batch = torch.randn(batch_size, *setup.data.train.shape)
+    steps = {"ours": (our_step(run, batch), setup.denoiser), "peer": (peer_step(setup.accelerator, peer, batch), peer)}
     gradients = [torch.randn_like(parameter) for parameter in peer.parameters()]
     torch._foreach_mul_(gradients, 2.0 / torch.nn.utils.get_total_norm(gradients))
     for step, model in steps.values():

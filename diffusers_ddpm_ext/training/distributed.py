@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -216,7 +217,7 @@ def fail_together(accelerator: Accelerator) -> Iterator[None]:
         raise failure
 
 
-def exit_without_message(status: int) -> None:
+def exit_without_message(status: int) -> NoReturn:
     """End a process whose failure another one reports.
 
     Args:

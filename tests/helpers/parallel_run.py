@@ -15,7 +15,7 @@ from diffusers_ddpm_ext.errors import ConfigError
 from diffusers_ddpm_ext.training import distributed as processes
 from diffusers_ddpm_ext.training import trainer
 from diffusers_ddpm_ext.training.factory.optimizer import clip_gradients
-from diffusers_ddpm_ext.training.loop import run, step
+from diffusers_ddpm_ext.training.loop import setup, step
 from helpers.runs import tiny_run
 
 
@@ -36,7 +36,7 @@ def main() -> None:
             raise ConfigError(f"--train_data_dir: rank {failing} cannot read")
         return load_data(*args, **options)
 
-    load_data, run.load_data, step.clip_gradients = run.load_data, load_or_fail, remember
+    load_data, setup.load_data, step.clip_gradients = setup.load_data, load_or_fail, remember
     trainer.train(
         tiny_run(
             folder,

@@ -37,11 +37,11 @@ def become_unreadable() -> None:
     """Let the second process find its images broken once the run has started."""
     real = trainer.open_batches
 
-    def breaking(run: Any) -> Any:
-        if run.accelerator.process_index == 1:
-            for path in Path(run.config.data.train_data_dir).iterdir():
+    def breaking(setup: Any, step: int) -> Any:
+        if setup.accelerator.process_index == 1:
+            for path in Path(setup.config.data.train_data_dir).iterdir():
                 path.write_bytes(path.read_bytes()[:40])
-        return real(run)
+        return real(setup, step)
 
     data.load_data.__kwdefaults__["memory_limit"] = 0  # decode each time
     trainer.open_batches = breaking

@@ -84,7 +84,7 @@ def test_fsdp_on_a_cpu_is_said_to_be_something_else(tmp_path, monkeypatch, capsy
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     trainer.train(tiny_run(tmp_path / "run", max_train_steps=1))
     told = capsys.readouterr()
-    assert "warning: FSDP was asked for, but Accelerate made one process of it" in told.err
+    assert "warning: FSDP was requested, but Accelerate made one process of it" in told.err
     assert "cpu, one process" in told.out
 
 

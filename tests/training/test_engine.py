@@ -144,11 +144,11 @@ def test_ema_every(every, updates, tmp_path, monkeypatch):
     seen: list[list[torch.Tensor]] = []
     real = step.train_step
 
-    def watched(run: Any, batches: Any) -> bool:
-        seen.append([p.detach().clone() for p in run.network])
-        done = real(run, batches)
-        seen.append([p.detach().clone() for p in run.network])
-        return done
+    def watched(setup: Any, *arguments: Any) -> Any:
+        seen.append([p.detach().clone() for p in setup.denoiser_parameters])
+        trace = real(setup, *arguments)
+        seen.append([p.detach().clone() for p in setup.denoiser_parameters])
+        return trace
 
     monkeypatch.setattr(trainer, "train_step", watched)
     folder = train(
@@ -213,7 +213,7 @@ def broken_off(folder: Path, at: int, **options: Any) -> None:
     """A run that ends before its step `at`, as a killed one does."""
     real, count = trainer.train_step, itertools.count(1)
 
-    def dying(*arguments: Any) -> bool:
+    def dying(*arguments: Any) -> Any:
         if next(count) == at:
             raise KeyboardInterrupt
         return real(*arguments)
@@ -289,10 +289,10 @@ def test_a_worker_that_dies_costs_no_bit(tmp_path, monkeypatch, capfd):
             workers.extend(worker.pid for worker in found._workers)
             return found
 
-    def killing(run: Any, batches: Any) -> bool:
-        if run.step == 5 and len(workers) == 1:
+    def killing(setup: Any, number: int, batches: Any) -> Any:
+        if number == 5 and len(workers) == 1:
             os.kill(workers[0], signal.SIGKILL)
-        return step.train_step(run, batches)
+        return step.train_step(setup, number, batches)
 
     monkeypatch.setattr(stream, "_loader", lambda *arguments: Watched(real(*arguments)))
     monkeypatch.setattr(trainer, "train_step", killing)
@@ -318,10 +318,10 @@ def test_an_image_that_becomes_unreadable(skip, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(data.load_data, "__kwdefaults__", {"progress": False, "memory_limit": 0})
     real = trainer.open_batches
 
-    def breaking(run: Any) -> Any:
+    def breaking(*arguments: Any) -> Any:
         for path in sorted(folder.iterdir())[::3]:
             path.write_bytes(path.read_bytes()[:40])
-        return real(run)
+        return real(*arguments)
 
     monkeypatch.setattr(trainer, "open_batches", breaking)
     options = {"train_data_dir": str(folder), "skip_bad_images": skip, "validation_fraction": 0.0}

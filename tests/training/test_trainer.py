@@ -18,9 +18,13 @@ from diffusers_ddpm_ext import DDPMExtPipeline
 from diffusers_ddpm_ext.errors import ConfigError, RunError
 from diffusers_ddpm_ext.training import distributed as processes
 from diffusers_ddpm_ext.training import signals
-from diffusers_ddpm_ext.training.loop.run import Run, describe, start
+from diffusers_ddpm_ext.training.loop.description import describe_run
+from diffusers_ddpm_ext.training.loop.metrics_logging import PROJECT
+from diffusers_ddpm_ext.training.loop.setup import build_setup
 from diffusers_ddpm_ext.training.loop.stop_requests import StopRequest
-from diffusers_ddpm_ext.training.trainer import PROJECT, due, open_batches, train, train_step
+from diffusers_ddpm_ext.training.loop.tasks import due_after
+from diffusers_ddpm_ext.training.tracking.step_losses import LossMeter
+from diffusers_ddpm_ext.training.trainer import open_batches, train, train_step
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 RAW = "unet/diffusion_pytorch_model.raw.safetensors"
@@ -229,9 +233,9 @@ def test_a_network_too_large_for_a_processor_is_told(
 
 
 def test_parameters_in_the_table_add_up(tmp_path: Path):
-    run = start(tiny_run(tmp_path / "run"))
-    total = sum(parameter.numel() for parameter in run.denoiser.parameters())
-    table = describe(run).split("plan")[0].splitlines()[1:]
+    setup = build_setup(tiny_run(tmp_path / "run"))
+    total = sum(parameter.numel() for parameter in setup.denoiser.parameters())
+    table = describe_run(setup, None).split("plan")[0].splitlines()[1:]
     counts = [int(line.split()[1].replace(",", "")) for line in table]
     assert counts[-1] == total == sum(counts[:-1])
 
@@ -264,50 +268,46 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path):
     assert not (folder / "model_index.json").exists()
 
 
-def step_of(run: Run) -> None:
-    train_step(run, open_batches(run))
-
-
 def test_logvar_is_clipped_apart(tmp_path: Path):
     """A limit far below the network's norm leaves the gradient of logvar as it is if that is small."""
     seen: list[torch.Tensor] = []
-    run = start(tiny_run(tmp_path / "run", max_grad_norm=0.01, l_simple_weight=0.001, original_elbo_weight=1.0))
-    assert run.learns_logvar
-    step = run.optimizer.step
+    setup = build_setup(
+        tiny_run(tmp_path / "run", max_grad_norm=0.01, l_simple_weight=0.001, original_elbo_weight=1.0)
+    )
+    assert setup.learns_logvar
+    step = setup.optimizer.step
 
     def spy() -> None:
-        seen.append(
-            torch.stack(
-                [run.parts.objective.logvar.grad.norm(), torch.nn.utils.get_total_norm([p.grad for p in run.network])]
-            )
-        )
+        network = torch.nn.utils.get_total_norm([p.grad for p in setup.denoiser_parameters])
+        seen.append(torch.stack([setup.parts.objective.logvar.grad.norm(), network]))
         step()
 
-    run.optimizer.step = spy
-    step_of(run)
+    setup.optimizer.step = spy
+    meter = LossMeter()
+    meter.add(train_step(setup, 0, open_batches(setup, 0)))
     logvar, network = seen[0].tolist()
     assert network == pytest.approx(0.01, rel=1e-3)
     # each of 8 samples gives its entry l_simple_weight / 8 * (1 - loss), which is below 0.01 in all
     assert 0 < logvar < 0.01
-    (record,) = run.meter.read(lambda tensor: tensor)
+    (record,) = meter.read(lambda tensor: tensor)
     assert record.grad_norm > 0.01
 
 
 def test_what_is_due(tmp_path: Path):
     """Epochs are those of one endless stream: with 8 of 1,617 images a step, the first ends within step 203."""
-    run = start(tiny_run(tmp_path / "run", max_train_steps=500, save_model_epochs=1, save_images_steps=7))
-    called = {"logging": [], "checkpoint": [], "validation": [], "images": [], "model": []}
-    for run.step in range(1, 501):
-        now = due(run, StopRequest())
+    setup = build_setup(tiny_run(tmp_path / "run", max_train_steps=500, save_model_epochs=1, save_images_steps=7))
+    called = {"log_losses": [], "checkpoint": [], "validation": [], "images": [], "model": []}
+    for step in range(1, 501):
+        work = due_after(step, setup.config, setup.plan, StopRequest())
         for name in called:
-            if name in now.tasks or getattr(now, name, False):
-                called[name].append(run.step)
+            if name in work.tasks or getattr(work, name, False):
+                called[name].append(step)
     assert called["model"] == [203, 405, 500]
     assert called["checkpoint"] == [500]
     assert called["images"] == list(range(7, 500, 7))
     assert called["validation"] == [*range(3, 500, 3), 500]
     others = {step for name in ("model", "images", "validation") for step in called[name]}
-    assert called["logging"] == sorted({*range(4, 501, 4), *others, 500})
+    assert called["log_losses"] == sorted({*range(4, 501, 4), *others, 500})
 
 
 def test_wrong_precision_for_the_machine(tmp_path: Path):

@@ -1,4 +1,4 @@
-"""How the networks of a run get out of it: to draw with, and into the folder as a pipeline."""
+"""Export of a run's networks: for sampling, and as a pipeline in a folder."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from diffusers import UNet2DModel
 from torch import Tensor
 
 from diffusers_ddpm_ext.losses.logvar import ContinuousLogvar
+from diffusers_ddpm_ext.losses.objective import DDPMObjective
 from diffusers_ddpm_ext.models.ema import EmaMetadata, LitEMA, save_ema_metadata
 from diffusers_ddpm_ext.pipelines.pipeline_ddpm_ext import DDPMExtPipeline
 from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
@@ -22,57 +23,79 @@ from diffusers_ddpm_ext.utils.dtensor import full_tensor, is_main_process, is_sh
 from diffusers_ddpm_ext.utils.files import os_errors
 
 PIPELINE_FOLDERS = ("unet", "scheduler", "logvar")
-RAW = "raw"
+RAW_VARIANT = "raw"
 
 
 @dataclass(frozen=True)
-class Networks:
-    """A run's networks, whole and free of wrappers. They share the run's memory where it is not spread.
+class ExportedNetworks:
+    """A run's networks, unsharded and without wrappers. They share the run's memory unless it is sharded.
 
     Attributes:
         default: what the pipeline samples with: the EMA weights, or the raw ones where there is no average.
         raw: the raw weights; None where they are the default.
-        facts: decay and updates of the average; None where there is none.
+        ema_metadata: decay and updates of the average; None where there is none.
+        logvar: the learned log-variances, (T,); None where they are not learned.
+        logvar_network: the function that computes them, of the continuous kind; None where it is sharded.
     """
 
     default: UNet2DModel
     raw: UNet2DModel | None
-    facts: EmaMetadata | None = None
+    ema_metadata: EmaMetadata | None
+    logvar: Tensor | None
+    logvar_network: ContinuousLogvar | None
 
 
 @torch.no_grad()
-def take_networks(denoiser: UNet2DModel, ema: LitEMA | None) -> Networks | None:
-    """Take the networks out of a run, between two steps; all processes enter.
+def export_networks(denoiser: UNet2DModel, ema: LitEMA | None, objective: DDPMObjective) -> ExportedNetworks | None:
+    """Gather a run's networks between two steps. Collective call: every process must make it.
 
     Args:
-        denoiser: with the raw weights, free of wrappers; sharded or not.
+        denoiser: with the raw weights, without wrappers; sharded or not.
         ema: the moving average, if there is one.
+        objective: with the log-variances.
 
     Returns:
-        The networks in the first process, on the run's device, or on the CPU where the weights were spread; None in
+        The networks in the main process, on the run's device, or on the CPU where the weights were sharded; None in
         the others.
     """
-    raw = {name: _whole(tensor) for name, tensor in denoiser.state_dict().items()}
-    average = {} if ema is None else {name: _whole(tensor) for name, tensor in ema.shadow.items()}
+    raw = {name: _unshard(tensor) for name, tensor in denoiser.state_dict().items()}
+    average = {} if ema is None else {name: _unshard(tensor) for name, tensor in ema.shadow.items()}
+    logvar = gather_logvar(objective)
     if not is_main_process():
         return None
+    sharded = any(map(is_sharded, denoiser.parameters()))
+    logvar_network = None if sharded else objective.logvar_network
     if ema is None:
-        return Networks(_network(denoiser, raw), None)
+        return ExportedNetworks(_network(denoiser, raw), None, None, logvar, logvar_network)
     average = {name: tensor.to(raw[name].dtype) for name, tensor in average.items()}
-    facts = EmaMetadata(ema.decay, ema.num_updates)
-    return Networks(_network(denoiser, raw | average), _network(denoiser, raw), facts)
+    metadata = EmaMetadata(ema.decay, ema.num_updates)
+    default = _network(denoiser, raw | average)
+    return ExportedNetworks(default, _network(denoiser, raw), metadata, logvar, logvar_network)
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    """A tensor that was spread, on the CPU of the first process and nowhere else; any other one as it is."""
+@torch.no_grad()
+def gather_logvar(objective: DDPMObjective) -> Tensor | None:
+    """The present log-variances, (T,); None where they are not learned. Collective call."""
+    if not objective.learn_logvar:
+        return None
+    network = objective.logvar_network
+    return (
+        full_tensor(objective.logvar.detach())
+        if network is None
+        else network.table(full_tensor(network.weights.detach()))
+    )
+
+
+def _unshard(tensor: Tensor) -> Tensor:
+    """A sharded tensor as a plain one on the CPU of the main process, empty elsewhere; a plain one as it is."""
     if not is_sharded(tensor):
         return tensor.detach()
-    whole = full_tensor(tensor)
-    return whole.cpu() if is_main_process() else whole.new_empty(0)
+    gathered = full_tensor(tensor)
+    return gathered.cpu() if is_main_process() else gathered.new_empty(0)
 
 
 def _network(like: UNet2DModel, tensors: dict[str, Tensor]) -> UNet2DModel:
-    """A network of the same kind that holds these very tensors."""
+    """A network of the same class and configuration that uses the given tensors without a copy."""
     with init_empty_weights(include_buffers=False):
         network: UNet2DModel = type(like).from_config(like.config)
     network.load_state_dict(tensors, assign=True)
@@ -82,48 +105,41 @@ def _network(like: UNet2DModel, tensors: dict[str, Tensor]) -> UNet2DModel:
 
 @torch.no_grad()
 def save_pipeline(
-    folder: Path,
-    networks: Networks,
-    scheduler: DDPMExtScheduler,
-    logvar: Tensor | None,
-    joined: Mapping[str, Any] | None = None,
-    logvar_network: ContinuousLogvar | None = None,
+    folder: Path, networks: ExportedNetworks, scheduler: DDPMExtScheduler, pipeline_kwargs: Mapping[str, Any]
 ) -> None:
-    """Put a pipeline into a run's folder, which opens at every moment: each file appears whole, in place of the old.
+    """Save a pipeline into a folder that loads at every moment: each file replaces the old one atomically.
 
     The EMA weights are the default files and the raw ones ``variant="raw"``; without EMA the raw ones are the default.
 
     Args:
-        folder: of the run, with ``model_index.json`` at its top.
-        networks: from `take_networks`.
+        folder: whose top level gets ``model_index.json``.
+        networks: from `export_networks`.
         scheduler: of the run.
-        logvar: the learned log-variances, (T,), if there are any.
-        joined: how conditions reach the network: arguments of the pipeline.
-        logvar_network: that the log-variances are taken from, of the continuous kind.
+        pipeline_kwargs: how conditions reach the network: arguments of the pipeline.
 
     Raises:
-        OSError: the disk is full, or the folder cannot be written; what was there stands.
+        OSError: the disk is full_tensor, or the folder cannot be written; the existing files stay.
     """
-    pipeline = DDPMExtPipeline(unet=networks.default, scheduler=scheduler, **joined or {})
-    pipeline.logvar = None if logvar is None else logvar.detach().float().cpu()
-    pipeline.logvar_network = logvar_network
+    pipeline = DDPMExtPipeline(unet=networks.default, scheduler=scheduler, **pipeline_kwargs)
+    pipeline.logvar = None if networks.logvar is None else networks.logvar.detach().float().cpu()
+    pipeline.logvar_network = networks.logvar_network
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as name:
-        place = Path(name)
+        draft = Path(name)
         with os_errors():
-            pipeline.save_pretrained(place)
+            pipeline.save_pretrained(draft)
             if networks.raw is not None:
-                networks.raw.save_pretrained(place / "unet", variant=RAW)
-            if networks.facts is not None:
-                save_ema_metadata(place, networks.facts)
-        _move_in(place, folder)
+                networks.raw.save_pretrained(draft / "unet", variant=RAW_VARIANT)
+            if networks.ema_metadata is not None:
+                save_ema_metadata(draft, networks.ema_metadata)
+        _replace_files(draft, folder)
 
 
-def _move_in(place: Path, folder: Path) -> None:
-    """Move files over their predecessors, ``model_index.json`` last, and drop what the new pipeline does not have."""
-    files = sorted(path.relative_to(place) for path in place.rglob("*") if path.is_file())
+def _replace_files(draft: Path, folder: Path) -> None:
+    """Move files over the old ones, ``model_index.json`` last, and delete files that the new pipeline lacks."""
+    files = sorted(path.relative_to(draft) for path in draft.rglob("*") if path.is_file())
     for file in sorted(files, key=lambda file: file.name == "model_index.json"):
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(place / file, folder / file)
+        os.replace(draft / file, folder / file)
     for component in PIPELINE_FOLDERS:
         for old in (folder / component).rglob("*"):
             if old.is_file() and old.relative_to(folder) not in files:

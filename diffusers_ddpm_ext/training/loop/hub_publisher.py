@@ -1,8 +1,8 @@
-"""A run on the Hub: pushed at its end, and on the way by processes of their own, which never hold the training up.
+"""Publishing a run on the Hub: at its end, and during training by separate processes that never delay it.
 
-The files of a push are set aside the moment they belong together; the process that sends them reads nothing else. A
-push that fails on the way is a warning. One that fails at the end leaves the folder whole, and names the line that
-finishes it.
+The files of a push are copied the moment they are consistent, and the pushing process reads only the copy. A push that
+fails during training is a warning. One that fails at the end leaves the folder intact, and its message names the
+command that completes it.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from diffusers_ddpm_ext.training.checkpoints.folders import checkpoint_step, lis
 from diffusers_ddpm_ext.training.config.options import HubOptions
 from diffusers_ddpm_ext.training.config.train_config import TrainConfig
 
-PLACE = ".publishing-"
-NICE = 15
-NOT_THE_RUN_S = ("README.md", "proof.json", "card/*", ".gitattributes")
+STAGING_PREFIX = ".publishing-"
+PUSH_NICENESS = 15
+NOT_DOWNLOADED = ("README.md", "proof.json", "card/*", ".gitattributes")
 
 
-def take_token(config: TrainConfig) -> TrainConfig:
-    """Hand the token over to the client's variable, so that nothing that knows the options can show it.
+def move_token_to_environment(config: TrainConfig) -> TrainConfig:
+    """Move the token to the Hub client's environment variable, so that nothing that shows the options can show it.
 
     Args:
         config: as parsed.
 
     Returns:
-        The same without it.
+        The same without the token.
     """
     if config.hub.hub_token is None:
         return config
@@ -44,12 +44,8 @@ def take_token(config: TrainConfig) -> TrainConfig:
     return replace(config, hub=replace(config.hub, hub_token=None))
 
 
-def check_token(options: HubOptions) -> None:
-    """Refuse a run that could never push.
-
-    Raises:
-        ConfigError: there is no token.
-    """
+def check_hub_token(options: HubOptions) -> None:
+    """Refuse ``push_to_hub`` without a token, as a ConfigError."""
     from huggingface_hub import get_token
 
     if options.push_to_hub and get_token() is None:
@@ -62,31 +58,31 @@ class Publisher:
 
     Attributes:
         folder: of the run.
-        options: what goes where, and when.
-        child: the process that sends what was set aside, while there is one.
-        place: what was set aside for it.
-        told: what went wrong last; the same is not said twice.
+        options: section ``hub``.
+        process: the background process that pushes, while there is one.
+        staging: the copied files that it pushes.
+        last_warning: why the last push failed; the same reason is not repeated.
     """
 
     folder: Path
     options: HubOptions
-    child: subprocess.Popen[str] | None = None
-    place: Path | None = None
-    told: str = ""
+    process: subprocess.Popen[str] | None = None
+    staging: Path | None = None
+    last_warning: str = ""
 
     def __post_init__(self) -> None:
-        """Remove what a run that died had set aside."""
-        for old in self.folder.glob(f"{PLACE}*"):
+        """Delete the copies of a run that was killed."""
+        for old in self.folder.glob(f"{STAGING_PREFIX}*"):
             shutil.rmtree(old, ignore_errors=True)
 
     @property
     def repo_id(self) -> str:
-        """Where it goes."""
+        """The repository on the Hub."""
         return self.options.hub_model_id or self.folder.resolve().name
 
     @property
     def with_checkpoint(self) -> bool:
-        """Whether the newest checkpoint goes along."""
+        """Whether the newest checkpoint is included."""
         return self.options.hub_strategy == "checkpoint"
 
     def _flags(self) -> list[str]:
@@ -95,12 +91,12 @@ class Publisher:
         return flags + ["--with_checkpoint"] * self.with_checkpoint
 
     @property
-    def line(self) -> str:
-        """What finishes the push."""
+    def command(self) -> str:
+        """The command that completes the push."""
         return shlex.join(["ddpm-ext", "push", str(self.folder), *self._flags()])
 
-    def on_the_way(self, step: int) -> None:
-        """Set the folder's files aside and send them, unless an earlier push is still at work.
+    def push_in_background(self, step: int) -> None:
+        """Copy the folder's files and push them in a new process, unless an earlier push is still running.
 
         Args:
             step: of the run, for the commit's message.
@@ -108,63 +104,67 @@ class Publisher:
         if self.options.hub_strategy == "end" or not (self.folder / "model_index.json").is_file() or self._is_busy():
             return
         try:
-            self._collect()
+            self._finish_push()
             checkpoints = list_checkpoints(self.folder) if self.with_checkpoint else []
-            self.place = Path(tempfile.mkdtemp(prefix=PLACE, dir=self.folder))
-            copy_snapshot(list_upload_files(self.folder, checkpoints[-1] if checkpoints else None), self.place)
-            command = [sys.executable, "-m", "diffusers_ddpm_ext", "push", str(self.place), *self._flags()]
+            self.staging = Path(tempfile.mkdtemp(prefix=STAGING_PREFIX, dir=self.folder))
+            copy_snapshot(list_upload_files(self.folder, checkpoints[-1] if checkpoints else None), self.staging)
+            command = [sys.executable, "-m", "diffusers_ddpm_ext", "push", str(self.staging), *self._flags()]
             if not checkpoints and self.with_checkpoint:
                 command.remove("--with_checkpoint")
             command += ["--no_images", "--commit_message", f"Step {step}"]
-            self.child = subprocess.Popen(
+            self.process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
                 env=_environment(),
             )  # fmt: skip
-            with suppress(OSError):  # it may be gone already, which is told when it is looked at
-                os.setpriority(os.PRIO_PROCESS, self.child.pid, NICE)
+            with suppress(OSError):  # it may have ended already, which the next look at it reports
+                os.setpriority(os.PRIO_PROCESS, self.process.pid, PUSH_NICENESS)
         except OSError as error:
             self._warn(f"{error.strerror or error}")
-            self._clear()
+            self._delete_staging()
 
     def _is_busy(self) -> bool:
-        return self.child is not None and self.child.poll() is None
+        return self.process is not None and self.process.poll() is None
 
-    def _collect(self, wait: bool = False) -> None:
-        """See how the last push ended."""
-        if self.child is None or (not wait and self.child.poll() is None):
+    def _finish_push(self, wait: bool = False) -> None:
+        """Report how the last push ended, if it has, and delete its files."""
+        if self.process is None or (not wait and self.process.poll() is None):
             return
-        _, told = self.child.communicate()
-        if self.child.returncode:
-            errors = [line for line in told.splitlines() if line.startswith("error: ")]
-            why = errors[-1].removeprefix("error: ") if errors else f"status {self.child.returncode}"
-            self._warn(why.split(f". {self.place} is as it was")[0])
-        elif self.place is not None and (self.place / PUSH_RECORD).is_file():
-            os.replace(self.place / PUSH_RECORD, self.folder / PUSH_RECORD)
-        self.child = None
-        self._clear()
+        _, output = self.process.communicate()
+        if self.process.returncode:
+            errors = [line for line in output.splitlines() if line.startswith("error: ")]
+            reason = errors[-1].removeprefix("error: ") if errors else f"status {self.process.returncode}"
+            self._warn(reason.split(f". {self.staging} is as it was")[0])
+        elif self.staging is not None and (self.staging / PUSH_RECORD).is_file():
+            os.replace(self.staging / PUSH_RECORD, self.folder / PUSH_RECORD)
+        self.process = None
+        self._delete_staging()
 
-    def _warn(self, why: str) -> None:
-        if why != self.told:
-            self.told = why
-            warn(f"not pushed: {why}; the training goes on, and the end pushes all. By hand: {self.line}")
+    def _warn(self, reason: str) -> None:
+        if reason != self.last_warning:
+            self.last_warning = reason
+            warn(
+                f"not pushed: {reason}; the training continues, and everything is pushed at its end. By hand:"
+                f" {self.command}"
+            )
 
-    def _clear(self) -> None:
-        if self.place is not None:
-            shutil.rmtree(self.place, ignore_errors=True)
-            self.place = None
+    def _delete_staging(self) -> None:
+        if self.staging is not None:
+            shutil.rmtree(self.staging, ignore_errors=True)
+            self.staging = None
 
-    def at_the_end(self) -> str:
-        """Push all there is, now that the run is complete.
+    def push_final(self) -> str:
+        """Push the complete run.
 
         Returns:
             What was pushed where.
 
         Raises:
-            RunError: it could not be pushed; the folder is whole, and the sentence names the line that finishes it.
+            RunError: it could not be pushed; the folder is intact, and the message names the command that completes
+                the push.
         """
         from diffusers_ddpm_ext.hub.push import PushOptions, check_repo_id, push
 
-        self._collect(wait=True)
+        self._finish_push(wait=True)
         if not (self.folder / "model_index.json").is_file():
             return f"nothing was pushed: {self.folder} holds no pipeline yet"
         checkpoint = newest(self.folder).checkpoint if self.with_checkpoint else None
@@ -174,35 +174,35 @@ class Publisher:
             )
             return push(options, None if checkpoint is None else checkpoint.path)
         except ConfigError as error:
-            raise RunError(f"not pushed: {error}; to finish: {self.line}") from None
+            raise RunError(f"not pushed: {error}; to finish: {self.command}") from None
 
-    def stop(self) -> None:
-        """End the push that is under way: the process is asked to go."""
-        if self.child is not None:
-            if self.child.poll() is None:
-                self.child.terminate()
-            self._collect(wait=True)
+    def terminate(self) -> None:
+        """End a push that is still running."""
+        if self.process is not None:
+            if self.process.poll() is None:
+                self.process.terminate()
+            self._finish_push(wait=True)
 
 
 def _environment() -> Mapping[str, str]:
-    """Of a process that is no part of a distributed run."""
-    gone = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
-    own = {name: value for name, value in os.environ.items() if name not in gone}
+    """The environment of a process outside the distributed run."""
+    dropped = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
+    own = {name: value for name, value in os.environ.items() if name not in dropped}
     return own | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
 
 
-def fetch_run(repo_id: str, folder: Path) -> str:
-    """Bring the run that was pushed last into a folder, unless the folder has gone further.
+def download_run(repo_id: str, folder: Path) -> str:
+    """Download the latest pushed state of a run into a folder, unless the folder is at the same or a later step.
 
     Args:
         repo_id: where ``--hub_strategy checkpoint`` has pushed it.
-        folder: of the run here.
+        folder: of the run on this machine.
 
     Returns:
-        What was done, in a sentence.
+        A sentence on what was done.
 
     Raises:
-        ConfigError: there is no checkpoint on the Hub, or it cannot be loaded.
+        ConfigError: there is no checkpoint on the Hub, or it cannot be downloaded.
     """
     from huggingface_hub import HfApi
 
@@ -210,31 +210,34 @@ def fetch_run(repo_id: str, folder: Path) -> str:
 
     own = newest(folder).checkpoint if list_checkpoints(folder) else None
     option = f"--resume_from_hub {repo_id}"
-    with tempfile.TemporaryDirectory(prefix=PLACE, dir=folder) as name, hub_timeout(HubTarget(repo_id).timeout):
-        place = Path(name)
+    with (
+        tempfile.TemporaryDirectory(prefix=STAGING_PREFIX, dir=folder) as name,
+        hub_timeout(HubTarget(repo_id).timeout),
+    ):
+        draft = Path(name)
         try:
             api = HfApi()
             commit = api.model_info(repo_id).sha
             files = api.list_repo_files(repo_id, revision=commit)
-            steps = {file.split("/")[0] for file in files if file.startswith("checkpoint-")}
-            there = max((checkpoint_step(Path(each)) or 0 for each in steps), default=None)
-            if there is None:
+            names = {file.split("/")[0] for file in files if file.startswith("checkpoint-")}
+            pushed = max((checkpoint_step(Path(each)) or 0 for each in names), default=None)
+            if pushed is None:
                 raise ConfigError(
                     f"{option} holds no checkpoint: the run was not pushed with --hub_strategy checkpoint"
                 )
-            if own is not None and own.step >= there:
-                return f"{folder} is at step {own.step:,} already, {repo_id} at {there:,}: going on from here"
-            api.snapshot_download(repo_id, revision=commit, local_dir=place, ignore_patterns=list(NOT_THE_RUN_S))
+            if own is not None and own.step >= pushed:
+                return f"{folder} is at step {own.step:,} already, {repo_id} at {pushed:,}: resuming from the folder"
+            api.snapshot_download(repo_id, revision=commit, local_dir=draft, ignore_patterns=list(NOT_DOWNLOADED))
         except ConfigError:
             raise
         except Exception as error:  # of the client or the transport
             raise ConfigError(f"{option} cannot be loaded: {describe_error(error, HubTarget(repo_id))}") from None
-        if newest(place).checkpoint is None:
-            raise ConfigError(f"{option}: checkpoint-{there} there is not whole")
-        shutil.rmtree(place / ".cache", ignore_errors=True)
-        for path in sorted(place.rglob("*")):
+        if newest(draft).checkpoint is None:
+            raise ConfigError(f"{option}: checkpoint-{pushed} there is not intact")
+        shutil.rmtree(draft / ".cache", ignore_errors=True)
+        for path in sorted(draft.rglob("*")):
             if path.is_file():
-                target = folder / path.relative_to(place)
+                target = folder / path.relative_to(draft)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(path, target)
-    return f"checkpoint-{there} of {repo_id} is in {folder}"
+    return f"checkpoint-{pushed} of {repo_id} is in {folder}"

@@ -1,7 +1,7 @@
-"""The pictures that a run makes of itself: samples, and CompVis' ``log_images`` rows.
+"""Preview images of a run: training images, their diffusion, samples during training, and the final plots.
 
-All randomness comes from the stream ``preview`` with keys of its own, so that asking for more pictures changes no
-weight. Image i starts from the same noise at every step of training: one can watch it become an image.
+All randomness comes from separate keys of the stream ``preview``, so that drawing more images changes no weight. Image
+i starts from the same noise at every training step, so that one can follow how it changes.
 """
 
 from __future__ import annotations
@@ -18,29 +18,41 @@ from torch import Tensor
 
 from diffusers_ddpm_ext.errors import Interrupted
 from diffusers_ddpm_ext.pipelines.pipeline_ddpm_ext import DDPMExtPipeline, DDPMExtPipelineOutput
+from diffusers_ddpm_ext.plotting.curves import plot_logvar, plot_run_losses
 from diffusers_ddpm_ext.plotting.sheets import save_grid
 from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
 from diffusers_ddpm_ext.training.data.image_set import ImageSet
+from diffusers_ddpm_ext.training.evaluation.validation_loss import log_loss_per_step
+from diffusers_ddpm_ext.training.loop.export import export_networks, gather_logvar
+from diffusers_ddpm_ext.training.loop.run import Run
+from diffusers_ddpm_ext.training.loop.setup import Setup
 from diffusers_ddpm_ext.utils import random_keys as keys
+from diffusers_ddpm_ext.utils.files import METRICS, read_rows, write_atomically
 
-COLUMNS = 10  # about so many pictures a row, whatever the number of steps
+IMAGE_FOLDER = "samples"
+FINAL_SAMPLES = "samples.png"
+COLUMNS = 10  # about this many images per row, for any number of steps
 NUM_INPUTS = 8
 NUM_ROWS = 4
+DRAWS_PER_STEP = 32
+"""Draws for the log loss of each timestep, if the run was long enough."""
+TRAINING_IMAGES_PER_DRAW = 6
+"""The log loss uses at most one draw per so many training images (which had a backward pass, too)."""
+MIN_DRAWS = 100
 
 
 @dataclass(frozen=True)
 class Preview:
-    """Draws the pictures of one run.
+    """Draws images of a run.
 
     Attributes:
-        folder: where they go.
-        seed: the run's seed.
+        folder: of the images.
+        seed: of the run.
         num_images: images of a grid of samples.
-        num_inference_steps: sampling steps; None, or more than there are, takes all.
-        batch_size: images drawn at a time.
-        log_every_t: rows show every so many steps; None gives them about ten columns.
-        stopped: whether to break off; then nothing is drawn, and Interrupted raised.
-        joined: how conditions reach the network: arguments of the pipeline.
+        num_inference_steps: sampling steps; None, or more than the chain has, uses all.
+        batch_size: images per forward pass.
+        stop_requested: whether to stop sampling and raise Interrupted.
+        pipeline_kwargs: how conditions reach the network: arguments of the pipeline.
         conditions: arguments of the pipeline's call for some of the images; none by default.
         guidance_scale: of the samples.
     """
@@ -50,36 +62,35 @@ class Preview:
     num_images: int = 16
     num_inference_steps: int | None = None
     batch_size: int = 16
-    log_every_t: int | None = None
-    stopped: Callable[[], bool] = lambda: False
-    joined: Mapping[str, Any] = field(default_factory=dict)
+    stop_requested: Callable[[], bool] = lambda: False
+    pipeline_kwargs: Mapping[str, Any] = field(default_factory=dict)
     conditions: Callable[[range], dict[str, Any]] = lambda images: {}
     guidance_scale: float = 1.0
 
     def draw_data(self, images: ImageSet, scheduler: DDPMExtScheduler) -> tuple[Path, Path]:
-        """Draw ``inputs.png``, some images, and ``diffusion_row.png``, a few of them as noise covers them.
+        """Draw ``inputs.png``, some images, and ``diffusion_row.png``, the diffusion of a few of them.
 
         Args:
-            images: the images that the run trains on.
+            images: the training set.
             scheduler: the chain.
 
         Returns:
             The two files.
         """
-        # Evenly from the whole set: in a folder of folders, the first ones would all be of one kind.
+        # Evenly spaced: the first images of a folder of folders would all be of one class.
         chosen = images.pixels(torch.linspace(0, len(images) - 1, min(NUM_INPUTS, len(images))).long())
-        rows = diffusion_rows(chosen[:NUM_ROWS], scheduler, self.seed, self.log_every_t)
+        rows = diffusion_rows(chosen[:NUM_ROWS], scheduler, self.seed)
         return (
             save_grid(chosen, self.folder / "inputs.png", columns=NUM_INPUTS),
             save_grid(rows.flatten(0, 1), self.folder / "diffusion_row.png", columns=rows.shape[1]),
         )
 
     def draw_samples(self, denoiser: UNet2DModel, scheduler: DDPMExtScheduler, step: int) -> tuple[Path, Path]:
-        """Draw ``samples-<step>.png`` and ``denoise_row-<step>.png``: how the first samples came out of the noise.
+        """Draw ``samples-<step>.png`` and ``denoise_row-<step>.png``, the denoising of the first samples.
 
         Args:
-            denoiser: the network, with the weights to sample from. It comes back in the mode it had.
-            scheduler: the chain. Its own timesteps stay what they were.
+            denoiser: the network, with the weights to sample from. Its mode stays.
+            scheduler: the chain. Its timesteps stay.
             step: optimizer steps done.
 
         Returns:
@@ -91,23 +102,23 @@ class Preview:
             save_grid(rows.flatten(0, 1), self.folder / f"denoise_row-{step}.png", columns=rows.shape[1]),
         )
 
-    def _look_up(self, *_: Any) -> dict[str, Any]:
-        if self.stopped():
+    def _check_stop(self, *_: Any) -> dict[str, Any]:
+        if self.stop_requested():
             raise Interrupted
         return {}
 
     def sample(self, denoiser: UNet2DModel, scheduler: DDPMExtScheduler) -> tuple[Tensor, Tensor]:
-        """Draw the images of a grid.
+        """Sample the images of a grid.
 
         Args:
             denoiser: the network.
             scheduler: the chain.
 
         Returns:
-            Samples (N, C, H, W), and the way of the first ones (rows, columns, C, H, W), x_T first; data units, on the
-            CPU.
+            Samples (N, C, H, W), and the denoising of the first ones (rows, columns, C, H, W), x_T first; data units,
+            on the CPU.
         """
-        pipeline = DDPMExtPipeline(denoiser, DDPMExtScheduler.from_config(scheduler.config), **self.joined)
+        pipeline = DDPMExtPipeline(denoiser, DDPMExtScheduler.from_config(scheduler.config), **self.pipeline_kwargs)
         pipeline.set_progress_bar_config(disable=True)
         chain = int(scheduler.config.num_train_timesteps)
         steps = min(self.num_inference_steps or chain, chain)
@@ -117,16 +128,16 @@ class Preview:
         rows = torch.empty(0)
         try:
             for start in range(0, self.num_images, self.batch_size):
-                some = range(start, min(start + self.batch_size, self.num_images))
+                images = range(start, min(start + self.batch_size, self.num_images))
                 output = pipeline(
-                    len(some),
-                    generator=[keys.generator(keys.PREVIEW, self.seed, "samples", image) for image in some],
+                    len(images),
+                    generator=[keys.generator(keys.PREVIEW, self.seed, "samples", image) for image in images],
                     num_inference_steps=steps,
                     output_type="latent",
-                    log_every_t=(self.log_every_t or every(steps)) if start == 0 else None,
-                    callback_on_step_end=self._look_up,
+                    log_every_t=column_interval(steps) if start == 0 else None,
+                    callback_on_step_end=self._check_stop,
                     guidance_scale=self.guidance_scale,
-                    **self.conditions(some),
+                    **self.conditions(images),
                 )
                 assert isinstance(output, DDPMExtPipelineOutput)
                 samples.append(output.images.float().cpu())
@@ -137,29 +148,132 @@ class Preview:
         return torch.cat(samples), rows
 
 
-def every(steps: int) -> int:
-    """Return how many steps lie between two pictures of a row, so that it has about ten."""
+def column_interval(steps: int) -> int:
+    """Number of steps between two images of a row, for about ten columns."""
     return max(1, math.ceil(steps / COLUMNS))
 
 
 def diffusion_rows(x0: Tensor, scheduler: DDPMExtScheduler, seed: int, log_every_t: int | None = None) -> Tensor:
-    """Noise images to the steps 0, n, 2 n, ... and T - 1, with fresh noise each time (CompVis' ``diffusion_row``).
+    """Noise images to the steps 0, n, 2 n, ... and T - 1, with new noise each time (CompVis' ``diffusion_row``).
 
     Args:
         x0: images (N, C, H, W), data units.
         scheduler: the chain of T steps.
-        seed: the run's seed.
+        seed: of the run.
         log_every_t: n; None gives about ten columns.
 
     Returns:
         (N, columns, C, H, W), data units.
     """
     chain = int(scheduler.config.num_train_timesteps)
-    between = log_every_t or every(chain)
-    steps = [t for t in range(chain) if t % between == 0 or t == chain - 1]
+    interval = log_every_t or column_interval(chain)
+    steps = [t for t in range(chain) if t % interval == 0 or t == chain - 1]
     columns = []
     for t in steps:
         draw = keys.generator(keys.PREVIEW, seed, "diffusion_row", t)
         noise = torch.empty(x0.shape).normal_(generator=draw)
         columns.append(scheduler.q_sample(x0, torch.full((len(x0),), t), noise))
     return torch.stack(columns, dim=1)
+
+
+def make_preview(run: Run) -> Preview:
+    """The preview with the options of a run."""
+    setup, output = run.setup, run.setup.config.output
+    return Preview(
+        run.folder / IMAGE_FOLDER,
+        setup.seed,
+        output.num_preview_images,
+        output.ddpm_num_inference_steps,
+        setup.config.validation.eval_batch_size,
+        stop_requested=lambda: bool(run.signals.stopped_by),
+        pipeline_kwargs=setup.parts.pipeline_kwargs,
+        conditions=lambda images: preview_conditions(setup, images),
+        guidance_scale=output.preview_guidance_scale,
+    )
+
+
+def preview_conditions(setup: Setup, images: range) -> dict[str, Any]:
+    """Conditions of preview images: the classes in turn, and the other conditions of held-out images.
+
+    Args:
+        setup: of the run.
+        images: numbers of some of the grid's images.
+
+    Returns:
+        Arguments of the pipeline's call, on the run's device.
+    """
+    data = setup.data.validation if setup.data.validation is not None else setup.data.train
+    conditions = data.conditions([image % len(data) for image in images]).to(setup.accelerator.device).as_dict()
+    if setup.parts.num_classes is not None and "class_labels" in conditions:
+        conditions["class_labels"] = torch.tensor([image % setup.parts.num_classes for image in images])
+    return conditions
+
+
+def draw_data(run: Run) -> None:
+    """Draw ``inputs.png`` and ``diffusion_row.png``, before the first step."""
+    if run.setup.accelerator.is_main_process:
+        make_preview(run).draw_data(run.setup.data.train, run.setup.parts.scheduler)
+
+
+def draw_samples(run: Run) -> None:
+    """Draw ``samples-<step>.png`` and ``denoise_row-<step>.png``. Collective call.
+
+    Args:
+        run: after a step; no weight and no random number changes.
+    """
+    network = sampling_network(run.setup)
+    try:
+        if network is not None:
+            make_preview(run).draw_samples(network, run.setup.parts.scheduler, run.progress.step)
+    finally:
+        run.setup.accelerator.wait_for_everyone()
+
+
+def draw_final(run: Run) -> None:
+    """Draw the last grid of samples, also as ``samples.png``, and the curves. Collective call.
+
+    Args:
+        run: after its last step.
+    """
+    draw_logvar(run)  # first, since it is evaluated in all processes
+    network = sampling_network(run.setup)
+    try:
+        if network is not None:
+            rows = read_rows(run.folder / METRICS)
+            plot_run_losses(rows, run.folder / IMAGE_FOLDER / "loss.png", run.setup.config.objective.loss_type)
+            draw_final_samples(run, network)
+    finally:
+        run.setup.accelerator.wait_for_everyone()
+
+
+def sampling_network(setup: Setup) -> UNet2DModel | None:
+    """The network that the saved pipeline samples with, on the run's device; None outside the main process."""
+    networks = export_networks(setup.denoiser, setup.ema, setup.parts.objective)
+    return None if networks is None else networks.default.to(setup.accelerator.device)
+
+
+def draw_final_samples(run: Run, network: UNet2DModel) -> None:
+    """Draw the last grid of samples, and copy it to the top of the run's folder."""
+    samples, _ = make_preview(run).draw_samples(network, run.setup.parts.scheduler, run.progress.step)
+    write_atomically(run.folder / FINAL_SAMPLES, lambda file: file.write(samples.read_bytes()))
+
+
+def draw_logvar(run: Run) -> None:
+    """Draw ``logvar.png``: the learned log-variances, and the log loss of the raw weights that they estimate."""
+    setup = run.setup
+    if not setup.learns_logvar:
+        return
+    chain = setup.num_train_timesteps
+    budget = max(MIN_DRAWS, setup.plan.steps * setup.plan.effective_batch // TRAINING_IMAGES_PER_DRAW)
+    stride = -(-chain // budget)
+    log_loss = log_loss_per_step(
+        setup.accelerator.unwrap_model(setup.task),
+        setup.data.train,
+        setup.seed,
+        torch.arange(0, chain, stride).repeat(max(1, min(DRAWS_PER_STEP, budget // chain))),
+        setup.config.validation.eval_batch_size,
+        run.processes,
+    )
+    logvar = gather_logvar(setup.parts.objective)
+    if logvar is not None and setup.accelerator.is_main_process:
+        plot_logvar(run.folder / IMAGE_FOLDER / "logvar.png", logvar.float().cpu(), log_loss)

@@ -1,7 +1,7 @@
-"""What a run keeps: checkpoints while it lasts, and the best pipeline.
+"""Saving during a run: checkpoints, the best pipeline, and the mark of a finished run.
 
-A disk that is full or a folder that cannot be written costs a checkpoint, never the run: one warning, and the older
-checkpoints still stand.
+A full disk or a folder that cannot be written costs a checkpoint, never the run: one warning, and the older
+checkpoints stay.
 """
 
 from __future__ import annotations
@@ -10,179 +10,147 @@ import json
 import secrets
 import shutil
 from functools import partial
-
-from torch import Tensor
+from pathlib import Path
 
 from diffusers_ddpm_ext.errors import RunError, warn
-from diffusers_ddpm_ext.losses.logvar import ContinuousLogvar
 from diffusers_ddpm_ext.training.checkpoints import snapshot as snapshots
-from diffusers_ddpm_ext.training.checkpoints import state
 from diffusers_ddpm_ext.training.checkpoints.folders import checkpoint_step, delete_checkpoint, prune_checkpoints
-from diffusers_ddpm_ext.training.checkpoints.lock import FolderBusy
+from diffusers_ddpm_ext.training.checkpoints.lock import FolderBusy, FolderLock
+from diffusers_ddpm_ext.training.checkpoints.state import capture_snapshot
 from diffusers_ddpm_ext.training.checkpoints.writer import write_checkpoint
 from diffusers_ddpm_ext.training.distributed import any_rank, fail_together
-from diffusers_ddpm_ext.training.loop.export import Networks, save_pipeline, take_networks
-from diffusers_ddpm_ext.training.loop.resume import BEST, FINISHED, MONITOR, live, progress_of
-from diffusers_ddpm_ext.training.loop.run import Run, take_logvar
-from diffusers_ddpm_ext.training.tracking.metrics import MetricsLogger
-from diffusers_ddpm_ext.training.tracking.monitor import MonitorDecision
+from diffusers_ddpm_ext.training.loop.export import ExportedNetworks, export_networks, save_pipeline
+from diffusers_ddpm_ext.training.loop.resume import BEST, FINISHED, MONITOR, saved_progress, training_objects
+from diffusers_ddpm_ext.training.loop.run import Run, Task
+from diffusers_ddpm_ext.training.loop.setup import Setup
+from diffusers_ddpm_ext.training.tracking.monitor import Monitor, MonitorDecision
 from diffusers_ddpm_ext.utils.files import replace_folder, write_text_atomically
 
 
-def keep(run: Run, logger: MetricsLogger) -> bool:
-    """Write a checkpoint of the present step, and then drop those beyond the limit; all processes enter.
+def save_checkpoint(run: Run) -> bool:
+    """Write a checkpoint of the present step, then delete those beyond the limit. Collective call.
 
     Args:
         run: after a step, its losses read.
-        logger: of the run.
 
     Returns:
-        Whether it stands; the same in all processes.
+        Whether it was written; the same in all processes.
 
     Raises:
-        RunError: another run has taken the folder; in the first process.
+        RunError: another run has acquired the folder; in the main process.
     """
-    accelerator, stands = run.accelerator, True
-    snapshot = state.capture_snapshot(live(run), progress_of(run, logger.metrics_size), share_memory=True)
+    setup, step = run.setup, run.progress.step
+    accelerator, written = setup.accelerator, True
+    progress = saved_progress(setup, run.progress, run.logger.metrics_size)
+    snapshot = capture_snapshot(training_objects(setup), progress, share_memory=True)
     with fail_together(accelerator):
         if accelerator.is_main_process and snapshot is not None:
-            hold_folder(run)
+            renew_lock(run.lock)
             try:
-                logger.sync()
-                write_checkpoint(run.taken_folder, run.step, partial(snapshots.write_snapshot, snapshot))
-                drop(run)
+                run.logger.sync()
+                write_checkpoint(run.folder, step, partial(snapshots.write_snapshot, snapshot))
+                delete_old_checkpoints(
+                    run.folder, step, setup.config.checkpoint.checkpoints_total_limit, setup.monitor
+                )
             except OSError as error:
                 warn(str(error))
-                stands = False
-    run.requests.clear()
-    return not any_rank(accelerator, not stands)
+                written = False
+    run.signals.clear()
+    return not any_rank(accelerator, not written)
 
 
-def hold_folder(run: Run) -> None:
-    """Make sure that the folder is still this run's before anything is written into it.
-
-    Args:
-        run: in its first process.
-
-    Raises:
-        RunError: another run has taken it.
-    """
-    if run.lock is not None:
+def renew_lock(lock: FolderLock | None) -> None:
+    """Check that the folder is still locked by this run; a RunError where another run has acquired it."""
+    if lock is not None:
         try:
-            run.lock.renew()
+            lock.renew()
         except FolderBusy as error:
             raise RunError(f"the run ends without writing any more: {error}") from None
 
 
-def drop(run: Run) -> None:
+def delete_old_checkpoints(folder: Path, step: int, limit: int | None, monitor: Monitor | None) -> None:
     """Delete the checkpoints that neither the limit nor the monitor keeps.
 
     Args:
-        run: whose newest checkpoint stands.
+        folder: of the run.
+        step: of the newest checkpoint.
+        limit: of checkpoints, without the best ones; None keeps all.
+        monitor: that ranks the best ones.
 
     Raises:
         OSError: one cannot be deleted.
     """
-    limit = run.config.checkpoint.checkpoints_total_limit
     if limit is not None:
-        best = () if run.monitor is None else [entry.step for entry in run.monitor.top if entry.step != run.step]
-        prune_checkpoints(run.taken_folder, limit, best)
+        best = [] if monitor is None else [entry.step for entry in monitor.top if entry.step != step]
+        prune_checkpoints(folder, limit, best)
 
 
-def keep_best(run: Run, logger: MetricsLogger, decision: MonitorDecision) -> None:
-    """Keep the checkpoint of a validation that is among the best; all processes enter.
+def save_top_checkpoint(run: Run, decision: MonitorDecision) -> None:
+    """Write the checkpoint of a validation that is among the best. Collective call.
 
-    The best one's pipeline is a task of its own, and the checkpoint says so: a run that dies in between makes it anew.
+    The pipeline of the very best is a separate task that the checkpoint contains: a run that is killed in between
+    writes it after it resumes.
 
     Args:
         run: after a validation.
-        logger: of the run.
         decision: of its monitor.
     """
     if not decision.in_top_k:
         return
     if decision.best:
-        run.todo = [BEST, *run.todo]
-    keep(run, logger)
-    if decision.evicted_step is None or not run.accelerator.is_main_process:
+        run.progress.pending = [Task.BEST, *run.progress.pending]
+    save_checkpoint(run)
+    evicted = decision.evicted_step
+    if evicted is None or not run.setup.accelerator.is_main_process:
         return
+    every = run.setup.config.checkpoint.checkpointing_steps
+    path = run.folder / f"checkpoint-{evicted}"
     try:
-        _drop_former(run, decision.evicted_step)
+        if (every is None or evicted % every) and path.is_dir() and checkpoint_step(path) != run.progress.step:
+            delete_checkpoint(path)  # it was kept only because it was among the best
     except OSError as error:
-        warn(f"checkpoint-{decision.evicted_step} could not be deleted ({error.strerror or error})")
+        warn(f"{path.name} could not be deleted ({error.strerror or error})")
 
 
-def keep_best_pipeline(run: Run) -> bool:
-    """Put the pipeline of the present weights, the best so far, into the folder ``best``; all processes enter.
+def save_best_pipeline(setup: Setup, folder: Path, step: int) -> None:
+    """Save the pipeline of the present weights, the best so far, in the folder ``best``. Collective call.
 
     Args:
-        run: after the validation that was the best.
-
-    Returns:
-        True: it is done, or cannot be.
+        setup: after the validation that was the best.
+        folder: of the run.
+        step: optimizer steps done.
     """
-    networks, logvar = take_pipeline(run)
+    networks = export_networks(setup.denoiser, setup.ema, setup.parts.objective)
     if networks is not None:
         try:
-            _export_best(run, networks, logvar)
+            _write_best(setup, folder, step, networks)
         except OSError as error:
-            warn(f"{run.taken_folder / BEST} could not be written ({error.strerror or error}); the former one stands")
-    run.accelerator.wait_for_everyone()
-    return True
+            warn(f"{folder / BEST} could not be written ({error.strerror or error}); the previous one stays")
+    setup.accelerator.wait_for_everyone()
 
 
-def _drop_former(run: Run, step: int) -> None:
-    """Delete a checkpoint that stood only because it was among the best."""
-    every = run.config.checkpoint.checkpointing_steps
-    path = run.taken_folder / f"checkpoint-{step}"
-    if (every is None or step % every) and path.is_dir() and checkpoint_step(path) != run.step:
-        delete_checkpoint(path)
-
-
-def take_pipeline(run: Run) -> tuple[Networks | None, Tensor | None]:
-    """Networks and log-variances of a run, to be saved by the first process; all processes enter.
-
-    Args:
-        run: after a step.
-
-    Returns:
-        The networks, None but in the first process; the log-variances, None where they are not learned.
-    """
-    return take_networks(run.denoiser, run.ema), take_logvar(run)
-
-
-def logvar_network(run: Run) -> ContinuousLogvar | None:
-    """The function that the log-variances are, where they are one and it is not spread over processes."""
-    network = run.parts.objective.logvar_network
-    return None if run.is_sharded else network
-
-
-def _export_best(run: Run, networks: Networks, logvar: Tensor | None) -> None:
-    folder, monitor = run.taken_folder, run.monitor
+def _write_best(setup: Setup, folder: Path, step: int, networks: ExportedNetworks) -> None:
+    monitor, parts = setup.monitor, setup.parts
     if monitor is None or monitor.best is None:
         return
-    draft = folder / f".writing-{run.step}-{secrets.token_hex(4)}"
+    draft = folder / f".writing-{step}-{secrets.token_hex(4)}"
     draft.mkdir()
     try:
-        save_pipeline(draft, networks, run.parts.scheduler, logvar, run.parts.pipeline_kwargs, logvar_network(run))
-        facts = {
-            "format": 1,
-            "monitor": monitor.name,
-            "mode": monitor.mode,
-            "step": run.step,
-            "value": monitor.best.value,
-        }
+        save_pipeline(draft, networks, parts.scheduler, parts.pipeline_kwargs)
+        facts = {"format": 1, "monitor": monitor.name, "mode": monitor.mode, "step": step, "value": monitor.best.value}
         (draft / MONITOR).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         replace_folder(draft, folder / BEST)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def mark_finished(run: Run) -> None:
-    """Note that a run came to its end, so that a restart of the same line does not begin again.
+def mark_finished(folder: Path, step: int, stopped_early: bool) -> None:
+    """Record that a run is finished, so that the same command does not start it again.
 
     Args:
-        run: at its end, its pipeline saved.
+        folder: of the run, with its pipeline.
+        step: optimizer steps done.
+        stopped_early: whether the monitor ended the run.
     """
-    facts = {"format": 1, "step": run.step, "stopped_early": run.stopped_early}
-    write_text_atomically(run.taken_folder / FINISHED, json.dumps(facts) + "\n")
+    facts = {"format": 1, "step": step, "stopped_early": stopped_early}
+    write_text_atomically(folder / FINISHED, json.dumps(facts) + "\n")

@@ -2,160 +2,194 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
-from diffusers_ddpm_ext.diffusion.timesteps import stratify
+from diffusers_ddpm_ext.diffusion.timesteps import TimestepSampler, stratify
 from diffusers_ddpm_ext.losses.objective import ObjectiveOutput
 from diffusers_ddpm_ext.training.data.batches import Batch
 from diffusers_ddpm_ext.training.distributed import any_rank, gather_rows
 from diffusers_ddpm_ext.training.factory.optimizer import clip_gradients, gradient_norms
-from diffusers_ddpm_ext.training.loop.run import Run
+from diffusers_ddpm_ext.training.loop.setup import Setup
 from diffusers_ddpm_ext.training.tracking.step_losses import StepTrace
 from diffusers_ddpm_ext.utils import random_keys as keys
 
 
-def train_step(run: Run, batches: Iterator[Batch]) -> bool:
-    """Take one optimizer step.
+@dataclass(frozen=True)
+class MicroBatchResult:
+    """A micro-batch after its backward pass.
+
+    Attributes:
+        output: losses.
+        images: which images of the training set it holds, (b,).
+        positions: of its samples in the effective batch, (b,).
+        timesteps: (b,), int64, on the CPU.
+    """
+
+    output: ObjectiveOutput
+    images: Tensor
+    positions: Tensor
+    timesteps: Tensor
+
+
+def train_step(setup: Setup, step: int, batches: Iterator[Batch]) -> StepTrace:
+    """Take one optimizer step. Collective call: every process must make it.
 
     Args:
-        run: its step is one higher afterwards.
+        setup: whose weights, optimizer, learning rate and average are updated.
+        step: optimizer steps done before.
         batches: this process's micro-batches.
 
     Returns:
-        Whether the weights moved; the same in all processes. False where ``on_nonfinite`` looks at every step and this
-        one was not finite: weights, optimizer and average are as they were, the learning rate went on.
+        The trace of the step. Its ``applied`` is the same in all processes: False where ``on_nonfinite`` checks every
+        step and this one was not finite. Then weights, optimizer and average are unchanged and the learning rate
+        advances.
     """
-    accelerator, device = run.accelerator, run.accelerator.device
-    learning_rate = float(run.lr_scheduler.get_last_lr()[0])
-    each_forward = run.config.ema.ema_every == "micro_batch"
-    taken: list[tuple[ObjectiveOutput, Tensor, Tensor]] = []
-    places: list[Tensor] = []
+    optimizer, ema = setup.optimizer, setup.ema
+    learning_rate = float(setup.lr_scheduler.get_last_lr()[0])
+    every_micro_batch = setup.config.ema.ema_every == "micro_batch"
+    check_each_step = setup.config.loop.on_nonfinite != "stop"
+    results: list[MicroBatchResult] = []
     applied = True
     norms = torch.empty(0)
-    for micro in range(run.plan.accumulation):
-        batch = next(batches)
-        t, noise = keys.sample_draws(
-            run.seed, run.step, batch.positions, batch.pixels.shape[1:], run.num_train_timesteps
-        )
-        t, weights = chosen_steps(run, batch.positions, t)
-        seed_dropout(run, micro)
-        with accelerator.accumulate(run.task):
-            draws = (noise.to(device, non_blocking=True), t.to(device, non_blocking=True))
-            conditions = () if run.parts.conditioning.conditioning_key is None else (batch.conditions,)
-            named = {} if weights is None else {"weights": weights.to(device, non_blocking=True)}
-            output = run.task(batch.pixels, *draws, *conditions, **named)
-            accelerator.backward(output.loss)
-            taken.append((output, batch.indices, t))
-            places.append(batch.positions)
-            if accelerator.sync_gradients:
-                norms = clip(run)
-                applied = run.config.loop.on_nonfinite == "stop" or is_finite(run, [out for out, *_ in taken], norms)
+    for micro in range(setup.plan.accumulation):
+        with setup.accelerator.accumulate(setup.task):
+            results.append(forward_backward(setup, step, micro, next(batches)))
+            if setup.accelerator.sync_gradients:
+                norms = clip(setup)
+                outputs = [result.output for result in results]
+                applied = not check_each_step or is_finite(setup.accelerator, outputs, norms)
                 if applied:
-                    run.optimizer.step()
-                elif accelerator.scaler is not None:
-                    accelerator.scaler.update()  # or it would take the next step for this one
-            run.optimizer.zero_grad()
-        if run.ema is not None and each_forward and applied:
-            run.ema.step(run.denoiser)
-    if applied:
-        tell_sampler(run, taken, places)
-    run.lr_scheduler.step()
-    if run.ema is not None and not each_forward and applied:
-        run.ema.step(run.denoiser)
-    run.step += 1
-    outputs, images, timesteps = (list(part) for part in zip(*taken, strict=True))
-    run.meter.add(StepTrace(run.step, learning_rate, outputs, images, timesteps, norms, applied))
-    return applied
+                    optimizer.step()
+                elif setup.accelerator.scaler is not None:
+                    setup.accelerator.scaler.update()  # or it would mistake the next step for this one
+            optimizer.zero_grad()
+        if ema is not None and every_micro_batch and applied:
+            ema.step(setup.denoiser)
+    if applied and setup.parts.sampler is not None and setup.parts.sampler.learns:
+        update_sampler(setup.parts.sampler, setup.accelerator, results)
+    setup.lr_scheduler.step()
+    if ema is not None and not every_micro_batch and applied:
+        ema.step(setup.denoiser)
+    return StepTrace(
+        step + 1,
+        learning_rate,
+        [result.output for result in results],
+        [result.images for result in results],
+        [result.timesteps for result in results],
+        norms,
+        applied,
+    )
 
 
-def chosen_steps(run: Run, positions: Tensor, even: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The steps of a micro-batch by the run's sampler.
+def forward_backward(setup: Setup, step: int, micro: int, batch: Batch) -> MicroBatchResult:
+    """Forward and backward pass of a micro-batch.
 
     Args:
-        run: before a step.
+        setup: whose gradients are accumulated.
+        step: optimizer steps done.
+        micro: number of the micro-batch in its step.
+        batch: what it trains on.
+    """
+    device = setup.accelerator.device
+    t, noise = keys.sample_draws(setup.seed, step, batch.positions, batch.pixels.shape[1:], setup.num_train_timesteps)
+    t, weights = draw_timesteps(setup, step, batch.positions, t)
+    seed_dropout(setup.accelerator, setup.seed, step, micro)
+    draws = (noise.to(device, non_blocking=True), t.to(device, non_blocking=True))
+    conditions = () if setup.parts.conditioning.conditioning_key is None else (batch.conditions,)
+    kwargs = {} if weights is None else {"weights": weights.to(device, non_blocking=True)}
+    output = setup.task(batch.pixels, *draws, *conditions, **kwargs)
+    setup.accelerator.backward(output.loss)
+    return MicroBatchResult(output, batch.indices, batch.positions, t)
+
+
+def draw_timesteps(setup: Setup, step: int, positions: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Timesteps of a micro-batch from the run's sampler.
+
+    Args:
+        setup: of the run.
+        step: optimizer steps done.
         positions: of the samples in the effective batch.
-        even: the steps that were drawn evenly with the noise.
+        uniform: timesteps that were drawn uniformly together with the noise.
 
     Returns:
-        Steps (B,), and their weights (B,); None where all are 1.
+        Timesteps (B,), and their weights (B,); None where all weights are 1.
     """
-    sampler = run.parts.sampler
+    sampler = setup.parts.sampler
     if sampler is None or (sampler.probabilities() is None and not sampler.stratified):
-        return even, None
-    u = keys.uniform_draws(run.seed, run.step, positions)
+        return uniform, None
+    u = keys.uniform_draws(setup.seed, step, positions)
     if sampler.stratified:
         order = torch.randperm(
-            run.plan.effective_batch, generator=keys.generator(keys.TIMESTEP, run.seed, run.step, "order")
+            setup.plan.effective_batch, generator=keys.generator(keys.TIMESTEP, setup.seed, step, "order")
         )
         u = stratify(u, positions, order)
     return sampler.draw(u)
 
 
 @torch.no_grad()
-def tell_sampler(run: Run, taken: list[tuple[ObjectiveOutput, Tensor, Tensor]], places: list[Tensor]) -> None:
-    """Tell a sampler that learns the losses of a step, those of all processes, in the order of the effective batch.
+def update_sampler(sampler: TimestepSampler, accelerator: Accelerator, results: Sequence[MicroBatchResult]) -> None:
+    """Update a sampler that learns from the losses of all processes, in the order of the effective batch.
 
     Args:
-        run: after a step that was applied.
-        taken: of its micro-batches: losses, images and steps.
-        places: of their samples in the effective batch.
+        sampler: with ``learns``.
+        accelerator: of the run.
+        results: of this process's micro-batches.
     """
-    sampler = run.parts.sampler
-    if sampler is None or not sampler.learns:
-        return
-    losses = torch.cat([output.per_sample_loss.detach().double().cpu() for output, *_ in taken])
-    steps = torch.cat([t for *_, t in taken])
-    whole = gather_rows(run.accelerator, torch.stack([torch.cat(places).double(), steps.double(), losses], 1))
-    whole = whole[torch.argsort(whole[:, 0], stable=True)]
-    sampler.update(whole[:, 1].long(), whole[:, 2])
+    positions = torch.cat([result.positions for result in results]).double()
+    timesteps = torch.cat([result.timesteps for result in results]).double()
+    losses = torch.cat([result.output.per_sample_loss.detach().double().cpu() for result in results])
+    rows = gather_rows(accelerator, torch.stack([positions, timesteps, losses], 1))
+    rows = rows[torch.argsort(rows[:, 0], stable=True)]
+    sampler.update(rows[:, 1].long(), rows[:, 2])
 
 
-def seed_dropout(run: Run, micro: int) -> None:
+def seed_dropout(accelerator: Accelerator, seed: int, step: int, micro: int) -> None:
     """Make dropout a function of the seed, the step, the micro-batch and the process.
 
     Args:
-        run: before a forward pass.
+        accelerator: of the run.
+        seed: of the run.
+        step: optimizer steps done.
         micro: number of the micro-batch in its step.
     """
-    number = keys.key(keys.DROPOUT, run.seed, run.step, micro, run.accelerator.process_index)
-    if run.accelerator.device.type == "cpu":
-        torch.default_generator.manual_seed(number)  # torch.manual_seed looks for every kind of device each time
+    number = keys.key(keys.DROPOUT, seed, step, micro, accelerator.process_index)
+    if accelerator.device.type == "cpu":
+        torch.default_generator.manual_seed(number)  # torch.manual_seed searches for every kind of device each time
     else:
         torch.manual_seed(number)
 
 
-def clip(run: Run) -> Tensor:
-    """Limit the gradients, the network's and the log-variances' apart: one must not shrink the other's steps.
+def clip(setup: Setup) -> Tensor:
+    """Clip the gradients of network and log-variances separately: neither must shrink the other's steps.
 
     Args:
-        run: after the last backward pass of a step.
+        setup: after the last backward pass of a step.
 
     Returns:
-        The norms of the gradients of the network's parameters before, (n,), on its device.
+        The norms of the gradients of the network's parameters before clipping, (n,), on its device.
     """
-    run.accelerator.unscale_gradients()
-    max_norm = run.config.optim.max_grad_norm
-    if run.learns_logvar:
-        clip_gradients(run.logvar_parameters, max_norm)
-    norms = gradient_norms(run.network)
-    clip_gradients(run.network, max_norm, norms)
+    setup.accelerator.unscale_gradients()
+    max_norm = setup.config.optim.max_grad_norm
+    if setup.learns_logvar:
+        clip_gradients(setup.logvar_parameters, max_norm)
+    norms = gradient_norms(setup.denoiser_parameters)
+    clip_gradients(setup.denoiser_parameters, max_norm, norms)
     return norms
 
 
-def is_finite(run: Run, outputs: list[ObjectiveOutput], norms: Tensor) -> bool:
-    """Whether a step may move the weights; all processes enter and agree.
+def is_finite(accelerator: Accelerator, outputs: Sequence[ObjectiveOutput], norms: Tensor) -> bool:
+    """Whether every loss and gradient of a step is finite in all processes. Collective call.
 
     Args:
-        run: after the last backward pass of a step.
-        outputs: of its micro-batches.
-        norms: from `clip`; they do not count under a loss scaler, which leaves such steps out itself.
-
-    Returns:
-        Whether every loss and gradient is finite.
+        accelerator: of the run.
+        outputs: of the step's micro-batches.
+        norms: from `clip`; ignored under a loss scaler, which skips steps with non-finite gradients itself.
     """
     losses = torch.stack([output.loss.detach() for output in outputs])
-    values = losses if run.accelerator.scaler is not None else torch.cat([losses, norms.to(losses)])
-    return not any_rank(run.accelerator, not bool(torch.isfinite(values).all()))
+    values = losses if accelerator.scaler is not None else torch.cat([losses, norms.to(losses)])
+    return not any_rank(accelerator, not bool(torch.isfinite(values).all()))

@@ -1,4 +1,4 @@
-"""SignalRequests for a checkpoint or the end of the run, from signals and time limits, agreed on by all processes."""
+"""Requests for a checkpoint or the end of the run, from signals and time limits, agreed on by all processes."""
 
 from __future__ import annotations
 

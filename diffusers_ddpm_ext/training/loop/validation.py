@@ -1,4 +1,4 @@
-"""What a validation measures: losses, and the bound where it is asked for, of raw and EMA weights on equal draws."""
+"""Validation metrics: losses, and optionally the bound, of raw and EMA weights on the same draws."""
 
 from __future__ import annotations
 
@@ -9,65 +9,76 @@ from diffusers_ddpm_ext.diffusion.likelihood_estimate import Strata, estimate
 from diffusers_ddpm_ext.models.conditioning import Conditions
 from diffusers_ddpm_ext.training.data.image_set import ImageSet
 from diffusers_ddpm_ext.training.evaluation.bound import BoundEvaluation, evaluate_bound
+from diffusers_ddpm_ext.training.evaluation.processes import Processes
 from diffusers_ddpm_ext.training.evaluation.validation_loss import compute_validation_losses, validation_draws
-from diffusers_ddpm_ext.training.loop.run import Run
+from diffusers_ddpm_ext.training.loop.setup import Setup
 from diffusers_ddpm_ext.utils.dtensor import reshard
 
 
-def measure(run: Run) -> dict[str, float]:
-    """The validation losses by name; none without validation images."""
-    images, options = run.data.validation, run.config.validation
+def validation_metrics(setup: Setup, processes: Processes) -> dict[str, float]:
+    """Compute the validation metrics by name. Collective call: every process must make it.
+
+    Args:
+        setup: whose weights are evaluated.
+        processes: how they share the work.
+
+    Returns:
+        The metrics; empty without validation images.
+    """
+    images, options = setup.data.validation, setup.config.validation
     if images is None:
         return {}
-    draws = validation_draws(run.seed, len(images), run.num_train_timesteps, options.validation_max_images)
-    task = run.accelerator.unwrap_model(run.task)
+    draws = validation_draws(setup.seed, len(images), setup.num_train_timesteps, options.validation_max_images)
+    task = setup.accelerator.unwrap_model(setup.task)
 
-    def measured(suffix: str = "") -> dict[str, float]:
-        values = compute_validation_losses(task, images, draws, options.eval_batch_size, run.processes).metrics(suffix)
+    def metrics(suffix: str = "") -> dict[str, float]:
+        losses = compute_validation_losses(task, images, draws, options.eval_batch_size, processes)
+        values = losses.metrics(suffix)
         if options.validation_bpd:
-            values[f"val/bpd{suffix}"] = validation_bpd(run, images)
+            values[f"val/bpd{suffix}"] = validation_bpd(setup, images, processes)
         return values
 
-    values = measured()
-    if run.ema is not None:
-        with run.ema.scope(run.denoiser):
-            values |= measured("_ema")
+    values = metrics()
+    if setup.ema is not None:
+        with setup.ema.scope(setup.denoiser):
+            values |= metrics("_ema")
     return values
 
 
-def validation_bpd(run: Run, images: ImageSet) -> float:
-    """The bound of the validation images with the weights that are in the network now, bits per dimension.
+def validation_bpd(setup: Setup, images: ImageSet, processes: Processes) -> float:
+    """The bound of the validation images under the network's present weights, in bits per dimension.
 
     Args:
-        run: after a step.
+        setup: whose network is evaluated.
         images: held out.
+        processes: how they share the work.
 
     Returns:
-        The mean over the images that validation looks at, on the same steps and noise every time.
+        The mean over the images that validation uses, with the same timesteps and noise every time.
     """
-    options, objective, task = run.config.validation, run.config.objective, run.parts
-    chain = len(task.scheduler.kept)
-    strata = Strata.from_schedule(task.scheduler.kept, min(chain, options.validation_bpd_steps))
+    options, parts, denoiser = setup.config.validation, setup.parts, setup.denoiser
+    kept = parts.scheduler.kept
+    strata = Strata.from_schedule(kept, min(len(kept), options.validation_bpd_steps))
     used = min(len(images), options.validation_max_images or len(images))
-    what = BoundEvaluation(
-        task.scheduler,
+    evaluation = BoundEvaluation(
+        parts.scheduler,
         images,
         torch.arange(used) * len(images) // used,
         strata,
-        run.seed,
+        setup.seed,
         batch_size=options.eval_batch_size,
-        decoder=objective.decoder,
-        bin_width=task.objective.bin_width,
+        decoder=setup.config.objective.decoder,
+        bin_width=parts.objective.bin_width,
     )
 
     def network(xt: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
-        inputs, named = task.conditioning(xt, conditions)
-        output: Tensor = run.denoiser(inputs, t, **named).sample
+        inputs, kwargs = parts.conditioning(xt, conditions)
+        output: Tensor = denoiser(inputs, t, **kwargs).sample
         return output
 
-    training = run.denoiser.training
-    run.denoiser.eval()
-    rows = evaluate_bound(network, what, run.processes)
-    run.denoiser.train(training)
-    reshard(run.denoiser)
+    training = denoiser.training
+    denoiser.eval()
+    rows = evaluate_bound(network, evaluation, processes)
+    denoiser.train(training)
+    reshard(denoiser)
     return estimate(rows.bits, rows.prior, strata).bits_per_dim

@@ -22,7 +22,7 @@ from diffusers_ddpm_ext.models.ema import EmaMetadata, save_ema_metadata
 from diffusers_ddpm_ext.training import trainer
 from diffusers_ddpm_ext.training.config.train_config import TrainConfig
 from diffusers_ddpm_ext.training.factory.warm_start import fit_weight
-from diffusers_ddpm_ext.training.loop.run import Run, start
+from diffusers_ddpm_ext.training.loop.setup import Setup, build_setup
 
 PARAMS = {
     "image_size": 8, "in_channels": 1, "out_channels": 1, "model_channels": 32, "num_res_blocks": 1,
@@ -61,11 +61,11 @@ def original(tmp_path) -> Path:
     return folder
 
 
-def begun(settings: TrainConfig) -> Run:
+def begun(settings: TrainConfig) -> Setup:
     """A run before its first step."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    return start(settings)
+    return build_setup(settings)
 
 
 def weights(network: torch.nn.Module) -> dict[str, Tensor]:

@@ -131,7 +131,7 @@ def test_a_pushed_run_goes_on_elsewhere(call, hub, tmp_path):
     shutil.rmtree(tmp_path / "first")
     done = call("train", *flags, HF_HOME=str(tmp_path / "other-home"))
     assert done.returncode == 0, done.stderr
-    began = re.search(r"going on from step (\d+)", done.stdout)
+    began = re.search(r"resuming from step (\d+)", done.stdout)
     assert began is not None
     assert 0 < int(began[1]) < 300
     assert call("train", *tiny_flags(**options, output_dir="peer")).returncode == 0

@@ -47,9 +47,9 @@ def breaking(monkeypatch: pytest.MonkeyPatch, *steps: int, where: str = "loss") 
     real_step, real_forward, real_norms = trainer.train_step, DenoisingTask.forward, step.gradient_norms
     at = {"step": 0}
 
-    def remembering(run: Any, batches: Any) -> bool:
-        at["step"] = run.step + 1
-        return real_step(run, batches)
+    def remembering(setup: Any, number: int, batches: Any) -> Any:
+        at["step"] = number + 1
+        return real_step(setup, number, batches)
 
     def forward(task: DenoisingTask, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> Any:
         if where == "loss" and at["step"] in steps and task.training:
@@ -116,7 +116,8 @@ def test_skip_leaves_the_step_out(where, tmp_path, monkeypatch, capsys):
         life(tmp_path / "run", on_nonfinite="skip")
     assert "--on_nonfinite skip" in capsys.readouterr().err
     with monkeypatch.context() as patch:
-        patch.setattr(step, "is_finite", lambda run, outputs, norms: run.step != 4)
+        count = itertools.count(1)
+        patch.setattr(step, "is_finite", lambda *_: next(count) != 5)
         life(tmp_path / "expected", on_nonfinite="skip")
     assert same(weights(tmp_path / "run", 7), weights(tmp_path / "expected", 7))
     assert not same(weights(tmp_path / "run", 7), weights(tmp_path / "run", 6))
@@ -133,7 +134,7 @@ def test_skip_changes_nothing_where_all_is_well(tmp_path):
 
 
 def test_skipping_ends_some_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(nonfinite, "SKIPS_IN_A_ROW", 2)
+    monkeypatch.setattr(nonfinite, "MAX_SKIPS_IN_A_ROW", 2)
     breaking(monkeypatch, 3, 4, 5, 6)
     with pytest.raises(RunError, match="2 before it in a row"):
         life(tmp_path / "run", on_nonfinite="skip")
@@ -142,13 +143,14 @@ def test_skipping_ends_some_time(tmp_path, monkeypatch):
 def test_rollback_goes_back_to_the_checkpoint_and_on_with_the_next_batch(tmp_path, monkeypatch, capsys):
     """Steps 4 and 5 are undone: step 6 starts from the weights after step 3."""
     seen: dict[int, list[torch.Tensor]] = {}
-    real = step.clip
+    real = trainer.train_step
 
-    def remembering(run: Any) -> torch.Tensor:
-        seen[run.step + 1] = [p.detach().clone() for p in run.network] + [s.clone() for s in run.ema.shadow.values()]
-        return real(run)
+    def remembering(setup: Any, number: int, batches: Any) -> Any:
+        weights = [p.detach().clone() for p in setup.denoiser_parameters]
+        seen[number + 1] = weights + [s.clone() for s in setup.ema.shadow.values()]
+        return real(setup, number, batches)
 
-    monkeypatch.setattr(step, "clip", remembering)
+    monkeypatch.setattr(trainer, "train_step", remembering)
     breaking(monkeypatch, 5)
     life(tmp_path / "run", on_nonfinite="rollback", checkpointing_steps=3)
     assert "checkpoint-3 again, the next batch is step 6's" in capsys.readouterr().err
@@ -164,7 +166,7 @@ def test_rollback_before_the_first_checkpoint_goes_back_to_the_start(tmp_path, m
 
 
 def test_rollback_ends_some_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(nonfinite, "ROLLBACKS_TO_A_CHECKPOINT", 2)
+    monkeypatch.setattr(nonfinite, "MAX_ROLLBACKS_TO_A_CHECKPOINT", 2)
     breaking(monkeypatch, 4, 5, 6)
     with pytest.raises(RunError, match="2 before it to the same checkpoint"):
         life(tmp_path / "run", on_nonfinite="rollback")
@@ -181,7 +183,7 @@ def test_a_run_that_recovered_resumes_to_the_bit(rule, death, tmp_path, monkeypa
         breaking(patch, 5)
         real = trainer.train_step
 
-        def dying(*arguments: Any) -> bool:
+        def dying(*arguments: Any) -> Any:
             if next(count) == death + 1:
                 raise KeyboardInterrupt
             return real(*arguments)

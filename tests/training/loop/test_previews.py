@@ -12,7 +12,7 @@ from diffusers_ddpm_ext.plotting.sheets import GAP
 from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
 from diffusers_ddpm_ext.training.data.image_set import ImageSet
 from diffusers_ddpm_ext.training.data.image_store import PackedImages
-from diffusers_ddpm_ext.training.loop.previews import Preview, diffusion_rows, every
+from diffusers_ddpm_ext.training.loop.previews import Preview, column_interval, diffusion_rows
 
 SIZE = (8, 4)
 
@@ -55,7 +55,7 @@ def tiles(path) -> np.ndarray:
 @pytest.mark.parametrize(("steps", "columns"), [(1, 1), (2, 2), (10, 10), (11, 6), (50, 11), (250, 11), (1000, 11)])
 def test_rows_have_about_ten_columns(steps, columns):
     """CompVis' rule: every t that ``log_every_t`` divides, and the last one."""
-    shown = [t for t in range(steps) if t % every(steps) == 0 or t == steps - 1]
+    shown = [t for t in range(steps) if t % column_interval(steps) == 0 or t == steps - 1]
     assert len(shown) == columns
 
 

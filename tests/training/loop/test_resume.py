@@ -23,8 +23,7 @@ from diffusers_ddpm_ext.training.checkpoints.folders import checkpoint_step, lis
 from diffusers_ddpm_ext.training.checkpoints.lock import FolderLock
 from diffusers_ddpm_ext.training.checkpoints.manifest import verify
 from diffusers_ddpm_ext.training.checkpoints.writer import CheckpointNotWritten
-from diffusers_ddpm_ext.training.loop import gallery
-from diffusers_ddpm_ext.training.loop import saving as keeping
+from diffusers_ddpm_ext.training.loop import previews, saving, tasks
 
 EVERY = {"checkpointing_steps": 2, "max_train_steps": 7, "validation_steps": 3, "save_images_steps": 4, "seed": 5}
 LIVES = itertools.count()
@@ -99,17 +98,17 @@ def test_the_straight_run_is_whole(straight: Path):
 MOMENTS: dict[str, tuple[Any, str, int, bool]] = {
     "before any checkpoint": (trainer, "train_step", 2, True),
     "between checkpoints": (trainer, "train_step", 6, True),
-    "while a checkpoint is written": (keeping.snapshots, "write_snapshot", 2, True),
-    "just after a checkpoint": (trainer, "keep", 2, False),
-    "before the old checkpoint goes": (keeping, "drop", 2, True),
-    "in a validation": (trainer, "measure", 2, True),
-    "between validation and its row": (trainer, "measure", 1, False),
-    "in a picture": (gallery, "preview", 2, True),
-    "while the best is written": (keeping, "_export_best", 1, True),
-    "while the best of all is written": (keeping, "_export_best", 3, True),  # each of the three is better
-    "just before the best of all is written": (trainer, "keep_best_pipeline", 3, True),
-    "at the end, before the pipeline": (trainer, "save_pipeline", 1, True),
-    "at the end, in the last pictures": (gallery, "draw_last_samples", 1, True),
+    "while a checkpoint is written": (saving.snapshots, "write_snapshot", 2, True),
+    "just after a checkpoint": (trainer, "save_checkpoint", 2, False),
+    "before the old checkpoint goes": (saving, "delete_old_checkpoints", 2, True),
+    "in a validation": (tasks, "validation_metrics", 2, True),
+    "between validation and its row": (tasks, "validation_metrics", 1, False),
+    "in a picture": (previews, "make_preview", 2, True),
+    "while the best is written": (saving, "_write_best", 1, True),
+    "while the best of all is written": (saving, "_write_best", 3, True),  # each of the three is better
+    "just before the best of all is written": (tasks, "save_best_pipeline", 3, True),
+    "at the end, before the pipeline": (tasks, "save_pipeline", 1, True),
+    "at the end, in the last pictures": (previews, "draw_final_samples", 1, True),
     "just before the end is noted": (trainer, "mark_finished", 1, True),
 }
 
@@ -156,9 +155,9 @@ def test_options_go_on_too(options, tmp_path):
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-@pytest.mark.parametrize("place", ["train_step", "measure", "preview"])
+@pytest.mark.parametrize("place", ["train_step", "validation_metrics", "make_preview"])
 def test_a_signal_writes_a_checkpoint_and_stops(number, status, place, straight, tmp_path, monkeypatch, capsys):
-    owner = gallery if place == "preview" else trainer
+    owner = {"train_step": trainer, "validation_metrics": tasks, "make_preview": previews}[place]
     real, count = getattr(owner, place), itertools.count(1)
 
     def interrupted(*arguments: Any) -> Any:
@@ -188,10 +187,10 @@ def test_a_signal_writes_a_checkpoint_and_stops(number, status, place, straight,
 def test_usr1_writes_a_checkpoint_and_goes_on(straight, tmp_path, monkeypatch):
     real, count = trainer.train_step, itertools.count(1)
 
-    def asking(*arguments: Any) -> None:
+    def asking(*arguments: Any) -> Any:
         if next(count) == 1:
             os.kill(os.getpid(), signal.SIGUSR1)
-        real(*arguments)
+        return real(*arguments)
 
     monkeypatch.setattr(trainer, "train_step", asking)
     life(tmp_path / "run", checkpoints_total_limit=9)
@@ -305,7 +304,11 @@ def test_best_is_the_true_best_and_opens(straight):
 
 def planted(monkeypatch: pytest.MonkeyPatch, values: list[float]) -> None:
     """Validations whose value is a function of the step, as real ones are."""
-    monkeypatch.setattr(trainer, "measure", lambda run: {"val/loss_simple_ema": values[run.step - 1]})
+
+    def planted_metrics(setup: Any, processes: Any) -> dict[str, float]:
+        return {"val/loss_simple_ema": values[setup.lr_scheduler.last_epoch - 1]}  # optimizer steps done
+
+    monkeypatch.setattr(tasks, "validation_metrics", planted_metrics)
 
 
 @pytest.mark.parametrize("death", [None, 3, 5])
@@ -339,14 +342,14 @@ def test_a_second_run_is_refused(tmp_path):
 
 def test_a_full_disk_costs_checkpoints_not_the_run(straight, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "run"
-    real: Callable[..., Path] = keeping.write_checkpoint
+    real: Callable[..., Path] = saving.write_checkpoint
 
     def refusing(parent: Path, step: int, *rest: Any) -> Path:
         if step in (2, 4):
             raise CheckpointNotWritten(errno.ENOSPC, f"{parent}/checkpoint-{step} could not be written")
         return real(parent, step, *rest)
 
-    monkeypatch.setattr(keeping, "write_checkpoint", refusing)
+    monkeypatch.setattr(saving, "write_checkpoint", refusing)
     life(folder)
     assert capsys.readouterr().err.count("could not be written") == 2
     assert rows(folder) == rows(straight)
@@ -358,11 +361,11 @@ def test_files_that_the_system_cuts_off(mended, straight, tmp_path, monkeypatch,
     folder, unlimited = tmp_path / "run", resource.getrlimit(resource.RLIMIT_FSIZE)
     real = trainer.train_step
 
-    def limited(run: Any, batches: Any) -> bool:
-        if run.step in (2, 6):
-            limit = 100_000 if run.step == 2 or not mended else unlimited[0]
+    def limited(setup: Any, step: int, batches: Any) -> Any:
+        if step in (2, 6):
+            limit = 100_000 if step == 2 or not mended else unlimited[0]
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, unlimited[1]))
-        return real(run, batches)
+        return real(setup, step, batches)
 
     monkeypatch.setattr(trainer, "train_step", limited)
     try:
@@ -391,7 +394,7 @@ def test_a_final_pipeline_that_cannot_be_saved_is_an_error(tmp_path, monkeypatch
 
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "save_pipeline", full)
+        patch.setattr(tasks, "save_pipeline", full)
         with pytest.raises(RunError, match="No space left"):
             life(folder)
     life(folder)

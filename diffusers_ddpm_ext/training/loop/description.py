@@ -1,0 +1,92 @@
+"""Description of a run, printed before it starts: plan, memory, disk and parameters."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from diffusers_ddpm_ext.training.config.options import ObjectiveOptions
+from diffusers_ddpm_ext.training.loop.setup import Setup
+from diffusers_ddpm_ext.training.tracking.plan import (
+    DiskUsage,
+    StateSizes,
+    describe_checkpoints,
+    describe_learning_rate,
+    describe_memory,
+    describe_plan,
+    describe_schedule,
+    parameter_table,
+)
+
+
+def describe_run(setup: Setup, folder: Path | None) -> str:
+    """Describe a run.
+
+    Args:
+        setup: before the first step.
+        folder: of the run; None in a dry run.
+
+    Returns:
+        The table of parameters and the plan, to be printed.
+    """
+    config, plan = setup.config, setup.plan
+    objective, ema, loop = config.objective, config.ema, config.loop
+    rate = describe_learning_rate(
+        config.optim, plan.effective_batch, objective.logvar_learning_rate if objective.learn_logvar else None
+    )
+    threads = torch.get_num_threads()
+    device = f"{setup.accelerator.device.type}, {setup.engine}, precision {setup.accelerator.mixed_precision}"
+    computing = [name for name in ("gradient_checkpointing", "torch_compile") if getattr(loop, name)]
+    average = f"{ema.ema_decay:g}, every {ema.ema_every.replace('_', '-')}" if ema.use_ema else "off"
+    sizes = state_sizes(setup)
+    place = str(folder or config.output.output_dir or "a new folder")
+    rows = [
+        ("data", setup.data.description),
+        ("schedule", describe_schedule(config.schedule)),
+        ("loss", _describe_loss(objective, setup.parts.objective.loss_weighting)),
+        ("learning rate", rate),
+        ("EMA", average),
+        ("parameters", f"{sum(parameter.numel() for parameter in setup.denoiser_parameters):,}"),
+        ("memory", describe_memory(sizes, plan.processes if setup.is_sharded else 1)),
+        ("device", ", ".join([f"{device}, {threads} thread{'s' if threads > 1 else ''}", *computing])),
+        ("output", place),
+        ("checkpoints", describe_checkpoints(disk_usage(setup, sizes, folder))),
+    ]
+    return f"{parameter_table(setup.denoiser)}\n{describe_plan(plan, rows)}"
+
+
+def _describe_loss(options: ObjectiveOptions, weighting: str) -> str:
+    text = f"{options.loss_type}, logvar {'learned' if options.learn_logvar else options.logvar_init}"
+    if weighting != "simple":
+        gamma = "" if options.snr_gamma is None else f" {options.snr_gamma:g}"
+        text += f", weights {weighting}{gamma}"
+    if options.timestep_sampler != "uniform":
+        text += f", steps {options.timestep_sampler}"
+    if options.original_elbo_weight:
+        text += f", {options.original_elbo_weight:g} x {options.elbo_weights} ELBO"
+    return text
+
+
+def state_sizes(setup: Setup) -> StateSizes:
+    """Bytes of a run's state, without activations, which depend on the batch."""
+    parameters = [*setup.denoiser_parameters, *setup.logvar_parameters]
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    eight_bit = setup.config.optim.use_8bit_adam
+    moments = 2 * sum(parameter.numel() for parameter in parameters) if eight_bit else 2 * weights
+    average = 0 if setup.ema is None else sum(s.numel() * s.element_size() for s in setup.ema.shadow.values())
+    return StateSizes(weights, moments, average)
+
+
+def disk_usage(setup: Setup, sizes: StateSizes, folder: Path | None) -> DiskUsage:
+    """Disk space that a run's checkpoints need, and that is free."""
+    options, output = setup.config.checkpoint, setup.config.output
+    every = options.checkpointing_steps
+    written = 1 + (0 if every is None else (setup.plan.steps - 1) // every)
+    kept = written if options.checkpoints_total_limit is None else min(written, options.checkpoints_total_limit)
+    best = 0 if setup.monitor is None else setup.config.monitoring.save_top_k
+    place = Path(folder or output.output_dir or ".").absolute()
+    while not place.exists():
+        place = place.parent
+    return DiskUsage(sizes.weights + sizes.optimizer + sizes.average, kept + best, shutil.disk_usage(place).free)

@@ -1,0 +1,312 @@
+"""Setup of a training run: every object that is built once, before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DynamoBackend
+from diffusers import UNet2DModel
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from diffusers_ddpm_ext.errors import ConfigError, as_config_error, warn
+from diffusers_ddpm_ext.losses.checks import BOUND_LOSSES
+from diffusers_ddpm_ext.models.ema import LitEMA
+from diffusers_ddpm_ext.training.checkpoints.output_dir import check_output_dir
+from diffusers_ddpm_ext.training.config.checks import tracker_names
+from diffusers_ddpm_ext.training.config.options import LoopOptions, OptimOptions
+from diffusers_ddpm_ext.training.config.train_config import TrainConfig
+from diffusers_ddpm_ext.training.data.dataset import ImageData, load_data
+from diffusers_ddpm_ext.training.distributed import (
+    any_rank,
+    fail_together,
+    fsdp_requested,
+    make_accelerator,
+    sum_over_ranks,
+)
+from diffusers_ddpm_ext.training.evaluation.processes import Processes
+from diffusers_ddpm_ext.training.factory.optimizer import (
+    adamw,
+    adamw_8bit,
+    lr_schedule,
+    parameter_groups,
+    scale_learning_rate,
+)
+from diffusers_ddpm_ext.training.factory.parts import Parts, build_ema, build_parts
+from diffusers_ddpm_ext.training.factory.task import DenoisingTask
+from diffusers_ddpm_ext.training.factory.warm_start import initialize_ema, load_initial_weights
+from diffusers_ddpm_ext.training.loop.hub_publisher import check_hub_token
+from diffusers_ddpm_ext.training.tracking.monitor import Monitor
+from diffusers_ddpm_ext.training.tracking.plan import Plan, model_size_warning, schedule_warning, steps_for_epochs
+from diffusers_ddpm_ext.utils.dtensor import is_sharded
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Objects of a run that are built once. Training changes their state, never the objects.
+
+    Attributes:
+        config: as parsed.
+        accelerator: device, precision and processes.
+        data: the images.
+        parts: network, scheduler and objective, without wrappers.
+        plan: length of the run and sizes of its batches.
+        task: network and objective as prepared by Accelerate.
+        optimizer: as prepared by Accelerate.
+        lr_scheduler: stepped once per optimizer step, for any number of processes and micro-batches.
+        ema: the moving average; None without one.
+        monitor: ranks the validations; None where nothing is monitored.
+        ckpt_path_missing: whether ``ckpt_path`` does not exist, which is an error unless the run resumes.
+    """
+
+    config: TrainConfig
+    accelerator: Accelerator
+    data: ImageData
+    parts: Parts
+    plan: Plan
+    task: nn.Module
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: LambdaLR
+    ema: LitEMA | None
+    monitor: Monitor | None
+    ckpt_path_missing: bool
+
+    @property
+    def seed(self) -> int:
+        """Random seed."""
+        return self.config.loop.seed
+
+    @property
+    def denoiser(self) -> UNet2DModel:
+        """The network with its raw weights, without wrappers."""
+        return self.parts.denoiser
+
+    @cached_property
+    def denoiser_parameters(self) -> list[nn.Parameter]:
+        """The network's parameters; cached, since walking the modules takes time."""
+        return list(self.parts.denoiser.parameters())
+
+    @cached_property
+    def logvar_parameters(self) -> list[nn.Parameter]:
+        """Parameters of the log-variances; empty where they are not learned."""
+        return list(self.parts.objective.parameters())
+
+    @property
+    def num_train_timesteps(self) -> int:
+        """Length T of the chain."""
+        return self.parts.objective.schedule.num_train_timesteps
+
+    @property
+    def learns_logvar(self) -> bool:
+        """Whether log-variances are learned."""
+        return self.parts.objective.learn_logvar
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the network is sharded over the processes, so that a forward pass is a collective call."""
+        return any(map(is_sharded, self.denoiser_parameters))
+
+    @property
+    def engine(self) -> str:
+        """How the work is distributed over processes."""
+        if self.is_sharded:
+            return "FSDP2"
+        return "DDP" if self.plan.processes > 1 else "one process"
+
+    def processes(self, stop_requested: Callable[[], bool]) -> Processes:
+        """How the processes share an evaluation.
+
+        Args:
+            stop_requested: whether this process should stop.
+        """
+        accelerator, lockstep = self.accelerator, self.is_sharded
+        return Processes(
+            accelerator.process_index,
+            accelerator.num_processes,
+            accelerator.device,
+            lambda tensor: sum_over_ranks(accelerator, tensor),
+            (lambda: any_rank(accelerator, stop_requested())) if lockstep else stop_requested,
+            lockstep,
+        )
+
+
+def build_setup(config: TrainConfig) -> Setup:
+    """Read the images and build everything. Nothing is written.
+
+    Args:
+        config: as parsed.
+
+    Returns:
+        The setup before the first step.
+
+    Raises:
+        ConfigError: an option that cannot be met, by name; in the first process where it was found.
+    """
+    loop = config.loop
+    trackers = [] if loop.dry_run else tracker_names(config.output.report_to)
+    accelerator = make_accelerator(loop.mixed_precision, loop.gradient_accumulation_steps, trackers)
+    with fail_together(accelerator):
+        if accelerator.is_main_process:
+            check_output_dir(config.output, config.resumes)
+        check_hub_token(config.hub)
+        data = load_data(config.data, config.model.conditioning_key, progress=accelerator.is_main_process)
+        parts = build_parts(config, data.train)
+        data = replace(data, train=replace(data.train, dropout=parts.dropout))
+        plan = make_plan(loop, len(data.train), accelerator.num_processes)
+        initial = load_initial_weights(config, parts.denoiser, parts.objective)
+        task = DenoisingTask(parts.denoiser, parts.objective, parts.conditioning, parts.sampler).to(accelerator.device)
+        ema = build_ema(config.ema, parts.denoiser)
+        if initial is not None:
+            accelerator.print(initial.describe(None if ema is None else initialize_ema(initial, ema, config.start)))
+        prepare_denoiser(loop, accelerator, parts.denoiser)
+        optimizer = make_optimizer(config, parts, plan)
+        lr_scheduler = make_lr_scheduler(config.optim, optimizer, plan.steps)
+        monitor = make_monitor(config, has_validation=data.validation is not None)
+    # Accelerate does not get the scheduler: its wrapper steps once per process and step.
+    wrapped, optimizer = accelerator.prepare(task, optimizer)
+    missing = initial is None and config.start.ckpt_path is not None
+    setup = Setup(config, accelerator, data, parts, plan, wrapped, optimizer, lr_scheduler, ema, monitor, missing)
+    if accelerator.is_main_process:
+        for warning in setup_warnings(setup):
+            warn(warning)
+    return setup
+
+
+def setup_warnings(setup: Setup) -> list[str]:
+    """Sentences on choices that are probably mistakes."""
+    device = setup.accelerator.device.type
+    size = sum(parameter.numel() for parameter in setup.denoiser_parameters)
+    warnings = [
+        setup.data.warning,
+        schedule_warning(setup.parts.objective.schedule),
+        model_size_warning(size, device, setup.data.size),
+    ]
+    if fsdp_requested() and not setup.is_sharded:
+        warnings.insert(0, f"FSDP was requested, but Accelerate made {setup.engine} of it: it has no FSDP on {device}")
+    return [warning for warning in warnings if warning is not None]
+
+
+def prepare_denoiser(options: LoopOptions, accelerator: Accelerator, denoiser: UNet2DModel) -> None:
+    """Configure gradient checkpointing and compilation, in place.
+
+    Args:
+        options: section ``loop``.
+        accelerator: whose configuration may request a compiler, which is then applied to the network only.
+        denoiser: on its final device; its weights and their names stay.
+
+    Raises:
+        ConfigError: the network does not support it, or nothing can be compiled here.
+    """
+    if options.gradient_checkpointing:
+        with as_config_error("--gradient_checkpointing"):
+            denoiser.enable_gradient_checkpointing()
+    plugin = accelerator.state.dynamo_plugin
+    requested = plugin.backend not in (None, DynamoBackend.NO)
+    if requested or options.torch_compile:
+        kwargs = plugin.to_kwargs() if requested else {}
+        kwargs.pop("use_regional_compilation", None)
+        plugin.backend = DynamoBackend.NO
+        with as_config_error("--torch_compile"):  # a missing compiler fails here, not in the first step
+            torch.compile(torch.nn.Identity(), **kwargs)(torch.zeros(2, device=denoiser.device))
+        denoiser.compile(**kwargs)  # in place: a wrapper's name would be in every checkpoint
+
+
+def make_plan(options: LoopOptions, images: int, processes: int) -> Plan:
+    """Length of the run, in optimizer steps.
+
+    Args:
+        options: section ``loop``; ``max_train_steps`` takes precedence over ``num_epochs``.
+        images: size of the training set.
+        processes: of the run.
+
+    Raises:
+        ConfigError: neither option is set.
+    """
+    batch, accumulation = options.train_batch_size, options.gradient_accumulation_steps
+    if options.max_train_steps is not None:
+        steps = options.max_train_steps
+    elif options.num_epochs is not None:
+        steps = steps_for_epochs(options.num_epochs, images, batch * accumulation * processes)
+    else:
+        raise ConfigError("the run has no end: give --max_train_steps or --num_epochs")
+    return Plan(batch, accumulation, processes, steps, images)
+
+
+def make_optimizer(config: TrainConfig, parts: Parts, plan: Plan) -> torch.optim.Optimizer:
+    """AdamW over the network and, in a separate group, the log-variances.
+
+    Args:
+        config: as parsed.
+        parts: on their final device.
+        plan: whose effective batch may scale the rate.
+
+    Raises:
+        ConfigError: it is not available here.
+    """
+    optim = config.optim
+    groups = parameter_groups(
+        parts.denoiser.parameters(),
+        parts.objective.parameters(),
+        optim.adam_weight_decay,
+        config.objective.logvar_learning_rate,
+    )
+    rate = scale_learning_rate(optim.learning_rate, optim.lr_scaling, plan.effective_batch)
+    make = adamw_8bit if optim.use_8bit_adam else adamw
+    with as_config_error("--use_8bit_adam" if optim.use_8bit_adam else ""):
+        return make(groups, rate, (optim.adam_beta1, optim.adam_beta2), optim.adam_epsilon)
+
+
+def make_lr_scheduler(options: OptimOptions, optimizer: torch.optim.Optimizer, steps: int) -> LambdaLR:
+    """The learning-rate schedule over all steps of the run; a ConfigError where its arguments do not fit."""
+    with as_config_error("--lr_scheduler"):
+        return lr_schedule(options.lr_scheduler, optimizer, steps, options.lr_warmup_steps, options.lr_scheduler_args)
+
+
+def metric_names(config: TrainConfig, has_validation: bool) -> list[str]:
+    """Names of the metrics that are logged by the time of a validation, and can be monitored."""
+    kinds = ["loss", "loss_simple", "loss_vlb"]
+    names = [f"train/{kind}" for kind in kinds]
+    if config.objective.loss_type in BOUND_LOSSES:
+        names.append("train/loss_bound")
+    if config.objective.learn_logvar:
+        names += ["train/loss_gamma", "logvar"]
+    if config.validation.validation_bpd:
+        kinds.append("bpd")
+    if has_validation:
+        names += [f"val/{kind}{suffix}" for suffix in ("", "_ema")[: 1 + config.ema.use_ema] for kind in kinds]
+    return names
+
+
+def make_monitor(config: TrainConfig, has_validation: bool) -> Monitor | None:
+    """The monitor of the best checkpoints; None without validation images and ``--monitor``.
+
+    Args:
+        config: as parsed.
+        has_validation: whether there are validation images.
+
+    Raises:
+        ConfigError: the metric is missing or is not logged.
+    """
+    options = config.monitoring
+    name = options.monitor
+    if name is None and not has_validation:
+        if options.early_stopping_patience is not None:
+            raise ConfigError(
+                "--early_stopping_patience needs a metric: hold out images for validation, or name a --monitor"
+            )
+        return None
+    name = name or ("val/loss_simple_ema" if config.ema.use_ema else "val/loss_simple")
+    names = metric_names(config, has_validation)
+    if name not in names:
+        raise ConfigError(f"--monitor {name} is not logged in this run: choose one of {', '.join(names)}")
+    return Monitor(
+        name,
+        options.monitor_mode,
+        options.save_top_k,
+        options.early_stopping_patience,
+        options.early_stopping_min_delta,
+    )

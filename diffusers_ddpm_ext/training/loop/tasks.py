@@ -1,0 +1,213 @@
+"""Tasks between two steps: validation, the best pipeline, image grids, and the saved pipeline."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from diffusers_ddpm_ext.errors import Interrupted, RunError, warn
+from diffusers_ddpm_ext.training.config.train_config import TrainConfig
+from diffusers_ddpm_ext.training.distributed import any_rank
+from diffusers_ddpm_ext.training.loop.export import export_networks, save_pipeline
+from diffusers_ddpm_ext.training.loop.metrics_logging import log_images
+from diffusers_ddpm_ext.training.loop.previews import draw_data, draw_final, draw_samples
+from diffusers_ddpm_ext.training.loop.run import Run, Task
+from diffusers_ddpm_ext.training.loop.saving import save_best_pipeline, save_checkpoint, save_top_checkpoint
+from diffusers_ddpm_ext.training.loop.stop_requests import RequestPoller, StopRequest
+from diffusers_ddpm_ext.training.loop.validation import validation_metrics
+from diffusers_ddpm_ext.training.tracking.plan import Plan
+
+FINAL_TASKS = (Task.MODEL, Task.VALIDATION, Task.END)
+"""Tasks of the last step, in order: what cannot be repeated comes first."""
+
+
+class StopTraining(Exception):
+    """The run ends before its last step and can be resumed.
+
+    Args:
+        signal: number of the signal that requested it; 0 where the time limit did.
+        checkpoint_written: whether its checkpoint could be written.
+    """
+
+    def __init__(self, signal: int, checkpoint_written: bool) -> None:
+        super().__init__(signal, checkpoint_written)
+        self.signal = signal
+        self.checkpoint_written = checkpoint_written
+
+
+@dataclass(frozen=True)
+class DueWork:
+    """Work that is due after a step.
+
+    Attributes:
+        log_losses: read the losses back from the device and log them.
+        checkpoint: write a checkpoint, before the tasks: a run that is killed in one of them repeats it.
+        tasks: in order.
+    """
+
+    log_losses: bool
+    checkpoint: bool
+    tasks: tuple[Task, ...]
+
+
+def due_after(step: int, config: TrainConfig, plan: Plan, request: StopRequest) -> DueWork:
+    """Decide what is due after a step.
+
+    Args:
+        step: optimizer steps done, at least 1.
+        config: as parsed.
+        plan: of the run.
+        request: of the user.
+
+    Returns:
+        The same decisions in every process.
+    """
+    output, options = config.output, config.checkpoint
+
+    def every(steps: int | None) -> bool:
+        return steps is not None and steps > 0 and step % steps == 0
+
+    def every_epochs(epochs: int | None) -> bool:
+        return epochs is not None and plan.epoch(step) // epochs > plan.epoch(step - 1) // epochs
+
+    last = step == plan.steps
+    is_due = {
+        Task.VALIDATION: every(config.validation.validation_steps),
+        Task.IMAGES: every(output.save_images_steps) or every_epochs(output.save_images_epochs),
+        Task.MODEL: every_epochs(output.save_model_epochs),
+    }
+    tasks = FINAL_TASKS if last else tuple(task for task, due in is_due.items() if due)
+    checkpoint = request.checkpoint or every(options.checkpointing_steps) or last
+    return DueWork(every(output.logging_steps) or bool(tasks) or checkpoint, checkpoint, tasks)
+
+
+def run_pending_tasks(run: Run, poller: RequestPoller) -> None:
+    """Do the pending tasks of the present step, each completely or not at all. Collective call.
+
+    Args:
+        run: its pending tasks are empty afterwards.
+        poller: of requests that arrive meanwhile.
+
+    Raises:
+        StopTraining: a request to stop; a checkpoint has been written.
+    """
+    progress = run.progress
+    while progress.pending:
+        task = progress.pending[0]
+        if run_task(task, run) and progress.pending[:1] == [task]:
+            progress.pending = progress.pending[1:]
+        request = poller.poll()
+        if request.stop:
+            raise StopTraining(request.signal, save_checkpoint(run))
+
+
+def run_task(task: Task, run: Run) -> bool:
+    """Do one task. Collective call: every process must make it.
+
+    Args:
+        task: which one.
+        run: after a step.
+
+    Returns:
+        Whether it is complete; False where a signal interrupted it.
+    """
+    match task:
+        case Task.VALIDATION:
+            return validate(run)
+        case Task.BEST:
+            save_best_pipeline(run.setup, run.folder, run.progress.step)
+        case Task.MODEL:
+            save_model(run)
+        case Task.IMAGES:
+            return draw_and_log(run, draw_samples, _sample_images(run.progress.step))
+        case Task.END:
+            curves = ("loss", "logvar") if run.progress.step == run.setup.plan.steps else ()
+            return draw_and_log(run, draw_final, (*_sample_images(run.progress.step), *curves))
+    return True
+
+
+def validate(run: Run) -> bool:
+    """Evaluate raw and EMA weights on the same draws, and update the monitor.
+
+    Args:
+        run: after a step; its weights do not change.
+
+    Returns:
+        Whether it is complete; False where a signal interrupted it, and the metrics are meaningless.
+    """
+    setup, progress = run.setup, run.progress
+    values = validation_metrics(setup, run.processes)
+    if any_rank(setup.accelerator, bool(run.signals.stopped_by)):
+        return False
+    if values and setup.accelerator.is_main_process:
+        run.logger.log_validation(progress.step, values)
+    progress.pending = [task for task in progress.pending if task != Task.VALIDATION]  # in the checkpoint below, too
+    if setup.monitor is not None:
+        value = (values | progress.last_metrics).get(setup.monitor.name, math.nan)
+        decision = setup.monitor.update(progress.step, value)
+        if decision.stop and progress.step < setup.plan.steps:
+            progress.stopped_early = True
+            progress.pending = [task for task in FINAL_TASKS if task != Task.VALIDATION]
+            setup.accelerator.print(
+                f"step {progress.step:,}: {setup.monitor.name} has not improved lately; stopping early"
+            )
+        save_top_checkpoint(run, decision)
+    return True
+
+
+def save_model(run: Run) -> None:
+    """Save the present pipeline in the run's folder.
+
+    Args:
+        run: after a step.
+
+    Raises:
+        RunError: the final one could not be written; an earlier failure is a warning.
+    """
+    setup, is_final = run.setup, Task.END in run.progress.pending
+    failure = ""
+    networks = export_networks(setup.denoiser, setup.ema, setup.parts.objective)
+    if networks is not None:
+        try:
+            save_pipeline(run.folder, networks, setup.parts.scheduler, setup.parts.pipeline_kwargs)
+        except OSError as error:
+            failure = f"the pipeline could not be saved in {run.folder} ({error.strerror or error})"
+    setup.accelerator.wait_for_everyone()
+    if failure and is_final:
+        run.logger.progress_bar.close()
+        raise RunError(f"{failure}; free some space and resume with --resume_from_checkpoint latest")
+    if failure:
+        warn(failure)
+    elif run.publisher is not None and not is_final:
+        run.publisher.push_in_background(run.progress.step)
+
+
+def draw_training_data(run: Run) -> None:
+    """Draw and log the first images and their diffusion, before the first step."""
+    draw_and_log(run, draw_data, ("inputs", "diffusion_row"))
+
+
+def draw_and_log(run: Run, draw: Callable[[Run], None], names: tuple[str, ...]) -> bool:
+    """Draw images, and log them to the trackers; a full disk is a warning.
+
+    Args:
+        run: after a step.
+        draw: draws them into the run's folder.
+        names: of the images to log, without suffix.
+
+    Returns:
+        Whether it is complete; False where a signal interrupted it.
+    """
+    try:
+        draw(run)
+    except OSError as error:
+        warn(f"an image could not be written ({error.strerror or error})")
+    except Interrupted:
+        return False
+    log_images(run, names)
+    return True
+
+
+def _sample_images(step: int) -> tuple[str, str]:
+    return f"samples-{step}", f"denoise_row-{step}"
