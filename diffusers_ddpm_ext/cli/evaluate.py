@@ -21,7 +21,6 @@ from diffusers_ddpm_ext.cli.measuring import (
     check_measuring,
     held_out,
     load_images,
-    spread_evenly,
     take_data_flags,
 )
 from diffusers_ddpm_ext.errors import ConfigError, RunError
@@ -188,8 +187,8 @@ def evaluate(options: EvaluateOptions) -> str:
     evaluation = BoundEvaluation(
         scheduler,
         images,
-        spread_evenly(len(images), options.max_images),
         strata,
+        options.max_images,
         options.seed,
         batch_size=options.batch_size,
         dtype=getattr(torch, options.dtype),

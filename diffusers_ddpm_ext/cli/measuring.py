@@ -131,14 +131,6 @@ def held_out(data: ImageData, split: str) -> ImageSet:
     return data.validation
 
 
-def spread_evenly(count: int, wanted: int | None) -> Tensor:
-    """Numbers of at most ``wanted`` images, evenly from all ``count``, (n,), int64."""
-    import torch
-
-    used = count if wanted is None else min(count, wanted)
-    return torch.arange(used) * count // used
-
-
 @dataclass(frozen=True)
 class Caller:
     """A pipeline's network, called with conditions as data sets hold them."""

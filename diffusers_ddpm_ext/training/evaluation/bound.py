@@ -29,6 +29,7 @@ from diffusers_ddpm_ext.models.conditioning import Conditions
 from diffusers_ddpm_ext.training.data.image_set import ImageSet
 from diffusers_ddpm_ext.training.evaluation.cache import EvaluationCache
 from diffusers_ddpm_ext.training.evaluation.processes import Processes
+from diffusers_ddpm_ext.training.evaluation.validation_loss import evenly_spaced
 from diffusers_ddpm_ext.utils import random_keys as keys
 
 ConditionedNetwork = Callable[[Tensor, Tensor, Conditions], Tensor]
@@ -41,31 +42,35 @@ class BoundEvaluation:
     Attributes:
         scheduler: the chain in use.
         images: the set.
-        chosen: indices of the images to evaluate, (N,), int64.
         strata: of the chain; each image draws one step in each.
+        max_images: upper limit of the images used, which are spaced evenly over the set.
         seed: of the draws.
         batch_size: rows in one forward pass.
         dtype: precision of the network's input.
         clip_denoised: whether the predicted x0 is clipped.
         decoder: see `discretized_gaussian_log_likelihood`.
         bin_width: see there.
+        indices: of the images used, (N,), int64.
         places: places in the chain that were drawn, (N, K).
     """
 
     scheduler: ChainScheduler
     images: ImageSet
-    chosen: Tensor
     strata: Strata
+    max_images: int | None = None
     seed: int = 0
     batch_size: int = 256
     dtype: torch.dtype = torch.float32
     clip_denoised: bool = False
     decoder: Decoder = "exact"
     bin_width: float = EIGHT_BITS
+    indices: Tensor = field(init=False)
     places: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
-        generators = (keys.generator(keys.BOUND, self.seed, image, "steps") for image in self.chosen.tolist())
+        indices = evenly_spaced(len(self.images), self.max_images)
+        generators = (keys.generator(keys.BOUND, self.seed, image, "steps") for image in indices.tolist())
+        object.__setattr__(self, "indices", indices)
         object.__setattr__(self, "places", np.stack([self.strata.draw(generator) for generator in generators]))
 
     @property
@@ -139,7 +144,7 @@ def _evaluate_rows(
     scheduler, images, count = evaluation.scheduler, evaluation.images, evaluation.places.shape[1]
     place = torch.from_numpy(evaluation.places).flatten()[rows]
     t = torch.from_numpy(scheduler.kept.timesteps.copy())[place]
-    indices = evaluation.chosen[rows // count]
+    indices = evaluation.indices[rows // count]
     distinct, inverse = torch.unique_consecutive(indices, return_inverse=True)
     exact = exact_dtype(device)
     x0 = images.pixels(distinct).to(device, exact)

@@ -72,13 +72,18 @@ def validation_draws(seed: int, num_images: int, num_train_timesteps: int, max_i
     Returns:
         At least ``MIN_VALIDATION_DRAWS`` draws, the same in every call.
     """
-    used = num_images if max_images is None else min(num_images, max_images)
-    repeats = -(-MIN_VALIDATION_DRAWS // used)
-    images = (torch.arange(used) * num_images // used).repeat(repeats)
+    used = evenly_spaced(num_images, max_images)
+    images = used.repeat(-(-MIN_VALIDATION_DRAWS // len(used)))
     timesteps = stratified_timesteps(
         keys.generator(keys.VALIDATION, seed, "timesteps"), len(images), num_train_timesteps
     )
     return Draws(images, timesteps, keys.VALIDATION, seed)
+
+
+def evenly_spaced(count: int, limit: int | None) -> Tensor:
+    """Indices of at most ``limit`` of ``count`` images, evenly spaced, (n,), int64."""
+    used = count if limit is None else min(count, limit)
+    return torch.arange(used) * count // used
 
 
 def stratified_timesteps(generator: torch.Generator, count: int, num_train_timesteps: int) -> Tensor:

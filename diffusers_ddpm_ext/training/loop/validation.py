@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from diffusers_ddpm_ext.diffusion.likelihood_estimate import Strata, estimate
@@ -59,12 +58,11 @@ def validation_bpd(setup: Setup, images: ImageSet, processes: Processes) -> floa
     options, parts, denoiser = setup.config.validation, setup.parts, setup.denoiser
     kept = parts.scheduler.kept
     strata = Strata.from_schedule(kept, min(len(kept), options.validation_bpd_steps))
-    used = min(len(images), options.validation_max_images or len(images))
     evaluation = BoundEvaluation(
         parts.scheduler,
         images,
-        torch.arange(used) * len(images) // used,
         strata,
+        options.validation_max_images,
         setup.seed,
         batch_size=options.eval_batch_size,
         decoder=setup.config.objective.decoder,
