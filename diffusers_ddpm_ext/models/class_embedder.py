@@ -1,4 +1,4 @@
-"""The table that turns a class into a token of cross attention, kept beside a pipeline's components.
+"""Class embedder: the table from a class to a token of cross attention, saved next to a pipeline's components.
 
 class_embedder/config.json                            {"format": 1, "num_classes", "dim"}
 class_embedder/diffusion_pytorch_model.safetensors    class_embedder: (num_classes, dim), float32
@@ -43,7 +43,7 @@ def load_class_embedder(folder: str | os.PathLike[str]) -> Tensor | None:
         folder: of the pipeline.
 
     Returns:
-        (num_classes, dim), float32, on the CPU; None where there is none.
+        (num_classes, dim), float32, on the CPU; None if the folder has none.
 
     Raises:
         ValueError: a file is missing or damaged; the message names it.
@@ -55,10 +55,10 @@ def load_class_embedder(folder: str | os.PathLike[str]) -> Tensor | None:
         config = json.loads((place / _CONFIG).read_text(encoding="utf-8"))
         shape = (config["num_classes"], config["dim"])
         if config["format"] != _FORMAT:
-            raise ValueError(f'it says "format": {config["format"]}, this version reads {_FORMAT}')
+            raise ValueError(f'it has "format": {config["format"]}, this version reads {_FORMAT}')
         table = load((place / _WEIGHTS).read_bytes())[_KEY]
     except Exception as error:  # safetensors' own error class differs between its versions
         raise ValueError(f"{place} cannot be read: {error}") from error
     if tuple(table.shape) != shape:
-        raise ValueError(f"{place / _WEIGHTS} has shape {tuple(table.shape)}, its config says {shape}.")
+        raise ValueError(f"{place / _WEIGHTS} has shape {tuple(table.shape)}, its config has {shape}.")
     return table.float()

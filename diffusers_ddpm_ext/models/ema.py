@@ -1,8 +1,8 @@
-"""Exponential moving average of a network's weights, with the semantics of CompVis' LitEma.
+"""Exponential moving average of a network's weights (LitEMA, as in CompVis), and the metadata saved with it.
 
 Update k (counted from 1) moves every shadow s towards its parameter p by ``s += (1 - d) (p - s)`` with the decay
-``d = min(decay, (1 + k) / (10 + k))``, so that the first steps follow quickly. The decay is a float32 number there,
-and here too: 1 - 0.9999 is then 1.0001659e-4, not 1e-4.
+``d = min(decay, (1 + k) / (10 + k))``, so that the average follows the first steps quickly. The decay is a float32
+number, as in the original: 1 - 0.9999 is then 1.0001659e-4, not 1e-4.
 """
 
 from __future__ import annotations
@@ -22,38 +22,38 @@ from torch import Tensor, nn
 
 from diffusers_ddpm_ext.utils.dtensor import copy_into, distribute_like, full_tensor, is_sharded, local_tensor, reshard
 
-_GATHERED = (
-    "parameter {name} is whole where LitEMA holds parts of it: fully_shard keeps the weights gathered after a forward "
-    "pass without a backward pass. Call diffusers_ddpm_ext.utils.dtensor.reshard with the outermost sharded module "
+_NOT_SHARDED = (
+    "parameter {name} is not sharded, but its shadow is: fully_shard keeps the weights unsharded after a forward pass "
+    "without a backward pass. Call diffusers_ddpm_ext.utils.dtensor.reshard with the outermost sharded module "
     "first."
 )
 
 
 def _examples(names: set[str]) -> str:
-    shown = sorted(names)[:3]
-    return ", ".join(shown) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    first = sorted(names)[:3]
+    return ", ".join(first) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 class LitEMA:
-    """Shadow copies of a module's trainable parameters, which follow them slowly.
+    """Exponential moving average of a module's trainable parameters.
 
     Parameters that require a gradient at construction are tracked; frozen ones and buffers are not. A shadow has its
-    parameter's dtype, but never less than float32, and follows its parameter to another device and into the parts that
-    ``fully_shard`` makes. An update is one fused pass, right whatever the module's dtype, on each process's own part.
+    parameter's dtype, but at least float32, and moves with its parameter to another device and to the sharding of
+    ``fully_shard``. An update is one fused pass over the local shards, for any dtype of the module.
 
-    Of a sharded module, all processes enter the methods, with the weights in parts as they are after an optimizer
-    step; after a forward pass without a backward one, :func:`diffusers_ddpm_ext.utils.dtensor.reshard` brings them
-    there.
+    The methods are collective calls for a sharded module: every process must make them, with the weights sharded as
+    after an optimizer step; after a forward pass without a backward pass,
+    :func:`diffusers_ddpm_ext.utils.dtensor.reshard` shards them again.
 
     Args:
-        module: the module to follow, free of wrappers (DDP, ``torch.compile``), whose prefixes would enter the names.
+        module: the module to average, without wrappers (DDP, ``torch.compile``), whose prefixes would be in the names.
         decay: in [0, 1]; 0.9999 averages over about the last 10,000 steps.
         use_num_updates: whether the decay warms up; without it every update uses ``decay``.
 
     Attributes:
         decay: the limit of the decay.
         use_num_updates: whether the decay warms up.
-        shadow: name of the parameter to its shadow; live tensors.
+        shadow: averaged values by parameter name; not copies.
 
     Raises:
         ValueError: ``decay`` is outside [0, 1], or no parameter requires a gradient.
@@ -74,12 +74,12 @@ class LitEMA:
 
     @property
     def num_updates(self) -> int:
-        """Number of updates so far; -1 throughout where ``use_num_updates`` is off, as in the original."""
+        """Number of updates so far; always -1 without ``use_num_updates``, as in the original."""
         return self._num_updates
 
     @property
     def in_scope(self) -> bool:
-        """Whether a module has the EMA weights just now, in :meth:`scope`."""
+        """Whether a module has the EMA weights at the moment, in :meth:`scope`."""
         return self._in_scope
 
     def _weight(self, num_updates: int) -> float:
@@ -97,8 +97,8 @@ class LitEMA:
             module: the module given at construction, or one with the same trainable parameters, any dtype and device.
 
         Raises:
-            ValueError: the trainable parameters are not the tracked ones, or the EMA weights are in the module just
-                now (:meth:`scope`), where averaging them with themselves would mean nothing.
+            ValueError: the trainable parameters are not the tracked ones, or the module has the EMA weights at the
+                moment (:meth:`scope`).
         """
         if self._in_scope:
             raise ValueError(
@@ -110,11 +110,11 @@ class LitEMA:
         self._follow(parameters)
         shadows = [local_tensor(shadow) for shadow in self.shadow.values()]
         pairs = [(shadow.dtype, local_tensor(parameters[name])) for name, shadow in self.shadow.items()]
-        # A `to` costs time even to do nothing.
+        # A `to` costs time even if it does nothing.
         sources = [p if p.dtype == dtype else p.to(dtype) for dtype, p in pairs]
-        following = self._num_updates + 1 if self.use_num_updates else self._num_updates
-        torch._foreach_lerp_(shadows, sources, self._weight(following))
-        self._num_updates = following
+        num_updates = self._num_updates + 1 if self.use_num_updates else self._num_updates
+        torch._foreach_lerp_(shadows, sources, self._weight(num_updates))
+        self._num_updates = num_updates
 
     def _refuse_other_names(self, trainable: set[str]) -> None:
         tracked = set(self.shadow)
@@ -127,18 +127,18 @@ class LitEMA:
         )
 
     def _follow(self, parameters: Mapping[str, Tensor]) -> None:
-        """Bring the shadows to where the parameters are: another device, or in parts."""
+        """Move the shadows to the parameters' device and sharding."""
         for name, shadow in self.shadow.items():
             parameter = parameters[name]
             if is_sharded(parameter) and not is_sharded(shadow):
                 self.shadow[name] = distribute_like(shadow, parameter, from_main_process=False)
             elif is_sharded(shadow) and not is_sharded(parameter):
-                raise ValueError(_GATHERED.format(name=name))
+                raise ValueError(_NOT_SHARDED.format(name=name))
             elif shadow.device != parameter.device:
                 self.shadow[name] = shadow.to(parameter.device)
 
     def _targets(self, module: nn.Module) -> list[Tensor]:
-        """The module's tracked parameters in the order of ``shadow``; frozen by now or not."""
+        """The module's tracked parameters in the order of ``shadow``, frozen or not."""
         parameters = dict(module.named_parameters())
         missing = self.shadow.keys() - parameters.keys()
         if missing:
@@ -155,22 +155,22 @@ class LitEMA:
 
     @torch.no_grad()
     def copy_to(self, module: nn.Module) -> None:
-        """Write the shadows into a module's parameters, cast to their dtype; what is not tracked stays.
+        """Write the shadows into a module's parameters, cast to their dtype; others are unchanged.
 
         Args:
             module: a module with (at least) the tracked parameters, any dtype and device, frozen or not.
 
         Raises:
-            ValueError: a tracked parameter is missing or has another shape; nothing is written then.
+            ValueError: a tracked parameter is missing or has another shape; then nothing is written.
         """
         for target, shadow in zip(self._targets(module), self.shadow.values(), strict=True):
             copy_into(target, shadow)
 
     @contextmanager
     def scope(self, module: nn.Module) -> Iterator[nn.Module]:
-        """Give a module the EMA weights for the length of a ``with`` block.
+        """Use the EMA weights in a module during a ``with`` block.
 
-        The raw weights come back at its end, after an exception too; changes made to tracked weights in between are
+        The raw weights are restored at its end, after an exception too; changes of tracked weights in the block are
         lost.
 
         Args:
@@ -180,16 +180,16 @@ class LitEMA:
             The same module.
 
         Raises:
-            ValueError: a scope of this LitEMA is open already (its raw weights would be lost), or the module does not
-                fit; the module is as it was.
+            ValueError: a scope of this LitEMA is already open, whose raw weights would be lost, or the module does not
+                fit; then the module is unchanged.
         """
         if self._in_scope:
-            raise ValueError("LitEMA.scope() is open already and cannot be nested; leave it before entering again.")
+            raise ValueError("LitEMA.scope() is already open and cannot be nested; leave it before entering it again.")
         reshard(module)
         targets = self._targets(module)
         for target, (name, shadow) in zip(targets, self.shadow.items(), strict=True):
             if is_sharded(shadow) and not is_sharded(target):
-                raise ValueError(_GATHERED.format(name=name))
+                raise ValueError(_NOT_SHARDED.format(name=name))
         raw = [local_tensor(target).detach().clone() for target in targets]
         self._in_scope = True
         try:
@@ -203,15 +203,15 @@ class LitEMA:
                 self._refresh(module, targets)
 
     def _refresh(self, module: nn.Module, targets: list[Tensor]) -> None:
-        """Undo what ``fully_shard`` keeps of the EMA weights for the next forward pass, in the module or above it."""
+        """Free the unsharded EMA weights that ``fully_shard`` keeps for the next forward pass."""
         if any(is_sharded(target) for target in targets):
             reshard(module)
-            for target, gathered in zip(targets, self._targets(module), strict=True):
-                if gathered is not target:
-                    copy_into(gathered, target)
+            for target, unsharded in zip(targets, self._targets(module), strict=True):
+                if unsharded is not target:
+                    copy_into(unsharded, target)
 
     def state_dict(self) -> dict[str, Any]:
-        """A snapshot: ``decay``, ``use_num_updates``, ``num_updates`` and ``shadow``, a dict of whole copies."""
+        """A snapshot: ``decay``, ``use_num_updates``, ``num_updates`` and ``shadow``, a dict of unsharded copies."""
         return {
             "decay": self.decay,
             "use_num_updates": self.use_num_updates,
@@ -221,32 +221,32 @@ class LitEMA:
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was taken: shadows, number of updates, decay and warm-up.
+        """Restore a :meth:`state_dict`: shadows, number of updates, decay and warm-up.
 
         Args:
             state_dict: what :meth:`state_dict` returned, tensors of any device.
 
         Raises:
-            ValueError: entries are missing, or names or shapes differ from the tracked ones; nothing is changed then.
+            ValueError: entries are missing, or names or shapes differ from the tracked ones; then nothing is changed.
         """
         missing = {"decay", "use_num_updates", "num_updates", "shadow"} - state_dict.keys()
         if missing:
-            raise ValueError(f"no state of a LitEMA: {_examples(missing)} missing.")
-        given: Mapping[str, Tensor] = state_dict["shadow"]
-        if given.keys() != self.shadow.keys():
-            only_given, only_here = set(given) - set(self.shadow), set(self.shadow) - set(given)
+            raise ValueError(f"not the state of a LitEMA: {_examples(missing)} missing.")
+        loaded: Mapping[str, Tensor] = state_dict["shadow"]
+        if loaded.keys() != self.shadow.keys():
+            unknown, absent = set(loaded) - set(self.shadow), set(self.shadow) - set(loaded)
             raise ValueError(
                 "the state's parameters are not the tracked ones: "
-                f"unknown [{_examples(only_given)}], missing [{_examples(only_here)}]."
+                f"unknown [{_examples(unknown)}], missing [{_examples(absent)}]."
             )
         for name, shadow in self.shadow.items():
-            if given[name].shape != shadow.shape:
+            if loaded[name].shape != shadow.shape:
                 raise ValueError(
-                    f"shadow {name} has shape {tuple(given[name].shape)} in the state, {tuple(shadow.shape)} here."
+                    f"shadow {name} has shape {tuple(loaded[name].shape)} in the state, {tuple(shadow.shape)} here."
                 )
         decay, num_updates = _checked_decay(state_dict["decay"]), int(state_dict["num_updates"])
         for name, shadow in self.shadow.items():
-            copy_into(shadow, given[name])
+            copy_into(shadow, loaded[name])
         self.decay, self.use_num_updates = decay, bool(state_dict["use_num_updates"])
         self._num_updates = num_updates
 
@@ -255,7 +255,7 @@ def _checked_decay(decay: Any) -> float:
     if isinstance(decay, bool) or not isinstance(decay, (int, float, np.number)) or math.isnan(decay):
         raise ValueError(f"decay={decay!r} must be a number in [0, 1].")
     if not 0 <= decay <= 1:
-        raise ValueError(f"decay={decay!r} must lie in [0, 1]; the usual value is 0.9999.")
+        raise ValueError(f"decay={decay!r} must be in [0, 1]; the usual value is 0.9999.")
     return float(decay)
 
 
@@ -265,7 +265,7 @@ EMA_METADATA_FORMAT = 1
 
 @dataclass(frozen=True)
 class EmaMetadata:
-    """What a pipeline's folder says of the average that its default weights are.
+    """Metadata of averaged weights, saved in ``ema.json`` of a pipeline's folder.
 
     Attributes:
         decay: the limit of the decay.
@@ -276,14 +276,14 @@ class EmaMetadata:
     num_updates: int
 
 
-def save_ema_metadata(folder: str | os.PathLike[str], facts: EmaMetadata) -> None:
+def save_ema_metadata(folder: str | os.PathLike[str], metadata: EmaMetadata) -> None:
     """Write ``ema.json`` into a pipeline's folder.
 
     Args:
-        folder: it exists.
-        facts: of the average.
+        folder: an existing one.
+        metadata: of the average.
     """
-    content = {"format": EMA_METADATA_FORMAT, "decay": facts.decay, "num_updates": facts.num_updates}
+    content = {"format": EMA_METADATA_FORMAT, "decay": metadata.decay, "num_updates": metadata.num_updates}
     Path(folder, EMA_METADATA_NAME).write_text(json.dumps(content) + "\n", encoding="utf-8")
 
 
@@ -294,7 +294,7 @@ def load_ema_metadata(folder: str | os.PathLike[str]) -> EmaMetadata | None:
         folder: of a pipeline.
 
     Returns:
-        What it says; None without such a file.
+        Its content; None without such a file.
 
     Raises:
         ValueError: it is damaged or of another format.
@@ -305,7 +305,7 @@ def load_ema_metadata(folder: str | os.PathLike[str]) -> EmaMetadata | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["format"] != EMA_METADATA_FORMAT:
-            raise ValueError(f'it says "format": {content["format"]}, this version reads {EMA_METADATA_FORMAT}')
+            raise ValueError(f'it has "format": {content["format"]}, this version reads {EMA_METADATA_FORMAT}')
         return EmaMetadata(_checked_decay(content["decay"]), int(content["num_updates"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} cannot be read: {error!r}") from error

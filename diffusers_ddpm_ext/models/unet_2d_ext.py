@@ -1,8 +1,8 @@
-"""UNet2DModel with what original checkpoints need and its configuration cannot say.
+"""UNet2DExtModel: `UNet2DModel` with the features of original checkpoints that its configuration lacks.
 
-Stock Diffusers would load such a network as another function of the same weights, or sample it wrongly without a word.
-So the block types in its configuration have names that stock lacks: every stock door refuses the folder, and only this
-class opens it. Its import path and name never change, since folders name it.
+Stock Diffusers would load such a network as another function of the same weights, or sample it wrongly without an
+error. So the block types in its configuration have names that stock Diffusers does not know: it refuses the folder,
+and only this class opens it. The class name never changes, since saved folders contain it.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ def stock_name(block_type: str) -> str:
 
 
 class UNet2DExtModel(UNet2DModel):
-    """A `UNet2DModel` with a number of attention heads, a scale of time, or a projected class embedding.
+    """A `UNet2DModel` with a number of attention heads, a timestep scale, or a projected class embedding.
 
     Args:
-        sample_size: as in `UNet2DModel`, like all arguments that are not described here.
-        in_channels: channels that go in, concatenated conditions included.
-        out_channels: channels that come out.
+        sample_size: see `UNet2DModel`.
+        in_channels: input channels, concatenated conditions included.
+        out_channels: output channels.
         center_input_sample: see `UNet2DModel`.
         time_embedding_type: see `UNet2DModel`.
         time_embedding_dim: see `UNet2DModel`.
         freq_shift: see `UNet2DModel`.
         flip_sin_to_cos: see `UNet2DModel`.
-        down_block_types: Diffusers' names, or the same with "Ext" before them, as they are recorded.
+        down_block_types: Diffusers' names, or the same with the prefix "Ext", as in the configuration.
         mid_block_type: see `UNet2DModel`.
         up_block_types: as ``down_block_types``.
         block_out_channels: see `UNet2DModel`.
@@ -57,7 +57,7 @@ class UNet2DExtModel(UNet2DModel):
         upsample_type: see `UNet2DModel`.
         dropout: see `UNet2DModel`.
         act_fn: see `UNet2DModel`.
-        attention_head_dim: channels of a head, where ``num_attention_heads`` does not say how many there are.
+        attention_head_dim: channels of a head; unused with ``num_attention_heads``.
         norm_num_groups: see `UNet2DModel`.
         attn_norm_num_groups: see `UNet2DModel`.
         norm_eps: see `UNet2DModel`.
@@ -67,9 +67,10 @@ class UNet2DExtModel(UNet2DModel):
             (B, projection_class_embeddings_input_dim) floating labels, as in `UNet2DConditionModel`.
         num_class_embeds: see `UNet2DModel`.
         num_train_timesteps: see `UNet2DModel`.
-        num_attention_heads: heads of every attention of the down and middle blocks, whatever its width.
-        num_attention_heads_up: the same for the up blocks; None: as many as ``num_attention_heads``.
-        timestep_scale: the network sees ``t * timestep_scale`` (improved-diffusion's ``rescale_timesteps``: 1000 / T).
+        num_attention_heads: heads of every attention of the down and middle blocks, for any width.
+        num_attention_heads_up: the same for the up blocks; None for ``num_attention_heads``.
+        timestep_scale: the network receives ``t * timestep_scale`` (1000 / T is improved-diffusion's
+            ``rescale_timesteps``).
         projection_class_embeddings_input_dim: width of the labels of a projected class embedding.
 
     Raises:
@@ -143,7 +144,7 @@ class UNet2DExtModel(UNet2DModel):
             num_class_embeds=None if projected else num_class_embeds,
             num_train_timesteps=num_train_timesteps,
         )
-        # Diffusers has just registered what it was given; this is what the folder says.
+        # The parent class has registered its own arguments; the configuration must have ours.
         self.register_to_config(
             down_block_types=tuple(map(ext_name, down_block_types)),
             up_block_types=tuple(map(ext_name, up_block_types)),
@@ -161,10 +162,10 @@ class UNet2DExtModel(UNet2DModel):
 
     @classmethod
     def from_unet(cls, unet: UNet2DModel) -> UNet2DExtModel:
-        """The same network as one of this class, which stock Diffusers refuses; it shares the tensors.
+        """The same network as an instance of this class, which stock Diffusers refuses; the tensors are shared.
 
         Args:
-            unet: a stock network, or one of this class, which is returned as it is.
+            unet: a stock network, or an instance of this class, which is returned unchanged.
 
         Returns:
             The network.
@@ -174,8 +175,8 @@ class UNet2DExtModel(UNet2DModel):
         with torch.device("meta"):
             same = cls(**{name: value for name, value in unet.config.items() if not name.startswith("_")})
         same.load_state_dict(unet.state_dict(), strict=True, assign=True)
-        for mine, theirs in zip(same.parameters(), unet.parameters(), strict=True):
-            mine.requires_grad_(theirs.requires_grad)
+        for new, old in zip(same.parameters(), unet.parameters(), strict=True):
+            new.requires_grad_(old.requires_grad)
         return same.train(unet.training)
 
     def forward(
@@ -189,14 +190,14 @@ class UNet2DExtModel(UNet2DModel):
 
         Args:
             sample: (B, C, H, W).
-            timestep: on the chain of training, a number or (B,).
+            timestep: of the training schedule, a number or (B,).
             class_labels: (B,), integer, or (B, width), floating, for a projected embedding.
             return_dict: whether to return an output object or a tuple.
 
         Returns:
             As `UNet2DModel`.
         """
-        if self.config.timestep_scale != 1:  # a number that is no tensor would be cut to a whole one
+        if self.config.timestep_scale != 1:  # Diffusers would truncate a plain number to an integer
             timestep = torch.as_tensor(timestep, device=sample.device) * self.config.timestep_scale
         return super().forward(sample, timestep, class_labels, return_dict)
 

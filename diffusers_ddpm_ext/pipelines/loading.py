@@ -41,10 +41,10 @@ def select_device(name: str | None) -> Any:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):
         raise ConfigError(
-            f"--device {name} is not available: say cpu, or leave it out for the fastest available"
+            f"--device {name} is not available: use cpu, or leave it out for the fastest available"
         ) from None
     if device.type == "meta":
-        raise ConfigError("--device meta computes nothing: say cpu, or leave it out for the fastest available")
+        raise ConfigError("--device meta computes nothing: use cpu, or leave it out for the fastest available")
     return device
 
 

@@ -106,7 +106,7 @@ class DDPMExtPipeline(SavedPipeline):
         if name == "scheduler":
             is_stock = type(value) is DDPMScheduler
             value = as_ours(value)
-            # A stock scheduler only tells what the network was trained with where nothing else does.
+            # The config of a stock scheduler counts as the training schedule only if there is no other.
             is_trained = not is_stock or "_trained_scheduler" not in self.__dict__
             if is_trained and isinstance(value, DDPMExtScheduler):
                 self._trained_scheduler = value

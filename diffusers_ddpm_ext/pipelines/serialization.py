@@ -156,7 +156,7 @@ class SavedPipeline(DiffusionPipeline):
                 hub["revision"] = Path(folder).name
             config = DDPMExtScheduler.load_config(source, subfolder="scheduler", **hub)
             pipeline._trained_scheduler = DDPMExtScheduler.from_config(config)
-        # Stock Diffusers may have cached a repository's table without its config: then there is no table for us, which
+        # Stock Diffusers may have cached a repository's table without its config: we then load none, which
         # `fetch_tables` has logged.
         if folder == source or Path(folder, TABLE_FILES[LOGVAR_FOLDER][0]).is_file():
             pipeline.logvar = load_logvar(folder)

@@ -1,4 +1,4 @@
-"""CompVis' learning-rate lambdas: factors on the optimizer's learning rate, as a function of the step.
+"""CompVis' learning-rate lambdas: factors of the optimizer's learning rate as functions of the step.
 
 Each object is what ``torch.optim.lr_scheduler.LambdaLR`` takes: ``f(step)`` is the factor. Argument names are CompVis'
 (``ldm/lr_scheduler.py``), and so is the value at every step up to the last cycle's end; past it, where the original
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 def _number(name: str, value: Any, low: float = -math.inf) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"{name}={value!r} must be a finite number (in YAML write 1.0e-6, since 1e-6 is a text).")
+        raise ValueError(f"{name}={value!r} must be a finite number (in YAML write 1.0e-6, since 1e-6 is text).")
     if value < low:
         raise ValueError(f"{name}={value!r} must be at least {low:g}.")
     return value
@@ -43,7 +43,7 @@ def _cosine(high: float, low: float, progress: float) -> float:
 
 
 class LambdaWarmUpCosineScheduler:
-    """Warm-up from ``lr_start`` to ``lr_max`` on a line, a cosine to ``lr_min`` at ``max_decay_steps``, then constant.
+    """Linear warm-up from ``lr_start`` to ``lr_max``, a cosine to ``lr_min`` at ``max_decay_steps``, then constant.
 
     Args:
         warm_up_steps: steps of the warm-up, at least 0.
@@ -51,10 +51,10 @@ class LambdaWarmUpCosineScheduler:
         lr_max: factor after the warm-up.
         lr_start: factor at step 0.
         max_decay_steps: step at which ``lr_min`` is reached, counted from step 0; at least ``warm_up_steps``.
-        verbosity_interval: every how many steps the factor is logged (level INFO); 0 for never.
+        verbosity_interval: number of steps between two logged factors (level INFO); 0 for none.
 
     Raises:
-        ValueError: an argument is no number or out of its range.
+        ValueError: an argument is not a number or out of its range.
     """
 
     def __init__(
@@ -106,10 +106,10 @@ class LambdaWarmUpCosineScheduler2:
         f_max: factor after each cycle's warm-up.
         f_start: factor at each cycle's start.
         cycle_lengths: steps of each cycle, warm-up included, above 0.
-        verbosity_interval: every how many steps the factor is logged (level INFO); 0 for never.
+        verbosity_interval: number of steps between two logged factors (level INFO); 0 for none.
 
     Raises:
-        ValueError: the lists differ in length, or an entry is no number or out of its range.
+        ValueError: the lists differ in length, or an entry is not a number or out of its range.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class LambdaWarmUpCosineScheduler2:
         self.ends = list(itertools.accumulate(self.cycle_lengths))
 
     def _decayed(self, n: float, cycle: int) -> float:
-        """The factor at step ``n`` of the cycle, warm-up done."""
+        """The factor at step ``n`` of a cycle, after its warm-up."""
         span = self.cycle_lengths[cycle] - self.warm_up_steps[cycle]
         progress = min((n - self.warm_up_steps[cycle]) / span, 1.0) if span else 0.0
         return _cosine(self.f_max[cycle], self.f_min[cycle], progress)
@@ -165,7 +165,7 @@ class LambdaWarmUpCosineScheduler2:
 class LambdaLinearScheduler(LambdaWarmUpCosineScheduler2):
     """Cycles of a linear warm-up and a straight line down to ``f_min``; then the last value.
 
-    The line runs over the whole cycle, ``f_min + (f_max - f_min) (L - n) / L``, so that after a warm-up of w steps it
+    The line runs over the complete cycle, ``f_min + (f_max - f_min) (L - n) / L``, so after a warm-up of w steps it
     starts at ``(L - w) / L`` of the way and ``f_max`` is never reached, as in the original. Arguments and errors are
     those of :class:`LambdaWarmUpCosineScheduler2`.
     """

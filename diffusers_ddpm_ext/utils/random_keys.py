@@ -1,8 +1,8 @@
-"""Randomness as a function of keys, never of process history.
+"""Keyed random numbers: every draw is a function of its key, never of the process's history.
 
-Every draw of a run comes from a generator that is seeded by what the draw is *for*: the stream's name, the run's seed
-and the coordinates inside that stream. The same draw is then found again on another split of the batch, with another
-number of data workers, and after a restart at any step.
+Each draw of a run comes from a generator seeded by what the draw is *for*: the stream's name, the run's seed and the
+coordinates inside that stream. So the same draw results from any split of the batch, with any number of data workers,
+and after a restart at any step.
 
 Streams and their coordinates (the name goes first, so that two streams never share a key):
 
@@ -11,13 +11,13 @@ Streams and their coordinates (the name goes first, so that two streams never sh
 ``ORDER``               seed, epoch
 ``FLIP``, ``CROP``      seed, epoch, index in the data set
 ``DROPOUT``             seed, optimizer step, micro-batch, rank
-``PREVIEW``             seed, what the picture shows, image
+``PREVIEW``             seed, kind of the plot, image
 ``VALIDATION``          seed, image
 ``CONDITION``           seed, optimizer step, position in the effective batch, which condition
-``BOUND``               seed, image, step of the chain; or ``"steps"``
-``FIT``                 seed, image, step of the chain
+``BOUND``               seed, image, timestep; or ``"steps"``
+``FIT``                 seed, image, timestep
 ``TIMESTEP``            seed, optimizer step, position in the effective batch; or ``"order"``
-``SPLIT``               name of the image (no seed: runs with different seeds are judged on the same images)
+``SPLIT``               name of the image (no seed: all runs are validated on the same images)
 ======================  ================================================
 """
 
@@ -48,7 +48,7 @@ SPLIT = "split"
 def key(*parts: str | SupportsIndex) -> int:
     """Hash the parts of a key into 32 bits, the same on every machine, process and Python version.
 
-    32 bits, because torch's CPU generator ignores the upper half of a seed: 5 and 5 + 2**32 give the same numbers.
+    32 bits, because torch's CPU generator ignores the upper half of a seed: 5 and 5 + 2**32 give the same draws.
     Each part is hashed with its kind and its length, so that ``("ab", "c")``, ``("a", "bc")``, ``("a", 1)`` and
     ``("a", "1")`` are different keys.
 
@@ -59,11 +59,11 @@ def key(*parts: str | SupportsIndex) -> int:
         An integer in [0, 2**32).
 
     Raises:
-        ValueError: there is no part, or one is neither a string nor an integer.
+        ValueError: there are no parts, or one is neither a string nor an integer.
     """
     if not parts:
-        raise ValueError("key() needs at least one part: a key of nothing would be shared by every caller.")
-    return _number(_hash(parts))
+        raise ValueError("key() needs at least one part: an empty key would be shared by all callers.")
+    return _seed_of(_hash(parts))
 
 
 def generator(*parts: str | SupportsIndex) -> torch.Generator:
@@ -81,15 +81,15 @@ def sample_draws(
 ) -> tuple[Tensor, Tensor]:
     """Draw the timestep and the noise of each sample from its own key.
 
-    Sample ``i`` depends on ``(stream, seed, step, positions[i])`` and on nothing else: neither on its neighbours nor
-    on how the effective batch is cut into ranks and micro-batches.
+    Sample ``i`` depends on ``(stream, seed, step, positions[i])`` alone: neither on the other samples
+    nor on how the effective batch is split into ranks and micro-batches.
 
     Args:
         seed: the run's seed.
         step: optimizer step that the samples belong to.
         positions: positions in the effective batch, (B,) integers.
         shape: shape of one sample, for images (C, H, W).
-        num_train_timesteps: length T of the chain.
+        num_train_timesteps: number T of timesteps.
         stream: name of the stream.
 
     Returns:
@@ -99,40 +99,40 @@ def sample_draws(
         ValueError: ``num_train_timesteps`` is below 1.
     """
     if num_train_timesteps < 1:
-        raise ValueError(f"num_train_timesteps={num_train_timesteps}: a chain has at least one step.")
-    places = positions.tolist() if isinstance(positions, Tensor) else list(positions)
-    timesteps = torch.empty(len(places), dtype=torch.int64)
-    noise = torch.empty(len(places), *shape, dtype=torch.float32)
-    # The beginning of the keys is hashed once and one generator is seeded again and again: the numbers are those of
-    # ``generator(stream, seed, step, place)``, at half the cost.
-    beginning = _hash((stream, seed, step))
-    draw = torch.Generator()
-    for place, t, eps in zip(places, timesteps.unbind(), noise.unbind(), strict=True):
-        hashed = beginning.copy()
-        hashed.update(_encode(place))
-        draw.manual_seed(_number(hashed))
-        t.random_(0, num_train_timesteps, generator=draw)
-        eps.normal_(generator=draw)
+        raise ValueError(f"num_train_timesteps={num_train_timesteps}: it must be at least 1.")
+    indices = positions.tolist() if isinstance(positions, Tensor) else list(positions)
+    timesteps = torch.empty(len(indices), dtype=torch.int64)
+    noise = torch.empty(len(indices), *shape, dtype=torch.float32)
+    # The common prefix is hashed once and one generator is seeded for each sample: the same draws as with
+    # ``generator(stream, seed, step, index)``, at half the cost.
+    prefix = _hash((stream, seed, step))
+    source = torch.Generator()
+    for index, t, eps in zip(indices, timesteps.unbind(), noise.unbind(), strict=True):
+        hashed = prefix.copy()
+        hashed.update(_encode(index))
+        source.manual_seed(_seed_of(hashed))
+        t.random_(0, num_train_timesteps, generator=source)
+        eps.normal_(generator=source)
     return timesteps, noise
 
 
 def noise_of_steps(
     stream: str, seed: int, images: Iterable[int], steps: Iterable[int], shape: Sequence[int]
 ) -> Tensor:
-    """Draw the noise of pairs of an image and a step, each from its own key.
+    """Draw the noise of pairs of an image and a timestep, each from its own key.
 
     Args:
         stream: name of the stream.
         seed: of the measurement.
-        images: numbers of the images, (B,).
-        steps: of the chain, (B,).
+        images: indices of the images, (B,).
+        steps: timesteps, (B,).
         shape: of one image.
 
     Returns:
         (B, *shape), float32, standard normal, on the CPU.
     """
-    drawn = [torch.randn(*shape, generator=generator(stream, seed, *pair)) for pair in zip(images, steps, strict=True)]
-    return torch.stack(drawn)
+    pairs = zip(images, steps, strict=True)
+    return torch.stack([torch.randn(*shape, generator=generator(stream, seed, *pair)) for pair in pairs])
 
 
 def uniform_draws(seed: int, step: int, positions: Tensor | Iterable[int], stream: str = TIMESTEP) -> Tensor:
@@ -147,25 +147,25 @@ def uniform_draws(seed: int, step: int, positions: Tensor | Iterable[int], strea
     Returns:
         (B,), float64, on the CPU.
     """
-    places = positions.tolist() if isinstance(positions, Tensor) else list(positions)
-    values = torch.empty(len(places), dtype=torch.float64)
-    for place, value in zip(places, values.unbind(), strict=True):
-        value.uniform_(generator=generator(stream, seed, step, place))
+    indices = positions.tolist() if isinstance(positions, Tensor) else list(positions)
+    values = torch.empty(len(indices), dtype=torch.float64)
+    for index, value in zip(indices, values.unbind(), strict=True):
+        value.uniform_(generator=generator(stream, seed, step, index))
     return values
 
 
 def _hash(parts: Iterable[str | SupportsIndex]) -> hashlib.blake2b:
-    """Start the hash of a key with some of its parts."""
+    """The hash of the first parts of a key."""
     return hashlib.blake2b(b"".join(map(_encode, parts)), digest_size=4)
 
 
-def _number(hashed: hashlib.blake2b) -> int:
-    """Read a hash as the integer that seeds a generator."""
+def _seed_of(hashed: hashlib.blake2b) -> int:
+    """The integer of a hash that seeds a generator."""
     return int.from_bytes(hashed.digest(), "little")
 
 
 def _encode(part: str | SupportsIndex) -> bytes:
-    """Write one part as its kind, its length and its text."""
+    """Encode one part as its kind, its length and its text."""
     if isinstance(part, str):
         text = part.encode("utf-8", "surrogateescape")  # file names need not be valid unicode
         return b"s%d:" % len(text) + text
