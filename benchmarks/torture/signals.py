@@ -111,10 +111,7 @@ def main() -> int:
                 shutil.rmtree(folder)
             problem = terminate_one(folder, processes, number, draw)
             good += not problem
-            print(
-                f"{number.name} {turn + 1}, {processes} processes: {problem or 'ended, intact'}",
-                flush=True,
-            )
+            print(f"{number.name} {turn + 1}, {processes} processes: {problem or 'ended, intact'}", flush=True)
         print(f"{number.name}: {good} of {options.times}", flush=True)
         wrong += options.times - good
     return int(wrong > 0)

@@ -26,11 +26,7 @@ The status is 1 where something is wrong (marked !), 0 where there is at most ad
 shown."""
 FLOORS = {"torch": (2, 10), "diffusers": (0, 38)}
 BASE = ("torch", "diffusers", "numpy", "huggingface_hub", "safetensors")
-TRAIN = {
-    "accelerate": "accelerate",
-    "matplotlib": "matplotlib",
-    "yaml": "PyYAML",
-}
+TRAIN = {"accelerate": "accelerate", "matplotlib": "matplotlib", "yaml": "PyYAML"}
 OPTIONAL = {
     "transformers": "--loss_type perceptual",
     "datasets": "--dataset_name",

@@ -92,11 +92,7 @@ def parse_evaluate_args(argv: Sequence[str], prog: str = "ddpm-ext evaluate") ->
         metavar="K",
         help="Evaluate the shorter chain that sampling with K steps takes (default: the full one).",
     )
-    add(
-        "--optimal_timesteps",
-        action="store_true",
-        help="The K steps are those that `ddpm-ext fit-variance` chose.",
-    )
+    add("--optimal_timesteps", action="store_true", help="The K steps are those that `ddpm-ext fit-variance` chose.")
     add("--split", default="validation", metavar="{validation,train}", help="Which images (default: validation).")
     add("--max_images", type=int, metavar="N", help="At most so many, evenly from all (default: all).")
     add("--weights", metavar="{ema,raw}", help="Averaged or raw weights (default: those that sampling takes).")

@@ -11,13 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffusers_ddpm_ext.cli.arguments import PIPELINE_DTYPES, check_dtype, check_pipeline_source
 from diffusers_ddpm_ext.cli.extras import TRAIN_MODULES, require_modules
-from diffusers_ddpm_ext.cli.measuring import (
-    Caller,
-    add_measuring_flags,
-    check_measuring,
-    load_images,
-    take_data_flags,
-)
+from diffusers_ddpm_ext.cli.measuring import Caller, add_measuring_flags, check_measuring, load_images, take_data_flags
 from diffusers_ddpm_ext.errors import ConfigError, RunError
 from diffusers_ddpm_ext.pipelines.loading import load_pipeline, select_device
 from diffusers_ddpm_ext.training.config.flags import Parser

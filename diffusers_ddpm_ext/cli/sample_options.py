@@ -72,10 +72,7 @@ class SampleOptions:
     )
     guidance_scale: float = option(1.0, "Classifier-free guidance: u + S (c - u); 1: no guidance.", metavar="S")
     guidance_interval: tuple[float, float] | None = option(
-        None,
-        "Guide only at timesteps of the training chain from LOW to HIGH.",
-        metavar="LOW HIGH",
-        unset="all",
+        None, "Guide only at timesteps of the training chain from LOW to HIGH.", metavar="LOW HIGH", unset="all"
     )
     scheduler: str | None = option(
         None,

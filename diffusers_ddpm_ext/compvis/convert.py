@@ -12,12 +12,7 @@ from torch import Tensor, nn
 
 from diffusers_ddpm_ext.compvis.architecture import as_list
 from diffusers_ddpm_ext.compvis.config.openai import read_flags
-from diffusers_ddpm_ext.compvis.load import (
-    LoadOptions,
-    choose_weights,
-    read_compvis_checkpoint,
-    report_compvis,
-)
+from diffusers_ddpm_ext.compvis.load import LoadOptions, choose_weights, read_compvis_checkpoint, report_compvis
 from diffusers_ddpm_ext.compvis.reader.archive import PathLike, read_tensors
 from diffusers_ddpm_ext.compvis.report import Report
 from diffusers_ddpm_ext.compvis.state_dict import SAVED_TABLES

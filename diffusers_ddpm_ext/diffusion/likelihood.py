@@ -139,12 +139,7 @@ def normal_kl(
 
 
 def discretized_gaussian_log_likelihood(
-    x: Tensor,
-    mean: Tensor,
-    log_scale: Tensor | float,
-    *,
-    bin_width: float = EIGHT_BITS,
-    decoder: Decoder = "exact",
+    x: Tensor, mean: Tensor, log_scale: Tensor | float, *, bin_width: float = EIGHT_BITS, decoder: Decoder = "exact"
 ) -> Tensor:
     """Log-probability of levels under a normal distribution, elementwise ([DDPM] eq. 13).
 

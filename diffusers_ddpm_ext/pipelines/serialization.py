@@ -35,11 +35,7 @@ from diffusers_ddpm_ext.losses.logvar import (
     load_logvar,
     save_logvar,
 )
-from diffusers_ddpm_ext.models.class_embedder import (
-    CLASS_EMBEDDER_FOLDER,
-    load_class_embedder,
-    save_class_embedder,
-)
+from diffusers_ddpm_ext.models.class_embedder import CLASS_EMBEDDER_FOLDER, load_class_embedder, save_class_embedder
 from diffusers_ddpm_ext.models.unet_2d_ext import UNet2DExtModel
 from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
 

@@ -16,11 +16,7 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import (
-    InitProcessGroupKwargs,
-    ProjectConfiguration,
-    gather_object,
-)
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, gather_object
 from torch import Tensor
 
 from diffusers_ddpm_ext.errors import ConfigError

@@ -41,10 +41,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def write_atomically(
-    path: str | os.PathLike[str],
-    write: Callable[[BinaryIO], Any],
-    make_parents: bool = True,
-    fsync: bool = False,
+    path: str | os.PathLike[str], write: Callable[[BinaryIO], Any], make_parents: bool = True, fsync: bool = False
 ) -> Path:
     """Write a temporary file next to the target and rename it when complete: no reader ever sees a partial file.
 

@@ -13,12 +13,7 @@ from helpers.paths import ROOT
 from PIL import Image
 
 SMALL = {"block_out_channels": "8 16", "attention_levels": "1", "attention_head_dim": "4", "norm_num_groups": "4"}
-SHORT = {
-    "ddpm_num_inference_steps": "5",
-    "num_preview_images": "4",
-    "lr_warmup_steps": "1",
-    "layers_per_block": "1",
-}
+SHORT = {"ddpm_num_inference_steps": "5", "num_preview_images": "4", "lr_warmup_steps": "1", "layers_per_block": "1"}
 
 
 def flags(options: dict[str, str]) -> list[str]:

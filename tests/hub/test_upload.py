@@ -19,11 +19,7 @@ def session(tmp_path_factory):
     """Facts of the client's process, and the Hub after it."""
     root = tmp_path_factory.mktemp("hub")
     with LoopbackHub() as hub:
-        environment = {
-            **os.environ,
-            **hub.environment(str(root / "home")),
-            "PYTHONPATH": PYTHONPATH,
-        }
+        environment = {**os.environ, **hub.environment(str(root / "home")), "PYTHONPATH": PYTHONPATH}
         command = [sys.executable, str(TESTS / "helpers" / "hub_client.py"), str(root)]
         ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
         assert ran.returncode == 0, ran.stderr[-4000:]

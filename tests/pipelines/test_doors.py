@@ -80,11 +80,7 @@ def doors(tmp_path_factory) -> Doors:
     with LoopbackHub() as hub:
         base = {**os.environ, "OMP_NUM_THREADS": "1"}
         base.pop("PYTHONPATH", None)
-        with_us = {
-            **base,
-            **hub.environment(str(root / "home_ours")),
-            "PYTHONPATH": PYTHONPATH,
-        }
+        with_us = {**base, **hub.environment(str(root / "home_ours")), "PYTHONPATH": PYTHONPATH}
         ours = run("door_ours.py", root, with_us)
         stock = run("door_stock.py", root, {**base, **hub.environment(str(root / "home_stock"), token=None)})
         pushed = {case: hub.files(repo_of(case)) for case in (*CASES, "learned")}

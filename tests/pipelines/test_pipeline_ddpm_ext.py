@@ -7,13 +7,7 @@ import logging
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DDPMPipeline,
-    DDPMScheduler,
-    ImagePipelineOutput,
-    PNDMScheduler,
-)
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, ImagePipelineOutput, PNDMScheduler
 from helpers.tiny import tiny_unet
 
 from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtPipelineOutput, DDPMExtScheduler

@@ -56,10 +56,7 @@ def on_two_processes(runs: list[tuple[Path, dict[str, Any]]], *words: str, limit
     """Train with `torchrun`, within a limit: an exchange that not all processes enter would wait for hours."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
-    environment |= {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": PYTHONPATH,
-    }
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH}
     told = json.dumps([[str(folder), options] for folder, options in runs])
     done = subprocess.run(
         [*launcher, str(SCRIPT), told, *words], env=environment, capture_output=True, text=True, timeout=limit

@@ -35,10 +35,7 @@ def launch(
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     arguments = [folder / "run", folder / "gradients.pt", failing, batch, accumulation, STEPS]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
-    environment |= {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": PYTHONPATH,
-    }
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH}
     return subprocess.run(
         [*launcher, str(SCRIPT), *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=240
     )

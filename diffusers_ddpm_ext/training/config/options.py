@@ -51,8 +51,7 @@ class DataOptions:
     )
     concat_column: str | None = option(None, "Column with images, or paths of images, that are joined to the input.")
     context_column: str | None = option(
-        None,
-        "Column with stored embeddings (tokens, width) for cross attention: .npy, .safetensors or lists.",
+        None, "Column with stored embeddings (tokens, width) for cross attention: .npy, .safetensors or lists."
     )
     conditioning_dropout: dict[str, Any] | None = option(
         None,

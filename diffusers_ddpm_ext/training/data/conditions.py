@@ -27,11 +27,7 @@ from diffusers_ddpm_ext.training.data.condition_tables import OF_FOLDER, Table
 from diffusers_ddpm_ext.training.data.decoding import Preparation
 from diffusers_ddpm_ext.training.data.image_store import Images, read
 
-OPTION = {
-    "class_labels": "class_column",
-    "concat_inputs": "concat_column",
-    "encoder_hidden_states": "context_column",
-}
+OPTION = {"class_labels": "class_column", "concat_inputs": "concat_column", "encoder_hidden_states": "context_column"}
 
 
 @dataclass(frozen=True)

@@ -14,16 +14,8 @@ from diffusers_ddpm_ext.errors import ConfigError
 from diffusers_ddpm_ext.training.config.options import DataOptions
 from diffusers_ddpm_ext.training.data.bit_depth import DEEP, SHALLOW
 from diffusers_ddpm_ext.training.data.condition_tables import DigitTable, FolderTable, RowTable, Table
-from diffusers_ddpm_ext.training.data.conditions import (
-    ConditionColumns,
-    column_names,
-    read_columns,
-)
-from diffusers_ddpm_ext.training.data.decoding import (
-    CHANNEL_NAMES,
-    Preparation,
-    Size,
-)
+from diffusers_ddpm_ext.training.data.conditions import ConditionColumns, column_names, read_columns
+from diffusers_ddpm_ext.training.data.decoding import CHANNEL_NAMES, Preparation, Size
 from diffusers_ddpm_ext.training.data.image_set import ImageSet
 from diffusers_ddpm_ext.training.data.image_store import LazyImages, PackedImages, Reading, check_alike, read
 from diffusers_ddpm_ext.training.data.sources import (

@@ -12,12 +12,8 @@ from diffusers_ddpm_ext.errors import RunError
 from diffusers_ddpm_ext.models.conditioning import Conditions
 from diffusers_ddpm_ext.training.data.bit_depth import SHALLOW
 from diffusers_ddpm_ext.training.data.condition_dropout import ConditionDropout
-from diffusers_ddpm_ext.training.data.conditions import (
-    ConditionColumns,
-)
-from diffusers_ddpm_ext.training.data.decoding import (
-    Size,
-)
+from diffusers_ddpm_ext.training.data.conditions import ConditionColumns
+from diffusers_ddpm_ext.training.data.decoding import Size
 from diffusers_ddpm_ext.training.data.image_store import Images
 from diffusers_ddpm_ext.utils import random_keys as keys
 

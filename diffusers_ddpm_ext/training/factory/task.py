@@ -38,12 +38,7 @@ class DenoisingTask(nn.Module):
         self.timestep_sampler = sampler
 
     def forward(
-        self,
-        x0: Tensor,
-        noise: Tensor,
-        t: Tensor,
-        conditions: Conditions | None = None,
-        weights: Tensor | None = None,
+        self, x0: Tensor, noise: Tensor, t: Tensor, conditions: Conditions | None = None, weights: Tensor | None = None
     ) -> ObjectiveOutput:
         """The training terms of one micro-batch.
 

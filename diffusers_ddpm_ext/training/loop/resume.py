@@ -15,12 +15,7 @@ from accelerate.utils import broadcast_object_list
 
 from diffusers_ddpm_ext.errors import ConfigError, warn
 from diffusers_ddpm_ext.training.checkpoints import snapshot as snapshots
-from diffusers_ddpm_ext.training.checkpoints.folders import (
-    move_aside,
-    move_newer_aside,
-    newest,
-    remove_leftovers,
-)
+from diffusers_ddpm_ext.training.checkpoints.folders import move_aside, move_newer_aside, newest, remove_leftovers
 from diffusers_ddpm_ext.training.checkpoints.manifest import (
     Checkpoint,
     DamagedCheckpoint,

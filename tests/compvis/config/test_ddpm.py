@@ -96,8 +96,7 @@ def test_words():
 
 
 @pytest.mark.parametrize(
-    ("ours", "theirs"),
-    [("linear", "linear"), ("cosine", "cosine"), ("sqrt_linear", "sqrt_linear"), ("sqrt", "sqrt")],
+    ("ours", "theirs"), [("linear", "linear"), ("cosine", "cosine"), ("sqrt_linear", "sqrt_linear"), ("sqrt", "sqrt")]
 )
 def test_schedules_are_those_of_register_schedule(ours, theirs):
     """The scheduler's own translation, held against recorded tables, is the truth."""

@@ -19,12 +19,7 @@ from helpers.checkpoint_cases import fill, names, run_script
 from helpers.paths import ROOT
 from safetensors import SafetensorError
 
-from diffusers_ddpm_ext.training.checkpoints.folders import (
-    list_checkpoints,
-    move_aside,
-    newest,
-    remove_leftovers,
-)
+from diffusers_ddpm_ext.training.checkpoints.folders import list_checkpoints, move_aside, newest, remove_leftovers
 from diffusers_ddpm_ext.training.checkpoints.manifest import verify
 from diffusers_ddpm_ext.training.checkpoints.writer import CheckpointNotWritten, write_checkpoint
 from diffusers_ddpm_ext.utils import files

@@ -154,10 +154,7 @@ DAMAGE = {
         lambda p: flip_bit(p / "manifest.json"),
         r"manifest\.json does not match its own sha256",
     ),
-    "no JSON": (
-        lambda p: (p / "manifest.json").write_bytes(add_checksum(b"{\n x")),
-        r"manifest\.json is not JSON",
-    ),
+    "no JSON": (lambda p: (p / "manifest.json").write_bytes(add_checksum(b"{\n x")), r"manifest\.json is not JSON"),
     "deep JSON": (
         lambda p: (p / "manifest.json").write_bytes(add_checksum(b'{\n"a": ' + b"[" * 100_000)),
         r"manifest\.json is not JSON",

@@ -100,10 +100,7 @@ TYPED: dict[str, tuple[list[str], list[str]]] = {
         ["--timestep_sampler", "log_snr_normal", "--log_snr_mean", "500"],
         ["log_snr_mean", "outside the chain's log-SNR"],
     ),
-    "kind of nothing": (
-        ["--no_learn_logvar", "--logvar_kind", "continuous"],
-        ["--logvar_kind", "--learn_logvar"],
-    ),
+    "kind of nothing": (["--no_learn_logvar", "--logvar_kind", "continuous"], ["--logvar_kind", "--learn_logvar"]),
     "bins of nothing": (["--bin_width", "0.1"], ["--bin_width", "--validation_bpd"]),
     "bound not measured": (["--monitor", "val/bpd"], ["--monitor val/bpd", "val/loss_simple"]),
     "a bound of no images": (["--validation_bpd", "--validation_fraction", "0"], ["--validation_bpd", "held out"]),
@@ -123,10 +120,7 @@ TYPED: dict[str, tuple[list[str], list[str]]] = {
         ["--trained_betas", "[0.1, 0.2]", "--num_train_timesteps", "3"],
         ["--num_train_timesteps 3", "2 betas"],
     ),
-    "betas and a shape": (
-        ["--trained_betas", "[0.1]", "--beta_start", "0.1"],
-        ["--beta_start", "--trained_betas"],
-    ),
+    "betas and a shape": (["--trained_betas", "[0.1]", "--beta_start", "0.1"], ["--beta_start", "--trained_betas"]),
     "zero terminal SNR with epsilon": (
         ["--rescale_betas_zero_snr", "--prediction_type", "epsilon"],
         ["--prediction_type epsilon", "v_prediction"],
@@ -145,10 +139,7 @@ TYPED: dict[str, tuple[list[str], list[str]]] = {
         ["--num_train_timesteps", "10", "--ddpm_num_inference_steps", "11"],
         ["--ddpm_num_inference_steps 11", "10"],
     ),
-    "offset beyond T": (
-        ["--steps_offset", "1", "--ddpm_num_inference_steps", "1000"],
-        ["--steps_offset 1", "1000"],
-    ),
+    "offset beyond T": (["--steps_offset", "1", "--ddpm_num_inference_steps", "1000"], ["--steps_offset 1", "1000"]),
     "no loss left": (["--l_simple_weight", "0"], ["--l_simple_weight 0", "--original_elbo_weight 0"]),
     "gamma of 0": (["--snr_gamma", "0"], ["--snr_gamma", "above 0"]),
     "rate of nothing": (

@@ -14,11 +14,7 @@ from PIL import Image
 
 from diffusers_ddpm_ext.errors import ConfigError, RunError
 from diffusers_ddpm_ext.training.data import bit_depth as depth
-from diffusers_ddpm_ext.training.data.decoding import (
-    BadImage,
-    Preparation,
-    read_picture,
-)
+from diffusers_ddpm_ext.training.data.decoding import BadImage, Preparation, read_picture
 from diffusers_ddpm_ext.training.data.image_store import LazyImages, PackedImages, check_alike, read
 
 RNG = np.random.default_rng(0)

@@ -49,10 +49,7 @@ def start(processes: int, runs: list[tuple[Path, dict[str, Any]]]) -> None:
     """Train all of them in new processes."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
-    environment |= {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": PYTHONPATH,
-    }
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH}
     told = json.dumps([[str(folder), options] for folder, options in runs])
     command = [sys.executable, *(torchrun if processes > 1 else []), str(SCRIPT), told]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
