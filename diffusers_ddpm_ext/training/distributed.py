@@ -32,16 +32,15 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 def make_accelerator(mixed_precision: str | None, accumulation: int, trackers: list[str]) -> Accelerator:
-    """The Accelerator of a run.
+    """The Accelerator of this process.
+
+    Processes that ``torchrun`` started on a machine without accelerators are connected too, which Accelerate does only
+    with ``cpu=True``.
 
     Args:
         mixed_precision: ``no``, ``fp16``, ``bf16``, or None for the launcher's choice.
         accumulation: micro-batches per optimizer step.
         trackers: by their names in Accelerate.
-
-    Returns:
-        The Accelerator of this process. Processes that ``torchrun`` started on a machine without accelerators are
-        connected too, which Accelerate does only with ``cpu=True``.
 
     Raises:
         ConfigError: a precision or a tracker that is not available here.
@@ -85,11 +84,7 @@ def fsdp_requested() -> bool:
 
 
 def refuse_unsupported_engines() -> None:
-    """Refuse engines that Accelerate can be configured to use and this trainer does not support.
-
-    Raises:
-        ConfigError: DeepSpeed, Megatron-LM, or the first version of FSDP.
-    """
+    """Refuse DeepSpeed, Megatron-LM and FSDP 1, which Accelerate can be configured to use, as a ConfigError."""
     advice = "use training/accelerate/fsdp2.yaml or multi_gpu.yaml"
     for variable, name in (("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM")):
         if _is_on(variable):
@@ -191,12 +186,6 @@ def fail_together(accelerator: Accelerator) -> Iterator[None]:
 
     Without it, if one process cannot read an image, the others would wait for it in their next collective call.
 
-    Args:
-        accelerator: of the run.
-
-    Yields:
-        Nothing.
-
     Raises:
         Exception: what the block raised, in the failed process of the lowest rank; the others exit with status 2.
     """
@@ -214,13 +203,6 @@ def fail_together(accelerator: Accelerator) -> Iterator[None]:
 
 
 def exit_without_message(status: int) -> NoReturn:
-    """End a process whose failure another one reports.
-
-    Args:
-        status: exit status.
-
-    Raises:
-        SystemExit: always.
-    """
+    """End a process whose failure another one reports."""
     time.sleep(EXIT_DELAY)
     raise SystemExit(status)

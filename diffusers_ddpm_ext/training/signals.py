@@ -35,10 +35,6 @@ class SignalRequests:
     def handle(self, number: int, frame: FrameType | None = None) -> None:
         """Handle a signal with plain assignments only, so that it may interrupt any code.
 
-        Args:
-            number: of the signal.
-            frame: where it interrupted.
-
         Raises:
             KeyboardInterrupt: at the second SIGINT.
         """
@@ -61,9 +57,6 @@ def handle_signals() -> Iterator[SignalRequests]:
     """Record signals as requests inside a ``with`` block.
 
     Outside the main thread, where Python allows no handlers, nothing is ever requested.
-
-    Yields:
-        The requests.
     """
     requests = SignalRequests()
     previous: dict[int, Any] = {}

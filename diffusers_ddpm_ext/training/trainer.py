@@ -83,11 +83,7 @@ def train(config: TrainConfig) -> Path | None:
 
 
 def run_training(run: Run, start_time: float) -> None:
-    """Do everything that remains of a run.
-
-    Args:
-        run: before its first step, or where it resumes.
-        start_time: when the process was started, in seconds of the monotonic clock.
+    """Do everything that remains of a run, which is before its first step or where it resumes.
 
     Raises:
         RunError: it cannot continue.
@@ -117,11 +113,7 @@ def run_training(run: Run, start_time: float) -> None:
 
 
 def fit(run: Run, poller: RequestPoller) -> None:
-    """Train from the run's present step to its end.
-
-    Args:
-        run: before a step, or with pending tasks of its step.
-        poller: of time limits and signals.
+    """Train from the run's present step, or the pending tasks of that step, to its end.
 
     Raises:
         RunError: the run cannot continue.
@@ -160,12 +152,7 @@ def fit(run: Run, poller: RequestPoller) -> None:
 
 
 def open_batches(setup: Setup, step: int) -> Iterator[Batch]:
-    """This process's micro-batches.
-
-    Args:
-        setup: of the run.
-        step: optimizer steps done.
-    """
+    """This process's micro-batches from optimizer step ``step`` on."""
     loop, accelerator = setup.config.loop, setup.accelerator
     return batch_stream(
         setup.data.train,

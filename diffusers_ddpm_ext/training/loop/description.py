@@ -22,15 +22,7 @@ from diffusers_ddpm_ext.training.tracking.plan import (
 
 
 def describe_run(setup: Setup, folder: Path | None) -> str:
-    """Describe a run.
-
-    Args:
-        setup: before the first step.
-        folder: of the run; None in a dry run.
-
-    Returns:
-        The table of parameters and the plan, to be printed.
-    """
+    """The table of parameters and the plan, to be printed before the first step; without a folder in a dry run."""
     config, plan = setup.config, setup.plan
     objective, ema, loop = config.objective, config.ema, config.loop
     rate = describe_learning_rate(

@@ -23,7 +23,6 @@ from diffusers_ddpm_ext.utils.dtensor import full_tensor, is_main_process, is_sh
 from diffusers_ddpm_ext.utils.files import os_errors
 
 PIPELINE_FOLDERS = ("unet", "scheduler", "logvar")
-RAW_VARIANT = "raw"
 
 
 @dataclass(frozen=True)
@@ -128,7 +127,7 @@ def save_pipeline(
         with os_errors():
             pipeline.save_pretrained(draft)
             if networks.raw is not None:
-                networks.raw.save_pretrained(draft / "unet", variant=RAW_VARIANT)
+                networks.raw.save_pretrained(draft / "unet", variant="raw")
             if networks.ema_metadata is not None:
                 save_ema_metadata(draft, networks.ema_metadata)
         _replace_files(draft, folder)

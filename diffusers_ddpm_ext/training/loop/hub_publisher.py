@@ -30,14 +30,7 @@ NOT_DOWNLOADED = ("README.md", "proof.json", "card/*", ".gitattributes")
 
 
 def move_token_to_environment(config: TrainConfig) -> TrainConfig:
-    """Move the token to the Hub client's environment variable, so that nothing that shows the options can show it.
-
-    Args:
-        config: as parsed.
-
-    Returns:
-        The same without the token.
-    """
+    """Move the token to the Hub client's environment variable, so that nothing that shows the options can show it."""
     if config.hub.hub_token is None:
         return config
     os.environ["HF_TOKEN"] = config.hub.hub_token
@@ -96,11 +89,7 @@ class Publisher:
         return shlex.join(["ddpm-ext", "push", str(self.folder), *self._flags()])
 
     def push_in_background(self, step: int) -> None:
-        """Copy the folder's files and push them in a new process, unless an earlier push is still running.
-
-        Args:
-            step: of the run, for the commit's message.
-        """
+        """Copy the folder's files and push them in a new process, unless an earlier push is still running."""
         if self.options.hub_strategy == "end" or not (self.folder / "model_index.json").is_file() or self._is_busy():
             return
         try:
@@ -192,11 +181,7 @@ def _environment() -> Mapping[str, str]:
 
 
 def download_run(repo_id: str, folder: Path) -> str:
-    """Download the latest pushed state of a run into a folder, unless the folder is at the same or a later step.
-
-    Args:
-        repo_id: where ``--hub_strategy checkpoint`` has pushed it.
-        folder: of the run on this machine.
+    """Download the latest pushed state of a run into its folder, unless the folder is at the same or a later step.
 
     Returns:
         A sentence on what was done.

@@ -21,16 +21,7 @@ PROJECT = "diffusers-ddpm-ext"
 
 
 def open_metrics_logger(setup: Setup, folder: Path, progress: RunProgress) -> MetricsLogger:
-    """Open files, tracker and progress bar.
-
-    Args:
-        setup: of the run.
-        folder: of the run.
-        progress: where the run starts or resumes.
-
-    Returns:
-        The logger of this process; only the main process' logger writes.
-    """
+    """Open files, tracker and progress bar; only the main process' logger writes."""
     accelerator = setup.accelerator
     tracker_failed = bool(accelerator.log_with) and not start_tracker(setup, folder)
     bar = tqdm(total=setup.plan.steps, initial=progress.step, unit="step", disable=not accelerator.is_main_process)
@@ -42,15 +33,7 @@ def open_metrics_logger(setup: Setup, folder: Path, progress: RunProgress) -> Me
 
 
 def start_tracker(setup: Setup, folder: Path) -> bool:
-    """Connect the tracker. If it cannot be reached, the run warns and continues without it.
-
-    Args:
-        setup: of the run.
-        folder: of the run.
-
-    Returns:
-        Whether it is connected.
-    """
+    """Connect the tracker; False, and a warning, if it cannot be reached: the run continues without it."""
     accelerator, output = setup.accelerator, setup.config.output
     accelerator.project_configuration.logging_dir = str(folder / output.logging_dir)
     options = {
@@ -67,10 +50,7 @@ def start_tracker(setup: Setup, folder: Path) -> bool:
 
 
 def log_losses(run: Run) -> None:
-    """Read the pending losses back from the device and log them; end a run whose losses are not finite.
-
-    Args:
-        run: after a step. Collective call: every process must make it.
+    """Read the pending losses back from the device and log them. Collective call: every process must make it.
 
     Raises:
         RunError: a loss is not finite; in the main process.
@@ -88,12 +68,7 @@ def log_losses(run: Run) -> None:
 
 
 def log_images(run: Run, names: Iterable[str]) -> None:
-    """Log images of the run's folder to the trackers, in the main process.
-
-    Args:
-        run: after a step.
-        names: of the files without suffix; the trackers get the part before the step.
-    """
+    """Log images of the run's folder to the trackers, under the part of their names before the step."""
     accelerator = run.setup.accelerator
     if accelerator.is_main_process:
         images = {name.partition("-")[0]: run.folder / IMAGE_FOLDER / f"{name}.png" for name in names}

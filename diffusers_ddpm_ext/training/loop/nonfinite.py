@@ -44,29 +44,22 @@ RankedSample = tuple[int, SampleLoss]  # rank of the process, and its sample
 
 
 def stop_nonfinite(run: Run, step: int) -> None:
-    """End a run whose losses or gradients are not finite. Collective call.
-
-    Args:
-        run: with its meter.
-        step: the first one that was not finite.
+    """End a run whose losses or gradients are not finite, first at ``step``. Collective call.
 
     Raises:
         RunError: in the main process; the others exit without a message.
     """
-    _fail(run.setup, report(run.setup, run.folder, run.meter, step), ", or --on_nonfinite skip")
+    _fail(run.setup, report_nonfinite(run.setup, run.folder, run.meter, step), ", or --on_nonfinite skip")
 
 
 def recover(run: Run) -> None:
     """Continue after a step that was not applied, by the rule of the run. Collective call.
 
-    Args:
-        run: directly after the step.
-
     Raises:
         RunError: the limit of recoveries is reached; in the main process, the others exit without a message.
     """
     setup, progress = run.setup, run.progress
-    line = report(setup, run.folder, run.meter, progress.step)
+    line = report_nonfinite(setup, run.folder, run.meter, progress.step)
     rule = setup.config.loop.on_nonfinite
     limit = MAX_ROLLBACKS_TO_A_CHECKPOINT if rule == "rollback" else MAX_SKIPS_IN_A_ROW
     progress.recoveries += 1
@@ -94,11 +87,6 @@ def _fail(setup: Setup, line: str, alternative: str = "") -> NoReturn:
 def roll_back(setup: Setup, folder: Path, step: int) -> int:
     """Load weights, optimizer and average from the newest checkpoint; the learning rate stays that of the step.
 
-    Args:
-        setup: whose objects are loaded.
-        folder: of the run.
-        step: optimizer steps done.
-
     Returns:
         The checkpoint's step.
 
@@ -121,23 +109,13 @@ def roll_back(setup: Setup, folder: Path, step: int) -> int:
     return progress.step
 
 
-def report(setup: Setup, folder: Path, meter: LossMeter, step: int) -> str:
-    """Describe a step that was not finite, and write its folder. Collective call.
-
-    Args:
-        setup: of the run.
-        folder: of the run.
-        meter: that still holds the step.
-        step: that was not finite.
-
-    Returns:
-        One line without a full stop.
-    """
+def report_nonfinite(setup: Setup, folder: Path, meter: LossMeter, step: int) -> str:
+    """One line on a step that was not finite; the main process writes its folder. Collective call."""
     accelerator = setup.accelerator
     own = [(accelerator.process_index, sample) for sample in meter.samples(step)]
     samples: list[RankedSample] = gather_object(own)
     norms = norm_of_modules(setup.denoiser, meter.norms(step))
-    line = f"step {step}: {_describe(samples, norms)}"
+    line = f"step {step}: {_describe_samples(samples, norms)}"
     if accelerator.is_main_process:
         try:
             line += _write_event(setup, folder / CRASH_FOLDER, step, line, samples, norms)
@@ -146,7 +124,7 @@ def report(setup: Setup, folder: Path, meter: LossMeter, step: int) -> str:
     return line
 
 
-def _describe(samples: list[RankedSample], norms: dict[str, float]) -> str:
+def _describe_samples(samples: list[RankedSample], norms: dict[str, float]) -> str:
     broken = [sample for _, sample in samples if not math.isfinite(sample.loss)]
     if not broken:
         module = next((name for name, norm in norms.items() if not math.isfinite(norm)), "")
@@ -168,12 +146,7 @@ def advice(setup: Setup) -> str:
 
 
 def norm_of_modules(denoiser: nn.Module, norms: Iterable[float]) -> dict[str, float]:
-    """The gradient's norm in each module that directly holds parameters, in the network's order.
-
-    Args:
-        denoiser: the network.
-        norms: of its parameters' gradients.
-    """
+    """The gradient's norm in each module that directly holds parameters, from the norms of those, in their order."""
     squares: dict[str, float] = {}
     for (name, _), norm in zip(denoiser.named_parameters(), norms, strict=True):
         module = name.rpartition(".")[0]

@@ -68,15 +68,7 @@ class Preview:
     guidance_scale: float = 1.0
 
     def draw_data(self, images: ImageSet, scheduler: DDPMExtScheduler) -> tuple[Path, Path]:
-        """Draw ``inputs.png``, some images, and ``diffusion_row.png``, the diffusion of a few of them.
-
-        Args:
-            images: the training set.
-            scheduler: the chain.
-
-        Returns:
-            The two files.
-        """
+        """Draw ``inputs.png``, some images, and ``diffusion_row.png``, the diffusion of a few of them."""
         # Evenly spaced: the first images of a folder of folders would all be of one class.
         chosen = images.pixels(torch.linspace(0, len(images) - 1, min(NUM_INPUTS, len(images))).long())
         rows = diffusion_rows(chosen[:NUM_ROWS], scheduler, self.seed)
@@ -88,13 +80,7 @@ class Preview:
     def draw_samples(self, denoiser: UNet2DModel, scheduler: DDPMExtScheduler, step: int) -> tuple[Path, Path]:
         """Draw ``samples-<step>.png`` and ``denoise_row-<step>.png``, the denoising of the first samples.
 
-        Args:
-            denoiser: the network, with the weights to sample from. Its mode stays.
-            scheduler: the chain. Its timesteps stay.
-            step: optimizer steps done.
-
-        Returns:
-            The two files.
+        The mode of the network and the timesteps of the scheduler stay as they are.
         """
         samples, rows = self.sample(denoiser, scheduler)
         return (
@@ -109,10 +95,6 @@ class Preview:
 
     def sample(self, denoiser: UNet2DModel, scheduler: DDPMExtScheduler) -> tuple[Tensor, Tensor]:
         """Sample the images of a grid.
-
-        Args:
-            denoiser: the network.
-            scheduler: the chain.
 
         Returns:
             Samples (N, C, H, W), and the denoising of the first ones (rows, columns, C, H, W), x_T first; data units,
@@ -193,15 +175,7 @@ def make_preview(run: Run) -> Preview:
 
 
 def preview_conditions(setup: Setup, images: range) -> dict[str, Any]:
-    """Conditions of preview images: the classes in turn, and the other conditions of held-out images.
-
-    Args:
-        setup: of the run.
-        images: numbers of some of the grid's images.
-
-    Returns:
-        Arguments of the pipeline's call, on the run's device.
-    """
+    """Arguments of the pipeline's call for preview images: the classes in turn, conditions of held-out images."""
     data = setup.data.validation if setup.data.validation is not None else setup.data.train
     conditions = data.conditions([image % len(data) for image in images]).to(setup.accelerator.device).as_dict()
     if setup.parts.num_classes is not None and "class_labels" in conditions:
@@ -216,11 +190,7 @@ def draw_data(run: Run) -> None:
 
 
 def draw_samples(run: Run) -> None:
-    """Draw ``samples-<step>.png`` and ``denoise_row-<step>.png``. Collective call.
-
-    Args:
-        run: after a step; no weight and no random number changes.
-    """
+    """Draw ``samples-<step>.png`` and ``denoise_row-<step>.png``. Collective call; it changes no weight."""
     network = sampling_network(run.setup)
     try:
         if network is not None:
@@ -230,11 +200,7 @@ def draw_samples(run: Run) -> None:
 
 
 def draw_final(run: Run) -> None:
-    """Draw the last grid of samples, also as ``samples.png``, and the curves. Collective call.
-
-    Args:
-        run: after its last step.
-    """
+    """Draw the last grid of samples, also as ``samples.png``, and the curves. Collective call."""
     draw_logvar(run)  # first, since it is evaluated in all processes
     network = sampling_network(run.setup)
     try:

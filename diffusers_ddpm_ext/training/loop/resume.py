@@ -72,10 +72,6 @@ def run_identity(config: TrainConfig, plan: Plan) -> dict[str, Any]:
 def resume(setup: Setup, folder: Path) -> RunProgress | None:
     """Load the newest, best or named checkpoint, where the options request it. Collective call.
 
-    Args:
-        setup: before the first step; its objects get the state of the checkpoint.
-        folder: of the run.
-
     Returns:
         The progress of the run, at step 0 without a checkpoint; None where the run is finished. The same in all
         processes.
@@ -94,7 +90,7 @@ def resume(setup: Setup, folder: Path) -> RunProgress | None:
     with fail_together(accelerator):
         if accelerator.is_main_process:
             checkpoint = find_checkpoint(folder, requested)
-            snapshot = None if checkpoint is None else read_snapshot(setup, folder, checkpoint)
+            snapshot = None if checkpoint is None else read_matching_snapshot(setup, folder, checkpoint)
             finished = is_finished(folder, setup.plan.steps, snapshot)
             if checkpoint is not None and not finished:
                 make_newest(folder, checkpoint)
@@ -163,7 +159,7 @@ def _best_checkpoint(folder: Path) -> Path:
     return folder / f"checkpoint-{step}"
 
 
-def read_snapshot(setup: Setup, folder: Path, checkpoint: Checkpoint) -> Snapshot:
+def read_matching_snapshot(setup: Setup, folder: Path, checkpoint: Checkpoint) -> Snapshot:
     """Read a checkpoint of this run; a ConfigError where it is unreadable or options have changed."""
     try:
         snapshot = snapshots.read_snapshot(checkpoint.path)
@@ -183,15 +179,7 @@ def read_snapshot(setup: Setup, folder: Path, checkpoint: Checkpoint) -> Snapsho
 
 
 def changed_options(own: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
-    """Describe the options that differ.
-
-    Args:
-        own: of this run, from `run_identity`.
-        saved: of the checkpoint.
-
-    Returns:
-        One phrase per option.
-    """
+    """One phrase per option that differs between this run and a checkpoint."""
     names = [*own, *(name for name in saved if name not in own)]
     # A checkpoint of an older version lacks an option that is new; its run used the default.
     was = {name: saved[name] if name in saved else _default(name) for name in names}
@@ -203,13 +191,7 @@ def _default(name: str) -> Any:
 
 
 def is_finished(folder: Path, steps: int, snapshot: Snapshot | None) -> bool:
-    """Whether the run in the folder has ended, and its end is still that of this run.
-
-    Args:
-        folder: of the run.
-        steps: of this run.
-        snapshot: that it would resume from.
-    """
+    """Whether the folder's run has ended, and a run of ``steps`` that resumes from the snapshot ends there, too."""
     try:
         finished = json.loads((folder / FINISHED).read_text(encoding="utf-8"))
         at_end = snapshot is None or finished["step"] == snapshot.progress.step
@@ -219,12 +201,7 @@ def is_finished(folder: Path, steps: int, snapshot: Snapshot | None) -> bool:
 
 
 def make_newest(folder: Path, checkpoint: Checkpoint) -> None:
-    """Make a checkpoint the newest of the run's folder: set newer ones aside, and use its metrics.
-
-    Args:
-        folder: of the run.
-        checkpoint: in this or another folder.
-    """
+    """Make a checkpoint the newest of the run's folder: set newer ones aside, and use its metrics."""
     (folder / FINISHED).unlink(missing_ok=True)
     for path in move_newer_aside(folder, checkpoint.step):
         warn(f"set aside as {path.name}: it is newer than step {checkpoint.step}")
@@ -234,13 +211,7 @@ def make_newest(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def saved_progress(setup: Setup, progress: RunProgress, metrics_size: int) -> Progress:
-    """The progress of a run in the form of a checkpoint.
-
-    Args:
-        setup: of the run.
-        progress: after a step.
-        metrics_size: bytes of ``metrics.jsonl`` so far.
-    """
+    """The progress of a run in the form of a checkpoint; ``metrics_size`` is in bytes."""
     samples = progress.step * setup.plan.effective_batch
     return Progress(
         step=progress.step,
@@ -261,12 +232,7 @@ def saved_progress(setup: Setup, progress: RunProgress, metrics_size: int) -> Pr
 
 
 def restore_progress(saved: Progress, monitor: Monitor | None) -> RunProgress:
-    """The inverse of `saved_progress`.
-
-    Args:
-        saved: from a checkpoint.
-        monitor: of the run; gets the state of the checkpoint's.
-    """
+    """The inverse of `saved_progress`; the monitor gets the state of the checkpoint's."""
     if monitor is not None and saved.monitor is not None:
         monitor.load_state_dict(saved.monitor)
     return RunProgress(

@@ -85,10 +85,6 @@ class Run:
 def acquire_folder(config: TrainConfig, accelerator: Accelerator) -> tuple[Path, FolderLock | None]:
     """Create the run's folder, or use the one that the run resumes in, and lock it. Collective call.
 
-    Args:
-        config: as parsed.
-        accelerator: of the run.
-
     Returns:
         The folder, and its lock in the main process.
 

@@ -30,9 +30,6 @@ from diffusers_ddpm_ext.utils.files import replace_folder, write_text_atomically
 def save_checkpoint(run: Run) -> bool:
     """Write a checkpoint of the present step, then delete those beyond the limit. Collective call.
 
-    Args:
-        run: after a step, its losses read.
-
     Returns:
         Whether it was written; the same in all processes.
 
@@ -69,17 +66,7 @@ def renew_lock(lock: FolderLock | None) -> None:
 
 
 def delete_old_checkpoints(folder: Path, step: int, limit: int | None, monitor: Monitor | None) -> None:
-    """Delete the checkpoints that neither the limit nor the monitor keeps.
-
-    Args:
-        folder: of the run.
-        step: of the newest checkpoint.
-        limit: of checkpoints, without the best ones; None keeps all.
-        monitor: that ranks the best ones.
-
-    Raises:
-        OSError: one cannot be deleted.
-    """
+    """Delete the checkpoints that neither the limit nor the monitor keeps, apart from the newest, of ``step``."""
     if limit is not None:
         best = [] if monitor is None else [entry.step for entry in monitor.top if entry.step != step]
         prune_checkpoints(folder, limit, best)
@@ -90,10 +77,6 @@ def save_top_checkpoint(run: Run, decision: MonitorDecision) -> None:
 
     The pipeline of the very best is a separate task that the checkpoint contains: a run that is killed in between
     writes it after it resumes.
-
-    Args:
-        run: after a validation.
-        decision: of its monitor.
     """
     if not decision.in_top_k:
         return
@@ -113,13 +96,7 @@ def save_top_checkpoint(run: Run, decision: MonitorDecision) -> None:
 
 
 def save_best_pipeline(setup: Setup, folder: Path, step: int) -> None:
-    """Save the pipeline of the present weights, the best so far, in the folder ``best``. Collective call.
-
-    Args:
-        setup: after the validation that was the best.
-        folder: of the run.
-        step: optimizer steps done.
-    """
+    """Save the pipeline of the present weights, the best so far, in the folder ``best``. Collective call."""
     networks = export_networks(setup.denoiser, setup.ema, setup.parts.objective)
     if networks is not None:
         try:
@@ -145,12 +122,6 @@ def _write_best(setup: Setup, folder: Path, step: int, networks: ExportedNetwork
 
 
 def mark_finished(folder: Path, step: int, stopped_early: bool) -> None:
-    """Record that a run is finished, so that the same command does not start it again.
-
-    Args:
-        folder: of the run, with its pipeline.
-        step: optimizer steps done.
-        stopped_early: whether the monitor ended the run.
-    """
+    """Record that a run is finished, so that the same command does not start it again."""
     facts = {"format": 1, "step": step, "stopped_early": stopped_early}
     write_text_atomically(folder / FINISHED, json.dumps(facts) + "\n")

@@ -118,11 +118,7 @@ class Setup:
         return "DDP" if self.plan.processes > 1 else "one process"
 
     def processes(self, stop_requested: Callable[[], bool]) -> Processes:
-        """How the processes share an evaluation.
-
-        Args:
-            stop_requested: whether this process should stop.
-        """
+        """How the processes share an evaluation; ``stop_requested`` is whether this process should stop."""
         accelerator, lockstep = self.accelerator, self.is_sharded
         return Processes(
             accelerator.process_index,
@@ -137,14 +133,8 @@ class Setup:
 def build_setup(config: TrainConfig) -> Setup:
     """Read the images and build everything. Nothing is written.
 
-    Args:
-        config: as parsed.
-
-    Returns:
-        The setup before the first step.
-
     Raises:
-        ConfigError: an option that cannot be met, by name; in the first process where it was found.
+        ConfigError: an option that cannot be satisfied, by name; in the process of the lowest rank where it was found.
     """
     loop = config.loop
     trackers = [] if loop.dry_run else tracker_names(config.output.report_to)
@@ -191,15 +181,9 @@ def setup_warnings(setup: Setup) -> list[str]:
 
 
 def prepare_denoiser(options: LoopOptions, accelerator: Accelerator, denoiser: UNet2DModel) -> None:
-    """Configure gradient checkpointing and compilation, in place.
+    """Enable gradient checkpointing and compilation, in place; a ConfigError where that is not possible.
 
-    Args:
-        options: section ``loop``.
-        accelerator: whose configuration may request a compiler, which is then applied to the network only.
-        denoiser: on its final device; its weights and their names stay.
-
-    Raises:
-        ConfigError: the network does not support it, or nothing can be compiled here.
+    A compiler that Accelerate's configuration requests is applied to the network only.
     """
     if options.gradient_checkpointing:
         with as_config_error("--gradient_checkpointing"):
@@ -216,16 +200,7 @@ def prepare_denoiser(options: LoopOptions, accelerator: Accelerator, denoiser: U
 
 
 def make_plan(options: LoopOptions, images: int, processes: int) -> Plan:
-    """Length of the run, in optimizer steps.
-
-    Args:
-        options: section ``loop``; ``max_train_steps`` takes precedence over ``num_epochs``.
-        images: size of the training set.
-        processes: of the run.
-
-    Raises:
-        ConfigError: neither option is set.
-    """
+    """Length of the run, in optimizer steps; ``max_train_steps`` takes precedence over ``num_epochs``."""
     batch, accumulation = options.train_batch_size, options.gradient_accumulation_steps
     if options.max_train_steps is not None:
         steps = options.max_train_steps
@@ -237,16 +212,7 @@ def make_plan(options: LoopOptions, images: int, processes: int) -> Plan:
 
 
 def make_optimizer(config: TrainConfig, parts: Parts, plan: Plan) -> torch.optim.Optimizer:
-    """AdamW over the network and, in a separate group, the log-variances.
-
-    Args:
-        config: as parsed.
-        parts: on their final device.
-        plan: whose effective batch may scale the rate.
-
-    Raises:
-        ConfigError: it is not available here.
-    """
+    """AdamW over the network and, in a separate group, the log-variances; a ConfigError where it is not available."""
     optim = config.optim
     groups = parameter_groups(
         parts.denoiser.parameters(),
@@ -283,10 +249,6 @@ def metric_names(config: TrainConfig, has_validation: bool) -> list[str]:
 
 def make_monitor(config: TrainConfig, has_validation: bool) -> Monitor | None:
     """The monitor of the best checkpoints; None without validation images and ``--monitor``.
-
-    Args:
-        config: as parsed.
-        has_validation: whether there are validation images.
 
     Raises:
         ConfigError: the metric is missing or is not logged.

@@ -87,14 +87,7 @@ def train_step(setup: Setup, step: int, batches: Iterator[Batch]) -> StepTrace:
 
 
 def forward_backward(setup: Setup, step: int, micro: int, batch: Batch) -> MicroBatchResult:
-    """Forward and backward pass of a micro-batch.
-
-    Args:
-        setup: whose gradients are accumulated.
-        step: optimizer steps done.
-        micro: number of the micro-batch in its step.
-        batch: what it trains on.
-    """
+    """Forward and backward pass of a micro-batch, number ``micro`` of its step."""
     device = setup.accelerator.device
     t, noise = keys.sample_draws(setup.seed, step, batch.positions, batch.pixels.shape[1:], setup.num_train_timesteps)
     t, weights = draw_timesteps(setup, step, batch.positions, t)
@@ -133,13 +126,7 @@ def draw_timesteps(setup: Setup, step: int, positions: Tensor, uniform: Tensor) 
 
 @torch.no_grad()
 def update_sampler(sampler: TimestepSampler, accelerator: Accelerator, results: Sequence[MicroBatchResult]) -> None:
-    """Update a sampler that learns from the losses of all processes, in the order of the effective batch.
-
-    Args:
-        sampler: with ``learns``.
-        accelerator: of the run.
-        results: of this process's micro-batches.
-    """
+    """Update a sampler that learns from the losses of all processes, in the order of the effective batch."""
     positions = torch.cat([result.positions for result in results]).double()
     timesteps = torch.cat([result.timesteps for result in results]).double()
     losses = torch.cat([result.output.per_sample_loss.detach().double().cpu() for result in results])
@@ -149,14 +136,7 @@ def update_sampler(sampler: TimestepSampler, accelerator: Accelerator, results: 
 
 
 def seed_dropout(accelerator: Accelerator, seed: int, step: int, micro: int) -> None:
-    """Make dropout a function of the seed, the step, the micro-batch and the process.
-
-    Args:
-        accelerator: of the run.
-        seed: of the run.
-        step: optimizer steps done.
-        micro: number of the micro-batch in its step.
-    """
+    """Make dropout a function of the seed, the step, the micro-batch and the process."""
     number = keys.key(keys.DROPOUT, seed, step, micro, accelerator.process_index)
     if accelerator.device.type == "cpu":
         torch.default_generator.manual_seed(number)  # torch.manual_seed searches for every kind of device each time
@@ -166,9 +146,6 @@ def seed_dropout(accelerator: Accelerator, seed: int, step: int, micro: int) -> 
 
 def clip(setup: Setup) -> Tensor:
     """Clip the gradients of network and log-variances separately: neither must shrink the other's steps.
-
-    Args:
-        setup: after the last backward pass of a step.
 
     Returns:
         The norms of the gradients of the network's parameters before clipping, (n,), on its device.
@@ -185,10 +162,7 @@ def clip(setup: Setup) -> Tensor:
 def is_finite(accelerator: Accelerator, outputs: Sequence[ObjectiveOutput], norms: Tensor) -> bool:
     """Whether every loss and gradient of a step is finite in all processes. Collective call.
 
-    Args:
-        accelerator: of the run.
-        outputs: of the step's micro-batches.
-        norms: from `clip`; ignored under a loss scaler, which skips steps with non-finite gradients itself.
+    ``norms``, from `clip`, are ignored under a loss scaler, which skips steps with non-finite gradients itself.
     """
     losses = torch.stack([output.loss.detach() for output in outputs])
     values = losses if accelerator.scaler is not None else torch.cat([losses, norms.to(losses)])

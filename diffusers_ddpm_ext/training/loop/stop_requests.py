@@ -19,7 +19,7 @@ class StopRequest:
     Attributes:
         checkpoint: whether to write a checkpoint.
         stop: whether to end the run after it.
-        signal: number of the signal that requested the end; 0 where the time limit did, or nothing.
+        signal: number of the signal that requested the end; 0 for the time limit.
     """
 
     checkpoint: bool = False

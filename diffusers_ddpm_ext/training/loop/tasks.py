@@ -52,17 +52,7 @@ class DueWork:
 
 
 def due_after(step: int, config: TrainConfig, plan: Plan, request: StopRequest) -> DueWork:
-    """Decide what is due after a step.
-
-    Args:
-        step: optimizer steps done, at least 1.
-        config: as parsed.
-        plan: of the run.
-        request: of the user.
-
-    Returns:
-        The same decisions in every process.
-    """
+    """What is due after ``step`` optimizer steps by the options and the request; the same in every process."""
     output, options = config.output, config.checkpoint
 
     def every(steps: int | None) -> bool:
@@ -85,12 +75,8 @@ def due_after(step: int, config: TrainConfig, plan: Plan, request: StopRequest) 
 def run_pending_tasks(run: Run, poller: RequestPoller) -> None:
     """Do the pending tasks of the present step, each completely or not at all. Collective call.
 
-    Args:
-        run: its pending tasks are empty afterwards.
-        poller: of requests that arrive meanwhile.
-
     Raises:
-        StopTraining: a request to stop; a checkpoint has been written.
+        StopTraining: a request to stop arrived meanwhile; a checkpoint has been written.
     """
     progress = run.progress
     while progress.pending:
@@ -104,10 +90,6 @@ def run_pending_tasks(run: Run, poller: RequestPoller) -> None:
 
 def run_task(task: Task, run: Run) -> bool:
     """Do one task. Collective call: every process must make it.
-
-    Args:
-        task: which one.
-        run: after a step.
 
     Returns:
         Whether it is complete; False where a signal interrupted it.
@@ -129,9 +111,6 @@ def run_task(task: Task, run: Run) -> bool:
 
 def validate(run: Run) -> bool:
     """Evaluate raw and EMA weights on the same draws, and update the monitor.
-
-    Args:
-        run: after a step; its weights do not change.
 
     Returns:
         Whether it is complete; False where a signal interrupted it, and the metrics are meaningless.
@@ -158,9 +137,6 @@ def validate(run: Run) -> bool:
 
 def save_model(run: Run) -> None:
     """Save the present pipeline in the run's folder.
-
-    Args:
-        run: after a step.
 
     Raises:
         RunError: the final one could not be written; an earlier failure is a warning.
@@ -189,12 +165,7 @@ def draw_training_data(run: Run) -> None:
 
 
 def draw_and_log(run: Run, draw: Callable[[Run], None], names: tuple[str, ...]) -> bool:
-    """Draw images, and log them to the trackers; a full disk is a warning.
-
-    Args:
-        run: after a step.
-        draw: draws them into the run's folder.
-        names: of the images to log, without suffix.
+    """Draw images, and log those of the given names to the trackers; a full disk is a warning.
 
     Returns:
         Whether it is complete; False where a signal interrupted it.

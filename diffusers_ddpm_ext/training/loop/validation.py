@@ -15,15 +15,7 @@ from diffusers_ddpm_ext.utils.dtensor import reshard
 
 
 def validation_metrics(setup: Setup, processes: Processes) -> dict[str, float]:
-    """Compute the validation metrics by name. Collective call: every process must make it.
-
-    Args:
-        setup: whose weights are evaluated.
-        processes: how they share the work.
-
-    Returns:
-        The metrics; empty without validation images.
-    """
+    """The validation metrics by name, empty without validation images. Collective call: every process must make it."""
     images, options = setup.data.validation, setup.config.validation
     if images is None:
         return {}
@@ -47,13 +39,7 @@ def validation_metrics(setup: Setup, processes: Processes) -> dict[str, float]:
 def validation_bpd(setup: Setup, images: ImageSet, processes: Processes) -> float:
     """The bound of the validation images under the network's present weights, in bits per dimension.
 
-    Args:
-        setup: whose network is evaluated.
-        images: held out.
-        processes: how they share the work.
-
-    Returns:
-        The mean over the images that validation uses, with the same timesteps and noise every time.
+    It is the mean over the images that validation uses, with the same timesteps and noise every time.
     """
     options, parts, denoiser = setup.config.validation, setup.parts, setup.denoiser
     kept = parts.scheduler.kept
