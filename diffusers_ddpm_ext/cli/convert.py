@@ -1,231 +1,220 @@
-"""`ddpm-ext convert`: original checkpoints in, pipelines out, and back. Runs on the base install and PyYAML."""
+"""`ddpm-ext convert`: original checkpoints to pipelines, and back. Needs the base install and PyYAML only."""
 
 from __future__ import annotations
 
 import json
-import os
 import secrets
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from diffusers_ddpm_ext.cli.arguments import check_output_path
+from diffusers_ddpm_ext.cli.parser import parse_options
+from diffusers_ddpm_ext.compvis.load_options import LoadOptions, ScheduleSource, WeightChoice
 from diffusers_ddpm_ext.errors import ConfigError, RunError
-from diffusers_ddpm_ext.training.config.flags import Parser
+from diffusers_ddpm_ext.utils.option import option, positional
 
 if TYPE_CHECKING:
     from diffusers_ddpm_ext.compvis.convert import Converted
 
-HEAD = "Turn an original checkpoint into a pipeline's folder, turn one back, or compare the two."
-TAIL = """examples:
+CONVERT_EXAMPLES = """examples:
   ddpm-ext convert --from compvis --checkpoint model.ckpt --config model.yaml --out my-model
   ddpm-ext convert --from openai --checkpoint ema_0.9999_500000.pt --model_flags flags.json --out my-model
   ddpm-ext convert --check my-model --checkpoint model.ckpt --config model.yaml
   ddpm-ext convert --to compvis my-model --out model.ckpt --config_out model.yaml [--base original.ckpt]
 
 The folder holds the EMA weights as its default files and the raw ones as variant="raw", a learned logvar, and
-conversion.json: where each tensor came from, what was left out, and why. Nothing that a checkpoint or a YAML file
-names is imported or run."""
-FAMILIES = ("compvis", "openai")
-CHECKPOINTS = (".ckpt", ".pt", ".pth")
+conversion.json: the source of each tensor, what was left out, and why. Nothing that a checkpoint or a YAML file
+names is imported or executed."""
+CHECKPOINT_SUFFIXES = (".ckpt", ".pt", ".pth")
+MODES = "--from compvis, --from openai, --to compvis FOLDER and --check FOLDER"
 
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    """What `ddpm-ext convert` was asked for; checked."""
+    """Convert an original checkpoint to a pipeline's folder, convert one back, or compare the two."""
 
-    source: str | None
-    target: str | None
-    check: Path | None
-    folder: Path | None
-    checkpoint: Path | None
-    config: Path | None
-    model_flags: Path | None
+    folder: Path | None = positional("FOLDER", "With --to: the pipeline's folder.", default=None)
+    source: Literal["compvis", "openai"] | None = option(None, "Origin of the checkpoint.", flag="from")
+    target: Literal["compvis"] | None = option(None, "Convert FOLDER back to an original checkpoint.", flag="to")
+    check: Path | None = option(
+        None, "Compare a converted folder with its source, weight by weight.", metavar="FOLDER"
+    )
+    checkpoint: Path | None = option(
+        None, "The checkpoint: .ckpt, .pt, .pth, .safetensors, or the index of its shards.", metavar="FILE"
+    )
+    config: Path | None = option(None, "compvis: the YAML file that belongs to the checkpoint.", metavar="FILE")
+    model_flags: Path | None = option(
+        None, "openai: the flags of the model and its diffusion, a JSON object.", metavar="FILE"
+    )
+    ema_checkpoint: Path | None = option(
+        None, "openai: the EMA weights, if --checkpoint has the raw ones.", metavar="FILE"
+    )
+    out: Path | None = option(None, "The folder to write; with --to, the checkpoint.", metavar="PATH")
+    weights: WeightChoice = option(
+        "auto", "compvis: the weights of the default files; auto: EMA if present, else raw."
+    )
+    schedule: ScheduleSource = option("config", "compvis: whose schedule to use if they differ.")
+    ignore_keys: tuple[str, ...] = option((), "compvis: prefixes of tensors to leave out.", metavar="PREFIX")
+    load_only_unet: bool = option(False, "compvis: the network only.")
+    base: Path | None = option(
+        None, "--to: copy first stage, conditioning stage and scale factor from this checkpoint.", metavar="FILE"
+    )
+    config_out: Path | None = option(
+        None, "--to: also write the YAML file that belongs to the checkpoint.", metavar="FILE"
+    )
+    no_ema: bool = option(False, "--to: write no model_ema.*.")
+    samples: int = option(0, "Also draw this many images into samples.png.", low=0, metavar="N")
+    num_inference_steps: int | None = option(None, "Sampling steps of --samples.", low=1, metavar="K", unset="all T")
+    seed: int = option(0, "Random seed of --samples.", low=0, metavar="N")
+    overwrite: bool = option(False, "Replace what exists at --out.")
+    quiet: bool = option(False, "Print the summary only, not the table of all tensors.")
+
+
+@dataclass(frozen=True)
+class CompVisSource:
+    """A checkpoint of CompVis' classes."""
+
+    checkpoint: Path
+    config: Path
+    load: LoadOptions
+
+
+@dataclass(frozen=True)
+class OpenAISource:
+    """A checkpoint of improved-diffusion or guided-diffusion."""
+
+    checkpoint: Path
+    model_flags: Path
     ema_checkpoint: Path | None
-    out: Path | None
-    weights: str
-    schedule: str
-    ignore_keys: tuple[str, ...]
-    load_only_unet: bool
-    base: Path | None
-    config_out: Path | None
-    use_ema: bool
+
+
+@dataclass(frozen=True)
+class Import:
+    """Mode --from: convert a checkpoint to a pipeline's folder, with ``samples`` images of it."""
+
+    source: CompVisSource | OpenAISource
+    out: Path
     samples: int
     num_inference_steps: int | None
     seed: int
-    overwrite: bool
     quiet: bool
+
+
+@dataclass(frozen=True)
+class Check:
+    """Mode --check: compare a converted folder with its source."""
+
+    folder: Path
+    source: CompVisSource | OpenAISource
+
+
+@dataclass(frozen=True)
+class Export:
+    """Mode --to: convert a pipeline's folder to an original checkpoint."""
+
+    folder: Path
+    out: Path
+    base: Path | None
+    config_out: Path | None
+    use_ema: bool
 
 
 def convert_command(argv: Sequence[str]) -> str:
     """Parse the command line and run the command; arguments and errors are those of the two functions below."""
-    return convert(parse_convert_args(argv))
+    return run_conversion(parse_convert_args(argv))
 
 
-def parse_convert_args(argv: Sequence[str], prog: str = "ddpm-ext convert") -> ConvertOptions:
-    """The options of a command line, checked; arguments and errors are those of `Parser.parse_checked`."""
-    parser = Parser(prog=prog, usage=f"{prog} [options]", description=HEAD, epilog=TAIL)
-    parser.add_argument("folder", nargs="?", metavar="FOLDER", help="With --to: the pipeline's folder.")
-    add = parser.add_argument
-    add("--from", dest="source", metavar="{compvis,openai}", help="Whose checkpoint it is.")
-    add("--to", dest="target", metavar="{compvis}", help="Turn FOLDER back into an original checkpoint.")
-    add("--check", metavar="FOLDER", help="Compare a converted folder with its source, weight by weight.")
-    add("--checkpoint", metavar="FILE", help=".ckpt, .pt, .pth, .safetensors, or the index of its shards.")
-    add("--config", metavar="FILE", help="compvis: the YAML file that belongs to it.")
-    add("--model_flags", metavar="FILE", help="openai: the flags of the model and its diffusion, a JSON object.")
-    add("--ema_checkpoint", metavar="FILE", help="openai: the averaged weights; --checkpoint has the raw ones.")
-    add("--out", metavar="PATH", help="The folder to make; with --to, the checkpoint.")
-    add(
-        "--weights",
-        default="auto",
-        metavar="{auto,ema,raw}",
-        help="compvis: which weights are the default files; auto: EMA where there, else raw (default: auto).",
-    )
-    add(
-        "--schedule",
-        default="config",
-        metavar="{config,checkpoint}",
-        help="compvis: whose schedule, where they differ (default: config).",
-    )
-    add("--ignore_keys", nargs="+", default=[], metavar="PREFIX", help="compvis: leave such tensors out.")
-    add("--load_only_unet", action="store_true", help="compvis: the network and nothing else.")
-    add("--base", metavar="FILE", help="--to: take first stage, conditioning stage and scale factor from it.")
-    add("--config_out", metavar="FILE", help="--to: also write the YAML file that belongs to the checkpoint.")
-    add("--no_ema", action="store_true", help="--to: write no model_ema.*.")
-    add("--samples", type=int, default=0, metavar="N", help="Also draw N images into samples.png (default: 0).")
-    add("--num_inference_steps", type=int, metavar="K", help="Steps of those images (default: all T).")
-    add("--seed", type=int, default=0, metavar="N", help="Of those images (default: 0).")
-    add("--overwrite", action="store_true", help="Replace what is at --out.")
-    add("--quiet", action="store_true", help="Print the summary alone, not the table of all tensors.")
-    given = parser.parse_checked(argv)
-    for name in (
-        "check",
-        "folder",
-        "checkpoint",
-        "config",
-        "model_flags",
-        "ema_checkpoint",
-        "out",
-        "base",
-        "config_out",
-    ):
-        given[name] = None if given[name] is None else Path(given[name])
-    given["ignore_keys"] = tuple(given["ignore_keys"])
-    options = ConvertOptions(use_ema=not given.pop("no_ema"), **given)
-    _check(options)
-    return options
-
-
-def _check(options: ConvertOptions) -> None:
+def parse_convert_args(argv: Sequence[str]) -> Import | Check | Export:
+    """The mode and its options, checked; errors are those of `parse_options`."""
+    options = parse_options(ConvertOptions, argv, "convert", CONVERT_EXAMPLES)
     if options.target is None and options.folder is not None:
-        raise ConfigError(f"{options.folder} is given without --to: say --to compvis, or --check {options.folder}")
-    if options.source is None and options.check is not None:
-        options = _with_family(options)
-    asked = [
-        options.source is not None and options.check is None,
-        options.target is not None,
-        options.check is not None,
-    ]
-    if sum(asked) != 1:
-        raise ConfigError("say one of --from compvis, --from openai, --to compvis FOLDER and --check FOLDER")
-    if options.source not in (None, *FAMILIES):
-        raise ConfigError(f"--from {options.source!r} is not one of {', '.join(FAMILIES)}")
-    if options.target not in (None, "compvis"):
-        raise ConfigError(f"--to {options.target!r} is not supported: say --to compvis")
+        raise ConfigError(f"{options.folder} is given without --to: use --to compvis, or --check {options.folder}")
+    modes = (options.source and options.check is None, options.target, options.check)
+    if sum(bool(mode) for mode in modes) != 1:
+        raise ConfigError(f"give one of {MODES}")
     if options.target is not None:
-        _check_way_back(options)
-    else:
-        _check_source(options)
-    for name, low in (("samples", 0), ("num_inference_steps", 1), ("seed", 0)):
-        value = getattr(options, name)
-        if value is not None and value < low:
-            raise ConfigError(f"--{name} must be at least {low}, got {value}")
-    if options.weights not in ("auto", "ema", "raw"):
-        raise ConfigError(f"--weights {options.weights!r} is not one of auto, ema, raw")
-    if options.schedule not in ("config", "checkpoint"):
-        raise ConfigError(f"--schedule {options.schedule!r} is not one of config, checkpoint")
-    if options.check is None:
-        _check_out(options)
+        return _export(options)
+    if options.check is not None:
+        check = Check(options.check, _source(options, "--check", options.model_flags is not None))
+        if not (check.folder / "model_index.json").is_file():
+            raise ConfigError(f"--check {check.folder} holds no pipeline (no model_index.json)")
+        return check
+    source = _source(options, f"--from {options.source}", options.source == "openai")
+    out = _checked_out(options, "folder")
+    return Import(source, out, options.samples, options.num_inference_steps, options.seed, options.quiet)
 
 
-def _with_family(options: ConvertOptions) -> ConvertOptions:
-    from dataclasses import replace
-
-    return replace(options, source="openai" if options.model_flags is not None else "compvis")
-
-
-def _check_source(options: ConvertOptions) -> None:
-    """What --from and --check need."""
-    openai = options.model_flags is not None if options.check is not None else options.source == "openai"
-    needs = {"checkpoint": options.checkpoint}
-    needs |= {"model_flags": options.model_flags} if openai else {"config": options.config}
-    missing = [f"--{name}" for name, value in needs.items() if value is None]
+def _source(options: ConvertOptions, mode: str, is_openai: bool) -> CompVisSource | OpenAISource:
+    needed = ("checkpoint", "model_flags") if is_openai else ("checkpoint", "config")
+    missing = [f"--{name}" for name in needed if getattr(options, name) is None]
     if missing:
-        way = "--check" if options.check is not None else f"--from {options.source}"
-        raise ConfigError(f"{way} needs {' and '.join(missing)}; see ddpm-ext convert --help")
-    strange = {"config": options.config} if openai else {"model_flags": options.model_flags}
-    strange |= {} if openai else {"ema_checkpoint": options.ema_checkpoint}
-    strange |= {"base": options.base, "config_out": options.config_out}
-    for name, value in strange.items():
-        if value is not None:
-            raise ConfigError(f"--{name} {value} has no meaning for this conversion: leave it out")
-    if openai and (options.ignore_keys or options.load_only_unet or options.schedule != "config"):
+        raise ConfigError(f"{mode} needs {' and '.join(missing)}; see ddpm-ext convert --help")
+    _refuse_set(options, ("config",) if is_openai else ("model_flags", "ema_checkpoint"), "this conversion")
+    _refuse_set(options, ("base", "config_out"), "this conversion")
+    if is_openai and (options.ignore_keys or options.load_only_unet or options.schedule != "config"):
         raise ConfigError("--ignore_keys, --load_only_unet and --schedule are for --from compvis: leave them out")
     for path in (options.checkpoint, options.config, options.model_flags, options.ema_checkpoint):
         if path is not None and not path.is_file():
             raise ConfigError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}: give the file")
-    if options.check is not None and not (options.check / "model_index.json").is_file():
-        raise ConfigError(f"--check {options.check} holds no pipeline (no model_index.json)")
+    assert options.checkpoint is not None
+    if options.model_flags is not None:
+        return OpenAISource(options.checkpoint, options.model_flags, options.ema_checkpoint)
+    assert options.config is not None
+    load = LoadOptions(options.weights, options.ignore_keys, options.load_only_unet, options.schedule)
+    return CompVisSource(options.checkpoint, options.config, load)
 
 
-def _check_way_back(options: ConvertOptions) -> None:
+def _export(options: ConvertOptions) -> Export:
     if options.folder is None:
         raise ConfigError(
             "--to compvis needs the folder of a pipeline: ddpm-ext convert --to compvis FOLDER --out FILE"
         )
     if not (options.folder / "model_index.json").is_file():
         raise ConfigError(f"{options.folder} holds no pipeline (no model_index.json)")
-    for name in ("checkpoint", "config", "model_flags", "ema_checkpoint"):
-        if getattr(options, name) is not None:
-            raise ConfigError(f"--{name} has no meaning for --to compvis: leave it out")
+    _refuse_set(options, ("checkpoint", "config", "model_flags", "ema_checkpoint"), "--to compvis")
     if options.samples:
-        raise ConfigError("--samples has no meaning for --to compvis: ddpm-ext sample draws from the folder")
+        raise ConfigError("--samples has no effect with --to compvis: ddpm-ext sample draws from the folder")
     if options.config_out is not None and options.config_out.exists() and not options.overwrite:
-        raise ConfigError(f"--config_out {options.config_out} exists: name another place, or say --overwrite")
+        raise ConfigError(f"--config_out {options.config_out} exists: name another place, or use --overwrite")
     if options.base is not None and not options.base.is_file():
         raise ConfigError(f"--base {options.base} does not exist: give the original checkpoint")
-    if options.out is not None and options.out.suffix not in CHECKPOINTS:
-        raise ConfigError(f"--out {options.out} must end in {', '.join(CHECKPOINTS)}")
+    if options.out is not None and options.out.suffix not in CHECKPOINT_SUFFIXES:
+        raise ConfigError(f"--out {options.out} must end in {', '.join(CHECKPOINT_SUFFIXES)}")
+    out = _checked_out(options, "file")
+    return Export(options.folder, out, options.base, options.config_out, not options.no_ema)
 
 
-def _check_out(options: ConvertOptions) -> None:
+def _refuse_set(options: ConvertOptions, names: Sequence[str], mode: str) -> None:
+    """Refuse options that have no effect in a mode."""
+    for name in names:
+        if getattr(options, name) is not None:
+            raise ConfigError(f"--{name} {getattr(options, name)} has no effect with {mode}: leave it out")
+
+
+def _checked_out(options: ConvertOptions, kind: Literal["file", "folder"]) -> Path:
     out = options.out
     if out is None:
-        raise ConfigError("--out is missing: say where the result goes")
-    if not out.absolute().parent.is_dir():
-        raise ConfigError(f"--out {out} lies in a folder that does not exist: make it first")
-    if not os.access(out.absolute().parent, os.W_OK | os.X_OK):
-        raise ConfigError(f"--out {out} is not writable: name another place")
-    if options.target is None and out.is_file():
-        raise ConfigError(f"--out {out} is a file: name a folder")
-    if options.target is not None and out.is_dir():
-        raise ConfigError(f"--out {out} is a folder: name a file")
-    taken = out.is_file() or (out.is_dir() and any(out.iterdir()))
-    if taken and not options.overwrite:
-        raise ConfigError(f"--out {out} exists: name another place, or say --overwrite")
-    if taken and out.is_dir() and not (out / "conversion.json").is_file():
-        raise ConfigError(f"--out {out} is not a converted model's folder, so --overwrite does not replace it")
+        raise ConfigError("--out is missing: give the path of the result")
+    check_output_path("--out", out, kind)
+    exists = out.is_file() or (out.is_dir() and any(out.iterdir()))
+    if exists and not options.overwrite:
+        raise ConfigError(f"--out {out} exists: name another place, or use --overwrite")
+    if exists and out.is_dir() and not (out / "conversion.json").is_file():
+        raise ConfigError(f"--out {out} is not the folder of a converted model, so --overwrite does not replace it")
+    return out
 
 
-def convert(options: ConvertOptions) -> str:
-    """Do it.
+def run_conversion(mode: Import | Check | Export) -> str:
+    """Convert or compare.
 
     Args:
-        options: what was asked for.
+        mode: one of the three modes, with its options.
 
     Returns:
-        What to print.
+        The text to print.
 
     Raises:
         ConfigError: the files cannot be read, do not belong together, or cannot be converted.
@@ -235,10 +224,10 @@ def convert(options: ConvertOptions) -> str:
 
     try:
         with quiet_diffusers():
-            if options.target is not None:
-                return _back(options)
-            converted = _read(options)
-            return _compare(options, converted) if options.check is not None else _make(options, converted)
+            if isinstance(mode, Export):
+                return _write_checkpoint(mode)
+            converted = _convert(mode.source)
+            return _compare(mode.folder, converted) if isinstance(mode, Check) else _write_folder(mode, converted)
     except (RunError, ConfigError):
         raise
     except ValueError as error:
@@ -248,86 +237,76 @@ def convert(options: ConvertOptions) -> str:
         raise ConfigError(f"{where}{error.strerror or error}") from error
 
 
-def _read(options: ConvertOptions) -> Converted:
-    assert options.checkpoint is not None
-    if options.model_flags is not None:
-        from diffusers_ddpm_ext.compvis.convert import convert_openai
+def _convert(source: CompVisSource | OpenAISource) -> Converted:
+    from diffusers_ddpm_ext.compvis.convert import convert_compvis, convert_openai
 
-        return convert_openai(options.checkpoint, options.model_flags, options.ema_checkpoint)
-    from diffusers_ddpm_ext.compvis.convert import convert_compvis
-    from diffusers_ddpm_ext.compvis.load import LoadOptions
-
-    assert options.config is not None
-    load_options = LoadOptions(options.weights, options.ignore_keys, options.load_only_unet, options.schedule)  # type: ignore[arg-type]
-    return convert_compvis(options.checkpoint, options.config, load_options)
+    if isinstance(source, OpenAISource):
+        return convert_openai(source.checkpoint, source.model_flags, source.ema_checkpoint)
+    return convert_compvis(source.checkpoint, source.config, source.load)
 
 
-def _make(options: ConvertOptions, converted: Converted) -> str:
+def _write_folder(mode: Import, converted: Converted) -> str:
     from diffusers_ddpm_ext.compvis.schema import REPORT_FILE
     from diffusers_ddpm_ext.utils.files import replace_folder
 
-    assert options.out is not None
-    draft = options.out.with_name(f".writing-{options.out.name}-{secrets.token_hex(4)}")
+    draft = mode.out.with_name(f".writing-{mode.out.name}-{secrets.token_hex(4)}")
     draft.mkdir()
     try:
         converted.save(draft)
-        if options.samples:
-            _draw(converted.pipeline, draft / "samples.png", options)
+        if mode.samples:
+            _draw_samples(converted.pipeline, draft / "samples.png", mode)
         (draft / REPORT_FILE).write_text(json.dumps(converted.report.as_json(), indent=1) + "\n", encoding="utf-8")
-        replace_folder(draft, options.out)
+        replace_folder(draft, mode.out)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    told = converted.report.summary() if options.quiet else converted.report.table()
-    return f"{told}\nThe pipeline is in {options.out}; {REPORT_FILE} says all of the above."
+    report = converted.report.summary() if mode.quiet else converted.report.table()
+    return f"{report}\nThe pipeline is in {mode.out}; {REPORT_FILE} contains this report."
 
 
-def _draw(pipeline: Any, path: Path, options: ConvertOptions) -> None:
-    """A grid of samples, image i from the seed and i alone."""
+def _draw_samples(pipeline: Any, path: Path, mode: Import) -> None:
+    """Draw a grid of samples; image i depends on the seed and on i only."""
     from diffusers_ddpm_ext.plotting.sheets import save_grid
     from diffusers_ddpm_ext.utils.random_keys import generator
 
     key = pipeline.config.get("conditioning_key")
     if key is not None and not (key == "adm" or pipeline.class_embedder is not None):
-        raise ConfigError(f"--samples {options.samples}: the model needs conditions ({key}), which only you have")
+        raise ConfigError(f"--samples {mode.samples}: the model needs conditions ({key}), which are not in its folder")
     channels = pipeline.unet.config.out_channels
     if channels not in (1, 3, 6):
-        raise ConfigError(f"--samples {options.samples}: the model makes latents of {channels} channels, no pictures")
-    named: dict[str, Any] = {}
+        raise ConfigError(f"--samples {mode.samples}: the model generates latents of {channels} channels, not images")
+    conditions: dict[str, Any] = {}
     if key is not None:
-        named["class_labels"] = [index % pipeline.num_classes for index in range(options.samples)]
+        conditions["class_labels"] = [index % pipeline.num_classes for index in range(mode.samples)]
     images = pipeline(
-        batch_size=options.samples,
-        generator=[generator("sample", options.seed, index) for index in range(options.samples)],
-        num_inference_steps=options.num_inference_steps,
+        batch_size=mode.samples,
+        generator=[generator("sample", mode.seed, index) for index in range(mode.samples)],
+        num_inference_steps=mode.num_inference_steps,
         output_type="np",
-        **named,
+        **conditions,
     ).images
     save_grid(images.transpose(0, 3, 1, 2) * 2 - 1, path)
 
 
-def _compare(options: ConvertOptions, converted: Converted) -> str:
-    assert options.check is not None
-    differences = converted.compare(options.check)
+def _compare(folder: Path, converted: Converted) -> str:
+    differences = converted.compare(folder)
     if differences:
-        shown = "; ".join(differences[:5])
         more = f"; and {len(differences) - 5} more" if len(differences) > 5 else ""
-        raise RunError(f"--check {options.check}: {len(differences)} differences from the checkpoint: {shown}{more}")
-    compared = sum(len(rows) for rows in converted.report.tensors.values())
-    return f"{options.check} is its checkpoint's: {compared} tensors equal to the bit, scheduler and logvar too"
+        first = "; ".join(differences[:5])
+        raise RunError(f"--check {folder}: {len(differences)} differences from the checkpoint: {first}{more}")
+    count = sum(len(rows) for rows in converted.report.tensors.values())
+    return f"{folder} matches its checkpoint: {count} tensors are bit-exact, scheduler and logvar too"
 
 
-def _back(options: ConvertOptions) -> str:
+def _write_checkpoint(mode: Export) -> str:
     import yaml
 
     from diffusers_ddpm_ext.compvis.save import compvis_config, save_compvis
 
-    assert options.folder is not None
-    assert options.out is not None
-    save_compvis(options.folder, options.out, base=options.base, use_ema=options.use_ema)
-    size = options.out.stat().st_size / 2**20
-    told = f"{options.out} written, {size:.1f} MiB: the original classes load its state_dict with strict=True"
-    if options.config_out is None:
-        return told
-    text = yaml.safe_dump(compvis_config(options.folder), sort_keys=False, default_flow_style=None)
-    options.config_out.write_text(text, encoding="utf-8")
-    return f"{told}, under the configuration {options.config_out}"
+    save_compvis(mode.folder, mode.out, base=mode.base, use_ema=mode.use_ema)
+    size = mode.out.stat().st_size / 2**20
+    report = f"{mode.out} written, {size:.1f} MiB: the original classes load its state_dict with strict=True"
+    if mode.config_out is None:
+        return report
+    text = yaml.safe_dump(compvis_config(mode.folder), sort_keys=False, default_flow_style=None)
+    mode.config_out.write_text(text, encoding="utf-8")
+    return f"{report}, with the configuration {mode.config_out}"

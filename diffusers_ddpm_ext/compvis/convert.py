@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from diffusers_ddpm_ext.compvis.architecture import as_list
 from diffusers_ddpm_ext.compvis.config.openai import read_flags
-from diffusers_ddpm_ext.compvis.load import LoadOptions, choose_weights, read_compvis_checkpoint, report_compvis
+from diffusers_ddpm_ext.compvis.load import choose_weights, read_compvis_checkpoint, report_compvis
+from diffusers_ddpm_ext.compvis.load_options import LoadOptions, WeightSet
 from diffusers_ddpm_ext.compvis.reader.archive import PathLike, read_tensors
 from diffusers_ddpm_ext.compvis.report import Report
 from diffusers_ddpm_ext.compvis.state_dict import SAVED_TABLES
@@ -152,7 +153,8 @@ def convert_openai(path: PathLike, flags: PathLike | Mapping[str, Any], ema_path
     """
     config = read_flags(flags)
     params, networks = dict(config.unet_params), {}
-    for which, file in (("ema", ema_path), ("raw", path)):
+    files: dict[WeightSet, PathLike | None] = {"ema": ema_path, "raw": path}
+    for which, file in files.items():
         if file is None:
             continue
         tensors = strip_prefixes(read_tensors(file))

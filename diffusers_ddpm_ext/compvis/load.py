@@ -12,11 +12,12 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from torch import Tensor, nn
 
 from diffusers_ddpm_ext.compvis.config.ddpm import CompVisConfig, read_config
+from diffusers_ddpm_ext.compvis.load_options import LoadOptions, ScheduleSource, WeightChoice, WeightSet
 from diffusers_ddpm_ext.compvis.reader.archive import PathLike, read_tensors
 from diffusers_ddpm_ext.compvis.report import Report
 from diffusers_ddpm_ext.compvis.state_dict import CheckpointContents, classify_tensors, describe_schedule_difference
@@ -26,29 +27,6 @@ from diffusers_ddpm_ext.pipelines.pipeline_ddpm_ext import DDPMExtPipeline
 from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
 
 logger = logging.getLogger(__name__)
-
-WeightSet = Literal["raw", "ema"]
-WeightChoice = Literal["auto", "raw", "ema"]
-ScheduleSource = Literal["config", "checkpoint"]
-
-
-@dataclass(frozen=True)
-class LoadOptions:
-    """Options of loading a checkpoint; see `load_compvis`.
-
-    Raises:
-        ValueError: ``weights`` or ``schedule_from`` is not one of the allowed values.
-    """
-
-    weights: WeightChoice = "auto"
-    ignore_keys: tuple[str, ...] = ()
-    load_only_unet: bool = False
-    schedule_from: ScheduleSource = "config"
-
-    def __post_init__(self) -> None:
-        for name, allowed in (("weights", get_args(WeightChoice)), ("schedule_from", get_args(ScheduleSource))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}.")
 
 
 @dataclass(frozen=True)

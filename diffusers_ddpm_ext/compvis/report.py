@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from diffusers_ddpm_ext.compvis.load_options import WeightSet
 from diffusers_ddpm_ext.compvis.schema import ConfigRow
 from diffusers_ddpm_ext.compvis.state_dict import LeftOut
 from diffusers_ddpm_ext.compvis.weights import ConvertedTensor
@@ -51,7 +52,11 @@ class Report:
 
     @classmethod
     def of_networks(
-        cls, family: Family, source: str, networks: Mapping[Any, tuple[nn.Module, list[ConvertedTensor]]], **more: Any
+        cls,
+        family: Family,
+        source: str,
+        networks: Mapping[WeightSet, tuple[nn.Module, list[ConvertedTensor]]],
+        **more: Any,
     ) -> Report:
         """Report on converted networks.
 

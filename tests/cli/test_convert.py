@@ -1,4 +1,4 @@
-"""`ddpm-ext convert`: one command in, one command out, and one sentence for what cannot be done."""
+"""`ddpm-ext convert`: to a folder, back to a checkpoint, and one-line errors."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def convert(*arguments: object) -> int:
     return main(["convert", *map(str, arguments)])
 
 
-def test_in_check_and_out(tmp_path, capsys):
+def test_convert_check_and_convert_back(tmp_path, capsys):
     folder = tmp_path / "folder"
     assert convert("--from", "compvis", *SOURCE, "--out", folder, "--samples", 4, "--num_inference_steps", 2) == 0
-    told = capsys.readouterr().out
-    assert "model.diffusion_model" not in told, "UNetModel's own names"
-    assert "input_blocks.0.0.weight" in told
-    assert "conv_in.weight" in told
+    message = capsys.readouterr().out
+    assert "model.diffusion_model" not in message, "UNetModel's own keys"
+    assert "input_blocks.0.0.weight" in message
+    assert "conv_in.weight" in message
     assert (folder / "samples.png").is_file()
     report = json.loads((folder / "conversion.json").read_text())
     assert report["format"] == 1
@@ -39,7 +39,7 @@ def test_in_check_and_out(tmp_path, capsys):
     )
     assert str(FOLDER) not in json.dumps(report), "no path of this machine"
     assert convert("--check", folder, *SOURCE) == 0
-    assert "equal to the bit" in capsys.readouterr().out
+    assert "bit-exact" in capsys.readouterr().out
     assert convert("--to", "compvis", folder, "--out", tmp_path / "back.ckpt") == 0
     made = [tmp_path / "again.ckpt", "--config_out", tmp_path / "again.yaml"]
     assert convert("--to", "compvis", folder, "--out", *made) == 0
@@ -51,7 +51,7 @@ def test_in_check_and_out(tmp_path, capsys):
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_a_difference_is_found(tmp_path, capsys):
+def test_check_reports_a_difference(tmp_path, capsys):
     folder = tmp_path / "folder"
     assert convert("--from", "compvis", *SOURCE, "--out", folder, "--quiet") == 0
     assert "input_blocks" not in capsys.readouterr().out
@@ -68,10 +68,10 @@ def test_openai(tmp_path, capsys):
     params = read_flags(flags).unet_params
     torch.save(export_unet(random_weights(translate_unet(params).build()), params), tmp_path / "m.pt")
     (tmp_path / "flags.json").write_text(json.dumps(flags))
-    given = ["--checkpoint", tmp_path / "m.pt", "--model_flags", tmp_path / "flags.json"]
-    assert convert("--from", "openai", *given, "--out", tmp_path / "folder") == 0
+    source = ["--checkpoint", tmp_path / "m.pt", "--model_flags", tmp_path / "flags.json"]
+    assert convert("--from", "openai", *source, "--out", tmp_path / "folder") == 0
     assert "learned_range" in capsys.readouterr().out
-    assert convert("--check", tmp_path / "folder", *given) == 0
+    assert convert("--check", tmp_path / "folder", *source) == 0
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_openai(tmp_path, capsys):
         (["--from", "compvis", *SOURCE, "--out", "F", "--chekpoint", "x"], "did you mean --checkpoint"),
         (["--from", "openai", *SOURCE[:2], "--out", "F"], "--model_flags"),
         (["--to", "compvis", "--out", "F.ckpt"], "FOLDER"),
-        (["--to", "diffusers", "x", "--out", "F"], "--to compvis"),
+        (["--to", "diffusers", "x", "--out", "F"], "--to 'diffusers' is not"),
         (["--to", "compvis", "nowhere", "--out", "F.ckpt"], "no pipeline"),
         (["--check", "nowhere", *SOURCE], "no pipeline"),
         (["F", "--out", "x"], "without --to"),
@@ -100,14 +100,14 @@ def test_openai(tmp_path, capsys):
 def test_mistakes(arguments, word, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert convert(*arguments) == 2
-    told = capsys.readouterr().err
-    assert told.startswith("error: ")
-    assert told.count("\n") == 1
-    assert word in told
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert message.count("\n") == 1
+    assert word in message
     assert list(tmp_path.iterdir()) == []
 
 
-def test_nothing_is_replaced_unasked(tmp_path, capsys):
+def test_nothing_is_replaced_without_overwrite(tmp_path, capsys):
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "mine.txt").write_text("mine")

@@ -155,7 +155,7 @@ def _settings(option: Option, negatable: bool) -> dict[str, Any]:
 
 def _default_text(option: Option) -> str:
     value = option.default
-    if value in (None, {}):
+    if value in (None, {}, ()):
         return option.metadata["unset"] or "none"
     if isinstance(value, bool):
         return "on" if value else "off"
