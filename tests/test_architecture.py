@@ -17,11 +17,11 @@ FLOORS = {  # of the package, of training/ and of compvis/: the lowest first
     "compvis": "reader schema load_options | architecture | key_map unet_params config | weights | state_dict"
     " | report save | load | convert",
 }
-LIGHT = ("training/config", "cli/dispatch.py", "training/checkpoints/__init__.py")  # loaded before torch is
+LIGHT = ("training/config", "cli/dispatch.py", "training/checkpoints/__init__.py")  # imported before torch
 
 
 def imported(path: Path) -> set[str]:
-    """Full names of all that a file imports anywhere, inside functions too."""
+    """Full names of everything that a file imports, inside functions too."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -33,8 +33,8 @@ def imported(path: Path) -> set[str]:
 
 
 def violations(package: Path) -> list[str]:
-    """Every import that does not lead to a lower floor, and every module that stands on none."""
-    found = []
+    """Every import that does not lead to a lower floor, and every module without a floor."""
+    problems = []
     for path in sorted(package.rglob("*.py")):
         module = path.relative_to(package).with_suffix("").parts
         for inside, floors in FLOORS.items():
@@ -43,28 +43,28 @@ def violations(package: Path) -> list[str]:
                 continue
             floor_of = {name: number for number, names in enumerate(floors.split("|")) for name in names.split()}
             if own[0] not in floor_of:
-                found.append(f"{'/'.join(module)} stands on no floor")
+                problems.append(f"{'/'.join(module)} has no floor")
             for name in imported(path):
                 other = name.removeprefix(prefix).split(".")[0]
                 if not name.startswith(prefix) or other == own[0] or other not in floor_of:
                     continue
                 if floor_of[other] >= floor_of.get(own[0], 0):
-                    found.append(f"{'/'.join(module)} imports {name}")
+                    problems.append(f"{'/'.join(module)} imports {name}")
     folders = {path.parent.name for path in package.rglob("__init__.py")} - {NAME}
-    found += [f"a folder is called {name}" for name in folders & set(dir(diffusers.pipelines))]
+    problems += [f"a folder is called {name}" for name in folders & set(dir(diffusers.pipelines))]
     light = [path for name in LIGHT for path in [package / name, *(package / name).rglob("*.py")] if path.is_file()]
-    found += [
+    problems += [
         f"{path.name} imports torch" for path in light if any(n.split(".")[0] == "torch" for n in imported(path))
     ]
-    return found
+    return problems
 
 
-def test_the_package_keeps_to_its_floors():
+def test_imports_lead_to_lower_floors():
     assert violations(ROOT / NAME) == []
 
 
 @pytest.mark.parametrize(
-    ("file", "line", "told"),
+    ("file", "line", "message"),
     [
         ("diffusion/planted.py", "from diffusers_ddpm_ext.models import ema", "imports diffusers_ddpm_ext.models.ema"),
         (
@@ -76,15 +76,15 @@ def test_the_package_keeps_to_its_floors():
         ("compvis/schema.py", "from diffusers_ddpm_ext.compvis.load import x", "imports"),
         ("training/config/planted.py", "def f():\n    from torch import nn", "planted.py imports torch"),
         ("ddpm/__init__.py", "", "a folder is called ddpm"),
-        ("elsewhere.py", "", "stands on no floor"),
+        ("elsewhere.py", "", "has no floor"),
     ],
 )
-def test_a_planted_violation_is_found(file, line, told, tmp_path):
+def test_a_planted_violation_is_reported(file, line, message, tmp_path):
     (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / file).write_text(f"{line}\n")
-    assert any(told in each for each in violations(tmp_path)), violations(tmp_path)
+    assert any(message in each for each in violations(tmp_path)), violations(tmp_path)
 
 
-def test_the_training_folder_at_the_top_shadows_nothing():
+def test_the_training_folder_at_the_top_hides_no_module():
     """`accelerate launch training/train.py` puts that folder first on sys.path."""
     assert {path.name for path in (ROOT / "training").glob("*.py")} == {"train.py"}

@@ -69,16 +69,7 @@ def scale_learning_rate(
 def adamw_8bit(
     groups: list[dict[str, Any]], learning_rate: float, betas: tuple[float, float], epsilon: float
 ) -> torch.optim.Optimizer:
-    """AdamW of bitsandbytes, whose moments take one byte each.
-
-    Args:
-        groups: from :func:`parameter_groups`, on their final device.
-        learning_rate: peak learning rate of the network.
-        betas: decay rates of the two moments.
-        epsilon: added to the root of the second moment.
-
-    Returns:
-        The optimizer.
+    """AdamW of bitsandbytes, whose moments take one byte each; the arguments are those of `adamw`.
 
     Raises:
         ValueError: bitsandbytes is not installed, or does not work on this machine.

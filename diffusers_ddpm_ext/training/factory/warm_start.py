@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -268,15 +268,8 @@ def _compare_settings(config: Mapping[str, Any], denoiser: nn.Module) -> list[st
     return [f"its network computes another function from these weights: {'; '.join(different)}"] if different else []
 
 
-@dataclass(frozen=True)
-class _Completed:
-    """Every tensor of a network.
-
-    Attributes:
-        tensors: by name, in the network's shapes.
-        missing: names that were filled in.
-        resized: names of tensors that were resized.
-    """
+class _Completed(NamedTuple):
+    """Every tensor of a network, with the names of those that were filled in and of those that were resized."""
 
     tensors: dict[str, Tensor]
     missing: list[str]

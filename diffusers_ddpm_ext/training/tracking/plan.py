@@ -177,13 +177,6 @@ def describe_checkpoints(disk: DiskUsage) -> str:
     return f"{need}; {format_bytes(disk.free)} free{advice}"
 
 
-def count_params(module: nn.Module) -> dict[str, int]:
-    """Number of parameters of each submodule, without those that have none."""
-    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in module.named_children()}
-    own = sum(p.numel() for p in module.parameters(recurse=False))
-    return {name: count for name, count in (counts | {"(own)": own}).items() if count}
-
-
 def format_table(rows: Sequence[tuple[str, str]]) -> str:
     """Two aligned columns of text."""
     width = max(len(name) for name, _ in rows)
@@ -191,10 +184,12 @@ def format_table(rows: Sequence[tuple[str, str]]) -> str:
 
 
 def parameter_table(module: nn.Module) -> str:
-    """Parameters of each submodule, and their sum."""
-    counts = count_params(module)
-    digits = len(f"{sum(counts.values()):,}")
-    rows = [(name, f"{count:>{digits},}") for name, count in (*counts.items(), ("total", sum(counts.values())))]
+    """Number of parameters of each submodule that has any, and their sum."""
+    counts = {name: sum(p.numel() for p in child.parameters()) for name, child in module.named_children()}
+    counts["(own)"] = sum(p.numel() for p in module.parameters(recurse=False))
+    total = sum(counts.values())
+    width = len(f"{total:,}")
+    rows = [(name, f"{count:>{width},}") for name, count in (*counts.items(), ("total", total)) if count]
     return "parameters\n" + format_table(rows)
 
 

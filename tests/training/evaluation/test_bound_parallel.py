@@ -1,4 +1,4 @@
-"""Two processes: one memory of losses whatever the sizes of their batches, one evaluation."""
+"""Two processes: the same loss history for any batch sizes, and the same evaluation."""
 
 from __future__ import annotations
 
@@ -26,26 +26,28 @@ def launch(*command: str, processes: int = 2) -> subprocess.CompletedProcess[str
     return done
 
 
-def test_unequal_batches_make_one_memory(tmp_path):
+def test_unequal_batches_give_the_same_loss_history_on_all_processes(tmp_path):
     launch(str(ROOT / "tests" / "helpers" / "bound_ranks.py"), str(tmp_path))
     first, second = (load_file(tmp_path / f"rank-{rank}.safetensors") for rank in (0, 1))
     alone = LossSecondMomentSampler(4, history=3)
     source = torch.Generator().manual_seed(0)
     for _ in range(4):
-        whole = torch.rand(8, 2, generator=source, dtype=torch.float64)
-        alone.update((whole[:, 0] * 4).floor().long(), whole[:, 1])
+        batch = torch.rand(8, 2, generator=source, dtype=torch.float64)
+        alone.update((batch[:, 0] * 4).floor().long(), batch[:, 1])
     for state in (first, second):
         assert all(torch.equal(state[name], tensor) for name, tensor in alone.state_dict().items())
 
 
-def test_a_run_learns_the_same_on_two_processes(tmp_path):
+def test_training_is_the_same_on_two_processes(tmp_path):
     """One process with batches of 16 and two with 8: the same steps, and losses to rounding."""
     options = {"timestep_sampler": "loss_second_moment", "num_train_timesteps": 5, "max_train_steps": 8}
     options |= {"checkpointing_steps": 8, "validation_steps": 0}
-    whole = train(tiny_run(tmp_path / "whole", **options, train_batch_size=16))
+    single = train(tiny_run(tmp_path / "single", **options, train_batch_size=16))
     flags = tiny_flags(**options, train_batch_size=8, output_dir=str(tmp_path / "parts"))
     launch(str(ROOT / "training" / "train.py"), *flags)
-    ours, theirs = (load_file(folder / "checkpoint-8" / "model.safetensors") for folder in (whole, tmp_path / "parts"))
+    ours, theirs = (
+        load_file(folder / "checkpoint-8" / "model.safetensors") for folder in (single, tmp_path / "parts")
+    )
     assert torch.equal(ours["timestep_sampler.counts"], theirs["timestep_sampler.counts"])
     assert int(ours["timestep_sampler.counts"].sum()) == 50  # full, so that the last steps were drawn by it
     torch.testing.assert_close(ours["timestep_sampler.losses"], theirs["timestep_sampler.losses"], rtol=1e-4, atol=0)

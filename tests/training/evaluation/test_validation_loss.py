@@ -1,4 +1,4 @@
-"""Measurements on fixed draws."""
+"""Validation losses and log losses on fixed draws."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from diffusers_ddpm_ext.training.data.dataset import load_data
 from diffusers_ddpm_ext.training.data.image_set import ImageSet
 from diffusers_ddpm_ext.training.evaluation.processes import Processes
 from diffusers_ddpm_ext.training.evaluation.validation_loss import (
+    ValidationLosses,
     compute_validation_losses,
     log_loss_per_step,
     stratified_timesteps,
@@ -29,7 +30,7 @@ ALONE = Processes(0, 1, torch.device("cpu"), lambda tensor: tensor)
 
 
 class Constant(nn.Module):
-    """A network that answers with one number, plus noise where dropout is on."""
+    """A network whose output is one value, with dropout."""
 
     def __init__(self, value: float = 0.0) -> None:
         super().__init__()
@@ -52,7 +53,7 @@ def images() -> ImageSet:
 
 
 @pytest.mark.parametrize("count", [1, 7, 1000, 1300])
-def test_one_step_in_every_piece_of_the_chain(count):
+def test_one_timestep_in_every_interval(count):
     steps = stratified_timesteps(torch.Generator().manual_seed(0), count, 1000).sort().values.double()
     pieces = torch.arange(count).double() * 1000 / count
     assert (steps >= pieces.floor()).all()
@@ -65,14 +66,14 @@ def test_draws_are_the_same_every_time_and_enough():
     assert torch.equal(first.timesteps, again.timesteps)
     assert not torch.equal(first.timesteps, other.timesteps)
     assert len(first.images.unique()) == len(first) == 100
-    assert first.images.max() > 175, "evenly from the whole set, which may be sorted"
+    assert first.images.max() > 175, "spaced over the entire set, which may be sorted"
     few = validation_draws(3, 3, 1000)
     assert len(few) >= 32
     assert set(few.images.tolist()) == {0, 1, 2}
 
 
-def test_score_is_the_mean_over_the_draws(images):
-    """A network that answers c to noise eps has loss mean((c - eps)^2); eps comes from the documented keys."""
+def test_validation_losses_are_means_over_the_draws(images):
+    """A network with output c has loss mean((c - eps)^2); eps comes from the documented keys."""
     draws = validation_draws(3, len(images), CHAIN)
     scores = compute_validation_losses(task_of(0.25), images, draws, 64, ALONE)
     losses = [
@@ -83,8 +84,8 @@ def test_score_is_the_mean_over_the_draws(images):
     assert scores.loss == pytest.approx(scores.loss_simple, rel=1e-6)
 
 
-def test_score_does_not_depend_on_the_split(images):
-    """Batch sizes agree to rounding; a number of processes changes nothing at all."""
+def test_validation_losses_do_not_depend_on_batches_and_processes(images):
+    """Equal up to rounding for other batch sizes, and exactly equal for any number of processes."""
     draws, task = validation_draws(3, len(images), CHAIN), task_of(0.25)
     alone = compute_validation_losses(task, images, draws, 50, ALONE)
     assert compute_validation_losses(task, images, draws, 7, ALONE).loss_simple == pytest.approx(
@@ -102,8 +103,8 @@ def test_score_does_not_depend_on_the_split(images):
     assert means.tolist() == [alone.loss, alone.loss_simple, alone.loss_vlb]
 
 
-def test_score_leaves_training_alone(images):
-    """No dropout inside, the mode as before, and not one random number of the training's used."""
+def test_validation_does_not_change_the_training_state(images):
+    """Dropout is off, the mode is restored, and no global random number is drawn."""
     task = task_of(0.25)
     task.train()
     before = torch.get_rng_state()
@@ -116,9 +117,7 @@ def test_score_leaves_training_alone(images):
     assert task.denoiser.value.grad is None
 
 
-def test_names_are_compvis():
-    from diffusers_ddpm_ext.training.evaluation.validation_loss import ValidationLosses
-
+def test_metric_names_are_those_of_compvis():
     assert ValidationLosses(1.0, 2.0, 3.0).metrics("_ema") == {
         "val/loss_ema": 1.0,
         "val/loss_simple_ema": 2.0,
@@ -127,10 +126,10 @@ def test_names_are_compvis():
 
 
 def test_log_loss_of_each_step(images):
-    """A network that answers 0 to unit noise loses 1 at every step, c more adds c^2; other steps are unknown."""
+    """Output c on unit noise has a mean loss of 1 + c^2 at every step that was drawn; others are NaN."""
     steps = torch.tensor([0, 5, 39]).repeat(400)
-    measured = log_loss_per_step(task_of(2.0), images, 0, steps, 128, ALONE)
-    assert measured.shape == (CHAIN,)
-    assert np.isfinite(measured).nonzero()[0].tolist() == [0, 5, 39]
+    log_losses = log_loss_per_step(task_of(2.0), images, 0, steps, 128, ALONE)
+    assert log_losses.shape == (CHAIN,)
+    assert np.isfinite(log_losses).nonzero()[0].tolist() == [0, 5, 39]
     # the mean over 400 draws of 64 values has a standard error of sqrt(2 + 4 * 4) / sqrt(400 * 64) = 0.027
-    np.testing.assert_allclose(np.exp(measured[[0, 5, 39]]), 5.0, atol=0.12)
+    np.testing.assert_allclose(np.exp(log_losses[[0, 5, 39]]), 5.0, atol=0.12)

@@ -26,7 +26,7 @@ def parameters(seed: int = 0) -> list[nn.Parameter]:
 
 
 @pytest.mark.parametrize("max_norm", [0.3, 1.0, 1000.0])
-def test_clipping_is_torchs(max_norm):
+def test_clipping_equals_torchs(max_norm):
     ours, theirs = parameters(), parameters()
     norm = clip_gradients(ours, max_norm)
     expected = nn.utils.clip_grad_norm_(theirs, max_norm)
@@ -41,14 +41,14 @@ def test_clipping_leaves_small_gradients_bit_for_bit():
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(clipped, untouched, strict=True))
 
 
-def test_a_broken_gradient_stays_visible():
+def test_clipping_keeps_a_gradient_non_finite():
     broken = parameters()
     broken[1].grad[2] = math.nan
     assert math.isnan(clip_gradients(broken, 1.0))
     assert all(torch.isnan(parameter.grad).all() for parameter in broken)
 
 
-def test_fused_adamw_is_adamw():
+def test_fused_adamw_equals_adamw():
     """20 steps of the same gradients, with decay, against torch's plain loop."""
     ours, theirs = parameters(), parameters()
     fused = adamw(parameter_groups(ours, [], 0.1, 1.0), 1e-2, (0.9, 0.99), 1e-8)
@@ -61,7 +61,7 @@ def test_fused_adamw_is_adamw():
 
 
 def test_logvar_has_its_own_rate_and_no_decay():
-    """An entry that never gets a gradient stays where it is, to the bit; a weight decays."""
+    """An entry that never gets a gradient does not change at all; a weight decays."""
     network, table = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(4))
     optimizer = adamw(parameter_groups([network], [table], 0.5, 2e-2), 1e-3, (0.9, 0.999), 1e-8)
     network.grad, table.grad = torch.zeros(3), torch.tensor([0.0, 0.0, 1.0, 0.0])
@@ -93,7 +93,7 @@ def test_cosine_in_optimizer_steps():
         assert logvar == pytest.approx(2e-2 * factor, abs=1e-12), "logvar follows the run's schedule"
 
 
-def test_compvis_lambda_by_name():
+def test_compvis_lambda_by_class_name():
     arguments = {"warm_up_steps": [4], "f_min": [0.1], "f_max": [1.0], "f_start": [0.0], "cycle_lengths": [10]}
     seen = [network for network, _ in rates("LambdaLinearScheduler", 12, arguments=arguments)]
     assert seen[:5] == pytest.approx([0, 2.5e-4, 5e-4, 7.5e-4, 1e-3 * (0.1 + 0.9 * 0.6)])
@@ -101,13 +101,13 @@ def test_compvis_lambda_by_name():
 
 
 @pytest.mark.parametrize("name", [n for n in LR_SCHEDULERS if not n.startswith("Lambda")])
-def test_every_name_of_diffusers(name):
+def test_every_schedule_of_diffusers(name):
     arguments = {"step_rules": "1:3,0.5"} if name == "piecewise_constant" else {}
     assert len(rates(name, 5, arguments=arguments)) == 6
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "word"),
+    ("name", "options", "message"),
     [
         ("cosin", {}, "choose from"),
         ("cosine", {"arguments": {"cycles": 2}}, "num_cycles"),
@@ -116,8 +116,8 @@ def test_every_name_of_diffusers(name):
         ("piecewise_constant", {}, "lr_scheduler"),
     ],
 )
-def test_wrong_schedules_are_refused(name, options, word):
+def test_invalid_schedules_raise(name, options, message):
     optimizer = torch.optim.SGD(parameters(), lr=1.0)
-    with pytest.raises(ValueError, match="lr_scheduler") as refusal:
+    with pytest.raises(ValueError, match="lr_scheduler") as raised:
         lr_schedule(name, optimizer, 10, **options)
-    assert word in str(refusal.value)
+    assert message in str(raised.value)

@@ -60,14 +60,14 @@ def test_weights_follow_from_the_seed_alone():
     assert not torch.equal(first["conv_in.weight"], other["conv_in.weight"])
 
 
-def test_sizes_that_are_not_square():
+def test_images_that_are_not_square():
     network = build_denoiser(SMALL, (8, 12), 3, seed=0)
     assert network.config.sample_size == [8, 12]
     assert network.training
 
 
 @pytest.mark.parametrize("place", ["unet.json", "config.json", "unet/config.json"])
-def test_a_json_file_a_models_folder_or_a_pipelines(tmp_path: Path, place: str):
+def test_configuration_from_a_json_file_a_model_folder_or_a_pipeline_folder(tmp_path: Path, place: str):
     path = tmp_path / place
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(UNET | {"_class_name": "UNet2DModel", "sample_size": 32}))
@@ -79,7 +79,7 @@ def test_a_json_file_a_models_folder_or_a_pipelines(tmp_path: Path, place: str):
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "messages"),
     [
         ({"in_channels": 3}, ["in_channels is 3", "--channels"]),
         ({"out_channels": 2}, ["learned variance"]),
@@ -94,24 +94,24 @@ def test_a_json_file_a_models_folder_or_a_pipelines(tmp_path: Path, place: str):
          ["--resolution 8 8", "too small"]),
     ],
 )  # fmt: skip
-def test_networks_that_do_not_fit_are_refused(tmp_path: Path, change: dict[str, Any], words: list[str]):
+def test_networks_that_do_not_match_the_images_raise(tmp_path: Path, change: dict[str, Any], messages: list[str]):
     path = tmp_path / "unet.json"
     path.write_text(json.dumps(UNET | change))
-    with pytest.raises(ConfigError) as refusal:
+    with pytest.raises(ConfigError) as raised:
         build_denoiser(ModelOptions(model_config_name_or_path=str(path)), (8, 8), 1, seed=0)
-    for word in ["--model_config_name_or_path", *words]:
-        assert word in str(refusal.value)
+    for message in ["--model_config_name_or_path", *messages]:
+        assert message in str(raised.value)
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", ""])
-def test_files_that_are_no_configuration(tmp_path: Path, text: str):
+def test_files_that_are_not_a_configuration_raise(tmp_path: Path, text: str):
     path = tmp_path / "unet.json"
     path.write_text(text)
     with pytest.raises(ConfigError, match="--model_config_name_or_path"):
         build_denoiser(ModelOptions(model_config_name_or_path=str(path)), (8, 8), 1, seed=0)
 
 
-def test_a_folder_without_a_configuration(tmp_path: Path):
+def test_a_folder_without_a_configuration_raises(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"unet/config\.json"):
         build_denoiser(ModelOptions(model_config_name_or_path=str(tmp_path)), (8, 8), 1, seed=0)
 
@@ -134,7 +134,7 @@ def test_images_that_cannot_be_halved():
         ({"variance_type": "learned_range"}, {}),
     ],
 )
-def test_what_the_library_refuses_is_a_mistake_of_the_options(schedule: dict[str, Any], objective: dict[str, Any]):
+def test_values_that_the_library_rejects_are_config_errors(schedule: dict[str, Any], objective: dict[str, Any]):
     name = next(iter(schedule | objective))
     message = "prediction_type" if name == "rescale_betas_zero_snr" else name
     config = TrainConfig(model=SMALL, schedule=ScheduleOptions(**schedule), objective=ObjectiveOptions(**objective))
@@ -174,7 +174,7 @@ def test_every_option_of_the_objective_is_passed_but_those_of_others(monkeypatch
     assert calls == [passed | {"bin_width": 2 / 16, "features": None}]
 
 
-def test_options_arrive():
+def test_options_reach_scheduler_and_objective():
     """Every option that the scheduler and the objective know by name is the one that was given."""
     options = ScheduleOptions(
         num_train_timesteps=7, beta_schedule="sqrt", prediction_type="v_prediction", v_posterior=0.3, clip_sample=False
@@ -188,12 +188,12 @@ def test_options_arrive():
     assert objective.l_simple_weight == 2.0
 
 
-def test_given_betas_decide_on_the_length():
+def test_trained_betas_set_the_number_of_steps():
     scheduler = build_scheduler(ScheduleOptions(trained_betas=(0.1, 0.2, 0.3), num_train_timesteps=3))
     assert len(scheduler.schedule) == 3
 
 
-def test_average_or_none():
+def test_ema_is_optional():
     network = build_denoiser(SMALL, (8, 8), 1, seed=0)
     assert build_ema(EmaOptions(use_ema=False), network) is None
     ema = build_ema(EmaOptions(ema_decay=0.5, ema_use_num_updates=False), network)

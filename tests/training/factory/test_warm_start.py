@@ -1,4 +1,4 @@
-"""Starting from weights: of an original checkpoint, of a folder; what is told, what is refused."""
+"""Initial weights from a CompVis checkpoint or a folder, their report and their errors."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def original(tmp_path) -> Path:
     return folder
 
 
-def begun(settings: TrainConfig) -> Setup:
+def built(settings: TrainConfig) -> Setup:
     """A run before its first step."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
@@ -79,18 +79,18 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 @pytest.mark.parametrize("kind", ["folder", "checkpoint"])
 def test_weights_average_and_logvar(kind, original, tmp_path, capsys):
     path = original if kind == "folder" else tmp_path / "model.ckpt"
-    run = begun(config(tmp_path / "run", ckpt_path=str(path)))
+    run = built(config(tmp_path / "run", ckpt_path=str(path)))
     raw = DDPMExtPipeline.from_pretrained(original, variant="raw")
     average = DDPMExtPipeline.from_pretrained(original)
     assert equal(weights(run.denoiser), weights(raw.unet))
     assert equal(run.ema.shadow, weights(average.unet))
     assert run.ema.num_updates == 77
     assert torch.equal(run.parts.objective.logvar.detach(), average.logvar)
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     count = len(run.ema.shadow)
-    assert f"{count} of {count} tensors" in told
-    assert "EMA of the file, 77 updates" in told
-    assert "log-variances of the file" in told
+    assert f"{count} of {count} tensors" in output
+    assert "EMA of the file, 77 updates" in output
+    assert "log-variances of the file" in output
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_weights_average_and_logvar(kind, original, tmp_path, capsys):
     [({"reset_ema": True}, "raw", 0), ({"reset_num_ema_updates": True}, "average", 0), ({}, "average", 77)],
 )
 def test_resets(options, shadow, updates, original, tmp_path):
-    run = begun(config(tmp_path / "run", ckpt_path=str(tmp_path / "model.ckpt"), **options))
+    run = built(config(tmp_path / "run", ckpt_path=str(tmp_path / "model.ckpt"), **options))
     raw = DDPMExtPipeline.from_pretrained(original, variant="raw")
     average = DDPMExtPipeline.from_pretrained(original)
     assert equal(run.ema.shadow, weights((raw if shadow == "raw" else average).unet))
@@ -108,26 +108,26 @@ def test_resets(options, shadow, updates, original, tmp_path):
 def test_an_average_that_the_file_lacks_starts_from_the_weights(original, tmp_path, capsys):
     """D14: there it stays at random weights."""
     save_compvis(original, tmp_path / "raw.ckpt", use_ema=False)
-    run = begun(config(tmp_path / "run", ckpt_path=str(tmp_path / "raw.ckpt")))
+    run = built(config(tmp_path / "run", ckpt_path=str(tmp_path / "raw.ckpt")))
     assert equal(run.ema.shadow, weights(run.denoiser))
     assert "the file has none" in capsys.readouterr().out
 
 
 def test_ignored_keys_and_the_network_alone(original, tmp_path, capsys):
-    """D5, D6, D7: prefixes may overlap; what is ignored keeps its initial weights; the rest is told."""
+    """D5, D6, D7: prefixes may overlap; what is ignored keeps its initial weights; the rest is reported."""
     path = str(tmp_path / "model.ckpt")
-    plain = weights(begun(config(tmp_path / "a")).denoiser)
+    plain = weights(built(config(tmp_path / "a")).denoiser)
     keys = ["model.diffusion_model.out", "model.diffusion_model.out.2", "model_ema"]
-    run = begun(config(tmp_path / "b", ckpt_path=path, ignore_keys=keys, load_only_unet=True))
+    run = built(config(tmp_path / "b", ckpt_path=path, ignore_keys=keys, load_only_unet=True))
     raw = weights(DDPMExtPipeline.from_pretrained(original, variant="raw").unet)
     own = weights(run.denoiser)
     assert torch.equal(own["conv_out.weight"], plain["conv_out.weight"])
     assert torch.equal(own["conv_in.weight"], raw["conv_in.weight"])
     assert float(run.parts.objective.logvar.detach().abs().max()) == 0
-    told = capsys.readouterr().out
-    assert "re-initialized: " in told
-    assert "in ignore_keys" in told
-    assert "--load_only_unet" in told
+    output = capsys.readouterr().out
+    assert "re-initialized: " in output
+    assert "in ignore_keys" in output
+    assert "--load_only_unet" in output
 
 
 def test_grown_inputs_and_outputs(original, tmp_path):
@@ -136,10 +136,10 @@ def test_grown_inputs_and_outputs(original, tmp_path):
     path = str(tmp_path / "model.ckpt")
     colour = {"channels": 3, "resolution": [8, 8]}
     with pytest.raises(ConfigError, match=r"other shapes.*--make_it_fit"):
-        begun(config(tmp_path / "x", wide, ckpt_path=path, **colour))
+        built(config(tmp_path / "x", wide, ckpt_path=path, **colour))
     raw = export_unet(DDPMExtPipeline.from_pretrained(original, variant="raw").unet, PARAMS)
     for how, uses in (("correct", 3), ("compvis", 4)):
-        run = begun(config(tmp_path / how, wide, ckpt_path=path, make_it_fit=how, **colour))
+        run = built(config(tmp_path / how, wide, ckpt_path=path, make_it_fit=how, **colour))
         new = export_unet(run.denoiser, wide)
         assert torch.allclose(new["input_blocks.0.0.weight"], raw["input_blocks.0.0.weight"].repeat(1, 3, 1, 1) / uses)
         divided = 1 if how == "correct" else 2  # there even an unchanged number of inputs is divided
@@ -162,7 +162,7 @@ def test_fit_against_loops(shape):
         fit_weight(torch.zeros(2, 2, 3), (2, 2, 1), "correct")
 
 
-def test_the_order_of_heads_is_the_files(tmp_path):
+def test_the_order_of_heads_is_that_of_the_file(tmp_path):
     params = PARAMS | {"use_new_attention_order": True}
     network = random_weights(translate_unet(params).build())
     tensors = {f"model.diffusion_model.{name}": tensor for name, tensor in export_unet(network, params).items()}
@@ -173,33 +173,33 @@ def test_the_order_of_heads_is_the_files(tmp_path):
     content = {"model": {"target": "ddpm.DDPM", "params": {"unet_config": unet, "timesteps": 50}}}
     (tmp_path / "m.yaml").write_text(yaml.safe_dump(content))
     settings = {"ckpt_path": str(tmp_path / "m.ckpt")}
-    with_file = begun(config(tmp_path / "a", ckpt_config=str(tmp_path / "m.yaml"), **settings))
-    without = begun(config(tmp_path / "b", **settings))
+    with_file = built(config(tmp_path / "a", ckpt_config=str(tmp_path / "m.yaml"), **settings))
+    without = built(config(tmp_path / "b", **settings))
     assert equal(weights(with_file.denoiser), weights(network))
     assert not equal(weights(without.denoiser), weights(network))
 
 
 @pytest.mark.parametrize(
-    ("options", "word"),
+    ("options", "message"),
     [
         ({"ckpt_path": "nowhere.ckpt"}, "does not exist"),
         ({"ckpt_path": __file__}, "text file"),
         ({"ckpt_path": str(TESTS)}, "holds no weights"),
     ],
 )
-def test_what_cannot_be_read(options, word, tmp_path):
-    with pytest.raises(ConfigError, match=word):
+def test_unreadable_files_raise(options, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
         trainer.train(config(tmp_path / "run", **options))
     assert not (tmp_path / "run").exists()
 
 
-def test_networks_that_the_original_does_not_have(original, tmp_path):
+def test_networks_that_compvis_does_not_have_raise(original, tmp_path):
     with pytest.raises(ConfigError, match="norm_num_groups"):
-        begun(tiny_run(tmp_path / "run", ckpt_path=str(tmp_path / "model.ckpt")))
+        built(tiny_run(tmp_path / "run", ckpt_path=str(tmp_path / "model.ckpt")))
 
 
-def test_a_run_goes_on_without_the_file(original, tmp_path):
-    """Its own checkpoint has the weights; a start afresh still needs them."""
+def test_a_resumed_run_does_not_need_the_file(original, tmp_path):
+    """Its own checkpoint has the weights; a new run still needs them."""
     path = tmp_path / "model.ckpt"
     options = {"ckpt_path": str(path), "resume_from_checkpoint": "auto", "checkpointing_steps": 2}
     trainer.train(config(tmp_path / "run", max_train_minutes=1e-9, **options))

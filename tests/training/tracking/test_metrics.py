@@ -30,7 +30,7 @@ def test_files_and_tracker(tmp_path: Path):
     assert set(timing) == {"step", "seconds", "images_per_second"}
 
 
-def test_breaks_do_not_count(monkeypatch: pytest.MonkeyPatch):
+def test_the_stopwatch_excludes_pauses(monkeypatch: pytest.MonkeyPatch):
     now = iter([0.0, 2.0, 10.0, 13.0])  # start, a break from 2 to 10, a lap at 13
     monkeypatch.setattr("time.perf_counter", lambda: next(now))
     watch = Stopwatch()

@@ -1,4 +1,4 @@
-"""The best checkpoints and early stopping, against a sort of the whole history."""
+"""The best checkpoints and early stopping, against a sort of all values."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_the_top_is_that_of_the_whole_history(mode, k):
     values = [draw.choice([1.0, 2.0, 3.0, 4.0, math.nan, math.inf, -math.inf]) for _ in range(60)]
     monitor = Monitor("val/loss_simple", mode, save_top_k=k)
     sign = 1 if mode == "min" else -1
-    kept: set[int] = set()
+    top_steps: set[int] = set()
     for step, value in enumerate(values):
         decision = monitor.update(step, value)
         history = sorted((sign * v, s) for s, v in enumerate(values[: step + 1]) if math.isfinite(v))
@@ -27,9 +27,9 @@ def test_the_top_is_that_of_the_whole_history(mode, k):
         assert monitor.best == (RankedValue(history[0][1], sign * history[0][0]) if history else None)
         assert decision.best == (bool(history) and history[0][1] == step)
         assert decision.in_top_k == (step in [s for _, s in history[:k]])
-        kept |= {step} if decision.in_top_k else set()
-        kept -= {decision.evicted_step} if decision.evicted_step is not None else set()
-        assert kept == {entry.step for entry in monitor.top}
+        top_steps |= {step} if decision.in_top_k else set()
+        top_steps -= {decision.evicted_step} if decision.evicted_step is not None else set()
+        assert top_steps == {entry.step for entry in monitor.top}
 
 
 def test_patience_counts_validations_without_an_improvement():
@@ -40,19 +40,19 @@ def test_patience_counts_validations_without_an_improvement():
 
 def test_min_delta_asks_for_more_but_does_not_hide_the_best():
     monitor = Monitor("val/loss", patience=2, min_delta=0.5)
-    verdicts = [monitor.update(step, value) for step, value in enumerate([3.0, 2.8, 2.6])]
-    assert [decision.stop for decision in verdicts] == [False, False, True]
+    decisions = [monitor.update(step, value) for step, value in enumerate([3.0, 2.8, 2.6])]
+    assert [decision.stop for decision in decisions] == [False, False, True]
     assert monitor.best == RankedValue(2, 2.6)
 
 
-def test_slow_progress_adds_up():
+def test_small_improvements_add_up():
     """Each step gains less than min_delta, all together more: the reference stays at the last improvement."""
     monitor = Monitor("val/loss", patience=3, min_delta=0.5)
     assert not any(monitor.update(step, 3.0 - 0.2 * step).stop for step in range(12))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_value_that_is_no_number_is_never_the_best(value):
+def test_a_non_finite_value_is_never_the_best(value):
     monitor = Monitor("val/loss", "min", patience=1)
     decision = monitor.update(1, value)
     assert (decision.in_top_k, decision.best, decision.stop) == (False, False, True)
@@ -60,11 +60,11 @@ def test_a_value_that_is_no_number_is_never_the_best(value):
 
 
 @pytest.mark.parametrize(("name", "mode"), [("val/loss_simple_ema", "min"), ("val/bpd", "min"), ("val/psnr", "max")])
-def test_auto_knows_the_direction(name, mode):
+def test_auto_mode_by_metric_name(name, mode):
     assert Monitor(name).mode == mode
 
 
-def test_state_goes_through_json_and_decisions_go_on():
+def test_decisions_continue_after_loading_a_state_from_json():
     values = [5.0, 4.0, math.nan, 4.5, 3.0, 3.0, 2.0, 9.0, 9.0, 9.0]
     straight, first = Monitor("a", "min", 2, 3, 0.1), Monitor("a", "min", 2, 3, 0.1)
     for step in range(4):
@@ -77,7 +77,7 @@ def test_state_goes_through_json_and_decisions_go_on():
     assert resumed.state_dict() == straight.state_dict()
 
 
-def test_a_state_of_another_metric_is_not_taken_over():
+def test_the_state_of_another_metric_is_ignored():
     other = Monitor("b", "min")
     other.update(1, 0.0)
     monitor = Monitor("a", "min")
@@ -97,6 +97,6 @@ def test_a_state_of_another_metric_is_not_taken_over():
         ({"min_delta": math.nan}, "early_stopping_min_delta"),
     ],
 )
-def test_what_is_not_allowed_is_named(arguments, named):
+def test_invalid_arguments_are_named(arguments, named):
     with pytest.raises(ValueError, match=named):
         Monitor("val/loss", **arguments)

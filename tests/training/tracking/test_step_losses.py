@@ -38,7 +38,7 @@ def test_a_record_is_the_mean_of_the_micro_batches():
     assert meter.read(lambda tensor: tensor) == []
 
 
-def test_one_exchange_reads_many_steps():
+def test_one_collective_call_reads_many_steps():
     """The processes meet once a block, not once a step."""
     meter, exchanges = LossMeter(), []
     for step in (1, 2, 3):
@@ -53,7 +53,7 @@ def test_one_exchange_reads_many_steps():
     assert [record.loss for record in records] == [2.0, 4.0, 6.0]
 
 
-def test_the_step_that_broke_is_named_not_the_one_that_was_read():
+def test_the_first_non_finite_step_is_found_not_the_last_read():
     meter = LossMeter()
     meter.add(trace(1, [output([1, 1])], [[4, 5]]))
     meter.add(trace(2, [output([1, 2]), output([math.inf, 1])], [[6, 7], [8, 9]], 3.0))
@@ -66,13 +66,13 @@ def test_the_step_that_broke_is_named_not_the_one_that_was_read():
 
 
 @pytest.mark.parametrize("norm", [math.inf, math.nan])
-def test_a_gradient_counts_except_under_a_loss_scaler(norm):
+def test_a_non_finite_gradient_counts_except_under_a_loss_scaler(norm):
     record = StepRecord(1, 0.1, 1.0, 1.0, 1.0, 1.0, 0.0, norm)
     assert first_nonfinite([record], check_gradients=True) is record
     assert first_nonfinite([record], check_gradients=False) is None
 
 
-def test_a_step_that_was_left_out_does_no_harm():
+def test_a_skipped_step_does_not_count_as_non_finite():
     record = StepRecord(4, 0.1, math.nan, math.nan, math.nan, math.nan, 0.0, math.nan, applied=False)
     assert first_nonfinite([record], check_gradients=True) is None
     assert record.row(True) == {"step": 4, "train/skipped": 1, "lr": 0.1}, "no NaN, which JSON does not have"

@@ -1,4 +1,4 @@
-"""Pictures, histograms and the configuration of a run arrive at its tracker."""
+"""Images, histograms and the configuration of a run in its trackers."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def test_tensorboard(tmp_path):
     assert set(tags["images"]) == {f"pictures/{name}" for name in names}
     assert [event.step for event in events.Images("pictures/samples")] == [3, 6]
     last = events.Images("pictures/samples")[-1]
-    with Image.open(folder / "samples" / "samples-6.png") as picture:
-        assert (last.width, last.height) == picture.size
+    with Image.open(folder / "samples" / "samples-6.png") as image:
+        assert (last.width, last.height) == image.size
     histograms = events.Histograms("train/loss_simple of steps")
     losses = [row["train/loss_simple"] for row in rows(folder) if "train/loss_simple" in row]
     assert sum(event.histogram_value.num for event in histograms) == len(losses) == 6
@@ -63,7 +63,7 @@ def test_wandb_offline(tmp_path, monkeypatch):
 
 
 def run_in(tmp_path, monkeypatch, tracker: str):
-    """A run with four kinds of pictures at steps 0, 3 and 6, whose tracker writes below the working directory."""
+    """A run with four kinds of images at steps 0, 3 and 6, whose tracker writes below the working directory."""
     monkeypatch.chdir(tmp_path)
     return trainer.train(tiny_run(tmp_path / "run", report_to=tracker, save_images_steps=3, learn_logvar=True))
 
@@ -79,8 +79,8 @@ def test_mlflow(tmp_path, monkeypatch, capfd):
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.data.params["learning_rate"] == "0.002"
     files = [Path(file.path).name for file in client.list_artifacts(run.info.run_id, "images")]
-    shown = {(name.split("+")[0], name.split("+")[2]) for name in files}
-    assert {("pictures~samples", "3"), ("pictures~samples", "6"), ("pictures~inputs", "0")} <= shown
+    logged = {(name.split("+")[0], name.split("+")[2]) for name in files}
+    assert {("pictures~samples", "3"), ("pictures~samples", "6"), ("pictures~inputs", "0")} <= logged
     paths = [file.path for file in client.list_artifacts(run.info.run_id, "histograms/train")]
     tables = [mlflow.artifacts.load_dict(f"{run.info.artifact_uri}/{path}") for path in paths]
     assert sum(sum(table["counts"]) for table in tables) == 6
@@ -88,7 +88,7 @@ def test_mlflow(tmp_path, monkeypatch, capfd):
 
 
 @THEIR_WARNINGS
-def test_two_at_once(tmp_path, monkeypatch, capfd):
+def test_two_trackers(tmp_path, monkeypatch, capfd):
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     folder = run_in(tmp_path, monkeypatch, "tensorboard, mlflow")
@@ -103,14 +103,14 @@ def test_trackio(tmp_path, monkeypatch, capfd):
     pytest.importorskip("trackio")
     run_in(tmp_path, monkeypatch, "trackio")
     assert "--report_to" not in capfd.readouterr().err
-    pictures = {path.parent.name for path in (tmp_path / "trackio" / "media").rglob("*.png")}
-    assert pictures == {"0", "3", "6"}
+    steps = {path.parent.name for path in (tmp_path / "trackio" / "media").rglob("*.png")}
+    assert steps == {"0", "3", "6"}
     (database,) = (tmp_path / "trackio").glob("*.db")
     with sqlite3.connect(database) as kept:
-        told = " ".join(str(row) for (table,) in kept.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
+        content = " ".join(str(row) for (table,) in kept.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
                         for row in kept.execute(f"SELECT * FROM {table}"))  # fmt: skip
-    for words in ("train/loss_simple of steps", "pictures/samples", "learning_rate"):
-        assert words in told
+    for text in ("train/loss_simple of steps", "pictures/samples", "learning_rate"):
+        assert text in content
 
 
 @THEIR_WARNINGS
@@ -121,12 +121,12 @@ def test_comet_offline(tmp_path, monkeypatch, capfd):
     run_in(tmp_path, monkeypatch, "comet_ml")
     assert "--report_to" not in capfd.readouterr().err
     (archive,) = (tmp_path / "comet").glob("*.zip")
-    told = zipfile.ZipFile(archive).read("messages.json").decode()
-    for words in ("train/loss_simple of steps", "pictures/samples", "learning_rate"):
-        assert words in told
+    content = zipfile.ZipFile(archive).read("messages.json").decode()
+    for text in ("train/loss_simple of steps", "pictures/samples", "learning_rate"):
+        assert text in content
 
 
-def test_a_tracker_that_takes_no_pictures_is_left_alone(tmp_path):
+def test_a_tracker_without_images_is_skipped(tmp_path):
     from diffusers_ddpm_ext.training.tracking.trackers import log_images_and_losses
 
     class Plain:
