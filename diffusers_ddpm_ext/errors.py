@@ -50,3 +50,22 @@ def as_config_error(option: str = "") -> Iterator[None]:
     except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
         text = " ".join(str(error).split())
         raise ConfigError(text if option in text else f"{option}: {text}") from error
+
+
+@contextmanager
+def as_run_error(path: object) -> Iterator[None]:
+    """Re-raise an operating system's error as a RunError that names the file.
+
+    Args:
+        path: the file or folder to name, unless the error names one.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        RunError: in place of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"cannot write {error.filename or path}: {error.strerror or error}") from None

@@ -1,4 +1,4 @@
-"""`ddpm-ext evaluate`: bits per dimension of held-out images, with an interval."""
+"""`ddpm-ext evaluate`: bits per dimension of held-out images, with a confidence interval."""
 
 from __future__ import annotations
 
@@ -7,70 +7,75 @@ import hashlib
 import io
 import json
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from diffusers_ddpm_ext.cli.arguments import check_dtype, check_pipeline_source
+from diffusers_ddpm_ext.cli.arguments import FOLDER_HELP, check_output_path, check_pipeline_source
 from diffusers_ddpm_ext.cli.extras import TRAIN_MODULES, require_modules
 from diffusers_ddpm_ext.cli.measuring import (
-    Caller,
-    add_measuring_flags,
-    check_measuring,
-    held_out,
+    ConditionedUNet,
+    MeasuringOptions,
+    check_bin_width,
+    ddpm_scheduler,
+    images_of_split,
     load_images,
-    take_data_flags,
 )
-from diffusers_ddpm_ext.errors import ConfigError, RunError
+from diffusers_ddpm_ext.cli.parser import parse_options
+from diffusers_ddpm_ext.errors import ConfigError, RunError, as_run_error
 from diffusers_ddpm_ext.pipelines.loading import load_pipeline, select_device
-from diffusers_ddpm_ext.training.config.flags import Parser
+from diffusers_ddpm_ext.utils.option import option, positional
 
 if TYPE_CHECKING:
-    from diffusers_ddpm_ext.diffusion.likelihood import Decoder
-    from diffusers_ddpm_ext.diffusion.likelihood_estimate import StepBits
+    from diffusers_ddpm_ext.diffusion.likelihood_estimate import StepBits, Strata
+    from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
+    from diffusers_ddpm_ext.training.evaluation.bound import BoundEvaluation, BoundValues
+    from diffusers_ddpm_ext.training.evaluation.cache import EvaluationCache
     from diffusers_ddpm_ext.training.evaluation.processes import Processes
 
-DTYPES = ("float32", "float64", "bfloat16", "float16")
-NAME = "evaluation"
-HEAD = """Bits per dimension of held-out images: the variational bound on their negative log-likelihood, in parts
-(prior, steps, decoder), with an interval over images. By default the run's own validation images, and all T
-steps of each."""
-TAIL = """examples:
+EVALUATION_NAME = "evaluation"
+EVALUATE_EXAMPLES = """examples:
   ddpm-ext evaluate runs/digits                              all steps of all held-out digits
   ddpm-ext evaluate runs/digits --num_timesteps 20           20 steps of each image, unbiased: T/20 times as fast
   ddpm-ext evaluate runs/digits --num_inference_steps 50     the bound of the chain of 50 steps that sampling takes
   ddpm-ext evaluate runs/photos --validation_data_dir other --json bits.json --device cuda
   accelerate launch -m diffusers_ddpm_ext evaluate runs/photos      on as many devices as configured
 
-In FOLDER/evaluation (--out) it leaves evaluation.json, steps.csv (every step that was drawn) and steps.png. A command
-that was broken off goes on where it was when it is given again. --batch_size counts rows of the network: one image at
-one step."""
+Writes evaluation.json, steps.csv (every step that was drawn) and steps.png to FOLDER/evaluation (--out). The same
+command resumes where it was interrupted."""
 
 
-@dataclass(frozen=True)
-class EvaluateOptions:
-    """What `ddpm-ext evaluate` was asked for; checked."""
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(MeasuringOptions):
+    """Bits per dimension of held-out images: the variational bound on their negative log-likelihood.
 
-    folder: str
-    data: dict[str, Any]
-    split: str
-    weights: str | None
-    device: str | None
-    dtype: str
-    json: Path | None
-    out: Path
-    num_timesteps: int | None
-    num_inference_steps: int | None
-    optimal_timesteps: bool
-    max_images: int | None
-    confidence: float
-    seed: int
-    batch_size: int
-    clip_denoised: bool
-    decoder: Decoder
-    bin_width: float | None
+    Prints the bound and its parts (prior, steps, decoder), with a confidence interval over images. By default it uses
+    the run's own validation images, and all T steps of each.
+    """
+
+    folder: str = positional("FOLDER", FOLDER_HELP)
+    num_timesteps: int | None = option(None, "Steps of each image.", low=1, none="all", metavar="all|K")
+    num_inference_steps: int | None = option(
+        None, "Evaluate the shorter chain that sampling with K steps takes.", low=1, metavar="K", unset="all T"
+    )
+    optimal_timesteps: bool = option(False, "Use the K steps that `ddpm-ext fit-variance` found best.")
+    split: Literal["validation", "train"] = option("validation", "Which images.")
+    max_images: int | None = option(None, "At most N images, evenly spaced in all of them.", low=1, unset="all")
+    weights: Literal["ema", "raw"] | None = option(None, "Averaged or raw weights.", unset="those that sampling takes")
+    confidence: float = option(0.95, "Confidence of the interval.", above=0, below=1, metavar="P")
+    clip_denoised: bool = option(False, "Clip the predicted image to [-1, 1], as sampling may.")
+    dtype: Literal["float32", "float64", "bfloat16", "float16"] = option("float32", "Precision of the network.")
+    json: Path | None = option(None, "Also write the result to this file.", metavar="FILE")
+    out: Path | None = option(None, "Folder of the result.", metavar="DIR", unset="FOLDER/evaluation")
+
+    @property
+    def output_folder(self) -> Path:
+        """Folder of the result: ``--out``, or its default."""
+        if self.out is not None:
+            return self.out
+        folder = Path(self.folder)
+        return folder / EVALUATION_NAME if folder.is_dir() else Path(f"{folder.name}-{EVALUATION_NAME}")
 
 
 def evaluate_command(argv: Sequence[str]) -> str:
@@ -80,168 +85,138 @@ def evaluate_command(argv: Sequence[str]) -> str:
     return evaluate(options)
 
 
-def parse_evaluate_args(argv: Sequence[str], prog: str = "ddpm-ext evaluate") -> EvaluateOptions:
-    """The options of a command line, checked; arguments and errors are those of `Parser.parse_checked`."""
-    parser = Parser(prog=prog, usage=f"{prog} FOLDER [options]", description=HEAD, epilog=TAIL)
-    parser.add_argument("folder", metavar="FOLDER", help="Output folder of a run, saved pipeline, or Hub id.")
-    add = parser.add_argument
-    add("--num_timesteps", default="all", metavar="all|K", help="Steps of each image (default: all).")
-    add(
-        "--num_inference_steps",
-        type=int,
-        metavar="K",
-        help="Evaluate the shorter chain that sampling with K steps takes (default: the full one).",
-    )
-    add("--optimal_timesteps", action="store_true", help="The K steps are those that `ddpm-ext fit-variance` chose.")
-    add("--split", default="validation", metavar="{validation,train}", help="Which images (default: validation).")
-    add("--max_images", type=int, metavar="N", help="At most so many, evenly from all (default: all).")
-    add("--weights", metavar="{ema,raw}", help="Averaged or raw weights (default: those that sampling takes).")
-    add("--confidence", type=float, default=0.95, metavar="P", help="Of the interval (default: 0.95).")
-    add("--clip_denoised", action="store_true", help="Clip the predicted image to [-1, 1], as sampling may.")
-    add("--json", metavar="FILE", help="Also write the result here.")
-    add("--out", metavar="DIR", help="Folder of the result (default: FOLDER/evaluation).")
-    add_measuring_flags(parser, DTYPES)
-    given = parser.parse_checked(argv)
-    data = take_data_flags(given)
-    given["num_timesteps"] = _count(given["num_timesteps"])
-    given["json"] = None if given["json"] is None else Path(given["json"])
-    folder = given["folder"]
-    default = Path(folder) / NAME if Path(folder).is_dir() else Path(f"{Path(folder).name}-{NAME}")
-    given["out"] = default if given["out"] is None else Path(given["out"])
-    options = EvaluateOptions(data=data, **given)
-    _check(options)
+def parse_evaluate_args(argv: Sequence[str]) -> EvaluateOptions:
+    """The options of a command line, checked; errors are those of `parse_options`."""
+    options = parse_options(EvaluateOptions, argv, "evaluate", EVALUATE_EXAMPLES)
+    check_bin_width(options)
+    if options.optimal_timesteps and options.num_inference_steps is None:
+        raise ConfigError("--optimal_timesteps needs --num_inference_steps: the number of steps")
+    check_pipeline_source(options.folder)
+    if options.json is not None:
+        check_output_path("--json", options.json, "file")
+    check_output_path("--out", options.output_folder, "folder")
     return options
 
 
-def _count(word: str) -> int | None:
-    if word == "all":
-        return None
-    if not re.fullmatch(r"\d+", word) or int(word) < 1:
-        raise ConfigError(f"--num_timesteps {word!r}: say all, or how many steps of each image")
-    return int(word)
-
-
-def _check(options: EvaluateOptions) -> None:
-    choices = {"split": ("validation", "train"), "weights": ("ema", "raw", None)}
-    check_measuring(options, {"num_inference_steps": 1, "max_images": 1}, choices)
-    if not 0 < options.confidence < 1:
-        raise ConfigError(f"--confidence must lie between 0 and 1, got {options.confidence}; 0.95 is usual")
-    if options.optimal_timesteps and options.num_inference_steps is None:
-        raise ConfigError("--optimal_timesteps needs --num_inference_steps: how many steps are chosen")
-    check_dtype(options.dtype, DTYPES)
-    check_pipeline_source(options.folder)
-    for name, path in (("json", options.json), ("out", options.out)):
-        if path is None:
-            continue
-        parent = path.absolute().parent
-        if path.is_dir() != (name == "out") and path.exists():
-            raise ConfigError(
-                f"--{name} {path} is a {'folder: name a file' if path.is_dir() else 'file: name a folder'}"
-            )
-        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-            raise ConfigError(f"--{name} {path} lies in a folder that does not exist or is not writable")
-
-
 def evaluate(options: EvaluateOptions) -> str:
-    """Measure, and write what was measured.
+    """Evaluate the bound and write the result.
 
     Args:
-        options: what was asked for.
+        options: of the command.
 
     Returns:
-        The lines to print; empty but in the first process.
+        The lines to print; empty except on the main process.
 
     Raises:
-        ConfigError: the pipeline cannot be opened, or does not take these options.
-        RunError: the bound is not finite, or cannot be written.
+        ConfigError: the pipeline cannot be loaded, or an option does not fit it.
+        RunError: the bound is not finite, or the result cannot be written.
     """
-    import numpy as np
     import torch
-    from tqdm import tqdm
 
-    from diffusers_ddpm_ext.diffusion.likelihood_estimate import Strata, estimate, step_table
-    from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
-    from diffusers_ddpm_ext.training.evaluation.bound import BoundEvaluation, evaluate_bound
+    from diffusers_ddpm_ext.diffusion.likelihood_estimate import step_table
+    from diffusers_ddpm_ext.training.evaluation.bound import BoundEvaluation
     from diffusers_ddpm_ext.training.evaluation.cache import EvaluationCache
 
     processes = _processes(options.device)
-    folder, variant = options.folder, _variant(options)
-    asked = f"--weights {options.weights}"
-    pipeline = load_pipeline(folder, variant, processes.device, options.dtype, asked)
-    scheduler = pipeline.scheduler
-    if not isinstance(scheduler, DDPMExtScheduler):
-        raise ConfigError(f"{folder}: a {type(scheduler).__name__} defines no chain to evaluate; it needs DDPM's")
-    data = load_images(folder, pipeline, options.data, processes.rank == 0)
-    images = held_out(data, options.split)
-    bin_width = 2 / (images.levels - 1) if options.bin_width is None else options.bin_width
-    try:
-        if options.num_inference_steps is not None:
-            scheduler.set_timesteps(options.num_inference_steps, optimal=options.optimal_timesteps)
-        strata = Strata.from_schedule(scheduler.kept, options.num_timesteps)
-    except ValueError as error:
-        raise ConfigError(f"--num_{_named(str(error))}: {error}") from None
+    weights_option = f"--weights {options.weights}"
+    pipeline = load_pipeline(options.folder, _variant(options), processes.device, options.dtype, weights_option)
+    scheduler = ddpm_scheduler(pipeline, options.folder, "chain to evaluate")
+    data = load_images(options.folder, pipeline, options.data, processes.rank == 0)
+    images = images_of_split(data, options.split)
     evaluation = BoundEvaluation(
         scheduler,
         images,
-        strata,
+        _choose_strata(options, scheduler),
         options.max_images,
         options.seed,
         batch_size=options.batch_size,
         dtype=getattr(torch, options.dtype),
         clip_denoised=options.clip_denoised,
         decoder=options.decoder,
-        bin_width=bin_width,
+        bin_width=2 / (images.levels - 1) if options.bin_width is None else options.bin_width,
     )
-    options.out.mkdir(exist_ok=True)
-    cache = EvaluationCache(options.out, _fingerprint(options, data.fingerprint, pipeline), processes)
-    pipeline.unet.eval()
-    with tqdm(
-        total=-(-evaluation.rows // processes.world_size), desc="evaluating", unit="row", disable=processes.rank > 0
-    ) as bar:
-        rows = evaluate_bound(Caller(pipeline), evaluation, processes, cache, bar.update)
-    if not np.isfinite(rows.bits).all():
-        place = int(rows.places[~np.isfinite(rows.bits)].min())
-        raise RunError(f"the bound is not finite at step {int(scheduler.kept.timesteps[place])} of {folder}")
+    options.output_folder.mkdir(exist_ok=True)
+    cache = EvaluationCache(options.output_folder, _fingerprint(options, data.fingerprint, pipeline), processes)
+    values = _evaluate_bound(pipeline, evaluation, processes, cache, options.folder)
     if processes.rank > 0:
         return ""
-    result = estimate(rows.bits, rows.prior, strata, options.confidence)
-    table = step_table(rows.bits, rows.places, scheduler.kept.timesteps)
-    facts = asdict(result) | {
-        "num_timesteps": len(strata),
-        "chain": len(scheduler.kept),
-        "chain_timesteps": "all" if scheduler.kept is scheduler.schedule else scheduler.kept.timesteps.tolist(),
-        "weights": options.weights or ("ema" if (Path(folder) / "ema.json").is_file() else "default"),
+    result = _result(options, evaluation, values, scheduler, data.description)
+    with as_run_error(options.output_folder):
+        _write(options, result, step_table(values.bits, values.places, scheduler.kept.timesteps))
+    cache.delete()
+    return _summary(result, options)
+
+
+def _choose_strata(options: EvaluateOptions, scheduler: DDPMExtScheduler) -> Strata:
+    """Set the scheduler's timesteps, and divide the chain into strata."""
+    from diffusers_ddpm_ext.diffusion.likelihood_estimate import Strata
+
+    try:
+        if options.num_inference_steps is not None:
+            scheduler.set_timesteps(options.num_inference_steps, optimal=options.optimal_timesteps)
+        return Strata.from_schedule(scheduler.kept, options.num_timesteps)
+    except ValueError as error:
+        flag = "num_timesteps" if str(error).startswith("num_timesteps") else "num_inference_steps"
+        raise ConfigError(f"--{flag}: {error}") from None
+
+
+def _evaluate_bound(
+    pipeline: Any, evaluation: BoundEvaluation, processes: Processes, cache: EvaluationCache, folder: str
+) -> BoundValues:
+    """Evaluate with a progress bar; raise RunError if the bound is not finite."""
+    import numpy as np
+    from tqdm import tqdm
+
+    from diffusers_ddpm_ext.training.evaluation.bound import evaluate_bound
+
+    pipeline.unet.eval()
+    total = -(-evaluation.rows // processes.world_size)
+    with tqdm(total=total, desc="evaluating", unit="row", disable=processes.rank > 0) as bar:
+        values = evaluate_bound(ConditionedUNet(pipeline), evaluation, processes, cache, bar.update)
+    if not np.isfinite(values.bits).all():
+        index = int(values.places[~np.isfinite(values.bits)].min())
+        step = int(evaluation.scheduler.kept.timesteps[index])
+        raise RunError(f"the bound is not finite at step {step} of {folder}")
+    return values
+
+
+def _result(
+    options: EvaluateOptions,
+    evaluation: BoundEvaluation,
+    values: BoundValues,
+    scheduler: DDPMExtScheduler,
+    data_description: Any,
+) -> dict[str, Any]:
+    """The content of evaluation.json."""
+    from diffusers_ddpm_ext.diffusion.likelihood_estimate import estimate
+
+    kept, has_ema = scheduler.kept, (Path(options.folder) / "ema.json").is_file()
+    return asdict(estimate(values.bits, values.prior, evaluation.strata, options.confidence)) | {
+        "num_timesteps": len(evaluation.strata),
+        "chain": len(kept),
+        "chain_timesteps": "all" if kept is scheduler.schedule else kept.timesteps.tolist(),
+        "weights": options.weights or ("ema" if has_ema else "default"),
         "split": options.split,
         "seed": options.seed,
         "decoder_kind": options.decoder,
-        "bin_width": None if options.decoder == "continuous" else bin_width,
+        "bin_width": None if options.decoder == "continuous" else evaluation.bin_width,
         "clip_denoised": options.clip_denoised,
         "unit": "bits per dimension",
-        "data": data.description,
+        "data": data_description,
     }
-    try:
-        _write(options, facts, table)
-    except OSError as error:
-        raise RunError(f"cannot write {error.filename or options.out}: {error.strerror or error}") from None
-    cache.delete()
-    return _told(facts, options)
-
-
-def _named(message: str) -> str:
-    return "timesteps" if message.startswith("num_timesteps") else "inference_steps"
 
 
 def _variant(options: EvaluateOptions) -> str | None:
-    """Name of the weights' variant: averaged weights are the default files, raw ones stand beside them."""
-    averaged = (Path(options.folder) / "ema.json").is_file()
-    if options.weights == "ema" and Path(options.folder).is_dir() and not averaged:
+    """Variant of the weights: averaged weights are the default files, raw ones are the variant ``raw``."""
+    has_ema = (Path(options.folder) / "ema.json").is_file()
+    if options.weights == "ema" and Path(options.folder).is_dir() and not has_ema:
         raise ConfigError(f"--weights ema: {options.folder} has no averaged weights (no ema.json): leave it out")
-    raw = options.weights == "raw" and (averaged or not Path(options.folder).is_dir())
-    return "raw" if raw else None
+    is_raw = options.weights == "raw" and (has_ema or not Path(options.folder).is_dir())
+    return "raw" if is_raw else None
 
 
 def _processes(device: str | None) -> Processes:
-    """This process alone, or all that a launcher started."""
+    """This process alone, or all processes of the launcher."""
     from diffusers_ddpm_ext.training.evaluation.processes import Processes
 
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
@@ -250,7 +225,7 @@ def _processes(device: str | None) -> Processes:
 
     accelerator = make_accelerator(None, 1, [])
     if device is not None and select_device(device).type != accelerator.device.type:
-        raise ConfigError(f"--device {device}: the launcher gives each process its own: leave it out")
+        raise ConfigError(f"--device {device}: the launcher assigns a device to each process: leave it out")
     return Processes(
         accelerator.process_index,
         accelerator.num_processes,
@@ -259,49 +234,47 @@ def _processes(device: str | None) -> Processes:
     )
 
 
-def _fingerprint(options: EvaluateOptions, data: str, pipeline: Any) -> str:
-    """Of all that decides the rows' numbers."""
+def _fingerprint(options: EvaluateOptions, data_fingerprint: str, pipeline: Any) -> str:
+    """Hash of everything that the rows depend on."""
     import torch
 
-    asked = {name: value for name, value in vars(options).items() if name not in ("json", "out", "data", "confidence")}
+    unused = ("json", "out", "data", "confidence")
+    relevant = {name: value for name, value in vars(options).items() if name not in unused}
     weights = hashlib.sha256()
     for name, tensor in sorted(pipeline.unet.state_dict().items()):
         weights.update(name.encode())
         weights.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    parts = [json.dumps(asked, sort_keys=True, default=str), data, weights.hexdigest()]
+    parts = [json.dumps(relevant, sort_keys=True, default=str), data_fingerprint, weights.hexdigest()]
     parts.append(json.dumps(dict(pipeline.scheduler.config), sort_keys=True, default=str))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def _write(options: EvaluateOptions, facts: dict[str, Any], table: list[StepBits]) -> None:
+def _write(options: EvaluateOptions, result: dict[str, Any], table: list[StepBits]) -> None:
     from diffusers_ddpm_ext.plotting.chain import plot_steps
     from diffusers_ddpm_ext.utils.files import write_text_atomically
 
-    text = json.dumps(facts, indent=1) + "\n"
-    sheet = io.StringIO()
-    writer = csv.writer(sheet, lineterminator="\n")
+    folder, rows = options.output_folder, io.StringIO()
+    writer = csv.writer(rows, lineterminator="\n")
     writer.writerow(["timestep", "bits_per_dim", "standard_error", "draws"])
     writer.writerows([t, f"{mean:.9g}", "" if error is None else f"{error:.3g}", n] for t, mean, error, n in table)
-    places = [options.out / f"{NAME}.json", *([] if options.json is None else [options.json])]
-    write_text_atomically(options.out / "steps.csv", sheet.getvalue())
-    steps, means = [row[0] for row in table], [row[1] for row in table]
-    plot_steps(options.out / "steps.png", steps, means, facts["bits_per_dim"])
-    for place in places:
-        write_text_atomically(place, text)
+    write_text_atomically(folder / "steps.csv", rows.getvalue())
+    steps, means = [row.timestep for row in table], [row.mean for row in table]
+    plot_steps(folder / "steps.png", steps, means, result["bits_per_dim"])
+    for path in (folder / f"{EVALUATION_NAME}.json", options.json):
+        if path is not None:
+            write_text_atomically(path, json.dumps(result, indent=1) + "\n")
 
 
-def _told(facts: dict[str, Any], options: EvaluateOptions) -> str:
+def _summary(result: dict[str, Any], options: EvaluateOptions) -> str:
     interval = "  (a single image has no interval)"
-    if facts["low"] is not None:
-        interval = f"  {100 * facts['confidence']:g} % interval {facts['low']:.4f} to {facts['high']:.4f}"
+    if result["low"] is not None:
+        interval = f"  {100 * result['confidence']:g} % interval {result['low']:.4f} to {result['high']:.4f}"
     kind = "" if options.decoder != "continuous" else " (of the density: no levels are counted)"
     return "\n".join(
         [
-            f"bits per dimension{kind}  {facts['bits_per_dim']:.4f}{interval}",
-            f"  prior    {facts['prior']:.4f}",
-            f"  steps    {facts['steps']:.4f}",
-            f"  decoder  {facts['decoder']:.4f}",
-            f"{facts['num_images']:,} images, {facts['num_timesteps']:,} of the {facts['chain']:,} steps of the chain"
-            f" each; written to {options.out}",
+            f"bits per dimension{kind}  {result['bits_per_dim']:.4f}{interval}",
+            *(f"  {name:<7}  {result[name]:.4f}" for name in ("prior", "steps", "decoder")),
+            f"{result['num_images']:,} images, {result['num_timesteps']:,} of the {result['chain']:,} steps of the"
+            f" chain each; written to {options.output_folder}",
         ]
     )

@@ -1,4 +1,4 @@
-"""`ddpm-ext report`: a run as one page that needs nothing but a browser."""
+"""`ddpm-ext report`: a self-contained HTML page about a run."""
 
 from __future__ import annotations
 
@@ -11,21 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusers_ddpm_ext.cli.arguments import check_pipeline_folder
+from diffusers_ddpm_ext.cli.arguments import LOCAL_FOLDER_HELP, check_output_path, check_pipeline_folder
 from diffusers_ddpm_ext.cli.extras import TRAIN_MODULES, require_modules
-from diffusers_ddpm_ext.errors import ConfigError, RunError
-from diffusers_ddpm_ext.training.config.flags import Parser
+from diffusers_ddpm_ext.cli.parser import parse_options
+from diffusers_ddpm_ext.errors import as_run_error
 from diffusers_ddpm_ext.utils.files import CONFIG, ENVIRONMENT, EVALUATION, METRICS, read_json, read_rows
+from diffusers_ddpm_ext.utils.option import option, positional
 
-HEAD = """One self-contained page about a run, finished or not: curves, samples through training, schedule, variances,
-bits per dimension, every option and the environment. All pictures are inside; it loads nothing from anywhere."""
-TAIL = """examples:
+REPORT_EXAMPLES = """examples:
   ddpm-ext report runs/digits                      runs/digits/report.html
   ddpm-ext report runs/digits --out digits.html
 
-Bits per dimension are shown after `ddpm-ext evaluate`, fitted variances after `ddpm-ext fit-variance`."""
-MANY = 12
-"""Grids of samples that are shown, evenly over the run."""
+Bits per dimension are included after `ddpm-ext evaluate`, fitted variances after `ddpm-ext fit-variance`."""
+MAX_GRIDS = 12  # grids of samples on the page, evenly spaced over the run
 STYLE = """
 :root { color-scheme: light dark; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
@@ -39,10 +37,19 @@ figcaption { font-size: .85em; opacity: .8; } pre { overflow-x: auto; background
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """What `ddpm-ext report` was asked for; checked."""
+    """Write a self-contained page about a run, finished or not, with everything in one file.
 
-    folder: Path
-    out: Path
+    It has curves, samples during training, schedule, variances, bits per dimension, every option and the environment.
+    All images are embedded; nothing is loaded from anywhere.
+    """
+
+    folder: Path = positional("FOLDER", LOCAL_FOLDER_HELP)
+    out: Path | None = option(None, "The page.", metavar="FILE", unset="FOLDER/report.html")
+
+    @property
+    def output_file(self) -> Path:
+        """The page: ``--out``, or its default."""
+        return self.folder / "report.html" if self.out is None else self.out
 
 
 def report_command(argv: Sequence[str]) -> str:
@@ -52,58 +59,49 @@ def report_command(argv: Sequence[str]) -> str:
     return report(options)
 
 
-def parse_report_args(argv: Sequence[str], prog: str = "ddpm-ext report") -> ReportOptions:
-    """The options of a command line, checked; arguments and errors are those of `Parser.parse_checked`."""
-    parser = Parser(prog=prog, usage=f"{prog} FOLDER [options]", description=HEAD, epilog=TAIL)
-    parser.add_argument("folder", metavar="FOLDER", help="Output folder of a run, or a saved pipeline.")
-    parser.add_argument("--out", metavar="FILE", help="The page (default: FOLDER/report.html).")
-    given = parser.parse_checked(argv)
-    folder = Path(given["folder"])
-    if not (folder / METRICS).is_file():
-        folder = check_pipeline_folder(given["folder"])
-    out = folder / "report.html" if given["out"] is None else Path(given["out"])
-    if out.is_dir():
-        raise ConfigError(f"--out {out} is a folder: name a file")
-    if not out.absolute().parent.is_dir():
-        raise ConfigError(f"--out {out} lies in a folder that does not exist: make it first")
-    return ReportOptions(folder, out)
+def parse_report_args(argv: Sequence[str]) -> ReportOptions:
+    """The options of a command line, checked; errors are those of `parse_options`."""
+    options = parse_options(ReportOptions, argv, "report", REPORT_EXAMPLES)
+    if not (options.folder / METRICS).is_file():
+        check_pipeline_folder(str(options.folder))
+    check_output_path("--out", options.output_file, "file")
+    return options
 
 
 def report(options: ReportOptions) -> str:
     """Write the page.
 
     Args:
-        options: what was asked for.
+        options: of the command.
 
     Returns:
-        One line that says where it is.
+        A line with the path of the page.
 
     Raises:
         RunError: it cannot be written.
     """
     from diffusers_ddpm_ext.utils.files import write_text_atomically
 
-    with tempfile.TemporaryDirectory() as place:
-        page = "\n".join(_page(options.folder, Path(place)))
-    try:
-        write_text_atomically(options.out, page)
-    except OSError as error:
-        raise RunError(f"cannot write {error.filename or options.out}: {error.strerror or error}") from None
-    return f"{options.out}: open it in a browser"
+    out = options.output_file
+    with tempfile.TemporaryDirectory() as temporary:
+        page = "\n".join(_page(options.folder, Path(temporary)))
+    with as_run_error(out):
+        write_text_atomically(out, page)
+    return f"{out}: open it in a browser"
 
 
-def _page(folder: Path, place: Path) -> Iterator[str]:
+def _page(folder: Path, temporary: Path) -> Iterator[str]:
     rows = read_rows(folder / METRICS)
     name = html.escape(folder.resolve().name)
     yield f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}</title>'
     yield f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body><h1>{name}</h1>'
-    yield _facts(folder, rows)
+    yield _overview(folder, rows)
     samples = folder / "samples.png"
     if samples.is_file():
-        yield _section("Samples", _figure(samples, "Drawn at the end, with the averaged weights where there are any."))
-    yield _curves(folder, place, rows)
+        yield _section("Samples", _figure(samples, "Sampled at the end, with the averaged weights if there are any."))
+    yield _curves(folder, temporary, rows)
     yield _grids(folder)
-    yield _plots(folder, place)
+    yield _plots(folder, temporary)
     yield _evaluation(folder)
     for title, file in (("Every option", CONFIG), ("Environment", ENVIRONMENT)):
         path = folder / file
@@ -126,7 +124,7 @@ def _table(pairs: list[tuple[str, str]]) -> str:
     return f"<table>{cells}</table>" if pairs else ""
 
 
-def _facts(folder: Path, rows: list[dict[str, Any]]) -> str:
+def _overview(folder: Path, rows: list[dict[str, Any]]) -> str:
     last: dict[str, Any] = {}
     for row in rows:
         last |= row
@@ -146,58 +144,59 @@ def _facts(folder: Path, rows: list[dict[str, Any]]) -> str:
     return _table(pairs)
 
 
-def _curves(folder: Path, place: Path, rows: list[dict[str, Any]]) -> str:
+def _curves(folder: Path, temporary: Path, rows: list[dict[str, Any]]) -> str:
     from diffusers_ddpm_ext.plotting.curves import plot_run_losses
 
-    known = re.search(r"^\s*loss_type: (\w+)", _text(folder / CONFIG), re.M)
-    picture = plot_run_losses(rows, place / "loss.png", known[1] if known else "loss") if rows else None
-    shown = [] if picture is None else [_figure(picture, "Losses over optimizer steps.")]
+    loss_type = re.search(r"^\s*loss_type: (\w+)", _text(folder / CONFIG), re.M)
+    losses = plot_run_losses(rows, temporary / "loss.png", loss_type[1] if loss_type else "loss") if rows else None
+    figures = [] if losses is None else [_figure(losses, "Losses over optimizer steps.")]
     logvar = folder / "samples" / "logvar.png"
     if logvar.is_file():
-        shown.append(_figure(logvar, "The learned log-variance against the measured log loss."))
-    return _section("Curves", "".join(shown))
+        figures.append(_figure(logvar, "The learned log-variance against the measured log loss."))
+    return _section("Curves", "".join(figures))
 
 
 def _grids(folder: Path) -> str:
-    """Grids of samples through the run, the first and the last among them."""
+    """Grids of samples during the run, including the first and the last."""
     numbered = []
     for path in (folder / "samples").glob("samples-*.png"):
         step = re.fullmatch(r"samples-(\d+)", path.stem)
         if step is not None:
             numbered.append((int(step[1]), path))
     numbered.sort()
-    if len(numbered) > MANY:
-        numbered = [numbered[round(i * (len(numbered) - 1) / (MANY - 1))] for i in range(MANY)]
-    shown = "".join(_figure(path, f"after {step:,} steps") for step, path in numbered)
-    return _section("Samples through training", f'<div class="many">{shown}</div>' if shown else "")
+    if len(numbered) > MAX_GRIDS:
+        numbered = [numbered[round(i * (len(numbered) - 1) / (MAX_GRIDS - 1))] for i in range(MAX_GRIDS)]
+    figures = "".join(_figure(path, f"after {step:,} steps") for step, path in numbered)
+    return _section("Samples through training", f'<div class="many">{figures}</div>' if figures else "")
 
 
-def _plots(folder: Path, place: Path) -> str:
+def _plots(folder: Path, temporary: Path) -> str:
     from diffusers_ddpm_ext.cli.plot import PlotOptions, plot
 
     if not (folder / "scheduler" / "scheduler_config.json").is_file():
         return ""
     captions = {
         "schedule": "Betas and signal-to-noise ratio.",
-        "weights": "What each step weighs in the loss.",
-        "variance": "The variance of each reverse step, between the posterior's (0) and beta (1).",
+        "weights": "The weight of each step in the loss.",
+        "variance": "The variance of each reverse step, between that of the posterior (0) and beta (1).",
         "timesteps": "The best few steps for the bound.",
-        "steps": "What each step adds to the bound.",
+        "steps": "The bound's term at each step.",
     }
-    plot(PlotOptions(folder, place / "plots"))
-    drawn = [(place / "plots" / f"{name}.png", text) for name, text in captions.items()]
-    return _section("Schedule and variances", "".join(_figure(path, text) for path, text in drawn if path.is_file()))
+    plot(PlotOptions(folder, temporary / "plots"))
+    plots = [(temporary / "plots" / f"{name}.png", text) for name, text in captions.items()]
+    return _section("Schedule and variances", "".join(_figure(path, text) for path, text in plots if path.is_file()))
 
 
 def _evaluation(folder: Path) -> str:
     from diffusers_ddpm_ext.hub.card import bound_label
 
-    facts = read_json(folder / EVALUATION)
-    names = {"bits_per_dim": bound_label(facts), "prior": "prior", "steps": "steps", "decoder": "decoder"}
-    pairs = [(text, f"{facts[name]:.4f}") for name, text in names.items() if name in facts]
+    result = read_json(folder / EVALUATION)
+    names = {"bits_per_dim": bound_label(result), "prior": "prior", "steps": "steps", "decoder": "decoder"}
+    pairs = [(text, f"{result[name]:.4f}") for name, text in names.items() if name in result]
     if pairs:
-        pairs.insert(1, ("interval", f"{facts['low']:.4f} to {facts['high']:.4f}"))
-        pairs.append(("images", str(facts.get("num_images", "?"))))
+        if result["low"] is not None:
+            pairs.insert(1, ("interval", f"{result['low']:.4f} to {result['high']:.4f}"))
+        pairs.append(("images", str(result.get("num_images", "?"))))
     return _section("Likelihood of held-out images", _table(pairs))
 
 

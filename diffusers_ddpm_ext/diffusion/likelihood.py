@@ -27,7 +27,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -36,15 +36,13 @@ from torch import Tensor
 from diffusers_ddpm_ext.diffusion.gaussian import at_step, check_steps, predict_x0, q_sample
 from diffusers_ddpm_ext.diffusion.reverse_step import LEARNED_VARIANCES, log_variance, small_variance, split_variance
 from diffusers_ddpm_ext.diffusion.schedule import NoiseSchedule, Table
-from diffusers_ddpm_ext.utils.vocabulary import VarianceType
+from diffusers_ddpm_ext.utils.vocabulary import DECODERS, Decoder, VarianceType
 
 __all__ = [
-    "BitsPerDim", "BoundTerms", "ChainScheduler", "Decoder", "Denoiser", "ReverseTransition", "SchedulerLike",
+    "BitsPerDim", "BoundTerms", "ChainScheduler", "Denoiser", "ReverseTransition", "SchedulerLike",
     "bits_per_dim", "bound_terms", "check_decoder", "discretized_gaussian_log_likelihood", "normal_kl", "prior_bits",
 ]  # fmt: skip
 
-Decoder = Literal["exact", "improved_diffusion", "continuous"]
-DECODERS: tuple[Decoder, ...] = get_args(Decoder)
 EIGHT_BITS = 2 / 255
 ROWS = 256  # network inputs per call, unless the batch is larger
 MIN_MASS = 1e-12  # improved-diffusion's floor of a probability

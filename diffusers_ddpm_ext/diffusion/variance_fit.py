@@ -19,7 +19,6 @@ from diffusers_ddpm_ext.diffusion.gaussian import predict_x0, q_sample
 from diffusers_ddpm_ext.diffusion.likelihood import (
     EIGHT_BITS,
     ROWS,
-    Decoder,
     Denoiser,
     SchedulerLike,
     check_decoder,
@@ -30,6 +29,7 @@ from diffusers_ddpm_ext.diffusion.likelihood import (
 from diffusers_ddpm_ext.diffusion.optimal_variance import OptimalV, Smoother, best_timesteps, optimal_v
 from diffusers_ddpm_ext.diffusion.reverse_step import LEARNED_VARIANCES
 from diffusers_ddpm_ext.diffusion.schedule import NoiseSchedule, Table
+from diffusers_ddpm_ext.utils.vocabulary import Decoder
 
 DRAWS = 64
 SMALLEST = 1e-300  # floor of an error whose logarithm is taken

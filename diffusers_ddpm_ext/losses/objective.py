@@ -35,13 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusers_ddpm_ext.diffusion.gaussian import at_step, check_steps, predict_x0, q_sample, training_target
-from diffusers_ddpm_ext.diffusion.likelihood import (
-    EIGHT_BITS,
-    Decoder,
-    ReverseTransition,
-    SchedulerLike,
-    check_decoder,
-)
+from diffusers_ddpm_ext.diffusion.likelihood import EIGHT_BITS, ReverseTransition, SchedulerLike, check_decoder
 from diffusers_ddpm_ext.diffusion.reverse_step import LEARNED_VARIANCES, split_variance
 from diffusers_ddpm_ext.diffusion.schedule import log_snr
 from diffusers_ddpm_ext.diffusion.weighting import ElboKind, LossWeighting, weight_table
@@ -58,7 +52,7 @@ from diffusers_ddpm_ext.losses.checks import (
 )
 from diffusers_ddpm_ext.losses.distances import Distance, get_distance, l2
 from diffusers_ddpm_ext.losses.logvar import LOGVAR_KINDS, ContinuousLogvar, LogvarKind, make_logvar
-from diffusers_ddpm_ext.utils.vocabulary import PredictionType
+from diffusers_ddpm_ext.utils.vocabulary import Decoder, PredictionType
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Names of noise schedules, prediction types, variance types and conditioning keys: Diffusers' and CompVis'.
+"""Names of noise schedules, prediction types, variance types, conditioning keys and decoders: Diffusers' and CompVis'.
 
 The one place where each set of names is listed. Nothing heavy is imported, so that ``--help`` can use it.
 """
@@ -11,11 +11,13 @@ BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"
 PredictionType = Literal["epsilon", "sample", "v_prediction"]
 VarianceType = Literal["fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range"]
 ConditioningKey = Literal["concat", "crossattn", "hybrid", "adm", "hybrid-adm", "crossattn-adm"]
+Decoder = Literal["exact", "improved_diffusion", "continuous"]
 
 BETA_SCHEDULES: tuple[BetaSchedule, ...] = get_args(BetaSchedule)
 PREDICTION_TYPES: tuple[PredictionType, ...] = get_args(PredictionType)
 VARIANCE_TYPES: tuple[VarianceType, ...] = get_args(VarianceType)
 CONDITIONING_KEYS: tuple[ConditioningKey, ...] = get_args(ConditioningKey)
+DECODERS: tuple[Decoder, ...] = get_args(Decoder)
 
 # CompVis' name -> Diffusers' name of the same betas. CompVis' linear is linear in the square root of beta.
 FROM_COMPVIS_BETA_SCHEDULE: dict[str, BetaSchedule] = {

@@ -51,16 +51,16 @@ def evaluated(folder: Path, *flags: str) -> dict:
     return json.loads(target.read_text())
 
 
-def refused(capsys, *argv: str) -> str:
-    """The one line that a user's mistake gives."""
+def error_line(capsys, *argv: str) -> str:
+    """The error line of a command that fails with exit status 2."""
     assert cli.main(list(argv)) == 2
-    told = capsys.readouterr().err
-    lines = [line for line in told.splitlines() if line.startswith("error:")]
+    printed = capsys.readouterr().err
+    lines = [line for line in printed.splitlines() if line.startswith("error:")]
     assert len(lines) == 1
     return lines[0]
 
 
-def test_all_steps_are_the_librarys_own_bound(folder):
+def test_all_steps_give_the_bound_of_bits_per_dim(folder):
     """The command against `bits_per_dim` on the same images and noise."""
     got = evaluated(folder)
     pipeline = DDPMExtPipeline.from_pretrained(folder)
@@ -86,8 +86,8 @@ def test_all_steps_are_the_librarys_own_bound(folder):
     np.testing.assert_allclose(
         [float(row["bits_per_dim"]) for row in table], expected.steps.mean(0).numpy(), rtol=1e-4, atol=1e-7
     )
-    with Image.open(folder / "evaluation" / "steps.png") as picture:
-        assert picture.size[0] > 800
+    with Image.open(folder / "evaluation" / "steps.png") as image:
+        assert image.size[0] > 800
     assert json.loads((folder / "evaluation" / "evaluation.json").read_text()) == got
 
 
@@ -151,7 +151,7 @@ def test_decoders_and_clipping(folder):
     assert eight["decoder"] > exact["decoder"]
 
 
-def test_a_broken_off_command_goes_on_where_it_was(folder, monkeypatch):
+def test_an_interrupted_command_resumes(folder, monkeypatch):
     from diffusers_ddpm_ext.training.evaluation import bound, cache
 
     whole = evaluated(folder, "--num_timesteps", "5", "--batch_size", "8")
@@ -183,7 +183,7 @@ def test_the_bound_of_a_shorter_chain(fitted):
     assert best["bits_per_dim"] < even["bits_per_dim"]
 
 
-def test_fitting_writes_what_every_reader_opens(trained, fitted):
+def test_a_fitted_folder_is_loaded_by_our_and_the_stock_pipeline(trained, fitted):
     scheduler = DDPMExtScheduler.from_pretrained(fitted, subfolder="scheduler")
     config = scheduler.config
     assert len(config.v_posterior) == len(config.v_decoder) == 50
@@ -201,7 +201,7 @@ def test_fitting_writes_what_every_reader_opens(trained, fitted):
     assert stock.scheduler.config.variance_type in ("fixed_small", "fixed_large")
 
 
-def test_optimal_steps_that_are_not_known(trained, fitted):
+def test_unknown_optimal_steps_are_refused(trained, fitted):
     pipeline = DDPMExtPipeline.from_pretrained(trained)
     pipeline.set_progress_bar_config(disable=True)
     with pytest.raises(ValueError, match=r"none are known; find them with `ddpm-ext fit-variance"):
@@ -228,31 +228,31 @@ def test_fitting_again_and_undoing(folder):
     assert cli.main(["fit-variance", str(folder), "--undo"]) == 2
 
 
-def test_log_variances_of_another_loss_are_no_errors(folder, capsys):
+def test_log_variances_of_another_loss_are_refused(folder, capsys):
     text = (folder / "config.yaml").read_text()
     (folder / "config.yaml").write_text(text.replace("loss_type: l2", "loss_type: huber"))
-    line = refused(capsys, "fit-variance", str(folder), "--source", "logvar", "--device", "cpu")
+    line = error_line(capsys, "fit-variance", str(folder), "--source", "logvar", "--device", "cpu")
     assert "--source logvar" in line
     assert "huber" in line
 
 
-def test_pictures_of_all_there_is(fitted, trained, tmp_path, capsys):
+def test_every_plot_is_written(fitted, trained, tmp_path, capsys):
     evaluated(fitted)
     capsys.readouterr()
     assert cli.main(["plot", str(fitted)]) == 0
     names = {"schedule", "weights", "logvar", "steps", "variance", "timesteps"}
     assert {path.stem for path in (fitted / "plots").glob("*.png")} == names
     for path in (fitted / "plots").glob("*.png"):
-        with Image.open(path) as picture:
-            assert picture.size[0] > 800
-            assert len(set(np.asarray(picture.convert("L")).ravel().tolist())) > 20
+        with Image.open(path) as image:
+            assert image.size[0] > 800
+            assert len(set(np.asarray(image.convert("L")).ravel().tolist())) > 20
     assert "schedule.png, weights.png" in capsys.readouterr().out
     assert cli.main(["plot", str(trained), "--out", str(tmp_path / "here")]) == 0
     assert {path.stem for path in (tmp_path / "here").glob("*.png")} >= {"schedule", "weights", "logvar"}
 
 
 BAD = {
-    "all or a number": (["--num_timesteps", "half"], ["--num_timesteps", "say all"]),
+    "all or a number": (["--num_timesteps", "half"], ["--num_timesteps", "all or a whole number"]),
     "too few steps": (["--num_timesteps", "1"], ["--num_timesteps", "[2, 50]"]),
     "too many steps": (["--num_timesteps", "51"], ["--num_timesteps", "[2, 50]"]),
     "longer than the chain": (["--num_inference_steps", "51"], ["--num_inference_steps", "51"]),
@@ -261,8 +261,8 @@ BAD = {
     "split": (["--split", "test"], ["--split", "validation, train"]),
     "weights": (["--weights", "best"], ["--weights", "ema, raw"]),
     "decoder": (["--decoder", "tanh"], ["--decoder", "improved_diffusion"]),
-    "confidence": (["--confidence", "95"], ["--confidence", "between 0 and 1"]),
-    "bins": (["--bin_width", "3"], ["--bin_width", "2/255"]),
+    "confidence": (["--confidence", "95"], ["--confidence", "above 0 and below 1"]),
+    "bins": (["--bin_width", "3"], ["--bin_width", "at most 2"]),
     "bins of a density": (["--bin_width", "0.1", "--decoder", "continuous"], ["--bin_width", "no effect"]),
     "device": (["--device", "tpu"], ["--device", "cpu"]),
     "dtype": (["--dtype", "int8"], ["--dtype", "float64"]),
@@ -278,7 +278,7 @@ BAD = {
 def test_bad_options_of_evaluate(case, trained, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags, words = BAD[case]
-    line = refused(capsys, "evaluate", str(trained), "--out", str(tmp_path / "out"), *flags)
+    line = error_line(capsys, "evaluate", str(trained), "--out", str(tmp_path / "out"), *flags)
     for word in words:
         assert word in line
     assert not list((tmp_path / "out").glob("*")) if (tmp_path / "out").exists() else True
@@ -297,26 +297,26 @@ BAD_FITS = {
 def test_bad_options_of_fit_variance(case, trained, capsys):
     before = (trained / "scheduler" / "scheduler_config.json").read_bytes()
     flags, words = BAD_FITS[case]
-    line = refused(capsys, "fit-variance", str(trained), "--device", "cpu", *flags)
+    line = error_line(capsys, "fit-variance", str(trained), "--device", "cpu", *flags)
     for word in words:
         assert word in line
     assert (trained / "scheduler" / "scheduler_config.json").read_bytes() == before
 
 
 @pytest.mark.parametrize("command", ["evaluate", "fit-variance", "plot"])
-def test_folders_that_are_none(command, tmp_path, capsys):
+def test_missing_and_empty_folders_are_refused(command, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
-    assert "no model_index.json" in refused(capsys, command, str(tmp_path / "empty"))
-    assert "does not exist" in refused(capsys, command, str(tmp_path / "missing"))
+    assert "no model_index.json" in error_line(capsys, command, str(tmp_path / "empty"))
+    assert "does not exist" in error_line(capsys, command, str(tmp_path / "missing"))
 
 
-def test_a_pipeline_that_does_not_say_its_images(tmp_path, capsys):
+def test_a_pipeline_without_a_config_needs_a_data_option(tmp_path, capsys):
     from helpers.tiny import tiny_unet
 
     DDPMExtPipeline(tiny_unet(), DDPMExtScheduler(5)).save_pretrained(tmp_path / "bare")
-    assert "--train_data_dir" in refused(capsys, "evaluate", str(tmp_path / "bare"), "--device", "cpu")
+    assert "--train_data_dir" in error_line(capsys, "evaluate", str(tmp_path / "bare"), "--device", "cpu")
     DDPMExtPipeline(tiny_unet(1), DDPMExtScheduler(5)).save_pretrained(tmp_path / "digits")
-    got = evaluated(tmp_path / "digits")  # of the digits' shape: those are at hand
+    got = evaluated(tmp_path / "digits")  # of the digits' shape, which are the default
     assert got["bin_width"] == 0.125
 
 
@@ -344,10 +344,10 @@ def test_a_learned_variance_end_to_end(tmp_path, capsys):
     drawn = stock(2, num_inference_steps=5, output_type="np").images
     assert drawn.shape == (2, 8, 8, 1)
     assert np.isfinite(drawn).all()
-    assert "says its own variance" in refused(capsys, "fit-variance", str(folder), "--device", "cpu")
+    assert "predicts its own variance" in error_line(capsys, "fit-variance", str(folder), "--device", "cpu")
 
 
-def test_log_variances_are_refused_by_stock(tmp_path):
+def test_a_learned_variance_is_saved_as_our_pipeline_class(tmp_path):
     folder = train(tiny_run(tmp_path / "run", loss_type="hybrid", variance_type="learned"))
     assert folder is not None
     assert json.loads((folder / "model_index.json").read_text())["_class_name"] == "DDPMExtPipeline"

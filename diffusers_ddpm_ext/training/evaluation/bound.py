@@ -16,14 +16,7 @@ import torch
 from torch import Tensor
 
 from diffusers_ddpm_ext.diffusion.gaussian import q_sample
-from diffusers_ddpm_ext.diffusion.likelihood import (
-    EIGHT_BITS,
-    ChainScheduler,
-    Decoder,
-    bound_terms,
-    exact_dtype,
-    prior_bits,
-)
+from diffusers_ddpm_ext.diffusion.likelihood import EIGHT_BITS, ChainScheduler, bound_terms, exact_dtype, prior_bits
 from diffusers_ddpm_ext.diffusion.likelihood_estimate import Strata
 from diffusers_ddpm_ext.models.conditioning import Conditions
 from diffusers_ddpm_ext.training.data.image_set import ImageSet
@@ -31,6 +24,7 @@ from diffusers_ddpm_ext.training.evaluation.cache import EvaluationCache
 from diffusers_ddpm_ext.training.evaluation.processes import Processes
 from diffusers_ddpm_ext.training.evaluation.validation_loss import evenly_spaced
 from diffusers_ddpm_ext.utils import random_keys as keys
+from diffusers_ddpm_ext.utils.vocabulary import Decoder
 
 ConditionedNetwork = Callable[[Tensor, Tensor, Conditions], Tensor]
 
