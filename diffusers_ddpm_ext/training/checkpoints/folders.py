@@ -4,9 +4,9 @@
     .writing-<step>-<token>/       a checkpoint being written; garbage after a kill
     .deleting-<step>-<token>/      a checkpoint being deleted, under a name that nothing loads
     .replaced-<step>-<token>/      the older of two checkpoints of one step, if the system cannot exchange two names
-    aside-checkpoint-<step>/       moved aside: never loaded, never deleted; aside-checkpoint-<step>.txt says why
+    aside-checkpoint-<step>/       moved aside: never loaded, never deleted; the reason is in aside-checkpoint-<step>.txt
 
-One writer at a time: whoever writes, moves, cleans or deletes holds the folder's lock.
+One writer at a time: a process that writes, moves, cleans or deletes holds the folder's lock.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def move_aside(path: Path, reason: str) -> Path:
     """Rename a checkpoint so that nothing loads or deletes it, and write the reason into a text file next to it.
 
     Args:
-        path: the folder (or whatever has a checkpoint's name).
+        path: the folder (or a file or link that has a checkpoint's name).
         reason: one sentence.
 
     Returns:

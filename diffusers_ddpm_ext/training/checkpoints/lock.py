@@ -89,7 +89,7 @@ class FolderLock:
         if descriptor is None or self._owner != os.getpid():
             return
         if _HELD.pop(_file_id(descriptor), None) and self._is_current(descriptor):
-            self.path.unlink(missing_ok=True)  # while locked: whoever opened it meanwhile opens it again
+            self.path.unlink(missing_ok=True)  # while locked: a process that opened it meanwhile opens it again
         os.close(descriptor)
 
     def __enter__(self) -> FolderLock:
@@ -128,7 +128,7 @@ class FolderLock:
 
     def _busy(self, owner: str) -> FolderBusy:
         folder = self.path.parent
-        return FolderBusy(f"another run uses {folder} ({owner}): wait for it, end it, or choose another folder")
+        return FolderBusy(f"another run uses {folder} ({owner}): wait for it, end it, or name another folder")
 
     def _is_current(self, descriptor: int) -> bool:
         try:

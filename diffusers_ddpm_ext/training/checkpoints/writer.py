@@ -21,7 +21,7 @@ class CheckpointNotWritten(OSError):
 
 
 def write_checkpoint(parent: Path, step: int, fill: Callable[[Path], None]) -> Path:
-    """Write ``checkpoint-<step>`` atomically, even if the process or the machine dies meanwhile.
+    """Write ``checkpoint-<step>`` atomically, even if the process is killed or the machine fails meanwhile.
 
     An existing checkpoint of the same step is exchanged with the new one in one system call. File systems that cannot
     do this take two renames, and `remove_leftovers` undoes the first if the second never happened.
