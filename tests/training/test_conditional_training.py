@@ -104,7 +104,7 @@ def test_what_is_beside_an_image_goes_with_it(images):
         "hybrid-adm",
     ).train  # fmt: skip
     indices, epochs = list(range(20)), [3] * 20
-    levels = data.level_values(indices, 7, epochs).float()
+    levels = data.load_levels(indices, 7, epochs).values.float()
     grey = levels[:, 0] * 0.299 + levels[:, 1] * 0.587 + levels[:, 2] * 0.114
     conditions = data.conditions(indices, 7, epochs)
     beside = (conditions.concat_inputs[:, 0] + 1) * 127.5
@@ -119,9 +119,9 @@ def test_folders_are_classes(tmp_path):
         (tmp_path / kind).mkdir(exist_ok=True)
         Image.fromarray(np.full((8, 8), number, np.uint8)).save(tmp_path / kind / f"{number}.png")
     data = load_data(DataOptions(train_data_dir=str(tmp_path), resolution=(8, 8), validation_fraction=0), "adm").train
-    found = {int(level): int(label) for level, label in zip(
-        data.level_values(range(4))[:, 0, 0, 0], data.conditions(range(4)).class_labels, strict=True)}  # fmt: skip
-    assert found == {0: 1, 1: 0, 2: 0, 3: 1}
+    levels, labels = data.load_levels(range(4)).values[:, 0, 0, 0], data.conditions(range(4)).class_labels
+    label_of_level = {int(level): int(label) for level, label in zip(levels, labels, strict=True)}
+    assert label_of_level == {0: 1, 1: 0, 2: 0, 3: 1}
 
 
 DROPOUT = {"class_labels": 0.5, "concat_inputs": {"p": 0.25, "val": -1}}

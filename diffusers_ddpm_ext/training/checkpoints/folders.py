@@ -4,7 +4,7 @@
     .writing-<step>-<token>/       a checkpoint being written; garbage after a kill
     .deleting-<step>-<token>/      a checkpoint being deleted, under a name that nothing loads
     .replaced-<step>-<token>/      the older of two checkpoints of one step, if the system cannot exchange two names
-    aside-checkpoint-<step>/       moved aside: never loaded, never deleted; the reason is in aside-checkpoint-<step>.txt
+    aside-checkpoint-<step>/       moved aside: never loaded or deleted; the reason is in aside-checkpoint-<step>.txt
 
 One writer at a time: a process that writes, moves, cleans or deletes holds the folder's lock.
 """

@@ -58,9 +58,7 @@ def check_output_dir(output: OutputOptions, resuming: bool = False) -> None:
         raise ConfigError(f"--output_dir {output.output_dir} is a file: name a folder")
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not nearest.is_dir():
-        raise ConfigError(
-            f"--output_dir {output.output_dir} is below {nearest}, which is a file: name another folder"
-        )
+        raise ConfigError(f"--output_dir {output.output_dir} is below {nearest}, which is a file: name another folder")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise ConfigError(f"--output_dir {output.output_dir} is not writable: name another folder")
 
@@ -103,9 +101,7 @@ def acquire_output_dir(data: DataOptions, output: OutputOptions, resuming: bool 
         raise ConfigError(f"--output_dir {output.output_dir}: {error}") from None
     except OSError as error:
         where = f"--output_dir {output.output_dir}" if output.output_dir else str(DEFAULT_PARENT.absolute())
-        raise ConfigError(
-            f"{where} cannot be written: {error.strerror or error}; name another --output_dir"
-        ) from None
+        raise ConfigError(f"{where} cannot be written: {error.strerror or error}; name another --output_dir") from None
 
 
 def _create_default(name: str) -> Path:

@@ -1,9 +1,8 @@
-"""The one endless stream of batches that every split of the work cuts in the same way.
+"""Endless stream of training batches, the same for every split into processes and micro-batches.
 
-The stream is defined by its numbers: sample ``s`` of the run (``s = step * effective batch + position``) lies in
-epoch ``s // n`` at place ``s % n`` of that epoch's shuffle. Epochs follow each other without a gap, so that an
-effective batch may hold the end of one and the beginning of the next, every sample comes once an epoch, and a run can
-start anywhere.
+Sample ``s`` of the run (``s = step * effective batch + position``) is in epoch ``s // n`` at place ``s % n`` of that
+epoch's shuffle. Epochs follow each other without a gap: an effective batch may contain the end of one and the start of
+the next, every sample occurs once per epoch, and a run can start at any step.
 """
 
 from __future__ import annotations
@@ -22,43 +21,43 @@ from torch.utils.data import DataLoader, Dataset
 
 from diffusers_ddpm_ext.errors import RunError, warn
 from diffusers_ddpm_ext.models.conditioning import Conditions
-from diffusers_ddpm_ext.training.data.image_set import ImageSet, unit_range
+from diffusers_ddpm_ext.training.data.image_set import ImageSet, levels_to_pixels
 from diffusers_ddpm_ext.utils import random_keys as keys
 
-NONE = Conditions()
-DEATHS_WITHOUT_A_BATCH = 3
-"""So many data workers in a row may die before one of them has handed on a batch."""
+NO_CONDITIONS = Conditions()
+MAX_WORKER_FAILURES = 3
+"""Data workers that may fail one after the other before one of them has returned a batch."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What one forward pass trains on.
+    """Input of one forward pass.
 
     Attributes:
-        pixels: images (b, C, H, W), float32 in [-1, 1], on the device that was asked for.
-        positions: their places in the effective batch, (b,), int64, on the CPU.
-        indices: which images of the set they are, (b,), int64, on the CPU.
-        step: the optimizer step that they belong to.
-        conditions: what they are conditioned on, on the same device as the pixels.
+        pixels: images (b, C, H, W), float32 in [-1, 1], on the requested device.
+        positions: in the effective batch, (b,), int64, on the CPU.
+        indices: of the images in the set, (b,), int64, on the CPU.
+        step: the batch's optimizer step.
+        conditions: on the same device as the pixels.
     """
 
     pixels: Tensor
     positions: Tensor
     indices: Tensor
     step: int
-    conditions: Conditions = NONE
+    conditions: Conditions = NO_CONDITIONS
 
 
-class Share(NamedTuple):
-    """A micro-batch on its way out of a data worker.
+class WorkerBatch(NamedTuple):
+    """A micro-batch as a data worker returns it.
 
     Attributes:
-        levels: (b, C, H, W), uint8, or uint16 of 16-bit images.
+        levels: (b, C, H, W), uint8, or uint16 for 16-bit images.
         positions: as in `Batch`.
         indices: as in `Batch`.
         step: as in `Batch`.
         micro: number of the micro-batch in its step.
-        replaced: one sentence for each image that became unreadable and whose place another one took.
+        replacements: one sentence per image that became unreadable and was replaced.
         conditions: as in `Batch`, on the CPU.
     """
 
@@ -67,15 +66,15 @@ class Share(NamedTuple):
     indices: Tensor
     step: int
     micro: int
-    replaced: list[str]
-    conditions: Conditions = NONE
+    replacements: list[str]
+    conditions: Conditions = NO_CONDITIONS
 
 
 @dataclass(frozen=True)
-class MicroBatches(Dataset[Share | RunError]):
-    """One rank's share: (step, micro-batch) -> what is trained on then.
+class MicroBatches(Dataset[WorkerBatch | RunError]):
+    """Micro-batches of one rank, indexed by (step, micro-batch).
 
-    An image that became unreadable is handed on as the error it is: raised in a worker it would arrive as a page of
+    The error of an image that became unreadable is returned: raised in a worker it would arrive with a page of
     traceback.
     """
 
@@ -87,7 +86,7 @@ class MicroBatches(Dataset[Share | RunError]):
     world: int
     _orders: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
-    def __getitem__(self, request: tuple[int, int]) -> Share | RunError:
+    def __getitem__(self, request: tuple[int, int]) -> WorkerBatch | RunError:
         step, micro = request
         first = (micro * self.world + self.rank) * self.batch
         positions = torch.arange(first, first + self.batch)
@@ -95,25 +94,24 @@ class MicroBatches(Dataset[Share | RunError]):
         epochs, places = samples // len(self.images), samples % len(self.images)
         indices = torch.empty_like(samples)
         for epoch in epochs.unique().tolist():
-            here = epochs == epoch
-            indices[here] = self.order(epoch)[places[here]]
-        replaced: list[str] = []
+            in_epoch = epochs == epoch
+            indices[in_epoch] = self.order(epoch)[places[in_epoch]]
         try:
-            levels = self.images.level_values(indices, self.seed, epochs.tolist(), replaced)
+            levels = self.images.load_levels(indices, self.seed, epochs.tolist())
             conditions = self.images.conditions(indices, self.seed, epochs.tolist())
         except RunError as error:
             return error
         if self.images.dropout is not None:
             conditions = self.images.dropout.apply(conditions, self.seed, step, positions)
-        return Share(levels, positions, indices, step, micro, replaced, conditions)
+        return WorkerBatch(levels.values, positions, indices, step, micro, levels.replacements, conditions)
 
     def order(self, epoch: int) -> Tensor:
         """Return the shuffle of an epoch, (n,): a function of the seed and the epoch alone."""
         if epoch not in self._orders:
             if len(self._orders) > 1:
-                self._orders.clear()  # a batch seldom holds more than two epochs
-            shuffled = torch.randperm(len(self.images), generator=keys.generator(keys.ORDER, self.seed, epoch))
-            self._orders[epoch] = shuffled
+                self._orders.clear()  # a batch seldom contains more than two epochs
+            shuffle = torch.randperm(len(self.images), generator=keys.generator(keys.ORDER, self.seed, epoch))
+            self._orders[epoch] = shuffle
         return self._orders[epoch]
 
 
@@ -128,25 +126,25 @@ def batch_stream(
     num_workers: int = 0,
     device: torch.device | str = "cpu",
 ) -> Iterator[Batch]:
-    """Return this rank's micro-batches, ``accumulation`` to an optimizer step, without end.
+    """Return this rank's micro-batches, ``accumulation`` per optimizer step, without end.
 
-    The effective batch of a step holds the same samples at the same positions however it is split: micro-batch ``m``
-    of rank ``r`` holds the positions from ``(m * world + r) * batch`` on.
+    The effective batch of a step contains the same samples at the same positions for every split: micro-batch ``m``
+    of rank ``r`` has the ``batch`` positions from ``(m * world + r) * batch``.
 
     Args:
-        images: what to train on; fewer than an effective batch are repeated in it, an epoch at a time.
-        seed: the run's seed.
-        batch: images a micro-batch.
-        accumulation: micro-batches an optimizer step.
-        rank: this process.
+        images: to train on; if there are fewer than an effective batch, it contains several epochs.
+        seed: of the run.
+        batch: images per micro-batch.
+        accumulation: micro-batches per optimizer step.
+        rank: of this process.
         world: number of processes.
         start_step: first optimizer step.
-        num_workers: processes that fetch images; the batches are the same for any number.
-        device: where the pixels go.
+        num_workers: processes that load images; the batches do not depend on it.
+        device: of the pixels and conditions.
 
     Raises:
-        ValueError: a count is below 1, the rank is not in [0, world), or there is no image.
-        RunError: (while iterating) an image that could be read before the run cannot any more.
+        ValueError: a count is below 1, the rank is not in [0, world), or the set is empty.
+        RunError: (while iterating) an image that was readable before the run no longer is.
     """
     if min(batch, accumulation, world) < 1 or not 0 <= rank < world or start_step < 0 or num_workers < 0:
         raise ValueError(
@@ -156,10 +154,9 @@ def batch_stream(
     if len(images) == 0:
         raise ValueError("a stream needs at least one image.")
     target = torch.device(device)
-    shares = MicroBatches(images, seed, batch, accumulation, rank, world)
-    return _to_device(
-        _fetch(shares, _Requests(start_step, 0, accumulation), num_workers, target), images.levels, target
-    )
+    micro_batches = MicroBatches(images, seed, batch, accumulation, rank, world)
+    requests = _Requests(start_step, 0, accumulation)
+    return _to_device(_fetch(micro_batches, requests, num_workers, target), images.levels, target)
 
 
 @dataclass(frozen=True)
@@ -175,51 +172,54 @@ class _Requests:
         return (divmod(number, self.accumulation) for number in itertools.count(first))
 
 
-def _fetch(shares: MicroBatches, requests: _Requests, num_workers: int, target: torch.device) -> Iterator[Share]:
-    """Let workers read ahead; where one dies, which costs nothing but time, others begin at the next micro-batch."""
-    deaths = 0
+def _fetch(
+    micro_batches: MicroBatches, requests: _Requests, num_workers: int, target: torch.device
+) -> Iterator[WorkerBatch]:
+    """Yield batches that workers prefetch; if a worker dies, start new workers at the next micro-batch."""
+    failures = 0
     while True:
         try:
-            with _deaths_are_looked_for():
-                loader = iter(_loader(shares, requests, num_workers, target))
-            for share in loader:
-                if isinstance(share, RunError):
-                    raise share
-                deaths = 0
-                requests = replace(requests, start_step=share.step, start_micro=share.micro + 1)
-                yield share
+            with _sigchld_handler_restored():
+                loader = iter(_loader(micro_batches, requests, num_workers, target))
+            for item in loader:
+                if isinstance(item, RunError):
+                    raise item
+                failures = 0
+                requests = replace(requests, start_step=item.step, start_micro=item.micro + 1)
+                yield item
         except (RuntimeError, OSError, EOFError) as error:
-            # Batches that a dead worker had handed on already cannot be fetched from it any more.
+            # Batches that a dead worker had already returned can no longer be received from it.
             if num_workers == 0 or not ("worker (pid" in str(error) or isinstance(error, ConnectionError | EOFError)):
                 raise
-            deaths += 1
-            what = f"a worker died ({' '.join(str(error).split()) or type(error).__name__})"
-            if deaths >= DEATHS_WITHOUT_A_BATCH:
+            failures += 1
+            reason = f"a worker died ({' '.join(str(error).split()) or type(error).__name__})"
+            if failures >= MAX_WORKER_FAILURES:
                 raise RunError(
-                    f"--dataloader_num_workers {num_workers}: {what}, {deaths} times without a batch; use fewer, or 0"
+                    f"--dataloader_num_workers {num_workers}: {reason}, {failures} times without a batch; use fewer,"
+                    " or 0"
                 ) from None
-            warn(f"--dataloader_num_workers: {what}; new ones go on where they were")
+            warn(f"--dataloader_num_workers: {reason}; new ones continue at the next batch")
 
 
 def _loader(
-    shares: MicroBatches, requests: _Requests, num_workers: int, target: torch.device
-) -> DataLoader[Share | RunError]:
+    micro_batches: MicroBatches, requests: _Requests, num_workers: int, target: torch.device
+) -> DataLoader[WorkerBatch | RunError]:
     return DataLoader(
-        shares,
+        micro_batches,
         sampler=requests,
         batch_size=None,
         num_workers=num_workers,
         pin_memory=target.type == "cuda",
-        generator=torch.Generator(),  # or else the loader takes a number from the global generator
+        generator=torch.Generator(),  # otherwise the loader draws from the global generator
     )
 
 
 @contextmanager
-def _deaths_are_looked_for() -> Iterator[None]:
-    """Keep torch from raising a worker's death wherever the main thread happens to be, in mid-step too.
+def _sigchld_handler_restored() -> Iterator[None]:
+    """Undo torch's SIGCHLD handler, which raises the death of a worker anywhere in the main thread.
 
-    It sets a handler of SIGCHLD when the first workers start; without it the death is found, seconds later, by whoever
-    waits for the next batch.
+    torch installs it when the first workers start. Without it the death is raised, seconds later, when the next batch
+    is requested.
     """
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
         yield
@@ -231,13 +231,13 @@ def _deaths_are_looked_for() -> Iterator[None]:
         signal.signal(signal.SIGCHLD, before if before is not None else signal.SIG_DFL)
 
 
-def _to_device(shares: Iterator[Share], levels: int, device: torch.device) -> Iterator[Batch]:
-    """Move bytes, not floats, to the device, and make floats of them there."""
-    told: set[str] = set()
-    for share in shares:
-        for sentence in share.replaced:
-            if sentence not in told:
-                told.add(sentence)
+def _to_device(worker_batches: Iterator[WorkerBatch], levels: int, device: torch.device) -> Iterator[Batch]:
+    """Transfer integers, not floats, to the device and convert them there; print each replacement once."""
+    printed: set[str] = set()
+    for item in worker_batches:
+        for sentence in item.replacements:
+            if sentence not in printed:
+                printed.add(sentence)
                 warn(sentence)
-        pixels = unit_range(share.levels.to(device, non_blocking=True), levels)
-        yield Batch(pixels, share.positions, share.indices, share.step, share.conditions.to(device))
+        pixels = levels_to_pixels(item.levels.to(device, non_blocking=True), levels)
+        yield Batch(pixels, item.positions, item.indices, item.step, item.conditions.to(device))

@@ -1,4 +1,4 @@
-"""Conditions left out at random while training, so that a model can be guided later."""
+"""Random dropout of conditions during training, so that the model can be used with guidance."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from diffusers_ddpm_ext.utils import random_keys as keys
 
 @dataclass(frozen=True)
 class ConditionDropout:
-    """How often a condition is left out while training, and what stands in for it (CompVis' ``ucg_training``).
+    """How often a condition is dropped during training, and what replaces it (CompVis' ``ucg_training``).
 
     Attributes:
         probability: by condition.
@@ -26,47 +26,47 @@ class ConditionDropout:
     null: Mapping[str, float]
 
     def apply(self, conditions: Conditions, seed: int, step: int, positions: Tensor) -> Conditions:
-        """Leave conditions out, each sample and condition by keys of its own.
+        """Drop conditions at random, with a separate key for each sample and condition.
 
         Args:
             conditions: of a micro-batch.
             seed: of the run.
             step: optimizer steps done.
-            positions: places in the effective batch, (b,).
+            positions: in the effective batch, (b,).
 
         Returns:
-            The conditions, those left out replaced.
+            The conditions, with the null value where one is dropped.
         """
-        named = conditions.as_dict()
+        result = conditions.as_dict()
         for name, probability in self.probability.items():
-            value = named[name].clone()
-            for place, position in enumerate(positions.tolist()):
+            value = result[name].clone()
+            for index, position in enumerate(positions.tolist()):
                 if keys.key(keys.CONDITION, seed, step, position, name) < probability * 2**32:
-                    value[place] = self.null[name]
-            named[name] = value
-        return Conditions(**named)
+                    value[index] = self.null[name]
+            result[name] = value
+        return Conditions(**result)
 
 
 def make_condition_dropout(
-    given: Mapping[str, Any] | None, conditioning_key: str | None, num_classes: int | None
+    option: Mapping[str, Any] | None, conditioning_key: str | None, num_classes: int | None
 ) -> tuple[ConditionDropout | None, int | None]:
-    """Check what a person asks for.
+    """Check the option and create the dropout.
 
     Args:
-        given: condition to probability, or to ``{"p": probability, "val": null value}``.
+        option: condition to probability, or to ``{"p": probability, "val": null value}``.
         conditioning_key: of the run.
-        num_classes: of the data; a null class without a value of its own is the one after them.
+        num_classes: of the data; the default null class is the one after them.
 
     Returns:
-        The dropout, None without; and the null class, None where there is none.
+        The dropout, None without the option; and the null class, None if there is none.
 
     Raises:
-        ConfigError: a condition is not there, or a number is out of its range.
+        ConfigError: the run has no such condition, or a number is out of range.
     """
-    if not given:
+    if not option:
         return None, None
     probability, null = {}, {}
-    for name, value in given.items():
+    for name, value in option.items():
         if name not in REQUIRED_CONDITIONS[conditioning_key]:
             allowed = ", ".join(REQUIRED_CONDITIONS[conditioning_key]) or "none, without --conditioning_key"
             raise ConfigError(f"--conditioning_dropout {name!r}: the conditions of this run are {allowed}")

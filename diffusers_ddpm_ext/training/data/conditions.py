@@ -1,11 +1,6 @@
-"""What the images of a run are conditioned on: classes, images that go in with them, stored embeddings.
+"""Conditions of a run's images: class labels, images joined to the input, stored embeddings.
 
-A column is read once for all images. Where it comes from:
-
-    the digits   their labels
-    a folder     `folder`, the name of the folder an image lies in; or a column of metadata.csv or metadata.jsonl in
-                 it, whose column file_name says which image a row is for (the format of Hugging Face's image folders)
-    a dataset    its column
+Each condition is read once for all images, from the column of their source that its option names.
 """
 
 from __future__ import annotations
@@ -23,203 +18,201 @@ from torch import Tensor
 from diffusers_ddpm_ext.errors import ConfigError
 from diffusers_ddpm_ext.models.conditioning import REQUIRED_CONDITIONS
 from diffusers_ddpm_ext.training.config.options import DataOptions
-from diffusers_ddpm_ext.training.data.condition_tables import OF_FOLDER, Table
-from diffusers_ddpm_ext.training.data.decoding import Preparation
-from diffusers_ddpm_ext.training.data.image_store import Images, read
+from diffusers_ddpm_ext.training.data.decoding import Preprocessing
+from diffusers_ddpm_ext.training.data.image_store import ImageStore, load_images
+from diffusers_ddpm_ext.training.data.sources import Source, payload_of_cell
 
-OPTION = {"class_labels": "class_column", "concat_inputs": "concat_column", "encoder_hidden_states": "context_column"}
+COLUMN_OPTIONS = {
+    "class_labels": "class_column",
+    "concat_inputs": "concat_column",
+    "encoder_hidden_states": "context_column",
+}
+MEMORY_LIMIT_OF_JOINED_IMAGES = 2**31  # bytes
 
 
 @dataclass(frozen=True)
 class ConditionColumns:
-    """Conditions of all images that were read, in their order.
+    """Conditions of all loaded images, in their order.
 
     Attributes:
-        labels: (n,), int64, or (n, width), float32; None where there are none.
-        class_names: of the classes, where labels are numbers.
-        concat: images that are joined to the input; None where there are none.
-        contexts: (tokens, width), float32, of each image; None where there are none.
+        labels: (n,), int64, or (n, width), float32; None without labels.
+        class_names: of the classes, if labels are classes.
+        concat: images joined to the input; None without them.
+        contexts: (tokens, width), float32, for each image; None without them.
         fingerprint: sha256 over all of it, in hexadecimal.
     """
 
     labels: Tensor | None
     class_names: Sequence[str]
-    concat: Images | None
+    concat: ImageStore | None
     contexts: Sequence[np.ndarray] | None
     fingerprint: str
 
     @property
     def label_width(self) -> int | None:
-        """Width of a label that is no class."""
+        """Width of labels that are vectors, None for classes."""
         return None if self.labels is None or not self.labels.is_floating_point() else int(self.labels.shape[1])
-
-    @property
-    def context_width(self) -> int | None:
-        """Width of a token."""
-        return None if self.contexts is None else int(self.contexts[0].shape[1])
 
 
 @dataclass(frozen=True)
-class _ColumnSource:
-    """Images of a column, for the reader of images."""
+class _CellImages:
+    """The images in a column, as a source for `load_images`."""
 
     option: str
     names: Sequence[str]
-    found: Sequence[Any]
+    cells: Sequence[Any]
 
     def payload(self, index: int) -> bytes | Path | None:
-        cell = self.found[index]
-        if isinstance(cell, Mapping):
-            data, path = cell.get("bytes"), cell.get("path")
-            return data if isinstance(data, bytes) else None if path is None else Path(str(path))
-        return Path(cell) if isinstance(cell, str | Path) else None
+        return payload_of_cell(self.cells[index])
 
 
-def column_names(conditioning_key: str | None, options: DataOptions, *, digits: bool, folder: bool) -> dict[str, str]:
-    """Say which columns a run needs.
+def select_columns(
+    conditioning_key: str | None, options: DataOptions, default_class_column: str | None
+) -> dict[str, str]:
+    """Select the columns that a run needs.
 
     Args:
         conditioning_key: of the run.
         options: section ``data``.
-        digits: whether the images are the digits.
-        folder: whether they come from a folder.
+        default_class_column: used without ``class_column``; None if there is no default.
 
     Returns:
         Condition to column.
 
     Raises:
-        ConfigError: a column is missing, or named in vain.
+        ConfigError: a column is missing, or named without effect.
     """
-    needed = REQUIRED_CONDITIONS[conditioning_key]
-    chosen: dict[str, str] = {}
-    for condition, option in OPTION.items():
-        given = getattr(options, option)
-        if condition not in needed:
-            if given is not None:
+    columns: dict[str, str] = {}
+    for condition, option in COLUMN_OPTIONS.items():
+        column = getattr(options, option)
+        if condition not in REQUIRED_CONDITIONS[conditioning_key]:
+            if column is not None:
                 raise ConfigError(
-                    f"--{option} {given} has no effect with --conditioning_key {conditioning_key or 'none'}"
+                    f"--{option} {column} has no effect with --conditioning_key {conditioning_key or 'none'}"
                 )
             continue
-        if given is None and condition == "class_labels":
-            given = "digit" if digits else OF_FOLDER if folder else None
-        if given is None:
+        if column is None and condition == "class_labels":
+            column = default_class_column
+        if column is None:
             raise ConfigError(
                 f"--conditioning_key {conditioning_key} needs --{option}: the column with its {condition}"
             )
-        chosen[condition] = given
-    return chosen
+        columns[condition] = column
+    return columns
 
 
-def read_columns(
-    table: Table,
-    kept: Sequence[str],
-    wanted: Mapping[str, str],
-    preparation: Preparation,
-    vocabulary: Sequence[str] | None = None,
+def load_conditions(
+    source: Source,
+    names: Sequence[str],
+    columns: Mapping[str, str],
+    preprocessing: Preprocessing,
+    class_names: Sequence[str] | None = None,
 ) -> ConditionColumns | None:
-    """Read what the images are conditioned on.
+    """Load what the images are conditioned on.
 
     Args:
-        table: where columns come from.
-        kept: names of the images that were read, in their order.
-        wanted: from `column_names`.
-        preparation: of the images, which holds for images that are joined to them, too.
-        vocabulary: names of the classes, where another set of images has them already.
+        source: of the images.
+        names: of the loaded images, in their order.
+        columns: from `select_columns`.
+        preprocessing: of the images; its size and crop also apply to images joined to them.
+        class_names: of the training images, for validation images.
 
     Returns:
-        The columns; None where none is wanted.
+        The conditions; None without columns.
 
     Raises:
-        ConfigError: a cell cannot be used; the image is named.
+        ConfigError: a value cannot be used; the image is named.
     """
-    if not wanted:
+    if not columns:
         return None
     digest = hashlib.sha256()
-    labels, names, concat, contexts = None, list(vocabulary or ()), None, None
-    for condition, column in wanted.items():
-        cells = table.cells(column)
-        found = [cells[name] for name in kept]
+    labels, all_class_names, concat, contexts = None, list(class_names or ()), None, None
+    for condition, column in columns.items():
+        values = source.read_column(column)
+        cells = [values[name] for name in names]
         if condition == "class_labels":
-            labels, names = _labels(column, kept, found, vocabulary)
+            labels, all_class_names = _labels(column, names, cells, class_names)
             digest.update(labels.numpy().tobytes())
         elif condition == "concat_inputs":
-            plain = Preparation(preparation.size, None, preparation.center_crop)
-            source = _ColumnSource(f"--concat_column {column}", kept, found)
-            reading = read(source, plain, skip_bad=False, memory_limit=2**31)
-            concat = reading.images
-            digest.update(reading.fingerprint.encode())
+            own_channels = Preprocessing(preprocessing.size, None, preprocessing.center_crop)
+            images = _CellImages(f"--concat_column {column}", names, cells)
+            loaded = load_images(images, own_channels, skip_bad=False, memory_limit=MEMORY_LIMIT_OF_JOINED_IMAGES)
+            concat = loaded.images
+            digest.update(loaded.fingerprint.encode())
         else:
-            contexts = [_context(column, name, cell) for name, cell in zip(kept, found, strict=True)]
-            widths = {context.shape[1] for context in contexts}
-            if len(widths) != 1 or len({context.shape[0] for context in contexts}) != 1:
+            contexts = [_context(column, name, cell) for name, cell in zip(names, cells, strict=True)]
+            if len({context.shape for context in contexts}) != 1:
                 raise ConfigError(
                     f"--context_column {column}: the embeddings are not all of one shape (tokens, width)"
                 )
             for context in contexts:
                 digest.update(context.tobytes())
-    return ConditionColumns(labels, names, concat, contexts, digest.hexdigest())
+    return ConditionColumns(labels, all_class_names, concat, contexts, digest.hexdigest())
 
 
 def _labels(
-    column: str, kept: Sequence[str], found: Sequence[Any], vocabulary: Sequence[str] | None
+    column: str, images: Sequence[str], cells: Sequence[Any], class_names: Sequence[str] | None
 ) -> tuple[Tensor, list[str]]:
-    """Classes as numbers: numbers as they are, words in their alphabetical order; lists and fractions as vectors."""
-    plain = [_number(cell) for cell in found]
-    if all(isinstance(cell, int) for cell in plain):
-        if min(plain) < 0:
+    """Labels and class names: integers are class numbers, lists and fractions vectors, other values class names.
+
+    Class names are numbered in alphabetical order.
+    """
+    values = [_parse_number(cell) for cell in cells]
+    if all(isinstance(value, int) for value in values):
+        if min(values) < 0:
             raise ConfigError(
-                f"--class_column {column}: {kept[plain.index(min(plain))]!r} is of the class {min(plain)}"
+                f"--class_column {column}: {images[values.index(min(values))]!r} has the class {min(values)}"
             )
-        return torch.tensor(plain), [str(number) for number in range(max(plain) + 1)]
-    if all(isinstance(cell, float | int | list) for cell in plain):
+        return torch.tensor(values), [str(number) for number in range(max(values) + 1)]
+    if all(isinstance(value, float | int | list) for value in values):
         try:
-            table = torch.tensor(plain, dtype=torch.float32)
+            vectors = torch.tensor(values, dtype=torch.float32)
         except (ValueError, TypeError):
             raise ConfigError(f"--class_column {column}: the vectors are not all of one width") from None
-        return table[:, None] if table.ndim == 1 else table, []
-    words = [str(cell) for cell in plain]
-    names = list(vocabulary) if vocabulary is not None else sorted(set(words))
-    place = {name: number for number, name in enumerate(names)}
-    for image, word in zip(kept, words, strict=True):
-        if word not in place:
+        return vectors[:, None] if vectors.ndim == 1 else vectors, []
+    texts = [str(value) for value in values]
+    names = list(class_names) if class_names is not None else sorted(set(texts))
+    number_of = {name: number for number, name in enumerate(names)}
+    for image, text in zip(images, texts, strict=True):
+        if text not in number_of:
             raise ConfigError(
-                f"--class_column {column}: {image!r} is of the class {word!r}, which no training image is"
+                f"--class_column {column}: {image!r} has the class {text!r}, which no training image has"
             )
-    return torch.tensor([place[word] for word in words]), names
+    return torch.tensor([number_of[text] for text in texts]), names
 
 
-def _number(cell: Any) -> Any:
-    """A cell of a text file that is a number, as one."""
+def _parse_number(cell: Any) -> Any:
+    """Numbers in a text file as numbers, tuples as lists, other values unchanged."""
     if isinstance(cell, str):
-        for kind in (int, float):
+        for number_type in (int, float):
             try:
-                return kind(cell)
+                return number_type(cell)
             except ValueError:
                 continue
     return list(cell) if isinstance(cell, tuple) else cell
 
 
 def _context(column: str, name: str, cell: Any) -> np.ndarray:
-    told = f"--context_column {column}: {name!r}"
+    label = f"--context_column {column}: {name!r}"
     try:
-        table = _stored(Path(cell)) if isinstance(cell, str | Path) else np.asarray(cell, dtype=np.float32)
+        array = _read_array(Path(cell)) if isinstance(cell, str | Path) else np.asarray(cell, dtype=np.float32)
     except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"{told} cannot be read as an embedding: {error}") from None
-    table = table[None] if table.ndim == 1 else table
-    if table.ndim != 2 or not table.size or not np.isfinite(table).all():
-        raise ConfigError(f"{told} is no finite array (tokens, width), but of shape {table.shape}")
-    return np.ascontiguousarray(table, dtype=np.float32)
+        raise ConfigError(f"{label} cannot be read as an embedding: {error}") from None
+    array = array[None] if array.ndim == 1 else array
+    if array.ndim != 2 or not array.size or not np.isfinite(array).all():
+        raise ConfigError(f"{label} is not a finite array (tokens, width), but of shape {array.shape}")
+    return np.ascontiguousarray(array, dtype=np.float32)
 
 
-def _stored(path: Path) -> np.ndarray:
+def _read_array(path: Path) -> np.ndarray:
     if path.suffix == ".npy":
-        found: np.ndarray = np.load(path, allow_pickle=False)
-        return found
+        array: np.ndarray = np.load(path, allow_pickle=False)
+        return array
     if path.suffix == ".safetensors":
         from safetensors.numpy import load_file
 
         tensors = load_file(path)
         if len(tensors) != 1:
-            raise ValueError(f"{path.name} must hold one array")
+            raise ValueError(f"{path.name} must contain one array")
         return next(iter(tensors.values()))
-    raise ValueError(f"{path.name} is no .npy or .safetensors file")
+    raise ValueError(f"{path.name} is not a .npy or .safetensors file")

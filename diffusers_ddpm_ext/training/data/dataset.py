@@ -1,35 +1,40 @@
-"""The images of a run: what is trained on, and what is held out."""
+"""Images of a run: training and validation set, loaded as the options of section ``data`` say."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from diffusers_ddpm_ext.errors import ConfigError
 from diffusers_ddpm_ext.training.config.options import DataOptions
-from diffusers_ddpm_ext.training.data.bit_depth import DEEP, SHALLOW
-from diffusers_ddpm_ext.training.data.condition_tables import DigitTable, FolderTable, RowTable, Table
-from diffusers_ddpm_ext.training.data.conditions import ConditionColumns, column_names, read_columns
-from diffusers_ddpm_ext.training.data.decoding import CHANNEL_NAMES, Preparation, Size
+from diffusers_ddpm_ext.training.data.bit_depth import LEVELS_8_BIT, LEVELS_16_BIT
+from diffusers_ddpm_ext.training.data.conditions import ConditionColumns, load_conditions, select_columns
+from diffusers_ddpm_ext.training.data.decoding import CHANNEL_NAMES, Preprocessing, Size
 from diffusers_ddpm_ext.training.data.image_set import ImageSet
-from diffusers_ddpm_ext.training.data.image_store import LazyImages, PackedImages, Reading, check_alike, read
+from diffusers_ddpm_ext.training.data.image_store import (
+    LazyImages,
+    LoadedImages,
+    PackedImages,
+    check_same_kind,
+    load_images,
+)
 from diffusers_ddpm_ext.training.data.sources import (
+    FOLDER_COLUMN,
+    DatasetSource,
+    DigitSource,
     FolderSource,
-    RowSource,
-    digit_labels,
+    Source,
     digit_levels,
-    digit_rows,
-    load_rows,
+    open_dataset_split,
     scan_folder,
 )
 from diffusers_ddpm_ext.utils import random_keys as keys
 
-MEMORY_LIMIT = 2 * 1024**3  # bytes of resized pixels; while they are packed there are twice as many for a moment
+MEMORY_LIMIT = 2 * 1024**3  # bytes of resized pixels; packing them takes twice as much for a moment
 DIGITS = "digits of scikit-learn"
 DIGITS_SIZE = (8, 8)
 DIGITS_LEVELS = 17
@@ -41,11 +46,11 @@ class ImageData:
 
     Attributes:
         train: images to train on.
-        validation: images held out; None where there are none.
-        description: one line for the plan.
+        validation: held-out images; None without them.
+        description: one line for the printed plan.
         fingerprint: sha256 over the names and the pixels of both sets, in hexadecimal.
-        skipped: how many unreadable images were left out.
-        warning: what is to be said of the values of the pixels; None where there is nothing.
+        skipped: number of unreadable images that were left out.
+        warning: about the values of the pixels; None if they look right.
     """
 
     train: ImageSet
@@ -66,6 +71,14 @@ class ImageData:
         return self.train.size
 
 
+@dataclass(frozen=True)
+class _LoadedSource:
+    """Images of a source, with their conditions."""
+
+    loaded: LoadedImages
+    columns: ConditionColumns | None
+
+
 def load_data(
     options: DataOptions,
     conditioning_key: str | None = None,
@@ -73,168 +86,160 @@ def load_data(
     progress: bool = False,
     memory_limit: int = MEMORY_LIMIT,
 ) -> ImageData:
-    """Read the images that the options name, every one of them once, and hold some out for validation.
+    """Load the images that the options select, decoding each once, and hold some out for validation.
 
     Args:
-        options: the section ``data`` of a run's configuration.
-        conditioning_key: of the run: which columns are read.
-        progress: show a bar where reading takes longer than a second.
-        memory_limit: bytes of resized pixels that are kept in memory; more are decoded again when asked for.
+        options: section ``data`` of a run's configuration.
+        conditioning_key: of the run; determines which columns are read.
+        progress: show a progress bar if loading takes longer than a second.
+        memory_limit: bytes of resized pixels to hold in memory; a larger set is decoded again for each use.
 
     Raises:
         ConfigError: a folder, file, dataset or option is not usable; the message names it and the way out.
     """
     if options.channels not in (None, *CHANNEL_NAMES):
-        raise ConfigError(f"--channels {options.channels}: say 1 (grey), 3 (colour) or 4 (colour with transparency).")
-    preparation = Preparation(options.resolution, options.channels, options.center_crop)
-    read_one = partial(read, skip_bad=options.skip_bad_images, memory_limit=memory_limit, progress=progress)
+        names = ", ".join(f"{channels} ({name})" for channels, name in CHANNEL_NAMES.items())
+        raise ConfigError(f"--channels {options.channels}: must be one of {names}.")
+    preprocessing = Preprocessing(options.resolution, options.channels, options.center_crop)
     digits = options.train_data_dir is None and options.dataset_name is None
-    wanted = column_names(conditioning_key, options, digits=digits, folder=options.train_data_dir is not None)
+    default_class_column = "digit" if digits else FOLDER_COLUMN if options.train_data_dir is not None else None
+    selected = select_columns(conditioning_key, options, default_class_column)
     if digits:
-        return _digits(options, preparation, wanted)
-    source = _source(options, "--train_data_dir", options.train_data_dir, "train")
-    reading = read_one(source, preparation)
-    columns = read_columns(_table(source), reading.names, wanted, preparation)
-    held_out = held_columns = None
-    if options.validation_data_dir is not None or options.validation_split is not None:
-        place, split = options.validation_data_dir, options.validation_split
-        apart = _source(options, "--validation_data_dir", place, str(split))
-        held_out = read_one(apart, preparation)
-        names = None if columns is None else columns.class_names
-        held_columns = read_columns(_table(apart), held_out.names, wanted, preparation, names)
-    where = options.train_data_dir if options.train_data_dir is not None else options.dataset_name
-    return _assemble(options, f"images of {where}", reading, held_out, columns=columns, held_columns=held_columns)
+        return _load_digits(options, preprocessing, selected)
+
+    def load(source: Source, class_names: Sequence[str] | None = None) -> _LoadedSource:
+        skip_bad = options.skip_bad_images
+        loaded = load_images(source, preprocessing, skip_bad=skip_bad, memory_limit=memory_limit, progress=progress)
+        return _LoadedSource(loaded, load_conditions(source, loaded.names, selected, preprocessing, class_names))
+
+    train, held_out = load(_open_source(options, "--train_data_dir", options.train_data_dir, "train")), None
+    validation_dir, split = options.validation_data_dir, options.validation_split
+    if validation_dir is not None or split is not None:
+        source = _open_source(options, "--validation_data_dir", validation_dir, str(split))
+        held_out = load(source, None if train.columns is None else train.columns.class_names)
+    name = options.train_data_dir if options.train_data_dir is not None else options.dataset_name
+    return _assemble(options, f"images of {name}", train, held_out, train.loaded.images.levels)
 
 
-def _source(options: DataOptions, option: str, folder: str | None, split: str) -> FolderSource | RowSource:
-    """A folder, or else a split of the dataset."""
-    return scan_folder(option, folder) if folder is not None else _rows(options, split)
-
-
-def _table(source: FolderSource | RowSource) -> Table:
-    """Where the columns of a source's images are."""
-    if isinstance(source, FolderSource):
-        return FolderTable(source.option, source.folder, source.names)
-    return RowTable(source.option, source.names, source.table)
-
-
-def _digits(options: DataOptions, preparation: Preparation, wanted: Mapping[str, str]) -> ImageData:
-    """Take the digits: as they are, in their 17 levels, or as any other images where another size is asked for."""
-    if options.resolution != DIGITS_SIZE or options.channels not in (None, 1):
-        reading = read(digit_rows(), preparation, skip_bad=False, memory_limit=MEMORY_LIMIT)
-        return _assemble(options, DIGITS, reading, None, columns=_digit_columns(reading.names, wanted, preparation))
-    values = digit_levels()
-    names = [str(index) for index in range(len(values))]
-    fingerprint = hashlib.sha256(values.numpy().tobytes()).hexdigest()
-    reading = Reading(PackedImages(list(values)), names, 0, 0, fingerprint, DIGITS_LEVELS - 1)
-    columns = _digit_columns(names, wanted, preparation)
-    return _assemble(options, DIGITS, reading, None, levels=DIGITS_LEVELS, columns=columns)
-
-
-def _digit_columns(
-    names: Sequence[str], wanted: Mapping[str, str], preparation: Preparation
-) -> ConditionColumns | None:
-    return read_columns(DigitTable(names, digit_labels() if wanted else [0] * len(names)), names, wanted, preparation)
-
-
-def _rows(options: DataOptions, split: str) -> RowSource:
-    """Open a split of --dataset_name."""
-    return load_rows(
+def _open_source(options: DataOptions, option: str, folder: str | None, split: str) -> FolderSource | DatasetSource:
+    """The folder, or else the split of --dataset_name."""
+    if folder is not None:
+        return scan_folder(option, folder)
+    return open_dataset_split(
         str(options.dataset_name), split, options.dataset_config_name, options.image_column, options.cache_dir
     )
 
 
-def _assemble(
-    options: DataOptions,
-    what: str,
-    reading: Reading,
-    held_out: Reading | None,
-    levels: int | None = None,
-    columns: ConditionColumns | None = None,
-    held_columns: ConditionColumns | None = None,
-) -> ImageData:
-    """Divide what was read into the two sets, and describe them."""
-    rows, apart = torch.arange(len(reading.names)), torch.empty(0, dtype=torch.int64)
-    if held_out is None:
-        rows, apart = _divide(reading.names, options.validation_fraction or 0, by_key=what != DIGITS)
+def _load_digits(options: DataOptions, preprocessing: Preprocessing, selected: Mapping[str, str]) -> ImageData:
+    """Load the digits: in their 17 levels, or like any other images if another size or color is requested."""
+    levels = digit_levels()
+    if options.resolution == DIGITS_SIZE and options.channels in (None, 1):
+        source = DigitSource(levels, [str(index) for index in range(len(levels))])
+        fingerprint = hashlib.sha256(levels.numpy().tobytes()).hexdigest()
+        loaded = LoadedImages(PackedImages(list(levels)), source.names, 0, 0, fingerprint, DIGITS_LEVELS - 1)
+        num_levels = DIGITS_LEVELS
     else:
-        check_alike(reading, held_out)
-    train = ImageSet(
-        reading.images,
+        source = DigitSource(levels, [f"row {index}" for index in range(len(levels))])
+        loaded = load_images(source, preprocessing, skip_bad=False, memory_limit=MEMORY_LIMIT)
+        num_levels = loaded.images.levels
+    columns = load_conditions(source, loaded.names, selected, preprocessing)
+    return _assemble(options, DIGITS, _LoadedSource(loaded, columns), None, num_levels)
+
+
+def _assemble(
+    options: DataOptions, description: str, train: _LoadedSource, held_out: _LoadedSource | None, levels: int
+) -> ImageData:
+    """Create the training and the validation set, and describe them."""
+    count = len(train.loaded.names)
+    rows, held_out_rows = torch.arange(count), torch.empty(0, dtype=torch.int64)
+    if held_out is None:
+        fraction = options.validation_fraction or 0
+        rows, held_out_rows = _split(train.loaded.names, fraction, by_key=description != DIGITS)
+    else:
+        check_same_kind(train.loaded, held_out.loaded)
+    train_set = ImageSet(
+        train.loaded.images,
         rows,
         options.resolution,
-        reading.images.levels if levels is None else levels,
+        levels,
         options.random_flip,
-        reading.names,
-        options.skip_bad_images and columns is None,  # another image would be given the condition of this one
-        columns,
+        train.loaded.names,
+        options.skip_bad_images and train.columns is None,  # another image would get the conditions of this one
+        train.columns,
     )
-    validation = None
+    validation_set = None
     if held_out is not None:
-        rows = torch.arange(len(held_out.names))
-        validation = replace(train, images=held_out.images, rows=rows, random_flip=False, names=held_out.names)
-        validation = replace(validation, columns=held_columns)
-    elif len(apart):
-        validation = replace(train, rows=apart, random_flip=False)
-    readings = [one for one in (reading, held_out) if one is not None]
-    marks = [one.fingerprint for one in readings] + [str(row) for row in apart.tolist()]
-    marks += [one.fingerprint for one in (columns, held_columns) if one is not None]
+        loaded, all_rows = held_out.loaded, torch.arange(len(held_out.loaded.names))
+        validation_set = replace(
+            train_set,
+            images=loaded.images,
+            rows=all_rows,
+            random_flip=False,
+            names=loaded.names,
+            columns=held_out.columns,
+        )
+    elif len(held_out_rows):
+        validation_set = replace(train_set, rows=held_out_rows, random_flip=False)
+    sources = [train] if held_out is None else [train, held_out]
+    parts = [source.loaded.fingerprint for source in sources] + [str(row) for row in held_out_rows.tolist()]
+    parts += [source.columns.fingerprint for source in sources if source.columns is not None]
+    loaded_sources = [source.loaded for source in sources]
     return ImageData(
-        train,
-        validation,
-        _describe(options, what, readings, train, validation),
-        hashlib.sha256(" ".join(marks).encode()).hexdigest(),
-        sum(one.skipped for one in readings),
-        _doubt(readings),
+        train_set,
+        validation_set,
+        _describe(options, description, loaded_sources, train_set, validation_set),
+        hashlib.sha256(" ".join(parts).encode()).hexdigest(),
+        sum(loaded.skipped for loaded in loaded_sources),
+        _dark_images_warning(loaded_sources),
     )
 
 
-def _divide(names: Sequence[str], fraction: float, *, by_key: bool) -> tuple[Tensor, Tensor]:
-    """Divide images into those to train on and those to validate on, at least one on each side where there are two.
+def _split(names: Sequence[str], fraction: float, *, by_key: bool) -> tuple[Tensor, Tensor]:
+    """Rows to train on and rows to validate on, at least one each if there are two images.
 
-    An image's side follows from its name: whatever the seed, runs are judged on the same images, and few change sides
-    when images are added. Without keys the last ones are held out.
+    An image's set follows from its name: for any seed, runs are validated on the same images, and few images change
+    sets when others are added. Without keys the last ones are held out.
     """
     count = len(names)
-    apart = min(count - 1, max(1, round(fraction * count))) if fraction > 0 else 0
+    num_held_out = min(count - 1, max(1, round(fraction * count))) if fraction > 0 else 0
     order = list(range(count))
     if by_key:
         order.sort(key=lambda i: (keys.key(keys.SPLIT, names[i]), i))
-    sides = torch.tensor(order, dtype=torch.int64)
-    return sides[: count - apart].sort().values, sides[count - apart :].sort().values
+    rows = torch.tensor(order, dtype=torch.int64)
+    return rows[: count - num_held_out].sort().values, rows[count - num_held_out :].sort().values
 
 
-def _doubt(readings: Sequence[Reading]) -> str | None:
-    """What is to be said of images of 16 bits that use few of them, as those of scanners with 12 bits do."""
-    highest = max(one.highest for one in readings)
-    if readings[0].images.levels != DEEP or highest >= DEEP // 4:
+def _dark_images_warning(sources: Sequence[LoadedImages]) -> str | None:
+    """Warn about 16-bit images that use few of their bits, as those of 12-bit scanners do."""
+    max_level = max(loaded.max_level for loaded in sources)
+    if sources[0].images.levels != LEVELS_16_BIT or max_level >= LEVELS_16_BIT // 4:
         return None
     return (
-        f"the images have 16 bits, but no pixel is above {highest:,} of 65,535, so that the network sees almost black:"
-        " scale them to the whole range"
+        f"the images have 16 bits, but no pixel is above {max_level:,} of 65,535, so that the network sees almost"
+        " black: scale them to the full range"
     )
 
 
 def _describe(
-    options: DataOptions, what: str, readings: Sequence[Reading], train: ImageSet, validation: ImageSet | None
+    options: DataOptions, images: str, sources: Sequence[LoadedImages], train: ImageSet, validation: ImageSet | None
 ) -> str:
-    """Say in one line what was read."""
+    """Describe the images in one line."""
     height, width = train.size
-    facts = [
-        f"{len(train):,} {what} to train on",
+    parts = [
+        f"{len(train):,} {images} to train on",
         f"{len(validation):,} to validate on" if validation is not None else "none to validate on",
         f"{height}x{width}, {train.shape[0]} channel{'s' if train.shape[0] > 1 else ''}",
     ]
-    if train.levels != SHALLOW:
-        facts.append("16 bits" if train.levels == DEEP else f"{train.levels} levels")
-    if what != DIGITS:
-        facts.append("middle crop" if options.center_crop else "random crop")
+    if train.levels != LEVELS_8_BIT:
+        parts.append("16 bits" if train.levels == LEVELS_16_BIT else f"{train.levels} levels")
+    if images != DIGITS:
+        parts.append("center crop" if options.center_crop else "random crop")
     if options.random_flip:
-        facts.append("random flip")
-    if enlarged := sum(one.enlarged for one in readings):
-        facts.append(f"{enlarged:,} smaller ones enlarged")
-    if skipped := sum(one.skipped for one in readings):
-        facts.append(f"{skipped:,} unreadable one{'s' if skipped > 1 else ''} left out")
-    if any(isinstance(one.images, LazyImages) for one in readings):
-        facts.append("too many for memory: decoded whenever they are needed (see --dataloader_num_workers)")
-    return ", ".join(facts)
+        parts.append("random flip")
+    if enlarged := sum(loaded.enlarged for loaded in sources):
+        parts.append(f"{enlarged:,} smaller ones enlarged")
+    if skipped := sum(loaded.skipped for loaded in sources):
+        parts.append(f"{skipped:,} unreadable one{'s' if skipped > 1 else ''} left out")
+    if any(isinstance(loaded.images, LazyImages) for loaded in sources):
+        parts.append("too many for memory: decoded for each use (see --dataloader_num_workers)")
+    return ", ".join(parts)

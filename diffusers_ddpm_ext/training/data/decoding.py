@@ -1,9 +1,4 @@
-"""How a file becomes pixels: decoded once before the run, then kept in memory or decoded again.
-
-Every image is decoded at the start, so that a broken one is named there and not in the middle of a night. What was
-decoded stays in memory, resized, with the depth of its files (``PackedImages``); where there is too much of it, it is
-decoded again whenever it is asked for (``LazyImages``).
-"""
+"""Decoding of an image file to pixels: turned upright, converted to the channels, resized and cropped."""
 
 from __future__ import annotations
 
@@ -16,25 +11,31 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from diffusers_ddpm_ext.errors import ConfigError
-from diffusers_ddpm_ext.training.data.bit_depth import DEEP, SHALLOW, deep_values, is_deep_grey, wide_values
+from diffusers_ddpm_ext.training.data.bit_depth import (
+    LEVELS_8_BIT,
+    LEVELS_16_BIT,
+    is_16_bit_gray,
+    read_16_bit_gray,
+    values_wider_than_8_bits,
+)
 
 Size = tuple[int, int]  # height, width in pixels
-CHANNEL_NAMES = {1: "grey", 3: "colour", 4: "colour with transparency"}
-PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+CHANNEL_NAMES = {1: "grayscale", 3: "color", 4: "color with transparency"}
+MODE_OF_CHANNELS = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
-class BadImage(Exception):
-    """An image that cannot be decoded. The text is the reason, without its name."""
+class UnreadableImage(Exception):
+    """An image that cannot be decoded. The text is the reason, without the image's name."""
 
 
 @dataclass(frozen=True)
-class Preparation:
+class Preprocessing:
     """What is done to every image once.
 
     Attributes:
         size: height and width that the images are resized and cropped to, in pixels.
         channels: 1, 3 or 4; None keeps those of the file.
-        center_crop: crop now. Otherwise the whole resized image is kept, to be cropped in random places later.
+        center_crop: crop now. Otherwise the uncropped image is kept, to be cropped at random places later.
     """
 
     size: Size
@@ -43,15 +44,15 @@ class Preparation:
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One decoded image: pixels (C, h, w), uint8 or uint16, with h and w at least the size asked for."""
+class DecodedImage:
+    """A decoded image: pixels (C, h, w), uint8 or uint16, h and w at least the requested size."""
 
     pixels: np.ndarray
     enlarged: bool
 
     @property
     def levels(self) -> int:
-        """Values that a pixel can take: 256 or 65536."""
+        """Number of values that a pixel can have: 256 or 65536."""
         return levels_of(self.pixels)
 
     @property
@@ -61,56 +62,61 @@ class Picture:
 
 
 def levels_of(pixels: np.ndarray | Tensor) -> int:
-    """Values that a pixel of this type can take: 256 or 65536."""
-    return SHALLOW if pixels.itemsize == 1 else DEEP
+    """Number of values that a pixel of this dtype can have: 256 or 65536."""
+    return LEVELS_8_BIT if pixels.itemsize == 1 else LEVELS_16_BIT
 
 
-def read_picture(payload: bytes | Path | None, preparation: Preparation) -> Picture:
-    """Decode, turn upright, convert and resize one image.
+def decode_image(payload: bytes | Path | None, preprocessing: Preprocessing) -> DecodedImage:
+    """Decode and preprocess an image.
 
-    The short side is resized with antialiasing (bilinear), so that the image just covers the size asked for. Of an
-    animation the first frame is taken.
+    The short side is resized with antialiasing (bilinear), so that the image just covers the requested size. Of an
+    animation the first frame is used.
+
+    Args:
+        payload: its file, or the file's bytes; None is unreadable.
+        preprocessing: of the image.
 
     Raises:
-        BadImage: the image cannot be decoded.
-        ConfigError: its values are wider than 8 bits, and not one channel of 16.
+        UnreadableImage: the image cannot be decoded.
+        ConfigError: its values are wider than 8 bits and it is not one channel of 16 bits.
     """
     if payload is None:
-        raise BadImage("it is empty")
+        raise UnreadableImage("it is empty")
     try:
         with Image.open(io.BytesIO(payload) if isinstance(payload, bytes) else payload) as image:
-            deep = is_deep_grey(image, payload)
-            wide = None if deep else wide_values(image, payload)
-            if wide is None:
+            is_16_bit = is_16_bit_gray(image, payload)
+            unsupported = None if is_16_bit else values_wider_than_8_bits(image, payload)
+            if unsupported is None:
                 image.load()
                 ImageOps.exif_transpose(image, in_place=True)
-                # Of 16 bits Pillow resizes only floats well; they hold them exactly.
-                whole = Image.fromarray(deep_values(image).astype(np.float32)) if deep else None
-                plain = _convert(image, preparation.channels) if whole is None else whole
+                if is_16_bit:  # Pillow resizes 16 bits well only as floats, which hold them exactly
+                    converted = Image.fromarray(read_16_bit_gray(image).astype(np.float32))
+                else:
+                    converted = _convert(image, preprocessing.channels)
     except UnidentifiedImageError:
-        raise BadImage("not an image that Pillow knows") from None
+        raise UnreadableImage("not an image that Pillow knows") from None
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError, ...
         lines = str(error).strip().splitlines()
-        raise BadImage(lines[0] if lines else type(error).__name__) from error
-    if wide is not None:
+        raise UnreadableImage(lines[0] if lines else type(error).__name__) from error
+    if unsupported is not None:
         raise ConfigError(
-            f"{wide} are not supported yet (cutting them to 8 bits would lose most of it): convert it to 8 bits a"
-            " channel, or to one channel of 16 bits (PNG, TIFF, PGM)."
+            f"{unsupported} are not supported yet (truncating them to 8 bits would lose most of it): convert it to"
+            " 8 bits per channel, or to one channel of 16 bits (PNG, TIFF, PGM)."
         )
-    picture = _fit(plain, preparation)
-    return picture if plain.mode != "F" else replace(picture, pixels=_deep_channels(picture, preparation.channels))
+    decoded = _resize(converted, preprocessing)
+    if is_16_bit and preprocessing.channels in (3, 4):
+        return replace(decoded, pixels=_repeat_channel(decoded.pixels, preprocessing.channels))
+    return decoded
 
 
-def _deep_channels(picture: Picture, channels: int | None) -> np.ndarray:
-    """One channel of 16 bits, in so many: all alike, and opaque."""
-    if channels in (None, 1):
-        return picture.pixels
-    colour = picture.pixels.repeat(3, axis=0)
-    return colour if channels == 3 else np.concatenate([colour, np.full_like(picture.pixels, 65535)])
+def _repeat_channel(pixels: np.ndarray, channels: int) -> np.ndarray:
+    """One channel of 16 bits as color, opaque if there is a fourth channel."""
+    color = pixels.repeat(3, axis=0)
+    return color if channels == 3 else np.concatenate([color, np.full_like(pixels, 65535)])
 
 
 def _natural_channels(image: Image.Image) -> int:
-    """Count the channels of a decoded image: a palette is colour, grey with alpha has transparency."""
+    """Channels of a decoded image: a palette is color, grayscale with alpha has transparency."""
     if image.mode in ("1", "L"):
         return 1
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa"):
@@ -121,21 +127,21 @@ def _natural_channels(image: Image.Image) -> int:
 
 
 def _convert(image: Image.Image, channels: int | None) -> Image.Image:
-    """Return the image with so many channels; what is transparent turns white where transparency goes."""
+    """Return the image with this number of channels; dropped transparency becomes white."""
     natural = _natural_channels(image)
-    wanted = natural if channels is None else channels
-    if natural == 4 and wanted != 4:
-        upper = image.convert("RGBA")
-        image = Image.new("RGBA", upper.size, "white")
-        image.alpha_composite(upper)
-    if wanted == 1 and image.mode not in ("1", "L"):
-        image = image.convert("RGB")  # palettes and CMYK have no direct way to grey that looks at their colours
-    return image.convert(PIL_MODES[wanted])
+    target = natural if channels is None else channels
+    if natural == 4 and target != 4:
+        foreground = image.convert("RGBA")
+        image = Image.new("RGBA", foreground.size, "white")
+        image.alpha_composite(foreground)
+    if target == 1 and image.mode not in ("1", "L"):
+        image = image.convert("RGB")  # a direct conversion of palettes and CMYK to gray would ignore their colors
+    return image.convert(MODE_OF_CHANNELS[target])
 
 
-def _fit(image: Image.Image, preparation: Preparation) -> Picture:
-    """Resize so that the image just covers the size, and crop its middle where that is asked for."""
-    height, width = preparation.size
+def _resize(image: Image.Image, preprocessing: Preprocessing) -> DecodedImage:
+    """Resize so that the image just covers the size, and crop its center if requested."""
+    height, width = preprocessing.size
     enlarged = image.height < height or image.width < width
     if height * image.width >= width * image.height:
         scaled = (max(width, image.width * height // image.height), height)
@@ -143,11 +149,11 @@ def _fit(image: Image.Image, preparation: Preparation) -> Picture:
         scaled = (width, max(height, image.height * width // image.width))
     if image.size != scaled:
         image = image.resize(scaled, Image.Resampling.BILINEAR)
-    if preparation.center_crop:
+    if preprocessing.center_crop:
         left, top = (image.width - width) // 2, (image.height - height) // 2
         image = image.crop((left, top, left + width, top + height))
     values = np.asarray(image)
     if image.mode == "F":
         values = values.round().clip(0, 65535).astype(np.uint16)
-    # A copy, because Pillow's own array cannot be written to, and torch warns of that.
-    return Picture(np.array(np.atleast_3d(values).transpose(2, 0, 1), order="C"), enlarged)
+    # A copy, because Pillow's own array is read-only, which torch warns about.
+    return DecodedImage(np.array(np.atleast_3d(values).transpose(2, 0, 1), order="C"), enlarged)

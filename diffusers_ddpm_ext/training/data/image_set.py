@@ -1,26 +1,34 @@
-"""The images of a run: what is trained on, and what is held out."""
+"""Set of images to train or validate on: pixel levels, random crops and flips, conditions."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from diffusers_ddpm_ext.errors import RunError
 from diffusers_ddpm_ext.models.conditioning import Conditions
-from diffusers_ddpm_ext.training.data.bit_depth import SHALLOW
+from diffusers_ddpm_ext.training.data.bit_depth import LEVELS_8_BIT
 from diffusers_ddpm_ext.training.data.condition_dropout import ConditionDropout
 from diffusers_ddpm_ext.training.data.conditions import ConditionColumns
 from diffusers_ddpm_ext.training.data.decoding import Size
-from diffusers_ddpm_ext.training.data.image_store import Images
+from diffusers_ddpm_ext.training.data.image_store import ImageStore
 from diffusers_ddpm_ext.utils import random_keys as keys
 
-MEMORY_LIMIT = 2 * 1024**3  # bytes of resized pixels; while they are packed there are twice as many for a moment
-DIGITS = "digits of scikit-learn"
-DIGITS_SIZE = (8, 8)
-DIGITS_LEVELS = 17
+
+class Levels(NamedTuple):
+    """Pixel levels of some images.
+
+    Attributes:
+        values: (b, C, H, W), uint8, or uint16 for 16-bit images.
+        replacements: one sentence per image that became unreadable and was replaced by the next one.
+    """
+
+    values: Tensor
+    replacements: list[str]
 
 
 @dataclass(frozen=True)
@@ -28,19 +36,19 @@ class ImageSet:
     """Images to train on, or to validate on.
 
     Attributes:
-        images: all images that were read.
+        images: all loaded images.
         rows: which of them are in this set, (n,), int64.
         size: height and width in pixels.
-        levels: values that a pixel can take: 256, 65536 of 16 bits, or 17 for the digits. Level k stands for
+        levels: number of values that a pixel can have: 256, 65536 for 16 bits, or 17 for the digits. Level k means
             2 k / (levels - 1) - 1.
-        random_flip: mirror half of the images while training.
-        names: of all images that were read.
-        replace_unreadable: let the next image take the place of one that became unreadable.
+        random_flip: mirror half of the images during training.
+        names: of all loaded images.
+        replace_unreadable: replace an image that became unreadable by the next one.
         columns: what the images are conditioned on, by row.
-        dropout: of conditions, while training.
+        dropout: of conditions, during training.
     """
 
-    images: Images
+    images: ImageStore
     rows: Tensor
     size: Size
     levels: int = 256
@@ -55,11 +63,11 @@ class ImageSet:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of one image."""
+        """Channels, height and width of an image."""
         return (self.images.channels, *self.size)
 
     def name(self, index: int) -> str:
-        """Name of an image: its file, or its row; a number where it has none.
+        """Name of an image: its file, or its row's number.
 
         Args:
             index: which image of the set.
@@ -68,7 +76,7 @@ class ImageSet:
         return self.names[row] if self.names else str(row)
 
     def pixels(self, indices: Sequence[int] | Tensor) -> Tensor:
-        """Return images as they are for validation and previews: the middle of each, never mirrored.
+        """Return center-cropped images without flips, for validation and previews.
 
         Args:
             indices: which images of the set, (b,), each in [0, len).
@@ -76,7 +84,7 @@ class ImageSet:
         Returns:
             (b, C, H, W), float32 in [-1, 1].
         """
-        return unit_range(self.level_values(indices), self.levels)
+        return levels_to_pixels(self.load_levels(indices).values, self.levels)
 
     def conditions(
         self, indices: Sequence[int] | Tensor, seed: int = 0, epochs: Sequence[int] | None = None
@@ -85,14 +93,14 @@ class ImageSet:
 
         Args:
             indices: which images of the set, (b,).
-            seed: the run's seed.
-            epochs: as in `level_values`: images that are joined to the input are cut and mirrored with it.
+            seed: of the run.
+            epochs: as in `load_levels`: images joined to the input are cropped and flipped like the images.
 
         Returns:
-            The conditions; none where the run has none.
+            The conditions; empty for an unconditional run.
 
         Raises:
-            RunError: an image that is joined to the input cannot be read any more.
+            RunError: an image joined to the input became unreadable.
         """
         columns = self.columns
         if columns is None:
@@ -100,8 +108,8 @@ class ImageSet:
         rows = self.rows[torch.as_tensor(indices, dtype=torch.int64)]
         concat = None
         if columns.concat is not None:
-            beside = replace(self, images=columns.concat, columns=None, replace_unreadable=False)
-            concat = unit_range(beside.level_values(indices, seed, epochs), columns.concat.levels)
+            joined = replace(self, images=columns.concat, columns=None, replace_unreadable=False)
+            concat = levels_to_pixels(joined.load_levels(indices, seed, epochs).values, columns.concat.levels)
         contexts = columns.contexts
         return Conditions(
             None if columns.labels is None else columns.labels[rows],
@@ -109,60 +117,58 @@ class ImageSet:
             None if contexts is None else torch.stack([torch.from_numpy(contexts[row]) for row in rows.tolist()]),
         )
 
-    def level_values(
-        self,
-        indices: Sequence[int] | Tensor,
-        seed: int = 0,
-        epochs: Sequence[int] | None = None,
-        replaced: list[str] | None = None,
-    ) -> Tensor:
-        """Return images as levels, (b, C, H, W), uint8, or uint16 of 16-bit images.
+    def load_levels(
+        self, indices: Sequence[int] | Tensor, seed: int = 0, epochs: Sequence[int] | None = None
+    ) -> Levels:
+        """Load the pixel levels of images.
 
         Args:
             indices: which images of the set, (b,).
-            seed: the run's seed.
-            epochs: epoch of each image, (b,), which with the seed and the index decides on place and mirroring; None
-                takes the middle of each image as it is.
-            replaced: gets a sentence for each image that became unreadable, where the set may replace it.
+            seed: of the run.
+            epochs: epoch of each image, (b,), which with seed and index determines crop and flip; None crops the
+                center and flips nothing.
 
         Raises:
-            RunError: an image could be read before the run and cannot any more, and must not be replaced.
+            RunError: an image that was readable before the run no longer is, and may not be replaced.
         """
-        wanted = torch.as_tensor(indices, dtype=torch.int64)
+        requested = torch.as_tensor(indices, dtype=torch.int64)
+        replacements: list[str] = []
         stack = self.images.stack
         if stack is not None and tuple(stack.shape[-2:]) == self.size:
-            out = stack[self.rows[wanted]]
+            values = stack[self.rows[requested]]
         else:
-            kind = torch.uint8 if self.images.levels == SHALLOW else torch.uint16
-            out = torch.empty(len(wanted), *self.shape, dtype=kind)
-            for place, index in enumerate(wanted.tolist()):
-                out[place] = self._readable(index, seed, None if epochs is None else epochs[place], replaced)
+            dtype = torch.uint8 if self.images.levels == LEVELS_8_BIT else torch.uint16
+            values = torch.empty(len(requested), *self.shape, dtype=dtype)
+            for position, index in enumerate(requested.tolist()):
+                image, errors = self._readable_image(index, seed, None if epochs is None else epochs[position])
+                values[position] = image
+                replacements += errors
         if self.random_flip and epochs is not None:
-            mirrored = [
-                place
-                for place, (index, epoch) in enumerate(zip(wanted.tolist(), epochs, strict=True))
+            flipped = [
+                position
+                for position, (index, epoch) in enumerate(zip(requested.tolist(), epochs, strict=True))
                 if keys.key(keys.FLIP, seed, epoch, index) & 1
             ]
-            moved = out.view(torch.int16) if out.dtype == torch.uint16 else out  # torch cannot flip uint16
-            moved[mirrored] = moved[mirrored].flip(-1)
-        return out
+            view = values.view(torch.int16) if values.dtype == torch.uint16 else values  # torch cannot flip uint16
+            view[flipped] = view[flipped].flip(-1)
+        return Levels(values, replacements)
 
-    def _readable(self, index: int, seed: int, epoch: int | None, replaced: list[str] | None) -> Tensor:
-        """Cut an image to size, or the next one that can be read where it may take its place."""
+    def _readable_image(self, index: int, seed: int, epoch: int | None) -> tuple[Tensor, list[str]]:
+        """Crop an image, or the next readable one if it may be replaced; and a sentence per replaced image."""
+        replacements: list[str] = []
         for other in range(index, index + len(self)):
             try:
-                return self._crop(other % len(self), seed, epoch)
+                return self._crop(other % len(self), seed, epoch), replacements
             except RunError as error:
                 if not self.replace_unreadable:
                     raise RunError(
-                        f"{error}; put it back and go on from the last checkpoint, or --skip_bad_images"
+                        f"{error}; restore it and resume from the last checkpoint, or --skip_bad_images"
                     ) from None
-                if replaced is not None:
-                    replaced.append(f"{error}; the next image takes its place (--skip_bad_images)")
-        raise RunError("not a single image can be read any more")
+                replacements.append(f"{error}; the next image takes its place (--skip_bad_images)")
+        raise RunError("all images became unreadable")
 
     def _crop(self, index: int, seed: int, epoch: int | None) -> Tensor:
-        """Cut an image to size, at its middle or at a keyed place."""
+        """Crop an image at its center, or at a place determined by its key."""
         image = self.images.image(int(self.rows[index]))
         height, width = self.size
         down, right = image.shape[1] - height, image.shape[2] - width
@@ -174,7 +180,7 @@ class ImageSet:
         return image[:, top : top + height, left : left + width]
 
 
-def unit_range(levels_of_pixels: Tensor, levels: int) -> Tensor:
+def levels_to_pixels(values: Tensor, levels: int) -> Tensor:
     """Map pixel levels 0 .. levels - 1 to float32 in [-1, 1], both ends exact, on the tensor's device."""
     top = levels - 1
-    return levels_of_pixels.to(torch.float32).mul_(2).sub_(top).div_(top)
+    return values.to(torch.float32).mul_(2).sub_(top).div_(top)

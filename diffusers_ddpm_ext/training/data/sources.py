@@ -1,16 +1,23 @@
-"""Where images come from: a folder, a dataset opened by `datasets`, the digits of scikit-learn.
+"""Sources of images and of the columns that condition them: a folder, a dataset, scikit-learn's digits.
 
-Nothing is decoded here: a source knows the names of its images, their order, and how to get at the bytes.
+Nothing is decoded here. A source knows the names and order of its images, how to read their bytes, and its columns:
 
-Folders are read here and not by `datasets`' imagefolder: that one takes a subfolder called `test` or `validation` for
-a split of its own and then leaves out its images, and those beside it, without a word.
+    the digits   `digit`
+    a folder     `folder`, the name of an image's folder; or a column of metadata.csv or metadata.jsonl in it, whose
+                 column file_name identifies the image (the format of Hugging Face's ImageFolder)
+    a dataset    its columns
+
+Folders are not read by `datasets`' ImageFolder: that treats a subfolder called `test` or `validation` as a split, and
+silently leaves out its images and those next to it.
 """
 
 from __future__ import annotations
 
+import csv
 import io
+import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,19 +29,21 @@ from torch import Tensor
 
 from diffusers_ddpm_ext.errors import ConfigError
 
-NEEDS_TRAIN = "pip install diffusers-ddpm-ext[train]"
-# What Pillow opens but cannot decode by itself, or what is no picture in most folders.
-NO_IMAGES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+FOLDER_COLUMN = "folder"
+METADATA_FILES = ("metadata.csv", "metadata.jsonl")
+FILE_NAME = "file_name"
+# Formats that Pillow opens but cannot decode by itself, or that are mostly not images.
+EXCLUDED_FORMATS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 
 
 @dataclass(frozen=True)
 class FolderSource:
-    """The images of a folder and of the folders inside it.
+    """The images of a folder and its subfolders.
 
     Attributes:
-        option: name and value of the option, for messages.
+        option: option and value that selected the folder, for messages.
         folder: the folder.
-        names: paths inside it with forward slashes, sorted, so that no file system's order matters.
+        names: paths inside it with forward slashes, sorted, so that the file system's order has no effect.
     """
 
     option: str
@@ -45,94 +54,188 @@ class FolderSource:
         """Return the path of an image."""
         return self.folder / self.names[index]
 
+    def read_column(self, column: str) -> dict[str, Any]:
+        """Return the values of a metadata column, or the folders of the images, by name of the image."""
+        if column == FOLDER_COLUMN:
+            return {name: Path(name).parent.name for name in self.names}
+        rows = self._metadata()
+        if rows and column not in rows[0]:
+            raise ConfigError(f"column {column!r} is not in {self.option}: its metadata has {', '.join(rows[0])}")
+        values = {str(row.get(FILE_NAME)): row.get(column) for row in rows}
+        lacking = [name for name in self.names if values.get(name) in (None, "")]
+        if lacking:
+            raise ConfigError(f"column {column!r} of {self.option} has no value for {lacking[0]!r}")
+        return {name: self._resolve(values[name]) for name in self.names}
+
+    def _resolve(self, value: Any) -> Any:
+        """The full path of a file in the folder; any other value unchanged."""
+        return self.folder / value if isinstance(value, str) and (self.folder / value).is_file() else value
+
+    def _metadata(self) -> list[dict[str, Any]]:
+        for name in METADATA_FILES:
+            path = self.folder / name
+            if path.is_file():
+                return _read_metadata(path)
+        raise ConfigError(
+            f"{self.option} has no {' or '.join(METADATA_FILES)}: add one with a column {FILE_NAME}, or use "
+            f"--class_column {FOLDER_COLUMN} for classes by folder"
+        )
+
 
 @dataclass(frozen=True)
-class RowSource:
-    """The images in one column of a `datasets.Dataset`, which is not asked to decode them."""
+class DatasetSource:
+    """The images in one column of a `datasets.Dataset`, which does not decode them.
+
+    Attributes:
+        option: option and value that selected the dataset, for messages.
+        rows: with the undecoded image in each.
+        image_column: the images' column.
+        names: of the images.
+        table: the dataset with all columns.
+    """
 
     option: str
     rows: Sequence[dict[str, Any]]
-    column: str
+    image_column: str
     names: Sequence[str]
-    table: Any = None  # with all its columns
+    table: Any
 
     def payload(self, index: int) -> bytes | Path | None:
         """Return the bytes of an image, or the path of its file."""
-        cell = self.rows[index][self.column]
-        if cell is None:
-            return None
-        data, path = cell["bytes"], cell["path"]
-        if isinstance(data, bytes):
-            return data
-        return Path(str(path)) if path is not None else None
+        return payload_of_cell(self.rows[index][self.image_column])
+
+    def read_column(self, column: str) -> dict[str, Any]:
+        """Return the values of a column, images undecoded, by name of the row."""
+        if column not in self.table.column_names:
+            known = ", ".join(self.table.column_names)
+            raise ConfigError(f"column {column!r} is not in {self.option}: its columns are {known}")
+        table = self.table.select_columns([column])
+        if type(table.features[column]).__name__ == "Image":
+            table = table.cast_column(column, type(table.features[column])(decode=False))
+        return dict(zip(self.names, [row[column] for row in table], strict=True))
+
+
+@dataclass(frozen=True)
+class DigitSource:
+    """scikit-learn's digits as image files of 256 levels.
+
+    Attributes:
+        levels: from `digit_levels`.
+        names: of the images.
+        option: for messages.
+    """
+
+    levels: Tensor
+    names: Sequence[str]
+    option: str = "the digits"
+
+    def payload(self, index: int) -> bytes:
+        """Return a digit as PNG."""
+        image = Image.fromarray((self.levels[index, 0].numpy() * (255 / 16)).round().astype(np.uint8))
+        file = io.BytesIO()
+        image.save(file, "PNG")
+        return file.getvalue()
+
+    def read_column(self, column: str) -> dict[str, Any]:
+        """Return which digit each image is, by name of the image."""
+        if column != "digit":
+            raise ConfigError(f"--class_column {column}: the digits have one column, digit")
+        from sklearn.datasets import load_digits
+
+        return {name: int(label) for name, label in zip(self.names, load_digits().target, strict=True)}
+
+
+Source = FolderSource | DatasetSource | DigitSource
+
+
+def payload_of_cell(cell: Any) -> bytes | Path | None:
+    """Return the bytes or the path of an image in a column: `datasets`' undecoded image, or a path."""
+    if isinstance(cell, Mapping):
+        data, path = cell.get("bytes"), cell.get("path")
+        return data if isinstance(data, bytes) else None if path is None else Path(str(path))
+    return Path(cell) if isinstance(cell, str | Path) else None
 
 
 def scan_folder(option: str, folder: str) -> FolderSource:
-    """Find the images of a folder: every type that Pillow reads, by extension in any case, hidden files left out.
+    """Find the images of a folder: every format that Pillow decodes, extensions in any case, no hidden files.
 
     Args:
         option: flag that names the folder, for messages.
         folder: path of the folder.
 
     Raises:
-        ConfigError: there is no such folder, or no image in it.
+        ConfigError: the folder does not exist or has no image.
     """
     root = Path(folder).expanduser()
-    told = f"{option} {folder!r}"
+    label = f"{option} {folder!r}"
     if not root.exists():
-        raise ConfigError(f"{told}: there is no such folder.")
+        raise ConfigError(f"{label}: the folder does not exist.")
     if not root.is_dir():
-        raise ConfigError(f"{told} is a file: name the folder that holds the images.")
+        raise ConfigError(f"{label} is a file: name the folder that contains the images.")
     Image.init()
-    kinds = set(Image.OPEN) - NO_IMAGES
-    extensions = {extension for extension, kind in Image.registered_extensions().items() if kind in kinds}
+    formats = set(Image.OPEN) - EXCLUDED_FORMATS
+    extensions = {extension for extension, name in Image.registered_extensions().items() if name in formats}
     files = list(_walk(root))
     names = sorted(name for name in files if Path(name).suffix.lower() in extensions)
     if not names:
         others = f"none of its {len(files)} files is one" if files else "it is empty"
-        raise ConfigError(f"{told} holds no image ({others}): files that Pillow reads, .png, .jpg, .webp and others.")
-    return FolderSource(told, root, names)
+        raise ConfigError(f"{label} has no image ({others}): files that Pillow reads, .png, .jpg, .webp and others.")
+    return FolderSource(label, root, names)
 
 
 def _walk(root: Path) -> Iterator[str]:
-    """Yield the files below a folder, links to folders followed once each."""
-    seen = set()
-    for place, folders, files in os.walk(root, followlinks=True):
-        real = os.path.realpath(place)
-        if real in seen:
+    """Yield the files below a folder, following each link to a folder once."""
+    visited = set()
+    for parent, folders, files in os.walk(root, followlinks=True):
+        real_path = os.path.realpath(parent)
+        if real_path in visited:
             folders.clear()
             continue
-        seen.add(real)
+        visited.add(real_path)
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__MACOSX")
-        yield from (Path(place, name).relative_to(root).as_posix() for name in files if not name.startswith("."))
+        yield from (Path(parent, name).relative_to(root).as_posix() for name in files if not name.startswith("."))
 
 
-def load_rows(
+def _read_metadata(path: Path) -> list[dict[str, Any]]:
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            if path.suffix == ".csv":
+                rows: list[dict[str, Any]] = list(csv.DictReader(file))
+            else:
+                rows = [json.loads(line) for line in file if line.strip()]
+    except (OSError, ValueError, csv.Error) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+    if not rows or not all(isinstance(row, dict) and FILE_NAME in row for row in rows):
+        raise ConfigError(f"{path} needs one row per image, with a column {FILE_NAME}")
+    return rows
+
+
+def open_dataset_split(
     name: str,
     split: str,
     config_name: str | None = None,
     image_column: str | None = None,
     cache_dir: str | None = None,
-) -> RowSource:
-    """Open one split of a dataset of the Hub, or of a local path (a script-free dataset, or `save_to_disk`'s folder).
+) -> DatasetSource:
+    """Open one split of a dataset on the Hub, or of a local path (a script-free dataset, or `save_to_disk`'s folder).
 
     Args:
         name: Hub id or path.
         split: name of the split.
-        config_name: configuration, where the dataset has several.
-        image_column: column of the images; None takes the only image column.
-        cache_dir: where downloads are kept.
+        config_name: configuration, if the dataset has several.
+        image_column: column of the images; None selects the only image column.
+        cache_dir: folder for downloads.
 
     Raises:
-        ConfigError: `datasets` is not installed, cannot open the dataset, or has no such split or column.
+        ConfigError: `datasets` is not installed, cannot open the dataset, or there is no such split or column.
     """
     try:
         import datasets
     except ImportError:
         raise ConfigError("--dataset_name needs `datasets`: pip install diffusers-ddpm-ext[hub-datasets]") from None
-    told = f"--dataset_name {name!r}"
+    label = f"--dataset_name {name!r}"
     try:
-        if any(Path(name, mark).is_file() for mark in ("state.json", "dataset_dict.json")):
+        if any(Path(name, marker).is_file() for marker in ("state.json", "dataset_dict.json")):
             saved = datasets.load_from_disk(name)
             splits = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
             if split not in splits:
@@ -140,31 +243,30 @@ def load_rows(
             table = splits[split]
         else:
             table = datasets.load_dataset(name, config_name, split=split, cache_dir=cache_dir)
-    except Exception as error:  # `datasets` raises whatever its readers and the network raise
-        raise ConfigError(f"{told}, split {split!r}, cannot be opened: {_one_line(error)}") from error
-    column = _image_column(told, table.features, datasets.Image, image_column)
-    whole = table
+    except Exception as error:  # `datasets` raises any exception of its readers and the network
+        raise ConfigError(f"{label}, split {split!r}, cannot be opened: {_one_line(error)}") from error
+    column = _image_column(label, table.features, datasets.Image, image_column)
     try:
-        table = table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+        rows = table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
     except Exception as error:
-        raise ConfigError(f"--image_column {column!r} of {told} holds no images: {_one_line(error)}") from error
-    if len(table) == 0:
-        raise ConfigError(f"{told}, split {split!r}, has no rows.")
-    return RowSource(told, table, column, [f"row {index}" for index in range(len(table))], whole)
+        raise ConfigError(f"--image_column {column!r} of {label} has no images: {_one_line(error)}") from error
+    if len(rows) == 0:
+        raise ConfigError(f"{label}, split {split!r}, has no rows.")
+    return DatasetSource(label, rows, column, [f"row {index}" for index in range(len(rows))], table)
 
 
-def _image_column(told: str, features: dict[str, object], image_type: type, wanted: str | None) -> str:
-    """Return the column that was asked for, or the only one of images."""
+def _image_column(label: str, features: dict[str, object], image_type: type, requested: str | None) -> str:
+    """Return the requested column, or the only one of images."""
     columns = ", ".join(features)
-    if wanted is not None:
-        if wanted not in features:
-            raise ConfigError(f"--image_column {wanted!r}: {told} has the columns {columns}.")
-        return wanted
-    found = [name for name, kind in features.items() if isinstance(kind, image_type)]
-    if len(found) != 1:
-        number = f"{len(found)} image columns ({', '.join(found)})" if found else "no image column"
-        raise ConfigError(f"{told} has {number}: choose one by --image_column; its columns are {columns}.")
-    return found[0]
+    if requested is not None:
+        if requested not in features:
+            raise ConfigError(f"--image_column {requested!r}: {label} has the columns {columns}.")
+        return requested
+    names = [name for name, feature in features.items() if isinstance(feature, image_type)]
+    if len(names) != 1:
+        number = f"{len(names)} image columns ({', '.join(names)})" if names else "no image column"
+        raise ConfigError(f"{label} has {number}: choose one by --image_column; its columns are {columns}.")
+    return names[0]
 
 
 def digit_levels() -> Tensor:
@@ -176,30 +278,12 @@ def digit_levels() -> Tensor:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise ConfigError(f"the digits come with scikit-learn: {NEEDS_TRAIN}") from None
+        raise ConfigError("the digits need scikit-learn: pip install diffusers-ddpm-ext[train]") from None
     return torch.from_numpy(load_digits().images.astype(np.uint8)).unsqueeze(1)
 
 
-def digit_labels() -> list[int]:
-    """Return which digit each of scikit-learn's is."""
-    from sklearn.datasets import load_digits
-
-    return [int(label) for label in load_digits().target]
-
-
-def digit_rows() -> RowSource:
-    """Return the digits as image files of 256 levels, for those who want them in another size or in colour."""
-    rows = []
-    for levels in digit_levels():
-        grey = Image.fromarray((levels[0].numpy() * (255 / 16)).round().astype(np.uint8))
-        file = io.BytesIO()
-        grey.save(file, "PNG")
-        rows.append({"image": {"bytes": file.getvalue(), "path": None}})
-    return RowSource("the digits", rows, "image", [f"row {index}" for index in range(len(rows))])
-
-
 def _one_line(error: BaseException) -> str:
-    """Put an error and its cause into one line."""
+    """First lines of an error and of its cause."""
     lines = [str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__]
     if error.__cause__ is not None and str(error.__cause__).strip():
         lines.append(str(error.__cause__).strip().splitlines()[0])

@@ -1,4 +1,4 @@
-"""The stream: one order of samples, whatever the split, the workers and the step that a run starts at."""
+"""The stream of batches: one order of samples for every split, number of workers and start step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 from diffusers_ddpm_ext.training.config.options import DataOptions
 from diffusers_ddpm_ext.training.data.batches import MicroBatches, batch_stream
 from diffusers_ddpm_ext.training.data.dataset import load_data
-from diffusers_ddpm_ext.training.data.image_set import ImageSet, unit_range
+from diffusers_ddpm_ext.training.data.image_set import ImageSet, levels_to_pixels
 from diffusers_ddpm_ext.training.data.image_store import PackedImages
 from diffusers_ddpm_ext.utils import random_keys as keys
 
@@ -23,7 +23,7 @@ DIGITS = DataOptions(resolution=(8, 8))
 
 
 def numbered(n: int, height: int = 4, width: int = 4, size: tuple[int, int] = (4, 4), **options) -> ImageSet:
-    """Images of which pixel (y, x) of image i is i + 10 y + x, so that every crop and flip can be read off."""
+    """Images of which pixel (y, x) of image i is i + 10 y + x, so that every crop and flip can be recognized."""
     grid = 10 * torch.arange(height)[:, None] + torch.arange(width)[None]
     return ImageSet(
         PackedImages([(grid + i).to(torch.uint8)[None] for i in range(n)]), torch.arange(n), size, **options
@@ -50,15 +50,15 @@ def effective(parts):
 
 
 @pytest.mark.parametrize("n", [3, 8, 11, 50])
-def test_an_endless_row_of_shuffled_epochs(n):
-    """Every epoch holds every image once, also when several epochs fit into a batch, and no place is left out."""
+def test_the_stream_is_shuffled_epochs_without_end(n):
+    """Every epoch contains every image once, also if a batch contains several epochs, and no place is skipped."""
     indices = torch.cat([batch.indices for batch in take(numbered(n), 40, batch=8)])
     epochs = indices[: len(indices) // n * n].view(-1, n)
     assert (epochs.sort(1).values == torch.arange(n)).all()
     assert len({tuple(epoch.tolist()) for epoch in epochs}) > 1
 
 
-def test_the_shuffle_is_that_of_seed_and_epoch():
+def test_the_shuffle_depends_on_seed_and_epoch_only():
     batches = take(numbered(12), 3, batch=8)
     flat = torch.cat([batch.indices for batch in batches])
     for epoch in (0, 1):
@@ -77,21 +77,21 @@ SPLITS = {
 
 @pytest.mark.parametrize("n", [5, 30])
 @pytest.mark.parametrize("name", SPLITS)
-def test_every_split_sees_the_same_samples_at_the_same_places(name, n):
+def test_every_split_has_the_same_samples_at_the_same_positions(name, n):
     images = numbered(n, 6, 9, random_flip=True)
-    whole_indices, whole = effective(take(images, 5, batch=8))
+    expected_indices, expected = effective(take(images, 5, batch=8))
     indices, pixels = effective(itertools.chain(*(take(images, 5, **split) for split in SPLITS[name])))
-    assert indices == whole_indices
-    assert torch.equal(pixels, whole)
+    assert indices == expected_indices
+    assert torch.equal(pixels, expected)
 
 
-def test_places_are_counted_by_micro_batch_then_rank():
+def test_positions_are_counted_by_micro_batch_then_rank():
     batches = take(numbered(9), 1, batch=3, accumulation=2, rank=1, world=2)
     assert [batch.positions.tolist() for batch in batches] == [[3, 4, 5], [9, 10, 11]]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_run_can_start_anywhere(workers):
+def test_a_run_can_start_at_any_step(workers):
     images = numbered(10, 6, 9, random_flip=True)
     options = {"batch": 4, "accumulation": 2, "rank": 1, "world": 2}
     straight = take(images, 7, **options)[2 * 5 :]
@@ -102,18 +102,18 @@ def test_a_run_can_start_anywhere(workers):
             assert torch.equal(getattr(one, field), getattr(other, field))
 
 
-def test_another_world_size_goes_on_where_the_first_was():
-    """Epochs are not cut again: the effective batch alone says where a run stands."""
+def test_a_run_can_continue_with_another_world_size():
+    """The place in the stream depends on the effective batch alone."""
     images = numbered(11)
     before, _ = effective(take(images, 3, batch=8))
     after, _ = effective(
         itertools.chain(*(take(images, 3, batch=2, accumulation=2, rank=r, world=2, start_step=3) for r in range(2)))
     )
-    whole, _ = effective(take(images, 6, batch=8))
-    assert before + after == whole
+    expected, _ = effective(take(images, 6, batch=8))
+    assert before + after == expected
 
 
-def test_a_second_run_is_the_same_and_another_seed_is_not():
+def test_equal_seeds_give_equal_batches():
     images = numbered(30, 6, 9, random_flip=True)
     first, again = take(images, 4, batch=8), take(images, 4, batch=8)
     assert all(torch.equal(a.pixels, b.pixels) for a, b in zip(first, again, strict=True))
@@ -122,14 +122,14 @@ def test_a_second_run_is_the_same_and_another_seed_is_not():
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_the_global_generators_are_left_alone(workers):
+def test_the_global_generators_are_unchanged(workers):
     before, numbers = torch.get_rng_state(), np.random.get_state()[1].copy()
     take(numbered(5, 6, 9, random_flip=True), 3, batch=4, num_workers=workers)
     assert torch.equal(before, torch.get_rng_state())
     assert (np.random.get_state()[1] == numbers).all()
 
 
-def test_images_travel_to_workers_that_are_not_forked():
+def test_images_can_be_pickled_for_spawned_workers():
     images = pickle.loads(pickle.dumps(numbered(5, 6, 9, random_flip=True)))
     share = MicroBatches(numbered(5, 6, 9, random_flip=True), 7, 4, 1, 0, 1)
     again = pickle.loads(pickle.dumps(share))
@@ -140,12 +140,12 @@ def test_images_travel_to_workers_that_are_not_forked():
 @pytest.mark.parametrize(
     "wrong", [{"batch": 0}, {"accumulation": 0}, {"world": 0}, {"rank": 1}, {"rank": -1}, {"start_step": -1}]
 )
-def test_impossible_splits_are_refused_at_once(wrong):
+def test_impossible_splits_are_refused_immediately(wrong):
     with pytest.raises(ValueError, match=f"{next(iter(wrong))} "):
         batch_stream(numbered(3), 0, **({"batch": 2} | wrong))
 
 
-def test_no_image_is_refused():
+def test_an_empty_set_is_refused():
     with pytest.raises(ValueError, match="image"):
         batch_stream(ImageSet(numbered(3).images, torch.arange(0), (4, 4)), 0, 2)
 
@@ -153,26 +153,26 @@ def test_no_image_is_refused():
 # ---------------------------------------------------------------- augmentation
 
 
-def read_off(batch, levels=256):
-    """Top, left and whether mirrored of each numbered image in a batch."""
+def crops_and_flips(batch, levels=256):
+    """Top, left and whether flipped, for each numbered image in a batch."""
     values = ((batch.pixels + 1) * (levels - 1) / 2).round().long()[:, 0] - batch.indices[:, None, None]
     for tile in values:
-        mirrored = bool(tile[0, 0] > tile[0, 1])
-        upright = tile.flip(-1) if mirrored else tile
+        flipped = bool(tile[0, 0] > tile[0, 1])
+        upright = tile.flip(-1) if flipped else tile
         top, left = divmod(int(upright[0, 0]), 10)
         expected = 10 * torch.arange(top, top + tile.shape[0])[:, None] + torch.arange(left, left + tile.shape[1])
-        assert torch.equal(upright, expected), "neither a crop nor a mirrored crop"
-        yield top, left, mirrored
+        assert torch.equal(upright, expected), "neither a crop nor a flipped crop"
+        yield top, left, flipped
 
 
 def test_crops_and_flips_follow_seed_epoch_and_index():
-    """The oracle is the same image in another batch: its crop and flip must not depend on what stands around it."""
+    """The oracle is the same image in another batch: its crop and flip must not depend on the other images."""
     images = numbered(6, 7, 9, random_flip=True)
     seen = {}
     for options in ({"batch": 5}, {"batch": 2, "accumulation": 3}, {"batch": 7}):
         position = 0
         for batch in take(images, 20, **options):
-            for index, how in zip(batch.indices.tolist(), read_off(batch), strict=True):
+            for index, how in zip(batch.indices.tolist(), crops_and_flips(batch), strict=True):
                 place = (position // 6, index)
                 position += 1
                 assert seen.setdefault(place, how) == how
@@ -181,41 +181,41 @@ def test_crops_and_flips_follow_seed_epoch_and_index():
     assert all(len({how for (_, i), how in seen.items() if i == index}) > 5 for index in range(6))
 
 
-def test_all_places_and_both_sides_come_equally_often():
-    """Uniform over 4 x 6 places and two sides (chi-square within 5 sigma)."""
+def test_crops_and_flips_are_uniform():
+    """Over 4 x 6 places and two directions (chi-square within 5 sigma)."""
     images = numbered(20, 7, 9, random_flip=True)
-    hows = Counter(how for batch in take(images, 300, batch=20) for how in read_off(batch))
+    hows = Counter(how for batch in take(images, 300, batch=20) for how in crops_and_flips(batch))
     assert len(hows) == 4 * 6 * 2
     expected = 300 * 20 / 48
     chi2 = sum((count - expected) ** 2 / expected for count in hows.values())
     assert chi2 < 47 + 5 * (2 * 47) ** 0.5
 
 
-def test_images_of_mixed_sizes_are_cut_to_one():
+def test_images_of_mixed_sizes_are_cropped_to_one():
     sizes = [(4, 4), (4, 9), (7, 4), (5, 5)]
-    pictures = [
+    tiles = [
         (10 * torch.arange(h)[:, None] + torch.arange(w) + i).to(torch.uint8)[None] for i, (h, w) in enumerate(sizes)
     ]
-    images = ImageSet(PackedImages(pictures), torch.arange(4), (4, 4), random_flip=True)
+    images = ImageSet(PackedImages(tiles), torch.arange(4), (4, 4), random_flip=True)
     for batch in take(images, 20, batch=3):
-        for index, (top, left, _) in zip(batch.indices.tolist(), read_off(batch), strict=True):
+        for index, (top, left, _) in zip(batch.indices.tolist(), crops_and_flips(batch), strict=True):
             assert top <= sizes[index][0] - 4
             assert left <= sizes[index][1] - 4
-    middles = images.pixels(range(4))
-    assert middles.shape == (4, 1, 4, 4)
-    assert [round((tile[0, 0, 0].item() + 1) * 127.5) - i for i, tile in enumerate(middles)] == [0, 2, 10, 0]
+    centers = images.pixels(range(4))
+    assert centers.shape == (4, 1, 4, 4)
+    assert [round((tile[0, 0, 0].item() + 1) * 127.5) - i for i, tile in enumerate(centers)] == [0, 2, 10, 0]
 
 
-def test_without_flip_and_crop_nothing_is_changed():
+def test_images_are_unchanged_without_flip_and_crop():
     images = numbered(6)
     for batch in take(images, 5, batch=4):
-        assert list(read_off(batch)) == [(0, 0, False)] * 4
+        assert list(crops_and_flips(batch)) == [(0, 0, False)] * 4
         assert torch.equal(batch.pixels, images.pixels(batch.indices))
 
 
-def test_levels_become_numbers_with_exact_ends():
+def test_levels_become_pixels_with_exact_ends():
     for levels in (2, 17, 256):
-        values = unit_range(torch.arange(levels).to(torch.uint8), levels)
+        values = levels_to_pixels(torch.arange(levels).to(torch.uint8), levels)
         expected = np.linspace(-1, 1, levels)
         assert values.dtype == torch.float32
         assert values[0] == -1
@@ -227,7 +227,7 @@ def test_levels_become_numbers_with_exact_ends():
 # ---------------------------------------------------------------- the digits
 
 
-def test_digits_are_those_of_scikit_learn_and_the_last_tenth_is_held_out():
+def test_digits_equal_scikit_learns_and_the_last_tenth_is_held_out():
     data = load_data(DIGITS)
     truth = torch.from_numpy(load_digits().images / 8 - 1).float()[:, None]
     assert data.validation is not None
@@ -261,55 +261,55 @@ def test_digits_without_scikit_learn(monkeypatch):
         load_data(DIGITS)
 
 
-def test_the_fingerprint_names_the_data():
-    marks = [
+def test_the_fingerprint_identifies_the_data():
+    fingerprints = [
         load_data(DIGITS).fingerprint,
         load_data(DataOptions(resolution=(8, 8), validation_fraction=0.2)).fingerprint,
         load_data(DataOptions(resolution=(8, 8), channels=3)).fingerprint,
     ]
-    assert len(set(marks)) == 3
-    assert load_data(DIGITS).fingerprint == marks[0]
+    assert len(set(fingerprints)) == 3
+    assert load_data(DIGITS).fingerprint == fingerprints[0]
 
 
 # ---------------------------------------------------------------- 16 bits
 
 
-def deep_numbered(n: int, **options) -> ImageSet:
-    """The numbered images, every level v as 257 v of 16 bits, which is the same value."""
-    shallow = numbered(n, 5, 6, **options)
-    images = [(shallow.images.image(i).to(torch.int32) * 257).to(torch.uint16) for i in range(n)]
-    return ImageSet(PackedImages(images), shallow.rows, shallow.size, 65536, **options)
+def numbered_16_bit(n: int, **options) -> ImageSet:
+    """The numbered images with 16 bits: level 257 v for level v, the same value."""
+    eight = numbered(n, 5, 6, **options)
+    images = [(eight.images.image(i).to(torch.int32) * 257).to(torch.uint16) for i in range(n)]
+    return ImageSet(PackedImages(images), eight.rows, eight.size, 65536, **options)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_sixteen_bits_are_cut_and_mirrored_as_eight_are(num_workers):
-    shallow, deep = (
+def test_16_bits_are_cropped_and_flipped_like_8_bits(num_workers):
+    eight, sixteen = (
         take(make, 6, batch=4, num_workers=num_workers)
-        for make in (numbered(9, 5, 6, random_flip=True), deep_numbered(9, random_flip=True))
+        for make in (numbered(9, 5, 6, random_flip=True), numbered_16_bit(9, random_flip=True))
     )
-    for one, other in zip(shallow, deep, strict=True):
+    for one, other in zip(eight, sixteen, strict=True):
         assert torch.equal(one.indices, other.indices)
         torch.testing.assert_close(one.pixels, other.pixels, rtol=0, atol=1e-7)
-    assert len({tuple(batch.pixels[0].flatten().tolist()) for batch in deep}) > 1
+    assert len({tuple(batch.pixels[0].flatten().tolist()) for batch in sixteen}) > 1
 
 
-def test_the_ends_of_sixteen_bits_are_exact_and_neighbours_differ():
+def test_16_bit_levels_have_exact_ends_and_differ():
     levels = torch.tensor([0, 1, 2, 32767, 32768, 65533, 65534, 65535]).to(torch.uint16)
-    values = unit_range(levels, 65536)
+    values = levels_to_pixels(levels, 65536)
     assert values[0] == -1
     assert values[-1] == 1
     assert (values.diff() > 0).all()
     torch.testing.assert_close(values.double(), levels.double() * 2 / 65535 - 1, rtol=0, atol=1e-7)
 
 
-@pytest.mark.parametrize(("top", "doubted"), [(4095, True), (65535, False)])
-def test_twelve_bits_in_sixteen_are_doubted(tmp_path, top, doubted):
+@pytest.mark.parametrize(("top", "warned"), [(4095, True), (65535, False)])
+def test_12_bits_stored_in_16_give_a_warning(tmp_path, top, warned):
     for index in range(3):
         values = np.linspace(0, top, 64).round().astype(np.uint16).reshape(8, 8)
         Image.fromarray(np.roll(values, index)).save(tmp_path / f"{index}.png")
     data = load_data(DataOptions(train_data_dir=str(tmp_path), resolution=(8, 8), validation_fraction=0.0))
     assert data.train.levels == 65536
     assert "16 bits" in data.description
-    assert (data.warning is not None) == doubted
-    if doubted:
+    assert (data.warning is not None) == warned
+    if warned:
         assert "4,095 of 65,535" in data.warning

@@ -1,4 +1,4 @@
-"""Folders and datasets: what is found in them, in which order, what is held out, and what is said when it fails."""
+"""Folders and datasets: which images they have, in which order, which are held out, and the messages of failures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from diffusers_ddpm_ext.errors import ConfigError, RunError
 from diffusers_ddpm_ext.training.config.options import DataOptions
 from diffusers_ddpm_ext.training.data.batches import batch_stream
 from diffusers_ddpm_ext.training.data.dataset import load_data
-from diffusers_ddpm_ext.training.data.sources import load_rows, scan_folder
+from diffusers_ddpm_ext.training.data.sources import open_dataset_split, scan_folder
 
 RNG = np.random.default_rng(0)
 
@@ -34,7 +34,7 @@ def folder_options(folder, **options):
 
 @pytest.fixture
 def photos(tmp_path):
-    """28 colour tiles of scikit-learn's two photographs, in mixed sizes and formats."""
+    """28 color tiles of scikit-learn's two photographs, in mixed sizes and formats."""
     kinds = ["jpg", "png", "webp", "gif", "bmp", "JPEG", "tiff"]
     for number, photo in enumerate(load_sample_images().images):
         for k in range(14):
@@ -74,10 +74,10 @@ def test_nested_folders_any_case_no_hidden_files(tmp_path):
     assert scan_folder("--train_data_dir", str(tmp_path)).names == sorted(wanted)
 
 
-def test_the_order_is_not_that_of_the_file_system(tmp_path, monkeypatch):
+def test_the_order_does_not_depend_on_the_file_system(tmp_path, monkeypatch):
     for name in ["b/1.png", "a/2.png", "c.png", "a/1.png"]:
         save(tmp_path / name)
-    straight = scan_folder("x", str(tmp_path)).names
+    expected = scan_folder("x", str(tmp_path)).names
     walk = os.walk
 
     def backwards(top, **options):
@@ -85,7 +85,7 @@ def test_the_order_is_not_that_of_the_file_system(tmp_path, monkeypatch):
             yield place, folders, files[::-1]
 
     monkeypatch.setattr(os, "walk", backwards)
-    assert scan_folder("x", str(tmp_path)).names == straight
+    assert scan_folder("x", str(tmp_path)).names == expected
 
 
 def test_links_are_followed_and_a_loop_ends(tmp_path):
@@ -102,10 +102,10 @@ def test_missing_and_empty_folders(tmp_path):
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("x")
     for name, what in [
-        ("nowhere", "there is no such folder"),
+        ("nowhere", "the folder does not exist"),
         ("file", "is a file"),
-        ("empty", "holds no image .it is empty"),
-        ("texts", "holds no image .none of its 1 files"),
+        ("empty", "has no image .it is empty"),
+        ("texts", "has no image .none of its 1 files"),
     ]:
         with pytest.raises(ConfigError, match=what) as caught:
             load_data(folder_options(tmp_path / name))
@@ -124,14 +124,14 @@ def test_a_bad_image_stops_and_can_be_skipped(photos):
 
 
 def test_mixed_channels_in_a_folder(photos):
-    save(photos / "grey.png", "L")
-    with pytest.raises(ConfigError, match=r"'grey.png' is grey \(1\).*--channels"):
+    save(photos / "gray.png", "L")
+    with pytest.raises(ConfigError, match=r"'gray.png' is grayscale \(1\).*--channels"):
         load_data(folder_options(photos))
     for channels in (1, 3, 4):
         assert load_data(folder_options(photos, channels=channels)).channels == channels
 
 
-def test_channels_that_no_picture_has(photos):
+def test_impossible_channels_are_refused(photos):
     with pytest.raises(ConfigError, match="--channels 2"):
         load_data(folder_options(photos, channels=2))
 
@@ -144,7 +144,7 @@ def test_small_images_are_enlarged_and_counted(tmp_path):
     assert data.train.pixels(range(4)).shape == (4, 3, 8, 8)
 
 
-def test_too_many_for_memory_are_read_again_by_workers(photos):
+def test_images_beyond_the_memory_limit_are_decoded_again(photos):
     options = folder_options(photos, resolution=(24, 16), random_flip=True)
     packed, lazy = load_data(options), load_data(options, memory_limit=1000)
     assert packed.fingerprint == lazy.fingerprint
@@ -159,7 +159,7 @@ def test_too_many_for_memory_are_read_again_by_workers(photos):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_image_that_breaks_in_mid_run_is_named_in_one_line(photos, workers):
+def test_an_image_that_breaks_during_the_run_is_named_in_one_line(photos, workers):
     data = load_data(folder_options(photos, validation_fraction=0), memory_limit=1000)
     (photos / "scene 0" / "tile03.gif").write_bytes(b"")
     with pytest.raises(RunError, match=r"'scene 0/tile03.gif' of --train_data_dir .* became unreadable") as caught:
@@ -175,22 +175,23 @@ def names_of(image_set, names):
 
 
 @pytest.mark.parametrize(
-    ("count", "fraction", "apart"), [(20, 0.1, 2), (20, 0.5, 10), (20, 0.0, 0), (3, 0.1, 1), (2, 0.99, 1), (1, 0.1, 0)]
+    ("count", "fraction", "held_out"),
+    [(20, 0.1, 2), (20, 0.5, 10), (20, 0.0, 0), (3, 0.1, 1), (2, 0.99, 1), (1, 0.1, 0)],
 )
-def test_a_fraction_is_held_out(tmp_path, count, fraction, apart):
+def test_a_fraction_is_held_out(tmp_path, count, fraction, held_out):
     for index in range(count):
         save(tmp_path / f"{index}.png")
     data = load_data(folder_options(tmp_path, validation_fraction=fraction))
-    assert len(data.train) == count - apart
-    if apart == 0:
+    assert len(data.train) == count - held_out
+    if held_out == 0:
         assert data.validation is None
         return
     assert data.validation is not None
-    assert len(data.validation) == apart
+    assert len(data.validation) == held_out
     assert set(data.train.rows.tolist()) | set(data.validation.rows.tolist()) == set(range(count))
 
 
-def test_few_images_change_sides_when_one_is_added(tmp_path):
+def test_few_images_change_sets_when_one_is_added(tmp_path):
     for index in range(60):
         save(tmp_path / f"{index:02d}.png")
     before = load_data(folder_options(tmp_path))
@@ -209,10 +210,10 @@ def test_a_folder_to_validate_on(photos, tmp_path):
     assert data.validation is not None
     assert (len(data.train), len(data.validation)) == (28, 5)
     assert not data.validation.random_flip
-    save(tmp_path / "grey" / "0.png", "L")
+    save(tmp_path / "gray" / "0.png", "L")
     with pytest.raises(ConfigError, match="differ in channels"):
-        load_data(folder_options(photos, validation_data_dir=str(tmp_path / "grey")))
-    with pytest.raises(ConfigError, match=r"--validation_data_dir '.*nowhere': there is no such folder"):
+        load_data(folder_options(photos, validation_data_dir=str(tmp_path / "gray")))
+    with pytest.raises(ConfigError, match=r"--validation_data_dir '.*nowhere': the folder does not exist"):
         load_data(folder_options(photos, validation_data_dir=str(tmp_path / "nowhere")))
 
 
@@ -229,16 +230,16 @@ def dataset_options(name, **options):
     return DataOptions(**({"dataset_name": str(name), "resolution": (12, 10), "validation_fraction": 0} | options))
 
 
-@pytest.mark.parametrize("split_of_its_own", [False, True])
-def test_a_dataset_saved_to_disk(tmp_path, split_of_its_own):
+@pytest.mark.parametrize("with_splits", [False, True])
+def test_a_dataset_saved_to_disk(tmp_path, with_splits):
     rows = table()
-    saved = datasets.DatasetDict({"train": rows, "held": table(3)}) if split_of_its_own else rows
+    saved = datasets.DatasetDict({"train": rows, "held": table(3)}) if with_splits else rows
     saved.save_to_disk(tmp_path / "saved")
     data = load_data(dataset_options(tmp_path / "saved"))
     truth = torch.stack([torch.from_numpy(np.array(row["image"])) for row in rows]).permute(0, 3, 1, 2) / 127.5 - 1
     torch.testing.assert_close(data.train.pixels(range(6)), truth, atol=1e-6, rtol=0)
     assert "6 images of" in data.description
-    if split_of_its_own:
+    if with_splits:
         both = load_data(dataset_options(tmp_path / "saved", validation_split="held"))
         assert both.validation is not None
         assert (len(both.train), len(both.validation)) == (6, 3)
@@ -268,19 +269,19 @@ def test_the_image_column(tmp_path):
     both = datasets.concatenate_datasets([rows, table(column="again").remove_columns("label")], axis=1)
     both.save_to_disk(tmp_path / "two")
     rows.remove_columns("picture").save_to_disk(tmp_path / "none")
-    assert load_rows(str(tmp_path / "one"), "train").column == "picture"
-    assert load_rows(str(tmp_path / "two"), "train", image_column="again").column == "again"
+    assert open_dataset_split(str(tmp_path / "one"), "train").image_column == "picture"
+    assert open_dataset_split(str(tmp_path / "two"), "train", image_column="again").image_column == "again"
     for name, options, what in [
         ("two", {}, r"2 image columns \(picture, again\): choose one by --image_column"),
         ("none", {}, "no image column.*its columns are label"),
         ("one", {"image_column": "photo"}, "--image_column 'photo': .* has the columns picture, label"),
-        ("one", {"image_column": "label"}, "--image_column 'label' .* holds no images"),
+        ("one", {"image_column": "label"}, "--image_column 'label' .* has no images"),
     ]:
         with pytest.raises(ConfigError, match=what):
-            load_rows(str(tmp_path / name), "train", **options)
+            open_dataset_split(str(tmp_path / name), "train", **options)
 
 
-def test_a_dataset_that_is_not_there(tmp_path, monkeypatch):
+def test_a_missing_dataset_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(
         ConfigError, match="--dataset_name 'nobody/nothing', split 'train', cannot be opened"
