@@ -76,23 +76,23 @@ def workspace(tmp_path_factory):
 def run_commands(text: str) -> None:
     for line in text.splitlines():
         line = line.replace("accelerate launch training/train.py", "ddpm-ext train")
-        words = shlex.split(line, comments=True)
-        if not words:
+        arguments = shlex.split(line, comments=True)
+        if not arguments:
             continue
-        assert words[0] == "ddpm-ext", f"{line}: state why it is not run"
-        if words[1] == "train" and "--dry_run" not in words:
-            words.append("--dry_run")
-        if words[1] == "train":
-            words.append("--overwrite_output_dir")  # a dry run deletes nothing
-        if words[1] == "doctor":
-            words.append("--offline")
-        if words[1] == "fit-variance":
-            words += ["--draws", "2", "--max_steps", "10"]
-        if words[1] == "evaluate" and "--optimal_timesteps" not in words:
-            words += ["--max_images", "6"]
+        assert arguments[0] == "ddpm-ext", f"{line}: state why it is not run"
+        if arguments[1] == "train" and "--dry_run" not in arguments:
+            arguments.append("--dry_run")
+        if arguments[1] == "train":
+            arguments.append("--overwrite_output_dir")  # a dry run deletes nothing
+        if arguments[1] == "doctor":
+            arguments.append("--offline")
+        if arguments[1] == "fit-variance":
+            arguments += ["--draws", "2", "--max_steps", "10"]
+        if arguments[1] == "evaluate" and "--optimal_timesteps" not in arguments:
+            arguments += ["--max_images", "6"]
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
-        assert cli.main(words[1:]) == 0, line
+        assert cli.main(arguments[1:]) == 0, line
 
 
 @pytest.mark.parametrize("page", PAGES)

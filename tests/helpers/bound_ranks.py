@@ -17,14 +17,14 @@ from diffusers_ddpm_ext.training.distributed import gather_rows, make_accelerato
 
 
 def main() -> None:
-    """Share losses of batches of 3 and 5 samples, in an order that is not theirs."""
+    """Gather losses of batches of 3 and 5 samples in an interleaved order."""
     accelerator = make_accelerator(None, 1, [])
     rank = accelerator.process_index
     sampler = LossSecondMomentSampler(4, history=3)
     source = torch.Generator().manual_seed(0)
     for _ in range(4):
-        whole = torch.rand(8, 2, generator=source, dtype=torch.float64)
-        rows = torch.cat([torch.arange(8).double()[:, None], (whole[:, :1] * 4).floor(), whole[:, 1:]], 1)
+        gathered = torch.rand(8, 2, generator=source, dtype=torch.float64)
+        rows = torch.cat([torch.arange(8).double()[:, None], (gathered[:, :1] * 4).floor(), gathered[:, 1:]], 1)
         mine = torch.tensor([[1, 4, 6], [7, 0, 2, 3, 5]][rank])
         got = gather_rows(accelerator, rows[mine])
         got = got[torch.argsort(got[:, 0], stable=True)]

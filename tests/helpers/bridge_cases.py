@@ -1,4 +1,4 @@
-"""Checkpoints for the tests of the bridge: recorded ones, and made ones of every architecture."""
+"""Checkpoints for the tests of the conversion: recorded ones, and generated ones of every architecture."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def recorded(case: str) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def run(network: nn.Module, arrays: dict[str, Tensor]) -> Tensor:
-    """What a converted network makes of recorded inputs."""
+    """Outputs of a converted network for recorded inputs."""
     x = torch.cat([arrays[name] for name in ("x", "concat") if name in arrays], dim=1)
     named = {"encoder_hidden_states": "context", "class_labels": "y"}
     out: Tensor = network(x, arrays["t"], **{ours: arrays[key] for ours, key in named.items() if key in arrays}).sample
@@ -65,7 +65,7 @@ def run(network: nn.Module, arrays: dict[str, Tensor]) -> Tensor:
 
 
 def random_weights(network: nn.Module, seed: int = 0) -> nn.Module:
-    """Weights all over, so that no zero-initialised layer hides a mistake."""
+    """Random weights everywhere, so that no zero-initialized layer hides a mistake."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in network.parameters():

@@ -24,7 +24,7 @@ def names(folder: Path) -> list[str]:
 
 
 def run_script(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """A process of its own, with this repository on its path."""
+    """Run a script in a separate process, with this repository on its path."""
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)],
         env=os.environ | {"PYTHONPATH": PYTHONPATH},

@@ -1,8 +1,8 @@
-"""Sixty files that act when something unpickles them: the corpus that every reader of foreign files is held against.
+"""Sixty files that execute code when something unpickles them, to test every reader of untrusted files.
 
-Each would leave a marker, a file or folder of its own name, in a folder that the caller watches. They are put together
-opcode by opcode, so that nothing here is ever on the stack of this process. Most go off in ``pickle.loads``; those of
-the doors "torch" and "numpy" need ``torch.load(weights_only=False)`` or ``numpy.load(allow_pickle=True)``.
+Each would create a marker, a file or folder with its name, in a folder that the caller checks. They are assembled
+opcode by opcode, so that nothing is ever executed in this process. Most act in ``pickle.loads``; those with the loader
+"torch" or "numpy" need ``torch.load(weights_only=False)`` or ``numpy.load(allow_pickle=True)``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-Door = Literal["pickle", "torch", "numpy"]
+Loader = Literal["pickle", "torch", "numpy"]
 
 # Every name that a checkpoint of ours, of Accelerate, Diffusers, Lightning or torch.distributed may give to a file.
 PLANTED_NAMES = (
@@ -37,14 +37,14 @@ class Hostile:
     """One file.
 
     Attributes:
-        name: says how it acts; also the name of its marker.
-        data: the file.
-        door: what has to read it for it to act.
+        name: describes how it acts; also the name of its marker.
+        data: the content of the file.
+        loader: what has to load it for it to act.
     """
 
     name: str
     data: bytes
-    door: Door = "pickle"
+    loader: Loader = "pickle"
 
 
 # ---- an assembler for the pickle machine
@@ -65,7 +65,7 @@ def blob(value: bytes) -> bytes:
     return b"B" + struct.pack("<I", len(value)) + value
 
 
-def whole(value: int) -> bytes:
+def integer(value: int) -> bytes:
     return b"J" + struct.pack("<i", value)
 
 
@@ -82,12 +82,12 @@ def table(*items: bytes) -> bytes:
 
 
 def find(module: str, name: str) -> bytes:
-    """GLOBAL, the old way to name a thing."""
+    """GLOBAL, the opcode for names before protocol 4."""
     return b"c" + module.encode() + b"\n" + name.encode() + b"\n"
 
 
 def stack_find(module: str, name: str) -> bytes:
-    """STACK_GLOBAL, the way since protocol 4; the name may have dots."""
+    """STACK_GLOBAL, the opcode for names since protocol 4; the name may have dots."""
     return text(module) + text(name) + b"\x93"
 
 
@@ -119,7 +119,7 @@ def by_opcode(folder: Path) -> list[Hostile]:
         return Hostile(name, proto(version, make(text(f"{folder}/{name}"))))
 
     def bare(name: str, before: bytes, after: bytes) -> Hostile:
-        """Protocol 0: printable, and without the mark of a pickle at its beginning."""
+        """Protocol 0: printable, and without the protocol opcode at the start."""
         return Hostile(name, before + b"S'" + f"{folder}/{name}".encode() + b"'\n" + after + STOP)
 
     holder = call(find("types", "SimpleNamespace"))
@@ -130,7 +130,7 @@ def by_opcode(folder: Path) -> list[Hostile]:
         return holder + table(text(name), MKDIR) + BUILD
 
     def register(name: str, number: int) -> bytes:
-        return call(find("copyreg", "add_extension"), text("os"), text(name), whole(number)) + POP
+        return call(find("copyreg", "add_extension"), text("os"), text(name), integer(number)) + POP
 
     return [
         bare("reduce", MKDIR + MARK, b"tR"),
@@ -142,8 +142,8 @@ def by_opcode(folder: Path) -> list[Hostile]:
         code("append", lambda m: with_method("append") + m + b"a"),
         code("appends", lambda m: with_method("append") + MARK + m + b"e"),
         code("additems", lambda m: with_method("add") + MARK + m + b"\x90"),
-        code("setitem", lambda m: setter + m + whole(0o777) + b"s"),
-        code("setitems", lambda m: setter + MARK + m + whole(0o777) + b"u"),
+        code("setitem", lambda m: setter + m + integer(0o777) + b"s"),
+        code("setitems", lambda m: setter + MARK + m + integer(0o777) + b"u"),
         code("stack_global", lambda m: call(stack_find("os", "mkdir"), m)),
         code("stack_global_dotted", lambda m: call(stack_find("shutil", "os.mkdir"), m)),
         code("ext1", lambda m: register("mkdir", 0xF0) + call(b"\x82\xf0", m)),
@@ -185,13 +185,15 @@ def by_callable(folder: Path) -> list[Hostile]:
         code("open", lambda m: call(find("builtins", "open"), m, text("w"))),
         code("open_of_python_2", lambda m: call(find("__builtin__", "open"), m, text("w")), 2),
         Hostile("os_system", proto(2, call(find("posix", "system"), text(f"mkdir '{folder}/os_system'")))),
-        code("os_open", lambda m: call(find("os", "open"), m, whole(os.O_CREAT))),
+        code("os_open", lambda m: call(find("os", "open"), m, integer(os.O_CREAT))),
         code("os_symlink", lambda m: call(find("os", "symlink"), text("nowhere"), m)),
         code("subprocess_run", lambda m: call(find("subprocess", "run"), lot(text("mkdir"), m))),
         code("subprocess_output", lambda m: call(find("subprocess", "check_output"), lot(text("mkdir"), m))),
         source("eval", lambda line: call(find("builtins", "eval"), text(line))),
         source("exec", lambda line: call(find("builtins", "exec"), text(line))),
-        source("timeit", lambda s: call(find("timeit", "timeit"), text(s), text("0"), find("time", "time"), whole(1))),
+        source(
+            "timeit", lambda s: call(find("timeit", "timeit"), text(s), text("0"), find("time", "time"), integer(1))
+        ),
         source("cprofile", lambda line: call(find("cProfile", "run"), text(line))),
         source("marshal", lambda s: call(call(function, call(find("marshal", "loads"), compiled(s)), EMPTY_DICT))),
         code("path_touch", lambda m: call(stack_find("pathlib", "Path.touch"), call(path, m))),
@@ -199,7 +201,7 @@ def by_callable(folder: Path) -> list[Hostile]:
         code("attrgetter", lambda m: call(call(call(find("operator", "attrgetter"), text("mkdir")), os_module), m)),
         code("getattr", lambda m: call(call(find("builtins", "getattr"), os_module, text("mkdir")), m)),
         code("partial", lambda m: call(call(partial, MKDIR, m))),
-        code("functools_reduce", lambda m: call(find("functools", "reduce"), MKDIR, lot(m, whole(0o777)))),
+        code("functools_reduce", lambda m: call(find("functools", "reduce"), MKDIR, lot(m, integer(0o777)))),
         code(
             "starmap",
             lambda m: call(find("collections", "deque"), call(find("itertools", "starmap"), MKDIR, lot(row(m)))),
@@ -217,7 +219,7 @@ def by_callable(folder: Path) -> list[Hostile]:
         ),
         code(
             "numpy_memmap",
-            lambda m: call(find("numpy", "memmap"), m, text("uint8"), text("w+"), whole(0), row(whole(1))),
+            lambda m: call(find("numpy", "memmap"), m, text("uint8"), text("w+"), integer(0), row(integer(1))),
         ),
         code("torch_save", lambda m: call(find("torch", "save"), EMPTY_DICT, m)),
         nested(
@@ -231,8 +233,8 @@ def by_callable(folder: Path) -> list[Hostile]:
 
 
 def by_container(folder: Path) -> list[Hostile]:
-    def hidden(name: str, make: Callable[[bytes], bytes], door: Door = "pickle") -> Hostile:
-        return Hostile(name, make(plain(folder / name)), door)
+    def hidden(name: str, make: Callable[[bytes], bytes], loader: Loader = "pickle") -> Hostile:
+        return Hostile(name, make(plain(folder / name)), loader)
 
     return [
         hidden("torch_zip", torch_archive, "torch"),
@@ -255,31 +257,31 @@ def zipped(members: dict[str, bytes]) -> bytes:
 
 
 def torch_archive(data: bytes) -> bytes:
-    """What ``torch.save`` writes since version 1.6, with this pickle in the middle."""
+    """The format that ``torch.save`` writes since version 1.6, with this pickle inside."""
     return zipped({"archive/data.pkl": data, "archive/byteorder": b"little", "archive/version": b"3\n"})
 
 
 def torch_legacy(data: bytes) -> bytes:
-    """What ``torch.save`` wrote before: a magic number, a protocol, facts of the system, then the object."""
+    """The earlier format of ``torch.save``: a magic number, a protocol, system information, then the object."""
     facts = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}
     head = [0x1950A86A20F9469CFC6C, 1001, facts]
     return b"".join(pickle.dumps(part, 2) for part in head) + data + pickle.dumps([], 2)
 
 
 def lightning(data: bytes) -> bytes:
-    """A checkpoint of Lightning's form, hostile among its callbacks."""
+    """A checkpoint in Lightning's format with a hostile callback."""
     inner = data[2:-1]  # without its protocol and its end
-    return proto(2, table(text("state_dict"), EMPTY_DICT, text("global_step"), whole(7), text("callbacks"), inner))
+    return proto(2, table(text("state_dict"), EMPTY_DICT, text("global_step"), integer(7), text("callbacks"), inner))
 
 
 def numpy_array(data: bytes) -> bytes:
-    """A ``.npy`` of one object."""
-    words = b"{'descr': '|O', 'fortran_order': False, 'shape': (1,), }".ljust(117) + b"\n"
-    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(words)) + words + data
+    """A ``.npy`` file with one object."""
+    header = b"{'descr': '|O', 'fortran_order': False, 'shape': (1,), }".ljust(117) + b"\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + data
 
 
 def safetensors_that_unpickle(data: bytes) -> bytes:
-    """A file that safetensors finds in order, and that ``pickle.loads`` runs.
+    """A valid safetensors file that ``pickle.loads`` executes.
 
     The length of the header, 18254, is read as the opcodes NONE and BINFLOAT, whose eight bytes reach into the
     header; a tensor's name in there is a chain of short strings, each with its length, up to where the tensor begins.
@@ -288,7 +290,7 @@ def safetensors_that_unpickle(data: bytes) -> bytes:
     tail = b'":{"dtype":"U8","shape":[%d],"data_offsets":[0,%d]}}' % (len(data), len(data))
     rest = length - 2  # of the header, behind {"
     links, last = divmod(rest, link)
-    last += link  # one link less, so that the last two have room for the tail
+    last += link  # one link less, so that the tail fits into the last two
     first = b"U" + bytes([last // 2 - 2]) + b"x" * (last // 2 - 2)
     final = last - len(first)
     chain = (b"U~" + b"x" * (link - 2)) * (links - 1) + first
@@ -299,12 +301,12 @@ def safetensors_that_unpickle(data: bytes) -> bytes:
 
 
 def corpus(folder: Path) -> list[Hostile]:
-    """The sixty.
+    """All sixty files.
 
     Args:
         folder: where the markers would appear.
 
     Returns:
-        Each under a name of its own.
+        The files, each with a different name.
     """
     return by_opcode(folder) + by_callable(folder) + by_container(folder)

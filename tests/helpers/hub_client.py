@@ -1,4 +1,4 @@
-"""Run by test_hub in a process of its own, with HF_ENDPOINT at the loopback Hub: what a user does with the Hub."""
+"""Run by test_upload in a separate process with HF_ENDPOINT at the loopback Hub: what a user does with the Hub."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def tried(call: Any) -> str:
 
 
 def pipeline_with(value: float) -> DDPMExtPipeline:
-    """A pipeline whose logvar is one number."""
+    """A pipeline whose logvar has one value for all steps."""
     pipeline = DDPMExtPipeline(tiny_unet(1), DDPMExtScheduler(num_train_timesteps=20, v_posterior=0.4))
     pipeline.logvar = torch.full((20,), value)
     return pipeline
 
 
 def value_of(pipeline: DDPMExtPipeline) -> float | None:
-    """That number."""
+    """That value."""
     return None if pipeline.logvar is None else float(pipeline.logvar[0])
 
 
@@ -106,7 +106,7 @@ def main(root: Path) -> None:
     downloaded = Path(DDPMExtPipeline.download("alice/saved", cache_dir=root / "cache2"))
     facts["downloaded"] = sorted(p.relative_to(downloaded).as_posix() for p in downloaded.rglob("*") if p.is_file())
 
-    # a repository that stock cached first, read with no network: no table, and a word about it
+    # a repository that stock cached first, read with no network: no table, and a log message about it
     if facts["stock_offline"] == "fine":
         records: list[str] = []
         handler = logging.Handler()

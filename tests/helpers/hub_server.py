@@ -22,7 +22,7 @@ from types import TracebackType
 from urllib.parse import unquote, urlsplit
 
 LARGE_SUFFIXES = (".safetensors", ".bin", ".pt", ".png", ".npz")
-"""Files of these kinds travel as Git LFS objects, whatever their size, as on the real Hub."""
+"""Files of these kinds are Git LFS objects regardless of their size, as on the real Hub."""
 
 
 @dataclass
@@ -31,7 +31,7 @@ class Fault:
 
     Attributes:
         call: regular expression.
-        what: an HTTP status, ``"drop"`` (the connection is closed) or ``"stall"`` (nothing is said until the end).
+        what: an HTTP status, ``"drop"`` (the connection is closed) or ``"stall"`` (no response until the end).
         times: how often.
         message: of the answer.
         error_code: what the Hub puts into X-Error-Code.
@@ -77,7 +77,7 @@ class Repo:
 
 
 def git_id(content: bytes) -> str:
-    """What git calls a file."""
+    """The git object id of a file."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
@@ -110,7 +110,7 @@ class LoopbackHub:
 
     @property
     def url(self) -> str:
-        """What HF_ENDPOINT is set to."""
+        """Value for HF_ENDPOINT."""
         return f"http://127.0.0.1:{self.port}"
 
     @property
@@ -119,7 +119,7 @@ class LoopbackHub:
         return f"http://localhost:{self.port}"
 
     def environment(self, home: str, token: str | None = "hf_writer") -> dict[str, str]:
-        """Variables for a client process: this endpoint, a cache of its own below ``home``, no Xet, a token."""
+        """Variables for a client process: this endpoint, a separate cache below ``home``, no Xet, a token."""
         variables = {
             "HF_ENDPOINT": self.url,
             "HF_HOME": str(home),
@@ -247,13 +247,13 @@ class _Handler(BaseHTTPRequestHandler):
         return right == "write"
 
     def _find(self, repo: str, revision: str = "main") -> tuple[Repo, Commit] | None:
-        found = self.hub.repos.get(repo)
-        if found is None or (found.private and self._right() is None):
+        record = self.hub.repos.get(repo)
+        if record is None or (record.private and self._right() is None):
             return self._fail(401, "RepoNotFound", f"no repository {repo}")
-        commit = found.at(revision)
+        commit = record.at(revision)
         if commit is None:
             return self._fail(404, "RevisionNotFound", f"{repo} has no revision {revision}")
-        return found, commit
+        return record, commit
 
     # ------------------------------------------------------------------ push
 
@@ -265,12 +265,12 @@ class _Handler(BaseHTTPRequestHandler):
     def _create(self, body: bytes) -> None:
         if not self._may_write():
             return None
-        asked = json.loads(body)
-        repo_id = f"{asked.get('organization') or self.hub.user}/{asked['name']}"
+        request = json.loads(body)
+        repo_id = f"{request.get('organization') or self.hub.user}/{request['name']}"
         answer = {"url": f"{self.hub.url}/{repo_id}", "name": repo_id}
         if repo_id in self.hub.repos:
             return self._json(answer, 409)
-        private = bool(asked.get("private")) or asked.get("visibility") == "private"
+        private = bool(request.get("private")) or request.get("visibility") == "private"
         self.hub.repos[repo_id] = Repo(repo_id, private)
         self.hub.repos[repo_id].add({}, "initial commit")
         return self._json(answer)
@@ -279,12 +279,12 @@ class _Handler(BaseHTTPRequestHandler):
         self._json({"errors": [], "warnings": []})
 
     def _preupload(self, body: bytes, repo: str, revision: str) -> None:
-        found = self._find(repo, revision) if self._may_write() else None
-        if found is None:
+        target = self._find(repo, revision) if self._may_write() else None
+        if target is None:
             return None
         files = []
         for one in json.loads(body)["files"]:
-            name, held = one["path"], found[1].files.get(one["path"])
+            name, held = one["path"], target[1].files.get(one["path"])
             mode = "lfs" if name.endswith(LARGE_SUFFIXES) else "regular"
             oid = None if held is None else held if mode == "lfs" else git_id(self.hub.blobs[held])
             files.append({"path": name, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
@@ -318,10 +318,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _commit(self, body: bytes, repo: str, revision: str) -> None:
         if not self._may_write():
             return None
-        found = self._find(repo, revision)
-        if found is None:
+        target = self._find(repo, revision)
+        if target is None:
             return None
-        files, message = dict(found[1].files), ""
+        files, message = dict(target[1].files), ""
         for line in filter(None, body.splitlines()):
             item = json.loads(line)
             value = item["value"]
@@ -338,40 +338,40 @@ class _Handler(BaseHTTPRequestHandler):
             elif item["key"] == "deletedFolder":
                 folder = value["path"].rstrip("/") + "/"
                 files = {path: oid for path, oid in files.items() if not path.startswith(folder)}
-        commit = found[0].add(files, message, revision)
+        commit = target[0].add(files, message, revision)
         url = f"{self.hub.url}/{repo}/commit/{commit.sha}"
         return self._json({"success": True, "commitOid": commit.sha, "commitUrl": url, "hookOutput": ""})
 
     def _tag(self, body: bytes, repo: str, revision: str) -> None:
-        found = self._find(repo, revision) if self._may_write() else None
-        if found is not None:
-            found[0].refs[json.loads(body)["tag"]] = found[1].sha
+        target = self._find(repo, revision) if self._may_write() else None
+        if target is not None:
+            target[0].refs[json.loads(body)["tag"]] = target[1].sha
             self._json({})
 
     def _branch(self, body: bytes, repo: str, revision: str) -> None:
         start = json.loads(body or b"{}").get("startingPoint", "main")
-        found = self._find(repo, start) if self._may_write() else None
-        if found is not None:
-            found[0].refs[revision] = found[1].sha
+        target = self._find(repo, start) if self._may_write() else None
+        if target is not None:
+            target[0].refs[revision] = target[1].sha
             self._json({})
 
     # ------------------------------------------------------------------ load
 
     def _info(self, body: bytes, repo: str, revision: str = "main") -> None:
-        found = self._find(repo, revision)
-        if found is None:
+        target = self._find(repo, revision)
+        if target is None:
             return
-        record, commit = found
+        record, commit = target
         siblings = [{"rfilename": path} for path in sorted(commit.files)]
         answer = {"_id": "0", "id": repo, "modelId": repo, "sha": commit.sha, "private": record.private}
         self._json(answer | {"siblings": siblings, "tags": [], "downloads": 0, "likes": 0, "gated": False})
 
     def _tree(self, body: bytes, repo: str, revision: str, path: str = "") -> None:
-        found = self._find(repo, revision)
-        if found is None:
+        target = self._find(repo, revision)
+        if target is None:
             return
         entries = []
-        for name, oid in sorted(found[1].files.items()):
+        for name, oid in sorted(target[1].files.items()):
             if not name.startswith(path):
                 continue
             size = len(self.hub.blobs[oid])
@@ -382,10 +382,10 @@ class _Handler(BaseHTTPRequestHandler):
         self._json(entries)
 
     def _resolve(self, body: bytes, repo: str, revision: str, path: str) -> None:
-        found = self._find(repo, revision)
-        if found is None:
+        target = self._find(repo, revision)
+        if target is None:
             return None
-        commit = found[1]
+        commit = target[1]
         if path not in commit.files:
             return self._fail(404, "EntryNotFound", f"{repo} has no file {path}", X_Repo_Commit=commit.sha)
         oid = commit.files[path]

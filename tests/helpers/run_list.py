@@ -22,7 +22,7 @@ from helpers.runs import tiny_run
 
 
 def prepare_sharded(accelerator: Accelerator, task: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
-    """Spread the task in place and give its new parameters to the optimizer, as Accelerate does on a GPU (FSDP2)."""
+    """Shard the task in place and give its new parameters to the optimizer, as Accelerate does on a GPU (FSDP2)."""
     places = {parameter: name for name, parameter in task.named_parameters()}
     for block in (*task.denoiser.down_blocks, task.denoiser.mid_block, *task.denoiser.up_blocks):
         fully_shard(block)
@@ -34,7 +34,7 @@ def prepare_sharded(accelerator: Accelerator, task: nn.Module, optimizer: torch.
 
 
 def become_unreadable() -> None:
-    """Let the second process find its images broken once the run has started."""
+    """Damage the images that the second process reads once the run has started."""
     real = trainer.open_batches
 
     def breaking(setup: Any, step: int) -> Any:
@@ -48,12 +48,12 @@ def become_unreadable() -> None:
 
 
 def main() -> None:
-    """Train each."""
+    """Train each run."""
     torch.set_num_threads(1)
     PartialState.destroy_process_group = lambda self, group=None: None  # the next run uses it again
     if sys.argv[2:] == ["sharded"]:
         Accelerator.prepare = prepare_sharded
-        # What is in the module is what every process uses: there is no wrapper to remove.
+        # The module is used directly by every process: there is no wrapper to remove.
         Accelerator.unwrap_model = lambda self, model, **_: model
     if sys.argv[2:] == ["unreadable"]:
         become_unreadable()

@@ -48,10 +48,10 @@ def tiny_flags(**options: Any) -> list[str]:
 
 
 def rows(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, float]]:
-    """The rows of a run's records."""
+    """The rows of a run's metrics."""
     return [json.loads(line) for line in (folder / name).read_text().splitlines()]
 
 
 def losses(folder: Path) -> list[float]:
-    """The training losses of a run, one a step."""
+    """The training losses of a run, one per step."""
     return [row["train/loss"] for row in rows(folder) if "train/loss" in row]

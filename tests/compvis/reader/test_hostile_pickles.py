@@ -38,7 +38,7 @@ def test_every_opcode_that_calls_is_there(tmp_path):
     """By Python's own disassembler, which cannot read the one that promises more than there is."""
     seen = set()
     for hostile in corpus(tmp_path):
-        if hostile.door == "pickle" and hostile.name != "endless_bytes":
+        if hostile.loader == "pickle" and hostile.name != "endless_bytes":
             seen |= {opcode.name for opcode, _, _ in pickletools.genops(io.BytesIO(hostile.data))}
     assert seen >= {
         "REDUCE", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "BUILD", "APPEND", "APPENDS", "ADDITEMS", "SETITEM",
@@ -57,9 +57,9 @@ def test_every_one_of_them_is_live(tmp_path):
         for hostile in corpus(Path(sys.argv[1])):
             file = io.BytesIO(hostile.data)
             try:
-                if hostile.door == "pickle":
+                if hostile.loader == "pickle":
                     pickle.load(file)
-                elif hostile.door == "torch":
+                elif hostile.loader == "torch":
                     torch.load(file, weights_only=False)
                 else:
                     found = numpy.load(file, allow_pickle=True)

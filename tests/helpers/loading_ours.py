@@ -1,4 +1,4 @@
-"""Run by test_doors in a process of its own: push every saved folder, and open each again with this package."""
+"""Run by test_saved_folders in a separate process: push every saved folder, and load each with this package."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from diffusers import DiffusionPipeline
 
 from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtScheduler
-from helpers.door_cases import CASES, Findings, repo_of
+from helpers.loading_cases import CASES, Findings, repo_of
 
 
 def main(folders: Path, stem: Path) -> None:

@@ -1,6 +1,6 @@
-"""One saved folder, every door: stock Diffusers without this package, and ours with all its keys back.
+"""A saved folder in stock Diffusers without this package, and in ours with all its keys.
 
-The stock doors are tried in a process in which ``diffusers_ddpm_ext`` cannot be imported; Hub ids go through the real
+Stock classes load it in a process in which ``diffusers_ddpm_ext`` cannot be imported; Hub ids go through the real
 client to a Hub on the loopback.
 """
 
@@ -17,20 +17,20 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
-from helpers.door_cases import CASES, Findings, images_of, keys_of, repo_of
 from helpers.hub_server import LoopbackHub
+from helpers.loading_cases import CASES, Findings, images_of, keys_of, repo_of
 from helpers.paths import PYTHONPATH, TESTS
 from helpers.tiny import tiny_unet
 
 from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtScheduler
 
 SOURCES = ("folder", "id")
-STOCK_DOORS = ("DDPMPipeline", "DiffusionPipeline")
+STOCK_PIPELINES = ("DDPMPipeline", "DiffusionPipeline")
 
 
 @dataclass
-class Doors:
-    """What the processes found, and where the folders lie."""
+class LoadingResults:
+    """Results of the loading processes, and the folder that has all saved pipelines."""
 
     root: Path
     ours: Findings
@@ -49,7 +49,7 @@ def build(case: str) -> DDPMExtPipeline:
 
 
 def stock_config(case: str) -> dict:
-    """The case in words that DDPMScheduler has: the nearer of its two variances, betas where it has no name."""
+    """The case as DDPMScheduler supports it: the closer of its two variances, betas where it has no name."""
     config = dict(CASES[case])
     if case == "sqrt":
         config["trained_betas"] = np.sqrt(np.linspace(1e-4, 0.02, 1000)).tolist()
@@ -73,90 +73,90 @@ def run(script: str, root: Path, environment: dict[str, str]) -> Findings:
 
 
 @pytest.fixture(scope="module")
-def doors(tmp_path_factory) -> Doors:
-    root = tmp_path_factory.mktemp("doors")
+def results(tmp_path_factory) -> LoadingResults:
+    root = tmp_path_factory.mktemp("loading")
     for case in (*CASES, "learned"):
         build(case).save_pretrained(root / "saved" / case)
     with LoopbackHub() as hub:
         base = {**os.environ, "OMP_NUM_THREADS": "1"}
         base.pop("PYTHONPATH", None)
         with_us = {**base, **hub.environment(str(root / "home_ours")), "PYTHONPATH": PYTHONPATH}
-        ours = run("door_ours.py", root, with_us)
-        stock = run("door_stock.py", root, {**base, **hub.environment(str(root / "home_stock"), token=None)})
+        ours = run("loading_ours.py", root, with_us)
+        stock = run("loading_stock.py", root, {**base, **hub.environment(str(root / "home_stock"), token=None)})
         pushed = {case: hub.files(repo_of(case)) for case in (*CASES, "learned")}
-    return Doors(root, ours, stock, pushed)
+    return LoadingResults(root, ours, stock, pushed)
 
 
-def test_stock_process_is_without_us(doors):
-    assert doors.stock.facts["import"].startswith("ModuleNotFoundError")
+def test_stock_process_cannot_import_this_package(results):
+    assert results.stock.facts["import"].startswith("ModuleNotFoundError")
 
 
-@pytest.mark.parametrize("door", STOCK_DOORS)
+@pytest.mark.parametrize("loader", STOCK_PIPELINES)
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("case", CASES)
-def test_stock_pipelines_open_it(doors, case, source, door):
-    found = doors.stock.facts[f"{case}/{source}/{door}"]
-    assert (found["class"], found["scheduler"]) == ("DDPMPipeline", "DDPMScheduler")
+def test_stock_pipelines_load_the_folder(results, case, source, loader):
+    result = results.stock.facts[f"{case}/{source}/{loader}"]
+    assert (result["class"], result["scheduler"]) == ("DDPMPipeline", "DDPMScheduler")
     peer = DDPMScheduler(**stock_config(case))
-    assert {key: found["keys"][key] for key in keys_of(peer)} == keys_of(peer)
-    assert np.array_equal(doors.stock.arrays[f"{case}/{source}/{door}/betas"], peer.betas.numpy())
+    assert {key: result["keys"][key] for key in keys_of(peer)} == keys_of(peer)
+    assert np.array_equal(results.stock.arrays[f"{case}/{source}/{loader}/betas"], peer.betas.numpy())
     expected = images_of(DDPMPipeline(tiny_unet(1), peer))
-    assert np.abs(doors.stock.arrays[f"{case}/{source}/{door}/images"] - expected).max() <= 1e-4
+    assert np.abs(results.stock.arrays[f"{case}/{source}/{loader}/images"] - expected).max() <= 1e-4
 
 
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("case", CASES)
-def test_stock_keeps_our_keys_inactive(doors, case, source):
+def test_stock_keeps_our_keys_without_using_them(results, case, source):
     keys = keys_of(build(case).scheduler)
-    for door in STOCK_DOORS:
-        assert doors.stock.facts[f"{case}/{source}/{door}"]["keys"] == keys
-    assert doors.stock.facts[f"{case}/{source}/DDPMScheduler"] == keys
+    for loader in STOCK_PIPELINES:
+        assert results.stock.facts[f"{case}/{source}/{loader}"]["keys"] == keys
+    assert results.stock.facts[f"{case}/{source}/DDPMScheduler"] == keys
 
 
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("case", CASES)
-def test_stock_parts_open_alone(doors, case, source):
-    """The scheduler, as itself and as another class, and the network."""
+def test_stock_loads_scheduler_and_network_separately(results, case, source):
+    """The scheduler, as its own and as another class, and the network."""
     betas = DDPMScheduler(**stock_config(case)).betas.numpy()
-    for door in ("DDPMScheduler", "DDIMScheduler"):
-        assert np.array_equal(doors.stock.arrays[f"{case}/{source}/{door}/betas"], betas)
-    assert doors.stock.facts[f"{case}/{source}/unet"] == tiny_unet(1).num_parameters()
+    for loader in ("DDPMScheduler", "DDIMScheduler"):
+        assert np.array_equal(results.stock.arrays[f"{case}/{source}/{loader}/betas"], betas)
+    assert results.stock.facts[f"{case}/{source}/unet"] == tiny_unet(1).num_parameters()
 
 
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("case", [*CASES, "learned"])
-def test_ours_opens_it_with_everything(doors, case, source):
+def test_our_pipeline_restores_everything(results, case, source):
     original = build(case)
-    found = doors.ours.facts[f"{case}/{source}"]
-    assert (found["class"], found["scheduler"]) == ("DDPMExtPipeline", "DDPMExtScheduler")
-    assert found["keys"] == keys_of(original.scheduler)
-    assert doors.ours.facts[f"{case}/{source}/scheduler"] == original.scheduler.to_json_string()
-    assert np.array_equal(doors.ours.arrays[f"{case}/{source}/logvar"], original.logvar.numpy())
-    assert np.array_equal(doors.ours.arrays[f"{case}/{source}/betas"], original.scheduler.betas.numpy())
-    assert np.abs(doors.ours.arrays[f"{case}/{source}/images"] - images_of(original)).max() <= 1e-4
+    result = results.ours.facts[f"{case}/{source}"]
+    assert (result["class"], result["scheduler"]) == ("DDPMExtPipeline", "DDPMExtScheduler")
+    assert result["keys"] == keys_of(original.scheduler)
+    assert results.ours.facts[f"{case}/{source}/scheduler"] == original.scheduler.to_json_string()
+    assert np.array_equal(results.ours.arrays[f"{case}/{source}/logvar"], original.logvar.numpy())
+    assert np.array_equal(results.ours.arrays[f"{case}/{source}/betas"], original.scheduler.betas.numpy())
+    assert np.abs(results.ours.arrays[f"{case}/{source}/images"] - images_of(original)).max() <= 1e-4
 
 
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("case", CASES)
-def test_generic_door_gives_the_stock_classes(doors, case, source):
+def test_generic_pipeline_class_loads_the_stock_classes(results, case, source):
     """DiffusionPipeline reads model_index.json, whether or not this package is imported."""
-    assert doors.ours.facts[f"{case}/{source}/generic"] == ["DDPMPipeline", "DDPMScheduler"]
+    assert results.ours.facts[f"{case}/{source}/generic"] == ["DDPMPipeline", "DDPMScheduler"]
 
 
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("case", CASES)
-def test_ours_opens_what_stock_saved_again(doors, case, source):
+def test_our_pipeline_loads_what_stock_saved_again(results, case, source):
     """Our keys survive a stock load and save; files that stock does not know, the logvar, do not."""
-    pipeline = DDPMExtPipeline.from_pretrained(doors.root / "saved_by_stock" / source / case)
+    pipeline = DDPMExtPipeline.from_pretrained(results.root / "saved_by_stock" / source / case)
     assert type(pipeline.scheduler) is DDPMExtScheduler
     assert keys_of(pipeline.scheduler) == keys_of(build(case).scheduler)
     assert pipeline.logvar is None
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_is_written(doors, case):
-    """model_index.json is frozen: stock words, no trace of where the pipeline came from; ours are in the scheduler."""
-    for files in (doors.pushed[case], read_folder(doors.root / "saved" / case)):
+def test_saved_files(results, case):
+    """model_index.json is frozen: stock names, not the pipeline's origin; our keys are in the scheduler."""
+    for files in (results.pushed[case], read_folder(results.root / "saved" / case)):
         index = json.loads(files["model_index.json"])
         assert index.pop("_diffusers_version")
         assert index == {
@@ -176,35 +176,35 @@ def test_what_is_written(doors, case):
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_learned_variances_are_ours_alone(doors, source):
-    """Stock would draw NaN from them: its doors refuse, and with this package the generic one gives our classes."""
-    for door in STOCK_DOORS:
-        refusal = doors.stock.facts[f"learned/{source}/{door}"]
+def test_stock_refuses_learned_variances(results, source):
+    """Stock would sample NaN: its classes refuse, and with this package the generic class loads ours."""
+    for loader in STOCK_PIPELINES:
+        refusal = results.stock.facts[f"learned/{source}/{loader}"]
         assert "Error" in refusal
         assert "DDPMExt" in refusal or "UNet2DExtModel" in refusal
-    assert "Error" in doors.stock.facts[f"learned/{source}/unet"]
-    assert doors.ours.facts[f"learned/{source}/generic"] == ["DDPMExtPipeline", "DDPMExtScheduler"]
+    assert "Error" in results.stock.facts[f"learned/{source}/unet"]
+    assert results.ours.facts[f"learned/{source}/generic"] == ["DDPMExtPipeline", "DDPMExtScheduler"]
 
 
-def test_log_of_the_large_variance_is_ours_alone(tmp_path):
+def test_fixed_large_log_is_recorded_with_our_class(tmp_path):
     DDPMExtPipeline(tiny_unet(1), DDPMExtScheduler(variance_type="fixed_large_log")).save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
     assert (index["_class_name"], index["scheduler"]) == ("DDPMExtPipeline", ["diffusers", "DDPMExtScheduler"])
     assert DDPMExtPipeline.from_pretrained(tmp_path).scheduler.config.variance_type == "fixed_large_log"
 
 
-def test_save_again_keeps_everything(doors, tmp_path):
-    """Load and save by ours: no path of the first folder, the same keys, the same table."""
-    first = DDPMExtPipeline.from_pretrained(doors.root / "saved" / "v_posterior_04")
+def test_save_again_keeps_everything(results, tmp_path):
+    """Loading and saving with our class: no path of the first folder, the same keys, the same table."""
+    first = DDPMExtPipeline.from_pretrained(results.root / "saved" / "v_posterior_04")
     first.save_pretrained(tmp_path)
-    files, expected = read_folder(tmp_path), read_folder(doors.root / "saved" / "v_posterior_04")
+    files, expected = read_folder(tmp_path), read_folder(results.root / "saved" / "v_posterior_04")
     unet = json.loads(files.pop("unet/config.json"))
     unet.pop("_name_or_path")  # Diffusers' own habit with models
     assert unet == json.loads(expected.pop("unet/config.json"))
     assert files == expected
 
 
-def test_logvar_goes_with_the_pipeline(tmp_path):
+def test_logvar_is_saved_and_removed_with_the_pipeline(tmp_path):
     """A pipeline without one does not inherit that of an older one in the same folder."""
     pipeline = build("plain")
     pipeline.save_pretrained(tmp_path)
@@ -214,7 +214,7 @@ def test_logvar_goes_with_the_pipeline(tmp_path):
     assert not (tmp_path / "logvar").exists()
 
 
-def test_raw_weights_beside_the_default_ones(tmp_path):
+def test_raw_weights_next_to_the_default_ones(tmp_path):
     """EMA weights are the default files, raw ones variant="raw"; logvar comes with both."""
     pipeline = build("plain")
     raw = tiny_unet(1)
@@ -241,7 +241,7 @@ def test_other_schedulers_are_recorded_as_themselves(tmp_path):
     assert type(DDPMPipeline.from_pretrained(tmp_path).scheduler) is DDIMScheduler
 
 
-def test_stock_folder_opens_in_ours(tmp_path):
+def test_our_pipeline_loads_a_stock_folder(tmp_path):
     stock = DDPMPipeline(tiny_unet(1), DDPMScheduler(beta_schedule="squaredcos_cap_v2", num_train_timesteps=50))
     stock.save_pretrained(tmp_path)
     pipeline = DDPMExtPipeline.from_pretrained(tmp_path)
@@ -250,8 +250,8 @@ def test_stock_folder_opens_in_ours(tmp_path):
     assert np.abs(images_of(pipeline) - images_of(stock)).max() <= 1e-4
 
 
-def test_config_swap_at_the_door(tmp_path):
-    """A scheduler passed to from_pretrained takes the place of the saved one."""
+def test_scheduler_passed_to_from_pretrained(tmp_path):
+    """It replaces the saved one."""
     from diffusers import DDIMScheduler
 
     build("given_betas").save_pretrained(tmp_path)

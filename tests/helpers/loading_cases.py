@@ -1,4 +1,4 @@
-"""The schedules whose saved folders must open at every door, and what is asked of whoever opened one."""
+"""Schedules whose saved folders every class must load, and what is recorded after loading one."""
 
 from __future__ import annotations
 
@@ -45,35 +45,35 @@ def images_of(pipeline: Any) -> np.ndarray:
 
 
 def keys_of(scheduler: Any) -> dict[str, Any]:
-    """The config without what every class writes about itself."""
+    """The config without the entries that every class writes about itself."""
     return {key: value for key, value in json.loads(scheduler.to_json_string()).items() if key[0] != "_"}
 
 
 class Findings:
-    """Facts of a process, as JSON, and its images beside them."""
+    """Facts recorded by a process, as JSON, and its images."""
 
     def __init__(self) -> None:
         self.facts: dict[str, Any] = {}
         self.arrays: dict[str, np.ndarray] = {}
 
-    def pipeline(self, door: str, pipeline: Any) -> None:
-        """Note what kind of pipeline came through a door, and what it draws."""
-        self.facts[door] = {
+    def pipeline(self, loader: str, pipeline: Any) -> None:
+        """Record the classes of a loaded pipeline and the images it draws."""
+        self.facts[loader] = {
             "class": type(pipeline).__name__,
             "scheduler": type(pipeline.scheduler).__name__,
             "keys": keys_of(pipeline.scheduler),
         }
-        self.arrays[f"{door}/betas"] = np.asarray(pipeline.scheduler.betas)
-        self.arrays[f"{door}/images"] = images_of(pipeline)
+        self.arrays[f"{loader}/betas"] = np.asarray(pipeline.scheduler.betas)
+        self.arrays[f"{loader}/images"] = images_of(pipeline)
 
-    def error(self, door: str, call: Any) -> None:
-        """Note how a door refuses."""
+    def error(self, loader: str, call: Any) -> None:
+        """Record the error of a loader."""
         try:
             call()
         except Exception as error:
-            self.facts[door] = f"{type(error).__name__}: {error}"
+            self.facts[loader] = f"{type(error).__name__}: {error}"
         else:
-            self.facts[door] = "opened"
+            self.facts[loader] = "opened"
 
     def write(self, stem: Path) -> None:
         """Save as ``stem.json`` and ``stem.npz``."""
