@@ -1,4 +1,4 @@
-"""`ddpm-ext doctor`: what is installed, what works, and what to do about what does not."""
+"""`ddpm-ext doctor`: checks of the machine, the environment and a trained folder."""
 
 from __future__ import annotations
 
@@ -9,46 +9,50 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
 from diffusers_ddpm_ext._version import __version__
+from diffusers_ddpm_ext.cli.arguments import LOCAL_FOLDER_HELP
+from diffusers_ddpm_ext.cli.extras import INSTALL_EXTRA, TRAIN_MODULES
 from diffusers_ddpm_ext.cli.parser import parse_options
 from diffusers_ddpm_ext.errors import ConfigError, RunError
 from diffusers_ddpm_ext.utils.option import option, positional
 
 DOCTOR_EXAMPLES = """examples:
   ddpm-ext doctor
-  ddpm-ext doctor runs/digits      its pipeline, its checkpoints and its proof, too
+  ddpm-ext doctor runs/digits      also its pipeline, its checkpoints and its proof
 
 The status is 1 where something is wrong (marked !), 0 where there is at most advice (marked ?). Tokens are never
-shown."""
-FLOORS = {"torch": (2, 10), "diffusers": (0, 38)}
-BASE = ("torch", "diffusers", "numpy", "huggingface_hub", "safetensors")
-TRAIN = {"accelerate": "accelerate", "matplotlib": "matplotlib", "yaml": "PyYAML"}
-OPTIONAL = {
+printed."""
+MINIMUM_VERSIONS = {"torch": (2, 10), "diffusers": (0, 38)}
+BASE_PACKAGES = ("torch", "diffusers", "numpy", "huggingface_hub", "safetensors")
+OPTIONAL_MODULES = {
     "transformers": "--loss_type perceptual",
     "datasets": "--dataset_name",
     "torchsde": "DPMSolverSDEScheduler",
     "tensorboard": "--report_to tensorboard",
     "bitsandbytes": "--use_8bit_adam",
 }
-EXTRA = "pip install diffusers-ddpm-ext[train]"
-ROOM, LITTLE = 1 << 30, 5 << 30
-PATIENCE = 5.0
+TOO_FEW_BYTES, FEW_BYTES = 1 << 30, 5 << 30
+LOGIN_TIMEOUT = 5.0
+
+
+class Mark(Enum):
+    """How a finding is marked in the output."""
+
+    FINE = " "
+    ADVICE = "?"
+    WRONG = "!"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """Result of one check: its mark, and a line with the remedy."""
 
-    Attributes:
-        mark: `` `` fine, ``?`` advice, ``!`` wrong.
-        text: what was found, with the remedy.
-    """
-
-    mark: str
+    mark: Mark
     text: str
 
 
@@ -60,13 +64,26 @@ class DoctorOptions:
     to do about it.
     """
 
-    folder: Path | None = positional("FOLDER", "Output folder of a run, or folder of a saved pipeline.", default=None)
+    folder: Path | None = positional("FOLDER", LOCAL_FOLDER_HELP, default=None)
     offline: bool = option(False, "Do not ask the Hub who is logged in.")
 
 
 def doctor_command(argv: Sequence[str]) -> str:
-    """Parse the command line and run the command; arguments and errors are those of the two functions below."""
-    doctor(parse_doctor_args(argv))
+    """Run `ddpm-ext doctor`, printing each finding as soon as it is known.
+
+    Raises:
+        ConfigError: an option is wrong.
+        RunError: something is wrong; the findings have been printed.
+    """
+    wrong = 0
+    for title, check in _checks(parse_doctor_args(argv)):
+        sys.stdout.write(f"{title}\n")
+        for finding in _findings(check):
+            wrong += finding.mark is Mark.WRONG
+            sys.stdout.write(f"  {finding.mark.value} {finding.text}\n")
+            sys.stdout.flush()
+    if wrong:
+        raise RunError(f"{wrong} {'thing is' if wrong == 1 else 'things are'} wrong: see the lines marked !")
     return ""
 
 
@@ -78,104 +95,93 @@ def parse_doctor_args(argv: Sequence[str]) -> DoctorOptions:
     return options
 
 
-def doctor(options: DoctorOptions) -> None:
-    """Look, and tell each finding as it is found.
-
-    Args:
-        options: what was asked for.
-
-    Raises:
-        RunError: something is wrong; its findings have been told.
-    """
-    wrong = 0
-    for title, look in _chapters(options):
-        sys.stdout.write(f"{title}\n")
-        for finding in _survive(look):
-            wrong += finding.mark == "!"
-            sys.stdout.write(f"  {finding.mark} {finding.text}\n")
-            sys.stdout.flush()
-    if wrong:
-        raise RunError(f"{wrong} {'thing is' if wrong == 1 else 'things are'} wrong: see the lines marked !")
+Check = Callable[[], Iterator[Finding]]
 
 
-Look = Callable[[], Iterator[Finding]]
-
-
-def _chapters(options: DoctorOptions) -> Iterator[tuple[str, Look]]:
-    yield "Packages", _packages
-    yield "Devices", _devices
-    yield "Disk", _disk
+def _checks(options: DoctorOptions) -> Iterator[tuple[str, Check]]:
+    yield "Packages", _check_packages
+    yield "Devices", _check_devices
+    yield "Disk", _check_disk
     if not options.offline:
-        yield "Hub", _hub
-    yield "Numbers", _numbers
+        yield "Hub", _check_login
+    yield "Recorded values", _check_recorded_values
     if options.folder is not None:
         folder = options.folder
-        yield str(folder), lambda: _folder(folder)
+        yield str(folder), lambda: _check_folder(folder)
 
 
-def _survive(look: Look) -> Iterator[Finding]:
+def _findings(check: Check) -> Iterator[Finding]:
     try:
-        yield from look()
-    except Exception as error:  # what it looks at is broken in a way of its own
-        yield Finding("!", f"could not be looked at: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        yield from check()
+    except Exception as error:  # a broken installation can raise anything
+        message = " ".join(str(error).split())[:300]
+        yield Finding(Mark.WRONG, f"could not be checked: {type(error).__name__}: {message}")
 
 
 # ---------------------------------------------------------------------- this environment
 
 
-def _installed(name: str) -> str | None:
+def _installed_version(name: str) -> str | None:
     try:
         return version(name)
     except PackageNotFoundError:
         return None
 
 
-def _numbers_of(text: str) -> tuple[int, ...]:
+def _major_minor(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split("+")[0].split(".")[:2] if part.isdigit())
 
 
-def _packages() -> Iterator[Finding]:
-    yield Finding(" ", f"diffusers-ddpm-ext {__version__}, Python {platform.python_version()} on {platform.system()}")
-    for name in BASE:
-        found = _installed(name)
-        if found is None:
-            yield Finding("!", f"{name} is not installed: pip install diffusers-ddpm-ext")
-        elif name in FLOORS and _numbers_of(found) < FLOORS[name]:
-            floor = ".".join(map(str, FLOORS[name]))
-            yield Finding("!", f"{name} {found} is older than {floor}: pip install -U '{name}>={floor}'")
+def _check_packages() -> Iterator[Finding]:
+    yield Finding(
+        Mark.FINE, f"diffusers-ddpm-ext {__version__}, Python {platform.python_version()} on {platform.system()}"
+    )
+    for name in BASE_PACKAGES:
+        installed = _installed_version(name)
+        if installed is None:
+            yield Finding(Mark.WRONG, f"{name} is not installed: pip install diffusers-ddpm-ext")
+        elif name in MINIMUM_VERSIONS and _major_minor(installed) < MINIMUM_VERSIONS[name]:
+            minimum = ".".join(map(str, MINIMUM_VERSIONS[name]))
+            remedy = f"pip install -U '{name}>={minimum}'"
+            yield Finding(Mark.WRONG, f"{name} {installed} is older than {minimum}: {remedy}")
         else:
-            yield Finding(" ", f"{name} {found}")
-    missing = [package for module, package in TRAIN.items() if find_spec(module) is None]
+            yield Finding(Mark.FINE, f"{name} {installed}")
+    missing = [package for module, package in TRAIN_MODULES.items() if find_spec(module) is None]
     if missing:
-        yield Finding("?", f"sampling works, training does not: {', '.join(missing)} missing; {EXTRA}")
-    for module, use in OPTIONAL.items():
+        remedy = INSTALL_EXTRA.format(extra="train")
+        yield Finding(Mark.ADVICE, f"sampling works, training does not: {', '.join(missing)} missing; {remedy}")
+    for module, use in OPTIONAL_MODULES.items():
         if find_spec(module) is None:
-            yield Finding(" ", f"{module} is not installed, which only {use} needs: pip install {module}")
+            yield Finding(Mark.FINE, f"{module} is not installed, which only {use} needs: pip install {module}")
 
 
-def _devices() -> Iterator[Finding]:
+def _check_devices() -> Iterator[Finding]:
     import torch
 
     cores = os.cpu_count() or 1
     threads = torch.get_num_threads()
-    yield Finding(" ", f"{cores} processor cores, {threads} thread{'s' if threads > 1 else ''}")
-    told = os.environ.get("OMP_NUM_THREADS")
-    if told is not None and told.isdigit() and int(told) < cores:
-        text = f"OMP_NUM_THREADS={told} leaves {cores - int(told)} of {cores} cores idle in a run of one process"
-        yield Finding("?", f"{text}: unset OMP_NUM_THREADS")
+    yield Finding(Mark.FINE, f"{cores} processor cores, {threads} thread{'s' if threads > 1 else ''}")
+    limit = os.environ.get("OMP_NUM_THREADS")
+    if limit is not None and limit.isdigit() and int(limit) < cores:
+        text = f"OMP_NUM_THREADS={limit} leaves {cores - int(limit)} of {cores} cores idle in a run of one process"
+        yield Finding(Mark.ADVICE, f"{text}: unset OMP_NUM_THREADS")
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             memory = torch.cuda.get_device_properties(index).total_memory / (1 << 30)
             half = ", bfloat16" if torch.cuda.is_bf16_supported() else ""
-            yield Finding(" ", f"cuda:{index} {torch.cuda.get_device_name(index)}, {memory:.0f} GiB{half}")
+            yield Finding(Mark.FINE, f"cuda:{index} {torch.cuda.get_device_name(index)}, {memory:.0f} GiB{half}")
     elif torch.backends.mps.is_available():
-        yield Finding(" ", "mps (Apple)")
+        yield Finding(Mark.FINE, "mps (Apple)")
     else:
-        hint = "" if torch.version.cuda is None else " although this torch was built for CUDA: is the driver there?"
-        yield Finding("?" if hint else " ", f"no accelerator{hint or ': small images only, such as the digits'}")
+        hint = (
+            "" if torch.version.cuda is None else " although this torch was built for CUDA: is the driver installed?"
+        )
+        yield Finding(
+            Mark.ADVICE if hint else Mark.FINE, f"no accelerator{hint or ': use small images, as in the digits'}"
+        )
 
 
-def _disk() -> Iterator[Finding]:
+def _check_disk() -> Iterator[Finding]:
     from huggingface_hub import constants
 
     for name, place in (("this folder", Path.cwd()), ("the Hub's cache (HF_HOME)", Path(constants.HF_HOME))):
@@ -185,42 +191,45 @@ def _disk() -> Iterator[Finding]:
                 file.write(b"0" * 4096)
                 file.flush()
         except OSError as error:
-            remedy = "go to a folder of your own" if place == Path.cwd() else "set HF_HOME to one of your own"
-            yield Finding("!", f"{name} cannot be written ({error.strerror}): {remedy}")
+            remedy = (
+                "change to a folder that you own" if place == Path.cwd() else "set HF_HOME to a folder that you own"
+            )
+            yield Finding(Mark.WRONG, f"{name} cannot be written ({error.strerror}): {remedy}")
             continue
         free = shutil.disk_usage(nearest).free
         text = f"{name}: {free / (1 << 30):.1f} GiB free"
-        if free < ROOM:
-            yield Finding("!", f"{text}: make room, a checkpoint needs four times the weights")
+        if free < TOO_FEW_BYTES:
+            yield Finding(Mark.WRONG, f"{text}: free some space, a checkpoint needs four times the weights")
         else:
-            yield Finding("?" if free < LITTLE else " ", text + (": little for long runs" if free < LITTLE else ""))
+            few = free < FEW_BYTES
+            yield Finding(Mark.ADVICE if few else Mark.FINE, text + (": little for long runs" if few else ""))
 
 
-def _hub() -> Iterator[Finding]:
+def _check_login() -> Iterator[Finding]:
     from huggingface_hub import HfApi, get_token
 
     from diffusers_ddpm_ext.hub.upload import HubTarget, describe_error, hub_timeout
 
     if get_token() is None:
-        yield Finding(" ", "not logged in: `hf auth login` before --push_to_hub")
+        yield Finding(Mark.FINE, "not logged in: `hf auth login` before --push_to_hub")
         return
     try:
-        with hub_timeout(PATIENCE):
+        with hub_timeout(LOGIN_TIMEOUT):
             who = HfApi().whoami()
     except Exception as error:  # of the client or the transport
-        yield Finding("?", f"logged in, but {describe_error(error, HubTarget('the Hub'))}")
+        yield Finding(Mark.ADVICE, f"logged in, but {describe_error(error, HubTarget('the Hub'))}")
         return
-    right = (who.get("auth") or {}).get("accessToken", {}).get("role")
-    yield Finding(" ", f"logged in as {who['name']}" + (f" (token: {right})" if right else ""))
-    if right == "read":
-        yield Finding("?", "this token only reads: for --push_to_hub take one that writes")
+    role = (who.get("auth") or {}).get("accessToken", {}).get("role")
+    yield Finding(Mark.FINE, f"logged in as {who['name']}" + (f" (token: {role})" if role else ""))
+    if role == "read":
+        yield Finding(Mark.ADVICE, "this token can only read: --push_to_hub needs a token that can write")
 
 
-# ---------------------------------------------------------------------- numbers
+# ---------------------------------------------------------------------- recorded values
 
 
-def _numbers() -> Iterator[Finding]:
-    """Known numbers: of the tables in float64, of a network in float32, of a sampler, of the bound."""
+def _check_recorded_values() -> Iterator[Finding]:
+    """Compare with recorded values: schedule tables in float64, a decoder term, a sampler, a layer in float32."""
     import torch
 
     from diffusers_ddpm_ext.diffusion.likelihood import discretized_gaussian_log_likelihood
@@ -228,45 +237,47 @@ def _numbers() -> Iterator[Finding]:
     from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
 
     schedule = NoiseSchedule(1000, v_posterior=0.4)
-    yield _same("alphas_cumprod[-1] of DDPM's chain", float(schedule.alphas_cumprod[-1]), TERMINAL, 1e-11)
-    yield _same("its posterior variance at t = 500", float(schedule.posterior_variance[500]), POSTERIOR, 1e-11)
+    yield _compare_value(
+        "alphas_cumprod[-1] of DDPM's schedule", float(schedule.alphas_cumprod[-1]), TERMINAL_ABAR, 1e-11
+    )
+    yield _compare_value(
+        "its posterior variance at t = 500", float(schedule.posterior_variance[500]), POSTERIOR_VARIANCE, 1e-11
+    )
     x = torch.linspace(-1, 1, 9, dtype=torch.float64)
     nats = discretized_gaussian_log_likelihood(x, 0.5 * x, torch.full_like(x, -2.0))
-    yield _same("nats of a discretised Gaussian", float(nats.sum()), NATS, 1e-10)
+    yield _compare_value("nats of a discretized Gaussian", float(nats.sum()), DECODER_NATS, 1e-10)
     scheduler = DDPMExtScheduler(v_posterior=0.4, prediction_type="v_prediction", clip_sample=False)
     scheduler.set_timesteps(10)
     sample = torch.linspace(-1, 1, 12).reshape(1, 3, 2, 2)
     for t in scheduler.timesteps:
         noise = torch.full_like(sample, 0.5)
         sample = scheduler.step(0.3 * sample, t, sample, variance_noise=noise).prev_sample
-    yield _same("ten steps back", float(sample.double().abs().sum()), STEPS, 1e-5)
+    yield _compare_value("ten reverse steps", float(sample.double().abs().sum()), TEN_STEPS_SUM, 1e-5)
     torch.manual_seed(0)
     layer = torch.nn.Conv2d(3, 4, 3).eval()
     with torch.no_grad():
         for index, weight in enumerate(layer.parameters()):
             weight.copy_(torch.linspace(-1, 1, weight.numel()).reshape(weight.shape) * (index + 1))
         made = layer(torch.linspace(-1, 1, 3 * 64).reshape(1, 3, 8, 8)).double().square().mean()
-    yield _same("a convolution in float32", float(made), CONVOLUTION, 1e-5)
+    yield _compare_value("a convolution in float32", float(made), CONVOLUTION_MEAN, 1e-5)
 
 
-TERMINAL, POSTERIOR, NATS = 4.03582976537568245e-05, 1.005478545132973e-02, -56.310475398118884
-STEPS, CONVOLUTION = 9.1107667059481463, 11.52981934420462
-"""Recorded from the formulas in 40 digits, and from a convolution written out in float64."""
+TERMINAL_ABAR, POSTERIOR_VARIANCE, DECODER_NATS = 4.03582976537568245e-05, 1.005478545132973e-02, -56.310475398118884
+TEN_STEPS_SUM, CONVOLUTION_MEAN = 9.1107667059481463, 11.52981934420462
+"""From the formulas in 40 digits, and from a convolution written out in float64."""
 
 
-def _same(name: str, found: float, known: float, tolerance: float) -> Finding:
-    off = abs(found - known) / abs(known)
-    if off <= tolerance:
-        return Finding(" ", f"{name}: {found:.6g}, as recorded")
-    return Finding(
-        "!", f"{name}: {found:.12g} instead of {known:.12g}: install the pinned torch, or report the platform"
-    )
+def _compare_value(name: str, value: float, recorded: float, tolerance: float) -> Finding:
+    if abs(value - recorded) / abs(recorded) <= tolerance:
+        return Finding(Mark.FINE, f"{name}: {value:.6g}, as recorded")
+    remedy = "install the pinned torch, or report the platform"
+    return Finding(Mark.WRONG, f"{name}: {value:.12g} instead of {recorded:.12g}: {remedy}")
 
 
 # ---------------------------------------------------------------------- a folder
 
 
-def _folder(folder: Path) -> Iterator[Finding]:
+def _check_folder(folder: Path) -> Iterator[Finding]:
     from diffusers_ddpm_ext.hub.proof import differences_from_proof, read_proof
     from diffusers_ddpm_ext.pipelines.loading import load_pipeline
     from diffusers_ddpm_ext.training.checkpoints.folders import list_checkpoints
@@ -277,28 +288,32 @@ def _folder(folder: Path) -> Iterator[Finding]:
         try:
             pipeline = load_pipeline(str(folder), None, "cpu", "float32")
             size = sum(weight.numel() for weight in pipeline.unet.parameters()) / 1e6
-            yield Finding(" ", f"its pipeline opens: {size:.1f} M parameters, {type(pipeline.scheduler).__name__}")
+            scheduler = type(pipeline.scheduler).__name__
+            yield Finding(Mark.FINE, f"its pipeline can be opened: {size:.1f} M parameters, {scheduler}")
         except ConfigError as error:
-            way = "restore it from a checkpoint (--resume_from_checkpoint latest)" if checkpoints else "copy it anew"
-            yield Finding("!", f"{' '.join(str(error).split())[:300]}: {way}")
-    elif not checkpoints:
-        yield Finding("!", "it holds neither a pipeline (model_index.json) nor checkpoints: is it the right folder?")
+            remedy = (
+                "restore it from a checkpoint (--resume_from_checkpoint latest)" if checkpoints else "copy it again"
+            )
+            yield Finding(Mark.WRONG, f"{' '.join(str(error).split())[:300]}: {remedy}")
+    elif checkpoints:
+        yield Finding(Mark.ADVICE, "it has no pipeline yet: resume with --resume_from_checkpoint latest")
     else:
-        yield Finding("?", "it holds no pipeline yet: go on with --resume_from_checkpoint latest")
+        text = "it has neither a pipeline (model_index.json) nor checkpoints"
+        yield Finding(Mark.WRONG, f"{text}: is it the right folder?")
     for path in checkpoints:
         try:
             verify(path)
-            yield Finding(" ", f"{path.name} is whole")
+            yield Finding(Mark.FINE, f"{path.name} is intact")
         except DamagedCheckpoint as error:
-            yield Finding("!", f"{error}: --resume_from_checkpoint latest sets it aside and takes the one before")
+            remedy = "--resume_from_checkpoint latest sets it aside and uses the one before"
+            yield Finding(Mark.WRONG, f"{error}: {remedy}")
     try:
         proof = read_proof(folder)
     except ValueError as error:
-        yield Finding("!", f"{error}: ddpm-ext push {folder}")
+        yield Finding(Mark.WRONG, f"{error}: ddpm-ext push {folder}")
         return
-    if proof is not None:
-        changed = differences_from_proof(folder, proof)
-        text = (
-            f"changed since the last push ({changed[0]}): ddpm-ext push {folder}" if changed else "is what was pushed"
-        )
-        yield Finding("?" if changed else " ", text)
+    changed = [] if proof is None else differences_from_proof(folder, proof)
+    if changed:
+        yield Finding(Mark.ADVICE, f"changed since the last push ({changed[0]}): ddpm-ext push {folder}")
+    elif proof is not None:
+        yield Finding(Mark.FINE, "is what was pushed")

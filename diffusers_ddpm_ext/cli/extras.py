@@ -7,6 +7,7 @@ from importlib.util import find_spec
 
 from diffusers_ddpm_ext.errors import ConfigError
 
+INSTALL_EXTRA = "pip install diffusers-ddpm-ext[{extra}]"
 TRAIN_MODULES = {"accelerate": "accelerate", "matplotlib": "matplotlib", "yaml": "PyYAML"}
 """Module -> distribution: what every training run needs in addition to the base install."""
 
@@ -23,4 +24,4 @@ def require_modules(modules: Mapping[str, str], extra: str = "train") -> None:
     """
     missing = [distribution for module, distribution in modules.items() if find_spec(module) is None]
     if missing:
-        raise ConfigError(f"this command needs {', '.join(missing)}: pip install diffusers-ddpm-ext[{extra}]")
+        raise ConfigError(f"this command needs {', '.join(missing)}: {INSTALL_EXTRA.format(extra=extra)}")

@@ -1,4 +1,4 @@
-"""`ddpm-ext verify`: is a pushed pipeline whole, and does it draw what its card shows?"""
+"""`ddpm-ext verify`: check that a pushed pipeline is intact and draws the images of its card."""
 
 from __future__ import annotations
 
@@ -53,8 +53,36 @@ class VerifyOptions:
 
 
 def verify_command(argv: Sequence[str]) -> str:
-    """Parse the command line and run the command; arguments and errors are those of the two functions below."""
-    return verify_pushed(parse_verify_args(argv))
+    """Run `ddpm-ext verify`: download, compare and draw.
+
+    Returns:
+        One line that says what was checked.
+
+    Raises:
+        ConfigError: an option is wrong, the repository cannot be reached, or it has no proof.
+        RunError: something is wrong; a sentence for each finding.
+    """
+    from diffusers_ddpm_ext.hub.proof import PROOF_NAME, differences_from_proof, read_proof
+
+    options = parse_verify_args(argv)
+    device = select_device(options.device)
+    with _local_copy(options) as (folder, findings):
+        try:
+            proof = read_proof(folder)
+        except ValueError as error:
+            raise RunError(f"{options.source}: {'; '.join([*findings, str(error)])}") from None
+        if proof is None:
+            raise ConfigError(f"{options.source} has no {PROOF_NAME}: it was not pushed by `ddpm-ext push`")
+        findings = [*findings, *differences_from_proof(folder, proof)]
+        agreement = ""
+        try:
+            difference, agreement = _compare_images(folder, device, proof["images"])
+            findings += difference
+        except (ConfigError, ValueError, OSError) as error:
+            findings.append(f"it cannot be opened or sampled: {' '.join(str(error).split())[:300]}")
+    if findings:
+        raise RunError(f"{options.source}: {'; '.join(findings)}")
+    return f"{options.source}: {len(proof['files'])} files are what was pushed{agreement}"
 
 
 def parse_verify_args(argv: Sequence[str]) -> VerifyOptions:
@@ -72,47 +100,21 @@ def parse_verify_args(argv: Sequence[str]) -> VerifyOptions:
     return options
 
 
-def verify_pushed(options: VerifyOptions) -> str:
-    """Load, compare and draw.
+def _compare_images(folder: Path, device: Any, drawn: dict[str, Any] | None) -> tuple[list[str], str]:
+    """Open the pipeline and draw the card's images again; what differs, and how well they agree."""
+    from diffusers_ddpm_ext.hub.proof import compare_card_images
 
-    Args:
-        options: what was asked for.
-
-    Returns:
-        One line that says what was found right.
-
-    Raises:
-        ConfigError: it cannot be reached, or holds no proof.
-        RunError: something is wrong; a sentence for each finding.
-    """
-    from diffusers_ddpm_ext.hub.proof import PROOF_NAME, compare_card_images, differences_from_proof, read_proof
-
-    device = select_device(options.device)
-    with _loaded(options) as (place, findings):
-        try:
-            facts = read_proof(place)
-        except ValueError as error:
-            raise RunError(f"{options.source}: {'; '.join([*findings, str(error)])}") from None
-        if facts is None:
-            raise ConfigError(f"{options.source} holds no {PROOF_NAME}: it was not pushed by `ddpm-ext push`")
-        findings += differences_from_proof(place, facts)
-        drawn, agreed = facts["images"], ""
-        try:
-            pipeline = load_pipeline(str(place), None, device, "float32")
-            if drawn is not None and (place / "card" / "samples.npz").is_file():
-                wrong, share = compare_card_images(place, pipeline, drawn)
-                findings += [wrong] if wrong else []
-                agreed = f"; its {drawn['count']} images, drawn again, agree in {share:.2%} of their pixels"
-        except (ConfigError, ValueError, OSError) as error:
-            findings.append(f"it cannot be opened and drawn from: {' '.join(str(error).split())[:300]}")
-    if findings:
-        raise RunError(f"{options.source}: {'; '.join(findings)}")
-    return f"{options.source}: {len(facts['files'])} files are what was pushed{agreed}"
+    pipeline = load_pipeline(str(folder), None, device, "float32")
+    if drawn is None or not (folder / "card" / "samples.npz").is_file():
+        return [], ""
+    difference, share = compare_card_images(folder, pipeline, drawn)
+    agreement = f"; its {drawn['count']} images, drawn again, agree in {share:.2%} of their pixels"
+    return [difference] if difference else [], agreement
 
 
 @contextmanager
-def _loaded(options: VerifyOptions) -> Iterator[tuple[Path, list[str]]]:
-    """The repository in a folder of its own, loaded anew, and what its history says."""
+def _local_copy(options: VerifyOptions) -> Iterator[tuple[Path, list[str]]]:
+    """The repository, downloaded again into a temporary folder, and findings about its commits."""
     if options.is_local:
         yield Path(options.source), []
         return
@@ -120,25 +122,25 @@ def _loaded(options: VerifyOptions) -> Iterator[tuple[Path, list[str]]]:
         os.environ["HF_TOKEN"] = options.hub_token
     with tempfile.TemporaryDirectory(prefix="verify-") as name, hub_timeout(options.timeout):
         try:
-            findings = _fetch(options, Path(name))
+            findings = _download(options, Path(name))
         except Exception as error:  # of the client or the transport
             target = HubTarget(options.source, token=options.hub_token)
             raise ConfigError(f"cannot load {options.source}: {describe_error(error, target)}") from None
         yield Path(name), findings
 
 
-def _fetch(options: VerifyOptions, place: Path) -> list[str]:
+def _download(options: VerifyOptions, target: Path) -> list[str]:
     from huggingface_hub import HfApi
 
     api: Any = HfApi(token=options.hub_token)
     newest = api.model_info(options.source).sha
-    wanted = api.model_info(options.source, revision=options.revision).sha if options.revision else newest
-    api.snapshot_download(options.source, revision=wanted, local_dir=place)
+    revision = api.model_info(options.source, revision=options.revision).sha if options.revision else newest
+    api.snapshot_download(options.source, revision=revision, local_dir=target)
     findings = []
-    if wanted != newest:
-        findings.append(f"{options.revision} is commit {wanted[:12]}, main has gone on to {newest[:12]}")
+    if revision != newest:
+        findings.append(f"{options.revision} is commit {revision[:12]}, the newest commit of main is {newest[:12]}")
     pushed = last_pushed_commit(options.source, options.folder)
-    if pushed is not None and pushed != wanted:
-        whence = options.folder or "this machine"
-        findings.append(f"this is commit {wanted[:12]}, but what {whence} pushed last is {pushed[:12]}")
+    if pushed is not None and pushed != revision:
+        pusher = options.folder or "this machine"
+        findings.append(f"this is commit {revision[:12]}, but the last push from {pusher} is {pushed[:12]}")
     return findings

@@ -19,7 +19,7 @@ from diffusers_ddpm_ext.training import trainer
 
 
 @pytest.fixture(autouse=True)
-def calm(monkeypatch, tmp_path):
+def _healthy_machine(monkeypatch, tmp_path):
     """A healthy machine, nobody logged in."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
@@ -44,7 +44,9 @@ def test_a_healthy_machine(capsys):
 
 def test_no_extras(capsys, monkeypatch):
     find = importlib.util.find_spec
-    monkeypatch.setattr(doctor_command, "find_spec", lambda name: None if name in doctor_command.TRAIN else find(name))
+    monkeypatch.setattr(
+        doctor_command, "find_spec", lambda name: None if name in doctor_command.TRAIN_MODULES else find(name)
+    )
     one(findings(capsys, status=0), "training does not", "accelerate", "pip install diffusers-ddpm-ext[train]")
 
 
@@ -60,14 +62,14 @@ def test_no_permission(capsys, monkeypatch):
 
     monkeypatch.setattr(doctor_command.tempfile, "TemporaryFile", refuse)
     lines = findings(capsys, status=1)
-    one(lines, "! this folder cannot be written (Permission denied)", "a folder of your own")
+    one(lines, "! this folder cannot be written (Permission denied)", "a folder that you own")
     one(lines, "HF_HOME", "cannot be written")
 
 
 def test_full_disk(capsys, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(doctor_command.shutil, "disk_usage", lambda path: usage(10**9, 10**9, 10**6))
-    one(findings(capsys, status=1), "! this folder: 0.0 GiB free", "make room")
+    one(findings(capsys, status=1), "! this folder: 0.0 GiB free", "free some space")
 
 
 def test_one_thread(capsys, monkeypatch):
@@ -76,8 +78,8 @@ def test_one_thread(capsys, monkeypatch):
     one(findings(capsys, status=0), "? OMP_NUM_THREADS=1 leaves 7 of 8 cores idle", "unset OMP_NUM_THREADS")
 
 
-def test_wrong_numbers(capsys, monkeypatch):
-    monkeypatch.setattr(doctor_command, "CONVOLUTION", 11.6)
+def test_wrong_values(capsys, monkeypatch):
+    monkeypatch.setattr(doctor_command, "CONVOLUTION_MEAN", 11.6)
     one(findings(capsys, status=1), "! a convolution in float32", "instead of 11.6")
 
 
@@ -91,7 +93,7 @@ def test_login(capsys, monkeypatch):
     assert cli.main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert "logged in as alice" in out
-    assert "this token only reads" in out
+    assert "this token can only read" in out
     assert "secret" not in out
 
 
@@ -116,7 +118,7 @@ def folder(run_folder, tmp_path):
     return Path(shutil.copytree(run_folder, tmp_path / "run"))
 
 
-def test_a_whole_run(capsys, folder):
+def test_an_intact_run(capsys, folder):
     assert findings(capsys, str(folder), status=0) == []
 
 
@@ -131,7 +133,7 @@ def test_weights_that_are_not_finite(capsys, tmp_path):
     with torch.no_grad():
         unet.conv_in.weight.fill_(float("nan"))
     DDPMExtPipeline(unet, DDPMExtScheduler(20)).save_pretrained(tmp_path / "nan")
-    one(findings(capsys, str(tmp_path / "nan"), status=1), "! ", "not finite", "copy it anew")
+    one(findings(capsys, str(tmp_path / "nan"), status=1), "! ", "not finite", "copy it again")
 
 
 def test_a_torn_checkpoint(capsys, folder):
@@ -141,7 +143,7 @@ def test_a_torn_checkpoint(capsys, folder):
 
 
 def test_the_wrong_folder(capsys, tmp_path):
-    one(findings(capsys, str(tmp_path), status=1), "! it holds neither a pipeline", "right folder")
+    one(findings(capsys, str(tmp_path), status=1), "! it has neither a pipeline", "right folder")
 
 
 def test_no_folder(capsys):

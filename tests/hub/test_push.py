@@ -393,17 +393,17 @@ def test_an_older_commit(call, hub, pushed, folder):
     (folder / "metrics.jsonl").write_text('{"step": 9}\n')
     assert call("push", str(folder), "--no_images").returncode == 0
     old, new = pushed.commits[-2].sha, pushed.commits[-1].sha
-    found_wrong(call, f"main has gone on to {new[:12]}", "--revision", old)
+    found_wrong(call, f"newest commit of main is {new[:12]}", "--revision", old)
     pushed.refs["main"] = old
-    found_wrong(call, f"pushed last is {new[:12]}")
-    found_wrong(call, f"pushed last is {new[:12]}", "--folder", str(folder))
+    found_wrong(call, f"the last push from this machine is {new[:12]}")
+    found_wrong(call, f"the last push from {folder} is {new[:12]}", "--folder", str(folder))
 
 
 def test_a_repository_without_proof(call, hub, pushed):
     replaced(hub, pushed, "proof.json", None)
     done = call("verify", "alice/digits")
     assert done.returncode == 2
-    assert "holds no proof.json" in done.stderr
+    assert "has no proof.json" in done.stderr
 
 
 def test_a_repository_that_is_not_there(call):
