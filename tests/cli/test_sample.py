@@ -159,7 +159,7 @@ def test_it_goes_on_where_it_was_cut_off(sample, out, monkeypatch, capsys):
         done = cut_after(context, 9)
         assert sample(*flags) == 0
         assert done == [2, 1]
-    assert "2 of 5 images are there already" in capsys.readouterr().err
+    assert "2 of 5 images exist already" in capsys.readouterr().err
     assert sample("--out", "whole.npy") == 0
     whole = np.load("whole.npy")
     if out == "a.npy":
