@@ -52,14 +52,7 @@ def checkpoint_step(path: Path) -> int | None:
 
 
 def list_checkpoints(parent: Path) -> list[Path]:
-    """List everything called ``checkpoint-<step>`` in a folder, intact or not.
-
-    Args:
-        parent: folder of the run; it need not exist.
-
-    Returns:
-        Their paths, oldest step first.
-    """
+    """List everything called ``checkpoint-<step>`` in a folder, intact or not, oldest step first."""
     if not parent.is_dir():
         return []
     entries = ((checkpoint_step(path), path) for path in parent.iterdir())
@@ -67,13 +60,9 @@ def list_checkpoints(parent: Path) -> list[Path]:
 
 
 def newest(parent: Path) -> SearchResult:
-    """Find the newest intact checkpoint, reading every byte of it. Nothing is changed.
+    """Find the newest intact checkpoint in a folder, reading every byte of it.
 
-    Args:
-        parent: folder of the run.
-
-    Returns:
-        The checkpoint, and what is wrong with each newer folder. The caller may `move_aside` those.
+    Nothing is changed; the caller may `move_aside` the newer damaged ones.
 
     Raises:
         NewerCheckpointFormat: a later version of this package wrote a newer one; ignoring it would lose work.
@@ -99,7 +88,7 @@ def move_aside(path: Path, reason: str) -> Path:
         Its new path.
 
     Raises:
-        OSError: it cannot be renamed; the message names it and the way out.
+        OSError: it cannot be renamed.
     """
     number, target = 1, path.with_name(f"{ASIDE_PREFIX}{path.name}")
     while os.path.lexists(target) or os.path.lexists(f"{target}.txt"):
@@ -119,18 +108,7 @@ def move_aside(path: Path, reason: str) -> Path:
 
 
 def move_newer_aside(parent: Path, step: int) -> list[Path]:
-    """Move every checkpoint of a later step aside, before a run resumes from an earlier one.
-
-    Args:
-        parent: folder of the run.
-        step: that the run resumes from.
-
-    Returns:
-        Their new paths, newest first.
-
-    Raises:
-        OSError: as `move_aside`.
-    """
+    """Move every checkpoint after the step that a run resumes from aside; return the new paths, newest first."""
     newer = [path for path in list_checkpoints(parent) if (checkpoint_step(path) or 0) > step]
     return [move_aside(path, f"The run resumed from step {step}.") for path in reversed(newer)]
 
@@ -138,13 +116,7 @@ def move_newer_aside(parent: Path, step: int) -> list[Path]:
 def remove_leftovers(parent: Path) -> list[Path]:
     """Remove what a killed run left partly written or partly deleted. The caller holds the folder's lock.
 
-    A replaced checkpoint whose successor was never renamed gets its name back.
-
-    Args:
-        parent: folder of the run.
-
-    Returns:
-        The removed paths.
+    A replaced checkpoint whose successor was never renamed gets its name back. Returns the removed paths.
     """
     removed = []
     for path in sorted(parent.iterdir()) if parent.is_dir() else []:
@@ -187,14 +159,7 @@ def prune_checkpoints(parent: Path, total_limit: int, keep: Collection[int] = ()
 
 
 def delete_checkpoint(path: Path) -> None:
-    """Delete a checkpoint. It is renamed first, so that a kill leaves no damaged checkpoint.
-
-    Args:
-        path: the folder.
-
-    Raises:
-        OSError: it cannot be renamed.
-    """
+    """Delete a checkpoint. It is renamed first, so that a kill leaves no damaged checkpoint."""
     leftover = path.with_name(f".deleting-{checkpoint_step(path)}-{secrets.token_hex(4)}")
     os.rename(path, leftover)
     fsync_folder(path.parent)

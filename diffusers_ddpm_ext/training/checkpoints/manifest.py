@@ -75,28 +75,13 @@ class Checkpoint:
 
 
 def digest_file(file: FileIO) -> FileDigest:
-    """Compute size and checksum of a file.
-
-    Args:
-        file: open for reading, at its beginning.
-
-    Returns:
-        Both, of the bytes that were read.
-    """
+    """Compute size and checksum of a file that is open for reading, at its beginning."""
     digest = hashlib.file_digest(file, "sha256")
     return FileDigest(file.tell(), digest.hexdigest())
 
 
 def encode_manifest(step: int, files: Mapping[str, FileDigest]) -> bytes:
-    """Encode the content of ``manifest.json``.
-
-    Args:
-        step: optimizer steps done.
-        files: of the checkpoint, without the manifest.
-
-    Returns:
-        ASCII, with its checksum.
-    """
+    """Encode ``manifest.json`` for a checkpoint's step and files (without the manifest), with its checksum."""
     entries = {name: {"size": files[name].size, "sha256": files[name].sha256} for name in sorted(files)}
     # Format 1 has an object for facts about the run; nothing is stored in it.
     content = {"format": MANIFEST_FORMAT, "version": __version__, "step": step, "facts": {}, "files": entries}
@@ -114,9 +99,6 @@ def read_manifest(folder: Path) -> Checkpoint:
 
     Args:
         folder: a checkpoint, under its original name or another one.
-
-    Returns:
-        Its step and files.
 
     Raises:
         DamagedCheckpoint: the manifest is missing, altered or invalid.
@@ -173,9 +155,6 @@ def verify(folder: Path) -> Checkpoint:
 
     Args:
         folder: the checkpoint.
-
-    Returns:
-        The checkpoint.
 
     Raises:
         DamagedCheckpoint: a file is missing or differs; the message names it.

@@ -51,14 +51,9 @@ PARAMETER_SHAPED_SLOTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_b
 
 @dataclass(frozen=True)
 class BroadcastHeader:
-    """Everything of a snapshot but its large tensors, sent by the main process before them.
+    """A snapshot without its large tensors, of which it has the specs; sent before them.
 
-    Attributes:
-        progress: of the snapshot.
-        scalars: of the snapshot.
-        ema: of the EMA weights.
-        slots: of the optimizer's tensors.
-        scalar_slots: the optimizer's tensors of no dimension, too many to send one by one.
+    The optimizer's tensors without dimensions, ``scalar_slots``, are too many to send one by one.
     """
 
     progress: Progress

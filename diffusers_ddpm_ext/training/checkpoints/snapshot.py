@@ -218,15 +218,7 @@ def _read_tensors(path: Path, specs: Any) -> dict[str, Tensor]:
 
 
 def first_difference(expected: dict[str, Any], actual: dict[str, Any]) -> str:
-    """Describe the first difference between two tables.
-
-    Args:
-        expected: tensor's name to ``[dtype, shape]``, or to anything that can be compared.
-        actual: likewise.
-
-    Returns:
-        A sentence, empty if they are equal.
-    """
+    """Describe the first difference between two tables, such as `TensorSpecs`; empty if they are equal."""
     missing, unexpected = expected.keys() - actual.keys(), actual.keys() - expected.keys()
     for what, names in (("missing", missing), ("unexpected", unexpected)):
         if names:

@@ -144,12 +144,7 @@ def _tensors_in_use(objects: TrainingObjects) -> Iterator[Tensor]:
 
 
 def _without_shared_memory(tables: list[dict[str, Tensor]], in_use: set[int]) -> list[dict[str, Tensor]]:
-    """Contiguous tensors that share no memory, copied only where necessary.
-
-    Args:
-        tables: tensors by name, on the CPU.
-        in_use: addresses of memory that the result must not use.
-    """
+    """Contiguous CPU tensors that share no memory, also not at the addresses in use; copied only where necessary."""
     used = set(in_use)
     results = []
     for tensors in tables:

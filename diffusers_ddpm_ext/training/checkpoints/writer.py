@@ -31,9 +31,6 @@ def write_checkpoint(parent: Path, step: int, fill: Callable[[Path], None]) -> P
         step: optimizer steps done, not negative.
         fill: called with the draft folder; writes the files into it, in subfolders too.
 
-    Returns:
-        The folder.
-
     Raises:
         CheckpointNotWritten: the system refused. The draft is removed as far as possible.
         ValueError: a negative step, or ``fill`` wrote a manifest or something that is not a regular file.

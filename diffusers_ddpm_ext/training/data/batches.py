@@ -12,7 +12,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -49,16 +49,9 @@ class Batch:
 
 
 class WorkerBatch(NamedTuple):
-    """A micro-batch as a data worker returns it.
+    """A micro-batch as a data worker returns it: a `Batch` on the CPU, with `Levels` instead of pixels.
 
-    Attributes:
-        levels: (b, C, H, W), uint8, or uint16 for 16-bit images.
-        positions: as in `Batch`.
-        indices: as in `Batch`.
-        step: as in `Batch`.
-        micro: number of the micro-batch in its step.
-        replacements: one sentence per image that became unreadable and was replaced.
-        conditions: as in `Batch`, on the CPU.
+    Attribute ``micro`` is its number in the step.
     """
 
     levels: Tensor
@@ -155,37 +148,25 @@ def batch_stream(
         raise ValueError("a stream needs at least one image.")
     target = torch.device(device)
     micro_batches = MicroBatches(images, seed, batch, accumulation, rank, world)
-    requests = _Requests(start_step, 0, accumulation)
-    return _to_device(_fetch(micro_batches, requests, num_workers, target), images.levels, target)
-
-
-@dataclass(frozen=True)
-class _Requests:
-    """(step, micro-batch), counted up without end."""
-
-    start_step: int
-    start_micro: int
-    accumulation: int
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        first = self.start_step * self.accumulation + self.start_micro
-        return (divmod(number, self.accumulation) for number in itertools.count(first))
+    return _to_device(_fetch(micro_batches, start_step, num_workers, target), images.levels, target)
 
 
 def _fetch(
-    micro_batches: MicroBatches, requests: _Requests, num_workers: int, target: torch.device
+    micro_batches: MicroBatches, start_step: int, num_workers: int, target: torch.device
 ) -> Iterator[WorkerBatch]:
     """Yield batches that workers prefetch; if a worker dies, start new workers at the next micro-batch."""
-    failures = 0
+    accumulation, failures = micro_batches.accumulation, 0
+    following = start_step * accumulation  # number of the next micro-batch
     while True:
         try:
             with _sigchld_handler_restored():
+                requests = (divmod(number, accumulation) for number in itertools.count(following))
                 loader = iter(_loader(micro_batches, requests, num_workers, target))
             for item in loader:
                 if isinstance(item, RunError):
                     raise item
                 failures = 0
-                requests = replace(requests, start_step=item.step, start_micro=item.micro + 1)
+                following = item.step * accumulation + item.micro + 1
                 yield item
         except (RuntimeError, OSError, EOFError) as error:
             # Batches that a dead worker had already returned can no longer be received from it.
@@ -202,7 +183,7 @@ def _fetch(
 
 
 def _loader(
-    micro_batches: MicroBatches, requests: _Requests, num_workers: int, target: torch.device
+    micro_batches: MicroBatches, requests: Iterator[tuple[int, int]], num_workers: int, target: torch.device
 ) -> DataLoader[WorkerBatch | RunError]:
     return DataLoader(
         micro_batches,

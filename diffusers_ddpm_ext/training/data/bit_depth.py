@@ -20,12 +20,7 @@ PHOTOMETRIC_TAG = 262  # of TIFF 6.0; value 0: 0 is white
 
 
 def is_16_bit_gray(image: Image.Image, payload: bytes | Path) -> bool:
-    """Whether an opened, not yet decoded image has one channel of 16 bits that Pillow decodes without loss.
-
-    Args:
-        image: of which only the header has been read.
-        payload: its file, or the file's bytes.
-    """
+    """Whether an opened, not yet decoded image has one channel of 16 bits that Pillow decodes without loss."""
     if image.mode not in ("I", "I;16", "I;16B", "I;16L"):
         return False
     if image.format == "JPEG2000":
@@ -46,12 +41,7 @@ def read_16_bit_gray(image: Image.Image) -> NDArray[np.uint16]:
 
 
 def values_wider_than_8_bits(image: Image.Image, payload: bytes | Path) -> str | None:
-    """Describe the values wider than 8 bits of an opened, not yet decoded image; None if it has none.
-
-    Args:
-        image: of which only the header has been read.
-        payload: its file, or the file's bytes.
-    """
+    """Describe the values wider than 8 bits of an opened, not yet decoded image; None if it has none."""
     if image.mode == "F":
         return "float values"
     if image.mode.startswith("I"):

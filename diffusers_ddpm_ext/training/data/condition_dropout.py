@@ -26,16 +26,13 @@ class ConditionDropout:
     null: Mapping[str, float]
 
     def apply(self, conditions: Conditions, seed: int, step: int, positions: Tensor) -> Conditions:
-        """Drop conditions at random, with a separate key for each sample and condition.
+        """Replace conditions by their null values at random, with a separate key for each sample and condition.
 
         Args:
             conditions: of a micro-batch.
             seed: of the run.
             step: optimizer steps done.
             positions: in the effective batch, (b,).
-
-        Returns:
-            The conditions, with the null value where one is dropped.
         """
         result = conditions.as_dict()
         for name, probability in self.probability.items():
@@ -50,15 +47,12 @@ class ConditionDropout:
 def make_condition_dropout(
     option: Mapping[str, Any] | None, conditioning_key: str | None, num_classes: int | None
 ) -> tuple[ConditionDropout | None, int | None]:
-    """Check the option and create the dropout.
+    """Check the option; return the dropout, None without the option, and the null class, None if there is none.
 
     Args:
         option: condition to probability, or to ``{"p": probability, "val": null value}``.
         conditioning_key: of the run.
         num_classes: of the data; the default null class is the one after them.
-
-    Returns:
-        The dropout, None without the option; and the null class, None if there is none.
 
     Raises:
         ConfigError: the run has no such condition, or a number is out of range.

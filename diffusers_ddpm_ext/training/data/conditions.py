@@ -19,7 +19,7 @@ from diffusers_ddpm_ext.errors import ConfigError
 from diffusers_ddpm_ext.models.conditioning import REQUIRED_CONDITIONS
 from diffusers_ddpm_ext.training.config.options import DataOptions
 from diffusers_ddpm_ext.training.data.decoding import Preprocessing
-from diffusers_ddpm_ext.training.data.image_store import ImageStore, load_images
+from diffusers_ddpm_ext.training.data.image_store import ImageStore, decode_source
 from diffusers_ddpm_ext.training.data.sources import Source, payload_of_cell
 
 COLUMN_OPTIONS = {
@@ -56,7 +56,7 @@ class ConditionColumns:
 
 @dataclass(frozen=True)
 class _CellImages:
-    """The images in a column, as a source for `load_images`."""
+    """The images in a column, as a source for `decode_source`."""
 
     option: str
     names: Sequence[str]
@@ -69,15 +69,7 @@ class _CellImages:
 def select_columns(
     conditioning_key: str | None, options: DataOptions, default_class_column: str | None
 ) -> dict[str, str]:
-    """Select the columns that a run needs.
-
-    Args:
-        conditioning_key: of the run.
-        options: section ``data``.
-        default_class_column: used without ``class_column``; None if there is no default.
-
-    Returns:
-        Condition to column.
+    """Column of each condition that a run needs.
 
     Raises:
         ConfigError: a column is missing, or named without effect.
@@ -85,19 +77,17 @@ def select_columns(
     columns: dict[str, str] = {}
     for condition, option in COLUMN_OPTIONS.items():
         column = getattr(options, option)
-        if condition not in REQUIRED_CONDITIONS[conditioning_key]:
-            if column is not None:
+        if condition in REQUIRED_CONDITIONS[conditioning_key]:
+            column = default_class_column if column is None and condition == "class_labels" else column
+            if column is None:
                 raise ConfigError(
-                    f"--{option} {column} has no effect with --conditioning_key {conditioning_key or 'none'}"
+                    f"--conditioning_key {conditioning_key} needs --{option}: the column with its {condition}"
                 )
-            continue
-        if column is None and condition == "class_labels":
-            column = default_class_column
-        if column is None:
+            columns[condition] = column
+        elif column is not None:
             raise ConfigError(
-                f"--conditioning_key {conditioning_key} needs --{option}: the column with its {condition}"
+                f"--{option} {column} has no effect with --conditioning_key {conditioning_key or 'none'}"
             )
-        columns[condition] = column
     return columns
 
 
@@ -113,12 +103,9 @@ def load_conditions(
     Args:
         source: of the images.
         names: of the loaded images, in their order.
-        columns: from `select_columns`.
+        columns: from `select_columns`; without any the result is None.
         preprocessing: of the images; its size and crop also apply to images joined to them.
         class_names: of the training images, for validation images.
-
-    Returns:
-        The conditions; None without columns.
 
     Raises:
         ConfigError: a value cannot be used; the image is named.
@@ -136,7 +123,7 @@ def load_conditions(
         elif condition == "concat_inputs":
             own_channels = Preprocessing(preprocessing.size, None, preprocessing.center_crop)
             images = _CellImages(f"--concat_column {column}", names, cells)
-            loaded = load_images(images, own_channels, skip_bad=False, memory_limit=MEMORY_LIMIT_OF_JOINED_IMAGES)
+            loaded = decode_source(images, own_channels, skip_bad=False, memory_limit=MEMORY_LIMIT_OF_JOINED_IMAGES)
             concat = loaded.images
             digest.update(loaded.fingerprint.encode())
         else:

@@ -20,7 +20,7 @@ from diffusers_ddpm_ext.training.data.image_store import (
     LoadedImages,
     PackedImages,
     check_same_kind,
-    load_images,
+    decode_source,
 )
 from diffusers_ddpm_ext.training.data.sources import (
     FOLDER_COLUMN,
@@ -109,7 +109,7 @@ def load_data(
 
     def load(source: Source, class_names: Sequence[str] | None = None) -> _LoadedSource:
         skip_bad = options.skip_bad_images
-        loaded = load_images(source, preprocessing, skip_bad=skip_bad, memory_limit=memory_limit, progress=progress)
+        loaded = decode_source(source, preprocessing, skip_bad=skip_bad, memory_limit=memory_limit, progress=progress)
         return _LoadedSource(loaded, load_conditions(source, loaded.names, selected, preprocessing, class_names))
 
     train, held_out = load(_open_source(options, "--train_data_dir", options.train_data_dir, "train")), None
@@ -140,7 +140,7 @@ def _load_digits(options: DataOptions, preprocessing: Preprocessing, selected: M
         num_levels = DIGITS_LEVELS
     else:
         source = DigitSource(levels, [f"row {index}" for index in range(len(levels))])
-        loaded = load_images(source, preprocessing, skip_bad=False, memory_limit=MEMORY_LIMIT)
+        loaded = decode_source(source, preprocessing, skip_bad=False, memory_limit=MEMORY_LIMIT)
         num_levels = loaded.images.levels
     columns = load_conditions(source, loaded.names, selected, preprocessing)
     return _assemble(options, DIGITS, _LoadedSource(loaded, columns), None, num_levels)
@@ -170,14 +170,8 @@ def _assemble(
     validation_set = None
     if held_out is not None:
         loaded, all_rows = held_out.loaded, torch.arange(len(held_out.loaded.names))
-        validation_set = replace(
-            train_set,
-            images=loaded.images,
-            rows=all_rows,
-            random_flip=False,
-            names=loaded.names,
-            columns=held_out.columns,
-        )
+        validation_set = replace(train_set, images=loaded.images, rows=all_rows, random_flip=False, names=loaded.names)
+        validation_set = replace(validation_set, columns=held_out.columns)
     elif len(held_out_rows):
         validation_set = replace(train_set, rows=held_out_rows, random_flip=False)
     sources = [train] if held_out is None else [train, held_out]

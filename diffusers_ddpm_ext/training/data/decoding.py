@@ -51,14 +51,9 @@ class DecodedImage:
     enlarged: bool
 
     @property
-    def levels(self) -> int:
-        """Number of values that a pixel can have: 256 or 65536."""
-        return levels_of(self.pixels)
-
-    @property
-    def channels(self) -> int:
-        """Number of channels."""
-        return int(self.pixels.shape[0])
+    def kind(self) -> tuple[int, int]:
+        """Number of channels, and number of values that a pixel can have: 256 or 65536."""
+        return int(self.pixels.shape[0]), levels_of(self.pixels)
 
 
 def levels_of(pixels: np.ndarray | Tensor) -> int:
@@ -67,14 +62,10 @@ def levels_of(pixels: np.ndarray | Tensor) -> int:
 
 
 def decode_image(payload: bytes | Path | None, preprocessing: Preprocessing) -> DecodedImage:
-    """Decode and preprocess an image.
+    """Decode and preprocess an image, passed as its file or the file's bytes.
 
     The short side is resized with antialiasing (bilinear), so that the image just covers the requested size. Of an
     animation the first frame is used.
-
-    Args:
-        payload: its file, or the file's bytes; None is unreadable.
-        preprocessing: of the image.
 
     Raises:
         UnreadableImage: the image cannot be decoded.

@@ -20,12 +20,7 @@ from diffusers_ddpm_ext.utils import random_keys as keys
 
 
 class Levels(NamedTuple):
-    """Pixel levels of some images.
-
-    Attributes:
-        values: (b, C, H, W), uint8, or uint16 for 16-bit images.
-        replacements: one sentence per image that became unreadable and was replaced by the next one.
-    """
+    """Pixel levels of images, (b, C, H, W), uint8 or uint16; and a sentence per unreadable image that was replaced."""
 
     values: Tensor
     replacements: list[str]
@@ -67,11 +62,7 @@ class ImageSet:
         return (self.images.channels, *self.size)
 
     def name(self, index: int) -> str:
-        """Name of an image: its file, or its row's number.
-
-        Args:
-            index: which image of the set.
-        """
+        """Name of an image of the set: its file, or its row's number."""
         row = int(self.rows[index])
         return self.names[row] if self.names else str(row)
 

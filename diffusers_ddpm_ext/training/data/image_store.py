@@ -36,33 +36,24 @@ IMAGES_PER_BLOCK = 256  # submitted to the decoding threads at a time
 
 
 class ImageSource(Protocol):
-    """Undecoded images in a fixed order."""
+    """Undecoded images in a fixed order, and the option that selected them, for messages."""
 
     @property
-    def option(self) -> str:
-        """Option and value that selected them, for messages."""
-
+    def option(self) -> str: ...
     @property
-    def names(self) -> Sequence[str]:
-        """Names of the images."""
-
+    def names(self) -> Sequence[str]: ...
     def payload(self, index: int) -> bytes | Path | None:
         """Return the file of an image, or its bytes; None if it has none."""
 
 
 class ImageStore(Protocol):
-    """Decoded images of one number of channels, resized and perhaps not yet cropped."""
+    """Decoded images, resized and perhaps not yet cropped: uint8 with 256 levels, or uint16 with 65536."""
 
     @property
-    def channels(self) -> int:
-        """Number of channels."""
-
+    def channels(self) -> int: ...
     @property
-    def levels(self) -> int:
-        """Number of values that a pixel can have: 256 for uint8, 65536 for uint16."""
-
+    def levels(self) -> int: ...
     def __len__(self) -> int: ...
-
     def image(self, index: int) -> Tensor:
         """Return an image, (C, h, w), uint8 or uint16."""
 
@@ -72,11 +63,7 @@ class ImageStore(Protocol):
 
 
 class PackedImages:
-    """Images in memory, in one buffer, which is cheap to share with any number of workers.
-
-    Args:
-        images: (C, h, w) each, of one dtype and number of channels.
-    """
+    """Images in memory, (C, h, w) each, in one buffer, which is cheap to share with any number of workers."""
 
     def __init__(self, images: Sequence[Tensor]) -> None:
         self.channels = int(images[0].shape[0])
@@ -128,20 +115,20 @@ class LazyImages:
             decoded = decode_image(self.source.payload(row), self.preprocessing)
         except (UnreadableImage, ConfigError) as reason:
             raise RunError(f"{label} became unreadable: {reason}") from None
-        if (decoded.channels, decoded.levels) != (self.channels, self.levels):
+        if decoded.kind != (self.channels, self.levels):
+            expected = _describe_kind(self.channels, self.levels)
             raise RunError(
-                f"{label} became another kind of image: it is {_describe_kind(decoded.channels, decoded.levels)},"
-                f" not {_describe_kind(self.channels, self.levels)}"
+                f"{label} became another kind of image: it is {_describe_kind(*decoded.kind)}, not {expected}"
             )
         return torch.from_numpy(decoded.pixels)
 
 
 @dataclass(frozen=True)
 class LoadedImages:
-    """Images loaded from a source.
+    """The readable images of a source.
 
     Attributes:
-        images: the readable images.
+        images: their pixels.
         names: their names.
         skipped: number of unreadable images.
         enlarged: number of images smaller than the requested size.
@@ -157,7 +144,7 @@ class LoadedImages:
     max_level: int
 
 
-def load_images(
+def decode_source(
     source: ImageSource, preprocessing: Preprocessing, *, skip_bad: bool, memory_limit: int, progress: bool = False
 ) -> LoadedImages:
     """Decode every image of a source once.
@@ -187,9 +174,9 @@ def load_images(
             if isinstance(decoded, UnreadableImage):
                 bad.append((name, decoded))
                 continue
-            if kind is not None and kind != (decoded.channels, decoded.levels):
-                raise _mixed_kinds(source.names[readable[0]], kind, name, (decoded.channels, decoded.levels))
-            kind = (decoded.channels, decoded.levels)
+            if kind is not None and kind != decoded.kind:
+                raise _mixed_kinds(source.names[readable[0]], kind, name, decoded.kind)
+            kind = decoded.kind
             readable.append(index)
             max_level = max(max_level, int(decoded.pixels.max()))
             enlarged += decoded.enlarged
@@ -226,11 +213,7 @@ def _decode_all(source: ImageSource, preprocessing: Preprocessing) -> Iterator[D
 
 
 def check_same_kind(first: LoadedImages, second: LoadedImages) -> None:
-    """Refuse two sets of images whose channels or depths differ, with the name of an image of each.
-
-    Raises:
-        ConfigError: they differ.
-    """
+    """Raise a ConfigError, with the name of an image of each, if the channels or depths of two sets differ."""
     kinds = [(loaded.images.channels, loaded.images.levels) for loaded in (first, second)]
     if kinds[0] != kinds[1]:
         raise _mixed_kinds(first.names[0], kinds[0], second.names[0], kinds[1])

@@ -40,10 +40,7 @@ EXCLUDED_FORMATS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 class FolderSource:
     """The images of a folder and its subfolders.
 
-    Attributes:
-        option: option and value that selected the folder, for messages.
-        folder: the folder.
-        names: paths inside it with forward slashes, sorted, so that the file system's order has no effect.
+    Their names are paths inside the folder with forward slashes, sorted: the file system's order has no effect.
     """
 
     option: str
@@ -84,15 +81,7 @@ class FolderSource:
 
 @dataclass(frozen=True)
 class DatasetSource:
-    """The images in one column of a `datasets.Dataset`, which does not decode them.
-
-    Attributes:
-        option: option and value that selected the dataset, for messages.
-        rows: with the undecoded image in each.
-        image_column: the images' column.
-        names: of the images.
-        table: the dataset with all columns.
-    """
+    """The images in one column of a `datasets.Dataset`, undecoded in ``rows``; ``table`` has all columns."""
 
     option: str
     rows: Sequence[dict[str, Any]]
@@ -117,13 +106,7 @@ class DatasetSource:
 
 @dataclass(frozen=True)
 class DigitSource:
-    """scikit-learn's digits as image files of 256 levels.
-
-    Attributes:
-        levels: from `digit_levels`.
-        names: of the images.
-        option: for messages.
-    """
+    """scikit-learn's digits, with the levels from `digit_levels`, as image files of 256 levels."""
 
     levels: Tensor
     names: Sequence[str]
@@ -159,12 +142,8 @@ def payload_of_cell(cell: Any) -> bytes | Path | None:
 def scan_folder(option: str, folder: str) -> FolderSource:
     """Find the images of a folder: every format that Pillow decodes, extensions in any case, no hidden files.
 
-    Args:
-        option: flag that names the folder, for messages.
-        folder: path of the folder.
-
     Raises:
-        ConfigError: the folder does not exist or has no image.
+        ConfigError: the folder, which ``option`` names, does not exist or has no image.
     """
     root = Path(folder).expanduser()
     label = f"{option} {folder!r}"
@@ -221,7 +200,7 @@ def open_dataset_split(
 
     Args:
         name: Hub id or path.
-        split: name of the split.
+        split: of the dataset.
         config_name: configuration, if the dataset has several.
         image_column: column of the images; None selects the only image column.
         cache_dir: folder for downloads.

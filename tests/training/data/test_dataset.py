@@ -240,7 +240,7 @@ def test_digits_equal_scikit_learns_and_the_last_tenth_is_held_out():
     )
 
 
-def test_digits_in_another_size_and_in_colour():
+def test_digits_in_another_size_and_in_color():
     data = load_data(DataOptions(resolution=(16, 24), channels=3, validation_fraction=0))
     assert data.validation is None
     assert data.train.shape == (3, 16, 24)

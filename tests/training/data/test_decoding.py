@@ -15,7 +15,7 @@ from PIL import Image
 from diffusers_ddpm_ext.errors import ConfigError, RunError
 from diffusers_ddpm_ext.training.data import bit_depth
 from diffusers_ddpm_ext.training.data.decoding import Preprocessing, UnreadableImage, decode_image
-from diffusers_ddpm_ext.training.data.image_store import LazyImages, PackedImages, check_same_kind, load_images
+from diffusers_ddpm_ext.training.data.image_store import LazyImages, PackedImages, check_same_kind, decode_source
 
 RNG = np.random.default_rng(0)
 NOISE = {channels: RNG.integers(0, 256, (20, 30, channels), dtype=np.uint8) for channels in (1, 3, 4)}
@@ -50,7 +50,7 @@ class BytesSource:
 
 def load(payloads, preprocessing=AS_IS, **options):
     source = BytesSource([f"{index}.png" for index in range(len(payloads))], list(payloads))
-    return load_images(source, preprocessing, **({"skip_bad": False, "memory_limit": 10**9} | options))
+    return decode_source(source, preprocessing, **({"skip_bad": False, "memory_limit": 10**9} | options))
 
 
 # ---------------------------------------------------------------- formats and channels
@@ -128,7 +128,7 @@ def test_a_transparent_palette_has_four_channels_only_where_it_is_used():
     image = Image.fromarray(np.array([[0, 1]], dtype=np.uint8), "P")
     image.putpalette([10, 20, 30, 200, 100, 50, 0, 0, 0])
     used, unused = (encode(image, "PNG", transparency=which) for which in (0, 2))
-    assert [decode_image(p, Preprocessing((1, 2))).channels for p in (used, unused)] == [4, 3]
+    assert [decode_image(p, Preprocessing((1, 2))).kind[0] for p in (used, unused)] == [4, 3]
 
 
 def test_photographs_are_turned_upright():
@@ -233,7 +233,7 @@ GRAY_16_BIT = {
 @pytest.mark.parametrize("name", GRAY_16_BIT)
 def test_one_channel_of_16_bits_is_not_truncated(name):
     decoded = decode_image(GRAY_16_BIT[name], AS_IS)
-    assert decoded.levels == 65536
+    assert decoded.kind == (1, 65536)
     assert decoded.pixels.dtype == np.uint16
     np.testing.assert_array_equal(decoded.pixels[0], NOISE_16_BIT)
 
@@ -294,7 +294,7 @@ def test_16_bits_are_the_same_from_memory_and_from_files():
 def test_an_image_that_becomes_another_kind_is_named(other):
     """Without an error, 8 bits among 16 would be almost black."""
     source = BytesSource(["a.png", "b.png"], [gray_16_bit(), gray_16_bit()])
-    loaded = load_images(source, AS_IS, skip_bad=False, memory_limit=0)
+    loaded = decode_source(source, AS_IS, skip_bad=False, memory_limit=0)
     source.payloads[1] = other
     with pytest.raises(
         RunError, match=r"'b.png' of .* became another kind of image: it is .*, not grayscale \(1 channel of"
@@ -429,7 +429,7 @@ def test_memory_and_file_give_the_same_pixels(center_crop):
 def test_an_image_that_breaks_later_is_named():
     payloads = [encode(color(), "PNG")] * 3
     source = BytesSource(["a.png", "b.png", "c.png"], payloads)
-    loaded = load_images(source, AS_IS, skip_bad=False, memory_limit=0)
+    loaded = decode_source(source, AS_IS, skip_bad=False, memory_limit=0)
     source.payloads[1] = b""
     assert loaded.images.image(2).shape == (3, 20, 30)
     with pytest.raises(RunError, match=r"'b.png' of --train_data_dir 'photos' became unreadable"):
@@ -443,7 +443,7 @@ def test_the_fingerprint_sees_a_pixel_a_name_and_the_order():
     assert load([other, one]).fingerprint != base
     assert load([one, one]).fingerprint != base
     renamed = BytesSource(["0.png", "x.png"], [one, other])
-    assert load_images(renamed, AS_IS, skip_bad=False, memory_limit=10**9).fingerprint != base
+    assert decode_source(renamed, AS_IS, skip_bad=False, memory_limit=10**9).fingerprint != base
 
 
 def test_very_large_images_are_read_without_a_warning():
