@@ -32,10 +32,7 @@ class Processes:
     lockstep: bool = False
 
     def batches(self, count: int) -> Iterator[tuple[int, bool]]:
-        """The batches of this process, which takes every ``world_size``-th one.
-
-        Args:
-            count: number of batches.
+        """The batches of this process, every ``world_size``-th of ``count``.
 
         Yields:
             Index of a batch, and whether its result counts: a process that must take part without a batch left

@@ -61,13 +61,7 @@ class ValidationLosses:
 
 
 def validation_draws(seed: int, num_images: int, num_train_timesteps: int, max_images: int | None = None) -> Draws:
-    """The draws of every validation of a run, stratified over the timesteps.
-
-    Args:
-        seed: of the run.
-        num_images: size of the validation set.
-        num_train_timesteps: T.
-        max_images: upper limit of the images used, which are spaced evenly over the set.
+    """The draws of every validation of a run, of evenly spaced images and stratified timesteps.
 
     Returns:
         At least ``MIN_VALIDATION_DRAWS`` draws, the same in every call.
@@ -87,16 +81,7 @@ def evenly_spaced(count: int, limit: int | None) -> Tensor:
 
 
 def stratified_timesteps(generator: torch.Generator, count: int, num_train_timesteps: int) -> Tensor:
-    """Timesteps that cover the chain evenly, in random order.
-
-    Args:
-        generator: of the order, and of the timestep inside each interval.
-        count: number of timesteps.
-        num_train_timesteps: T.
-
-    Returns:
-        (count,), int64, in [0, T): exactly one in each of ``count`` equal intervals.
-    """
+    """Timesteps in random order, one in each of ``count`` equal intervals of the chain, (count,), int64, in [0, T)."""
     intervals = torch.randperm(count, generator=generator).double()
     offsets = torch.rand(count, generator=generator, dtype=torch.float64)
     steps = ((intervals + offsets) * num_train_timesteps / count).long()
@@ -107,7 +92,7 @@ def stratified_timesteps(generator: torch.Generator, count: int, num_train_times
 def compute_validation_losses(
     task: DenoisingTask, images: ImageSet, draws: Draws, batch_size: int, processes: Processes
 ) -> ValidationLosses:
-    """Mean losses of a task with its current weights.
+    """Mean losses of a task over all draws, the same on every process.
 
     The batches are the same for any number of processes. Collective call: every process must make it.
 
@@ -117,9 +102,6 @@ def compute_validation_losses(
         draws: from :func:`validation_draws`.
         batch_size: images in one forward pass.
         processes: that share the batches.
-
-    Returns:
-        The means over all draws, the same on every process.
     """
 
     def batch_sums(output: ObjectiveOutput, t: Tensor) -> Tensor:

@@ -23,15 +23,12 @@ DENOISER_CLASSES: dict[str, type] = {cls.__name__: cls for cls in (UNet2DModel, 
 
 
 def build_denoiser(options: ModelOptions, shape: DenoiserShape, seed: int) -> UNet2DModel:
-    """Build and initialize a network for images of one size and their conditions.
+    """Build and initialize a network, on the CPU in float32, and try one forward pass.
 
     Args:
         options: section ``model``.
         shape: of its inputs and outputs.
         seed: of the run; the initial weights depend on it alone, so they are equal on every process.
-
-    Returns:
-        The network, on the CPU in float32, after one trial forward pass.
 
     Raises:
         ConfigError: the network cannot be built, or does not accept such images; the message names the option.

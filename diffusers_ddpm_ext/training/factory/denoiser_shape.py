@@ -65,16 +65,7 @@ class DenoiserShape:
 def denoiser_shape(
     options: ModelOptions, images: ImageSet, null_class: int | None, variance_type: str
 ) -> DenoiserShape:
-    """The shape of a run's network.
-
-    Args:
-        options: section ``model``.
-        images: the training set.
-        null_class: label that stands for no class; None where there is none.
-        variance_type: of the scheduler.
-
-    Returns:
-        The shape.
+    """The shape of a run's network for its training images, null class (if any) and variance type.
 
     Raises:
         ConfigError: ``num_class_embeds`` is smaller than the number of classes.

@@ -28,7 +28,7 @@ DIFFUSERS_ARGUMENTS = {"num_cycles", "power", "step_rules"}
 def parameter_groups(
     network: Iterable[nn.Parameter], logvar: Iterable[nn.Parameter], weight_decay: float, logvar_learning_rate: float
 ) -> list[dict[str, Any]]:
-    """The two parameter groups of a run: the network, and the log-variances with their own learning rate.
+    """Parameter groups ``network`` and ``logvar``, the log-variances with their own learning rate.
 
     Adam moves an entry by about the learning rate per step; at a network's rate a table that starts far from the log
     loss would never reach it. Weight decay would pull entries that are not in the batch towards 0.
@@ -38,9 +38,6 @@ def parameter_groups(
         logvar: parameters of the objective; empty if logvar is not learned.
         weight_decay: of the network.
         logvar_learning_rate: peak learning rate of logvar, which follows the run's schedule.
-
-    Returns:
-        Groups for a torch optimizer, named ``network`` and ``logvar``.
     """
     groups: list[dict[str, Any]] = [{"name": "network", "params": list(network), "weight_decay": weight_decay}]
     logvar_parameters = list(logvar)
@@ -52,16 +49,9 @@ def parameter_groups(
 def scale_learning_rate(
     learning_rate: float, scaling: Literal["none", "linear", "sqrt"], effective_batch: int
 ) -> float:
-    """The peak learning rate of a run.
+    """The peak learning rate of a run: times 1, the effective batch (CompVis' ``scale_lr``) or its square root.
 
-    Args:
-        learning_rate: of the options.
-        scaling: ``none``; ``linear``, CompVis' ``scale_lr``, whose learning rate is per image; or ``sqrt``, which
-            keeps the noise scale of Adam's steps.
-        effective_batch: images per optimizer step.
-
-    Returns:
-        The learning rate times 1, the effective batch or its square root.
+    The square root keeps the noise scale of Adam's steps.
     """
     return learning_rate * {"none": 1.0, "linear": float(effective_batch), "sqrt": effective_batch**0.5}[scaling]
 
@@ -92,9 +82,6 @@ def adamw(
         learning_rate: peak learning rate of the network.
         betas: decay rates of the two moments.
         epsilon: added to the root of the second moment.
-
-    Returns:
-        The optimizer.
     """
     device = groups[0]["params"][0].device.type
     fused = device in ("cpu", "cuda", "xpu", "mps", "hpu")

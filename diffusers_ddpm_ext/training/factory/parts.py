@@ -71,14 +71,7 @@ class Parts:
 
 
 def build_parts(config: TrainConfig, images: ImageSet) -> Parts:
-    """Build everything that is trained; the network, which takes longest, last.
-
-    Args:
-        config: of the run.
-        images: the training set, which sets the sizes of the network.
-
-    Returns:
-        The parts.
+    """Build everything that is trained on these images; the network, which takes longest, last.
 
     Raises:
         ConfigError: an option cannot be satisfied; the message names it.
@@ -97,13 +90,7 @@ def build_parts(config: TrainConfig, images: ImageSet) -> Parts:
 
 
 def build_scheduler(options: ScheduleOptions) -> DDPMExtScheduler:
-    """The scheduler of a run.
-
-    Args:
-        options: section ``schedule``, each field of which is an argument of the scheduler.
-
-    Returns:
-        A scheduler over all T steps.
+    """The scheduler of a run, over all T steps; each option of the section is one of its arguments.
 
     Raises:
         ConfigError: options are out of range or contradict each other.
@@ -116,15 +103,12 @@ def build_scheduler(options: ScheduleOptions) -> DDPMExtScheduler:
 
 
 def build_objective(options: ObjectiveOptions, scheduler: DDPMExtScheduler, levels: int = 256) -> DDPMObjective:
-    """The loss of a run.
+    """The loss of a run, with its log-variances.
 
     Args:
         options: section ``objective``.
         scheduler: its tables and prediction type are those of the loss.
         levels: number of values of a pixel, which sets the bins of the bound.
-
-    Returns:
-        The objective, with its log-variances.
 
     Raises:
         ConfigError: options are out of range or contradict each other.
@@ -139,14 +123,7 @@ def build_objective(options: ObjectiveOptions, scheduler: DDPMExtScheduler, leve
 
 
 def build_ema(options: EmaOptions, denoiser: torch.nn.Module) -> LitEMA | None:
-    """The moving average of a run's network.
-
-    Args:
-        options: section ``ema``.
-        denoiser: on its final device, free of wrappers.
-
-    Returns:
-        The average, or None without ``use_ema``.
+    """The moving average of a network on its final device, free of wrappers; None without ``use_ema``.
 
     Raises:
         ConfigError: the decay is out of range.

@@ -40,7 +40,7 @@ class DenoisingTask(nn.Module):
     def forward(
         self, x0: Tensor, noise: Tensor, t: Tensor, conditions: Conditions | None = None, weights: Tensor | None = None
     ) -> ObjectiveOutput:
-        """The training terms of one micro-batch.
+        """The training terms of one micro-batch, in float32.
 
         Only the network runs under a surrounding autocast: in bfloat16 the smallest noise levels would round to zero.
 
@@ -50,9 +50,6 @@ class DenoisingTask(nn.Module):
             t: steps, (B,), integer.
             conditions: of the samples, exactly those that ``conditioning`` needs.
             weights: of the samples' steps, (B,); None where they are drawn uniformly.
-
-        Returns:
-            The objective's terms, float32.
         """
         with torch.autocast(x0.device.type, enabled=False):
             xt = q_sample(self.objective.schedule, x0.float(), noise.float(), t)

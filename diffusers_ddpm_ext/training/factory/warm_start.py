@@ -67,11 +67,7 @@ class InitialWeights:
     tables: dict[str, Tensor] = field(default_factory=dict)
 
     def describe(self, ema_report: str | None) -> str:
-        """What was loaded and what was not, in a few lines.
-
-        Args:
-            ema_report: from `initialize_ema`; None for a run without an average.
-        """
+        """What was loaded and what was not, in a few lines, with the report of `initialize_ema`."""
         loaded = len(self.raw) - len(self.missing)
         ema = "" if ema_report is None else f"; {ema_report}"
         lines = [f"--ckpt_path {self.source}: {loaded} of {len(self.raw)} tensors of the network{ema}"]
@@ -85,12 +81,7 @@ class InitialWeights:
 
 
 def load_initial_weights(config: TrainConfig, denoiser: nn.Module, objective: DDPMObjective) -> InitialWeights | None:
-    """Load ``ckpt_path`` into a run's network and log-variances.
-
-    Args:
-        config: of the run.
-        denoiser: the run's network, on the CPU, free of wrappers.
-        objective: of the run.
+    """Load ``ckpt_path`` into a run's network, on the CPU and free of wrappers, and into its log-variances.
 
     Returns:
         What was loaded; None without ``ckpt_path``, and where the file is gone but the run has a checkpoint to resume
@@ -127,16 +118,7 @@ def load_initial_weights(config: TrainConfig, denoiser: nn.Module, objective: DD
 
 
 def initialize_ema(weights: InitialWeights, ema: LitEMA, options: StartOptions) -> str:
-    """Start the run's average from the file's, or from the loaded weights.
-
-    Args:
-        weights: from `load_initial_weights`.
-        ema: of the run's network, created after its weights were loaded.
-        options: section ``start``.
-
-    Returns:
-        What was done, in a few words.
-    """
+    """Start the run's average from the file's, or from the loaded weights; return a report of it."""
     if not weights.average or options.reset_ema:
         return "EMA starts from these weights" + (" (--reset_ema)" if weights.average else ": the file has none")
     state = ema.state_dict()
@@ -299,15 +281,8 @@ def _complete(
 def fit_weight(weight: Tensor, shape: Sequence[int], how: str) -> Tensor:
     """Resize a weight by repeating its output channels (axis 0) and input channels (axis 1) cyclically.
 
-    A repeated input is divided by the number of its uses, so that the sum over inputs does not change.
-
-    Args:
-        weight: floating.
-        shape: of the result; beyond axis 1 that of the weight.
-        how: ``correct``, or ``compvis``, which divides by the number of uses plus one.
-
-    Returns:
-        A weight of that shape.
+    A repeated input is divided by the number of its uses, so that the sum over inputs does not change; with
+    ``compvis`` in place of ``correct``, by one more than that.
 
     Raises:
         ConfigError: the shapes differ beyond axis 1.

@@ -77,11 +77,7 @@ class MetricsLogger:
     recent_losses: list[float] = field(default_factory=list)
 
     def truncate_files(self, size: int = 0) -> None:
-        """Truncate the files: to nothing for a new run, to the rows of the checkpoint for one that resumes.
-
-        Args:
-            size: bytes of ``metrics.jsonl`` that were written before the checkpoint.
-        """
+        """Truncate ``metrics.jsonl`` to the bytes written before the checkpoint that a run resumes from, else to 0."""
         with (self.folder / METRICS).open("ab") as file:
             file.truncate(size)
         with (self.folder / TIMING).open("ab") as file:
@@ -106,11 +102,7 @@ class MetricsLogger:
             os.fsync(file.fileno())
 
     def log_training(self, records: list[StepRecord]) -> None:
-        """Log the losses of a block of steps.
-
-        Args:
-            records: oldest first; trackers and progress bar get their mean.
-        """
+        """Log the losses of a block of steps, oldest first; trackers and progress bar get their mean."""
         if not records:
             return
         last, seconds = records[-1], self.stopwatch.lap()
@@ -131,22 +123,11 @@ class MetricsLogger:
         self.log_to_trackers(values, step)
 
     def log_to_trackers(self, values: Mapping[str, float], step: int) -> None:
-        """Log values to the trackers. If one fails, warn once and send nothing more.
-
-        Args:
-            values: by name.
-            step: optimizer steps done.
-        """
+        """Log values to the trackers after ``step`` steps. If one fails, warn once and send nothing more."""
         self._call_trackers(lambda: self.track(values, step))
 
     def log_images(self, trackers: Sequence[Any], images: Mapping[str, Path], step: int) -> None:
-        """Log images, and the losses of single steps as a histogram, to the trackers that support them.
-
-        Args:
-            trackers: of Accelerate.
-            images: files by name.
-            step: optimizer steps done.
-        """
+        """Log image files by name, and the losses of single steps as a histogram, to trackers that support them."""
         losses, self.recent_losses = self.recent_losses, []
         if trackers:
             self._call_trackers(lambda: log_images_and_losses(trackers, images, losses, step))

@@ -94,12 +94,7 @@ class Monitor:
         return reference - value if self.mode == "min" else value - reference
 
     def update(self, step: int, value: float) -> MonitorDecision:
-        """Add a validation and decide what follows from it.
-
-        Args:
-            step: optimizer steps done, more than in the last call.
-            value: of the metric. One that is not finite is never among the best nor an improvement.
-        """
+        """Add a validation after ``step`` steps. A non-finite value is never among the best nor an improvement."""
         finite = math.isfinite(value)
         improved = finite and (self._reference is None or self._gain(value, self._reference) > self.min_delta)
         if improved:

@@ -72,11 +72,7 @@ def describe_schedule(options: ScheduleOptions) -> str:
 
 
 def schedule_warning(schedule: NoiseSchedule) -> str | None:
-    """Warn of a schedule that ends before the image is noise, as betas for 1,000 steps do with 100.
-
-    Returns:
-        The warning; None where at most ``MAX_TERMINAL_SIGNAL`` of the image's amplitude is left.
-    """
+    """Warn of a schedule that leaves more than ``MAX_TERMINAL_SIGNAL``, as betas for 1,000 steps do in 100."""
     signal = float(schedule.sqrt_alphas_cumprod[-1])
     if signal <= MAX_TERMINAL_SIGNAL:
         return None
@@ -88,16 +84,7 @@ def schedule_warning(schedule: NoiseSchedule) -> str | None:
 
 
 def model_size_warning(parameters: int, device: str, size: tuple[int, int]) -> str | None:
-    """Warn of a network that is too large to train on a CPU.
-
-    Args:
-        parameters: number of trained parameters.
-        device: type of the device.
-        size: height and width of an image, in pixels.
-
-    Returns:
-        The warning; None where there is none.
-    """
+    """Warn of a network with too many parameters for images of that height and width on a CPU."""
     if device != "cpu" or parameters < SLOW_ON_CPU or size[0] * size[1] < 32 * 32:
         return None
     return (
@@ -194,12 +181,7 @@ def parameter_table(module: nn.Module) -> str:
 
 
 def describe_plan(plan: Plan, rows: Sequence[tuple[str, str]]) -> str:
-    """The plan of a run as lines to print.
-
-    Args:
-        plan: length and batches.
-        rows: names and texts of the rows before them: data, schedule, ...
-    """
+    """The plan of a run as lines to print: rows of names and texts, then batch and length."""
     batch = (
         f"{plan.batch} per device x {plan.accumulation} accumulated x {plan.processes} "
         f"process{'es' if plan.processes > 1 else ''} = {plan.effective_batch}"

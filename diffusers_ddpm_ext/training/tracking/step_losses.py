@@ -46,14 +46,7 @@ class StepRecord:
     applied: bool = True
 
     def row(self, learned_logvar: bool) -> dict[str, float]:
-        """The values under CompVis' metric names.
-
-        Args:
-            learned_logvar: whether the run learns log-variances, and so logs them.
-
-        Returns:
-            A row for ``metrics.jsonl`` and the trackers.
-        """
+        """A row for ``metrics.jsonl`` and trackers, under CompVis' names, with log-variances if learned."""
         if not self.applied:
             return {"step": self.step, "train/skipped": 1, "lr": self.learning_rate}
         row = {
@@ -134,13 +127,10 @@ class LossMeter:
         self._pending.append(_Pending(replace(trace, outputs=[]), torch.cat([mean, norm]), losses))
 
     def read(self, mean_over_ranks: Callable[[Tensor], Tensor]) -> list[StepRecord]:
-        """Read all steps added since the last call: the one place where the host waits for the device.
+        """One record per step added since the last call, oldest first: the one place where the host waits.
 
         Args:
-            mean_over_ranks: averages a tensor over the processes; every process calls this method at the same step.
-
-        Returns:
-            One record per step, oldest first.
+            mean_over_ranks: averages a tensor over the processes. Collective call: every process must make it.
         """
         self._last_read, self._pending = self._pending, []
         if not self._last_read:
@@ -177,14 +167,9 @@ def _bound(output: ObjectiveOutput) -> Tensor:
 
 
 def first_nonfinite(records: list[StepRecord], check_gradients: bool) -> StepRecord | None:
-    """The first step with a loss or gradient that is not finite.
+    """The first step that was applied with a loss or gradient that is not finite.
 
-    Args:
-        records: oldest first; steps that were not applied do not count.
-        check_gradients: whether gradients count. Not under a loss scaler, which skips such steps.
-
-    Returns:
-        Its record, None if there is none.
+    Gradients are not checked under a loss scaler, which skips such steps.
     """
     for record in records:
         values = (record.loss, record.loss_simple, *((record.grad_norm,) if check_gradients else ()))
