@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import pydoc
 import re
 import shlex
 import subprocess
@@ -177,6 +178,16 @@ def test_every_import_in_the_pages_and_the_notebook_works():
     assert len(lines) > 5
     for line in lines:
         exec(line.rstrip('",'), {})
+
+
+@pytest.mark.parametrize("page", ["docs/maths.md", "docs/likelihood.md", "CONTRIBUTING.md"])
+def test_dotted_names_in_the_pages_exist(page):
+    """Such as ``diffusion.gaussian.q_sample``, relative to the package."""
+    folders = "|".join(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
+    names = re.findall(rf"`((?:{folders})(?:\.\w+)+)`", (ROOT / page).read_text())
+    assert names
+    for name in names:
+        assert pydoc.locate(f"diffusers_ddpm_ext.{name}") is not None, name
 
 
 def test_test_files_that_the_pages_name_exist():
