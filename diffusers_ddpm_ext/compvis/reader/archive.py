@@ -1,12 +1,12 @@
-"""Checkpoint files: what kind one is, what it holds, and one sentence about what is wrong with it.
+"""Checkpoint files: detection of their format, reading of their tensors, and one sentence about a damaged file.
 
-    torch.save, zip format       every member that is read is checked against its CRC, which torch itself does not do
-    torch.save, legacy format    a row of pickles and storages, without checksums
+    torch.save, zip format       the CRC of every member that is read is checked, which torch itself does not do
+    torch.save, legacy format    pickles followed by storages, without checksums
     safetensors                  by its own library
     shards of any of these       by their *.index.json
 
-Tensors are mapped, not copied: a file of any size costs the memory of what is looked at. Optimizer states stay where
-they are. Nothing is ever executed (:mod:`diffusers_ddpm_ext.compvis.reader.unpickle`).
+Tensors are mapped, not copied, so that memory grows only with the tensors that are used; optimizer states are not
+loaded. Nothing is ever executed (:mod:`diffusers_ddpm_ext.compvis.reader.unpickle`).
 """
 
 from __future__ import annotations
@@ -15,35 +15,41 @@ import json
 import mmap
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 from torch import Tensor
 
-from diffusers_ddpm_ext.compvis.reader.storages import MAKERS, LazyTensor, Storage, storage_type, whole
-from diffusers_ddpm_ext.compvis.reader.unpickle import Name, Standin, UnreadableCheckpoint, unpickle
-from diffusers_ddpm_ext.compvis.reader.zip_file import Member, check_member, read_members
+from diffusers_ddpm_ext.compvis.reader.pickle_machine import GlobalName, StandIn, UnreadableCheckpoint
+from diffusers_ddpm_ext.compvis.reader.storages import (
+    TENSOR_CONSTRUCTORS,
+    LazyTensor,
+    Storage,
+    check_count,
+    storage_dtype,
+)
+from diffusers_ddpm_ext.compvis.reader.unpickle import unpickle
+from diffusers_ddpm_ext.compvis.reader.zip_file import ZipMember, check_member, read_members
 
 PathLike = str | os.PathLike[str]
-MAGIC = 0x1950A86A20F9469CFC6C
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PROTOCOL = 1001
-INDEX = ".index.json"
-MOST_INDEX_BYTES = 64 * 2**20
-WRAPPERS = ("state_dict", "model_state_dict", "model", "ema", "module", "net", "params")
-LFS = b"version https://git-lfs"
-# Beginnings of files that are no checkpoint, and what they are.
-OTHERS = {
-    b"\x1f\x8b": "a gzip file: unpack it first",
-    b"7z\xbc\xaf": "a 7-Zip file: unpack it first",
-    b"Rar!": "a RAR file: unpack it first",
-    b"BZh": "a bzip2 file: unpack it first",
-    b"\xfd7zXZ": "an xz file: unpack it first",
-    b"\x28\xb5\x2f\xfd": "a Zstandard file: unpack it first",
-    b"\x89PNG": "a picture",
-    b"\xff\xd8\xff": "a picture",
-    b"GIF8": "a picture",
+SHARD_INDEX_SUFFIX = ".index.json"
+MAX_INDEX_BYTES = 64 * 2**20
+STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model", "ema", "module", "net", "params")
+GIT_LFS_HEADER = b"version https://git-lfs"
+# First bytes of files that are not checkpoints.
+OTHER_FORMATS = {
+    b"\x1f\x8b": "a gzip file: decompress it first",
+    b"7z\xbc\xaf": "a 7-Zip file: decompress it first",
+    b"Rar!": "a RAR file: decompress it first",
+    b"BZh": "a bzip2 file: decompress it first",
+    b"\xfd7zXZ": "an xz file: decompress it first",
+    b"\x28\xb5\x2f\xfd": "a Zstandard file: decompress it first",
+    b"\x89PNG": "an image",
+    b"\xff\xd8\xff": "an image",
+    b"GIF8": "an image",
     b"\x89HDF": "an HDF5 file",
     b"%PDF": "a PDF document",
     b"\x93NUMPY": "a NumPy array",
@@ -52,133 +58,55 @@ OTHERS = {
 }
 
 
-@dataclass
-class Contents:
-    """What a checkpoint file holds.
-
-    Attributes:
-        value: plain containers, numbers, text, `LazyTensor` and stand-ins.
-        format: ``zip``, ``legacy`` or ``safetensors``.
-    """
-
-    value: Any
-    format: str
-
-
-@dataclass(frozen=True)
-class Tensors:
-    """The named tensors of a checkpoint.
-
-    Attributes:
-        tensors: by name, on the CPU, mapped from the file.
-        wrapper: key under which the file keeps them; empty where they are at the top.
-        facts: numbers and texts beside them, such as ``epoch`` and ``global_step``.
-        others: names among them that hold no tensor.
-    """
-
-    tensors: dict[str, Tensor]
-    wrapper: str = ""
-    facts: dict[str, Any] = field(default_factory=dict)
-    others: list[str] = field(default_factory=list)
-
-
-def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Read the tensors of a checkpoint, whatever it wraps them in.
+def read_tensors(path: PathLike) -> dict[str, Tensor]:
+    """Read the tensors of a checkpoint, at its top level or under a key such as ``state_dict``.
 
     Args:
-        path: a file of ``torch.save`` or safetensors, whatever its name, or the index of shards.
+        path: a file of ``torch.save`` or safetensors with any suffix, or the index of shards.
 
     Returns:
-        Name to tensor, on the CPU; the file's pages are read when they are used.
+        Name to tensor, on the CPU, mapped from the file.
 
     Raises:
         UnreadableCheckpoint: a ValueError of one sentence.
         OSError: the file cannot be opened.
     """
-    return read_named(path).tensors
-
-
-def read_named(path: str | os.PathLike[str]) -> Tensors:
-    """As `read_tensors`, with what stands beside them.
-
-    Args:
-        path: as there.
-
-    Returns:
-        The tensors, and what the file says of them.
-
-    Raises:
-        UnreadableCheckpoint: a ValueError of one sentence.
-        OSError: the file cannot be opened.
-    """
-    place = Path(path)
+    file = Path(path)
     try:
-        return _read_named(place)
-    except UnreadableCheckpoint as error:
-        raise UnreadableCheckpoint(f"{place.name} cannot be read as a checkpoint. {error}") from None
-
-
-def _read_named(place: Path) -> Tensors:
-    if place.is_dir():
-        raise UnreadableCheckpoint("It is a folder: give a file in it.")
-    if place.name.endswith(INDEX):
-        return _shards(place)
-    contents = _open(place)
-    if contents.format == "safetensors":
-        return Tensors(contents.value)
-    return _named(contents.value)
-
-
-def read_checkpoint(path: str | os.PathLike[str]) -> Any:
-    """Read all that a file of ``torch.save`` says, with nothing executed and no tensor loaded.
-
-    Args:
-        path: the file.
-
-    Returns:
-        Dicts, lists, tuples, numbers, text; `LazyTensor` for tensors (``.load()`` maps one), `Standin` and `Name` for
-        objects, classes and functions. Of safetensors, name to tensor.
-
-    Raises:
-        UnreadableCheckpoint: a ValueError of one sentence.
-        OSError: the file cannot be opened.
-    """
-    place = Path(path)
-    try:
-        if place.is_dir():
+        if file.is_dir():
             raise UnreadableCheckpoint("It is a folder: give a file in it.")
-        return _open(place).value
+        return _read_shards(file) if file.name.endswith(SHARD_INDEX_SUFFIX) else _read_file(file)
     except UnreadableCheckpoint as error:
-        raise UnreadableCheckpoint(f"{place.name} cannot be read as a checkpoint. {error}") from None
+        raise UnreadableCheckpoint(f"{file.name} cannot be read as a checkpoint. {error}") from None
 
 
-def _open(place: Path) -> Contents:
-    with place.open("rb") as file:
+def _read_file(path: Path) -> dict[str, Tensor]:
+    with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         head = file.read(512)
-        _refuse_others(head, size)
+        _refuse_other_formats(head, size)
         if head.startswith(b"PK"):
-            return Contents(_read_zip(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)), "zip")
+            return _state_dict(read_zip(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)))
         if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size:
-            return Contents(_read_safetensors(place), "safetensors")
+            return _read_safetensors(path)
         if head.startswith(b"\x80"):
-            return Contents(_read_legacy(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)), "legacy")
-    raise UnreadableCheckpoint("It is of no kind that is known here: renamed, encrypted or damaged.")
+            return _state_dict(read_legacy(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)))
+    raise UnreadableCheckpoint("It has an unknown format, or it is encrypted or damaged.")
 
 
-def _refuse_others(head: bytes, size: int) -> None:
+def _refuse_other_formats(head: bytes, size: int) -> None:
     if not size:
         raise UnreadableCheckpoint("It is empty.")
-    for begin, what in OTHERS.items():
-        if head.startswith(begin):
+    for magic, what in OTHER_FORMATS.items():
+        if head.startswith(magic):
             raise UnreadableCheckpoint(f"It is {what}.")
-    if head.startswith(LFS):
+    if head.startswith(GIT_LFS_HEADER):
         raise UnreadableCheckpoint("It is a pointer of git-lfs, not the weights: run git lfs pull.")
     if head[257:262] == b"ustar":
         raise UnreadableCheckpoint("It is a tar file, as torch 0.1 wrote: load and save it with an old torch.")
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if text.startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
-        raise UnreadableCheckpoint("It is a web page, not the weights: the download went wrong.")
+        raise UnreadableCheckpoint("It is a web page, not the weights: the download failed.")
     if text.startswith((b"{", b"[")) or (b"\0" not in head and _is_text(head)):
         raise UnreadableCheckpoint("It is a text file, not weights.")
 
@@ -194,7 +122,8 @@ def _is_text(head: bytes) -> bool:
 # ---------------------------------------------------------------------- zip
 
 
-def _read_zip(memory: mmap.mmap) -> Any:
+def read_zip(memory: mmap.mmap) -> Any:
+    """The content of a file of ``torch.save`` in the zip format: plain containers, `LazyTensor` and stand-ins."""
     members = read_members(memory)
     pickles = [name for name in members if name.endswith("/data.pkl") or name == "data.pkl"]
     if len(pickles) != 1:
@@ -206,104 +135,114 @@ def _read_zip(memory: mmap.mmap) -> Any:
         raise UnreadableCheckpoint("It is a TorchScript program, not weights.")
     order = members.get(f"{root}byteorder")
     if order is not None and bytes(check_member(memory, order)) != b"little":
-        raise UnreadableCheckpoint("Its numbers are big-endian, or its byte order is damaged.")
+        raise UnreadableCheckpoint("It is big-endian, or its byte order is damaged.")
     checked: set[str] = set()
 
     def locate(storage: Storage) -> tuple[mmap.mmap, int]:
-        member = _data(members, root, storage)
+        member = _storage_member(members, root, storage)
         if storage.key not in checked:
             check_member(memory, member)
             checked.add(storage.key)
         return memory, member.start
 
     def persistent(pid: Any) -> Storage:
-        _, kind, key, _, numel = _pid(pid, 5)
-        return Storage(storage_type(kind), whole(numel, "length"), key, locate)
+        _, storage_class, key, _, numel = _check_pid(pid, 5)
+        return Storage(storage_dtype(storage_class), check_count(numel, "length"), key, locate)
 
-    return unpickle(check_member(memory, members[pickles[0]]), persistent, MAKERS).value
+    return unpickle(check_member(memory, members[pickles[0]]), persistent, TENSOR_CONSTRUCTORS).value
 
 
-def _data(members: Mapping[str, Member], root: str, storage: Storage) -> Member:
+def _storage_member(members: Mapping[str, ZipMember], root: str, storage: Storage) -> ZipMember:
     member = members.get(f"{root}data/{storage.key}")
     if member is None:
         raise UnreadableCheckpoint(f"The storage {storage.key[:40]!r} is missing: the file is incomplete or damaged.")
-    if member.size != storage.numel * storage.dtype.itemsize:
+    expected = storage.numel * storage.dtype.itemsize
+    if member.size != expected:
         raise UnreadableCheckpoint(
-            f"The storage {storage.key[:40]!r} has {member.size:,} bytes and should have "
-            f"{storage.numel * storage.dtype.itemsize:,}: the file is damaged."
+            f"The storage {storage.key[:40]!r} has {member.size:,} bytes instead of {expected:,}: the file is damaged."
         )
     return member
 
 
-def _pid(pid: Any, parts: int) -> tuple[Any, ...]:
-    """A storage's persistent id: what, kind, key, place, number of entries."""
+def _check_pid(pid: Any, parts: int) -> tuple[Any, ...]:
+    """The parts of a storage's persistent id: "storage", its class, key, device, number of elements, ..."""
     if not isinstance(pid, tuple) or len(pid) < parts or pid[0] != "storage" or not isinstance(pid[2], str):
-        raise UnreadableCheckpoint("The pickle in it refers to something that is no storage.")
+        raise UnreadableCheckpoint("Its pickle refers to something that is not a storage.")
     return pid[:parts]
 
 
 # ---------------------------------------------------------------------- legacy
 
 
-def _read_legacy(memory: mmap.mmap) -> Any:
+def read_legacy(memory: mmap.mmap) -> Any:
+    """The content of a file of ``torch.save`` in the legacy format: plain containers, `LazyTensor` and stand-ins."""
     data = memoryview(memory)
-    first = unpickle(data)
-    if first.value != MAGIC:
+    start = _check_legacy_header(data)
+    storages: dict[str, Storage] = {}
+    offsets: dict[str, int] = {}
+
+    def locate(storage: Storage) -> tuple[mmap.mmap, int]:
+        return memory, offsets[storage.key]
+
+    def persistent(pid: Any) -> Any:
+        if isinstance(pid, tuple) and len(pid) == 4 and pid[0] == "module":
+            return pid[1]  # a class with its source code, which is ignored
+        _, storage_class, key, _, numel, *view = _check_pid(pid, 6)
+        dtype = storage_dtype(storage_class)
+        known = storages.setdefault(key, Storage(dtype, check_count(numel, "length"), key, locate))
+        if known.dtype != dtype or known.numel != numel:
+            raise UnreadableCheckpoint("It describes one storage in two ways: the file is damaged.")
+        return known if view[0] is None else _storage_view(known, view[0])
+
+    content = unpickle(data, persistent, TENSOR_CONSTRUCTORS, start=start)
+    keys = unpickle(data, start=content.end)
+    order = [key if isinstance(key, str) else "" for key in keys.value] if isinstance(keys.value, list) else None
+    if order is None or set(order) != set(storages):
+        raise UnreadableCheckpoint("Its list of storages does not match its tensors: the file is damaged.")
+    offsets.update(_storage_offsets(memory, [storages[key] for key in order], keys.end))
+    return content.value
+
+
+def _check_legacy_header(data: memoryview) -> int:
+    """Check magic number, protocol and byte order; return the offset of the next pickle."""
+    magic = unpickle(data)
+    if magic.value != LEGACY_MAGIC:
         raise UnreadableCheckpoint("It is a plain pickle, not written by torch.save: nothing in it is executed here.")
-    protocol = unpickle(data, start=first.end)
+    protocol = unpickle(data, start=magic.end)
     if protocol.value != LEGACY_PROTOCOL:
         raise UnreadableCheckpoint("Its protocol is not torch's: the file is damaged.")
     system = unpickle(data, start=protocol.end)
     if not isinstance(system.value, dict) or system.value.get("little_endian") is not True:
-        raise UnreadableCheckpoint("Its numbers are big-endian, or its head is damaged.")
-    storages: dict[str, Storage] = {}
-    places: dict[str, int] = {}
+        raise UnreadableCheckpoint("It is big-endian, or its header is damaged.")
+    return system.end
 
-    def locate(storage: Storage) -> tuple[mmap.mmap, int]:
-        return memory, places[storage.key]
 
-    def persistent(pid: Any) -> Any:
-        if isinstance(pid, tuple) and len(pid) == 4 and pid[0] == "module":
-            return pid[1]  # a class with its source code, which is not looked at
-        _, kind, key, _, numel, *view = _pid(pid, 6)
-        known = storages.setdefault(key, Storage(storage_type(kind), whole(numel, "length"), key, locate))
-        if known.dtype != storage_type(kind) or known.numel != numel:
-            raise UnreadableCheckpoint("It describes a storage in two ways: the file is damaged.")
-        return known if view[0] is None else _view(known, view[0])
-
-    body = unpickle(data, persistent, MAKERS, start=system.end)
-    keys = unpickle(data, start=body.end)
-    if not isinstance(keys.value, list) or set(map(_text, keys.value)) != set(storages):
-        raise UnreadableCheckpoint("Its list of storages is not that of its tensors: the file is damaged.")
-    at = keys.end
-    for key in keys.value:
-        storage = storages[key]
-        size = storage.numel * storage.dtype.itemsize
-        if at + 8 > len(memory) or int.from_bytes(memory[at : at + 8], "little") != storage.numel:
-            raise UnreadableCheckpoint("A storage's length is wrong: the file is damaged or incomplete.")
-        places[key], at = at + 8, at + 8 + size
-        if at > len(memory):
+def _storage_offsets(memory: mmap.mmap, storages: list[Storage], start: int) -> dict[str, int]:
+    """Offset of each storage's first byte, by key; each is preceded by its length, and the last ends the file."""
+    offsets = {}
+    for storage in storages:
+        if start + 8 > len(memory) or int.from_bytes(memory[start : start + 8], "little") != storage.numel:
+            raise UnreadableCheckpoint("The length of a storage is wrong: the file is damaged or incomplete.")
+        offsets[storage.key] = start + 8
+        start += 8 + storage.numel * storage.dtype.itemsize
+        if start > len(memory):
             raise UnreadableCheckpoint("The last storages are missing: the file is incomplete.")
-    if at != len(memory):
-        raise UnreadableCheckpoint(f"It has {len(memory) - at:,} bytes too many: the file is damaged.")
-    return body.value
+    if start != len(memory):
+        raise UnreadableCheckpoint(f"It has {len(memory) - start:,} bytes too many: the file is damaged.")
+    return offsets
 
 
-def _text(key: Any) -> str:
-    return key if isinstance(key, str) else ""
-
-
-def _view(root: Storage, view: Any) -> Storage:
-    """A part of a storage, as old files have them."""
+def _storage_view(root: Storage, view: Any) -> Storage:
+    """A part of a storage, as in old files."""
     if not isinstance(view, tuple) or len(view) != 3:
-        raise UnreadableCheckpoint("It describes a part of a storage in a way that is not known.")
-    offset, numel = whole(view[1], "offset"), whole(view[2], "length")
+        raise UnreadableCheckpoint("It describes a part of a storage in an unknown way.")
+    offset, numel = check_count(view[1], "offset"), check_count(view[2], "length")
     if offset + numel > root.numel:
-        raise UnreadableCheckpoint("It describes a part of a storage that reaches beyond it.")
+        raise UnreadableCheckpoint("It describes a part of a storage that exceeds the storage.")
 
     def locate(storage: Storage) -> tuple[mmap.mmap, int]:
-        memory, first = root.locate(root)
-        return memory, first + offset * root.dtype.itemsize
+        memory, start = root.locate(root)
+        return memory, start + offset * root.dtype.itemsize
 
     return Storage(root.dtype, numel, root.key, locate)
 
@@ -311,64 +250,62 @@ def _view(root: Storage, view: Any) -> Storage:
 # ---------------------------------------------------------------------- safetensors, shards
 
 
-def _read_safetensors(place: Path) -> dict[str, Tensor]:
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
-        with safe_open(place, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
-    except Exception as error:  # safetensors' own error class differs between its versions
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except Exception as error:  # the error class of safetensors differs between its versions
         why = " ".join(str(error).split())[:120]
         raise UnreadableCheckpoint(f"Its safetensors header is damaged ({why}).") from None
 
 
-def _shards(place: Path) -> Tensors:
-    if place.stat().st_size > MOST_INDEX_BYTES:
-        raise UnreadableCheckpoint("The index of shards is too large to be one.")
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    if index.stat().st_size > MAX_INDEX_BYTES:
+        raise UnreadableCheckpoint("It is too large for an index of shards.")
     try:
-        names = json.loads(place.read_text(encoding="utf-8"))["weight_map"]
+        files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise UnreadableCheckpoint("The index of shards is no JSON with a weight_map.") from None
-    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
-        raise UnreadableCheckpoint("The index of shards has no weight_map of names to files.")
+        raise UnreadableCheckpoint("The index of shards is not JSON with a weight_map.") from None
+    if not isinstance(files, dict) or not files or not all(isinstance(file, str) for file in files.values()):
+        raise UnreadableCheckpoint("The index of shards has no weight_map from names to files.")
     tensors: dict[str, Tensor] = {}
-    for shard in dict.fromkeys(names.values()):
-        if Path(shard).name != shard or shard.endswith(INDEX) or shard in ("", ".", ".."):
+    for shard in dict.fromkeys(files.values()):
+        if Path(shard).name != shard or shard.endswith(SHARD_INDEX_SUFFIX) or shard in ("", ".", ".."):
             raise UnreadableCheckpoint("The index of shards names a file outside of its folder.")
-        if not (place.parent / shard).is_file():
+        if not (index.parent / shard).is_file():
             raise UnreadableCheckpoint(f"The shard {shard[:80]} is missing.")
-        held = read_tensors(place.parent / shard)
-        lacking = [name for name, where in names.items() if where == shard and name not in held]
-        if lacking:
-            raise UnreadableCheckpoint(f"The shard {shard[:80]} lacks {', '.join(lacking[:3])}.")
-        tensors |= {name: held[name] for name, where in names.items() if where == shard}
-    return Tensors(tensors)
+        content = read_tensors(index.parent / shard)
+        names = [name for name, file in files.items() if file == shard]
+        missing = [name for name in names if name not in content]
+        if missing:
+            raise UnreadableCheckpoint(f"The shard {shard[:80]} lacks {', '.join(missing[:3])}.")
+        tensors |= {name: content[name] for name in names}
+    return tensors
 
 
-# ---------------------------------------------------------------------- what is in it
+# ---------------------------------------------------------------------- state_dict
 
 
-def _named(value: Any) -> Tensors:
-    """The dictionary of tensors in what a pickle holds."""
-    if isinstance(value, Standin | Name):
-        raise UnreadableCheckpoint("It is a whole pickled object, not a state_dict: save model.state_dict() instead.")
-    if isinstance(value, LazyTensor):
-        raise UnreadableCheckpoint("It holds a single tensor without a name, not a state_dict.")
-    if not isinstance(value, dict):
-        raise UnreadableCheckpoint(f"It holds a {type(value).__name__}, not a state_dict.")
-    wrapper = next((key for key in WRAPPERS if isinstance(value.get(key), dict) and _has_tensors(value[key])), "")
-    held = value[wrapper] if wrapper else value
-    if not _has_tensors(held):
-        if any(isinstance(value.get(key), Standin) for key in WRAPPERS):
-            raise UnreadableCheckpoint("It holds a whole pickled object, not a state_dict.")
-        raise UnreadableCheckpoint("It holds no dictionary of tensors, at the top or under state_dict.")
-    lazy = {name: entry for name, entry in held.items() if isinstance(name, str) and isinstance(entry, LazyTensor)}
-    tensors = {name: entry.load() for name, entry in lazy.items()}
-    facts = {
-        key: entry
-        for key, entry in (value.items() if wrapper else ())
-        if isinstance(key, str) and isinstance(entry, bool | int | float | str)
+def _state_dict(content: Any) -> dict[str, Tensor]:
+    """The dictionary of tensors in the content of a pickle."""
+    if isinstance(content, StandIn | GlobalName):
+        raise UnreadableCheckpoint("It is a pickled object, not a state_dict: save model.state_dict() instead.")
+    if isinstance(content, LazyTensor):
+        raise UnreadableCheckpoint("It is a single tensor without a name, not a state_dict.")
+    if not isinstance(content, dict):
+        raise UnreadableCheckpoint(f"It is a {type(content).__name__}, not a state_dict.")
+    nested = (content[key] for key in STATE_DICT_KEYS if isinstance(content.get(key), dict))
+    state_dict = next((value for value in nested if _has_tensors(value)), content)
+    if not _has_tensors(state_dict):
+        if any(isinstance(content.get(key), StandIn) for key in STATE_DICT_KEYS):
+            raise UnreadableCheckpoint("It contains a pickled object, not a state_dict.")
+        raise UnreadableCheckpoint("It contains no dictionary of tensors, at the top level or under state_dict.")
+    return {
+        name: value.load()
+        for name, value in state_dict.items()
+        if isinstance(name, str) and isinstance(value, LazyTensor)
     }
-    return Tensors(tensors, wrapper, facts, [str(name)[:80] for name in held if name not in tensors])
 
 
-def _has_tensors(held: Mapping[Any, Any]) -> bool:
-    return any(isinstance(entry, LazyTensor) for entry in held.values())
+def _has_tensors(values: Mapping[Any, Any]) -> bool:
+    return any(isinstance(value, LazyTensor) for value in values.values())

@@ -1,4 +1,4 @@
-"""The stack, the memo and the budget of the pickle machine; what would be a call becomes a stand-in."""
+"""State of the pickle machine: stack, memo and memory budget; classes, functions and calls become inert stand-ins."""
 
 from __future__ import annotations
 
@@ -7,35 +7,35 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-MEMORY = 40 * 2**20  # bytes that instructions may build, beside as many as the file has
-HEADLINE = 40  # bytes of a name that an error shows
-# Larger whole numbers, and fractions, become text as dictionary keys: their hashes can be made to collide.
-SMALL_KEY = 2**31
-MOST_TUPLE_KEYS = 10_000
+MEMORY_BUDGET = 40 * 2**20  # bytes that instructions may build, in addition to the size of the file
+MAX_NAME_LENGTH = 40  # of a name in an error message
+# Larger integers, and floats, become text as dictionary keys: their hashes can be made to collide.
+MAX_KEY = 2**31
+MAX_TUPLE_KEYS = 10_000
 
 
 class UnreadableCheckpoint(ValueError):
-    """A file that is no checkpoint, is damaged, or asks for what no checkpoint needs; one sentence."""
+    """A file that is not a checkpoint, is damaged, or requests something that no checkpoint needs; one sentence."""
 
 
 @dataclass(frozen=True)
-class Name:
+class GlobalName:
     """A class or function that a file names. It is never looked up."""
 
     module: str
     name: str
 
     def __str__(self) -> str:
-        return f"{self.module}.{self.name}"[:HEADLINE]
+        return f"{self.module}.{self.name}"[:MAX_NAME_LENGTH]
 
 
 @dataclass(eq=False)
-class Standin:
-    """What would have been made of a class or function that is not known here.
+class StandIn:
+    """Placeholder of an object that a call of an unknown class or function would have created.
 
     Attributes:
-        name: what the file named; None where it was no name.
-        arguments: as given.
+        name: the class or function; any value in a damaged file.
+        arguments: of the call.
         states: that would have been set.
         items: that would have been added.
     """
@@ -46,172 +46,174 @@ class Standin:
     items: list[Any] = field(default_factory=list)
 
 
-Makers = dict[tuple[str, str], Callable[[tuple[Any, ...]], Any]]
-ORDERED = {("collections", name) for name in ("OrderedDict", "defaultdict", "Counter")}
+Constructors = dict[tuple[str, str], Callable[[tuple[Any, ...]], Any]]
+DICT_CLASSES = {("collections", name) for name in ("OrderedDict", "defaultdict", "Counter")}
 
 
-class Machine:
+class PickleMachine:
+    """Stack machine that the instructions of :mod:`~diffusers_ddpm_ext.compvis.reader.opcodes` operate on.
+
+    Args:
+        data: bytes with the pickle.
+        persistent: gives the value of a persistent id; without it an id is refused.
+        constructors: what to do with calls that are supported: (module, name) to a function of the arguments.
+        start: of the pickle in the data.
+    """
+
     def __init__(
-        self, data: bytes | memoryview, persistent: Callable[[Any], Any] | None, makers: Makers, start: int
+        self, data: bytes | memoryview, persistent: Callable[[Any], Any] | None, constructors: Constructors, start: int
     ) -> None:
         self.data = memoryview(data)
         self.at = start
         self.persistent = persistent
-        self.makers = makers
+        self.constructors = constructors
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
-        self.budget = MEMORY + len(self.data)
+        self.budget = MEMORY_BUDGET + len(self.data)
         self.tuple_keys = 0
 
     # ---- bytes
 
-    def take(self, count: int) -> memoryview:
+    def read(self, count: int) -> memoryview:
         if count < 0 or count > len(self.data) - self.at:
-            raise UnreadableCheckpoint("The pickle in it is cut off, or a length in it is wrong.")
+            raise UnreadableCheckpoint("Its pickle is truncated, or a length in it is wrong.")
         self.at += count
         return self.data[self.at - count : self.at]
 
-    def number(self, layout: str) -> int:
-        return int(struct.unpack(layout, self.take(struct.calcsize(layout)))[0])
+    def read_number(self, layout: str) -> int:
+        return int(struct.unpack(layout, self.read(struct.calcsize(layout)))[0])
 
-    def line(self) -> bytes:
-        end = self.at
-        chunk = bytes(self.data[end : end + 4096])
-        found = chunk.find(b"\n")
-        if found < 0:
-            raise UnreadableCheckpoint("The pickle in it is damaged: a line does not end.")
-        self.at += found + 1
-        return chunk[:found]
+    def read_line(self) -> bytes:
+        chunk = bytes(self.data[self.at : self.at + 4096])
+        end = chunk.find(b"\n")
+        if end < 0:
+            raise UnreadableCheckpoint("Its pickle is damaged: a line does not end.")
+        self.at += end + 1
+        return chunk[:end]
 
-    def spend(self, count: int) -> None:
-        self.budget -= count
+    def charge(self, size: int) -> None:
+        """Count memory against the budget."""
+        self.budget -= size
         if self.budget < 0:
-            raise UnreadableCheckpoint("The pickle in it asks for far more memory than its size: no checkpoint.")
+            raise UnreadableCheckpoint("Its pickle requests far more memory than its size, as no checkpoint does.")
 
     # ---- stack
 
     def push(self, value: Any, cost: int = 32) -> None:
-        self.spend(cost)
+        self.charge(cost)
         self.stack.append(value)
 
     def pop(self) -> Any:
-        if not self.stack or (self.marks and self.marks[-1] >= len(self.stack)):
-            raise UnreadableCheckpoint("The pickle in it is damaged: a value is missing.")
+        self.top()
         return self.stack.pop()
 
     def top(self) -> Any:
         if not self.stack or (self.marks and self.marks[-1] >= len(self.stack)):
-            raise UnreadableCheckpoint("The pickle in it is damaged: a value is missing.")
+            raise UnreadableCheckpoint("Its pickle is damaged: a value is missing.")
         return self.stack[-1]
 
-    def group(self) -> list[Any]:
+    def pop_to_mark(self) -> list[Any]:
         if not self.marks:
-            raise UnreadableCheckpoint("The pickle in it is damaged: a group has no beginning.")
-        begin = self.marks.pop()
-        found = self.stack[begin:]
-        del self.stack[begin:]
-        return found
+            raise UnreadableCheckpoint("Its pickle is damaged: a mark is missing.")
+        mark = self.marks.pop()
+        values = self.stack[mark:]
+        del self.stack[mark:]
+        return values
 
-    def text(self, count: int) -> None:
-        self.spend(4 * count)  # a single wide character makes all of them four bytes
-        self.push(str(self.take(count), "utf-8", "surrogatepass"), 64)
+    def push_text(self, count: int) -> None:
+        self.charge(4 * count)  # a single wide character makes all of them four bytes
+        self.push(str(self.read(count), "utf-8", "surrogatepass"), 64)
 
-    def plain(self, count: int) -> None:
-        self.push(bytes(self.take(count)), count + 40)
+    def push_bytes(self, count: int) -> None:
+        self.push(bytes(self.read(count)), count + 40)
 
-    def remember(self, index: int) -> None:
-        self.spend(120)
+    def memoize(self, index: int) -> None:
+        self.charge(120)
         self.memo[index] = self.top()
 
-    def recall(self, index: int) -> None:
+    def push_memo(self, index: int) -> None:
         if index not in self.memo:
-            raise UnreadableCheckpoint("The pickle in it is damaged: it recalls what it never stored.")
+            raise UnreadableCheckpoint("Its pickle is damaged: it refers to a memo entry that does not exist.")
         self.push(self.memo[index], 8)
 
-    # ---- what would be calls
+    def push_global(self, module: str, name: str) -> None:
+        self.push(GlobalName(module, name), 150 + len(module) + len(name))
 
-    def call(self, function: Any, arguments: Any) -> None:
+    def push_persistent(self, pid: Any) -> None:
+        if self.persistent is None:
+            raise UnreadableCheckpoint("Its pickle refers to something outside of it.")
+        self.push(self.persistent(pid), 200)
+
+    # ---- calls, replaced by stand-ins
+
+    def push_call(self, function: Any, arguments: Any) -> None:
         if not isinstance(arguments, tuple):
-            raise UnreadableCheckpoint("The pickle in it is damaged: arguments are no tuple.")
-        if isinstance(function, Name):
-            place = (function.module, function.name)
-            if place in ORDERED:
-                return self.push(self.ordered(arguments), 64)
-            if place in self.makers:
-                return self.push(self.makers[place](arguments), 200)
-        return self.push(Standin(function, arguments), 400)
+            raise UnreadableCheckpoint("Its pickle is damaged: arguments are not a tuple.")
+        if isinstance(function, GlobalName):
+            name = (function.module, function.name)
+            if name in DICT_CLASSES:
+                return self.push(self._dict(arguments), 64)
+            if name in self.constructors:
+                return self.push(self.constructors[name](arguments), 200)
+        return self.push(StandIn(function, arguments), 400)
 
-    def ordered(self, arguments: tuple[Any, ...]) -> dict[Any, Any]:
-        """A dictionary of the pairs that are given, in whatever form the class takes them."""
-        made: dict[Any, Any] = {}
-        for given in arguments:
-            if isinstance(given, dict):
-                self.spend(100 * len(given))
-                made.update(given)
-            elif isinstance(given, list):
-                for pair in given:
+    def _dict(self, arguments: tuple[Any, ...]) -> dict[Any, Any]:
+        """A dictionary from the arguments of its class: dictionaries and lists of pairs."""
+        result: dict[Any, Any] = {}
+        for argument in arguments:
+            if isinstance(argument, dict):
+                self.charge(100 * len(argument))
+                result.update(argument)
+            elif isinstance(argument, list):
+                for pair in argument:
                     if isinstance(pair, list | tuple) and len(pair) == 2:
-                        self.put(made, pair[0], pair[1])
-        return made
+                        self.charge(100)
+                        result[self._key(pair[0])] = pair[1]
+        return result
 
     def build(self) -> None:
-        state, thing = self.pop(), self.top()
-        if isinstance(thing, Standin):
-            self.spend(16)
-            thing.states.append(state)
-        elif isinstance(thing, Name | str | bytes | int | float | tuple | type(None)):
-            raise UnreadableCheckpoint("The pickle in it sets attributes of what has none: no checkpoint does.")
-        # An ordered dictionary's attributes (`_metadata` of a state_dict) and a tensor's are not needed.
+        state, target = self.pop(), self.top()
+        if isinstance(target, StandIn):
+            self.charge(16)
+            target.states.append(state)
+        elif isinstance(target, GlobalName | str | bytes | int | float | tuple | type(None)):
+            raise UnreadableCheckpoint("Its pickle sets attributes of a value that has none, as no checkpoint does.")
+        # Attributes of an ordered dictionary (`_metadata` of a state_dict) and of a tensor are not needed.
 
     def set_items(self, pairs: list[Any]) -> None:
         if len(pairs) % 2:
-            raise UnreadableCheckpoint("The pickle in it is damaged: a key has no value.")
-        thing = self.top()
-        if isinstance(thing, dict):
+            raise UnreadableCheckpoint("Its pickle is damaged: a key has no value.")
+        target = self.top()
+        if isinstance(target, dict):
             for index in range(0, len(pairs), 2):
-                self.put(thing, pairs[index], pairs[index + 1])
-        elif isinstance(thing, Standin):
-            self.spend(8 * len(pairs))
-            thing.items += pairs
+                self.charge(100)
+                target[self._key(pairs[index])] = pairs[index + 1]
+        elif isinstance(target, StandIn):
+            self.charge(8 * len(pairs))
+            target.items += pairs
         else:
-            raise UnreadableCheckpoint("The pickle in it sets items of what has none: no checkpoint does.")
+            raise UnreadableCheckpoint("Its pickle sets items of a value that has none, as no checkpoint does.")
 
-    def put(self, made: dict[Any, Any], key: Any, value: Any) -> None:
-        self.spend(100)
-        made[self.key(key)] = value
-
-    def key(self, key: Any) -> Any:
-        """Something to look things up by whose hash is cheap."""
-        if isinstance(key, bool | str | bytes | Name | type(None)):
+    def _key(self, key: Any) -> Any:
+        """A dictionary key with a cheap hash."""
+        if isinstance(key, bool | str | bytes | GlobalName | type(None)):
             return key
         if isinstance(key, int | float):
-            return key if isinstance(key, int) and abs(key) < SMALL_KEY else f"{key:.17g}"
+            return key if isinstance(key, int) and abs(key) < MAX_KEY else f"{key:.17g}"
         if isinstance(key, tuple):
             self.tuple_keys += 1
-            if self.tuple_keys <= MOST_TUPLE_KEYS and len(key) <= 16 and not any(isinstance(k, tuple) for k in key):
-                return tuple(self.key(part) for part in key)
-        elif isinstance(key, Standin):
+            if self.tuple_keys <= MAX_TUPLE_KEYS and len(key) <= 16 and not any(isinstance(k, tuple) for k in key):
+                return tuple(self._key(part) for part in key)
+        elif isinstance(key, StandIn):
             return key
         raise UnreadableCheckpoint(
-            f"The pickle in it has a {type(key).__name__} as a dictionary's key: no checkpoint."
+            f"Its pickle has a {type(key).__name__} as a dictionary key, as no checkpoint does."
         )
 
     def add_items(self, items: list[Any]) -> None:
-        thing = self.top()
-        if isinstance(thing, list):
-            self.spend(8 * len(items))
-            thing += items
-        elif isinstance(thing, Standin):
-            self.spend(8 * len(items))
-            thing.items += items
-        else:
-            raise UnreadableCheckpoint("The pickle in it appends to what is no list: no checkpoint does.")
-
-    def named(self, module: str, name: str) -> None:
-        self.push(Name(module, name), 150 + len(module) + len(name))
-
-    def persist(self, pid: Any) -> None:
-        if self.persistent is None:
-            raise UnreadableCheckpoint("The pickle in it refers to something outside of it.")
-        self.push(self.persistent(pid), 200)
+        target = self.top()
+        if not isinstance(target, list | StandIn):
+            raise UnreadableCheckpoint("Its pickle appends to a value that is not a list, as no checkpoint does.")
+        self.charge(8 * len(items))
+        (target if isinstance(target, list) else target.items).extend(items)

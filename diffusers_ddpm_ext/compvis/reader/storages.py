@@ -1,7 +1,8 @@
-"""Tensors of a checkpoint as its pickle describes them: a place in the file, checked, and read only when asked for."""
+"""Tensors and storages that a checkpoint's pickle describes: checked, and mapped from the file on request."""
 
 from __future__ import annotations
 
+import math
 import mmap
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,26 +11,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusers_ddpm_ext.compvis.reader.unpickle import Makers, Name, UnreadableCheckpoint
+from diffusers_ddpm_ext.compvis.reader.pickle_machine import Constructors, GlobalName, UnreadableCheckpoint
 
-DTYPES = {
+STORAGE_DTYPES = {
     "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
     "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
     "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
     "ComplexFloatStorage": torch.complex64, "ComplexDoubleStorage": torch.complex128, "UntypedStorage": torch.uint8,
 }  # fmt: skip
-MOST_AXES = 64
+MAX_NDIM = 64
 
 
 @dataclass
 class Storage:
-    """Numbers in a row.
+    """A flat array in a file.
 
     Attributes:
-        dtype: of each.
-        numel: how many the pickle says there are.
-        key: under which the file keeps them.
-        locate: gives the file's memory and the first byte; raises where the file does not hold so many.
+        dtype: of each element.
+        numel: number of elements according to the pickle.
+        key: its name in the file.
+        locate: gives the file's memory and the offset of the first byte; raises if the file has fewer elements.
     """
 
     dtype: torch.dtype
@@ -40,15 +41,7 @@ class Storage:
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor that is still in its file.
-
-    Attributes:
-        storage: that holds its numbers.
-        offset: of the first one.
-        shape: of the tensor.
-        stride: of each axis, in numbers.
-        dtype: of the tensor.
-    """
+    """A view of a storage that is not loaded; offset and strides count elements."""
 
     storage: Storage
     offset: int
@@ -58,127 +51,120 @@ class LazyTensor:
 
     @property
     def numel(self) -> int:
-        """Number of entries."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        """Number of elements."""
+        return math.prod(self.shape)
 
     def load(self) -> Tensor:
-        """Map the tensor's memory.
-
-        Returns:
-            The tensor, on the CPU; it shares the file's pages until it is written to, which the file never is.
+        """Map the tensor from the file, copy-on-write, on the CPU.
 
         Raises:
-            UnreadableCheckpoint: the file does not hold its numbers.
+            UnreadableCheckpoint: the file does not contain its elements.
         """
-        memory, first = self.storage.locate(self.storage)
+        memory, start = self.storage.locate(self.storage)
         if self.numel == 0:
             return torch.empty(self.shape, dtype=self.dtype)
-        size = self.dtype.itemsize
-        count = self.storage.numel * self.storage.dtype.itemsize // size
+        itemsize = self.dtype.itemsize
+        count = self.storage.numel * self.storage.dtype.itemsize // itemsize
         buffer: Any = memory
-        if first % size:  # of old files; a tensor must lie on a multiple of its numbers' size
-            buffer, first = bytearray(memory[first : first + count * size]), 0
-        flat = torch.frombuffer(buffer, dtype=self.dtype, count=count, offset=first)
+        if start % itemsize:  # in the legacy format; torch needs aligned memory
+            buffer, start = bytearray(memory[start : start + count * itemsize]), 0
+        flat = torch.frombuffer(buffer, dtype=self.dtype, count=count, offset=start)
         return flat.as_strided(self.shape, self.stride, self.offset)
 
 
-def storage_type(name: Any) -> torch.dtype:
-    """The type of the numbers in a storage of a class that a file names."""
-    dtype = DTYPES.get(name.name) if isinstance(name, Name) and name.module.partition(".")[0] == "torch" else None
+def storage_dtype(storage_class: Any) -> torch.dtype:
+    """The dtype of a storage class that a file names."""
+    is_torch = isinstance(storage_class, GlobalName) and storage_class.module.partition(".")[0] == "torch"
+    dtype = STORAGE_DTYPES.get(storage_class.name) if is_torch else None
     if dtype is None:
-        raise UnreadableCheckpoint(f"It holds a storage of an unknown kind ({str(name)[:40]}).")
+        raise UnreadableCheckpoint(f"It has a storage of an unknown type ({str(storage_class)[:40]}).")
     return dtype
 
 
-def whole(value: Any, what: str) -> int:
-    """A number of things."""
+def check_count(value: Any, what: str) -> int:
+    """Return a size, offset or stride; refuse anything but an integer of 0 or more."""
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**62:
-        raise UnreadableCheckpoint(f"It describes a tensor whose {what} is no number that can be.")
+        raise UnreadableCheckpoint(f"It describes a tensor with an impossible {what}.")
     return value
 
 
-def tensor_of(storage: Any, offset: Any, shape: Any, stride: Any, dtype: Any = None) -> LazyTensor:
-    """A tensor of a storage, if it lies in it.
+def make_tensor(storage: Any, offset: Any, shape: Any, stride: Any, dtype: torch.dtype | None = None) -> LazyTensor:
+    """Make a tensor that is a view of a storage.
 
     Args:
         storage: from the file's persistent id.
-        offset: of its first number.
+        offset: of its first element.
         shape: a tuple.
         stride: a tuple.
-        dtype: where it is not the storage's.
-
-    Returns:
-        The tensor, unread.
+        dtype: if it is not the storage's.
 
     Raises:
-        UnreadableCheckpoint: it reaches beyond its storage, or has more entries than that.
+        UnreadableCheckpoint: it exceeds its storage, or has more elements.
     """
     if not isinstance(storage, Storage):
         raise UnreadableCheckpoint("It describes a tensor without a storage.")
-    if not (isinstance(shape, tuple) and isinstance(stride, tuple) and len(shape) == len(stride) <= MOST_AXES):
-        raise UnreadableCheckpoint("It describes a tensor whose shape and strides do not belong together.")
-    made = LazyTensor(
+    if not (isinstance(shape, tuple) and isinstance(stride, tuple) and len(shape) == len(stride) <= MAX_NDIM):
+        raise UnreadableCheckpoint("It describes a tensor whose shape and strides do not match.")
+    tensor = LazyTensor(
         storage,
-        whole(offset, "offset"),
-        tuple(whole(size, "size") for size in shape),
-        tuple(whole(step, "stride") for step in stride),
+        check_count(offset, "offset"),
+        tuple(check_count(size, "size") for size in shape),
+        tuple(check_count(step, "stride") for step in stride),
         storage.dtype if dtype is None else dtype,
     )
-    size = made.dtype.itemsize
-    room = storage.numel * storage.dtype.itemsize // size
-    last = made.offset + sum((size - 1) * step for size, step in zip(made.shape, made.stride, strict=True))
-    if made.numel and (last >= room or made.numel > room):
+    available = storage.numel * storage.dtype.itemsize // tensor.dtype.itemsize
+    last = tensor.offset + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride, strict=True))
+    if tensor.numel and (last >= available or tensor.numel > available):
         raise UnreadableCheckpoint(
-            f"It describes a tensor of {made.numel:,} entries in a storage of {room:,}: larger than its storage."
+            f"It describes a tensor of {tensor.numel:,} elements in a storage of {available:,}: larger than its "
+            "storage."
         )
-    return made
-
-
-def _rebuild(arguments: tuple[Any, ...]) -> LazyTensor:
-    return tensor_of(*_first(arguments, 4))
-
-
-def _rebuild_v3(arguments: tuple[Any, ...]) -> LazyTensor:
-    storage, offset, shape, stride, _, _, dtype = _first(arguments, 7)
-    name = dtype.name if isinstance(dtype, Name) and dtype.module == "torch" else ""
-    known = getattr(torch, name, None) if name.startswith(("float", "uint", "int", "bfloat", "bool")) else None
-    if not isinstance(known, torch.dtype):
-        raise UnreadableCheckpoint(f"It holds a tensor of an unknown type ({name[:40]}).")
-    return tensor_of(storage, offset, shape, stride, known)
-
-
-def _parameter(arguments: tuple[Any, ...]) -> Any:
-    return _first(arguments, 1)[0]
-
-
-def _of_type(arguments: tuple[Any, ...]) -> Any:
-    """A tensor of another class, such as a buffer: what it is made of, by the function that is named."""
-    function, _, inner = _first(arguments, 3)
-    maker = MAKERS.get((function.module, function.name)) if isinstance(function, Name) else None
-    if maker is None or maker is _of_type or not isinstance(inner, tuple):
-        raise UnreadableCheckpoint("It holds a tensor of a class that is not known.")
-    return maker(inner)
+    return tensor
 
 
 def _first(arguments: tuple[Any, ...], count: int) -> tuple[Any, ...]:
     if len(arguments) < count:
-        raise UnreadableCheckpoint("It describes a tensor with parts missing.")
+        raise UnreadableCheckpoint("It describes a tensor with missing arguments.")
     return arguments[:count]
+
+
+def _rebuild_tensor(arguments: tuple[Any, ...]) -> LazyTensor:
+    return make_tensor(*_first(arguments, 4))
+
+
+def _rebuild_tensor_v3(arguments: tuple[Any, ...]) -> LazyTensor:
+    storage, offset, shape, stride, _, _, dtype = _first(arguments, 7)
+    name = dtype.name if isinstance(dtype, GlobalName) and dtype.module == "torch" else ""
+    known = getattr(torch, name, None) if name.startswith(("float", "uint", "int", "bfloat", "bool")) else None
+    if not isinstance(known, torch.dtype):
+        raise UnreadableCheckpoint(f"It has a tensor of an unknown dtype ({name[:40]}).")
+    return make_tensor(storage, offset, shape, stride, known)
+
+
+def _rebuild_parameter(arguments: tuple[Any, ...]) -> Any:
+    return _first(arguments, 1)[0]
+
+
+def _rebuild_from_type(arguments: tuple[Any, ...]) -> Any:
+    """A tensor of another class, such as a buffer, from the arguments of the function that it names."""
+    function, _, inner = _first(arguments, 3)
+    is_name = isinstance(function, GlobalName)
+    rebuild = TENSOR_CONSTRUCTORS.get((function.module, function.name)) if is_name else None
+    if rebuild is None or rebuild is _rebuild_from_type or not isinstance(inner, tuple):
+        raise UnreadableCheckpoint("It has a tensor of an unknown class.")
+    return rebuild(inner)
 
 
 def _size(arguments: tuple[Any, ...]) -> Any:
     return tuple(arguments[0]) if arguments and isinstance(arguments[0], list | tuple) else ()
 
 
-MAKERS: Makers = {
-    ("torch._utils", "_rebuild_tensor"): _rebuild,
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuild,
-    ("torch._utils", "_rebuild_tensor_v3"): _rebuild_v3,
-    ("torch._utils", "_rebuild_parameter"): _parameter,
-    ("torch._utils", "_rebuild_parameter_with_state"): _parameter,
-    ("torch._tensor", "_rebuild_from_type_v2"): _of_type,
+TENSOR_CONSTRUCTORS: Constructors = {
+    ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_tensor_v3"): _rebuild_tensor_v3,
+    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+    ("torch._utils", "_rebuild_parameter_with_state"): _rebuild_parameter,
+    ("torch._tensor", "_rebuild_from_type_v2"): _rebuild_from_type,
     ("torch", "Size"): _size,
 }

@@ -1,9 +1,8 @@
-"""The pickle machine, with nothing behind it: instructions build plain containers and inert stand-ins.
+"""Unpickling without execution: instructions build plain containers and inert stand-ins.
 
-Nothing that a file names is imported or called. Where Python's machine would call something, a `Standin` takes note
-of what would have been called; the few names that a checkpoint cannot do without (a tensor's parts, an ordered
-dictionary) are understood here, by code of ours. Every length is checked against the bytes that remain, and a budget
-bounds the memory that instructions can ask for.
+Nothing that a file names is imported or called. Where Python's unpickler would call something, a `StandIn` records the
+call; the few names that a checkpoint needs (parts of a tensor, an ordered dictionary) are handled here, by our own
+code. Every length is checked against the remaining bytes, and a budget bounds the memory that instructions can use.
 """
 
 from __future__ import annotations
@@ -13,22 +12,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from diffusers_ddpm_ext.compvis.reader.opcodes import TABLE
-from diffusers_ddpm_ext.compvis.reader.pickle_machine import Machine, Makers, Name, Standin, UnreadableCheckpoint
+from diffusers_ddpm_ext.compvis.reader.opcodes import INSTRUCTIONS
+from diffusers_ddpm_ext.compvis.reader.pickle_machine import Constructors, PickleMachine, UnreadableCheckpoint
 
-__all__ = ["Makers", "Name", "Standin", "Unpickled", "UnreadableCheckpoint", "unpickle"]
-
-MOST_INSTRUCTIONS = 5_000_000
+MAX_INSTRUCTIONS = 5_000_000
 
 
 @dataclass
 class Unpickled:
-    """A pickle's value.
-
-    Attributes:
-        value: plain containers, numbers, text and stand-ins.
-        end: number of bytes that it took.
-    """
+    """A pickle's value: plain containers, numbers, text and stand-ins; and the offset of its end."""
 
     value: Any
     end: int
@@ -37,47 +29,36 @@ class Unpickled:
 def unpickle(
     data: bytes | memoryview,
     persistent: Callable[[Any], Any] | None = None,
-    makers: Makers | None = None,
+    constructors: Constructors | None = None,
     start: int = 0,
 ) -> Unpickled:
-    """Run a pickle on the machine.
-
-    Args:
-        data: that holds it.
-        persistent: gives the value of a persistent id; without it an id is refused.
-        makers: what to do with calls that are understood: (module, name) to a function of the arguments.
-        start: of the pickle in the data.
-
-    Returns:
-        Its value, and where it ends.
+    """Run a pickle on the machine; the arguments are those of `PickleMachine`.
 
     Raises:
-        UnreadableCheckpoint: it is damaged, or asks for what no checkpoint needs.
+        UnreadableCheckpoint: it is damaged, or requests something that no checkpoint needs.
     """
-    machine = Machine(data, persistent, makers or {}, start)
+    machine = PickleMachine(data, persistent, constructors or {}, start)
     try:
         return _run(machine)
     except UnreadableCheckpoint:
         raise
     except (IndexError, KeyError, TypeError, ValueError, OverflowError, RecursionError, struct.error) as error:
-        raise UnreadableCheckpoint(
-            f"The pickle in it is damaged at byte {machine.at}: {type(error).__name__}."
-        ) from None
+        raise UnreadableCheckpoint(f"Its pickle is damaged at byte {machine.at}: {type(error).__name__}.") from None
 
 
-def _run(machine: Machine) -> Unpickled:
-    data, table = machine.data, TABLE
-    for _ in range(MOST_INSTRUCTIONS):
+def _run(machine: PickleMachine) -> Unpickled:
+    data, instructions = machine.data, INSTRUCTIONS
+    for _ in range(MAX_INSTRUCTIONS):
         if machine.at >= len(data):
-            raise UnreadableCheckpoint("The pickle in it is cut off: the file is incomplete.")
+            raise UnreadableCheckpoint("Its pickle is truncated: the file is incomplete.")
         code = data[machine.at]
         machine.at += 1
         if code == 0x2E:  # STOP
             return Unpickled(machine.pop(), machine.at)
-        instruction = table.get(code)
+        instruction = instructions.get(code)
         if instruction is None:
             raise UnreadableCheckpoint(
-                f"The pickle in it is damaged: byte {machine.at - 1} ({code:#04x}) is no instruction."
+                f"Its pickle is damaged: byte {machine.at - 1} ({code:#04x}) is not an instruction."
             )
         instruction(machine)
-    raise UnreadableCheckpoint(f"The pickle in it has more than {MOST_INSTRUCTIONS:,} instructions: no checkpoint.")
+    raise UnreadableCheckpoint(f"Its pickle has more than {MAX_INSTRUCTIONS:,} instructions, as no checkpoint has.")

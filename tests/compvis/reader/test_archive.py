@@ -1,9 +1,10 @@
-"""Checkpoint files: torch's own reading of good ones is the truth; of bad ones there is one sentence, or the truth."""
+"""Checkpoint files: intact ones give what torch loads; damaged ones give one sentence, or what torch would load."""
 
 from __future__ import annotations
 
 import collections
 import json
+import mmap
 import os
 import random
 import struct
@@ -19,24 +20,26 @@ from helpers.hostile_pickles import corpus, torch_archive, torch_legacy
 from helpers.paths import PYTHONPATH
 from safetensors.torch import save_file
 
-from diffusers_ddpm_ext.compvis.reader.archive import read_checkpoint, read_named, read_tensors
+from diffusers_ddpm_ext.compvis.reader.archive import read_legacy, read_tensors, read_zip
+from diffusers_ddpm_ext.compvis.reader.pickle_machine import GlobalName, StandIn, UnreadableCheckpoint
 from diffusers_ddpm_ext.compvis.reader.storages import LazyTensor
-from diffusers_ddpm_ext.compvis.reader.unpickle import Name, Standin, UnreadableCheckpoint, unpickle
+from diffusers_ddpm_ext.compvis.reader.unpickle import unpickle
 
 FORMATS = {"zip": True, "legacy": False}
+READERS = {"zip": read_zip, "legacy": read_legacy}
 
 
 class Callback:
-    """Stands for a class of Lightning, which is pickled by name."""
+    """In place of a class of Lightning, which is pickled by name."""
 
 
 def state() -> dict[str, torch.Tensor]:
-    """Tensors of every kind, shared, cut, turned and empty ones among them."""
+    """Tensors of every dtype; shared, sliced, transposed and empty ones."""
     base = torch.arange(60, dtype=torch.float32).reshape(6, 10)
     dtypes = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
-    found = {name: torch.arange(7).to(getattr(torch, name)) for name in dtypes}
+    tensors = {name: torch.arange(7).to(getattr(torch, name)) for name in dtypes}
     shared = {"shared": base, "turned": base.t(), "cut": base[2:4, 1:9:3], "scalar": base[3, 3]}
-    return found | shared | {"empty": torch.empty(0, 3), "weight": torch.randn(4, 3, 2, 2)}
+    return tensors | shared | {"empty": torch.empty(0, 3), "weight": torch.randn(4, 3, 2, 2)}
 
 
 def lightning() -> dict[object, object]:
@@ -56,9 +59,9 @@ def write(path: Path, content: object, kind: str) -> Path:
     return path
 
 
-def same(found: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]) -> bool:
-    return found.keys() == truth.keys() and all(
-        found[name].dtype == truth[name].dtype and torch.equal(found[name], truth[name]) for name in truth
+def same(tensors: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]) -> bool:
+    return tensors.keys() == truth.keys() and all(
+        tensors[name].dtype == truth[name].dtype and torch.equal(tensors[name], truth[name]) for name in truth
     )
 
 
@@ -68,25 +71,24 @@ def test_all_that_torch_writes(kind, tmp_path):
     path = write(tmp_path / "m.ckpt", truth, kind)
     assert same(read_tensors(path), torch.load(path, weights_only=True))
     parameters = {"w": torch.nn.Parameter(truth["weight"]), "b": torch.nn.Buffer(truth["shared"])}
-    found = read_tensors(write(tmp_path / "p.ckpt", parameters, kind))
-    assert torch.equal(found["w"], truth["weight"])
-    assert torch.equal(found["b"], truth["shared"])
+    tensors = read_tensors(write(tmp_path / "p.ckpt", parameters, kind))
+    assert torch.equal(tensors["w"], truth["weight"])
+    assert torch.equal(tensors["b"], truth["shared"])
 
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_a_file_of_lightning(kind, tmp_path):
-    """Classes in it are names here, and the optimizer's tensors stay in the file."""
+    """Classes become names, and the optimizer's tensors are not loaded."""
     path = write(tmp_path / "m.ckpt", lightning(), kind)
-    found = read_named(path)
     truth = torch.load(path, weights_only=False)
-    assert same(found.tensors, dict(truth["state_dict"]))
-    assert found.wrapper == "state_dict"
-    assert found.facts == {"epoch": 3, "global_step": 70}
-    whole = read_checkpoint(path)
-    assert isinstance(whole["optimizer_states"][0]["state"][0]["exp_avg"], LazyTensor)
-    assert [str(key) for key in whole["callbacks"]] == [f"{__name__}.Callback"[:40]]
-    assert isinstance(next(iter(whole["callbacks"])), Name)
-    assert isinstance(whole["hyper_parameters"], Standin)
+    assert same(read_tensors(path), dict(truth["state_dict"]))
+    with path.open("rb") as file:
+        content = READERS[kind](mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+    assert (content["epoch"], content["global_step"]) == (3, 70)
+    assert isinstance(content["optimizer_states"][0]["state"][0]["exp_avg"], LazyTensor)
+    assert [str(key) for key in content["callbacks"]] == [f"{__name__}.Callback"[:40]]
+    assert isinstance(next(iter(content["callbacks"])), GlobalName)
+    assert isinstance(content["hyper_parameters"], StandIn)
 
 
 def test_safetensors_and_shards(tmp_path):
@@ -100,13 +102,13 @@ def test_safetensors_and_shards(tmp_path):
     renamed = tmp_path / "model.ckpt"
     renamed.write_bytes((tmp_path / "one.safetensors").read_bytes())
     assert same(read_tensors(renamed), first)
-    for weight_map, told in (
+    for weight_map, message in (
         ({"a": "../one.safetensors"}, "outside"),
         ({"a": "three.safetensors"}, "missing"),
         ({"c": "one.safetensors"}, "lacks c"),
     ):
         index.write_text(json.dumps({"weight_map": weight_map}))
-        with pytest.raises(UnreadableCheckpoint, match=told):
+        with pytest.raises(UnreadableCheckpoint, match=message):
             read_tensors(index)
 
 
@@ -120,11 +122,11 @@ def deflated(folder: Path) -> bytes:
 
 OTHERS = {
     "empty": (b"", "empty"),
-    "a web page": (b"\n<!DOCTYPE html><html>not found</html>", "web page"),
+    "a web page": (b"\n<!DOCTYPE html><html>not tensors</html>", "web page"),
     "git-lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 3\n", "git lfs pull"),
-    "a picture": (b"\x89PNG\r\n\x1a\n" + bytes(64), "picture"),
+    "an image": (b"\x89PNG\r\n\x1a\n" + bytes(64), "an image"),
     "YAML": (b"model:\n  target: x\n", "text file"),
-    "noise": (random.Random(0).randbytes(5000), "renamed, encrypted or damaged"),
+    "noise": (random.Random(0).randbytes(5000), "encrypted or damaged"),
     "a tar file": (bytes(257) + b"ustar" + bytes(300), "torch 0.1"),
     "a plain pickle": (b"\x80\x02}.", "plain pickle"),
     "gzip": (b"\x1f\x8b\x08" + bytes(60), "gzip"),
@@ -133,27 +135,27 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_what_is_no_checkpoint(name, tmp_path):
-    data, told = OTHERS[name]
+def test_files_that_are_not_checkpoints(name, tmp_path):
+    data, message = OTHERS[name]
     (tmp_path / "m.ckpt").write_bytes(data)
-    with pytest.raises(UnreadableCheckpoint, match=told) as error:
+    with pytest.raises(UnreadableCheckpoint, match=message) as error:
         read_tensors(tmp_path / "m.ckpt")
     assert "\n" not in str(error.value)
 
 
-def test_folders_deflated_and_encrypted_members_programs_and_modules(tmp_path):
+def test_folders_compressed_members_and_pickled_objects_are_refused(tmp_path):
     with pytest.raises(UnreadableCheckpoint, match="folder"):
         read_tensors(tmp_path)
     (tmp_path / "m.ckpt").write_bytes(deflated(tmp_path))
     with pytest.raises(UnreadableCheckpoint, match="compressed"):
         read_tensors(tmp_path / "m.ckpt")
-    whole = bytearray(write(tmp_path / "e.ckpt", state(), "zip").read_bytes())
-    entry = whole.find(b"PK\1\2")
-    whole[entry + 8] |= 1
-    (tmp_path / "e.ckpt").write_bytes(whole)
+    data = bytearray(write(tmp_path / "e.ckpt", state(), "zip").read_bytes())
+    entry = data.find(b"PK\1\2")
+    data[entry + 8] |= 1
+    (tmp_path / "e.ckpt").write_bytes(data)
     with pytest.raises(UnreadableCheckpoint, match="encrypted"):
         read_tensors(tmp_path / "e.ckpt")
-    with pytest.raises(UnreadableCheckpoint, match="whole pickled object"):
+    with pytest.raises(UnreadableCheckpoint, match="pickled object"):
         read_tensors(write(tmp_path / "o.ckpt", Callback(), "zip"))
     with pytest.raises(UnreadableCheckpoint, match="without a name"):
         read_tensors(write(tmp_path / "t.ckpt", torch.zeros(3), "zip"))
@@ -162,7 +164,7 @@ def test_folders_deflated_and_encrypted_members_programs_and_modules(tmp_path):
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_every_truncation_is_told(kind, tmp_path):
+def test_every_truncation_is_refused(kind, tmp_path):
     data = write(tmp_path / "m.ckpt", {"a": torch.randn(100), "b": torch.randn(9)}, kind).read_bytes()
     for size in {*range(0, len(data), max(1, len(data) // 150)), len(data) - 1}:
         (tmp_path / "m.ckpt").write_bytes(data[:size])
@@ -187,7 +189,7 @@ def mutate(data: bytes, draw: random.Random) -> bytes:
 
 
 def attempt(path: Path) -> tuple[dict[str, torch.Tensor] | None, str]:
-    """What a file gives: its tensors, or a refusal. Anything else that is raised fails the test."""
+    """The tensors of a file, or the refusal. Any other exception fails the test."""
     try:
         return read_tensors(path), ""
     except UnreadableCheckpoint as error:
@@ -195,24 +197,24 @@ def attempt(path: Path) -> tuple[dict[str, torch.Tensor] | None, str]:
 
 
 def test_five_hundred_mutations_of_a_zip_file(tmp_path):
-    """One sentence, or the right numbers: never others."""
+    """One sentence, or the correct values, never others."""
     draw = random.Random(1)
     data = write(tmp_path / "m.ckpt", lightning(), "zip").read_bytes()
     truth = read_tensors(tmp_path / "m.ckpt")
-    told = 0
+    refused = 0
     for _ in range(500):
         path = tmp_path / "x.ckpt"
         path.write_bytes(mutate(data, draw))
-        found, refusal = attempt(path)
-        assert found is None or same(found, truth)
+        tensors, refusal = attempt(path)
+        assert tensors is None or same(tensors, truth)
         assert "\n" not in refusal
-        told += found is None
-    assert told > 300
+        refused += tensors is None
+    assert refused > 300
 
 
 @pytest.mark.parametrize("kind", ["legacy", "safetensors"])
 def test_five_hundred_mutations_without_checksums(kind, tmp_path):
-    """One sentence, or tensors of the same names and shapes or others: bytes of tensors cannot be checked there."""
+    """One sentence, or any tensors: these formats have no checksums of the tensors."""
     draw = random.Random(2)
     path = tmp_path / "m.ckpt"
     if kind == "legacy":
@@ -220,21 +222,21 @@ def test_five_hundred_mutations_without_checksums(kind, tmp_path):
     else:
         save_file({name: tensor.clone().contiguous() for name, tensor in state().items()}, path)
         data = path.read_bytes()
-    told = 0
+    refused = 0
     for _ in range(500):
         path.write_bytes(mutate(data, draw))
-        found, refusal = attempt(path)
-        assert found is None or all(isinstance(tensor, torch.Tensor) for tensor in found.values())
+        tensors, refusal = attempt(path)
+        assert tensors is None or all(isinstance(tensor, torch.Tensor) for tensor in tensors.values())
         assert "\n" not in refusal
-        told += found is None
-    assert told > 100
+        refused += tensors is None
+    assert refused > 100
 
 
 HOSTILE = """
     import resource, sys, time
     from pathlib import Path
     from diffusers_ddpm_ext.compvis.reader.archive import read_tensors
-    from diffusers_ddpm_ext.compvis.reader.unpickle import UnreadableCheckpoint
+    from diffusers_ddpm_ext.compvis.reader.pickle_machine import UnreadableCheckpoint
     from compvis.reader.test_archive import hostile_files
     marks, place = Path(sys.argv[1]), Path(sys.argv[2])
     files = hostile_files(marks, place)
@@ -264,7 +266,7 @@ def stride_zero() -> bytes:
 
 
 def bombs() -> list[tuple[str, bytes]]:
-    """What would cost time or memory rather than run something."""
+    """Pickles that would use time or memory rather than run something."""
     doubling = b"\x80\x02]" + b"q\x00" + b"".join(b"](h%ch%ce" % (i, i) + b"q%c" % (i + 1) for i in range(60)) + b"."
     nest = b"\x80\x02" + b"]" * 200_000 + b"a" * 199_999 + b"."
     tuples = b"\x80\x02)" + b"".join(b"q%c" % i + b"h%ch%c\x86" % (i, i) for i in range(60)) + b"K\x01}"
@@ -286,15 +288,15 @@ def bombs() -> list[tuple[str, bytes]]:
 
 def hostile_files(marks: Path, place: Path) -> list[tuple[str, bytes]]:
     """Every hostile pickle: bare, as the pickle of a zip file, and as that of an old file."""
-    found = []
+    tensors = []
     pickles = [(hostile.name, hostile.data) for hostile in corpus(marks)] + bombs()
     for name, data in pickles:
-        found += [(name, data), (f"{name} in a zip", torch_archive(data)), (f"{name}, old", torch_legacy(data))]
-    return [*found, ("stride 0", stride_zero()), ("deflated", deflated(place))]
+        tensors += [(name, data), (f"{name} in a zip", torch_archive(data)), (f"{name}, old", torch_legacy(data))]
+    return [*tensors, ("stride 0", stride_zero()), ("deflated", deflated(place))]
 
 
 def test_the_hostile_corpus(tmp_path):
-    """Nothing runs, nothing hangs, and memory stays within twice the file and 64 MiB."""
+    """Nothing runs, nothing hangs, and memory stays within twice the file size plus 64 MiB."""
     marks, place = tmp_path / "marks", tmp_path / "place"
     marks.mkdir()
     place.mkdir()
@@ -310,11 +312,11 @@ def test_the_hostile_corpus(tmp_path):
     assert list(marks.iterdir()) == [], "something ran"
     assert f"files {3 * (60 + len(bombs())) + 2}" in done.stdout
     read = [line for line in done.stdout.splitlines() if line.startswith("READ")]
-    assert read == ["READ pickle_in_safetensors"], "which is a sound file to that library, its pickle never looked at"
+    assert read == ["READ pickle_in_safetensors"], "a valid safetensors file, whose pickle is never read"
 
 
-def test_members_that_lie_over_each_other(tmp_path):
-    """A small file whose table says thousands of times the same large member."""
+def test_overlapping_members_are_refused(tmp_path):
+    """A small file whose directory lists the same large member many times."""
     data = write(tmp_path / "m.ckpt", {"a": torch.zeros(10**6)}, "zip").read_bytes()
     end = data.rfind(b"PK\5\6")
     count, size, offset = struct.unpack_from("<HLL", data, end + 10)
@@ -326,7 +328,7 @@ def test_members_that_lie_over_each_other(tmp_path):
     more = struct.pack("<HHLLH", count + 20, count + 20, size + len(copies), offset, 0)
     (tmp_path / "m.ckpt").write_bytes(data[:offset] + table + copies + b"PK\5\6" + bytes(4) + more)
     assert start
-    with pytest.raises(UnreadableCheckpoint, match="over each other"):
+    with pytest.raises(UnreadableCheckpoint, match="overlap each other"):
         read_tensors(tmp_path / "m.ckpt")
 
 
@@ -345,15 +347,15 @@ def test_a_tensor_larger_than_its_storage(tmp_path):
 
 @pytest.mark.slow
 def test_four_gigabytes_are_mapped(tmp_path):
-    """A sparse file of 4 GB: reading one small tensor of it grows memory by the size of nothing."""
+    """Reading a few values of a sparse 4 GB file uses hardly any memory."""
     script = """
         import resource, sys, torch
         from diffusers_ddpm_ext.compvis.reader.archive import read_tensors
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        found = read_tensors(sys.argv[1])
-        total = float(found["a"][:5].sum())
+        tensors = read_tensors(sys.argv[1])
+        total = float(tensors["a"][:5].sum())
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-        print(total, grown, found["a"].numel())
+        print(total, grown, tensors["a"].numel())
         """
     path = tmp_path / "big.safetensors"
     count = 2**30
