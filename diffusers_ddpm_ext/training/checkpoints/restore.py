@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from diffusers_ddpm_ext.models.ema import LitEMA
 from diffusers_ddpm_ext.training.checkpoints.snapshot import (
@@ -90,8 +92,8 @@ def restore_snapshot(
     header = header_or_problem[0]
     if not isinstance(header, BroadcastHeader):
         raise ValueError(header)
-    task = objects.unwrapped_task
-    objects.unwrapped_optimizer.zero_grad(set_to_none=True)
+    task, optimizer = objects.unwrapped_task, objects.unwrapped_optimizer
+    optimizer.zero_grad(set_to_none=True)
     reshard(task)
     if world_size() > 1:
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
@@ -101,7 +103,7 @@ def restore_snapshot(
     _restore_optimizer(header, {} if source is None else source.optimizer, objects, keep_current_options)
     if objects.ema is not None:
         _restore_ema(header, (None if source is None else source.ema) or {}, objects.ema, keep_current_options)
-    _restore_lr_scheduler(header.scalars.lr_scheduler, objects, keep_current_options)
+    _restore_lr_scheduler(header.scalars.lr_scheduler, objects.lr_scheduler, optimizer, keep_current_options)
     if objects.scaler is not None and objects.scaler.is_enabled() and header.scalars.scaler is not None:
         objects.scaler.load_state_dict(header.scalars.scaler)
     return header.progress
@@ -237,8 +239,9 @@ def _restore_ema(header: BroadcastHeader, tensors: dict[str, Tensor], ema: LitEM
     ema.load_state_dict({"shadow": shadow} | scalars)
 
 
-def _restore_lr_scheduler(stored: dict[str, Any], objects: TrainingObjects, keep_current_options: bool) -> None:
-    scheduler, optimizer = objects.lr_scheduler, objects.unwrapped_optimizer
+def _restore_lr_scheduler(
+    stored: dict[str, Any], scheduler: LambdaLR, optimizer: Optimizer, keep_current_options: bool
+) -> None:
     names = LR_SCHEDULER_KEYS[:2] if keep_current_options else LR_SCHEDULER_KEYS
     state = {name: list(stored[name]) if isinstance(stored[name], list) else stored[name] for name in names}
     scheduler.load_state_dict(state | {"lr_lambdas": [None] * len(scheduler.lr_lambdas)})
