@@ -92,7 +92,7 @@ class OpenAISource:
 
 
 @dataclass(frozen=True)
-class Import:
+class FolderConversion:
     """Mode --from: convert a checkpoint to a pipeline's folder, with ``samples`` images of it."""
 
     source: CompVisSource | OpenAISource
@@ -104,7 +104,7 @@ class Import:
 
 
 @dataclass(frozen=True)
-class Check:
+class FolderCheck:
     """Mode --check: compare a converted folder with its source."""
 
     folder: Path
@@ -112,7 +112,7 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Export:
+class CheckpointExport:
     """Mode --to: convert a pipeline's folder to an original checkpoint."""
 
     folder: Path
@@ -127,7 +127,7 @@ def convert_command(argv: Sequence[str]) -> str:
     return run_conversion(parse_convert_args(argv))
 
 
-def parse_convert_args(argv: Sequence[str]) -> Import | Check | Export:
+def parse_convert_args(argv: Sequence[str]) -> FolderConversion | FolderCheck | CheckpointExport:
     """The mode and its options, checked; errors are those of `parse_options`."""
     options = parse_options(ConvertOptions, argv, "convert", CONVERT_EXAMPLES)
     if options.target is None and options.folder is not None:
@@ -138,13 +138,13 @@ def parse_convert_args(argv: Sequence[str]) -> Import | Check | Export:
     if options.target is not None:
         return _export(options)
     if options.check is not None:
-        check = Check(options.check, _source(options, "--check", options.model_flags is not None))
+        check = FolderCheck(options.check, _source(options, "--check", options.model_flags is not None))
         if not (check.folder / "model_index.json").is_file():
             raise ConfigError(f"--check {check.folder} holds no pipeline (no model_index.json)")
         return check
     source = _source(options, f"--from {options.source}", options.source == "openai")
     out = _checked_out(options, "folder")
-    return Import(source, out, options.samples, options.num_inference_steps, options.seed, options.quiet)
+    return FolderConversion(source, out, options.samples, options.num_inference_steps, options.seed, options.quiet)
 
 
 def _source(options: ConvertOptions, mode: str, is_openai: bool) -> CompVisSource | OpenAISource:
@@ -167,7 +167,7 @@ def _source(options: ConvertOptions, mode: str, is_openai: bool) -> CompVisSourc
     return CompVisSource(options.checkpoint, options.config, load)
 
 
-def _export(options: ConvertOptions) -> Export:
+def _export(options: ConvertOptions) -> CheckpointExport:
     if options.folder is None:
         raise ConfigError(
             "--to compvis needs the folder of a pipeline: ddpm-ext convert --to compvis FOLDER --out FILE"
@@ -184,7 +184,7 @@ def _export(options: ConvertOptions) -> Export:
     if options.out is not None and options.out.suffix not in CHECKPOINT_SUFFIXES:
         raise ConfigError(f"--out {options.out} must end in {', '.join(CHECKPOINT_SUFFIXES)}")
     out = _checked_out(options, "file")
-    return Export(options.folder, out, options.base, options.config_out, not options.no_ema)
+    return CheckpointExport(options.folder, out, options.base, options.config_out, not options.no_ema)
 
 
 def _refuse_set(options: ConvertOptions, names: Sequence[str], mode: str) -> None:
@@ -207,7 +207,7 @@ def _checked_out(options: ConvertOptions, kind: Literal["file", "folder"]) -> Pa
     return out
 
 
-def run_conversion(mode: Import | Check | Export) -> str:
+def run_conversion(mode: FolderConversion | FolderCheck | CheckpointExport) -> str:
     """Convert or compare.
 
     Args:
@@ -224,10 +224,12 @@ def run_conversion(mode: Import | Check | Export) -> str:
 
     try:
         with quiet_diffusers():
-            if isinstance(mode, Export):
+            if isinstance(mode, CheckpointExport):
                 return _write_checkpoint(mode)
             converted = _convert(mode.source)
-            return _compare(mode.folder, converted) if isinstance(mode, Check) else _write_folder(mode, converted)
+            return (
+                _compare(mode.folder, converted) if isinstance(mode, FolderCheck) else _write_folder(mode, converted)
+            )
     except (RunError, ConfigError):
         raise
     except ValueError as error:
@@ -245,7 +247,7 @@ def _convert(source: CompVisSource | OpenAISource) -> Converted:
     return convert_compvis(source.checkpoint, source.config, source.load)
 
 
-def _write_folder(mode: Import, converted: Converted) -> str:
+def _write_folder(mode: FolderConversion, converted: Converted) -> str:
     from diffusers_ddpm_ext.compvis.schema import REPORT_FILE
     from diffusers_ddpm_ext.utils.files import replace_folder
 
@@ -263,7 +265,7 @@ def _write_folder(mode: Import, converted: Converted) -> str:
     return f"{report}\nThe pipeline is in {mode.out}; {REPORT_FILE} contains this report."
 
 
-def _draw_samples(pipeline: Any, path: Path, mode: Import) -> None:
+def _draw_samples(pipeline: Any, path: Path, mode: FolderConversion) -> None:
     """Draw a grid of samples; image i depends on the seed and on i only."""
     from diffusers_ddpm_ext.plotting.sheets import save_grid
     from diffusers_ddpm_ext.utils.random_keys import generator
@@ -297,7 +299,7 @@ def _compare(folder: Path, converted: Converted) -> str:
     return f"{folder} matches its checkpoint: {count} tensors are bit-exact, scheduler and logvar too"
 
 
-def _write_checkpoint(mode: Export) -> str:
+def _write_checkpoint(mode: CheckpointExport) -> str:
     import yaml
 
     from diffusers_ddpm_ext.compvis.save import compvis_config, save_compvis

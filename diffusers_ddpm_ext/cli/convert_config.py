@@ -63,12 +63,12 @@ def translate_config(options: ConvertConfigOptions) -> str:
     Raises:
         ConfigError: the file is not such a configuration, or a key is refused.
     """
-    from diffusers_ddpm_ext.compvis.config.ddpm import read_config
+    from diffusers_ddpm_ext.compvis.config.ddpm import read_compvis_config
     from diffusers_ddpm_ext.compvis.config.recipe import LATENT_NOTE, recipe, write_recipe
     from diffusers_ddpm_ext.compvis.report import format_columns
 
     try:
-        config = read_config(options.config, strict=not options.allow_refused)
+        config = read_compvis_config(options.config, strict=not options.allow_refused)
         content = recipe(config)
         if options.out is not None:
             write_recipe(config, options.out, options.config.name)

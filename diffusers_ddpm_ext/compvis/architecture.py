@@ -73,7 +73,7 @@ def complete_unet_params(unet_params: Mapping[str, Any]) -> dict[str, Any]:
     """Fill in the defaults of UNetModel's arguments, and refuse what no Diffusers network can express.
 
     Args:
-        unet_params: keyword arguments of UNetModel; its defaults are those of the published classes.
+        unet_params: keyword arguments of UNetModel.
 
     Returns:
         Every option by name; sequences as lists.
@@ -173,12 +173,6 @@ def level_widths(options: Mapping[str, Any]) -> list[int]:
 
 def head_counts(options: Mapping[str, Any]) -> tuple[list[int], int, list[int]]:
     """Attention heads of each level's down blocks, of the middle block, and of each level's up blocks.
-
-    Args:
-        options: from `complete_unet_params`.
-
-    Returns:
-        The three, levels in order of decreasing resolution.
 
     Raises:
         ValueError: the heads do not divide the width of an attention block.

@@ -43,11 +43,7 @@ class Converted:
     report: Report
 
     def save(self, folder: PathLike) -> None:
-        """Write the pipeline, the raw weights as ``variant="raw"``, and ``ema.json``.
-
-        Args:
-            folder: created if it does not exist.
-        """
+        """Write the pipeline, the raw weights as ``variant="raw"``, and ``ema.json``."""
         self.pipeline.save_pretrained(folder)
         if self.raw is not None:
             network: Any = self.raw
@@ -56,14 +52,7 @@ class Converted:
             save_ema_metadata(folder, self.ema)
 
     def compare(self, folder: PathLike) -> list[str]:
-        """Compare a pipeline's folder with this conversion.
-
-        Args:
-            folder: of a pipeline.
-
-        Returns:
-            One phrase per difference; none if all tensors are bit-exact and all settings equal.
-        """
+        """Compare a pipeline's folder with this conversion: one phrase per difference of a tensor or setting."""
         other = DDPMExtPipeline.from_pretrained(folder)
         differences = _network_differences("unet", self.pipeline.unet, other.unet)
         if self.raw is not None:

@@ -63,13 +63,7 @@ class _Block:
 
 
 def map_keys(unet_params: Mapping[str, Any]) -> tuple[TensorMapping, ...]:
-    """Map every tensor of the Diffusers network to its source in UNetModel.
-
-    Args:
-        unet_params: keyword arguments of UNetModel.
-
-    Returns:
-        One mapping per tensor, in the Diffusers network's order.
+    """Map every tensor of the Diffusers network, in its order, to its source in the UNetModel of these arguments.
 
     Raises:
         ValueError: no Diffusers network can express this UNetModel.

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from diffusers_ddpm_ext.compvis.config.ddpm import CompVisConfig, read_config
+from diffusers_ddpm_ext.compvis.config.ddpm import CompVisConfig, read_compvis_config
 from diffusers_ddpm_ext.compvis.load_options import LoadOptions, ScheduleSource, WeightChoice, WeightSet
 from diffusers_ddpm_ext.compvis.reader.archive import PathLike, read_tensors
 from diffusers_ddpm_ext.compvis.report import Report
@@ -50,14 +50,7 @@ class CompVisCheckpoint:
         return self.contents.ema if which == "ema" else self.contents.raw
 
     def network(self, which: WeightSet) -> tuple[nn.Module, list[ConvertedTensor]]:
-        """Build the Diffusers network with one set of weights.
-
-        Args:
-            which: ``raw`` or ``ema``.
-
-        Returns:
-            The network, float32, in eval mode, and one row per tensor.
-        """
+        """Build the Diffusers network with one set of weights, float32, in eval mode; also one row per tensor."""
         config = self.config
         return build_network(self.weights(which), config.unet_params, config.conditioning_key, self.contents.ignored)
 
@@ -120,13 +113,6 @@ def load_compvis(
 def choose_weights(checkpoint: CompVisCheckpoint, weights: WeightChoice) -> WeightSet:
     """Choose a set of weights of a checkpoint.
 
-    Args:
-        checkpoint: read and checked.
-        weights: ``auto``, ``raw`` or ``ema``.
-
-    Returns:
-        ``raw`` or ``ema``.
-
     Raises:
         ValueError: the file does not have the requested weights.
     """
@@ -141,7 +127,7 @@ def read_compvis_checkpoint(
     path: PathLike, config: PathLike | Mapping[str, Any], options: LoadOptions
 ) -> CompVisCheckpoint:
     """Read a checkpoint and its configuration; see `load_compvis` for arguments and errors."""
-    translated = read_config(config)
+    translated = read_compvis_config(config)
     contents = classify_tensors(
         read_tensors(path),
         translated.unet_params,
@@ -187,16 +173,7 @@ def report_compvis(
     source: PathLike,
     networks: Mapping[WeightSet, tuple[nn.Module, list[ConvertedTensor]]],
 ) -> Report:
-    """Report on the conversion of a checkpoint of CompVis' classes.
-
-    Args:
-        checkpoint: read and checked.
-        source: its file.
-        networks: by set of weights, the default one first.
-
-    Returns:
-        The report.
-    """
+    """Report on the conversion of a checkpoint to networks by set of weights, the default one first."""
     contents, config = checkpoint.contents, checkpoint.config
     facts: dict[str, Any] = {}
     if checkpoint.ema_metadata is not None:

@@ -58,17 +58,7 @@ class Report:
         networks: Mapping[WeightSet, tuple[nn.Module, list[ConvertedTensor]]],
         **more: Any,
     ) -> Report:
-        """Report on converted networks.
-
-        Args:
-            family: origin of the checkpoint.
-            source: name of its file.
-            networks: by set of weights, the default one first, each with one row per tensor.
-            **more: the other fields.
-
-        Returns:
-            The report.
-        """
+        """Report on networks by set of weights, the default one first; ``more`` are the other fields."""
         default = next(iter(networks))
         network = networks[default][0]
         return cls(
@@ -118,15 +108,7 @@ def _shape(shape: Sequence[int]) -> str:
 
 
 def format_columns(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Format a table as text in aligned columns.
-
-    Args:
-        head: titles of the columns.
-        rows: cells of each row, as many as titles.
-
-    Returns:
-        One line per row; the last column is not padded.
-    """
+    """Format a table as text in aligned columns, one line per row."""
     table = [head, *rows]
     widths = [max(len(row[column]) for row in table) for column in range(len(head))]
     return "\n".join(

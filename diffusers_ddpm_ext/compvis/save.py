@@ -113,10 +113,6 @@ def _params(source: ExportSource) -> dict[str, Any]:
 def compvis_state_dict(source: ExportSource, use_ema: bool = True) -> dict[str, Tensor]:
     """The tensors of a pipeline under the original's keys.
 
-    Args:
-        source: the pipeline to export.
-        use_ema: as in `save_compvis`.
-
     Returns:
         Key to tensor, on the CPU, contiguous, not sharing memory.
 
@@ -162,13 +158,7 @@ def _check_variance(scheduler: DDPMExtScheduler) -> None:
 
 
 def compvis_config(pipeline_or_folder: DDPMExtPipeline | PathLike) -> dict[str, Any]:
-    """The configuration that belongs to the checkpoint of `save_compvis`.
-
-    Args:
-        pipeline_or_folder: a pipeline, or the folder of one.
-
-    Returns:
-        The content of a YAML file of the original's base class.
+    """The content of the YAML file, of the original's base class, that belongs to `save_compvis`' checkpoint.
 
     Raises:
         ValueError: as in `save_compvis`.

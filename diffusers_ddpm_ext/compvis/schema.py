@@ -89,7 +89,7 @@ def list_of(items: ValueType, description: str, *, allow_empty: bool = False) ->
     return ValueType(f"a list of {description}", allows)
 
 
-NONE = ValueType("nothing", lambda value: value is None)
+NULL = ValueType("nothing", lambda value: value is None)
 TEXT = ValueType("text", lambda value: isinstance(value, str))
 BOOLEAN = ValueType("true or false", lambda value: value is None or isinstance(value, bool) or value in (0, 1))
 POSITIVE_INT = ValueType("a whole number from 1", lambda value: _is_integer(value) and value >= 1)
@@ -104,7 +104,7 @@ BETA_LIST = ValueType(
 )
 
 UNET_PARAM_TYPES: dict[str, ValueType] = {
-    "image_size": IMAGE_SIZE | NONE,
+    "image_size": IMAGE_SIZE | NULL,
     "in_channels": POSITIVE_INT,
     "model_channels": POSITIVE_INT,
     "out_channels": POSITIVE_INT,
@@ -112,14 +112,14 @@ UNET_PARAM_TYPES: dict[str, ValueType] = {
     "attention_resolutions": list_of(POSITIVE_INT, "whole numbers", allow_empty=True),
     "dropout": number(0, 1),
     "channel_mult": list_of(number(0, exclusive=True), "numbers above 0"),
-    "num_classes": POSITIVE_INT | TEXT | NONE,
+    "num_classes": POSITIVE_INT | TEXT | NULL,
     "num_heads": HEAD_COUNT,
     "num_head_channels": HEAD_COUNT,
     "num_heads_upsample": HEAD_COUNT,
     "transformer_depth": POSITIVE_INT | POSITIVE_INTS,
-    "context_dim": POSITIVE_INT | POSITIVE_INTS | NONE,
-    "disable_self_attentions": list_of(BOOLEAN, "true and false") | NONE,
-    "adm_in_channels": POSITIVE_INT | NONE,
+    "context_dim": POSITIVE_INT | POSITIVE_INTS | NULL,
+    "disable_self_attentions": list_of(BOOLEAN, "true and false") | NULL,
+    "adm_in_channels": POSITIVE_INT | NULL,
     **dict.fromkeys(
         ("conv_resample", "use_scale_shift_norm", "resblock_updown", "use_new_attention_order", "legacy",
          "use_spatial_transformer", "use_linear_in_transformer", "use_checkpoint", "use_fp16", "use_bf16"),
@@ -131,7 +131,7 @@ MODEL_PARAM_TYPES: dict[str, ValueType] = {
     "linear_start": BETA_RANGE,
     "linear_end": BETA_RANGE,
     "cosine_s": number(0, exclusive=True),
-    "given_betas": BETA_LIST | NONE,
+    "given_betas": BETA_LIST | NULL,
     "v_posterior": number(0, 1),
     "l_simple_weight": number(0),
     "original_elbo_weight": number(0),
@@ -142,9 +142,9 @@ MODEL_PARAM_TYPES: dict[str, ValueType] = {
     "beta_schedule": TEXT,
     "parameterization": TEXT,
     "loss_type": TEXT,
-    "conditioning_key": TEXT | NONE,
-    "ckpt_path": TEXT | NONE,
-    "ignore_keys": list_of(TEXT, "names", allow_empty=True) | NONE,
+    "conditioning_key": TEXT | NULL,
+    "ckpt_path": TEXT | NULL,
+    "ignore_keys": list_of(TEXT, "names", allow_empty=True) | NULL,
     **dict.fromkeys(
         ("clip_denoised", "use_ema", "learn_logvar", "concat_mode", "force_null_conditioning", "load_only_unet",
          "make_it_fit", "reset_ema", "reset_num_ema_updates", "use_positional_encodings"),
@@ -152,7 +152,7 @@ MODEL_PARAM_TYPES: dict[str, ValueType] = {
     ),
 }  # fmt: skip
 LEARNING_RATE_TYPES = {"base_learning_rate": number(0, exclusive=True), "scale_lr": BOOLEAN}
-UCG_TYPES = {"p": number(0, 1), "val": number() | TEXT | NONE}
+UCG_TYPES = {"p": number(0, 1), "val": number() | TEXT | NULL}
 
 
 def check_values(values: Mapping[str, Any], types: Mapping[str, ValueType], prefix: str = "") -> dict[str, Any]:
@@ -164,7 +164,7 @@ def check_values(values: Mapping[str, Any], types: Mapping[str, ValueType], pref
         prefix: of the names in an error message.
 
     Returns:
-        The values; a number such as 1e-6, which plain YAML reads as text, as a float.
+        The values; text such as 1e-6 is converted to float.
 
     Raises:
         ValueError: the first value that is not allowed, with its name and what is allowed.
@@ -181,12 +181,7 @@ def check_values(values: Mapping[str, Any], types: Mapping[str, ValueType], pref
 
 
 def check_lr_lambda(name: str, arguments: Mapping[str, Any], key: str) -> None:
-    """Refuse arguments that a learning-rate lambda does not take.
-
-    Args:
-        name: its class.
-        arguments: keyword arguments.
-        key: under which the configuration has them.
+    """Refuse arguments, of a key of the configuration, that a class of learning-rate lambdas does not take.
 
     Raises:
         ValueError: one is missing, unknown, or not allowed; the message names it.

@@ -222,15 +222,7 @@ def _contents(
 
 
 def describe_schedule_difference(tables: Mapping[str, Tensor], schedule: NoiseSchedule) -> str:
-    """Describe where a file's schedule differs from another one.
-
-    Args:
-        tables: of the file, by CompVis' names.
-        schedule: of the configuration.
-
-    Returns:
-        A phrase; empty if every table agrees within the rounding of the file's dtype.
-    """
+    """Describe where a file's tables differ from a schedule; empty if they agree within rounding to their dtype."""
     for name, table in tables.items():
         expected = torch.tensor(getattr(schedule, name), dtype=torch.float32)
         if table.shape != expected.shape:

@@ -14,41 +14,19 @@ from diffusers_ddpm_ext.pipelines.guidance import network_config
 
 # Settings of a Diffusers network that UNetModel has no option for -> the only values that it computes with.
 FIXED_SETTINGS: dict[str, tuple[Any, ...]] = {
-    "norm_num_groups": (NORM_GROUPS,),
-    "norm_eps": (1e-5,),
-    "act_fn": ("silu", "swish"),
-    "flip_sin_to_cos": (True,),
-    "freq_shift": (0,),
-    "downsample_padding": (1,),
-    "center_input_sample": (False,),
-    "time_embedding_type": ("positional",),
-    "mid_block_scale_factor": (1,),
-    "add_attention": (True,),
-    "timestep_scale": (1,),
-    "mid_block_type": ("UNetMidBlock2D", "UNetMidBlock2DCrossAttn"),
-    "dual_cross_attention": (False,),
-    "upcast_attention": (False,),
-    "encoder_hid_dim": (None,),
-    "addition_embed_type": (None,),
-    "time_embedding_act_fn": (None,),
-    "timestep_post_act": (None,),
-    "time_cond_proj_dim": (None,),
-    "conv_in_kernel": (3,),
-    "conv_out_kernel": (3,),
-    "class_embeddings_concat": (False,),
-    "reverse_transformer_layers_per_block": (None,),
-    "attention_type": ("default",),
-}
+    "norm_num_groups": (NORM_GROUPS,), "norm_eps": (1e-5,), "act_fn": ("silu", "swish"), "flip_sin_to_cos": (True,),
+    "freq_shift": (0,), "downsample_padding": (1,), "center_input_sample": (False,),
+    "time_embedding_type": ("positional",), "mid_block_scale_factor": (1,), "add_attention": (True,),
+    "timestep_scale": (1,), "mid_block_type": ("UNetMidBlock2D", "UNetMidBlock2DCrossAttn"),
+    "dual_cross_attention": (False,), "upcast_attention": (False,), "encoder_hid_dim": (None,),
+    "addition_embed_type": (None,), "time_embedding_act_fn": (None,), "timestep_post_act": (None,),
+    "time_cond_proj_dim": (None,), "conv_in_kernel": (3,), "conv_out_kernel": (3,), "attention_type": ("default",),
+    "class_embeddings_concat": (False,), "reverse_transformer_layers_per_block": (None,),
+}  # fmt: skip
 
 
 def unet_params_of(network: nn.Module) -> dict[str, Any]:
-    """Find the arguments of the UNetModel that computes the same function as a Diffusers network.
-
-    Args:
-        network: a UNet2DModel, UNet2DConditionModel or UNet2DExtModel.
-
-    Returns:
-        Keyword arguments of UNetModel.
+    """Find the keyword arguments of the UNetModel that computes the same function as a Diffusers network.
 
     Raises:
         ValueError: UNetModel cannot express it; the message names the setting.

@@ -109,11 +109,7 @@ def strip_prefixes(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def convert_tensors(
     tensors: Mapping[str, Tensor], unet_params: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], list[ConvertedTensor]]:
-    """Convert UNetModel's tensors to the keys and shapes of the Diffusers network.
-
-    Args:
-        tensors: under UNetModel's keys, floating.
-        unet_params: its keyword arguments.
+    """Convert UNetModel's floating tensors to the keys and shapes of the Diffusers network.
 
     Returns:
         Key to tensor, float32, and one row per tensor.
@@ -238,15 +234,7 @@ def unet_keys(unet_params: Mapping[str, Any]) -> list[str]:
 
 
 def ema_buffer_names(unet_params: Mapping[str, Any]) -> dict[str, str]:
-    """Map the names of an EMA's buffers in a checkpoint to UNetModel's keys.
-
-    LitEma removes the dots of ``diffusion_model.<key>``, so the map is built from the keys of the network.
-
-    Args:
-        unet_params: keyword arguments of UNetModel.
-
-    Returns:
-        ``model_ema.<key without dots>`` to UNetModel's key.
+    """Map the names of the EMA's buffers in a checkpoint, ``model_ema.<key without dots>``, to UNetModel's keys.
 
     Raises:
         ValueError: two keys are equal without their dots.

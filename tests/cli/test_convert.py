@@ -75,7 +75,7 @@ def test_openai(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "word"),
+    ("arguments", "expected"),
     [
         ([], "--from compvis"),
         (["--from", "torch"], "compvis, openai"),
@@ -97,13 +97,13 @@ def test_openai(tmp_path, capsys):
         (["F", "--out", "x"], "without --to"),
     ],
 )
-def test_mistakes(arguments, word, tmp_path, capsys, monkeypatch):
+def test_mistakes(arguments, expected, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert convert(*arguments) == 2
     message = capsys.readouterr().err
     assert message.startswith("error: ")
     assert message.count("\n") == 1
-    assert word in message
+    assert expected in message
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,4 +1,4 @@
-"""The pages for those who come from elsewhere: complete, and each row held by a test that exists."""
+"""The pages coming-from-compvis.md and coming-from-openai.md: complete, and every row names an existing test."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ ARGUMENTS = [
 ]
 
 
-def table(page: str, format_columns: int) -> list[list[str]]:
+def table(page: str, columns: int) -> list[list[str]]:
     rows = [
         line.strip("|").split("|") for line in (ROOT / "docs" / page).read_text().splitlines() if line[:3] == "| `"
     ]
-    return [[cell.strip() for cell in row] for row in rows if len(row) == format_columns]
+    return [[cell.strip() for cell in row] for row in rows if len(row) == columns]
 
 
 ROWS = {row[0].strip("`"): row for row in table("coming-from-compvis.md", 4)}
@@ -65,22 +65,22 @@ def test_every_argument_has_a_row():
 
 
 @pytest.mark.parametrize("argument", ARGUMENTS)
-def test_what_a_row_says_exists(argument):
-    _, here, _, held = ROWS[argument]
+def test_the_names_of_a_row_exist(argument):
+    _, here, _, tested_by = ROWS[argument]
     known = set(OPTIONS) | {"load_compvis"}
-    for thing in (
+    for function in (
         DDPMExtScheduler.__init__,
         DDPMObjective.__init__,
         DDPMExtPipeline.__init__,
         DDPMExtPipeline.__call__,
     ):
-        known |= set(inspect.signature(thing).parameters)
+        known |= set(inspect.signature(function).parameters)
     known |= set(inspect.signature(load_compvis).parameters)
     named = re.findall(r"`(--)?(\w+)", here)
     assert named
     for dashes, name in named:
         assert name in OPTIONS if dashes else name in known | {"DDPMExtPipeline", "LitEMA"}, name
-    file, _, test = held.strip("`").partition("::")
+    file, _, test = tested_by.strip("`").partition("::")
     tree = ast.parse((ROOT / "tests" / file).read_text())
     assert test in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 
@@ -92,7 +92,7 @@ def test_every_defect_that_a_row_names_is_described():
     assert set(re.findall(r"D\d+", page)) == described
 
 
-def test_every_flag_of_openai_has_a_row():
+def test_every_openai_flag_has_a_row():
     rows = {row[0].strip("`") for row in table("coming-from-openai.md", 2)}
     flags = (
         SHARED_DEFAULTS.keys()

@@ -10,7 +10,7 @@ import torch
 from helpers.paths import ROOT
 
 from diffusers_ddpm_ext.compvis.architecture import translate_unet
-from diffusers_ddpm_ext.compvis.config.ddpm import read_config
+from diffusers_ddpm_ext.compvis.config.ddpm import read_compvis_config
 
 FACTS: dict[str, dict[str, Any]] = json.loads((ROOT / "tests" / "golden" / "released_models.json").read_text())
 # Sizes that Hugging Face and the papers give for these networks, in millions.
@@ -37,9 +37,9 @@ def test_released(name):
     facts = FACTS[name]
     if "refused" in facts:
         with pytest.raises(ValueError, match=facts["refused"]):
-            read_config(content(facts))
+            read_compvis_config(content(facts))
         return
-    config = read_config(content(facts))
+    config = read_compvis_config(content(facts))
     network = translate_unet(config.unet_params, conditioning_key=config.conditioning_key)
     with torch.device("meta"):
         built = network.build()

@@ -81,9 +81,9 @@ def test_round_trip_is_bit_exact(name):
     assert all(torch.equal(again[key], own[key]) for key in own)
     assert again.keys() == own.keys()
     assert {row.target for row in rows} == set(own)
-    found = unet_params_of(network)
+    own_params = unet_params_of(network)
     order = {"use_new_attention_order": params.get("use_new_attention_order", False)}
-    assert all(torch.equal(export_unet(network, found | order)[key], tensors[key]) for key in tensors)
+    assert all(torch.equal(export_unet(network, own_params | order)[key], tensors[key]) for key in tensors)
 
 
 class Attention(nn.Module):
@@ -169,7 +169,7 @@ def test_ema_buffer_names_are_unique():
 
 
 @pytest.mark.parametrize(
-    ("change", "word"),
+    ("change", "message"),
     [
         ({"num_res_blocks": [1, 2]}, "num_res_blocks"),
         ({"n_embed": 8}, "n_embed"),
@@ -188,13 +188,13 @@ def test_ema_buffer_names_are_unique():
         ({"use_spatial_transformer": True, "context_dim": 8, "resblock_updown": True}, "resblock_updown"),
     ],
 )
-def test_params_that_no_network_can_express_are_refused_by_name(change, word):
-    with pytest.raises(ValueError, match=word):
+def test_params_that_no_network_can_express_are_refused_by_name(change, message):
+    with pytest.raises(ValueError, match=message):
         translate_unet(BASE | change)
 
 
 @pytest.mark.parametrize(
-    ("change", "word"),
+    ("change", "message"),
     [
         ({"norm_num_groups": 8}, "norm_num_groups"),
         ({"norm_eps": 1e-6}, "norm_eps"),
@@ -207,7 +207,7 @@ def test_params_that_no_network_can_express_are_refused_by_name(change, word):
         ({"time_embedding_type": "fourier"}, "time_embedding_type"),
     ],
 )
-def test_settings_that_cannot_be_exported_are_refused_by_name(change, word):
+def test_settings_that_cannot_be_exported_are_refused_by_name(change, message):
     config = translate_unet(BASE).config | change
-    with pytest.raises(ValueError, match=word):
+    with pytest.raises(ValueError, match=message):
         unet_params_of(UNet2DModel(**config))

@@ -59,8 +59,8 @@ def recorded(case: str) -> dict[str, Tensor]:
 def run(network: nn.Module, arrays: dict[str, Tensor]) -> Tensor:
     """Outputs of a converted network for recorded inputs."""
     x = torch.cat([arrays[name] for name in ("x", "concat") if name in arrays], dim=1)
-    named = {"encoder_hidden_states": "context", "class_labels": "y"}
-    out: Tensor = network(x, arrays["t"], **{ours: arrays[key] for ours, key in named.items() if key in arrays}).sample
+    names = {"encoder_hidden_states": "context", "class_labels": "y"}
+    out: Tensor = network(x, arrays["t"], **{ours: arrays[key] for ours, key in names.items() if key in arrays}).sample
     return out
 
 

@@ -21,7 +21,7 @@ from typing import Literal
 
 Loader = Literal["pickle", "torch", "numpy"]
 
-# Every name that a checkpoint of ours, of Accelerate, Diffusers, Lightning or torch.distributed may give to a file.
+# Names of files in checkpoints of this package, Accelerate, Diffusers, Lightning and torch.distributed.
 PLANTED_NAMES = (
     "manifest.json", "state.json", "config.json", "config.yaml", "monitor.json", "metrics.jsonl",
     "model.safetensors", "ema.safetensors", "optimizer.safetensors", "logvar.safetensors", "scaler.json",
@@ -107,7 +107,7 @@ MKDIR = find("os", "mkdir")
 
 
 def plain(path: Path) -> bytes:
-    """The shortest hostile pickle, for those that hide one inside."""
+    """The shortest hostile pickle, to be nested in others."""
     return proto(2, call(MKDIR, text(str(path))))
 
 
@@ -284,11 +284,11 @@ def safetensors_that_unpickle(data: bytes) -> bytes:
     """A valid safetensors file that ``pickle.loads`` executes.
 
     The length of the header, 18254, is read as the opcodes NONE and BINFLOAT, whose eight bytes reach into the
-    header; a tensor's name in there is a chain of short strings, each with its length, up to where the tensor begins.
+    header; a tensor's name there is a chain of short strings, each with its length, up to the start of the tensor.
     """
     length, link = 0x474E, 128
     tail = b'":{"dtype":"U8","shape":[%d],"data_offsets":[0,%d]}}' % (len(data), len(data))
-    rest = length - 2  # of the header, behind {"
+    rest = length - 2  # of the header, after {"
     links, last = divmod(rest, link)
     last += link  # one link less, so that the tail fits into the last two
     first = b"U" + bytes([last // 2 - 2]) + b"x" * (last // 2 - 2)

@@ -1,7 +1,7 @@
 """Configurations of CompVis' classes, translated to our options, with a report row for every key.
 
 The last part of each ``target`` is looked up in a table; nothing is imported. Each key is translated, has no effect
-here, or is refused: `read_config` never drops one silently.
+here, or is refused: `read_compvis_config` never drops one silently.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class CompVisConfig:
     rows: tuple[ConfigRow, ...] = ()
 
 
-def read_config(source: str | os.PathLike[str] | Mapping[str, Any], *, strict: bool = True) -> CompVisConfig:
+def read_compvis_config(source: str | os.PathLike[str] | Mapping[str, Any], *, strict: bool = True) -> CompVisConfig:
     """Translate a configuration.
 
     Args:

@@ -34,13 +34,7 @@ RECIPE_SECTIONS: dict[str, tuple[str, ...]] = {
 
 
 def recipe(config: CompVisConfig) -> dict[str, dict[str, Any]]:
-    """Express a configuration in our trainer's options.
-
-    Args:
-        config: translated.
-
-    Returns:
-        Options by section.
+    """Express a configuration in our trainer's options, by section.
 
     Raises:
         ValueError: no Diffusers network can express the configuration's.
@@ -90,12 +84,7 @@ def _redundant(options: Mapping[str, Any], use_ema: bool) -> set[str]:
 
 
 def write_recipe(config: CompVisConfig, path: str | os.PathLike[str], source: str) -> None:
-    """Write the YAML file atomically.
-
-    Args:
-        config: translated.
-        path: of the file.
-        source: name of the original configuration, for the first line.
+    """Write the YAML file atomically; its first line names the original configuration, ``source``.
 
     Raises:
         ValueError: see `recipe`.

@@ -39,15 +39,7 @@ class RunKeyReader:
         return "" if self.latent else " (the original's base class ignores it)"
 
     def read_training_keys(self, model: Mapping[str, Any], params: Mapping[str, Any]) -> None:
-        """Read the learning rate, its schedule, and the monitored metric.
-
-        Args:
-            model: section ``model``.
-            params: ``params`` in it.
-
-        Raises:
-            ValueError: an argument that the learning-rate lambda does not take.
-        """
+        """Read the learning rate, its schedule and the monitored metric, from section ``model`` and its params."""
         rate = model.get("base_learning_rate")
         if "base_learning_rate" in model:
             self.training["learning_rate"] = float(model["base_learning_rate"])
@@ -123,18 +115,7 @@ def leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 
 def as_mapping(value: Any, key: str) -> Mapping[str, Any]:
-    """A part of a configuration that must be a mapping; an empty one for None.
-
-    Args:
-        value: of the part.
-        key: of the part.
-
-    Returns:
-        The mapping.
-
-    Raises:
-        ValueError: it is not a mapping.
-    """
+    """Return a value that must be a mapping; an empty one for None."""
     if value is None:
         return {}
     if not isinstance(value, Mapping):

@@ -10,19 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 # Model class -> whether it works on latents, with LatentDiffusion's rules.
-IS_LATENT: dict[str, bool] = {
-    "DDPM": False,
-    "LatentDiffusion": True,
-    "LatentFinetuneDiffusion": True,
-    "LatentInpaintDiffusion": True,
-    "LatentDepth2ImageDiffusion": True,
-    "LatentUpscaleDiffusion": True,
-    "LatentUpscaleFinetuneDiffusion": True,
-    "ImageEmbeddingConditionedLatentDiffusion": True,
-    "Layout2ImgDiffusion": True,
-    "LatentDiffusionSRTextWT": True,
-    "LatentDiffusionSRTextWTFFHQ": True,
-}
+IS_LATENT: dict[str, bool] = {"DDPM": False} | dict.fromkeys(
+    ("LatentDiffusion", "LatentFinetuneDiffusion", "LatentInpaintDiffusion", "LatentDepth2ImageDiffusion",
+     "LatentUpscaleDiffusion", "LatentUpscaleFinetuneDiffusion", "ImageEmbeddingConditionedLatentDiffusion",
+     "Layout2ImgDiffusion", "LatentDiffusionSRTextWT", "LatentDiffusionSRTextWTFFHQ"), True,
+)  # fmt: skip
 AUTOENCODERS = ("AutoencoderKL", "AutoencoderKLResi", "VQModel", "VQModelInterface", "IdentityFirstStage")
 OTHER_NETWORKS = {
     "UNetModelDualcondV2": "UNetModelDualcondV2 takes features of StableSR's structure encoder (semb_channels), which "

@@ -89,14 +89,7 @@ def check_count(value: Any, what: str) -> int:
 
 
 def make_tensor(storage: Any, offset: Any, shape: Any, stride: Any, dtype: torch.dtype | None = None) -> LazyTensor:
-    """Make a tensor that is a view of a storage.
-
-    Args:
-        storage: from the file's persistent id.
-        offset: of its first element.
-        shape: a tuple.
-        stride: a tuple.
-        dtype: if it is not the storage's.
+    """Make a tensor that is a view of a storage, whose dtype is the default, from unchecked arguments.
 
     Raises:
         UnreadableCheckpoint: it exceeds its storage, or has more elements.

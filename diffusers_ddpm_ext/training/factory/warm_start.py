@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusers_ddpm_ext.compvis.architecture import translate_unet
-from diffusers_ddpm_ext.compvis.config.ddpm import read_config
+from diffusers_ddpm_ext.compvis.config.ddpm import read_compvis_config
 from diffusers_ddpm_ext.compvis.reader.archive import read_tensors
 from diffusers_ddpm_ext.compvis.state_dict import LeftOut, classify_tensors, describe_schedule_difference
 from diffusers_ddpm_ext.compvis.unet_params import unet_params_of
@@ -156,7 +156,7 @@ def _read_checkpoint(path: Path, options: StartOptions, denoiser: nn.Module) -> 
         ) from error
     notes = []
     if options.ckpt_config is not None:
-        file_params = read_config(options.ckpt_config).unet_params
+        file_params = read_compvis_config(options.ckpt_config).unet_params
         params["use_new_attention_order"] = bool(file_params.get("use_new_attention_order", False))
         notes = _compare_settings(dict(translate_unet(file_params).config), denoiser)
     contents = classify_tensors(

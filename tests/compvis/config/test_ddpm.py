@@ -15,7 +15,7 @@ from PIL import Image
 from diffusers_ddpm_ext import DDPMExtScheduler, DDPMObjective
 from diffusers_ddpm_ext.cli import main
 from diffusers_ddpm_ext.compvis.architecture import translate_unet
-from diffusers_ddpm_ext.compvis.config.ddpm import read_config
+from diffusers_ddpm_ext.compvis.config.ddpm import read_compvis_config
 from diffusers_ddpm_ext.compvis.config.recipe import recipe, write_recipe
 from diffusers_ddpm_ext.compvis.config.run_keys import leaves
 from diffusers_ddpm_ext.training.config.train_config import TrainConfig, parse_train_args
@@ -62,15 +62,15 @@ def changed(path: str, value: Any) -> dict[str, Any]:
 
 def test_nothing_is_dropped():
     """Each leaf of the file has a row, or stands below one."""
-    rows = {row.key for row in read_config(FULL).rows}
+    rows = {row.key for row in read_compvis_config(FULL).rows}
     for key, _ in leaves(FULL, ""):
         key = key.lstrip(".")
         assert any(key == row or key.startswith(f"{row}.") for row in rows), key
-    assert all(row.note for row in read_config(FULL).rows)
+    assert all(row.note for row in read_compvis_config(FULL).rows)
 
 
 def test_words():
-    config = read_config(FULL)
+    config = read_compvis_config(FULL)
     assert config.schedule == {
         "num_train_timesteps": 1000, "beta_start": 0.0015, "beta_end": 0.0195, "beta_schedule": "scaled_linear",
         "v_posterior": 0.2, "prediction_type": "v_prediction", "clip_sample": False,
@@ -98,9 +98,9 @@ def test_words():
 @pytest.mark.parametrize(
     ("ours", "theirs"), [("linear", "linear"), ("cosine", "cosine"), ("sqrt_linear", "sqrt_linear"), ("sqrt", "sqrt")]
 )
-def test_schedules_are_those_of_register_schedule(ours, theirs):
-    """The scheduler's own translation, held against recorded tables, is the truth."""
-    config = read_config(changed("model.params.beta_schedule", theirs))
+def test_schedules_match_register_schedule(ours, theirs):
+    """The scheduler's own translation is tested against recorded tables."""
+    config = read_compvis_config(changed("model.params.beta_schedule", theirs))
     scheduler, truth = DDPMExtScheduler(**config.schedule), DDPMExtScheduler(v_posterior=0.2)
     truth.register_schedule(beta_schedule=ours, timesteps=1000, linear_start=0.0015, linear_end=0.0195)
     assert np.array_equal(scheduler.schedule.betas, truth.schedule.betas)
@@ -122,14 +122,14 @@ def test_schedules_are_those_of_register_schedule(ours, theirs):
 def test_conditioning_keys_as_the_classes_resolve_them(target, key, mode, stage, expected):
     config = copy.deepcopy(FULL)
     config["model"]["target"] = target
-    given = {"conditioning_key": key, "concat_mode": mode, "cond_stage_config": stage}
-    config["model"]["params"] = {k: v for k, v in config["model"]["params"].items() if k not in given}
-    config["model"]["params"] |= {name: value for name, value in given.items() if value is not None}
-    assert read_config(config).conditioning_key == expected
+    params = {"conditioning_key": key, "concat_mode": mode, "cond_stage_config": stage}
+    config["model"]["params"] = {k: v for k, v in config["model"]["params"].items() if k not in params}
+    config["model"]["params"] |= {name: value for name, value in params.items() if value is not None}
+    assert read_compvis_config(config).conditioning_key == expected
 
 
 @pytest.mark.parametrize(
-    ("path", "value", "word"),
+    ("path", "value", "message"),
     [
         ("model.target", "ldm.models.autoencoder.AutoencoderKL", "autoencoder"),
         ("model.target", "os.system", "not a known class"),
@@ -151,18 +151,18 @@ def test_conditioning_keys_as_the_classes_resolve_them(target, key, mode, stage,
         ("model.params", [1], "model.params"),
     ],
 )
-def test_what_cannot_be_kept_is_refused_by_name(path, value, word):
-    with pytest.raises(ValueError, match=word):
-        read_config(changed(path, value))
+def test_unsupported_keys_are_refused_by_name(path, value, message):
+    with pytest.raises(ValueError, match=message):
+        read_compvis_config(changed(path, value))
 
 
 def test_refused_keys_may_be_left_out():
-    config = read_config(changed("model.params.p2_gamma", 0.5), strict=False)
+    config = read_compvis_config(changed("model.params.p2_gamma", 0.5), strict=False)
     assert [row.key for row in config.rows if row.fate == "refused"] == ["model.params.p2_gamma"]
 
 
 @pytest.mark.parametrize(
-    ("text", "word"),
+    ("text", "message"),
     [
         ("model: {target: a\n", "YAML"),
         ("- 1\n", "no configuration"),
@@ -172,9 +172,9 @@ def test_refused_keys_may_be_left_out():
         ("\x00\x01", "YAML|text"),
     ],
 )
-def test_files_that_are_no_configuration(text, word, tmp_path):
+def test_files_that_are_not_configurations(text, message, tmp_path):
     (tmp_path / "m.yaml").write_text(text)
-    with pytest.raises(ValueError, match=word) as error:
+    with pytest.raises(ValueError, match=message) as error:
         load_compvis_yaml(tmp_path / "m.yaml")
     assert "\n" not in str(error.value)
 
@@ -186,21 +186,21 @@ def test_numbers_as_people_write_them(tmp_path):
 
 @pytest.mark.parametrize("case", sorted(CASES))
 def test_recorded_configurations(case):
-    config = read_config(FOLDER / f"{case}.yaml")
+    config = read_compvis_config(FOLDER / f"{case}.yaml")
     assert config.unet_params == content(case)["model"]["params"]["unet_config"]["params"]
     assert config.conditioning_key == CASES[case]["conditioning_key"]
 
 
 @pytest.mark.parametrize("case", [FULL, *(FOLDER / f"{case}.yaml" for case in ("ema", "concat", "hybrid"))])
-def test_recipes_are_runs_of_ours(case, tmp_path, capsys, monkeypatch):
-    """What is written parses, with every number in its place."""
+def test_recipes_are_options_of_our_trainer(case, tmp_path, capsys, monkeypatch):
+    """The written file is parsed, with every value at its option."""
     monkeypatch.chdir(tmp_path)
     source = tmp_path / "model.yaml"
     source.write_text(yaml.safe_dump(case) if isinstance(case, dict) else case.read_text())
     assert main(["convert-config", str(source), "--out", "run.yaml"]) == 0
-    told = capsys.readouterr().out
-    config = read_config(source)
-    assert all(row.key in told for row in config.rows)
+    output = capsys.readouterr().out
+    config = read_compvis_config(source)
+    assert all(row.key in output for row in config.rows)
     images = tmp_path / "images"
     images.mkdir()
     (images / "metadata.csv").write_text("file_name\n")
@@ -213,13 +213,13 @@ def test_recipes_are_runs_of_ours(case, tmp_path, capsys, monkeypatch):
     assert ours.model.conditioning_key == config.conditioning_key
     network = translate_unet(config.unet_params, conditioning_key=config.conditioning_key)
     assert ours.model.model_config == {"_class_name": network.class_name} | network.config
-    assert main(["convert-config", str(source), "--out", "run.yaml"]) == 2, "it is not overwritten unasked"
+    assert main(["convert-config", str(source), "--out", "run.yaml"]) == 2, "not overwritten without --overwrite"
     assert "--overwrite" in capsys.readouterr().err
 
 
-def test_a_run_without_an_average_monitors_what_it_logs():
+def test_a_run_without_ema_monitors_a_metric_that_it_logs():
     config = changed("model.params.use_ema", False)
-    assert recipe(read_config(config))["monitoring"]["monitor"] == "val/loss_simple"
+    assert recipe(read_compvis_config(config))["monitoring"]["monitor"] == "val/loss_simple"
 
 
 MORE = {
@@ -243,13 +243,13 @@ def full_of_keys() -> dict[str, Any]:
     return config
 
 
-def test_any_value_in_any_place_is_a_run_or_a_sentence(tmp_path, monkeypatch):
-    """Nothing but a ValueError of one line; what passes is options that our trainer reads."""
+def test_any_value_of_any_key_is_translated_or_refused_in_one_line(tmp_path, monkeypatch):
+    """A ValueError of one line, or options that our trainer accepts."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model.ckpt").touch()
     places = [key.lstrip(".").split(".") for key, _ in leaves(full_of_keys(), "")]
     places += [["model", "params"], ["model", "params", "unet_config"], ["data"], ["lightning", "trainer"]]
-    read, told = 0, []
+    accepted, refused = 0, []
     for *steps, last in places:
         for odd in ODD:
             config = full_of_keys()
@@ -258,51 +258,51 @@ def test_any_value_in_any_place_is_a_run_or_a_sentence(tmp_path, monkeypatch):
                 place = place[step]
             place[last] = odd
             try:
-                options = recipe(read_config(config))
+                options = recipe(read_compvis_config(config))
             except ValueError as error:
-                told.append((last, odd, str(error)))
+                refused.append((last, odd, str(error)))
             else:
                 TrainConfig.from_flat(options)
-                read += 1
-    assert not [case for case in told if "\n" in case[2]]
-    assert not [case for case in told if case[0] not in case[2] and case[0] not in ("params", "unet_config")]
-    assert 200 < read < 0.7 * len(places) * len(ODD)
+                accepted += 1
+    assert not [case for case in refused if "\n" in case[2]]
+    assert not [case for case in refused if case[0] not in case[2] and case[0] not in ("params", "unet_config")]
+    assert 200 < accepted < 0.7 * len(places) * len(ODD)
 
 
 @pytest.mark.parametrize("key", ["evil\nmax_train_steps: 1", "evil\x85seed: 1", "evil\x00\x1b[31m"])
-def test_no_key_or_value_becomes_an_option(key, tmp_path):
-    """What is told in comments stays in comments, and the file is read again."""
+def test_no_key_or_value_of_a_comment_becomes_an_option(key, tmp_path):
+    """Comments stay comments, and the file can be read again."""
     config = copy.deepcopy(FULL)
     config["data"]["params"] |= {key: 1, "other": key}
-    write_recipe(read_config(config), tmp_path / "run.yaml", "a\nseed: 2\n")
-    write_recipe(read_config(FULL), tmp_path / "plain.yaml", "a")
+    write_recipe(read_compvis_config(config), tmp_path / "run.yaml", "a\nseed: 2\n")
+    write_recipe(read_compvis_config(FULL), tmp_path / "plain.yaml", "a")
     assert load_compvis_yaml(tmp_path / "run.yaml") == load_compvis_yaml(tmp_path / "plain.yaml")
 
 
 def test_a_configuration_that_contains_itself(tmp_path):
     (tmp_path / "m.yaml").write_text("model: &a {target: ldm.DDPM, params: {x: *a}}\n")
     with pytest.raises(ValueError, match="contains itself"):
-        read_config(tmp_path / "m.yaml")
+        read_compvis_config(tmp_path / "m.yaml")
 
 
-def test_powers_that_plain_yaml_takes_for_text():
+def test_exponents_that_plain_yaml_reads_as_text():
     config = changed("model.params.linear_start", "15e-4")
     config["model"]["base_learning_rate"] = "1e-6"
-    read = read_config(config)
+    read = read_compvis_config(config)
     assert (read.schedule["beta_start"], read.training["learning_rate"]) == (0.0015, 1e-6)
 
 
-def test_a_rate_of_ours_is_not_one_of_an_image():
+def test_our_default_learning_rate_is_not_per_image():
     config = copy.deepcopy(FULL)
     del config["model"]["base_learning_rate"]
-    assert recipe(read_config(config))["optim"]["lr_scaling"] == "none"
-    assert "learning_rate" not in recipe(read_config(config))["optim"]
+    assert recipe(read_compvis_config(config))["optim"]["lr_scaling"] == "none"
+    assert "learning_rate" not in recipe(read_compvis_config(config))["optim"]
 
 
-def test_an_unknown_course_is_refused_whole():
-    course = {"target": "torch.Mystery", "params": {"a": 1}, "interval": "epoch"}
-    refused = [row.key for row in read_config(changed("model.params.scheduler_config", course), strict=False).rows
-               if row.fate == "refused"]  # fmt: skip
+def test_every_key_of_an_unknown_learning_rate_schedule_is_refused():
+    schedule = {"target": "torch.Mystery", "params": {"a": 1}, "interval": "epoch"}
+    config = read_compvis_config(changed("model.params.scheduler_config", schedule), strict=False)
+    refused = [row.key for row in config.rows if row.fate == "refused"]
     assert {key.rpartition(".")[2] for key in refused} == {"target", "params", "interval"}
 
 
@@ -320,13 +320,13 @@ def test_an_unknown_course_is_refused_whole():
         (LATENT, "crossattn", "ldm.ClassEmbedder", {"class_label": {"p": 0.2, "val": 4}}, None),
     ],
 )  # fmt: skip
-def test_dropped_conditions_are_kept_or_told(target, key, stage, entry, expected):
-    """Only where the original replaces what the network itself is given can our dropout be the same."""
+def test_condition_dropout_is_translated_or_reported(target, key, stage, entry, expected):
+    """It is translated only if the original drops an input of the network itself."""
     config = changed("model.params.ucg_training", entry)
     config["model"]["target"] = target
     config["model"]["params"] |= {"conditioning_key": key}
     config["model"]["params"]["cond_stage_config"] = {"target": stage} if stage else "__is_unconditional__"
-    read = read_config(config)
+    read = read_compvis_config(config)
     assert read.ucg == entry
     assert read.training.get("conditioning_dropout") == expected
     (row,) = [row for row in read.rows if row.key.startswith("model.params.ucg_training")]
@@ -334,12 +334,14 @@ def test_dropped_conditions_are_kept_or_told(target, key, stage, entry, expected
     assert recipe(read).get("data", {}).get("conditioning_dropout") == expected
 
 
-def test_what_a_start_needs_has_no_effect_without_one():
+def test_options_of_ckpt_path_have_no_effect_without_it():
     config = copy.deepcopy(FULL)
     config["model"]["params"] |= {"ignore_keys": ["loss."], "load_only_unet": True}
-    assert {row.key: row.fate for row in read_config(config).rows}["model.params.ignore_keys"] == "without effect"
+    assert {row.key: row.fate for row in read_compvis_config(config).rows}[
+        "model.params.ignore_keys"
+    ] == "without effect"
     config["model"]["params"] |= {"ckpt_path": "a.ckpt", "ignore_keys": []}
-    assert recipe(read_config(config))["start"] == {"ckpt_path": "a.ckpt", "load_only_unet": True}
+    assert recipe(read_compvis_config(config))["start"] == {"ckpt_path": "a.ckpt", "load_only_unet": True}
 
 
 def test_a_recipe_runs(tmp_path, monkeypatch):

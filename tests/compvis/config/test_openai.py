@@ -1,4 +1,4 @@
-"""Flags of improved-diffusion and guided-diffusion: their rules from their papers and command lines."""
+"""Flags of improved-diffusion and guided-diffusion: rules of their papers and command lines."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_widths_follow_from_the_size(size, mult):
 
 
 def test_linear_betas_scale_with_the_number_of_steps():
-    """Appendix of [iDDPM]: the same noise at the end whatever T."""
+    """Appendix of [iDDPM]: the same noise at the end for any T."""
     schedule = DDPMExtScheduler(**read_flags({"diffusion_steps": 4000, "family": "improved"}).schedule).schedule
     assert np.allclose(schedule.betas, np.linspace(0.0001 / 4, 0.02 / 4, 4000), rtol=1e-14)
 
@@ -43,7 +43,7 @@ def test_cosine_betas():
     assert np.allclose(schedule.betas, np.minimum(1 - f[1:] / f[:-1], 0.999), rtol=1e-12)
 
 
-def test_what_the_rest_means():
+def test_other_flags():
     config = read_flags({"learn_sigma": True, "predict_xstart": True, "class_cond": True, "use_fp16": True})
     assert config.family == "guided"
     assert config.unet_params["out_channels"] == 6
@@ -60,7 +60,7 @@ def test_what_the_rest_means():
 
 
 @pytest.mark.parametrize(
-    ("flags", "word"),
+    ("flags", "message"),
     [
         ({"diffusion_steps": 4000}, "family"),
         ({"sigma_small": True, "use_fp16": True}, "families"),
@@ -75,8 +75,8 @@ def test_what_the_rest_means():
         ({"family": "stable"}, "family"),
     ],
 )
-def test_refused_by_name(flags, word):
-    with pytest.raises(ValueError, match=word):
+def test_refused_by_name(flags, message):
+    with pytest.raises(ValueError, match=message):
         read_flags(flags)
 
 
@@ -88,7 +88,7 @@ def test_half_of_the_first_width_is_refused():
 
 @pytest.mark.parametrize("steps", [1000, 4000])
 def test_a_checkpoint_becomes_a_pipeline(steps, tmp_path):
-    """Learned variances, classes and scaled time, in a folder that samples and compares equal with its source."""
+    """Learned variances, classes and scaled timesteps, in a folder that samples and matches its source."""
     flags = SMALL | {"learn_sigma": True, "class_cond": True, "rescale_timesteps": True, "diffusion_steps": steps}
     config = read_flags(flags)
     params = config.unet_params | {"num_classes": 5}

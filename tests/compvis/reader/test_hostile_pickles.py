@@ -1,4 +1,4 @@
-"""Hostile pickles act when they are unpickled, and never in the hands of our readers."""
+"""Hostile pickles act when they are unpickled, but never when our readers read them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from helpers.paths import PYTHONPATH
 
 
 def run_script(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """In a process of its own: its memory and its registries are not ours."""
+    """Run a script in a separate process, with its own memory and registries."""
     return subprocess.run(
         [sys.executable, "-W", "ignore", "-c", textwrap.dedent(script), *map(str, arguments)],
         env=os.environ | {"PYTHONPATH": PYTHONPATH},
@@ -27,15 +27,15 @@ def run_script(script: str, *arguments: object) -> subprocess.CompletedProcess[s
     )
 
 
-def test_there_are_sixty(tmp_path):
+def test_the_corpus_has_sixty_files(tmp_path):
     files = corpus(tmp_path)
     assert len({hostile.name for hostile in files}) == len({hostile.data for hostile in files}) == len(files) == 60
     assert len(set(PLANTED_NAMES)) == len(PLANTED_NAMES)
-    assert list(tmp_path.iterdir()) == [], "to make them is to run nothing"
+    assert list(tmp_path.iterdir()) == [], "creating them runs nothing"
 
 
-def test_every_opcode_that_calls_is_there(tmp_path):
-    """By Python's own disassembler, which cannot read the one that promises more than there is."""
+def test_every_calling_opcode_is_covered(tmp_path):
+    """According to Python's disassembler, which cannot read the one whose length exceeds the file."""
     seen = set()
     for hostile in corpus(tmp_path):
         if hostile.loader == "pickle" and hostile.name != "endless_bytes":
@@ -47,8 +47,8 @@ def test_every_opcode_that_calls_is_there(tmp_path):
     }  # fmt: skip
 
 
-def test_every_one_of_them_is_live(tmp_path):
-    """What a reader that trusts its file does: all sixty leave their marker."""
+def test_every_file_acts_when_it_is_trusted(tmp_path):
+    """A reader that trusts its file: all sixty leave their marker."""
     script = """
         import io, pickle, sys
         from pathlib import Path
@@ -65,14 +65,14 @@ def test_every_one_of_them_is_live(tmp_path):
                     found = numpy.load(file, allow_pickle=True)
                     found = [found[name] for name in getattr(found, "files", [])]
             except Exception:
-                pass  # some act first and fail then
+                pass  # some act first and then fail
         """
     result = run_script(script, tmp_path)
     assert result.returncode == 0, result.stderr
     assert {path.name for path in tmp_path.iterdir()} == {hostile.name for hostile in corpus(tmp_path)}
 
 
-def test_the_polyglot_is_sound_for_safetensors(tmp_path):
+def test_the_polyglot_is_valid_for_safetensors(tmp_path):
     from safetensors.numpy import load
 
     data = {hostile.name: hostile.data for hostile in corpus(tmp_path)}["pickle_in_safetensors"]
@@ -126,7 +126,7 @@ PLANT = """
 
 
 def test_none_acts_when_a_checkpoint_is_read(tmp_path):
-    """Planted under every name: unnamed, in place of a file, and named by a manifest that is sound in itself."""
+    """Planted under every name: not in the manifest, replacing a file, and listed in a consistent manifest."""
     memory = Path("/dev/shm")  # to wait for a disk five thousand times shows nothing
     with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else tmp_path) as name:
         markers, parent = Path(name, "markers"), Path(name, "run")
@@ -174,7 +174,7 @@ STATE = """
 
 
 def test_none_acts_when_the_state_is_read(tmp_path):
-    """Under the four names that a resumed run reads, in a checkpoint that is sound in itself: refused by name."""
+    """Under the four names that a resumed run reads, in a consistent checkpoint: refused by name."""
     (tmp_path / "markers").mkdir()
     result = run_script(STATE, tmp_path / "markers", tmp_path / "run")
     assert result.returncode == 0, result.stderr
