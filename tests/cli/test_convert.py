@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.bridge_cases import FOLDER, random_weights
+from helpers.conversion_cases import FOLDER, random_weights
 
 from diffusers_ddpm_ext import DDPMExtPipeline
 from diffusers_ddpm_ext.cli import main

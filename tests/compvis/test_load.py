@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.bridge_cases import BASE, CASES, FOLDER, HELD, content, random_weights, recorded, run
+from helpers.conversion_cases import BASE, CASES, CASES_WITH_CHECKPOINT, FOLDER, content, random_weights, recorded, run
 
 from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtScheduler, UNet2DExtModel
 from diffusers_ddpm_ext.compvis import load_compvis, save_compvis
@@ -29,7 +29,7 @@ def converted_folder(case: str, place: Path) -> Path:
     return place
 
 
-@pytest.mark.parametrize("case", HELD)
+@pytest.mark.parametrize("case", CASES_WITH_CHECKPOINT)
 def test_round_trip(case, tmp_path):
     """Every tensor of the source is bit-exact, under the source's own keys."""
     source = read_tensors(FOLDER / f"{case}.ckpt")

@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DModel
-from helpers.bridge_cases import ARCHITECTURES, BASE, CASES, GOLDEN, HELD, random_weights, recorded, run, unet_params
+from helpers.conversion_cases import (
+    ARCHITECTURES,
+    BASE,
+    CASES,
+    CASES_WITH_CHECKPOINT,
+    GOLDEN,
+    random_weights,
+    recorded,
+    run,
+    unet_params,
+)
 from torch import nn
 
 from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtScheduler
@@ -23,7 +33,7 @@ def network_part(tensors):
     return {name: tensor for name, tensor in tensors.items() if name.startswith("model.diffusion_model.")}
 
 
-@pytest.mark.parametrize("case", HELD)
+@pytest.mark.parametrize("case", CASES_WITH_CHECKPOINT)
 def test_recorded_outputs(case):
     """The original's own outputs, raw and averaged weights."""
     tensors = read_tensors(GOLDEN / "h_ckpt" / f"{case}.ckpt")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.bridge_cases import BASE, random_weights
+from helpers.conversion_cases import BASE, random_weights
 from torch import nn
 
 from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtScheduler

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from helpers.bridge_cases import BASE, CASES, FOLDER, content
+from helpers.conversion_cases import BASE, CASES, FOLDER, content
 from PIL import Image
 
 from diffusers_ddpm_ext import DDPMExtScheduler, DDPMObjective

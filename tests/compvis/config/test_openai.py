@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers.bridge_cases import random_weights
+from helpers.conversion_cases import random_weights
 
 from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtScheduler, UNet2DExtModel
 from diffusers_ddpm_ext.compvis.architecture import translate_unet

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from helpers.bridge_cases import random_weights
+from helpers.conversion_cases import random_weights
 from helpers.paths import TESTS
 from helpers.runs import TINY, tiny_run
 from torch import Tensor

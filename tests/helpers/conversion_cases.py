@@ -1,4 +1,4 @@
-"""Checkpoints for the tests of the conversion: recorded ones, and generated ones of every architecture."""
+"""Checkpoints for the tests of conversion: recorded ones, and generated ones of every architecture."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from helpers.paths import GOLDEN
 
 FOLDER = GOLDEN / "h_ckpt"
 CASES = {case["id"]: case for case in json.loads((FOLDER / "index.json").read_text())["cases"]}
-HELD = sorted(path.stem for path in FOLDER.glob("*.ckpt"))
+CASES_WITH_CHECKPOINT = sorted(path.stem for path in FOLDER.glob("*.ckpt"))
 BASE: dict[str, Any] = {
     "image_size": 8, "in_channels": 3, "out_channels": 3, "model_channels": 32, "num_res_blocks": 1,
     "attention_resolutions": [2], "channel_mult": [1, 2], "num_heads": 1,
@@ -23,8 +23,8 @@ CROSS = {"use_spatial_transformer": True, "context_dim": 24}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "plain": {},
     "heads over widths": {"num_heads": 8, "attention_resolutions": [1, 2]},
-    "other heads upwards": {"num_heads": 2, "num_heads_upsample": 4, "attention_resolutions": [1, 2]},
-    "channels a head": {"num_heads": -1, "num_head_channels": 16, "attention_resolutions": [1, 2]},
+    "other heads in the up blocks": {"num_heads": 2, "num_heads_upsample": 4, "attention_resolutions": [1, 2]},
+    "channels per head": {"num_heads": -1, "num_head_channels": 16, "attention_resolutions": [1, 2]},
     "new order": {"num_heads": 4, "use_new_attention_order": True},
     "resnets resample": {"use_scale_shift_norm": True, "resblock_updown": True, "attention_resolutions": [1]},
     "classes": {"num_classes": 7},
@@ -38,7 +38,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 
 def unet_params(case: str) -> dict[str, Any]:
-    """UNetModel's arguments of a recorded case."""
+    """Arguments of UNetModel in a recorded case."""
     params: dict[str, Any] = content(case)["model"]["params"]["unet_config"]["params"]
     return params
 
