@@ -1,4 +1,4 @@
-"""What Accelerate can be configured to: the files that come with the project, and the engines that are refused."""
+"""Accelerate configurations: the files of the project, and the engines that are refused."""
 
 from __future__ import annotations
 
@@ -40,24 +40,24 @@ def fresh_accelerate() -> Iterator[None]:
 
 
 def environment(path: Path) -> dict[str, str]:
-    """What `accelerate launch --config_file` tells the processes that it starts."""
+    """Environment variables that `accelerate launch --config_file` sets for its processes."""
     args = launch_command_parser().parse_args(["--config_file", str(path), "training/train.py"])
     args, _, _ = _validate_launch_command(args)
     made = prepare_multi_gpu_env(args) if args.num_processes > 1 else prepare_simple_launcher_cmd_env(args)[1]
     return made | {"processes": str(args.num_processes)}
 
 
-def test_every_file_is_named_here():
+def test_every_file_is_tested():
     assert {path.name for path in FOLDER.glob("*")} == set(EXPECTED)
 
 
 @pytest.mark.parametrize("name", EXPECTED)
-def test_accelerate_reads_the_file_as_it_is_meant(name):
+def test_accelerate_reads_the_file_as_intended(name):
     processes, precision, fsdp = EXPECTED[name]
-    told = environment(FOLDER / name)
-    assert int(told["processes"]) == processes
-    assert told["ACCELERATE_MIXED_PRECISION"] == precision
-    assert told.get("ACCELERATE_USE_FSDP", "false") == str(fsdp).lower()
+    variables = environment(FOLDER / name)
+    assert int(variables["processes"]) == processes
+    assert variables["ACCELERATE_MIXED_PRECISION"] == precision
+    assert variables.get("ACCELERATE_USE_FSDP", "false") == str(fsdp).lower()
 
 
 def test_the_fsdp_file_makes_a_plugin_of_the_second_version(monkeypatch):
@@ -73,19 +73,19 @@ def test_the_fsdp_file_makes_a_plugin_of_the_second_version(monkeypatch):
 @pytest.mark.parametrize(
     ("variable", "name"), [("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM")]
 )
-def test_engines_that_are_not_there_are_refused_by_name(variable, name, tmp_path, monkeypatch):
+def test_unsupported_engines_are_refused_by_name(variable, name, tmp_path, monkeypatch):
     monkeypatch.setenv(variable, "true")
     with pytest.raises(ConfigError, match=f"{name}.*fsdp2.yaml"):
         trainer.train(tiny_run(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
-def test_fsdp_on_a_cpu_is_said_to_be_something_else(tmp_path, monkeypatch, capsys):
+def test_fsdp_on_a_cpu_is_a_warning(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     trainer.train(tiny_run(tmp_path / "run", max_train_steps=1))
-    told = capsys.readouterr()
-    assert "warning: FSDP was requested, but Accelerate made one process of it" in told.err
-    assert "cpu, one process" in told.out
+    printed = capsys.readouterr()
+    assert "warning: FSDP was requested, but Accelerate made one process of it" in printed.err
+    assert "cpu, one process" in printed.out
 
 
 def test_an_optimizer_that_is_not_installed_is_an_error_line(tmp_path, monkeypatch, capsys):
@@ -93,14 +93,14 @@ def test_an_optimizer_that_is_not_installed_is_an_error_line(tmp_path, monkeypat
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     flags = ["--use_8bit_adam", "--max_train_steps", "1", "--output_dir", str(tmp_path / "run")]
     assert cli.main(["train", *flags]) == 2
-    told = capsys.readouterr().err.strip().splitlines()[-1]
-    assert told.startswith("error: --use_8bit_adam")
-    assert "pip install bitsandbytes" in told
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("error: --use_8bit_adam")
+    assert "pip install bitsandbytes" in line
     assert os.listdir(tmp_path) == []
 
 
-def test_8_bit_resumes_to_the_bit(tmp_path):
-    """Where bitsandbytes is installed; what is smaller than 4,096 numbers stays in 32 bits there."""
+def test_8_bit_adam_resumes_bit_exactly(tmp_path):
+    """If bitsandbytes is installed; it keeps tensors of fewer than 4,096 elements in 32 bits."""
     pytest.importorskip("bitsandbytes")
     options = {"use_8bit_adam": True, "checkpointing_steps": 2, "max_train_steps": 4, "block_out_channels": [32, 64]}
     for folder, minutes in (("straight", None), ("run", 1e-9)):

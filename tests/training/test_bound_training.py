@@ -1,4 +1,4 @@
-"""Training with bounds, samplers and functions of the log-SNR: resumed to the bit, the same on any number of ranks."""
+"""Training with bounds, samplers and functions of the log-SNR: bit-exact resume, and saving."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ RUNS = {
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_resumed_run_is_the_undisturbed_one(name, tmp_path):
-    """Stopped half-way and resumed: the same weights, average and memory of the sampler, to the bit."""
+def test_a_resumed_run_equals_an_uninterrupted_one(name, tmp_path):
+    """Stopped halfway and resumed: bit-exact weights, average and sampler history."""
     options = RUNS[name] | {"train_batch_size": 16, "max_train_steps": 8, "validation_steps": 0}
     options |= {"lr_scheduler": "constant", "lr_warmup_steps": 0, "checkpointing_steps": 4}
     straight = train(tiny_run(tmp_path / "straight", **options))
@@ -42,14 +42,14 @@ def test_a_resumed_run_is_the_undisturbed_one(name, tmp_path):
 
 
 def test_samplers_change_the_steps_and_not_the_noise(tmp_path):
-    """The first loss of each sampler differs, for the steps do; uniform is what it always was."""
+    """The first loss of each sampler differs, since the timesteps do."""
     firsts = {
         name: losses(train(tiny_run(tmp_path / name, timestep_sampler=name, max_train_steps=1)))[0]
         for name in ("uniform", "stratified", "log_snr_normal", "log_snr_uniform")
     }
     assert len(set(firsts.values())) == 4
     second = losses(train(tiny_run(tmp_path / "cold", timestep_sampler="loss_second_moment", max_train_steps=1)))[0]
-    assert second == firsts["uniform"]  # until it has seen every step
+    assert second == firsts["uniform"]  # until it has seen every timestep
 
 
 def test_a_continuous_logvar_is_saved_and_loaded(tmp_path):

@@ -1,4 +1,4 @@
-"""Training under every conditioning key: it runs, saves, opens, samples, and goes on as if nothing had happened."""
+"""Training with every conditioning key: it trains, saves, loads, samples and resumes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def fresh_accelerate():
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:
-    """Twenty images with a class, an image beside each (its mirror image), and an embedding each."""
+    """Twenty images, each with a class, a second image (the first in gray) and an embedding."""
     folder = tmp_path_factory.mktemp("images")
     draw = np.random.default_rng(0)
     lines = []
@@ -49,10 +49,10 @@ def images(tmp_path_factory) -> Path:
         pixels = draw.integers(0, 256, (10, 12, 3), dtype=np.uint8)
         name, kind = f"{number:02d}.png", ("cat", "dog", "emu")[number % 3]
         Image.fromarray(pixels).save(folder / name)
-        (folder / ".beside").mkdir(exist_ok=True)
-        Image.fromarray(pixels).convert("L").save(folder / ".beside" / name)
-        np.save(folder / ".beside" / f"{number:02d}.npy", draw.normal(size=(3, 6)).astype(np.float32))
-        lines.append([name, kind, f".beside/{name}", f".beside/{number:02d}.npy"])
+        (folder / ".conditions").mkdir(exist_ok=True)
+        Image.fromarray(pixels).convert("L").save(folder / ".conditions" / name)
+        np.save(folder / ".conditions" / f"{number:02d}.npy", draw.normal(size=(3, 6)).astype(np.float32))
+        lines.append([name, kind, f".conditions/{name}", f".conditions/{number:02d}.npy"])
     with (folder / "metadata.csv").open("w", newline="") as file:
         csv.writer(file).writerows([["file_name", "kind", "hint", "words"], *lines])
     return folder
@@ -63,10 +63,10 @@ def options(key: str, images: Path, **more: Any) -> dict[str, Any]:
     return {"conditioning_key": key, "train_data_dir": str(images), "norm_num_groups": 4} | columns | more
 
 
-def train(folder: Path, **given: Any) -> Path | None:
+def train(folder: Path, **overrides: Any) -> Path | None:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    return trainer.train(tiny_run(folder, **given))
+    return trainer.train(tiny_run(folder, **overrides))
 
 
 @pytest.mark.parametrize("steps", [3, pytest.param(50, marks=pytest.mark.slow)])
@@ -77,9 +77,9 @@ def test_every_key_trains_saves_loads_and_samples(key, steps, images, tmp_path):
     pipeline = DDPMExtPipeline.from_pretrained(tmp_path)
     assert pipeline.config.conditioning_key == key
     pipeline.set_progress_bar_config(disable=True)
-    given = load_data(tiny_run(tmp_path / "x", **options(key, images)).data, key).train.conditions(range(4))
+    conditions = load_data(tiny_run(tmp_path / "x", **options(key, images)).data, key).train.conditions(range(4))
     drawn = [pipeline(num_inference_steps=3, output_type="np", generator=torch.Generator().manual_seed(seed),
-                      **given.as_dict()).images for seed in (0, 0)]  # fmt: skip
+                      **conditions.as_dict()).images for seed in (0, 0)]  # fmt: skip
     assert drawn[0].shape == (4, 8, 8, 3)
     assert np.array_equal(*drawn)
     wide = "concat_inputs" in REQUIRED_CONDITIONS[key] and "encoder_hidden_states" not in REQUIRED_CONDITIONS[key]
@@ -87,7 +87,7 @@ def test_every_key_trains_saves_loads_and_samples(key, steps, images, tmp_path):
     assert (tmp_path / "samples.png").is_file()
 
 
-def test_the_digits_need_one_flag(tmp_path):
+def test_the_digits_need_one_option(tmp_path):
     train(tmp_path, conditioning_key="adm", use_positional_encodings=True)
     pipeline = DDPMExtPipeline.from_pretrained(tmp_path)
     assert pipeline.num_classes == 10
@@ -96,8 +96,8 @@ def test_the_digits_need_one_flag(tmp_path):
     assert pipeline(class_labels=[1, 2], num_inference_steps=2, output_type="np").images.shape == (2, 8, 8, 1)
 
 
-def test_what_is_beside_an_image_goes_with_it(images):
-    """Cropped, mirrored and shuffled alike: the grey picture beside an image is that image in grey."""
+def test_conditions_are_prepared_like_their_image(images):
+    """Cropped, mirrored and shuffled alike: the second image is the first one in gray."""
     data = load_data(
         DataOptions(train_data_dir=str(images), concat_column="hint", class_column="kind", context_column="words",
                     resolution=(8, 8), random_flip=True, validation_fraction=0),
@@ -105,13 +105,15 @@ def test_what_is_beside_an_image_goes_with_it(images):
     ).train  # fmt: skip
     indices, epochs = list(range(20)), [3] * 20
     levels = data.load_levels(indices, 7, epochs).values.float()
-    grey = levels[:, 0] * 0.299 + levels[:, 1] * 0.587 + levels[:, 2] * 0.114
+    gray = levels[:, 0] * 0.299 + levels[:, 1] * 0.587 + levels[:, 2] * 0.114
     conditions = data.conditions(indices, 7, epochs)
-    beside = (conditions.concat_inputs[:, 0] + 1) * 127.5
-    assert float((beside - grey).abs().max()) < 2.5, "rounding of resized pixels, and nothing else"
+    second = (conditions.concat_inputs[:, 0] + 1) * 127.5
+    assert float((second - gray).abs().max()) < 2.5, "rounding of resized pixels, and nothing else"
     assert conditions.class_labels.tolist() == [number % 3 for number in range(20)]
     assert list(data.columns.class_names) == ["cat", "dog", "emu"]
-    assert torch.equal(conditions.encoder_hidden_states[5], torch.from_numpy(np.load(images / ".beside" / "05.npy")))
+    assert torch.equal(
+        conditions.encoder_hidden_states[5], torch.from_numpy(np.load(images / ".conditions" / "05.npy"))
+    )
 
 
 def test_folders_are_classes(tmp_path):
@@ -131,35 +133,35 @@ def test_dropout_is_a_function_of_seed_step_and_position():
     dropout, null = make_condition_dropout(DROPOUT, "hybrid-adm", 3)
     assert null == 3
     labels, inputs = torch.zeros(4000, dtype=torch.long), torch.zeros(4000, 1, 1, 1)
-    given = Conditions(labels, inputs, torch.ones(4000, 1, 1))
-    first = dropout.apply(given, 1, 5, torch.arange(4000))
-    again = dropout.apply(given, 1, 5, torch.arange(4000))
+    conditions = Conditions(labels, inputs, torch.ones(4000, 1, 1))
+    first = dropout.apply(conditions, 1, 5, torch.arange(4000))
+    again = dropout.apply(conditions, 1, 5, torch.arange(4000))
     assert torch.equal(first.class_labels, again.class_labels)
     assert abs(float((first.class_labels == 3).float().mean()) - 0.5) < 0.03
     assert abs(float((first.concat_inputs == -1).float().mean()) - 0.25) < 0.03
-    assert torch.equal(first.encoder_hidden_states, given.encoder_hidden_states)
-    assert int(labels.sum()) == 0, "what was given is not changed"
-    split = dropout.apply(given[2000:], 1, 5, torch.arange(2000, 4000))
+    assert torch.equal(first.encoder_hidden_states, conditions.encoder_hidden_states)
+    assert int(labels.sum()) == 0, "the argument is not changed"
+    split = dropout.apply(conditions[2000:], 1, 5, torch.arange(2000, 4000))
     assert torch.equal(split.class_labels, first.class_labels[2000:]), "however the batch is split"
-    other = dropout.apply(given, 1, 6, torch.arange(4000))
+    other = dropout.apply(conditions, 1, 6, torch.arange(4000))
     assert not torch.equal(other.class_labels, first.class_labels)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_run_goes_on_to_the_bit(workers, images, tmp_path):
-    given = options("hybrid-adm", images, conditioning_dropout=DROPOUT, random_flip=True, checkpointing_steps=2,
+    run_options = options("hybrid-adm", images, conditioning_dropout=DROPOUT, random_flip=True, checkpointing_steps=2,
                     dataloader_num_workers=workers, gradient_accumulation_steps=2, train_batch_size=4)  # fmt: skip
-    train(tmp_path / "straight", **given)
+    train(tmp_path / "straight", **run_options)
     broken = tmp_path / "broken"
-    train(broken, **given, resume_from_checkpoint="auto", max_train_minutes=1e-9)
+    train(broken, **run_options, resume_from_checkpoint="auto", max_train_minutes=1e-9)
     assert len(rows(broken)) < len(rows(tmp_path / "straight"))
-    train(broken, **given, resume_from_checkpoint="auto")
+    train(broken, **run_options, resume_from_checkpoint="auto")
     for name in ("unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.raw.safetensors"):
         ours, theirs = (load_file(folder / name) for folder in (broken, tmp_path / "straight"))
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     assert losses(broken) == losses(tmp_path / "straight")
     with pytest.raises(ConfigError, match="conditioning_dropout"):
-        train(broken, **given | {"conditioning_dropout": {"class_labels": 0.1}, "max_train_steps": 9,
+        train(broken, **run_options | {"conditioning_dropout": {"class_labels": 0.1}, "max_train_steps": 9,
                                  "lr_scheduler": "cosine"}, resume_from_checkpoint="latest")  # fmt: skip
 
 
@@ -172,7 +174,7 @@ def test_accumulated_batches_are_the_batch(images, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("given", "words"),
+    ("overrides", "message"),
     [
         ({"conditioning_key": "adm", "class_column": "size"}, "size"),
         ({"conditioning_key": "concat"}, "--concat_column"),
@@ -188,12 +190,12 @@ def test_accumulated_batches_are_the_batch(images, tmp_path):
         ({"model_config": {"_class_name": "VAE"}}, "VAE"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_met_is_refused_before_anything_is_written(given, words, images, tmp_path):
+def test_invalid_conditioning_is_refused_before_anything_is_written(overrides, message, images, tmp_path):
     sizes = ("block_out_channels", "layers_per_block", "attention_levels", "attention_head_dim", "norm_num_groups")
-    flat = TINY | {"train_data_dir": str(images), "output_dir": str(tmp_path / "run")} | given
-    if "model_config" in given:
+    flat = TINY | {"train_data_dir": str(images), "output_dir": str(tmp_path / "run")} | overrides
+    if "model_config" in overrides:
         flat = {name: value for name, value in flat.items() if name not in sizes}
-    with pytest.raises(ConfigError, match=words):
+    with pytest.raises(ConfigError, match=message):
         trainer.train(TrainConfig.from_flat(flat))
     assert not (tmp_path / "run").exists()
 
@@ -207,11 +209,13 @@ def test_sampling_from_the_command_line(tmp_path, capsys):
         return main(["sample", str(tmp_path / "run"), *place, *more])
 
     assert sample("turn") == 0
-    assert sample("said", "--class_labels", *map(str, range(10))) == 0
+    assert sample("explicit", "--class_labels", *map(str, range(10))) == 0
     assert sample("three", "--class_labels", "3") == 0
     assert sample("guided", "--guidance_scale", "3") == 0
-    turn, said, three, guided = (np.load(tmp_path / f"{out}.npy") for out in ("turn", "said", "three", "guided"))
-    assert np.array_equal(turn, said), "all classes but the null one, in turn"
+    turn, explicit, three, guided = (
+        np.load(tmp_path / f"{out}.npy") for out in ("turn", "explicit", "three", "guided")
+    )
+    assert np.array_equal(turn, explicit), "all classes but the null one, in turn"
     assert np.array_equal(turn[3], three[3])
     assert not np.array_equal(turn[4], three[4])
     assert not np.array_equal(guided, turn)

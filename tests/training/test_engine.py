@@ -1,4 +1,4 @@
-"""How a run computes must not change what it learns: processes, micro-batches, engines, activations, compilers."""
+"""Processes, micro-batches, engines, activation checkpointing and compilers must not change the results of a run."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ def train(folder: Path, **options: Any) -> Path:
     return folder
 
 
-def on_two_processes(runs: list[tuple[Path, dict[str, Any]]], *words: str, limit: int = 240) -> str:
-    """Train with `torchrun`, within a limit: an exchange that not all processes enter would wait for hours."""
+def on_two_processes(runs: list[tuple[Path, dict[str, Any]]], *modes: str, limit: int = 240) -> str:
+    """Train with `torchrun`, within a limit: a collective call that a process misses would wait for hours."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH}
-    told = json.dumps([[str(folder), options] for folder, options in runs])
+    runs_json = json.dumps([[str(folder), options] for folder, options in runs])
     done = subprocess.run(
-        [*launcher, str(SCRIPT), told, *words], env=environment, capture_output=True, text=True, timeout=limit
+        [*launcher, str(SCRIPT), runs_json, *modes], env=environment, capture_output=True, text=True, timeout=limit
     )
     assert done.returncode == 0, done.stderr[-9000:]
     return done.stdout + done.stderr
@@ -100,7 +100,7 @@ def ends(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], list
 
 @pytest.mark.parametrize("accumulation", [1, 2, 4])
 @pytest.mark.parametrize("processes", [1, 2])
-def test_the_schedule_ends_at_its_end(ends, processes, accumulation):
+def test_the_lr_schedule_ends_with_the_run(ends, processes, accumulation):
     """Linear after one step of warm-up: 0, 1, 2/3, 1/3 of the peak in the four steps, and 0 after the last."""
     assert ends[processes, accumulation] == pytest.approx([0, 2e-3, 2e-3 * 2 / 3, 2e-3 / 3])
 
@@ -121,13 +121,13 @@ def test_lr_scaling(scaling, factor, tmp_path, capsys):
     assert "8 per device x 2 accumulated x 1 process = 16" in plan
 
 
-def test_the_plan_tells_memory_and_disk(tmp_path, capsys):
+def test_the_plan_lists_memory_and_disk(tmp_path, capsys):
     train(tmp_path / "run", max_train_steps=4, checkpointing_steps=1, checkpoints_total_limit=2, save_top_k=0)
-    told = capsys.readouterr().out
+    plan = capsys.readouterr().out
     count = sum(tensor.numel() for tensor in load_file(tmp_path / "run" / RAW).values()) + 50  # and logvar
-    assert f"{4 * count / 1000:.3g} kB weights + {4 * count / 1000:.3g} kB gradients" in told
+    assert f"{4 * count / 1000:.3g} kB weights + {4 * count / 1000:.3g} kB gradients" in plan
     size = sum(path.stat().st_size for path in (tmp_path / "run" / "checkpoint-4").glob("*.safetensors"))
-    line = next(line for line in told.splitlines() if line.strip().startswith("checkpoints"))
+    line = next(line for line in plan.splitlines() if line.strip().startswith("checkpoints"))
     assert line.split()[1:3] == ["2", "of"]
     assert float(line.split()[3]) * 1000 == pytest.approx(size, rel=0.15)
 
@@ -160,16 +160,16 @@ def test_ema_every(every, updates, tmp_path, monkeypatch):
                     parameter.copy_(value)
             ema.step(reference)
     assert ema.num_updates == updates
-    found = load_file(folder / "checkpoint-3" / "ema.safetensors")
+    saved = load_file(folder / "checkpoint-3" / "ema.safetensors")
     names = [name for name, _ in DDPMExtPipeline.from_pretrained(folder).unet.named_parameters()]
     for name, shadow in zip(names, ema.shadow.values(), strict=True):
-        assert torch.equal(found[name], shadow), name
+        assert torch.equal(saved[name], shadow), name
 
 
 # --- how it computes -----------------------------------------------------------------------------------------------
 
 
-def test_gradient_checkpointing_changes_no_bit(tmp_path):
+def test_gradient_checkpointing_is_bit_exact(tmp_path):
     options = {"max_train_steps": 3, "dropout": 0.1}
     plain = train(tmp_path / "plain", **options)
     kept = train(tmp_path / "kept", gradient_checkpointing=True, **options)
@@ -222,21 +222,21 @@ def broken_off(folder: Path, at: int, **options: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that nobody disturbed, in one process."""
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The uninterrupted run in one process."""
     return train(tmp_path_factory.mktemp("whole") / "run", **TWENTY)
 
 
 @pytest.mark.slow
-def test_another_number_of_processes_goes_on(whole, tmp_path):
-    """7 steps of 1 x 8, then 13 of 2 x 4; and one process takes over what two have begun."""
+def test_a_run_resumes_on_another_number_of_processes(one_process, tmp_path):
+    """7 steps of 1 x 8, then 13 of 2 x 4; and one process resumes the run of two."""
     broken_off(tmp_path / "two", 10, **TWENTY)
     on_two_processes([(tmp_path / "two", TWENTY | HALF)])
-    ours, theirs = losses(tmp_path / "two"), losses(whole)
+    ours, theirs = losses(tmp_path / "two"), losses(one_process)
     assert len(ours) == 20
     assert ours[:7] == theirs[:7]
     assert ours == pytest.approx(theirs, abs=1e-3)
-    assert [row["step"] for row in rows(tmp_path / "two")] == [row["step"] for row in rows(whole)]
+    assert [row["step"] for row in rows(tmp_path / "two")] == [row["step"] for row in rows(one_process)]
 
     on_two_processes([(tmp_path / "one", TWENTY | HALF | {"max_train_minutes": 1e-9})])
     train(tmp_path / "one", **TWENTY, resume_from_checkpoint="latest")
@@ -244,34 +244,34 @@ def test_another_number_of_processes_goes_on(whole, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_sharded_run_is_the_same_run(whole, tmp_path):
-    """`fully_shard` through all of the trainer: clipping, EMA, validation, pictures, checkpoints, `best`, pipeline.
+def test_a_sharded_run_is_the_same_run(one_process, tmp_path):
+    """`fully_shard` through all of the trainer: clipping, EMA, validation, images, checkpoints, `best`, pipeline.
 
-    A run that DDP began, goes on sharded, and the other way round.
+    A run that DDP started resumes sharded, and the other way round.
     """
     sharded, back, forth = tmp_path / "sharded", tmp_path / "back", tmp_path / "forth"
     half = TWENTY | HALF | {"save_images_steps": 10, "num_preview_images": 3}
     broken_off(forth, 10, **TWENTY)
-    told = on_two_processes([(sharded, half), (back, half | {"max_train_minutes": 1e-9}), (forth, half)], "sharded")
-    assert "FSDP2" in told
+    output = on_two_processes([(sharded, half), (back, half | {"max_train_minutes": 1e-9}), (forth, half)], "sharded")
+    assert "FSDP2" in output
     train(back, **TWENTY, resume_from_checkpoint="latest")
     for folder in (sharded, back, forth):
-        assert losses(folder) == pytest.approx(losses(whole), abs=1e-3), folder.name
+        assert losses(folder) == pytest.approx(losses(one_process), abs=1e-3), folder.name
         validations = [row["val/loss_simple_ema"] for row in rows(folder) if "val/loss_simple_ema" in row]
         assert validations == pytest.approx(
-            [row["val/loss_simple_ema"] for row in rows(whole) if "val/loss_simple_ema" in row], abs=1e-3
+            [row["val/loss_simple_ema"] for row in rows(one_process) if "val/loss_simple_ema" in row], abs=1e-3
         )
         for name in (MODEL, RAW, "best/" + MODEL, "checkpoint-20/ema.safetensors"):
-            close(folder / name, whole / name, 2e-3)
+            close(folder / name, one_process / name, 2e-3)
     assert (sharded / "samples" / "samples-10.png").is_file()
-    images = [np.asarray(Image.open(folder / "samples.png"), dtype=float) for folder in (back, whole)]
+    images = [np.asarray(Image.open(folder / "samples.png"), dtype=float) for folder in (back, one_process)]
     assert np.abs(images[0] - images[1]).mean() < 4
 
 
 # --- failures ------------------------------------------------------------------------------------------------------
 
 
-def test_a_worker_that_dies_costs_no_bit(tmp_path, monkeypatch, capfd):
+def test_a_killed_worker_changes_no_result(tmp_path, monkeypatch, capfd):
     options = {"max_train_steps": 12, "dataloader_num_workers": 1, "random_flip": True, "validation_steps": 0}
     straight = train(tmp_path / "straight", **options)
     real = stream._loader
@@ -282,9 +282,9 @@ def test_a_worker_that_dies_costs_no_bit(tmp_path, monkeypatch, capfd):
             self.loader = loader
 
         def __iter__(self) -> Any:
-            found = iter(self.loader)
-            workers.extend(worker.pid for worker in found._workers)
-            return found
+            iterator = iter(self.loader)
+            workers.extend(worker.pid for worker in iterator._workers)
+            return iterator
 
     def killing(setup: Any, number: int, batches: Any) -> Any:
         if number == 5 and len(workers) == 1:
@@ -310,7 +310,7 @@ def photos(folder: Path, count: int = 24) -> Path:
 
 @pytest.mark.parametrize("skip", [False, True])
 def test_an_image_that_becomes_unreadable(skip, tmp_path, monkeypatch, capfd):
-    """By rule: the run stops and names the file, or the next image takes its place."""
+    """The run stops and names the file, or with ``--skip_bad_images`` the next image replaces it."""
     folder = photos(tmp_path / "photos")
     monkeypatch.setattr(data.load_data, "__kwdefaults__", {"progress": False, "memory_limit": 0})
     real = trainer.open_batches
@@ -328,9 +328,9 @@ def test_an_image_that_becomes_unreadable(skip, tmp_path, monkeypatch, capfd):
             train(tmp_path / "run", **options)
         return
     train(tmp_path / "run", **options)
-    told = capfd.readouterr().err
+    errors = capfd.readouterr().err
     for path in sorted(folder.iterdir())[::3]:
-        assert told.count(f"{path.name}'") == 1, "each is named once"
+        assert errors.count(f"{path.name}'") == 1, "each is reported once"
     assert len(losses(tmp_path / "run")) == 6
 
 
@@ -352,7 +352,7 @@ def test_a_tracker_that_is_down_does_not_end_the_run(when, tmp_path, monkeypatch
     monkeypatch.setattr(TensorBoardTracker, "start" if when == "at the start" else "log", down)
     straight = train(tmp_path / "straight")
     folder = train(tmp_path / "run", report_to="tensorboard")
-    told = capsys.readouterr().err
-    assert told.count("no route to host") == 1
-    assert "warning: --report_to" in told
+    errors = capsys.readouterr().err
+    assert errors.count("no route to host") == 1
+    assert "warning: --report_to" in errors
     assert rows(folder) == rows(straight)

@@ -1,4 +1,4 @@
-"""Freed memory stays with a training process."""
+"""Freed memory stays in a training process."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ print(given_back, fewest())
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc is meant")
-def test_a_step_does_not_fetch_its_memory_again():
-    """Pages touched for the first time: by the system's own count, thousands a round before, next to none after."""
+def test_freed_memory_is_reused():
+    """Page faults, as the system counts them: thousands per round before, almost none after."""
     done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
     before, after = map(int, done.stdout.split())
     assert after < 500

@@ -1,4 +1,4 @@
-"""The same run however it is split: over micro-batches, and over processes that `torchrun` starts (gloo)."""
+"""The same run for every split over micro-batches and over processes that `torchrun` starts (gloo)."""
 
 from __future__ import annotations
 
@@ -54,27 +54,27 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Finished]:
 
 @pytest.mark.parametrize("split", ["1 x 4 x 2", "2 x 4"])
 def test_the_first_gradients_agree(runs: dict[str, Finished], split: str):
-    whole, parts = runs["1 x 8"].gradients, runs[split].gradients
-    norm = torch.nn.utils.get_total_norm(whole)
+    unsplit, parts = runs["1 x 8"].gradients, runs[split].gradients
+    norm = torch.nn.utils.get_total_norm(unsplit)
     assert norm > 0.1
-    off = torch.nn.utils.get_total_norm([a - b for a, b in zip(whole, parts, strict=True)])
+    off = torch.nn.utils.get_total_norm([a - b for a, b in zip(unsplit, parts, strict=True)])
     assert off < 1e-5 * norm
 
 
 @pytest.mark.parametrize("split", ["1 x 4 x 2", "2 x 4"])
 def test_the_losses_agree(runs: dict[str, Finished], split: str):
     """What is logged is the mean over the effective batch, not one process's share."""
-    whole, parts = losses(runs["1 x 8"].folder), losses(runs[split].folder)
-    assert len(whole) == STEPS
-    assert parts == pytest.approx(whole, abs=1e-3)
-    assert parts[0] == pytest.approx(whole[0], abs=1e-6)
+    unsplit, parts = losses(runs["1 x 8"].folder), losses(runs[split].folder)
+    assert len(unsplit) == STEPS
+    assert parts == pytest.approx(unsplit, abs=1e-3)
+    assert parts[0] == pytest.approx(unsplit[0], abs=1e-6)
 
 
 @pytest.mark.parametrize("split", ["1 x 4 x 2", "2 x 4"])
 def test_validation_agrees(runs: dict[str, Finished], split: str):
-    whole, parts = (rows(runs[name].folder) for name in ("1 x 8", split))
-    assert [row["step"] for row in parts] == [row["step"] for row in whole], "no row twice, none missing"
-    for a, b in zip(whole, parts, strict=True):
+    unsplit, parts = (rows(runs[name].folder) for name in ("1 x 8", split))
+    assert [row["step"] for row in parts] == [row["step"] for row in unsplit], "no row twice, none missing"
+    for a, b in zip(unsplit, parts, strict=True):
         for name in a:
             if name.startswith("val/"):
                 assert b[name] == pytest.approx(a[name], rel=1e-3)
@@ -84,20 +84,20 @@ def test_validation_agrees(runs: dict[str, Finished], split: str):
 def test_logvar_and_average_agree(runs: dict[str, Finished], split: str):
     """Data-parallel training averages logvar's gradient too; the average of the weights counts optimizer steps."""
     for name in ("logvar/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.safetensors"):
-        whole, parts = (load_file(runs[run].folder / name) for run in ("1 x 8", split))
-        for key, tensor in whole.items():
+        unsplit, parts = (load_file(runs[run].folder / name) for run in ("1 x 8", split))
+        for key, tensor in unsplit.items():
             torch.testing.assert_close(parts[key], tensor, atol=2e-3, rtol=0)
 
 
-def test_two_processes_speak_once(runs: dict[str, Finished]):
-    said = runs["2 x 4"].output
-    assert said.count("= 8\n") == 1
-    assert "2 processes" in said
-    assert said.count("draw from it") == 1
+def test_two_processes_print_once(runs: dict[str, Finished]):
+    output = runs["2 x 4"].output
+    assert output.count("= 8\n") == 1
+    assert "2 processes" in output
+    assert output.count("draw from it") == 1
 
 
-def test_a_process_that_fails_takes_the_others_with_it(tmp_path: Path):
-    """The second process cannot read its images: the first does not wait for it, and one of them says why."""
+def test_a_failing_process_ends_the_others(tmp_path: Path):
+    """The second process cannot read its images: the first does not wait for it, and one of them reports why."""
     done = launch(tmp_path, 4, 1, 2, failing=1)
     assert done.returncode != 0
     assert done.stderr.count("rank 1 cannot read") == 1

@@ -1,4 +1,4 @@
-"""The loop, in runs of a few steps."""
+"""The training loop, in runs of a few steps."""
 
 from __future__ import annotations
 
@@ -54,22 +54,22 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_what_a_run_leaves(finished: Path):
-    found = {path.relative_to(finished).as_posix() for path in finished.rglob("*") if path.is_file()}
-    pictures = {"inputs", "diffusion_row", "samples-6", "denoise_row-6", "loss", "logvar"}
-    best = {path for path in found if path.startswith("best/")}
-    saved = {path for path in found if path.startswith(("unet/", "scheduler/", "logvar/"))}
+def test_files_of_a_finished_run(finished: Path):
+    files = {path.relative_to(finished).as_posix() for path in finished.rglob("*") if path.is_file()}
+    images = {"inputs", "diffusion_row", "samples-6", "denoise_row-6", "loss", "logvar"}
+    best = {path for path in files if path.startswith("best/")}
+    saved = {path for path in files if path.startswith(("unet/", "scheduler/", "logvar/"))}
     saved |= {"model_index.json", "ema.json"}
     assert {path.removeprefix("best/") for path in best} == saved | {"monitor.json"}
-    checkpoints = {path for path in found if path.startswith("checkpoint-")}
+    checkpoints = {path for path in files if path.startswith("checkpoint-")}
     names = {path.rpartition("/")[2] for path in checkpoints}
     assert names == {"manifest.json", "state.json", *(f"{n}.safetensors" for n in ("model", "ema", "optimizer"))}
-    assert found - best - checkpoints == {
+    assert files - best - checkpoints == {
         "finished.json", "ema.json", "config.yaml",
         "environment.json", "metrics.jsonl", "timing.jsonl", "samples.png",
         "model_index.json", "scheduler/scheduler_config.json", "unet/config.json", UNET, RAW,
         "logvar/config.json", "logvar/diffusion_pytorch_model.safetensors",
-        *(f"samples/{name}.png" for name in pictures),
+        *(f"samples/{name}.png" for name in images),
     }  # fmt: skip
 
 
@@ -97,7 +97,7 @@ def test_learning_rate_counts_optimizer_steps(finished: Path):
 
 
 def test_the_folder_is_a_pipeline(finished: Path):
-    """The EMA weights are the default files, the raw ones a variant, logvar lies beside them."""
+    """The EMA weights are the default files, the raw ones a variant, and logvar is saved, too."""
     pipeline = DDPMExtPipeline.from_pretrained(finished)
     raw = UNet2DModel.from_pretrained(finished, subfolder="unet", variant="raw")
     assert same(pipeline.unet.state_dict(), weights(finished))
@@ -110,7 +110,7 @@ def test_the_folder_is_a_pipeline(finished: Path):
 
 
 def test_the_same_seed_is_the_same_run(finished: Path, tmp_path: Path):
-    """More validation, pictures and saving on the way change no number; another seed changes them all."""
+    """More validation, images and saving during the run change no value; another seed changes them all."""
     busy = tiny_run(
         tmp_path / "busy", seed=3, validation_steps=2, save_images_steps=2, save_model_epochs=1, logging_steps=1
     )
@@ -166,7 +166,7 @@ def test_bfloat16_trains_close_to_float32(finished: Path, tmp_path: Path):
     assert all(tensor.dtype == torch.float32 for tensor in weights(tmp_path / "low").values())
 
 
-def test_a_second_run_takes_nothing_from_the_first(tmp_path: Path):
+def test_overwrite_output_dir_removes_the_first_run(tmp_path: Path):
     """--overwrite_output_dir: neither the logvar nor the raw weights nor the rows of the run before stay."""
     folder = tmp_path / "run"
     train(tiny_run(folder))
@@ -176,11 +176,11 @@ def test_a_second_run_takes_nothing_from_the_first(tmp_path: Path):
     assert not (folder / RAW).exists()
 
 
-def test_dry_run_tells_the_plan_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     options = {"dry_run": True, "gradient_accumulation_steps": 4, "beta_schedule": "scaled_linear"}
     assert train(tiny_run(tmp_path / "run", report_to="tensorboard", **options)) is None
-    told = capsys.readouterr().out
-    for words in (
+    plan = capsys.readouterr().out
+    for text in (
         "8x8",
         "scaled_linear",
         "CompVis: linear, v",
@@ -189,7 +189,7 @@ def test_dry_run_tells_the_plan_and_writes_nothing(tmp_path: Path, capsys: pytes
         "6 optimizer",
         "down_blocks",
     ):
-        assert words in told
+        assert text in plan
     assert list(tmp_path.iterdir()) == []
 
 
@@ -203,33 +203,33 @@ def test_dry_run_tells_the_plan_and_writes_nothing(tmp_path: Path, capsys: pytes
         ({"num_train_timesteps": 100, "rescale_betas_zero_snr": True}, None),
     ],
 )
-def test_a_schedule_that_ends_before_the_image_is_gone_is_told(
+def test_a_schedule_that_leaves_signal_is_a_warning(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], options: dict[str, Any], left: str | None
 ):
     train(tiny_run(tmp_path / "run", dry_run=True, **options))
-    told = capsys.readouterr().err
-    assert ("of the image's amplitude is left" in told) == (left is not None)
-    assert (left or "") in told
+    warnings = capsys.readouterr().err
+    assert ("of the image's amplitude is left" in warnings) == (left is not None)
+    assert (left or "") in warnings
 
 
-@pytest.mark.skipif(torch.accelerator.is_available(), reason="runs take the accelerator, where size is no matter")
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="runs take the accelerator, where size does not matter")
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "warned"),
     [
         ({"block_out_channels": [128, 256, 512], "resolution": 32}, True),
         ({"block_out_channels": [128, 256, 512], "resolution": 8}, False),
         ({"block_out_channels": [32, 64, 64], "resolution": 32}, False),
     ],
 )
-def test_a_network_too_large_for_a_processor_is_told(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: dict[str, Any], told: bool
+def test_a_network_too_large_for_a_cpu_is_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: dict[str, Any], warned: bool
 ):
-    """And the smaller one that is named is one that can be asked for."""
+    """And the smaller network that it suggests can be requested."""
     small = {"num_train_timesteps": 1000, "attention_levels": [2], "norm_num_groups": 8, "layers_per_block": 2}
     train(tiny_run(tmp_path / "run", dry_run=True, **(small | options)))
     line = capsys.readouterr().err
-    assert ("parameters on a CPU" in line) == told
-    assert ("--block_out_channels 32 64 64 --attention_levels 2 --norm_num_groups 8" in line) == told
+    assert ("parameters on a CPU" in line) == warned
+    assert ("--block_out_channels 32 64 64 --attention_levels 2 --norm_num_groups 8" in line) == warned
 
 
 def test_parameters_in_the_table_add_up(tmp_path: Path):
@@ -240,7 +240,7 @@ def test_parameters_in_the_table_add_up(tmp_path: Path):
     assert counts[-1] == total == sum(counts[:-1])
 
 
-def test_tensorboard_gets_the_numbers(tmp_path: Path):
+def test_tensorboard_gets_the_metrics(tmp_path: Path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     folder = tmp_path / "run"
@@ -252,8 +252,8 @@ def test_tensorboard_gets_the_numbers(tmp_path: Path):
     assert [event.step for event in read.Scalars("val/loss_simple_ema")] == [3, 6]
 
 
-def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path):
-    """The rows end before the step that broke, which is named with its timesteps, though it was read later."""
+def test_a_non_finite_loss_stops_the_run(tmp_path: Path):
+    """The rows end before the non-finite step, which is reported with its timesteps, though it was read later."""
     folder = tmp_path / "run"
     options = {"learning_rate": 1e18, "lr_scheduler": "constant", "lr_warmup_steps": 0, "adam_beta1": 0.0}
     with pytest.raises(RunError) as stop:
@@ -268,7 +268,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path):
     assert not (folder / "model_index.json").exists()
 
 
-def test_logvar_is_clipped_apart(tmp_path: Path):
+def test_logvar_is_clipped_separately(tmp_path: Path):
     """A limit far below the network's norm leaves the gradient of logvar as it is if that is small."""
     seen: list[torch.Tensor] = []
     setup = build_setup(
@@ -293,8 +293,8 @@ def test_logvar_is_clipped_apart(tmp_path: Path):
     assert record.grad_norm > 0.01
 
 
-def test_what_is_due(tmp_path: Path):
-    """Epochs are those of one endless stream: with 8 of 1,617 images a step, the first ends within step 203."""
+def test_work_is_due_by_steps_and_epochs(tmp_path: Path):
+    """Epochs are those of one endless stream: with 8 of 1,617 images per step, the first ends within step 203."""
     setup = build_setup(tiny_run(tmp_path / "run", max_train_steps=500, save_model_epochs=1, save_images_steps=7))
     called = {"log_losses": [], "checkpoint": [], "validation": [], "images": [], "model": []}
     for step in range(1, 501):
@@ -310,7 +310,7 @@ def test_what_is_due(tmp_path: Path):
     assert called["log_losses"] == sorted({*range(4, 501, 4), *others, 500})
 
 
-def test_wrong_precision_for_the_machine(tmp_path: Path):
+def test_unsupported_precision_is_refused(tmp_path: Path):
     if torch.accelerator.is_available():
         pytest.skip("this machine has fp16")
     with pytest.raises(ConfigError, match="--mixed_precision"):
@@ -329,16 +329,16 @@ def test_wrong_precision_for_the_machine(tmp_path: Path):
         ({}, None),
     ],
 )
-def test_a_launchers_single_thread_is_undone(monkeypatch: pytest.MonkeyPatch, environment, expected):
+def test_the_single_thread_of_a_launcher_is_undone(monkeypatch: pytest.MonkeyPatch, environment, expected):
     for name in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE", *signals.LAUNCHER_VARIABLES):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    said: list[int] = []
+    threads: list[int] = []
     monkeypatch.setattr(processes, "cores", lambda: 8)
-    monkeypatch.setattr(torch, "set_num_threads", said.append)
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
     processes.use_all_cores()
-    assert said == ([] if expected is None else [expected])
+    assert threads == ([] if expected is None else [expected])
 
 
 def test_config_is_written_for_the_next_run(finished: Path):

@@ -1,4 +1,4 @@
-"""A training run on the Hub: pushed on the way and at the end, past every fault, and gone on with elsewhere."""
+"""A training run on the Hub: pushed during training and at the end, despite failures, and resumed elsewhere."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def weights(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (folder / "unet").iterdir()}
 
 
-def test_a_run_is_pushed_and_its_token_is_nowhere(call, hub, tmp_path):
+def test_a_run_is_pushed_and_its_token_is_in_no_file(call, hub, tmp_path):
     flags = tiny_flags(
         **SMALL,
         output_dir="run",
@@ -79,8 +79,8 @@ def test_a_run_is_pushed_and_its_token_is_nowhere(call, hub, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_hub_that_fails_costs_no_step(call, hub, tmp_path):
-    """Every commit fails: the run is what it would have been, its status 1, and one line mends it."""
+def test_a_failing_hub_does_not_change_the_run(call, hub, tmp_path):
+    """Every commit fails: the run itself is unchanged, its status is 1, and one command completes the push."""
     hub.faults.append(Fault("POST .*/commit/", 500))
     done = call("train", *tiny_flags(**SMALL, output_dir="run", push_to_hub=True, hub_strategy="every_save"))
     assert done.returncode == 1
@@ -96,8 +96,8 @@ def test_a_hub_that_fails_costs_no_step(call, hub, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_pushed_run_goes_on_elsewhere(call, hub, tmp_path):
-    """Killed, and gone on from an empty disk with what was on the Hub: the bits of a run that nothing happened to."""
+def test_a_pushed_run_resumes_in_an_empty_folder(call, hub, tmp_path):
+    """Killed, and resumed in an empty folder from what was on the Hub: bit-exact to an uninterrupted run."""
     options = SMALL | {
         "max_train_steps": 300,
         "checkpointing_steps": 20,
@@ -131,9 +131,9 @@ def test_a_pushed_run_goes_on_elsewhere(call, hub, tmp_path):
     shutil.rmtree(tmp_path / "first")
     done = call("train", *flags, HF_HOME=str(tmp_path / "other-home"))
     assert done.returncode == 0, done.stderr
-    began = re.search(r"resuming from step (\d+)", done.stdout)
-    assert began is not None
-    assert 0 < int(began[1]) < 300
+    start = re.search(r"resuming from step (\d+)", done.stdout)
+    assert start is not None
+    assert 0 < int(start[1]) < 300
     assert call("train", *tiny_flags(**options, output_dir="peer")).returncode == 0
     assert weights(tmp_path / "second") == weights(tmp_path / "peer")
     assert rows(tmp_path / "second") == rows(tmp_path / "peer")
@@ -142,7 +142,7 @@ def test_a_pushed_run_goes_on_elsewhere(call, hub, tmp_path):
     assert "nothing is left to do" in again.stdout
 
 
-def test_no_token_no_run(call, tmp_path):
+def test_push_to_hub_without_a_token_is_refused(call, tmp_path):
     done = call("train", *tiny_flags(**SMALL, output_dir="run", push_to_hub=True), token=None)
     assert done.returncode == 2
     assert "--push_to_hub needs a token of the Hub" in done.stderr
@@ -150,13 +150,13 @@ def test_no_token_no_run(call, tmp_path):
 
 
 @pytest.mark.parametrize("where", ["hub_token: hf_x", "hub:\n  hub_token: hf_x"])
-def test_a_token_in_a_file(where, tmp_path, capsys):
+def test_a_token_in_a_config_file_is_refused(where, tmp_path, capsys):
     (tmp_path / "run.yaml").write_text(where)
     assert cli.main(["train", "--config", str(tmp_path / "run.yaml"), "--dry_run"]) == 2
     assert "a token does not belong in a file" in capsys.readouterr().err
 
 
-def test_a_repository_without_checkpoints(call, hub, tmp_path):
+def test_resuming_from_a_repository_without_checkpoints_is_refused(call, hub, tmp_path):
     assert (
         call("train", *tiny_flags(**SMALL | {"max_train_steps": 2}, output_dir="run", push_to_hub=True)).returncode
         == 0

@@ -1,4 +1,4 @@
-"""Pictures of a run: the right rows, the same noise whatever the batch, and no trace in the training."""
+"""Preview images: the right rows, the same noise for any batch size, and no effect on the training."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def images(n: int, channels: int = 1) -> ImageSet:
 
 
 def tiles(path) -> np.ndarray:
-    """A sheet cut back into its images, (rows, columns, H, W, ...), one value a pixel."""
+    """A sheet cut back into its images, (rows, columns, H, W, ...), one value per pixel."""
     with Image.open(path) as image:
         sheet = np.asarray(image)
     height, width = 12 * SIZE[0], 12 * SIZE[1]
@@ -55,8 +55,8 @@ def tiles(path) -> np.ndarray:
 @pytest.mark.parametrize(("steps", "columns"), [(1, 1), (2, 2), (10, 10), (11, 6), (50, 11), (250, 11), (1000, 11)])
 def test_rows_have_about_ten_columns(steps, columns):
     """CompVis' rule: every t that ``log_every_t`` divides, and the last one."""
-    shown = [t for t in range(steps) if t % column_interval(steps) == 0 or t == steps - 1]
-    assert len(shown) == columns
+    columns_drawn = [t for t in range(steps) if t % column_interval(steps) == 0 or t == steps - 1]
+    assert len(columns_drawn) == columns
 
 
 def test_diffusion_rows_are_the_forward_process():
@@ -74,19 +74,19 @@ def test_diffusion_rows_are_the_forward_process():
     assert not torch.allclose(rows[:, 2] - rows[:, 2].mean(), rows[:, 3] - rows[:, 3].mean(), atol=0.1)
 
 
-def test_pictures_of_the_data(tmp_path):
+def test_data_images(tmp_path):
     scheduler = DDPMExtScheduler(num_train_timesteps=100)
     data = images(20)
     inputs, row = Preview(tmp_path / "samples", seed=0).draw_data(data, scheduler)
     assert [inputs.name, row.name] == ["inputs.png", "diffusion_row.png"]
-    shown = tiles(inputs)
-    assert shown.shape[:2] == (1, 8)
-    assert shown[0, :, 0, 0].tolist() == [12 * index for index in (0, 2, 5, 8, 10, 13, 16, 19)]
+    drawn = tiles(inputs)
+    assert drawn.shape[:2] == (1, 8)
+    assert drawn[0, :, 0, 0].tolist() == [12 * index for index in (0, 2, 5, 8, 10, 13, 16, 19)]
     assert tiles(row).shape[:2] == (4, 11)
     assert tiles(Preview(tmp_path, seed=0).draw_data(images(2), scheduler)[1]).shape[:2] == (2, 11)
 
 
-def test_pictures_of_samples(tmp_path):
+def test_sample_images(tmp_path):
     scheduler = DDPMExtScheduler(num_train_timesteps=100)
     preview = Preview(tmp_path / "samples", seed=0, num_images=6, num_inference_steps=20, batch_size=4)
     samples, row = preview.draw_samples(denoiser(), scheduler, 30)
@@ -97,8 +97,8 @@ def test_pictures_of_samples(tmp_path):
     assert (sheet.reshape(-1, *SIZE)[:4] == last).all()
 
 
-def test_a_picture_does_not_depend_on_the_batch():
-    """Image i has a generator of its own; the network alone may round in another way."""
+def test_an_image_does_not_depend_on_the_batch_size():
+    """Image i has its own generator; only the rounding of the network may differ."""
     net, scheduler = denoiser(), DDPMExtScheduler(num_train_timesteps=20)
     few, _ = Preview("x", 0, num_images=3, batch_size=3).sample(net, scheduler)
     many, rows = Preview("x", 0, num_images=7, batch_size=2).sample(net, scheduler)
@@ -110,8 +110,8 @@ def test_a_picture_does_not_depend_on_the_batch():
     assert not torch.allclose(other, few, atol=0.1)
 
 
-def test_training_does_not_notice(tmp_path):
-    """Mode, gradients, timesteps and the global generator are what they were; dropout is off in the pictures."""
+def test_previews_change_nothing_of_the_training(tmp_path):
+    """Mode, gradients, timesteps and the global generator stay as they are; previews have no dropout."""
     net, scheduler = denoiser(dropout=0.5).train(), DDPMExtScheduler(num_train_timesteps=20)
     state, timesteps = torch.get_rng_state(), scheduler.timesteps.clone()
     preview = Preview(tmp_path, 0, num_images=2, num_inference_steps=5)
@@ -125,7 +125,7 @@ def test_training_does_not_notice(tmp_path):
     assert not net.training
 
 
-def test_more_steps_than_there_are_are_all(tmp_path):
+def test_more_inference_steps_than_the_chain_has_use_all(tmp_path):
     net, scheduler = denoiser(3), DDPMExtScheduler(num_train_timesteps=10)
     all_steps, rows = Preview(tmp_path, 0, num_images=1).sample(net, scheduler)
     assert rows.shape == (1, 11, 3, *SIZE)

@@ -1,4 +1,4 @@
-"""A run that was broken off goes on as if nothing had happened: against the undisturbed run, byte for byte."""
+"""Bit-exact resume: an interrupted run against the uninterrupted run, byte for byte."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from diffusers_ddpm_ext.training.checkpoints.writer import CheckpointNotWritten
 from diffusers_ddpm_ext.training.loop import previews, saving, tasks
 
 EVERY = {"checkpointing_steps": 2, "max_train_steps": 7, "validation_steps": 3, "save_images_steps": 4, "seed": 5}
-LIVES = itertools.count()
+RUNS = itertools.count()
 
 
 class Killed(BaseException):
-    """Stands for `kill -9`: nothing between here and the start of the next life gets a say."""
+    """Stands for `kill -9`: no code runs between here and the next start of the same command."""
 
 
 @pytest.fixture(autouse=True)
@@ -40,15 +40,15 @@ def fresh_accelerate() -> Iterator[None]:
     GradientState._reset_state()
 
 
-def life(folder: Path, **options: Any) -> Path | None:
-    """One start of the same line."""
+def run_once(folder: Path, **options: Any) -> Path | None:
+    """One start of the same command."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     return trainer.train(tiny_run(folder, **(EVERY | {"resume_from_checkpoint": "auto"} | options)))
 
 
-def dying(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int, before: bool = True) -> None:
-    """Let the n-th call of a function be the last thing that happens."""
+def kill_at_call(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int, before: bool = True) -> None:
+    """End the run at the n-th call of a function."""
     real, count = getattr(owner, name), itertools.count(1)
 
     def last(*arguments: Any, **named: Any) -> Any:
@@ -61,22 +61,22 @@ def dying(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int, bef
     monkeypatch.setattr(owner, name, last)
 
 
-def killed(folder: Path, owner: Any, name: str, call: int, before: bool = True, **options: Any) -> None:
+def run_until_killed(folder: Path, owner: Any, name: str, call: int, before: bool = True, **options: Any) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        dying(patch, owner, name, call, before)
+        kill_at_call(patch, owner, name, call, before)
         with pytest.raises(Killed):
-            life(folder, **options)
+            run_once(folder, **options)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """All that a run leaves and that must not depend on how often it was broken off."""
+    """Files of a run that must not depend on how often it was interrupted."""
     names = ["metrics.jsonl", "finished.json", "samples.png"]
-    found = [*(folder / name for name in names), *folder.rglob("*.safetensors"), *folder.glob("samples/*.png")]
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
+    paths = [*(folder / name for name in names), *folder.rglob("*.safetensors"), *folder.glob("samples/*.png")]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
-def assert_same(broken: Path, straight: Path) -> None:
-    ours, theirs = contents(broken), contents(straight)
+def assert_same(interrupted_run: Path, straight: Path) -> None:
+    ours, theirs = contents(interrupted_run), contents(straight)
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if ours[name] != theirs[name]] == []
 
@@ -84,11 +84,11 @@ def assert_same(broken: Path, straight: Path) -> None:
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("straight") / "run"
-    life(folder)
+    run_once(folder)
     return folder
 
 
-def test_the_straight_run_is_whole(straight: Path):
+def test_the_uninterrupted_run_is_complete(straight: Path):
     steps = [row["step"] for row in rows(straight) if "train/loss" in row]
     assert steps == list(range(1, 8))
     assert [row["step"] for row in rows(straight) if "val/loss" in row] == [3, 6, 7]
@@ -103,12 +103,12 @@ MOMENTS: dict[str, tuple[Any, str, int, bool]] = {
     "before the old checkpoint goes": (saving, "delete_old_checkpoints", 2, True),
     "in a validation": (tasks, "validation_metrics", 2, True),
     "between validation and its row": (tasks, "validation_metrics", 1, False),
-    "in a picture": (previews, "make_preview", 2, True),
+    "while images are drawn": (previews, "make_preview", 2, True),
     "while the best is written": (saving, "_write_best", 1, True),
     "while the best of all is written": (saving, "_write_best", 3, True),  # each of the three is better
     "just before the best of all is written": (tasks, "save_best_pipeline", 3, True),
     "at the end, before the pipeline": (tasks, "save_pipeline", 1, True),
-    "at the end, in the last pictures": (previews, "draw_final_samples", 1, True),
+    "at the end, while the last images are drawn": (previews, "draw_final_samples", 1, True),
     "just before the end is noted": (trainer, "mark_finished", 1, True),
 }
 
@@ -117,16 +117,16 @@ MOMENTS: dict[str, tuple[Any, str, int, bool]] = {
 def test_killed_at(moment, straight, tmp_path):
     owner, name, call, before = MOMENTS[moment]
     folder = tmp_path / "run"
-    killed(folder, owner, name, call, before)
-    life(folder)
+    run_until_killed(folder, owner, name, call, before)
+    run_once(folder)
     assert_same(folder, straight)
 
 
 def test_killed_again_and_again(straight, tmp_path):
     folder = tmp_path / "run"
     for call in (3, 2, 2, 1, 3):
-        killed(folder, trainer, "train_step", call)
-    life(folder)
+        run_until_killed(folder, trainer, "train_step", call)
+    run_once(folder)
     assert_same(folder, straight)
 
 
@@ -146,11 +146,11 @@ SPECIAL = [
 
 
 @pytest.mark.parametrize("options", SPECIAL, ids=lambda options: "-".join(map(str, options.values()))[:40])
-def test_options_go_on_too(options, tmp_path):
+def test_every_option_resumes(options, tmp_path):
     options = {"max_train_steps": 4, "save_images_steps": None} | options
-    life(tmp_path / "straight", **options)
-    killed(tmp_path / "run", trainer, "train_step", 4, **options)
-    life(tmp_path / "run", **options)
+    run_once(tmp_path / "straight", **options)
+    run_until_killed(tmp_path / "run", trainer, "train_step", 4, **options)
+    run_once(tmp_path / "run", **options)
     assert_same(tmp_path / "run", tmp_path / "straight")
 
 
@@ -169,22 +169,22 @@ def test_a_signal_writes_a_checkpoint_and_stops(number, status, place, straight,
     with monkeypatch.context() as patch:
         patch.setattr(owner, place, interrupted)
         with pytest.raises(SystemExit) as stopped:
-            life(folder)
+            run_once(folder)
     assert stopped.value.code == status
     assert "--resume_from_checkpoint latest" in capsys.readouterr().out
     assert list_checkpoints(folder)
-    life(folder, resume_from_checkpoint="latest")
+    run_once(folder, resume_from_checkpoint="latest")
     extra = {checkpoint_step(path) for path in list_checkpoints(folder)} - {
         checkpoint_step(path) for path in list_checkpoints(straight)
     }
-    for step in extra:  # the one that the signal asked for
+    for step in extra:  # the one that the signal requested
         for path in sorted((folder / f"checkpoint-{step}").iterdir()):
             path.unlink()
         (folder / f"checkpoint-{step}").rmdir()
     assert_same(folder, straight)
 
 
-def test_usr1_writes_a_checkpoint_and_goes_on(straight, tmp_path, monkeypatch):
+def test_usr1_writes_a_checkpoint_and_continues(straight, tmp_path, monkeypatch):
     real, count = trainer.train_step, itertools.count(1)
 
     def asking(*arguments: Any) -> Any:
@@ -193,54 +193,54 @@ def test_usr1_writes_a_checkpoint_and_goes_on(straight, tmp_path, monkeypatch):
         return real(*arguments)
 
     monkeypatch.setattr(trainer, "train_step", asking)
-    life(tmp_path / "run", checkpoints_total_limit=9)
+    run_once(tmp_path / "run", checkpoints_total_limit=9)
     assert (tmp_path / "run" / "checkpoint-1").is_dir()
     assert rows(tmp_path / "run") == rows(straight)
 
 
-def test_time_is_up(straight, tmp_path, capsys):
+def test_the_time_limit_writes_a_checkpoint_and_stops(straight, tmp_path, capsys):
     folder = tmp_path / "run"
-    assert life(folder, max_train_minutes=1e-9) == folder
+    assert run_once(folder, max_train_minutes=1e-9) == folder
     assert "--max_train_minutes" in capsys.readouterr().out
     assert [checkpoint_step(path) for path in list_checkpoints(folder)] == [1]
     assert not (folder / "model_index.json").exists()
-    life(folder)
+    run_once(folder)
     assert rows(folder) == rows(straight)
 
 
-def test_a_finished_run_says_so(straight, tmp_path, capsys):
+def test_a_finished_run_is_reported(straight, tmp_path, capsys):
     before = contents(straight)
-    assert life(straight) == straight
+    assert run_once(straight) == straight
     assert "is finished" in capsys.readouterr().out
     assert contents(straight) == before
 
 
-def test_the_newest_whole_one_is_taken_and_the_damaged_set_aside(straight, tmp_path, capsys):
+def test_the_newest_intact_checkpoint_is_used_and_the_damaged_one_set_aside(straight, tmp_path, capsys):
     folder = tmp_path / "run"
-    killed(folder, trainer, "train_step", 6)
+    run_until_killed(folder, trainer, "train_step", 6)
     newest = folder / "checkpoint-4" / "optimizer.safetensors"
     data = bytearray(newest.read_bytes())
     data[len(data) // 2] ^= 1
     newest.write_bytes(data)
-    life(folder)
-    told = capsys.readouterr().err
-    assert "optimizer.safetensors" in told
-    assert "aside-checkpoint-4" in told
+    run_once(folder)
+    errors = capsys.readouterr().err
+    assert "optimizer.safetensors" in errors
+    assert "aside-checkpoint-4" in errors
     assert (folder / "aside-checkpoint-4" / "optimizer.safetensors").read_bytes() == data
     assert rows(folder) == rows(straight)
 
 
-def test_going_on_from_an_older_one_sets_the_newer_aside(straight, tmp_path):
+def test_resuming_from_an_older_checkpoint_sets_the_newer_aside(straight, tmp_path):
     folder = tmp_path / "run"
-    killed(folder, trainer, "train_step", 7, checkpoints_total_limit=9)
-    life(folder, resume_from_checkpoint=str(folder / "checkpoint-2"))
+    run_until_killed(folder, trainer, "train_step", 7, checkpoints_total_limit=9)
+    run_once(folder, resume_from_checkpoint=str(folder / "checkpoint-2"))
     assert (folder / "aside-checkpoint-4").is_dir()
     assert rows(folder) == rows(straight)
 
 
 def test_total_limit_keeps_the_newest_and_the_best(tmp_path):
     folder = tmp_path / "run"
-    life(folder, checkpoints_total_limit=1, checkpointing_steps=1)
+    run_once(folder, checkpoints_total_limit=1, checkpointing_steps=1)
     best = json.loads((folder / "best" / "monitor.json").read_text())["step"]
     assert {checkpoint_step(path) for path in list_checkpoints(folder)} == {7, best}
     for path in list_checkpoints(folder):
@@ -260,41 +260,41 @@ def test_total_limit_keeps_the_newest_and_the_best(tmp_path):
         ("validation_fraction", 0.2),  # other images to train on
     ],
 )
-def test_what_would_change_the_mathematics_is_refused(option, value, tmp_path):
+def test_options_that_would_change_the_results_are_refused(option, value, tmp_path):
     folder = tmp_path / "run"
-    killed(folder, trainer, "train_step", 4)
+    run_until_killed(folder, trainer, "train_step", 4)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     named = "images" if option == "validation_fraction" else option.replace("train_batch_size", "effective_batch")
     with pytest.raises(ConfigError, match=named):
-        life(folder, **{option: value})
+        run_once(folder, **{option: value})
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
-def test_what_would_not_is_taken(straight, tmp_path):
+def test_options_that_change_no_result_are_accepted(straight, tmp_path):
     folder = tmp_path / "run"
-    killed(folder, trainer, "train_step", 4)
-    life(folder, logging_steps=1, checkpointing_steps=3, train_batch_size=4, gradient_accumulation_steps=2)
+    run_until_killed(folder, trainer, "train_step", 4)
+    run_once(folder, logging_steps=1, checkpointing_steps=3, train_batch_size=4, gradient_accumulation_steps=2)
     ours, theirs = rows(folder), rows(straight)
     assert [row["step"] for row in ours] == [row["step"] for row in theirs]
     assert ours[-2]["train/loss"] == pytest.approx(theirs[-2]["train/loss"], rel=1e-3)
 
 
-def test_a_change_that_is_wanted(tmp_path):
+def test_allow_config_change(tmp_path):
     folder = tmp_path / "run"
-    killed(folder, trainer, "train_step", 4)
-    life(folder, learning_rate=1e-3, allow_config_change=True)
+    run_until_killed(folder, trainer, "train_step", 4)
+    run_once(folder, learning_rate=1e-3, allow_config_change=True)
     rates = {row["step"]: row["lr"] for row in rows(folder) if "lr" in row}
-    assert rates[3] == pytest.approx(2e-3)  # the first life's peak; its validation at step 3 left a checkpoint
+    assert rates[3] == pytest.approx(2e-3)  # the peak of the first start; its validation at step 3 left a checkpoint
     assert 0 < rates[4] <= 1e-3
 
 
-@pytest.mark.parametrize("wanted", ["latest", "best"])
-def test_nothing_to_go_on_from(wanted, tmp_path):
-    with pytest.raises(ConfigError, match=wanted):
-        life(tmp_path / "run", resume_from_checkpoint=wanted)
+@pytest.mark.parametrize("requested", ["latest", "best"])
+def test_resuming_without_a_checkpoint_is_refused(requested, tmp_path):
+    with pytest.raises(ConfigError, match=requested):
+        run_once(tmp_path / "run", resume_from_checkpoint=requested)
 
 
-def test_best_is_the_true_best_and_opens(straight):
+def test_best_is_the_best_validation_and_loads(straight):
     values = {row["step"]: row["val/loss_simple_ema"] for row in rows(straight) if "val/loss" in row}
     facts = json.loads((straight / "best" / "monitor.json").read_text())
     assert facts["step"] == min(values, key=values.get)
@@ -303,7 +303,7 @@ def test_best_is_the_true_best_and_opens(straight):
 
 
 def planted(monkeypatch: pytest.MonkeyPatch, values: list[float]) -> None:
-    """Validations whose value is a function of the step, as real ones are."""
+    """Replace the validation metric by a function of the step."""
 
     def planted_metrics(setup: Any, processes: Any) -> dict[str, float]:
         return {"val/loss_simple_ema": values[setup.lr_scheduler.last_epoch - 1]}  # optimizer steps done
@@ -311,25 +311,25 @@ def planted(monkeypatch: pytest.MonkeyPatch, values: list[float]) -> None:
     monkeypatch.setattr(tasks, "validation_metrics", planted_metrics)
 
 
-@pytest.mark.parametrize("death", [None, 3, 5])
-def test_early_stop_at_the_right_step_and_the_planted_minimum(death, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("killed_at", [None, 3, 5])
+def test_early_stop_at_the_right_step_and_the_planted_minimum(killed_at, tmp_path, monkeypatch, capsys):
     planted(monkeypatch, [5.0, 4.0, 4.5, 1.0, 2.0, 3.0, 0.5, 0.4, 0.3])
     options = {"validation_steps": 1, "early_stopping_patience": 2, "max_train_steps": 9, "save_images_steps": None}
     folder = tmp_path / "run"
-    if death is not None:
-        killed(folder, trainer, "train_step", death, **options)
-    life(folder, **options)
+    if killed_at is not None:
+        run_until_killed(folder, trainer, "train_step", killed_at, **options)
+    run_once(folder, **options)
     assert "stopping early" in capsys.readouterr().out
     assert max(row["step"] for row in rows(folder)) == 6
     assert json.loads((folder / "best" / "monitor.json").read_text())["step"] == 4
     assert (folder / "model_index.json").is_file()
-    life(folder, **options)
+    run_once(folder, **options)
     assert "is finished" in capsys.readouterr().out
 
 
 def test_unknown_metric_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(ConfigError, match="val/loss_simple_ema"):
-        life(tmp_path / "run", monitor="val/fid")
+        run_once(tmp_path / "run", monitor="val/fid")
     assert not (tmp_path / "run").exists()
 
 
@@ -337,7 +337,7 @@ def test_a_second_run_is_refused(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     with FolderLock(folder), pytest.raises(ConfigError, match=str(os.getpid())):
-        life(folder)
+        run_once(folder)
 
 
 def test_a_full_disk_costs_checkpoints_not_the_run(straight, tmp_path, monkeypatch, capsys):
@@ -350,13 +350,13 @@ def test_a_full_disk_costs_checkpoints_not_the_run(straight, tmp_path, monkeypat
         return real(parent, step, *rest)
 
     monkeypatch.setattr(saving, "write_checkpoint", refusing)
-    life(folder)
+    run_once(folder)
     assert capsys.readouterr().err.count("could not be written") == 2
     assert rows(folder) == rows(straight)
 
 
 @pytest.mark.parametrize("mended", [True, False])
-def test_files_that_the_system_cuts_off(mended, straight, tmp_path, monkeypatch, capsys):
+def test_a_file_size_limit_of_the_system(mended, straight, tmp_path, monkeypatch, capsys):
     """A real limit, from step 3 on: nothing above 100 kB can be written, as on a disk that is almost full."""
     folder, unlimited = tmp_path / "run", resource.getrlimit(resource.RLIMIT_FSIZE)
     real = trainer.train_step
@@ -370,21 +370,21 @@ def test_files_that_the_system_cuts_off(mended, straight, tmp_path, monkeypatch,
     monkeypatch.setattr(trainer, "train_step", limited)
     try:
         if mended:
-            life(folder)
+            run_once(folder)
         else:
             with pytest.raises(RunError, match="File too large"):
-                life(folder)
+                run_once(folder)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
-    told = capsys.readouterr().err
-    assert "checkpoint-4 could not be written (File too large)" in told
+    errors = capsys.readouterr().err
+    assert "checkpoint-4 could not be written (File too large)" in errors
     verify(folder / "checkpoint-2")
     if mended:
         assert rows(folder) == rows(straight)
     else:
         assert not (folder / "model_index.json").exists()
         monkeypatch.undo()
-        life(folder, resume_from_checkpoint="latest")
+        run_once(folder, resume_from_checkpoint="latest")
         assert_same(folder, straight)
 
 
@@ -396,6 +396,6 @@ def test_a_final_pipeline_that_cannot_be_saved_is_an_error(tmp_path, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(tasks, "save_pipeline", full)
         with pytest.raises(RunError, match="No space left"):
-            life(folder)
-    life(folder)
+            run_once(folder)
+    run_once(folder)
     assert (folder / "model_index.json").is_file()

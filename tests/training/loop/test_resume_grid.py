@@ -1,6 +1,6 @@
-"""Every combination of what could make a resumed run another one, to the bit, each in new processes.
+"""Bit-exact resume over a grid of options, each run in new processes.
 
-32 straight runs keep all their checkpoints; 96 runs go on from them.
+32 uninterrupted runs keep all their checkpoints; 96 runs resume from them.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def start(processes: int, runs: list[tuple[Path, dict[str, Any]]]) -> None:
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH}
-    told = json.dumps([[str(folder), options] for folder, options in runs])
-    command = [sys.executable, *(torchrun if processes > 1 else []), str(SCRIPT), told]
+    runs_json = json.dumps([[str(folder), options] for folder, options in runs])
+    command = [sys.executable, *(torchrun if processes > 1 else []), str(SCRIPT), runs_json]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -61,8 +61,8 @@ def options_of(choice: dict[str, Any], processes: int) -> dict[str, Any]:
     return BASE | choice | {"train_batch_size": share}
 
 
-def broken_off(straight: Path, folder: Path, step: int) -> None:
-    """What a straight run would have left, killed just after a checkpoint: its rows run ahead, its end is missing."""
+def cut_short(straight: Path, folder: Path, step: int) -> None:
+    """Copy a run as if it was killed after a checkpoint: with later rows, and without its final files."""
     shutil.copytree(straight, folder)
     for path in folder.glob("checkpoint-*"):
         if int(path.name.removeprefix("checkpoint-")) > step:
@@ -81,7 +81,7 @@ def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     again = []
     for (folder, options), step in itertools.product(straight, MOMENTS.values()):
         resumed = folder.with_name(folder.name.replace("straight", str(step)))
-        broken_off(folder, resumed, step)
+        cut_short(folder, resumed, step)
         again.append((resumed, options | {"resume_from_checkpoint": "latest"}))
     start(processes, again)
     return processes, base
@@ -89,7 +89,7 @@ def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 @pytest.mark.parametrize("moment", MOMENTS)
 @pytest.mark.parametrize("number", range(len(GRID)), ids=lambda n: "-".join(map(str, GRID[n].values())))
-def test_to_the_bit(finished, number, moment):
+def test_resume_is_bit_exact(finished, number, moment):
     _, base = finished
     straight, resumed = base / f"{number}-straight", base / f"{number}-{MOMENTS[moment]}"
     state = json.loads((resumed / f"checkpoint-{MOMENTS[moment]}" / "state.json").read_text())
