@@ -25,7 +25,7 @@ from digits_quality import measure_quality, write
 from torch import Tensor
 
 from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtScheduler
-from diffusers_ddpm_ext.plotting.curves import figure
+from diffusers_ddpm_ext.plotting.curves import save_figure
 from diffusers_ddpm_ext.utils import random_keys as keys
 
 CALLS = 50
@@ -119,11 +119,11 @@ def main() -> int:
             if kind == "plain":
                 sheets[name.removesuffix("Scheduler")] = images[:12]
     if arguments.picture is not None:
-        save_figure(sheets, arguments.picture)
+        plot_samples(sheets, arguments.picture)
     return 0 if passed else 1
 
 
-def save_figure(sheets: dict[str, np.ndarray], path: Path) -> None:
+def plot_samples(sheets: dict[str, np.ndarray], path: Path) -> None:
     """One row per scheduler: images from the same initial noise."""
     rows = []
     for images in sheets.values():
@@ -137,7 +137,7 @@ def save_figure(sheets: dict[str, np.ndarray], path: Path) -> None:
         axes.set_yticks(np.arange(len(sheets)) * 10 + 4.5, list(sheets), fontsize=7)
         axes.get_figure().set_size_inches(8.5, 7.2)
 
-    figure(path, draw_rows)
+    save_figure(path, draw_rows)
 
 
 if __name__ == "__main__":

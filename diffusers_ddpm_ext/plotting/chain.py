@@ -1,4 +1,4 @@
-"""Plots over the steps of a chain: schedule, weights, log-variance, and what the bound is made of."""
+"""Plots over the steps of a chain: schedule, loss weights, terms of the bound, reverse variance, chosen timesteps."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from diffusers_ddpm_ext.diffusion.schedule import NoiseSchedule
-from diffusers_ddpm_ext.plotting.curves import figure
+from diffusers_ddpm_ext.plotting.curves import save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Told apart in print too: by dash as well as by ink.
+# Distinguishable in black and white, too.
 STYLES = (("#c44e52", "-"), ("#4c72b0", "--"), ("#2a7f3f", "-."), ("0.35", ":"))
 STEP = "timestep t"
 BITS = "bits per dimension"
 
 
 def plot_schedule(path: str | os.PathLike[str], schedule: NoiseSchedule) -> Path:
-    """Draw the betas and the signal-to-noise ratio of a chain, both on logarithmic axes.
+    """Plot the betas and the signal-to-noise ratio of a chain, both on logarithmic axes.
 
     Args:
         path: PNG to write.
@@ -48,25 +48,25 @@ def plot_schedule(path: str | os.PathLike[str], schedule: NoiseSchedule) -> Path
         other.spines["top"].set_visible(False)
         axes.plot([], [], color=STYLES[1][0], linestyle=STYLES[1][1], label="SNR (right)")
 
-    return figure(path, draw)
+    return save_figure(path, draw)
 
 
 def plot_weights(path: str | os.PathLike[str], weights: Mapping[str, ArrayLike], prediction_type: str) -> Path:
-    """Draw weights over the steps, each relative to its mean.
+    """Plot weights over the steps, each relative to its mean.
 
     Args:
         path: PNG to write.
         weights: by name, (T,) each; infinite ones are left out.
-        prediction_type: in whose space they are.
+        prediction_type: their space.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there are no weights.
     """
     if not weights:
-        raise ValueError("plot_weights needs a weight.")
+        raise ValueError("plot_weights needs at least one table of weights.")
 
     def draw(axes: Axes) -> None:
         for (name, table), (ink, dash) in zip(weights.items(), _styles(len(weights)), strict=True):
@@ -80,40 +80,40 @@ def plot_weights(path: str | os.PathLike[str], weights: Mapping[str, ArrayLike],
             ylabel="weight, relative to its mean",
         )
 
-    return figure(path, draw)
+    return save_figure(path, draw)
 
 
 def plot_steps(path: str | os.PathLike[str], steps: ArrayLike, bits: ArrayLike, total: float | None = None) -> Path:
-    """Draw what each step adds to the bound; the first step is the decoder's.
+    """Plot the terms of the bound; the first one is the decoder's.
 
     Args:
         path: PNG to write.
         steps: of the chain, (K,).
-        bits: of each of them, (K,), bits per dimension.
-        total: the whole bound, for the heading.
+        bits: of each step, (K,), bits per dimension.
+        total: the bound, for the title.
 
     Returns:
         The path.
     """
-    where, values = np.asarray(steps), np.asarray(bits, dtype=float)
+    timesteps, values = np.asarray(steps), np.asarray(bits, dtype=float)
 
     def draw(axes: Axes) -> None:
-        axes.plot(where[1:], values[1:], ".-", color=STYLES[0][0], markersize=3, linewidth=0.8, label="divergence")
-        axes.plot(where[:1], values[:1], "s", color=STYLES[1][0], label=f"decoder, at t = {where[0]}")
+        axes.plot(timesteps[1:], values[1:], ".-", color=STYLES[0][0], markersize=3, linewidth=0.8, label="divergence")
+        axes.plot(timesteps[:1], values[:1], "s", color=STYLES[1][0], label=f"decoder, at t = {timesteps[0]}")
         positive = values[values > 0]
         if len(positive) and positive.max() > 5 * positive.min():
             if (values <= 0).any():
                 axes.set_yscale("symlog", linthresh=positive.min())
             else:
                 axes.set_yscale("log")
-        whole = "" if total is None else f": {total:.3f} {BITS} with the prior"
-        axes.set(title=f"The bound, step by step{whole}", xlabel=STEP, ylabel=f"{BITS}, of one step")
+        text = "" if total is None else f": {total:.3f} {BITS} with the prior"
+        axes.set(title=f"The bound, step by step{text}", xlabel=STEP, ylabel=f"{BITS}, of one step")
 
-    return figure(path, draw)
+    return save_figure(path, draw)
 
 
 def plot_variance(path: str | os.PathLike[str], curves: Mapping[str, ArrayLike]) -> Path:
-    """Draw v over the steps, between 0 (the posterior's variance) and 1 (beta).
+    """Plot v over the steps, between 0 (the posterior's variance) and 1 (beta).
 
     Args:
         path: PNG to write.
@@ -128,20 +128,22 @@ def plot_variance(path: str | os.PathLike[str], curves: Mapping[str, ArrayLike])
             axes.axhline(level, color="0.35", linewidth=1, linestyle=(":", "--")[level], label=label)
         for (name, table), (ink, dash) in zip(curves.items(), _styles(len(curves)), strict=True):
             axes.plot(np.asarray(table, dtype=float), color=ink, linestyle=dash, linewidth=1.4, label=name)
-        axes.set(title="Variance of a step back", xlabel=STEP, ylabel="v (fraction of the way from posterior to beta)")
+        axes.set(
+            title="Variance of a reverse step", xlabel=STEP, ylabel="v (fraction of the way from posterior to beta)"
+        )
         axes.set_ylim(-0.05, 1.05)
 
-    return figure(path, draw)
+    return save_figure(path, draw)
 
 
 def plot_timesteps(
     path: str | os.PathLike[str], chosen: Mapping[int, Sequence[int]], num_train_timesteps: int
 ) -> Path:
-    """Draw which steps were chosen for each number of steps: a row of dots for each.
+    """Plot the chosen timesteps for each number of steps, one row of dots for each.
 
     Args:
         path: PNG to write.
-        chosen: K to its steps.
+        chosen: K -> its steps.
         num_train_timesteps: T.
 
     Returns:
@@ -158,7 +160,7 @@ def plot_timesteps(
             ylabel="number of steps K",
         )
 
-    return figure(path, draw)
+    return save_figure(path, draw)
 
 
 def _styles(count: int) -> list[tuple[str, str]]:

@@ -1,7 +1,7 @@
-"""Numbers and images as pictures: arrays in, a file out.
+"""Plots of a training run: losses and log-variances.
 
-Sheets of images need Pillow alone; curves need matplotlib (the extra ``train``), which is imported when the first one
-is drawn, without a display and without touching the settings of a program that plots for itself.
+They need matplotlib (the extra ``train``), which is imported when the first one is drawn, without a display and
+without changing the settings of a program that has its own plots.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ RUN_LOSSES: tuple[tuple[str, str, Literal["train", "raw", "ema"]], ...] = (
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of a plot of losses.
+    """A curve of a loss plot.
 
     Attributes:
-        label: what the legend says.
+        label: in the legend.
         steps: optimizer steps, (n,).
-        values: losses, (n,); those that are not finite are left out.
-        kind: how it is drawn: training losses noisy with their running mean, validation losses with a mark each.
+        values: losses, (n,); non-finite ones are left out.
+        kind: training losses are drawn pale with their running mean, validation losses with markers.
     """
 
     label: str
@@ -55,13 +55,13 @@ def plot_losses(
     title: str = "Training and validation loss",
     quantity: str = "loss (mean squared error of a value)",
 ) -> Path:
-    """Draw losses over optimizer steps, on a logarithmic axis where they span more than a factor of five.
+    """Plot losses over optimizer steps, on a logarithmic axis where they span more than a factor of five.
 
     Args:
         path: PNG to write.
-        curves: what to draw; those without a finite value are left out.
-        title: heading.
-        quantity: label of the axis of losses, with its unit.
+        curves: those without a finite value are left out.
+        title: of the plot.
+        quantity: label of the loss axis, with its unit.
 
     Returns:
         The path.
@@ -74,33 +74,33 @@ def plot_losses(
     finite = []
     for curve in curves:
         steps, values = np.asarray(curve.steps, dtype=float), np.asarray(curve.values, dtype=float)
-        if (sound := np.isfinite(values)).any():
-            finite.append((curve, steps[sound], values[sound]))
+        if (is_finite := np.isfinite(values)).any():
+            finite.append((curve, steps[is_finite], values[is_finite]))
     if not finite:
         raise ValueError("plot_losses needs a curve with a finite value.")
 
     def draw(axes: Axes) -> None:
         for curve, steps, values in finite:
             _draw_curve(axes, curve, steps, values)
-        everything = np.concatenate([values for _, _, values in finite])
-        if everything.min() > 0 and everything.max() > 5 * everything.min():
+        losses = np.concatenate([values for _, _, values in finite])
+        if losses.min() > 0 and losses.max() > 5 * losses.min():
             log_axis(axes)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set(title=title, xlabel="optimizer step", ylabel=quantity)
 
-    return figure(path, draw)
+    return save_figure(path, draw)
 
 
-def plot_run_losses(rows: list[dict[str, Any]], picture: Path, loss_type: str) -> Path | None:
-    """Draw training and validation losses over optimizer steps.
+def plot_run_losses(rows: list[dict[str, Any]], path: Path, loss_type: str) -> Path | None:
+    """Plot a run's training and validation losses over optimizer steps.
 
     Args:
         rows: of ``metrics.jsonl``.
-        picture: PNG to write.
-        loss_type: what was minimised, for the axis.
+        path: PNG to write.
+        loss_type: for the axis label.
 
     Returns:
-        The path; None where no row has a loss.
+        The path; None if no row has a loss.
     """
     curves = []
     for name, label, kind in RUN_LOSSES:
@@ -108,7 +108,7 @@ def plot_run_losses(rows: list[dict[str, Any]], picture: Path, loss_type: str) -
         if points:
             steps, values = zip(*points, strict=True)
             curves.append(Curve(label, steps, values, kind))
-    return plot_losses(picture, curves, quantity=f"loss_simple ({loss_type})") if curves else None
+    return plot_losses(path, curves, quantity=f"loss_simple ({loss_type})") if curves else None
 
 
 def plot_logvar(
@@ -118,13 +118,13 @@ def plot_logvar(
     *,
     title: str = "Learned log-variance and measured log loss",
 ) -> Path:
-    """Draw the learned log-variance of each step against the log of the mean loss measured there, which it estimates.
+    """Plot the learned log-variance of each step and the measured log of the mean loss, which it estimates.
 
     Args:
         path: PNG to write.
         logvar: learned table, (T,), natural log.
-        log_loss: log of the mean unweighted loss at each step, (T,), natural log; NaN where it was not measured.
-        title: heading; the mean distance of the two is added to it.
+        log_loss: log of the mean unweighted loss at each step, (T,), natural log; NaN if it was not measured.
+        title: of the plot; the mean distance of the two is added.
 
     Returns:
         The path.
@@ -148,29 +148,21 @@ def plot_logvar(
             ylabel="natural log of the loss (squared data units)",
         )
 
-    return figure(path, draw)
+    return save_figure(path, draw)
 
 
 def running_mean(values: ArrayLike, width: int) -> NDArray[np.float64]:
-    """Average each value with its neighbours, ``width`` of them in all and fewer at the ends.
-
-    Args:
-        values: (n,).
-        width: size of the window; an even one counts as the next odd one.
-
-    Returns:
-        (n,).
-    """
-    numbers = np.asarray(values, dtype=float)
+    """Running mean over a window of ``width`` values (the next odd number), fewer at the ends: (n,) to (n,)."""
+    array = np.asarray(values, dtype=float)
     half = width // 2
-    sums = np.concatenate([[0.0], np.cumsum(numbers)])
-    start = np.clip(np.arange(len(numbers)) - half, 0, None)
-    stop = np.clip(np.arange(len(numbers)) + half + 1, None, len(numbers))
+    sums = np.concatenate([[0.0], np.cumsum(array)])
+    start = np.clip(np.arange(len(array)) - half, 0, None)
+    stop = np.clip(np.arange(len(array)) + half + 1, None, len(array))
     return (sums[stop] - sums[start]) / (stop - start)
 
 
 def _draw_curve(axes: Axes, curve: Curve, steps: NDArray[Any], values: NDArray[Any]) -> None:
-    """Draw one curve: a long noisy one pale, with its running mean over it."""
+    """Draw one curve; a long noisy one is pale, with its running mean over it."""
     ink, noisy = INK[curve.kind], curve.kind == "train" and len(values) >= 50
     if noisy:
         axes.plot(steps, values, color=ink, alpha=0.25, linewidth=0.8)
@@ -183,7 +175,7 @@ def _draw_curve(axes: Axes, curve: Curve, steps: NDArray[Any], values: NDArray[A
 
 
 def log_axis(axes: Axes) -> None:
-    """Make the vertical axis logarithmic, with plain numbers at 1, 2 and 5 of each decade."""
+    """Make the vertical axis logarithmic, with plain array at 1, 2 and 5 of each decade."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axes.set_yscale("log")
@@ -192,8 +184,8 @@ def log_axis(axes: Axes) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def figure(path: str | os.PathLike[str], draw: Callable[[Axes], None]) -> Path:
-    """Draw one pair of axes and write it as PNG; no window, no global figure, nothing left open."""
+def save_figure(path: str | os.PathLike[str], draw: Callable[[Axes], None]) -> Path:
+    """Draw one pair of axes and write it as PNG, without a window or a global figure."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""Sheets of images: a batch of arrays in, one image file out. Needs Pillow alone."""
+"""Sheets of images: a batch of arrays in, one image file out. Only needs Pillow."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from PIL import Image
 from diffusers_ddpm_ext.utils.files import write_atomically
 
 GAP = 4  # pixels between images
-TILE = 96  # side, in pixels, that small images are enlarged to, about
+TILE = 96  # approximate side, in pixels, of enlarged small images
 
 
 def image_grid(
     images: ArrayLike, columns: int | None = None, enlarge: int | None = None, gap: int = GAP
 ) -> Image.Image:
-    """Put images side by side, row by row, enlarged so that a person can see single pixels.
+    """Arrange images in a grid, row by row, enlarged so that single pixels are visible.
 
     Args:
-        images: (N, C, H, W) in [-1, 1]; values outside are clipped. One channel is grey, three are RGB, four RGBA;
-            with any other number the channels stand side by side in grey.
-        columns: images a row; None makes the sheet about as wide as high.
-        enlarge: side of the square that a pixel becomes (nearest neighbour); None enlarges small images.
-        gap: width of the white lines between images, in pixels of the sheet.
+        images: (N, C, H, W) in [-1, 1]; values outside are clipped. One channel is gray, three are RGB, four RGBA;
+            with any other number the channels are placed side by side in gray.
+        columns: images per row; None makes the sheet approximately square.
+        enlarge: integer factor (nearest neighbor); None enlarges small images.
+        gap: white pixels between images.
 
     Returns:
-        The sheet. What a last row lacks is white.
+        The sheet. Missing images of the last row are white.
 
     Raises:
-        ValueError: the array has another shape or no image, or a number is below its smallest value.
+        ValueError: the array has another shape or no image, or an argument is out of its range.
     """
     levels = _levels(images)
     if columns is None:
@@ -47,32 +47,32 @@ def image_grid(
     count, height, width, depth = tiles.shape
     rows = -(-count // columns)
     sheet = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, depth), 255, dtype=np.uint8)
-    for place, tile in enumerate(tiles):
-        top, left = place // columns * (height + gap), place % columns * (width + gap)
+    for index, tile in enumerate(tiles):
+        top, left = index // columns * (height + gap), index % columns * (width + gap)
         sheet[top : top + height, left : left + width] = tile
     return Image.fromarray(sheet[..., 0] if depth == 1 else sheet)
 
 
 def save_grid(images: ArrayLike, path: str | os.PathLike[str], **options: Any) -> Path:
-    """Write the sheet of :func:`image_grid` to a file, which is there whole or not at all.
+    """Write the sheet of :func:`image_grid` to a file, atomically.
 
     Args:
         images: as for :func:`image_grid`.
-        path: file to write; its extension says the format.
+        path: file to write; its suffix is the format.
         **options: further arguments of :func:`image_grid`.
 
     Returns:
         The path.
     """
     sheet = image_grid(images, **options)
-    kind = Image.registered_extensions().get(Path(path).suffix.lower(), "PNG")
-    if sheet.mode == "RGBA" and kind == "JPEG":
+    image_format = Image.registered_extensions().get(Path(path).suffix.lower(), "PNG")
+    if sheet.mode == "RGBA" and image_format == "JPEG":
         sheet = sheet.convert("RGB")
-    return write_atomically(path, lambda file: sheet.save(file, kind))
+    return write_atomically(path, lambda file: sheet.save(file, image_format))
 
 
 def _levels(images: ArrayLike) -> NDArray[np.uint8]:
-    """Turn (N, C, H, W) in [-1, 1] into (N, H, W, 1 | 3 | 4) in 0 .. 255."""
+    """Convert (N, C, H, W) in [-1, 1] to (N, H, W, 1 | 3 | 4) in 0 .. 255."""
     values = np.asarray(images, dtype=np.float32)
     if values.ndim != 4 or 0 in values.shape:
         raise ValueError(f"images has shape {values.shape}; it must be (N, C, H, W) with at least one image.")

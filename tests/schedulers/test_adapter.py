@@ -242,7 +242,7 @@ def test_eta_and_other_arguments_of_step():
 
 
 @pytest.mark.parametrize(
-    ("name", "given", "told"),
+    ("name", "kwargs", "message"),
     [
         (
             "EulerDiscreteScheduler",
@@ -253,15 +253,15 @@ def test_eta_and_other_arguments_of_step():
         ("PNDMScheduler", {"eta": 0.5}, r"takes no eta; it takes nothing more"),
     ],
 )
-def test_unknown_arguments_of_step(name, given, told):
-    with pytest.raises(ValueError, match=told):
-        swapped(ours(), name)(1, num_inference_steps=4, **given)
+def test_unknown_arguments_of_step(name, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        swapped(ours(), name)(1, num_inference_steps=4, **kwargs)
 
 
-# ---------------------------------------------------------------------- refused before the network is asked
+# ---------------------------------------------------------------------- rejected before the network is called
 
 
-def refused(pipeline, match):
+def assert_rejected(pipeline, match):
     calls = pipeline.unet.calls
     with pytest.raises(ValueError, match=match) as caught:
         pipeline(1, seeded(), 10, "latent")
@@ -273,10 +273,12 @@ def refused(pipeline, match):
 @pytest.mark.parametrize("native", NATIVES)
 def test_other_betas(name, native):
     pipeline = swapped(ours(Spoken(native), prediction_type=native, beta_schedule="scaled_linear"), name)
-    refused(
+    assert_rejected(
         swapped(pipeline, name, beta_schedule="linear"), r"other betas than this model was trained with \(alphas_c"
     )
-    refused(swapped(pipeline, name, beta_schedule="scaled_linear", num_train_timesteps=500), "has 500 training steps")
+    assert_rejected(
+        swapped(pipeline, name, beta_schedule="scaled_linear", num_train_timesteps=500), "has 500 training steps"
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "EDMEulerScheduler"])
@@ -284,14 +286,14 @@ def test_a_dropped_rescaling(name):
     pipeline = ours(Spoken("v_prediction"), prediction_type="v_prediction", rescale_betas_zero_snr=True)
     config = dict(pipeline.scheduler.config) | {"rescale_betas_zero_snr": False}
     pipeline.scheduler = getattr(diffusers, name).from_config(config)
-    refused(pipeline, "other betas")
+    assert_rejected(pipeline, "other betas")
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_another_prediction_type(name):
-    refused(
+    assert_rejected(
         swapped(ours(Spoken("v_prediction"), prediction_type="v_prediction"), name, prediction_type="epsilon"),
-        "is told prediction_type='epsilon', but this model predicts 'v_prediction'",
+        "has prediction_type='epsilon', but this model predicts 'v_prediction'",
     )
 
 
@@ -302,32 +304,32 @@ def test_an_input_that_is_not_scaled(name, native, monkeypatch):
     unscaled = type(name, (kind,), {"scale_model_input": lambda self, sample, t: self._init_step_index(t) or sample})
     monkeypatch.setattr(diffusers, name, unscaled)
     monkeypatch.setattr(adapter, "_TRIAL_RESULTS", {})
-    refused(swapped(ours(Spoken(native), prediction_type=native), name), "cannot sample this model")
+    assert_rejected(swapped(ours(Spoken(native), prediction_type=native), name), "cannot sample this model")
 
 
 @pytest.mark.parametrize("name", ["EulerAncestralDiscreteScheduler", "KDPM2DiscreteScheduler", "PNDMScheduler"])
-def test_a_translation_that_is_left_out(name, monkeypatch):
+def test_a_missing_conversion_of_the_output_is_found(name, monkeypatch):
     monkeypatch.setattr(adapter.SchedulerAdapter, "convert_output", lambda self, output, *others: output)
     monkeypatch.setattr(adapter, "_TRIAL_RESULTS", {})
-    refused(swapped(ours(Spoken("sample"), prediction_type="sample"), name), "cannot sample this model")
+    assert_rejected(swapped(ours(Spoken("sample"), prediction_type="sample"), name), "cannot sample this model")
 
 
 @pytest.mark.parametrize(
     ("name", "match"),
     [
-        ("FlowMatchEulerDiscreteScheduler", "made for flow matching"),
+        ("FlowMatchEulerDiscreteScheduler", "is for flow matching"),
         ("DDIMInverseScheduler", "from images to noise"),
         ("DPMSolverMultistepInverseScheduler", "from images to noise"),
-        ("LCMScheduler", "it hands the network mean"),
+        ("LCMScheduler", "the network's input has mean"),
     ],
 )
 def test_samplers_of_other_models(name, match):
-    refused(swapped(ours(Spoken("epsilon")), name), match)
+    assert_rejected(swapped(ours(Spoken("epsilon")), name), match)
 
 
 @pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "DEISMultistepScheduler", "UniPCMultistepScheduler"])
 def test_flow_sigmas(name):
-    refused(
+    assert_rejected(
         swapped(ours(Spoken("epsilon")), name, use_flow_sigmas=True), "with use_flow_sigmas=True samples flow-match"
     )
 
@@ -367,13 +369,13 @@ def test_the_scheduler_that_was_given_is_not_changed():
 
 
 def test_a_start_in_the_middle_of_the_chain_is_told(caplog):
-    """600 steps of 1000: DPM-Solver's leading spacing begins at step 600, from noise without a trace of the image."""
+    """600 steps of 1000: DPM-Solver's leading spacing starts at step 600, from noise without a trace of the image."""
     pipeline = swapped(ours(), "DPMSolverMultistepScheduler")
     with caplog.at_level(logging.WARNING):
         pipeline(1, seeded(), 10, "latent")
-        assert not [record for record in caplog.records if "begins at step" in record.message]
+        assert not [record for record in caplog.records if "starts from pure noise" in record.message]
         pipeline(1, seeded(), 600, "latent")
-    assert "begins at step 600 of 1000, where 16% of the image" in caplog.text
+    assert "starts from pure noise at step 600 of 1000, where the model expects 16% of the image" in caplog.text
 
 
 class Unknown(SchedulerMixin, ConfigMixin):
@@ -415,7 +417,7 @@ def test_a_sampler_that_nobody_knows():
     assert torch.allclose(images, theirs(1, seeded(), 10, "latent").images, rtol=1e-2, atol=1e-2)
     network = ours(Spoken("epsilon"))
     network.scheduler = Wrong.from_config(network.scheduler.config)
-    refused(network, "Wrong cannot sample this model")
+    assert_rejected(network, "Wrong cannot sample this model")
 
 
 def test_guidance_and_other_samplers():
