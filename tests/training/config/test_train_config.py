@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,8 +10,6 @@ import yaml
 from helpers.paths import ROOT
 
 from diffusers_ddpm_ext.errors import ConfigError
-from diffusers_ddpm_ext.training.checkpoints.output_dir import RUN_FILES, acquire_output_dir, run_name
-from diffusers_ddpm_ext.training.config.options import DataOptions, OutputOptions
 from diffusers_ddpm_ext.training.config.train_config import TrainConfig, parse_train_args
 
 DIGITS = yaml.safe_load((ROOT / "diffusers_ddpm_ext" / "training" / "recipes" / "digits.yaml").read_text())
@@ -186,42 +183,6 @@ def test_parsing_writes_nothing():
     parse_train_args(["--output_dir", "a/b/c"])
     parse_train_args([])
     assert sorted(Path().rglob("*")) == before
-
-
-def test_names_of_runs():
-    assert run_name(DataOptions()) == "digits"
-    assert run_name(DataOptions(train_data_dir="photos/")) == "photos"
-    assert run_name(DataOptions(train_data_dir="../my photos (new)")) == "my-photos-new"
-    assert run_name(DataOptions(dataset_name="uoft-cs/cifar10")) == "cifar10"
-
-
-def test_fresh_folders_count_up():
-    folders = [acquire_output_dir(DataOptions(), OutputOptions())[0] for _ in range(3)]
-    assert [str(folder) for folder in folders] == ["runs/digits", "runs/digits-2", "runs/digits-3"]
-
-
-def test_runs_that_start_together_get_folders_of_their_own():
-    with ThreadPoolExecutor(8) as pool:
-        folders = list(pool.map(lambda _: acquire_output_dir(DataOptions(), OutputOptions())[0], range(24)))
-    assert len(set(folders)) == 24
-
-
-def test_overwriting_removes_an_earlier_run_and_nothing_else():
-    folder = Path("D")
-    (folder / "unet").mkdir(parents=True)
-    (folder / "unet" / "config.json").touch()
-    for name in ("metrics.jsonl", "notes.txt"):
-        (folder / name).touch()
-    (folder / "keep").mkdir()
-    (folder / "samples").symlink_to(folder.absolute() / "keep")
-    (folder / "keep" / "a").touch()
-    (folder / "checkpoint-3").mkdir()
-    taken, lock = acquire_output_dir(DataOptions(), OutputOptions("D", overwrite_output_dir=True))
-    assert taken == folder
-    lock.release()
-    assert {path.name for path in folder.iterdir()} == {"notes.txt", "keep"}
-    assert (folder / "keep" / "a").exists()
-    assert "samples" in RUN_FILES
 
 
 def test_other_processes_do_not_judge_the_folder(monkeypatch):
