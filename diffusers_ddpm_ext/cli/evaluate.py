@@ -101,9 +101,6 @@ def parse_evaluate_args(argv: Sequence[str]) -> EvaluateOptions:
 def evaluate(options: EvaluateOptions) -> str:
     """Evaluate the bound and write the result.
 
-    Args:
-        options: of the command.
-
     Returns:
         The lines to print; empty except on the main process.
 

@@ -91,12 +91,6 @@ def parse_fit_variance_args(argv: Sequence[str]) -> FitVarianceOptions:
 def fit_variance(options: FitVarianceOptions) -> str:
     """Measure the errors, fit variances and timesteps, and write them.
 
-    Args:
-        options: of the command.
-
-    Returns:
-        The lines to print.
-
     Raises:
         ConfigError: the pipeline cannot be loaded, or there is nothing to fit.
         RunError: the folder cannot be written.

@@ -53,11 +53,7 @@ def check_bin_width(options: MeasuringOptions) -> None:
 
 
 def ddpm_scheduler(pipeline: Any, folder: str, missing: str) -> DDPMExtScheduler:
-    """The scheduler of a pipeline.
-
-    Raises:
-        ConfigError: it is of another class, which has no ``missing``.
-    """
+    """The scheduler of a pipeline; ConfigError if it is of another class, which has no ``missing``."""
     from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
 
     if not isinstance(pipeline.scheduler, DDPMExtScheduler):
@@ -66,16 +62,13 @@ def ddpm_scheduler(pipeline: Any, folder: str, missing: str) -> DDPMExtScheduler
 
 
 def load_images(folder: str, pipeline: Any, typed: Mapping[str, Any], progress: bool) -> ImageData:
-    """The images of the run that saved the pipeline, or those of the command line.
+    """The run's images, or those of the command line, in the shape of the network's input.
 
     Args:
         folder: of the pipeline.
         pipeline: the loaded pipeline.
         typed: data options of the command line.
         progress: whether to show a progress bar.
-
-    Returns:
-        The images, in the shape of the network's input.
 
     Raises:
         ConfigError: the images are not specified, or do not fit the network.
@@ -105,11 +98,7 @@ def load_images(folder: str, pipeline: Any, typed: Mapping[str, Any], progress: 
 
 
 def images_of_split(data: ImageData, split: str) -> ImageSet:
-    """The images of a split.
-
-    Raises:
-        ConfigError: no images are held out.
-    """
+    """The images of a split; ConfigError if none are held out."""
     if split == "train":
         return data.train
     if data.validation is None:

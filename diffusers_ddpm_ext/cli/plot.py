@@ -69,12 +69,6 @@ def parse_plot_args(argv: Sequence[str]) -> PlotOptions:
 def plot(options: PlotOptions) -> str:
     """Draw every plot that the folder has data for.
 
-    Args:
-        options: of the command.
-
-    Returns:
-        A line that names the plots.
-
     Raises:
         ConfigError: the folder cannot be read.
         RunError: a plot cannot be written.

@@ -69,17 +69,7 @@ def parse_report_args(argv: Sequence[str]) -> ReportOptions:
 
 
 def report(options: ReportOptions) -> str:
-    """Write the page.
-
-    Args:
-        options: of the command.
-
-    Returns:
-        A line with the path of the page.
-
-    Raises:
-        RunError: it cannot be written.
-    """
+    """Write the page; RunError if it cannot be written."""
     from diffusers_ddpm_ext.utils.files import write_text_atomically
 
     out = options.output_file

@@ -47,16 +47,10 @@ class Gaussian:
 
 
 def check_steps(t: Tensor, like: Tensor, num_train_timesteps: int) -> None:
-    """Reject steps that would silently broadcast or index from the end.
+    """Raise ValueError unless ``t`` is one integer per sample of ``like`` in [0, ``num_train_timesteps``).
 
-    Args:
-        t: steps to check.
-        like: their samples, (B, ...).
-        num_train_timesteps: T.
-
-    Raises:
-        ValueError: ``t`` is not one integer per sample in [0, T). The range is not checked on an accelerator, where
-            reading it back would stall the device.
+    Other steps would silently broadcast or index from the end. The range is not checked on an accelerator, where
+    reading it back would stall the device.
     """
     if t.dtype == torch.bool or t.is_floating_point() or t.is_complex():
         raise ValueError(f"t must hold integers, got {t.dtype}.")
@@ -127,22 +121,10 @@ def q_mean_variance(schedule: NoiseSchedule, x0: Tensor, t: Tensor) -> Gaussian:
 
 
 def posterior(schedule: NoiseSchedule, x0: Tensor, xt: Tensor, t: Tensor) -> Gaussian:
-    """Exact reverse step: the distribution of x_{t-1} given x0 and xt.
+    """Exact reverse step: the distribution of x_{t-1} given x0 and xt; arguments and errors as in :func:`q_sample`.
 
-    The mean blends x0 and xt ([DDPM] eqs. 6 and 7). The variance is the schedule's ``posterior_variance``,
-    which ``v_posterior`` interpolates between the two choices of [DDPM] section 3.2; it does not affect the mean.
-
-    Args:
-        schedule: tables of T steps.
-        x0: clean samples, (B, ...), data units.
-        xt: samples after step ``t``, same shape and units.
-        t: steps, (B,), integer, each in [0, T).
-
-    Returns:
-        The distribution; at t = 0 its mean is x0.
-
-    Raises:
-        ValueError: shapes differ, or ``t`` is not one step per sample.
+    The mean blends x0 and xt ([DDPM] eqs. 6 and 7); at t = 0 it is x0. The variance is the schedule's
+    ``posterior_variance``, which ``v_posterior`` interpolates between the two choices of [DDPM] section 3.2.
     """
     _same_shape(x0=x0, xt=xt)
     return Gaussian(
@@ -245,20 +227,9 @@ def predict_eps(
 def training_target(
     schedule: NoiseSchedule, prediction_type: PredictionType, x0: Tensor, eps: Tensor, t: Tensor
 ) -> Tensor:
-    """Training target of a network whose input is ``q_sample(schedule, x0, eps, t)``.
+    """Target of a network with input ``q_sample(schedule, x0, eps, t)``: (B, ...), data units.
 
-    Args:
-        schedule: tables of T steps.
-        prediction_type: ``epsilon``, ``sample`` or ``v_prediction``.
-        x0: clean samples, (B, ...).
-        eps: the noise added to them, same shape.
-        t: steps, (B,), integer, each in [0, T).
-
-    Returns:
-        (B, ...), data units.
-
-    Raises:
-        ValueError: unknown ``prediction_type``, shapes differ, or ``t`` is not one step per sample.
+    Arguments and errors are those of :func:`q_sample` and :func:`predict_x0`.
     """
     check_prediction_type(prediction_type)
     if prediction_type == "v_prediction":

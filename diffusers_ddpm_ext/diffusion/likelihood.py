@@ -57,12 +57,10 @@ class SchedulerLike(Protocol):
     @property
     def schedule(self) -> NoiseSchedule:
         """Tables of the full chain."""
-        ...
 
     @property
     def config(self) -> Any:
         """Has ``prediction_type``, ``variance_type`` and ``v_posterior``."""
-        ...
 
 
 class ChainScheduler(Protocol):
@@ -71,12 +69,10 @@ class ChainScheduler(Protocol):
     @property
     def kept(self) -> NoiseSchedule:
         """Tables of the chain in use."""
-        ...
 
     @property
     def config(self) -> Any:
         """Has ``variance_type`` and ``v_posterior``."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -114,16 +110,13 @@ class BitsPerDim:
 def normal_kl(
     mean1: Tensor | float, logvar1: Tensor | float, mean2: Tensor | float, logvar2: Tensor | float
 ) -> Tensor:
-    """KL divergence of two normal distributions, elementwise.
+    """``KL(first || second)`` of two normal distributions in nats, elementwise, 0 or more up to rounding.
 
     Args:
         mean1: of the first distribution; all four broadcast together.
         logvar1: natural log of its variance.
         mean2: of the second distribution.
         logvar2: natural log of its variance.
-
-    Returns:
-        ``KL(first || second)`` in nats, 0 or more up to rounding.
     """
     tensors = [value for value in (mean1, logvar1, mean2, logvar2) if isinstance(value, Tensor)]
     like = tensors[0] if tensors else torch.zeros((), dtype=torch.float64)
@@ -249,11 +242,7 @@ class ReverseTransition:
         return cls(scheduler.kept, config.variance_type, getattr(config, "v_posterior", None) is not None)
 
     def chain_indices(self, t: Tensor, like: Tensor) -> Tensor:
-        """Indices of the steps in the ascending chain.
-
-        Raises:
-            ValueError: ``t`` is not one step of the chain per sample.
-        """
+        """Indices of the steps in the ascending chain; ValueError unless ``t`` is one step of the chain per sample."""
         steps = self.kept.timesteps
         check_steps(t, like, int(steps[-1]) + 1)
         if len(steps) == steps[-1] + 1:
@@ -267,16 +256,13 @@ class ReverseTransition:
         return torch.from_numpy(indices).to(t.device)
 
     def predict(self, model_output: Tensor, xt: Tensor, index: Tensor, clip: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Predicted x0, mean and log-variance of a reverse step.
+        """Predicted x0, mean and log-variance of a reverse step; a fixed log-variance is (B, 1, ..., 1).
 
         Args:
             model_output: (B, C, ...), or (B, 2 C, ...) for learned variances.
             xt: input of the network, (B, C, ...).
             index: from `chain_indices`.
             clip: whether the predicted x0 is clipped to [-1, 1].
-
-        Returns:
-            The three; a fixed log-variance is (B, 1, ..., 1).
         """
         kept = self.kept
         if self.log_fixed is None:
@@ -361,14 +347,9 @@ def bound_terms(
 
 
 def prior_bits(scheduler: ChainScheduler, x0: Tensor) -> Tensor:
-    """``KL(q(x_K | x0) || N(0, I))`` of the chain's last step, bits per dimension.
+    """``KL(q(x_K | x0) || N(0, I))`` of the last step of a chain in use, bits per dimension.
 
-    Args:
-        scheduler: its chain in use is the one meant.
-        x0: clean samples, (B, ...), data units.
-
-    Returns:
-        (B,), in the precision of ``x0``, at least float32.
+    ``x0`` is (B, ...), in data units; the result is (B,), in the precision of ``x0``, at least float32.
     """
     kept = scheduler.kept
     x = x0.to(exact_dtype(x0.device))

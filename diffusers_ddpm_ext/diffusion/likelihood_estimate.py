@@ -41,14 +41,9 @@ class Strata:
 
     @classmethod
     def from_schedule(cls, kept: NoiseSchedule, count: int | None = None) -> Strata:
-        """Divide a chain.
+        """Divide the chain in use into ``count`` strata: 2 to all steps; None: all.
 
-        Args:
-            kept: the chain in use.
-            count: K, steps per image, from 2 to all (1 for a chain of one step); None: all.
-
-        Raises:
-            ValueError: ``count`` is out of its range.
+        ValueError if ``count`` is out of this range (1 is allowed for a chain of one step).
         """
         length = len(kept)
         if count is None or count == length:
@@ -103,19 +98,13 @@ class Estimate:
 
 
 def estimate(bits: Table | Tensor, prior: Table | Tensor, strata: Strata, confidence: float = 0.95) -> Estimate:
-    """Estimate the bound.
+    """Mean of the bound over images, with Student's t interval over their totals.
 
     Args:
         bits: terms of the bound at each image's steps, (N, K), one per stratum.
         prior: of each image, (N,).
         strata: from which the steps were drawn.
-        confidence: of the interval, in (0, 1).
-
-    Returns:
-        The mean over the images, with Student's t interval over their totals.
-
-    Raises:
-        ValueError: ``confidence`` is out of its range.
+        confidence: of the interval, in (0, 1), else ValueError.
     """
     if not 0 < confidence < 1:
         raise ValueError(f"confidence={confidence!r} must be in (0, 1); 0.95 is usual.")
@@ -156,15 +145,12 @@ class StepBits(NamedTuple):
 
 
 def step_table(bits: Table | Tensor, indices: Steps, timesteps: Steps) -> list[StepBits]:
-    """Mean term of the bound at each step of a chain that any image drew.
+    """Mean term of the bound at each step of a chain that any image drew, ascending.
 
     Args:
         bits: (N, K).
         indices: of their steps in the chain, (N, K).
         timesteps: of the chain, (length,), ascending.
-
-    Returns:
-        One row per drawn step, ascending.
     """
     values, flat = np.asarray(bits, dtype=np.float64).ravel(), np.asarray(indices).ravel()
     rows: list[StepBits] = []

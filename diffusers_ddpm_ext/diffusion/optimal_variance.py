@@ -53,17 +53,10 @@ class OptimalV:
 
 
 def x0_error_of_logvar(schedule: NoiseSchedule, logvar: Table) -> Table:
-    """M from the log of the mean squared error in the space of the network's prediction.
+    """M, (T,), squared data units, from the log of the mean squared error of the network's prediction.
 
-    Args:
-        schedule: tables of T steps; its ``prediction_type`` is the space.
-        logvar: (T,), natural log of an ``l2`` loss, learned or measured.
-
-    Returns:
-        float64, (T,), squared data units. Infinite at zero terminal SNR for ``epsilon``.
-
-    Raises:
-        ValueError: ``logvar`` is not one finite number per step.
+    ``logvar`` is the natural log of an ``l2`` loss, (T,), learned or measured; ValueError unless it is one finite
+    number per step. M is infinite at zero terminal SNR for ``epsilon``.
     """
     table = np.asarray(logvar, dtype=np.float64)
     if table.shape != (len(schedule),) or not np.isfinite(table).all():
@@ -118,13 +111,10 @@ class Smoother:
         self.matrix = weight / total[:, None] * (1 + lever[:, None] * (offset - centre[:, None]))
 
     def __call__(self, values: Table) -> Table:
-        """Smooth a curve.
+        """Smooth a curve, (T,) or (T, n), to float64 of the same shape.
 
-        Args:
-            values: (T,) or (T, n); those of steps without a draw are not used.
-
-        Returns:
-            float64, of the same shape; far from any draw, interpolated linearly in the log-SNR.
+        Values of steps without a draw are not used; far from any draw the result is interpolated linearly in the
+        log-SNR.
         """
         table = np.asarray(values, dtype=np.float64)
         smooth: Table = self.matrix @ table[self.known]
@@ -136,17 +126,10 @@ class Smoother:
 
 
 def optimal_v(schedule: NoiseSchedule, x0_error: Table) -> OptimalV:
-    """v* of every step, for this chain and all shorter ones.
+    """v* of every step, for this chain and all shorter ones, with the steps clipped on this chain.
 
-    Args:
-        schedule: the chain in use, full or respaced.
-        x0_error: M of each of its steps, (K,), squared data units, 0 or more.
-
-    Returns:
-        The table, with the steps clipped on this chain.
-
-    Raises:
-        ValueError: ``x0_error`` has another length, or negative or undefined values.
+    ``x0_error`` is M of each step of the chain, full or respaced, (K,), squared data units; ValueError if it has
+    another length, or negative or undefined values.
     """
     error = _checked_error(schedule, x0_error)
     unclipped = error / (1 - schedule.alphas_cumprod)
@@ -170,9 +153,6 @@ def step_bits(x0_error: Table, v: Table, snr_below: Table, snr: Table, abar: Tab
         snr_below: SNR of the next lower step.
         snr: SNR of the step itself.
         abar: A of the step itself.
-
-    Returns:
-        Bits per dimension.
     """
     # b - B = c1^2 (1 - A) and c1^2 / B = SNR_s - SNR_t, so S / B = 1 + v (1 - A) (SNR_s - SNR_t).
     gain = snr_below - snr
@@ -185,17 +165,9 @@ def _least_bits(x0_error: Table, snr_below: Table, snr: Table) -> Table:
 
 
 def pair_costs(schedule: NoiseSchedule, x0_error: Table) -> Table:
-    """Mean KL divergence of one step from t to s, with the best v in [0, 1].
+    """Mean KL divergence of one step from t to s, with the best v in [0, 1]: (T, T), bits per dimension, at [s, t].
 
-    Args:
-        schedule: the full chain.
-        x0_error: M, (T,).
-
-    Returns:
-        float64, (T, T), bits per dimension, at [s, t]; infinite unless s < t.
-
-    Raises:
-        ValueError: as in :func:`optimal_v`.
+    ``x0_error`` is M of the full chain, (T,). Infinite unless s < t.
     """
     error, snr = _checked_error(schedule, x0_error), schedule.snr
     costs = _least_bits(error[None], snr[:, None], snr[None]) if (error <= 1 - schedule.alphas_cumprod).all() else None
@@ -209,9 +181,7 @@ def pair_costs(schedule: NoiseSchedule, x0_error: Table) -> Table:
 def prior_costs(schedule: NoiseSchedule, second_moment: float) -> Table:
     """``KL(q(x_t) || N(0, I))`` of a chain that ends at t, bits per dimension, (T,).
 
-    Args:
-        schedule: the full chain.
-        second_moment: mean of x0^2 over data and dimensions.
+    ``second_moment`` is the mean of x0^2 over data and dimensions.
     """
     abar = schedule.alphas_cumprod
     return 0.5 * (abar * (second_moment - 1) - schedule.log_one_minus_alphas_cumprod) / math.log(2)

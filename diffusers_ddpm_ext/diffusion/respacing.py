@@ -73,11 +73,7 @@ def spaced_timesteps(
 
 
 def custom_timesteps(timesteps: Sequence[int] | npt.NDArray[Any], num_train_timesteps: int) -> Steps:
-    """Check steps that the caller chose.
-
-    Args:
-        timesteps: strictly descending integers in [0, T), at least one.
-        num_train_timesteps: T.
+    """Check steps that the caller chose: strictly descending integers in [0, T), at least one.
 
     Returns:
         int64, (K,), descending.

@@ -79,29 +79,17 @@ class ReverseCoefficients:
         self._tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def at(self, t: int) -> StepCoefficients[float]:
-        """Coefficients of one step.
-
-        Raises:
-            ValueError: it is not a step of the chain.
-        """
+        """Coefficients of one step; ValueError if it is not a step of the chain."""
         try:
             return self.by_step[t]
         except KeyError:
             raise self._not_in_chain([t]) from None
 
     def gather(self, t: Tensor, like: Tensor) -> StepCoefficients[Tensor]:
-        """Coefficients of one step per sample.
+        """Coefficients of one step per sample, tensors (B, 1, ..., 1).
 
-        Args:
-            t: steps, (B,), integer.
-            like: samples, (B, ...); the result takes their device, precision and number of dimensions.
-
-        Returns:
-            Tensors (B, 1, ..., 1). Steps that are not in the chain give NaN on an accelerator, where they are not
-            read.
-
-        Raises:
-            ValueError: ``t`` is not one step of the chain per sample.
+        They take the device, precision and number of dimensions of ``like``, (B, ...). Steps ``t``, (B,), that are not
+        in the chain give NaN on an accelerator, where they are not read, and else a ValueError.
         """
         check_steps(t, like, self._num_train_timesteps)
         key = (t.device, like.dtype)
@@ -139,15 +127,10 @@ def log_variance(variance_type: str, predicted: Tensor, log_small: Any, log_larg
 
 
 def draw_noise(like: Tensor, generator: Generators, scale: float = 1.0) -> Tensor:
-    """``scale`` times the standard normal noise that Diffusers' ``randn_tensor`` draws.
+    """``scale`` times the standard normal noise of Diffusers' ``randn_tensor``, in the form of ``like``.
 
-    Args:
-        like: the noise takes its shape, device and precision.
-        generator: one for all, one per sample, or None. CPU generators work for every device.
-        scale: standard deviation.
-
-    Raises:
-        ValueError: a list without one generator per sample.
+    ``generator`` is one for all, a list of one per sample (else ValueError), or None. CPU generators work for every
+    device.
     """
     if isinstance(generator, list):
         if len(generator) not in (1, like.shape[0]):
@@ -189,11 +172,7 @@ def per_sample_timesteps(timesteps: Any, samples: Tensor) -> Tensor:
 
 
 def split_variance(model_output: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
-    """Prediction and variance, the two halves of the channels, each of the shape of ``sample``.
-
-    Raises:
-        ValueError: there are not twice as many channels as in ``sample``.
-    """
+    """Prediction and variance, the two halves of the channels, each of the shape of ``sample``, else ValueError."""
     if sample.ndim < 2 or model_output.ndim != sample.ndim or model_output.shape[1] != 2 * sample.shape[1]:
         raise ValueError(
             f"learned variances need a model_output with twice sample's channels, got {tuple(model_output.shape)} for "

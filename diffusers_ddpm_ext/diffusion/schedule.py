@@ -112,14 +112,7 @@ def make_betas(
 def rescale_zero_terminal_snr(betas: Table) -> Table:
     """Betas shifted and scaled so that no signal is left after the last step ([ZTSNR] algorithm 1).
 
-    Args:
-        betas: float64, (T,), T >= 2.
-
-    Returns:
-        float64 betas, (T,); the first is unchanged, the last is 1.
-
-    Raises:
-        ValueError: T is 1.
+    Takes and returns float64 betas, (T,); the first is unchanged, the last becomes 1. ValueError if T is 1.
     """
     if len(betas) < 2:
         raise ValueError("rescale_betas_zero_snr=True needs num_train_timesteps >= 2, got 1.")
@@ -152,18 +145,15 @@ def _checked_betas(betas: Any) -> Table:
 
 
 def checked_v_posterior(v_posterior: Any, num_train_timesteps: int, name: str = "v_posterior") -> float | Table:
-    """Interpolation weight of the reverse variance, checked: one for all steps or one per step.
+    """Check an interpolation weight of the reverse variance, one for all steps or one per step.
 
     Args:
         v_posterior: a number in [0, 1], or a list, array or tensor of one per step.
         num_train_timesteps: T.
-        name: name of the option, for the error message.
+        name: name of the option, for the ValueError.
 
     Returns:
         A float, or a read-only float64 table (T,).
-
-    Raises:
-        ValueError: it is neither, or a value is outside [0, 1].
     """
     invalid = isinstance(v_posterior, (bool, str))
     try:

@@ -77,11 +77,9 @@ class TimestepSampler(nn.Module):
         return torch.from_numpy(places.astype(np.int64)), torch.from_numpy(1 / (len(p) * p[places]))
 
     def update(self, timesteps: Tensor, losses: Tensor) -> None:
-        """Record losses, if the sampler learns from them.
+        """Record the losses (N,) of a batch at its steps (N,), if the sampler learns from them.
 
-        Args:
-            timesteps: (N,), int64, of the whole batch, in an order that is the same on every rank.
-            losses: (N,), of the same samples, without the weights of `draw`.
+        The losses are without the weights of `draw`, in an order that is the same on every rank.
         """
 
 
@@ -160,16 +158,13 @@ class LossSecondMomentSampler(TimestepSampler):
 def make_sampler(
     name: SamplerName, schedule: NoiseSchedule, log_snr_mean: float = 0.0, log_snr_std: float = 2.0
 ) -> TimestepSampler:
-    """Make a sampler by name.
+    """Make a sampler by name, for the steps of the full chain.
 
     Args:
         name: one of the table in this module's docstring.
         schedule: of the full chain.
         log_snr_mean: of ``log_snr_normal``.
         log_snr_std: of ``log_snr_normal``, above 0.
-
-    Returns:
-        The sampler.
 
     Raises:
         ValueError: the name is unknown, or a value is out of its range.
@@ -215,9 +210,6 @@ def stratify(u: Tensor, positions: Tensor, order: Tensor) -> Tensor:
     Args:
         u: (B,), float64, in [0, 1).
         positions: (B,), of the samples in the effective batch of N.
-        order: (N,), a permutation: the interval of each position.
-
-    Returns:
-        (B,), float64; over random orders each is uniform in [0, 1).
+        order: (N,), a permutation: the interval of each position. Over random orders each result is uniform.
     """
     return (order[positions].double() + u.double()) / len(order)

@@ -64,13 +64,7 @@ class VarianceFit:
 
 
 class VarianceMeter:
-    """Accumulates prediction errors and decoder costs per step.
-
-    Args:
-        schedule: the full chain.
-        decoder: see `discretized_gaussian_log_likelihood`.
-        bin_width: see `discretized_gaussian_log_likelihood`.
-    """
+    """Accumulates prediction errors and decoder costs per step; see `discretized_gaussian_log_likelihood`."""
 
     def __init__(self, schedule: NoiseSchedule, decoder: Decoder = "exact", bin_width: float = EIGHT_BITS) -> None:
         check_decoder(decoder, bin_width)
@@ -81,13 +75,7 @@ class VarianceMeter:
         self.squares = self.images = 0.0
 
     def add(self, x0: Tensor, pred_x0: Tensor, t: Tensor) -> None:
-        """Add a batch.
-
-        Args:
-            x0: clean samples, (B, ...), data units.
-            pred_x0: predicted clean samples, unclipped.
-            t: steps, (B,).
-        """
+        """Add a batch: clean samples and their unclipped predictions, (B, ...), at steps (B,)."""
         exact = exact_dtype(x0.device)
         x0, pred_x0 = x0.to(exact).flatten(1), pred_x0.to(exact).flatten(1)
         steps = t.cpu().numpy()
@@ -106,14 +94,9 @@ class VarianceMeter:
             np.add.at(self.costs[:, column], steps, -nats.mean(1).cpu().numpy() / math.log(2))
 
     def result(self, x0_error: Table | None = None) -> VarianceFit:
-        """Fit the variances.
+        """Fit the variances; ValueError if nothing was measured, or a prediction is not finite.
 
-        Args:
-            x0_error: M, (T,), above 0, to use instead of the measured one, such as that of a learned log-variance;
-                smoothed, too.
-
-        Raises:
-            ValueError: nothing was measured, or a prediction is not finite.
+        ``x0_error`` is M, (T,), above 0, to use instead of the measured one, such as that of a learned log-variance.
         """
         has_draws = self.counts > 0
         if not has_draws.any() or not np.isfinite(self.errors).all():
@@ -150,17 +133,7 @@ def _least(costs: Table) -> tuple[float, float]:
 
 
 def measurement_batches(steps: int, draws: int, images: int, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pairs of a step and an image: ``draws`` images per step in turn, so that none repeats before all were used.
-
-    Args:
-        steps: T.
-        draws: per step.
-        images: number of images.
-        rows: pairs per batch.
-
-    Yields:
-        Steps and image indices of a batch, (R,) each, int64.
-    """
+    """Steps and image indices, (R,) each: ``draws`` images per step in turn, none twice before all were used."""
     for batch in torch.arange(steps * draws).split(rows):
         t, turn = batch % steps, batch // steps
         yield t, (t * draws + turn) % images
@@ -199,9 +172,6 @@ def measure_errors(
         rows: network inputs per call.
         progress: called with the number of rows of each call.
 
-    Returns:
-        The measurements.
-
     Raises:
         ValueError: an option is invalid, or the scheduler's variance is learned.
     """
@@ -231,18 +201,10 @@ def fit_logvar(
     rows: int = ROWS,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> VarianceFit:
-    """Measure every step's error on data and fit the variances; arguments and errors as in `measure_errors`.
+    """Measure every step's error on images ``x0``, (N, ...), and fit the variances.
 
-    Args:
-        denoiser: called as ``denoiser(xt, t)``; returns (R, ...), without a variance.
-        scheduler: its full chain and prediction type are used.
-        x0: images, (N, ...), data units.
-        draws: per step.
-        generator: of the noise.
-        decoder: of the bound.
-        bin_width: of the decoder.
-        rows: network inputs per call.
-        progress: called with the number of rows of each call.
+    ``denoiser(xt, t)`` returns (R, ...), without a variance; ``generator`` is that of the noise. Other arguments and
+    errors are those of `measure_errors`.
     """
 
     def draw(images: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:

@@ -167,20 +167,11 @@ def _check_p2(k: Any, gamma: Any) -> None:
 
 
 def min_snr_weights(schedule: NoiseSchedule, gamma: float = DEFAULT_GAMMA) -> Table:
-    """Weights ``min(SNR, gamma)`` of the x0 error ([min-SNR]), mapped to the network's prediction.
+    """Weights ``min(SNR, gamma)`` of the x0 error ([min-SNR]), (T,), mapped to the network's prediction.
 
     ``min(SNR, gamma)`` for ``sample``, ``min(1, gamma / SNR)`` for ``epsilon``, ``min(A, gamma (1 - A))`` for
-    ``v_prediction``: the same function is minimized in all three, and all are finite at zero terminal SNR, too.
-
-    Args:
-        schedule: tables of T steps; its ``prediction_type`` is the space.
-        gamma: cap of the weight in x0 space, above 0. Without a cap (infinity) the eps error has weight 1 everywhere.
-
-    Returns:
-        float64, (T,).
-
-    Raises:
-        ValueError: ``gamma`` is not a number above 0.
+    ``v_prediction``: the same function is minimized in all three, and all are finite at zero terminal SNR, too. With
+    infinite ``gamma`` the eps error has weight 1; ValueError unless ``gamma`` is a number above 0.
     """
     check_gamma(gamma)
     abar, noise = schedule.alphas_cumprod, 1 - schedule.alphas_cumprod

@@ -42,13 +42,7 @@ def l2(prediction: Tensor, target: Tensor) -> Tensor:
 def huber(prediction: Tensor, target: Tensor, c: float = 0.1) -> Tensor:
     """Mean of the pseudo-Huber distance ``2 c (sqrt(d^2 + c^2) - c)``: ``d^2`` for small d, ``2 c |d|`` for large.
 
-    Args:
-        prediction: (B, ...).
-        target: same shape.
-        c: where the square becomes linear, above 0, in the unit of d.
-
-    Returns:
-        (B,).
+    ``c``, above 0, in the unit of d, is where the square becomes linear. (B, ...) and (B, ...) to (B,).
     """
     square = (prediction - target).square()
     # d^2 / (sqrt(d^2 + c^2) + c) instead of the difference, which cancels for small d.
@@ -56,15 +50,12 @@ def huber(prediction: Tensor, target: Tensor, c: float = 0.1) -> Tensor:
 
 
 def get_distance(loss_type: str | Distance, huber_c: float = 0.1, names: Sequence[str] = DISTANCES) -> Distance:
-    """Get a distance by name.
+    """Get ``distance(prediction, target) -> (B,)`` by name.
 
     Args:
-        loss_type: ``l2``, ``l1``, ``huber``, or a callable ``distance(prediction, target) -> (B,)``, returned as is.
+        loss_type: ``l2``, ``l1``, ``huber``, or a callable, which is returned as is.
         huber_c: the ``c`` of ``huber``, above 0.
         names: choices for the error message.
-
-    Returns:
-        ``distance(prediction, target) -> (B,)``.
 
     Raises:
         ValueError: the name is unknown, or ``huber_c`` is out of its range.
@@ -107,13 +98,9 @@ class PerceptualDistance:
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | os.PathLike[str]) -> PerceptualDistance:
-        """Load a backbone.
+        """Load a backbone from a folder or Hub id, with safetensors weights; pickles and remote code are never loaded.
 
-        Args:
-            name_or_path: folder or Hub id, with weights as safetensors; pickles and remote code are never loaded.
-
-        Raises:
-            ValueError: it cannot be loaded.
+        ValueError if it cannot be loaded.
         """
         try:
             from transformers import AutoModel

@@ -38,17 +38,10 @@ CHANNELS = 128
 
 
 def make_logvar(num_train_timesteps: int, init: float | Tensor = 0.0) -> Tensor:
-    """Make a table.
+    """Make a table, float32, (T,).
 
-    Args:
-        num_train_timesteps: T.
-        init: one value for all steps, or a table (T,), which is copied.
-
-    Returns:
-        float32, (T,).
-
-    Raises:
-        ValueError: ``init`` has another length than T, or is not finite.
+    ``init`` is one value for all steps, or a table (T,), which is copied; ValueError if it has another length, or is
+    not finite.
     """
     table = torch.as_tensor(init, dtype=torch.float32).detach()
     if table.ndim == 0:
@@ -185,17 +178,10 @@ def load_logvar(folder: str | os.PathLike[str], num_train_timesteps: int | None 
 
 
 def load_continuous(folder: str | os.PathLike[str], log_snr: Tensor) -> ContinuousLogvar | None:
-    """Read the continuous log-variance that :func:`save_logvar` wrote.
+    """Read the continuous log-variance that :func:`save_logvar` wrote, on the CPU.
 
-    Args:
-        folder: the pipeline's folder, the parent of ``logvar/``.
-        log_snr: of the steps of its table, (T,).
-
-    Returns:
-        The function, on the CPU; None if the folder has no log-variances, or only a table.
-
-    Raises:
-        ValueError: a file is missing or damaged; the message names it.
+    ``folder`` is that of the pipeline, ``log_snr`` that of the steps of its table, (T,). None if the folder has no
+    log-variances, or only a table; a ValueError names a file that is missing or damaged.
     """
     source = Path(folder) / LOGVAR_FOLDER
     if not source.is_dir() or _read_config(source / LOGVAR_CONFIG_NAME).get("kind") != "continuous":

@@ -23,15 +23,7 @@ BITS = "bits per dimension"
 
 
 def plot_schedule(path: str | os.PathLike[str], schedule: NoiseSchedule) -> Path:
-    """Plot the betas and the signal-to-noise ratio of a chain, both on logarithmic axes.
-
-    Args:
-        path: PNG to write.
-        schedule: of the full chain.
-
-    Returns:
-        The path.
-    """
+    """Plot the betas and the signal-to-noise ratio of a chain as PNG, both on logarithmic axes."""
     steps = np.arange(len(schedule))
     with np.errstate(divide="ignore"):
         snr = np.where(schedule.snr > 0, schedule.snr, np.nan)
@@ -52,18 +44,9 @@ def plot_schedule(path: str | os.PathLike[str], schedule: NoiseSchedule) -> Path
 
 
 def plot_weights(path: str | os.PathLike[str], weights: Mapping[str, ArrayLike], prediction_type: str) -> Path:
-    """Plot weights over the steps, each relative to its mean.
+    """Plot weights by name, (T,) each, over the steps, relative to their mean; ValueError if there are none.
 
-    Args:
-        path: PNG to write.
-        weights: by name, (T,) each; infinite ones are left out.
-        prediction_type: their space.
-
-    Returns:
-        The path.
-
-    Raises:
-        ValueError: there are no weights.
+    ``prediction_type`` is their space. Infinite weights are left out.
     """
     if not weights:
         raise ValueError("plot_weights needs at least one table of weights.")
@@ -84,16 +67,9 @@ def plot_weights(path: str | os.PathLike[str], weights: Mapping[str, ArrayLike],
 
 
 def plot_steps(path: str | os.PathLike[str], steps: ArrayLike, bits: ArrayLike, total: float | None = None) -> Path:
-    """Plot the terms of the bound; the first one is the decoder's.
+    """Plot the terms of the bound, (K,), bits per dimension, at the steps of a chain; the first is the decoder's.
 
-    Args:
-        path: PNG to write.
-        steps: of the chain, (K,).
-        bits: of each step, (K,), bits per dimension.
-        total: the bound, for the title.
-
-    Returns:
-        The path.
+    ``total`` is the bound, for the title.
     """
     timesteps, values = np.asarray(steps), np.asarray(bits, dtype=float)
 
@@ -113,15 +89,7 @@ def plot_steps(path: str | os.PathLike[str], steps: ArrayLike, bits: ArrayLike, 
 
 
 def plot_variance(path: str | os.PathLike[str], curves: Mapping[str, ArrayLike]) -> Path:
-    """Plot v over the steps, between 0 (the posterior's variance) and 1 (beta).
-
-    Args:
-        path: PNG to write.
-        curves: by name, (T,) each.
-
-    Returns:
-        The path.
-    """
+    """Plot curves of v by name, (T,) each, between 0 (the posterior's variance) and 1 (beta)."""
 
     def draw(axes: Axes) -> None:
         for level, label in ((0, "v = 0: fixed_small, the posterior's"), (1, "v = 1: fixed_large, beta")):
@@ -139,16 +107,7 @@ def plot_variance(path: str | os.PathLike[str], curves: Mapping[str, ArrayLike])
 def plot_timesteps(
     path: str | os.PathLike[str], chosen: Mapping[int, Sequence[int]], num_train_timesteps: int
 ) -> Path:
-    """Plot the chosen timesteps for each number of steps, one row of dots for each.
-
-    Args:
-        path: PNG to write.
-        chosen: K -> its steps.
-        num_train_timesteps: T.
-
-    Returns:
-        The path.
-    """
+    """Plot the chosen timesteps for each number of steps K, one row of dots for each."""
 
     def draw(axes: Axes) -> None:
         for count, steps in sorted(chosen.items()):

@@ -55,19 +55,13 @@ def plot_losses(
     title: str = "Training and validation loss",
     quantity: str = "loss (mean squared error of a value)",
 ) -> Path:
-    """Plot losses over optimizer steps, on a logarithmic axis where they span more than a factor of five.
+    """Plot losses over optimizer steps, on a logarithmic axis if they span more than a factor of five.
 
     Args:
         path: PNG to write.
-        curves: those without a finite value are left out.
+        curves: those without a finite value are left out; ValueError if all are.
         title: of the plot.
         quantity: label of the loss axis, with its unit.
-
-    Returns:
-        The path.
-
-    Raises:
-        ValueError: no curve has a finite value.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -92,16 +86,7 @@ def plot_losses(
 
 
 def plot_run_losses(rows: list[dict[str, Any]], path: Path, loss_type: str) -> Path | None:
-    """Plot a run's training and validation losses over optimizer steps.
-
-    Args:
-        rows: of ``metrics.jsonl``.
-        path: PNG to write.
-        loss_type: for the axis label.
-
-    Returns:
-        The path; None if no row has a loss.
-    """
+    """Plot the losses in the rows of a run's ``metrics.jsonl``; None if there are none."""
     curves = []
     for name, label, kind in RUN_LOSSES:
         points = [(row["step"], row[name]) for row in rows if name in row]
@@ -125,12 +110,6 @@ def plot_logvar(
         logvar: learned table, (T,), natural log.
         log_loss: log of the mean unweighted loss at each step, (T,), natural log; NaN if it was not measured.
         title: of the plot; the mean distance of the two is added.
-
-    Returns:
-        The path.
-
-    Raises:
-        ValueError: the two differ in shape.
     """
     learned, measured = np.asarray(logvar, dtype=float), np.asarray(log_loss, dtype=float)
     if learned.shape != measured.shape or learned.ndim != 1:

@@ -54,15 +54,9 @@ def image_grid(
 
 
 def save_grid(images: ArrayLike, path: str | os.PathLike[str], **options: Any) -> Path:
-    """Write the sheet of :func:`image_grid` to a file, atomically.
+    """Write the sheet of :func:`image_grid` to a file, atomically; its suffix is the format.
 
-    Args:
-        images: as for :func:`image_grid`.
-        path: file to write; its suffix is the format.
-        **options: further arguments of :func:`image_grid`.
-
-    Returns:
-        The path.
+    ``options`` are further arguments of :func:`image_grid`.
     """
     sheet = image_grid(images, **options)
     image_format = Image.registered_extensions().get(Path(path).suffix.lower(), "PNG")

@@ -60,13 +60,9 @@ class SchedulerAdapter:
         return isinstance(self.scheduler, DDPMExtScheduler)
 
     def with_noise_seed(self, generator: torch.Generator | list[torch.Generator] | None) -> SchedulerAdapter:
-        """For a class with ``noise_sampler_seed``: a copy with a seed drawn from the generators.
+        """For a class with ``noise_sampler_seed``: a copy with a seed drawn from the generators of the pipeline call.
 
-        Args:
-            generator: of the pipeline call; the initial noise has been drawn from it.
-
-        Returns:
-            This adapter, if the class takes generators, has a seed, or there is no generator.
+        This adapter, if the class takes generators, has a seed, or there is no generator.
         """
         if generator is None or "noise_sampler_seed" not in _arguments(type(self.scheduler).__init__):
             return self
@@ -81,9 +77,7 @@ class SchedulerAdapter:
     def model_timestep(self, model_input_scale: float, t: Tensor) -> Tensor:
         """Timestep for the network, (), converted if the scheduler's timesteps have another unit than the model's.
 
-        Args:
-            model_input_scale: from `input_scale`.
-            t: an entry of ``scheduler.timesteps``.
+        ``model_input_scale`` is from `input_scale`, ``t`` an entry of ``scheduler.timesteps``.
         """
         if getattr(self.scheduler, "alphas_cumprod", None) is not None:
             return t
@@ -302,12 +296,7 @@ def _uses_variance(scheduler: Any) -> bool:
 
 
 def supports_temperature(scheduler: Any, step_kwargs: Mapping[str, Any]) -> bool:
-    """Whether the result of ``step`` depends on the caller's noise, so that its scale can be chosen.
-
-    Args:
-        scheduler: any Diffusers scheduler.
-        step_kwargs: further arguments of ``step``.
-    """
+    """Whether the result of ``step`` depends on the caller's noise, so that its scale can be chosen."""
     if "variance_noise" not in _arguments(scheduler.step):
         return False
     previous = []
@@ -328,13 +317,7 @@ _TRIAL_RESULTS: dict[str, str] = {}
 def _trial_result(scheduler: Any, trained: DDPMExtScheduler, prediction_type: str) -> str:
     """Sample a Gaussian with a class and its options, on DDPM's chain of 1,000 steps; cached per process.
 
-    Args:
-        scheduler: with the class and the options of the trial.
-        trained: with the model's prediction type.
-        prediction_type: of the output that ``step`` receives.
-
-    Returns:
-        What is wrong, as a phrase; empty if the trial passed.
+    Returns what is wrong, as a phrase; empty if the trial passed.
     """
     native = trained.config.prediction_type
     options = {name: value for name, value in scheduler.config.items() if name not in BETA_CONFIG_KEYS}

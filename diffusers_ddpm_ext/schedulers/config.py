@@ -73,11 +73,7 @@ def resolve_betas(
 
 
 def as_float_list(values: Any, name: str = "trained_betas") -> list[float]:
-    """One value per step (list, array or tensor) as a JSON list: float64, exact also from float32.
-
-    Raises:
-        ValueError: it is not a list of numbers.
-    """
+    """One value per step (list, array or tensor) as a JSON list: float64, exact also from float32; else ValueError."""
     try:
         table = np.asarray(values.tolist() if hasattr(values, "tolist") else values, dtype=np.float64)
     except (TypeError, ValueError) as error:
@@ -88,15 +84,10 @@ def as_float_list(values: Any, name: str = "trained_betas") -> list[float]:
 
 
 def normalize_config(config: Mapping[str, Any], overridden: Collection[str]) -> dict[str, Any]:
-    """A config of this or another scheduler class, prepared for ours.
+    """A config of this or another scheduler class, prepared for ours; the names in ``overridden`` have new values.
 
-    Args:
-        config: ``config`` of the other scheduler.
-        overridden: names of the arguments that the caller replaces.
-
-    Returns:
-        A copy that keeps what the network was trained with even if it is the other class's default, and drops
-        explicit betas if the caller replaces a value that they were computed from.
+    The copy keeps what the network was trained with even if it is the other class's default, and drops explicit betas
+    if the caller replaces a value that they were computed from.
     """
     config = dict(config)
     defaults = config.get("_use_default_values", [])
@@ -128,11 +119,7 @@ def interpolation_weight(name: str, value: Any) -> float | list[float]:
 
 
 def checked_optimal_timesteps(optimal_timesteps: Any, num_train_timesteps: int) -> dict[str, list[int]] | None:
-    """``optimal_timesteps`` as a JSON value, checked.
-
-    Raises:
-        ValueError: it is not a mapping from K to K descending steps.
-    """
+    """``optimal_timesteps`` as a JSON value; ValueError unless it maps each K to K descending steps."""
     if optimal_timesteps is None:
         return None
     if not isinstance(optimal_timesteps, Mapping):

@@ -346,11 +346,7 @@ class DDPMExtScheduler(CompVisAPI, SchedulerMixin, ConfigMixin):
         return sample
 
     def previous_timestep(self, timestep: int | Tensor) -> Tensor:
-        """The next lower step of the chain as a 0-dim tensor; -1 after the last.
-
-        Raises:
-            ValueError: ``timestep`` is not a step of the chain.
-        """
+        """The next lower step of the chain as a 0-dim tensor; -1 after the last; ValueError outside the chain."""
         t = int(timestep)
         index = int(np.searchsorted(self.kept.timesteps, t))
         if index == len(self.kept) or self.kept.timesteps[index] != t:
