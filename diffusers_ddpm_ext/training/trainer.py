@@ -25,14 +25,14 @@ from diffusers_ddpm_ext.training.loop.description import describe_run
 from diffusers_ddpm_ext.training.loop.hub_publisher import Publisher, move_token_to_environment
 from diffusers_ddpm_ext.training.loop.metrics_logging import log_losses, open_metrics_logger
 from diffusers_ddpm_ext.training.loop.nonfinite import recover
-from diffusers_ddpm_ext.training.loop.previews import FINAL_SAMPLES
+from diffusers_ddpm_ext.training.loop.previews import FINAL_SAMPLES, draw_data
 from diffusers_ddpm_ext.training.loop.resume import resume
 from diffusers_ddpm_ext.training.loop.run import Run, acquire_folder
 from diffusers_ddpm_ext.training.loop.saving import mark_finished, save_checkpoint
 from diffusers_ddpm_ext.training.loop.setup import Setup, build_setup
 from diffusers_ddpm_ext.training.loop.step import train_step
 from diffusers_ddpm_ext.training.loop.stop_requests import RequestPoller
-from diffusers_ddpm_ext.training.loop.tasks import StopTraining, draw_training_data, due_after, run_pending_tasks
+from diffusers_ddpm_ext.training.loop.tasks import StopTraining, draw_and_log, due_after, run_pending_tasks
 from diffusers_ddpm_ext.training.signals import handle_signals
 from diffusers_ddpm_ext.training.tracking.step_losses import LossMeter
 from diffusers_ddpm_ext.utils.files import CONFIG, ENVIRONMENT, METRICS, write_text_atomically
@@ -91,7 +91,7 @@ def run_training(run: Run, start_time: float) -> None:
     """
     setup, accelerator, progress = run.setup, run.setup.accelerator, run.progress
     if progress.step == 0:
-        draw_training_data(run)
+        draw_and_log(run, draw_data, ("inputs", "diffusion_row"))
         if setup.config.loop.on_nonfinite == "rollback":
             save_checkpoint(run)  # for a rollback before the first regular checkpoint
     try:

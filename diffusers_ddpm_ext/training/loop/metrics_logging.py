@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from diffusers_ddpm_ext.errors import warn
+from diffusers_ddpm_ext.training.config.train_config import TrainConfig
 from diffusers_ddpm_ext.training.distributed import mean_over_ranks
 from diffusers_ddpm_ext.training.loop.nonfinite import stop_nonfinite
 from diffusers_ddpm_ext.training.loop.previews import IMAGE_FOLDER
@@ -23,7 +25,7 @@ PROJECT = "diffusers-ddpm-ext"
 def open_metrics_logger(setup: Setup, folder: Path, progress: RunProgress) -> MetricsLogger:
     """Open files, tracker and progress bar; only the main process' logger writes."""
     accelerator = setup.accelerator
-    tracker_failed = bool(accelerator.log_with) and not start_tracker(setup, folder)
+    tracker_failed = bool(accelerator.log_with) and not start_tracker(accelerator, setup.config, folder)
     bar = tqdm(total=setup.plan.steps, initial=progress.step, unit="step", disable=not accelerator.is_main_process)
     logger = MetricsLogger(folder, accelerator.log, setup.learns_logvar, setup.plan.effective_batch, bar)
     logger.tracker_failed = tracker_failed
@@ -32,13 +34,13 @@ def open_metrics_logger(setup: Setup, folder: Path, progress: RunProgress) -> Me
     return logger
 
 
-def start_tracker(setup: Setup, folder: Path) -> bool:
+def start_tracker(accelerator: Accelerator, config: TrainConfig, folder: Path) -> bool:
     """Connect the tracker; False, and a warning, if it cannot be reached: the run continues without it."""
-    accelerator, output = setup.accelerator, setup.config.output
+    output = config.output
     accelerator.project_configuration.logging_dir = str(folder / output.logging_dir)
     options = {
         name: value if isinstance(value, bool | int | float | str) else str(value)
-        for name, value in setup.config.to_flat_dict().items()
+        for name, value in config.to_flat_dict().items()
     }
     try:
         accelerator.init_trackers(PROJECT, config=options)

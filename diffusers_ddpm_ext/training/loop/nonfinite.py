@@ -25,6 +25,7 @@ from diffusers_ddpm_ext.errors import ConfigError, RunError, warn
 from diffusers_ddpm_ext.plotting.sheets import save_grid
 from diffusers_ddpm_ext.training.checkpoints import snapshot as snapshots
 from diffusers_ddpm_ext.training.checkpoints.restore import restore_snapshot
+from diffusers_ddpm_ext.training.config.options import OptimOptions
 from diffusers_ddpm_ext.training.distributed import exit_without_message, fail_together
 from diffusers_ddpm_ext.training.loop.resume import find_checkpoint, training_objects
 from diffusers_ddpm_ext.training.loop.run import Run
@@ -81,7 +82,8 @@ def recover(run: Run) -> None:
 def _fail(setup: Setup, line: str, alternative: str = "") -> NoReturn:
     if not setup.accelerator.is_main_process:
         exit_without_message(1)
-    raise RunError(f"{line}; try {advice(setup)}{alternative}")
+    text = advice(setup.config.optim, setup.accelerator.mixed_precision)
+    raise RunError(f"{line}; try {text}{alternative}")
 
 
 def roll_back(setup: Setup, folder: Path, step: int) -> int:
@@ -136,10 +138,9 @@ def _describe_samples(samples: list[RankedSample], norms: dict[str, float]) -> s
     return f"the loss was {broken[0].loss} ({where})"
 
 
-def advice(setup: Setup) -> str:
+def advice(options: OptimOptions, precision: str) -> str:
     """The options to change."""
-    optim, precision = setup.config.optim, setup.accelerator.mixed_precision
-    text = f"a lower --learning_rate than {optim.learning_rate:g} or --max_grad_norm than {optim.max_grad_norm:g}"
+    text = f"a lower --learning_rate than {options.learning_rate:g} or --max_grad_norm than {options.max_grad_norm:g}"
     if precision != "no":
         text += f", or --mixed_precision {'bf16' if precision == 'fp16' else 'no'}"
     return text

@@ -19,6 +19,7 @@ from diffusers_ddpm_ext.training.checkpoints.lock import FolderBusy, FolderLock
 from diffusers_ddpm_ext.training.checkpoints.state import capture_snapshot
 from diffusers_ddpm_ext.training.checkpoints.writer import write_checkpoint
 from diffusers_ddpm_ext.training.distributed import any_rank, fail_together
+from diffusers_ddpm_ext.training.factory.parts import Parts
 from diffusers_ddpm_ext.training.loop.export import ExportedNetworks, export_networks, save_pipeline
 from diffusers_ddpm_ext.training.loop.resume import BEST, FINISHED, MONITOR, saved_progress, training_objects
 from diffusers_ddpm_ext.training.loop.run import Run, Task
@@ -98,17 +99,16 @@ def save_top_checkpoint(run: Run, decision: MonitorDecision) -> None:
 def save_best_pipeline(setup: Setup, folder: Path, step: int) -> None:
     """Save the pipeline of the present weights, the best so far, in the folder ``best``. Collective call."""
     networks = export_networks(setup.denoiser, setup.ema, setup.parts.objective)
-    if networks is not None:
+    if networks is not None and setup.monitor is not None:
         try:
-            _write_best(setup, folder, step, networks)
+            _write_best(folder, step, networks, setup.parts, setup.monitor)
         except OSError as error:
             warn(f"{folder / BEST} could not be written ({error.strerror or error}); the previous one stays")
     setup.accelerator.wait_for_everyone()
 
 
-def _write_best(setup: Setup, folder: Path, step: int, networks: ExportedNetworks) -> None:
-    monitor, parts = setup.monitor, setup.parts
-    if monitor is None or monitor.best is None:
+def _write_best(folder: Path, step: int, networks: ExportedNetworks, parts: Parts, monitor: Monitor) -> None:
+    if monitor.best is None:
         return
     draft = folder / f".writing-{step}-{secrets.token_hex(4)}"
     draft.mkdir()

@@ -8,7 +8,7 @@ from functools import cached_property
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DynamoBackend
+from accelerate.utils import DynamoBackend, TorchDynamoPlugin
 from diffusers import UNet2DModel
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -152,9 +152,13 @@ def build_setup(config: TrainConfig) -> Setup:
         ema = build_ema(config.ema, parts.denoiser)
         if initial is not None:
             accelerator.print(initial.describe(None if ema is None else initialize_ema(initial, ema, config.start)))
-        prepare_denoiser(loop, accelerator, parts.denoiser)
-        optimizer = make_optimizer(config, parts, plan)
-        lr_scheduler = make_lr_scheduler(config.optim, optimizer, plan.steps)
+        prepare_denoiser(parts.denoiser, loop, accelerator.state.dynamo_plugin)
+        optimizer = make_optimizer(config.optim, config.objective.logvar_learning_rate, parts, plan.effective_batch)
+        with as_config_error("--lr_scheduler"):
+            optim = config.optim
+            lr_scheduler = lr_schedule(
+                optim.lr_scheduler, optimizer, plan.steps, optim.lr_warmup_steps, optim.lr_scheduler_args
+            )
         monitor = make_monitor(config, has_validation=data.validation is not None)
     # Accelerate does not get the scheduler: its wrapper steps once per process and step.
     wrapped, optimizer = accelerator.prepare(task, optimizer)
@@ -180,15 +184,14 @@ def setup_warnings(setup: Setup) -> list[str]:
     return [warning for warning in warnings if warning is not None]
 
 
-def prepare_denoiser(options: LoopOptions, accelerator: Accelerator, denoiser: UNet2DModel) -> None:
+def prepare_denoiser(denoiser: UNet2DModel, options: LoopOptions, plugin: TorchDynamoPlugin) -> None:
     """Enable gradient checkpointing and compilation, in place; a ConfigError where that is not possible.
 
-    A compiler that Accelerate's configuration requests is applied to the network only.
+    A compiler that Accelerate's configuration requests is applied to the network only, and removed from the plugin.
     """
     if options.gradient_checkpointing:
         with as_config_error("--gradient_checkpointing"):
             denoiser.enable_gradient_checkpointing()
-    plugin = accelerator.state.dynamo_plugin
     requested = plugin.backend not in (None, DynamoBackend.NO)
     if requested or options.torch_compile:
         kwargs = plugin.to_kwargs() if requested else {}
@@ -211,25 +214,16 @@ def make_plan(options: LoopOptions, images: int, processes: int) -> Plan:
     return Plan(batch, accumulation, processes, steps, images)
 
 
-def make_optimizer(config: TrainConfig, parts: Parts, plan: Plan) -> torch.optim.Optimizer:
+def make_optimizer(
+    options: OptimOptions, logvar_learning_rate: float, parts: Parts, effective_batch: int
+) -> torch.optim.Optimizer:
     """AdamW over the network and, in a separate group, the log-variances; a ConfigError where it is not available."""
-    optim = config.optim
-    groups = parameter_groups(
-        parts.denoiser.parameters(),
-        parts.objective.parameters(),
-        optim.adam_weight_decay,
-        config.objective.logvar_learning_rate,
-    )
-    rate = scale_learning_rate(optim.learning_rate, optim.lr_scaling, plan.effective_batch)
-    make = adamw_8bit if optim.use_8bit_adam else adamw
-    with as_config_error("--use_8bit_adam" if optim.use_8bit_adam else ""):
-        return make(groups, rate, (optim.adam_beta1, optim.adam_beta2), optim.adam_epsilon)
-
-
-def make_lr_scheduler(options: OptimOptions, optimizer: torch.optim.Optimizer, steps: int) -> LambdaLR:
-    """The learning-rate schedule over all steps of the run; a ConfigError where its arguments do not fit."""
-    with as_config_error("--lr_scheduler"):
-        return lr_schedule(options.lr_scheduler, optimizer, steps, options.lr_warmup_steps, options.lr_scheduler_args)
+    denoiser, objective = parts.denoiser.parameters(), parts.objective.parameters()
+    groups = parameter_groups(denoiser, objective, options.adam_weight_decay, logvar_learning_rate)
+    rate = scale_learning_rate(options.learning_rate, options.lr_scaling, effective_batch)
+    make = adamw_8bit if options.use_8bit_adam else adamw
+    with as_config_error("--use_8bit_adam" if options.use_8bit_adam else ""):
+        return make(groups, rate, (options.adam_beta1, options.adam_beta2), options.adam_epsilon)
 
 
 def metric_names(config: TrainConfig, has_validation: bool) -> list[str]:
@@ -248,11 +242,7 @@ def metric_names(config: TrainConfig, has_validation: bool) -> list[str]:
 
 
 def make_monitor(config: TrainConfig, has_validation: bool) -> Monitor | None:
-    """The monitor of the best checkpoints; None without validation images and ``--monitor``.
-
-    Raises:
-        ConfigError: the metric is missing or is not logged.
-    """
+    """The monitor of the best checkpoints; None without a metric. A metric that is not logged is a ConfigError."""
     options = config.monitoring
     name = options.monitor
     if name is None and not has_validation:

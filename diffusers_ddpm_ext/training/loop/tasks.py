@@ -11,7 +11,7 @@ from diffusers_ddpm_ext.training.config.train_config import TrainConfig
 from diffusers_ddpm_ext.training.distributed import any_rank
 from diffusers_ddpm_ext.training.loop.export import export_networks, save_pipeline
 from diffusers_ddpm_ext.training.loop.metrics_logging import log_images
-from diffusers_ddpm_ext.training.loop.previews import draw_data, draw_final, draw_samples
+from diffusers_ddpm_ext.training.loop.previews import draw_final, draw_samples
 from diffusers_ddpm_ext.training.loop.run import Run, Task
 from diffusers_ddpm_ext.training.loop.saving import save_best_pipeline, save_checkpoint, save_top_checkpoint
 from diffusers_ddpm_ext.training.loop.stop_requests import RequestPoller, StopRequest
@@ -157,11 +157,6 @@ def save_model(run: Run) -> None:
         warn(failure)
     elif run.publisher is not None and not is_final:
         run.publisher.push_in_background(run.progress.step)
-
-
-def draw_training_data(run: Run) -> None:
-    """Draw and log the first images and their diffusion, before the first step."""
-    draw_and_log(run, draw_data, ("inputs", "diffusion_row"))
 
 
 def draw_and_log(run: Run, draw: Callable[[Run], None], names: tuple[str, ...]) -> bool:
