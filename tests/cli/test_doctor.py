@@ -125,7 +125,7 @@ def test_an_intact_run(capsys, folder):
 def test_a_broken_pipeline(capsys, folder):
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    one(findings(capsys, str(folder), status=1), "! cannot open", "--resume_from_checkpoint latest")
+    one(findings(capsys, str(folder), status=1), "! cannot load", "--resume_from_checkpoint latest")
 
 
 def test_weights_that_are_not_finite(capsys, tmp_path):
