@@ -34,12 +34,7 @@ LEFTOVER_NAME = re.compile(r"\.(writing|deleting|replaced)-([0-9]+)-[0-9a-f]{8}"
 
 @dataclass(frozen=True)
 class SearchResult:
-    """Result of `newest`.
-
-    Attributes:
-        checkpoint: the newest intact one, None if there is none.
-        damaged: folders newer than that, newest first, each with a description of the damage.
-    """
+    """The newest intact checkpoint, and the newer folders, newest first, each with a description of its damage."""
 
     checkpoint: Checkpoint | None
     damaged: list[tuple[Path, str]]
@@ -86,9 +81,6 @@ def move_aside(path: Path, reason: str) -> Path:
 
     Returns:
         Its new path.
-
-    Raises:
-        OSError: it cannot be renamed.
     """
     number, target = 1, path.with_name(f"{ASIDE_PREFIX}{path.name}")
     while os.path.lexists(target) or os.path.lexists(f"{target}.txt"):
@@ -137,17 +129,15 @@ def remove_leftovers(parent: Path) -> list[Path]:
 def prune_checkpoints(parent: Path, total_limit: int, keep: Collection[int] = ()) -> list[Path]:
     """Delete the oldest checkpoints beyond a number. Call it after the newest one is complete.
 
+    Folders without a manifest are not ours: they are neither counted nor deleted.
+
     Args:
         parent: folder of the run.
         total_limit: how many may stay, at least 1.
         keep: steps that stay in any case and do not count.
 
     Returns:
-        The deleted folders, oldest first. Folders without a manifest are not ours: not counted, not deleted.
-
-    Raises:
-        ValueError: ``total_limit`` is less than 1.
-        OSError: as `delete_checkpoint`.
+        The deleted folders, oldest first.
     """
     if total_limit < 1:
         raise ValueError(f"total_limit {total_limit}: at least one checkpoint stays; use 1 or more")

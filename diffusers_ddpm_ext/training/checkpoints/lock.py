@@ -39,12 +39,9 @@ class FolderLock:
         self._locked = False
 
     def acquire(self) -> FolderLock:
-        """Lock the folder.
+        """Lock the folder; return this lock.
 
         On a file system without locks a warning is logged and the run continues without one.
-
-        Returns:
-            This lock.
 
         Raises:
             FolderBusy: another run, in this process or elsewhere, holds it; the message names its process.

@@ -61,17 +61,11 @@ class FileDigest:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint folder whose manifest is valid.
-
-    Attributes:
-        path: the folder.
-        step: optimizer steps done.
-        files: by name relative to the folder, with ``/`` between parts.
-    """
+    """A checkpoint folder whose manifest is valid."""
 
     path: Path
-    step: int
-    files: Mapping[str, FileDigest]
+    step: int  # optimizer steps done
+    files: Mapping[str, FileDigest]  # by name relative to the folder, with / between parts
 
 
 def digest_file(file: FileIO) -> FileDigest:
@@ -95,10 +89,7 @@ def add_checksum(text: bytes) -> bytes:
 
 
 def read_manifest(folder: Path) -> Checkpoint:
-    """Read the manifest of a checkpoint without opening any other file.
-
-    Args:
-        folder: a checkpoint, under its original name or another one.
+    """Read the manifest of a checkpoint, under any name of its folder, without opening any other file.
 
     Raises:
         DamagedCheckpoint: the manifest is missing, altered or invalid.
@@ -152,9 +143,6 @@ def _parse_entry(folder: Path, name: str, entry: Any) -> FileDigest:
 
 def verify(folder: Path) -> Checkpoint:
     """Compare every file of a checkpoint with its manifest.
-
-    Args:
-        folder: the checkpoint.
 
     Raises:
         DamagedCheckpoint: a file is missing or differs; the message names it.

@@ -32,14 +32,11 @@ def run_name(data: DataOptions) -> str:
 
 
 def check_output_dir(output: OutputOptions, resuming: bool = False) -> None:
-    """Refuse an output folder that cannot be used. Writes nothing.
+    """Refuse an output folder that is a file, not empty, or not writable. Writes nothing.
 
     Args:
         output: section ``output`` of the configuration.
         resuming: whether the run may resume in the folder, if it is a run's folder.
-
-    Raises:
-        ConfigError: it is a file, not empty, or not writable.
     """
     if output.output_dir is None:
         parent = DEFAULT_PARENT if DEFAULT_PARENT.exists() else Path(".")
@@ -77,9 +74,6 @@ def acquire_output_dir(data: DataOptions, output: OutputOptions, resuming: bool 
         data: section ``data``; a new folder is named after the images.
         output: section ``output``; without ``output_dir`` a new folder below `runs` is created.
         resuming: as in `check_output_dir`.
-
-    Returns:
-        A writable folder and its lock.
 
     Raises:
         ConfigError: as `check_output_dir`, or another run uses the folder, or the system cannot create or write it.

@@ -121,10 +121,6 @@ def library_versions() -> dict[str, str]:
 def write_snapshot(snapshot: Snapshot, folder: Path) -> None:
     """Write a snapshot's files, one after the other. `write_checkpoint` makes this atomic.
 
-    Args:
-        snapshot: to write.
-        folder: exists.
-
     Raises:
         OSError: the disk is full, or the folder is not writable.
         ValueError: progress or scalars contain a value that is not JSON; nothing is written then.
@@ -150,13 +146,7 @@ def tensor_specs(tensors: dict[str, Tensor]) -> TensorSpecs:
 
 
 def read_snapshot(folder: Path) -> Snapshot:
-    """Read a snapshot and check its tensors against the table in its ``state.json``. No pickle is opened.
-
-    Args:
-        folder: with the files of `write_snapshot`; other files are ignored.
-
-    Returns:
-        The snapshot, on the CPU.
+    """Read a snapshot to the CPU and check its tensors against the table in its ``state.json``; open no pickle.
 
     Raises:
         ValueError: a file is missing, damaged, of another format, or has unexpected content; file and key are named.

@@ -30,17 +30,11 @@ class UnreadableImage(Exception):
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What is done to every image once.
-
-    Attributes:
-        size: height and width that the images are resized and cropped to, in pixels.
-        channels: 1, 3 or 4; None keeps those of the file.
-        center_crop: crop now. Otherwise the uncropped image is kept, to be cropped at random places later.
-    """
+    """What is done to every image once."""
 
     size: Size
-    channels: int | None = None
-    center_crop: bool = False
+    channels: int | None = None  # 1, 3 or 4; None keeps those of the file
+    center_crop: bool = False  # otherwise the uncropped image is kept, to be cropped at random places later
 
 
 @dataclass(frozen=True)

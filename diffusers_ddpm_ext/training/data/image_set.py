@@ -67,13 +67,10 @@ class ImageSet:
         return self.names[row] if self.names else str(row)
 
     def pixels(self, indices: Sequence[int] | Tensor) -> Tensor:
-        """Return center-cropped images without flips, for validation and previews.
+        """Return center-cropped images without flips, for validation and previews: (b, C, H, W), float32 in [-1, 1].
 
         Args:
             indices: which images of the set, (b,), each in [0, len).
-
-        Returns:
-            (b, C, H, W), float32 in [-1, 1].
         """
         return levels_to_pixels(self.load_levels(indices).values, self.levels)
 
@@ -86,9 +83,6 @@ class ImageSet:
             indices: which images of the set, (b,).
             seed: of the run.
             epochs: as in `load_levels`: images joined to the input are cropped and flipped like the images.
-
-        Returns:
-            The conditions; empty for an unconditional run.
 
         Raises:
             RunError: an image joined to the input became unreadable.

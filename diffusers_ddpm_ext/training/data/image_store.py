@@ -97,7 +97,7 @@ class LazyImages:
     readable: Sequence[int]
     preprocessing: Preprocessing
     channels: int
-    levels: int = LEVELS_8_BIT
+    levels: int
     stack: None = None
 
     def __len__(self) -> int:
