@@ -1,4 +1,4 @@
-"""Images of a run: training and validation set, loaded as the options of section ``data`` say."""
+"""Images of a run: training and validation set, selected by the options of section ``data``."""
 
 from __future__ import annotations
 

@@ -171,7 +171,7 @@ KILL_BEFORE_EACH_CALL = """
     if sys.argv[2] == "rename":
         files._exchange = lambda first, second: False
 
-    def die_at(number):
+    def kill_before(number):
         left = number
         def counted(real):
             def call(*arguments, **keywords):
@@ -206,17 +206,17 @@ KILL_BEFORE_EACH_CALL = """
         write_checkpoint(parent, 12, fill(b"new"))
         prune_checkpoints(parent, 1)
 
-    parent, deaths, after = Path(sys.argv[1]), 0, set()
+    parent, kills, after = Path(sys.argv[1]), 0, set()
     while True:
         reset(parent)
         child = os.fork()
         if child == 0:
-            die_at(deaths + 1)
+            kill_before(kills + 1)
             work(parent)
             os._exit(0)
         if os.waitpid(child, 0)[1] == 0:
             break
-        deaths += 1
+        kills += 1
         steps = []
         for state in ("untouched", "cleaned"):
             if state == "cleaned":
@@ -229,7 +229,7 @@ KILL_BEFORE_EACH_CALL = """
             if state == "cleaned" or sys.argv[2] == "exchange":
                 assert steps[-1] >= 8, steps  # the newest step never decreases
         after.add(tuple(steps))
-    print(deaths, sorted(after))
+    print(kills, sorted(after))
     """
 
 
@@ -251,8 +251,8 @@ def test_killed_before_every_single_call(memory_path, method):
         pytest.skip("this file system cannot exchange two names")
     result = run_script(KILL_BEFORE_EACH_CALL, folder, method)
     assert result.returncode == 0, result.stderr
-    deaths, outcomes = result.stdout.split(maxsplit=1)
-    assert int(deaths) > 60
+    kills, outcomes = result.stdout.split(maxsplit=1)
+    assert int(kills) > 60
     assert outcomes.strip() == "[(4, 8), (4, 8, 12), (8, 12), (12,)]"
 
 
