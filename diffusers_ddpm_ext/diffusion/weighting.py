@@ -39,7 +39,7 @@ def elbo_weights(schedule: NoiseSchedule, kind: ElboKind = "exact") -> Table:
     over dimensions ([DDPM] eq. 8), where q has the exact posterior's variance and p the schedule's
     ``posterior_variance`` S, for any ``v_posterior``: ``b^2 P / (2 S (1 - A)^2)`` for ``sample``,
     ``b^2 / (2 S a (1 - A))`` for ``epsilon`` and ``b^2 P / (2 S (1 - A))`` for ``v_prediction``. At t = 0 with
-    ``v_posterior`` 0, where S is 0 and the weight infinite, S is replaced by its neighbour ``posterior_variance[1]``
+    ``v_posterior`` 0, where S is 0 and the weight infinite, S is replaced by ``posterior_variance[1]``
     (by ``betas[0]`` in a chain of one step).
 
     ``compvis``: the published code's ``lvlb_weights``, for parity runs; for ``sample`` and ``v_prediction`` they are

@@ -30,7 +30,9 @@ from diffusers_ddpm_ext.diffusion.reverse_step import LEARNED_VARIANCES
 from diffusers_ddpm_ext.schedulers.config import BETA_KEYS
 from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
 
-TERMINAL_ABAR = 2.0**-24  # replaces a terminal A of zero for schedulers that divide by it; float32's smallest below 1
+MIN_TERMINAL_ABAR = (
+    2.0**-24
+)  # replaces a terminal A of zero for schedulers that divide by it; float32's smallest below 1
 MEAN, STD = 0.4, 0.3
 # The largest errors of the 15 compatible classes at 50 steps are 0.025 and 0.18; a consistency sampler has 0.45.
 MEAN_TOLERANCE, LOG_STD_TOLERANCE = 0.04, 0.3
@@ -137,7 +139,7 @@ class SchedulerAdapter:
         """sqrt(A) and sqrt(1 - A) at a step, from the table, or else from the input's scale."""
         step = float(t)
         if step.is_integer() and 0 <= step < len(self.trained):
-            abar = max(float(self.trained.schedule.alphas_cumprod[int(step)]), TERMINAL_ABAR)
+            abar = max(float(self.trained.schedule.alphas_cumprod[int(step)]), MIN_TERMINAL_ABAR)
             # The table is exact, the scale is rounded; but a scheduler may use times between two of our steps.
             if scale == 1 or abs(_sigma_of(scale) / _sigma_of(abar**0.5) - 1) < 1e-3:
                 return abar**0.5, (1 - abar) ** 0.5
@@ -149,7 +151,7 @@ def _sigma_of(scale: float) -> float:
 
 
 def _sigmas(trained: DDPMExtScheduler) -> Any:
-    abar = np.maximum(trained.schedule.alphas_cumprod, TERMINAL_ABAR)
+    abar = np.maximum(trained.schedule.alphas_cumprod, MIN_TERMINAL_ABAR)
     return np.sqrt((1 - abar) / abar)
 
 
@@ -238,9 +240,9 @@ def _configured(scheduler: Any, trained: DDPMExtScheduler, uses_variance: bool) 
 
 
 def _finite_betas(trained: DDPMExtScheduler) -> list[float]:
-    """The betas, with the last such that A ends at `TERMINAL_ABAR` instead of zero."""
+    """The betas, with the last such that A ends at `MIN_TERMINAL_ABAR` instead of zero."""
     betas, abar = trained.schedule.betas.copy(), trained.schedule.alphas_cumprod
-    betas[-1] = 1 - TERMINAL_ABAR / abar[-2]
+    betas[-1] = 1 - MIN_TERMINAL_ABAR / abar[-2]
     return betas.tolist()
 
 
@@ -264,8 +266,8 @@ def _check_betas(scheduler: Any, trained: DDPMExtScheduler) -> None:
     abar = getattr(scheduler, "alphas_cumprod", None)
     if abar is None:
         return
-    name, ours = type(scheduler).__name__, np.maximum(trained.schedule.alphas_cumprod, TERMINAL_ABAR)
-    theirs = np.maximum(abar.double().cpu().numpy(), TERMINAL_ABAR)
+    name, ours = type(scheduler).__name__, np.maximum(trained.schedule.alphas_cumprod, MIN_TERMINAL_ABAR)
+    theirs = np.maximum(abar.double().cpu().numpy(), MIN_TERMINAL_ABAR)
     way = f"use pipeline.scheduler = {name}.from_config(pipeline.scheduler.config)"
     if len(theirs) != len(ours):
         raise ValueError(f"{name} has {len(theirs)} training steps, this model {len(ours)}: {way}.")
@@ -342,7 +344,7 @@ def _sample_gaussian(adapter: SchedulerAdapter) -> str:
     scheduler.set_timesteps(TRIAL_STEPS)
     if float(scheduler.timesteps[0]) < float(scheduler.timesteps[-1]):
         return "it goes from images to noise, not from noise to images"
-    log_abar = np.log(np.maximum(adapter.trained.schedule.alphas_cumprod, TERMINAL_ABAR))
+    log_abar = np.log(np.maximum(adapter.trained.schedule.alphas_cumprod, MIN_TERMINAL_ABAR))
     steps = np.arange(len(log_abar))
     sample = torch.randn(TRIAL_SHAPE, generator=generator) * float(scheduler.init_noise_sigma)
     kwargs = {"generator": generator} if "generator" in _arguments(scheduler.step) else {}

@@ -110,12 +110,12 @@ def test_sixteen_bits_have_the_bound_of_eight_in_bins_of_eight(folder, tmp_path)
 
 
 def test_few_steps_agree_with_all_within_their_interval(folder):
-    whole = evaluated(folder)
+    all_steps = evaluated(folder)
     few = evaluated(folder, "--num_timesteps", "10", "--confidence", "0.9999")
-    assert few["low"] < whole["bits_per_dim"] < few["high"]
+    assert few["low"] < all_steps["bits_per_dim"] < few["high"]
     assert few["num_timesteps"] == 10
-    assert few["prior"] == pytest.approx(whole["prior"])
-    assert few["decoder"] == pytest.approx(whole["decoder"], rel=1e-5)  # a stratum of its own: the same draws
+    assert few["prior"] == pytest.approx(all_steps["prior"])
+    assert few["decoder"] == pytest.approx(all_steps["decoder"], rel=1e-5)  # a separate stratum: the same draws
 
 
 def test_it_is_a_function_of_the_seed_and_not_of_the_batch(folder):
@@ -154,7 +154,7 @@ def test_decoders_and_clipping(folder):
 def test_an_interrupted_command_resumes(folder, monkeypatch):
     from diffusers_ddpm_ext.training.evaluation import bound, cache
 
-    whole = evaluated(folder, "--num_timesteps", "5", "--batch_size", "8")
+    all_steps = evaluated(folder, "--num_timesteps", "5", "--batch_size", "8")
     monkeypatch.setattr(cache, "SECONDS_BETWEEN_SAVES", -1.0)
     real, calls = bound._evaluate_rows, []
 
@@ -169,10 +169,10 @@ def test_an_interrupted_command_resumes(folder, monkeypatch):
     assert cli.main(argv) == 130
     assert list((folder / "evaluation").glob(".rows-*"))
     before = len(calls)
-    assert evaluated(folder, "--num_timesteps", "5", "--batch_size", "8") == whole
+    assert evaluated(folder, "--num_timesteps", "5", "--batch_size", "8") == all_steps
     assert len(calls) - before == 8 - 3
     assert not list((folder / "evaluation").glob(".rows-*"))
-    assert evaluated(folder, "--num_timesteps", "5", "--seed", "3")["bits_per_dim"] != whole["bits_per_dim"]
+    assert evaluated(folder, "--num_timesteps", "5", "--seed", "3")["bits_per_dim"] != all_steps["bits_per_dim"]
 
 
 def test_the_bound_of_a_shorter_chain(fitted):
@@ -277,10 +277,10 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_options_of_evaluate(case, trained, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    flags, words = BAD[case]
+    flags, expected = BAD[case]
     line = error_line(capsys, "evaluate", str(trained), "--out", str(tmp_path / "out"), *flags)
-    for word in words:
-        assert word in line
+    for text in expected:
+        assert text in line
     assert not list((tmp_path / "out").glob("*")) if (tmp_path / "out").exists() else True
 
 
@@ -296,10 +296,10 @@ BAD_FITS = {
 @pytest.mark.parametrize("case", BAD_FITS)
 def test_bad_options_of_fit_variance(case, trained, capsys):
     before = (trained / "scheduler" / "scheduler_config.json").read_bytes()
-    flags, words = BAD_FITS[case]
+    flags, expected = BAD_FITS[case]
     line = error_line(capsys, "fit-variance", str(trained), "--device", "cpu", *flags)
-    for word in words:
-        assert word in line
+    for text in expected:
+        assert text in line
     assert (trained / "scheduler" / "scheduler_config.json").read_bytes() == before
 
 

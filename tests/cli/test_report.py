@@ -71,8 +71,8 @@ def test_a_whole_run(folder, capsys):
         with Image.open(io.BytesIO(base64.b64decode(data, validate=True))) as image:
             image.load()
     assert len(page.images) >= 7
-    for words in ("optimizer steps", "6", "finished", "max_train_steps: 6", "checkpoint-3, checkpoint-6", "torch"):
-        assert words in page.text
+    for texts in ("optimizer steps", "6", "finished", "max_train_steps: 6", "checkpoint-3, checkpoint-6", "torch"):
+        assert texts in page.text
 
 
 def test_every_picture_is_that_of_the_run(folder, capsys):
@@ -94,7 +94,7 @@ def test_a_pipeline_alone(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("argv", "told"),
+    ("argv", "message"),
     [
         (["missing/one/two"], "missing/one/two"),
         (["."], "holds no pipeline"),
@@ -102,9 +102,9 @@ def test_a_pipeline_alone(tmp_path, capsys):
         (["run", "--out", "no/report.html"], "does not exist"),
     ],
 )
-def test_bad_input(argv, told, tmp_path, monkeypatch, capsys):
+def test_bad_input(argv, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("run").mkdir()
     Path("run/metrics.jsonl").write_text("")
     assert cli.main(["report", *argv]) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err

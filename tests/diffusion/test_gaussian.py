@@ -25,17 +25,17 @@ def test_posterior_is_bayes_rule():
     prev = torch.tensor(SCHEDULE.alphas_cumprod)[t - 1][:, None]
     precision = (1 - beta) / beta + 1 / (1 - prev)
     mean = ((1 - beta).sqrt() * xt / beta + prev.sqrt() * x0 / (1 - prev)) / precision
-    law = gaussian.posterior(SCHEDULE, x0, xt, t)
-    torch.testing.assert_close(law.mean, mean, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(law.variance, 1 / precision, rtol=1e-11, atol=0)
-    torch.testing.assert_close(law.log_variance, (1 / precision).log(), rtol=1e-11, atol=1e-11)
+    distribution = gaussian.posterior(SCHEDULE, x0, xt, t)
+    torch.testing.assert_close(distribution.mean, mean, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(distribution.variance, 1 / precision, rtol=1e-11, atol=0)
+    torch.testing.assert_close(distribution.log_variance, (1 / precision).log(), rtol=1e-11, atol=1e-11)
 
 
 def test_posterior_ends_at_the_clean_sample():
     x0, xt = draws(2, 3)
-    law = gaussian.posterior(SCHEDULE, x0, xt, torch.zeros(2, dtype=torch.long))
-    torch.testing.assert_close(law.mean, x0, rtol=1e-12, atol=1e-12)
-    assert (law.variance == 0).all()
+    distribution = gaussian.posterior(SCHEDULE, x0, xt, torch.zeros(2, dtype=torch.long))
+    torch.testing.assert_close(distribution.mean, x0, rtol=1e-12, atol=1e-12)
+    assert (distribution.variance == 0).all()
 
 
 def test_marginal_is_the_product_of_the_steps():
@@ -43,10 +43,10 @@ def test_marginal_is_the_product_of_the_steps():
     mean, variance = torch.tensor(1.0).double(), torch.tensor(0.0).double()
     for t, beta in enumerate(SCHEDULE.betas):
         mean, variance = mean * (1 - beta) ** 0.5, variance * (1 - beta) + beta
-        law = gaussian.q_mean_variance(SCHEDULE, torch.ones(1, 1, dtype=torch.float64), torch.tensor([t]))
-        assert law.mean.item() == pytest.approx(mean.item(), rel=1e-12)
-        assert law.variance.item() == pytest.approx(variance.item(), rel=1e-12)
-        assert law.log_variance.exp().item() == pytest.approx(variance.item(), rel=1e-12)
+        distribution = gaussian.q_mean_variance(SCHEDULE, torch.ones(1, 1, dtype=torch.float64), torch.tensor([t]))
+        assert distribution.mean.item() == pytest.approx(mean.item(), rel=1e-12)
+        assert distribution.variance.item() == pytest.approx(variance.item(), rel=1e-12)
+        assert distribution.log_variance.exp().item() == pytest.approx(variance.item(), rel=1e-12)
 
 
 @pytest.mark.parametrize("shape", [(4,), (4, 7), (4, 1, 8, 8), (4, 3, 5, 6, 2)])

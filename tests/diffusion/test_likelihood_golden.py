@@ -82,7 +82,7 @@ def test_likelihood_of_levels(case, dtype):
 
 
 @pytest.mark.parametrize("case", group("normal_kl"))
-def test_divergence_of_normal_laws(case):
+def test_divergence_of_normal_distributions(case):
     given = arrays(case)
     names = ("mean1", "logvar1", "mean2", "logvar2")
     near(normal_kl(*(given[name].double() for name in names)), given["kl64"], 1e-12)
@@ -114,7 +114,7 @@ def test_tables_of_shorter_chains(case):
     kept = scheduler.kept
     near(torch.from_numpy(kept.betas.copy()), given["betas"], 1e-12)
     near(torch.from_numpy(kept.posterior_variance.copy()), given["posterior_variance"], 1e-12)
-    if len(steps) > 1:  # of a chain of one step the recorded code has no neighbour to take the first from
+    if len(steps) > 1:  # of a chain of one step the recorded code has no next step to take the first from
         own = np.log(np.append(kept.posterior_variance[1], kept.posterior_variance[1:]))
         near(torch.from_numpy(own), given["posterior_log_variance_clipped"], 1e-12)
 
@@ -172,7 +172,7 @@ def test_loop_over_a_chain(case, dtype):
 
 @pytest.mark.parametrize("case", group("training_losses"))
 def test_training_losses_and_gradients(case):
-    """L_simple is ours already; the bound beside it, with its gradient."""
+    """L_simple is ours; the bound next to it, with its gradient."""
     given = arrays(case)
     scheduler, kind = scheduler_of(case, given), case["loss_type"]
     learned, options = case["var_type"].startswith("LEARNED"), {"decoder": "improved_diffusion"}

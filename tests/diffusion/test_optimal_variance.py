@@ -64,7 +64,7 @@ def bound(scheduler: DDPMExtScheduler, s2: float) -> torch.Tensor:
 
 
 def analytic(kept: NoiseSchedule, s2: float, variance: np.ndarray) -> float:
-    """The bound in nats a dimension, term by term from [DDPM] eqs. 5 to 7; `variance` is that of each step back."""
+    """The bound, nats per dimension, by its terms in [DDPM] eqs. 5 to 7; `variance` is that of each reverse step."""
     error = gaussian_error(kept, s2)
     total = 0.5 * (kept.alphas_cumprod[-1] * (s2 - 1) - np.log(1 - kept.alphas_cumprod[-1]))
     total += 0.5 * (np.log(2 * np.pi * variance[0]) + error[0] / variance[0])
@@ -125,17 +125,17 @@ def test_with_the_best_variance_nothing_is_lost(prediction_type, steps, s2):
 def test_clipped_steps_are_listed_with_their_cost():
     s2, scheduler = 1.7, DDPMExtScheduler(100)
     schedule = scheduler.schedule
-    found = optimal_v(schedule, gaussian_error(schedule, s2))
+    result = optimal_v(schedule, gaussian_error(schedule, s2))
     # v* = s2 / (A s2 + 1 - A) is above 1 at every step
-    assert found.clipped.tolist() == list(range(100))
-    assert (found.v == 1).all()
+    assert result.clipped.tolist() == list(range(100))
+    assert (result.v == 1).all()
     free = analytic(schedule, s2, used_variance(schedule.with_v_posterior(1.0)))
     error, kept = gaussian_error(schedule, s2), schedule
     small = kept.betas * (1 - kept.alphas_cumprod_prev) / (1 - kept.alphas_cumprod)
     best = np.where(np.arange(100) == 0, kept.betas[0], small + kept.posterior_mean_coef1**2 * error)
     lost = (free - analytic(schedule, s2, best)) / LN2
-    assert found.loss == pytest.approx(lost, rel=1e-9)
-    assert found.loss > 0
+    assert result.loss == pytest.approx(lost, rel=1e-9)
+    assert result.loss > 0
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
@@ -151,8 +151,8 @@ def test_a_log_loss_stands_for_an_error_of_x0(prediction_type):
         out = exact_denoiser(scheduler, s2)(scheduler.add_noise(x0, eps, t), t)
         target = {"epsilon": eps, "sample": x0, "v_prediction": scheduler.get_velocity(x0, eps, t)}[prediction_type]
         log_loss.append(float(((out - target) ** 2).mean().log()))
-    found = x0_error_of_logvar(scheduler.schedule, np.array(log_loss))
-    np.testing.assert_allclose(found, gaussian_error(scheduler.schedule, s2), rtol=1e-9)
+    result = x0_error_of_logvar(scheduler.schedule, np.array(log_loss))
+    np.testing.assert_allclose(result, gaussian_error(scheduler.schedule, s2), rtol=1e-9)
 
 
 def chain_cost(schedule: NoiseSchedule, error: np.ndarray, decoder: np.ndarray, moment: float, steps) -> float:
@@ -176,10 +176,10 @@ def test_best_steps_are_the_best_of_all(count, first, scale):
     rng = np.random.default_rng(3)
     error = scale * gaussian_error(schedule, 0.5) * rng.uniform(0.6, 1.4, 12)
     decoder, moment = rng.uniform(0, 2, 12) + np.linspace(0, 3, 12), 0.5
-    found = best_timesteps(schedule, error, decoder, moment, [count], first)[count]
+    result = best_timesteps(schedule, error, decoder, moment, [count], first)[count]
     options = [c for c in itertools.combinations(range(12), count) if first is None or c[0] == first]
     costs = {c: chain_cost(schedule, error, decoder, moment, c) for c in options}
-    assert tuple(found[::-1]) == min(costs, key=costs.get)
+    assert tuple(result[::-1]) == min(costs, key=costs.get)
 
 
 def test_costs_add_up_to_the_bound_of_a_chain():
@@ -187,8 +187,8 @@ def test_costs_add_up_to_the_bound_of_a_chain():
     error = gaussian_error(schedule, 0.7)
     steps = [2, 9, 10, 29]
     costs, prior = pair_costs(schedule, error), prior_costs(schedule, 0.7)
-    found = 1.5 + sum(costs[s, t] for s, t in itertools.pairwise(steps)) + prior[29]
-    assert found == pytest.approx(chain_cost(schedule, error, np.full(30, 1.5), 0.7, steps), rel=1e-12)
+    result = 1.5 + sum(costs[s, t] for s, t in itertools.pairwise(steps)) + prior[29]
+    assert result == pytest.approx(chain_cost(schedule, error, np.full(30, 1.5), 0.7, steps), rel=1e-12)
     assert np.isinf(costs[5, 5])
     assert np.isinf(costs[6, 5])
 
@@ -197,13 +197,13 @@ def test_a_thousand_steps_all_lengths_up_to_a_hundred():
     schedule = NoiseSchedule(1000)
     error = gaussian_error(schedule, 0.3)
     began = time.perf_counter()
-    found = best_timesteps(schedule, error, np.linspace(0, 5, 1000), 0.3, range(1, 101))
+    result = best_timesteps(schedule, error, np.linspace(0, 5, 1000), 0.3, range(1, 101))
     assert time.perf_counter() - began < 60  # seconds; 0.4 on an idle machine. A cubic search takes minutes.
-    assert sorted(found) == list(range(1, 101))
-    for count, steps in found.items():
+    assert sorted(result) == list(range(1, 101))
+    for count, steps in result.items():
         assert len(steps) == count
         assert (np.diff(steps) < 0).all()
-    totals = [chain_cost(schedule, error, np.linspace(0, 5, 1000), 0.3, found[k]) for k in (1, 5, 25, 100)]
+    totals = [chain_cost(schedule, error, np.linspace(0, 5, 1000), 0.3, result[k]) for k in (1, 5, 25, 100)]
     assert (np.diff(totals) <= 1e-12).all()  # beyond the last step that pays, more steps only cost no more
 
 
@@ -215,8 +215,8 @@ def test_smoothing_is_exact_on_lines_and_bridges_what_was_not_seen():
     counts = rng.integers(0, 4, 400)
     counts[200:230] = 0
     counts[[0, -1]] = 1
-    found = Smoother(schedule, counts)(np.where(counts > 0, line, 99.0))
-    np.testing.assert_allclose(found, line, rtol=1e-9, atol=1e-9)
+    result = Smoother(schedule, counts)(np.where(counts > 0, line, 99.0))
+    np.testing.assert_allclose(result, line, rtol=1e-9, atol=1e-9)
     noisy = line + rng.normal(0, 0.3, 400)
     smooth = Smoother(schedule, np.full(400, 4))(noisy)
     middle = slice(100, 350)

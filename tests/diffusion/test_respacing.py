@@ -54,7 +54,7 @@ def test_spacings_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ((0, 1000), "num_inference_steps=0"),
         ((-3, 1000), "num_inference_steps=-3"),
@@ -67,8 +67,8 @@ def test_spacings_by_hand():
         ((10, 1000, "leading", 0.5), "steps_offset=0.5"),
     ],
 )
-def test_refused(arguments, said):
-    with pytest.raises(ValueError, match=said):
+def test_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
         spaced_timesteps(*arguments)
 
 
@@ -79,7 +79,7 @@ def test_custom_steps_pass():
 
 
 @pytest.mark.parametrize(
-    ("steps", "said"),
+    ("steps", "message"),
     [
         ([], "at least one"),
         ([[3, 2]], "shape"),
@@ -92,6 +92,6 @@ def test_custom_steps_pass():
         ([float("nan")], "integers"),
     ],
 )
-def test_custom_steps_refused(steps, said):
-    with pytest.raises(ValueError, match=said):
+def test_custom_steps_refused(steps, message):
+    with pytest.raises(ValueError, match=message):
         custom_timesteps(steps, 100)

@@ -24,7 +24,7 @@ def test_sqrt_is_the_root_of_linear():
 
 @pytest.mark.parametrize("s", [0.001, 0.008, 0.05])
 def test_cosine_telescopes_to_its_definition(s):
-    """The product of 1 - beta over the first half must be f(1/2) / f(0), whatever the number of steps."""
+    """The product of 1 - beta over the first half must be f(1/2) / f(0), for any number of steps."""
     f = lambda u: np.cos((u + s) / (1 + s) * np.pi / 2) ** 2  # noqa: E731
     for steps in (10, 1000):
         abar = np.cumprod(1 - make_betas("squaredcos_cap_v2", steps, cosine_s=s))
@@ -99,7 +99,7 @@ def test_given_betas_are_not_shared():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "named"),
+    ("arguments", "name"),
     [
         ({"beta_schedule": "cosine"}, "beta_schedule"),
         ({"num_train_timesteps": 0}, "num_train_timesteps"),
@@ -122,8 +122,8 @@ def test_given_betas_are_not_shared():
         ({"num_train_timesteps": 1, "rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
     ],
 )
-def test_what_is_not_allowed_is_named(arguments, named):
-    with pytest.raises(ValueError, match=named):
+def test_what_is_not_allowed_is_named(arguments, name):
+    with pytest.raises(ValueError, match=name):
         NoiseSchedule(**arguments)
 
 

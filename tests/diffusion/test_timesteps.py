@@ -56,7 +56,7 @@ def test_recorded_resampler(case):
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_weighted_means_are_those_of_even_draws(name):
+def test_weighted_means_are_those_of_uniform_draws(name):
     steps, count = 50, 10_000
     sampler = warm(steps) if name == "loss_second_moment" else sampler_of(name, steps)
     generator = torch.Generator().manual_seed(3)
@@ -84,7 +84,7 @@ def warm_total() -> float:
     return float(np.linspace(3.0, 0.1, 50, dtype=np.float32).astype(np.float64).sum())
 
 
-def test_losses_that_are_not_finite_poison_nothing():
+def test_non_finite_losses_are_left_out():
     clean, dirty = warm(), warm()
     dirty.update(torch.tensor([3, 4, 5]), torch.tensor([float("nan"), float("inf"), -float("inf")]))
     assert torch.equal(clean.losses, dirty.losses)
@@ -97,7 +97,7 @@ def test_losses_that_are_not_finite_poison_nothing():
     assert weights is None
 
 
-def test_memory_travels_in_the_state_and_casts_leave_it():
+def test_history_is_in_the_state_and_keeps_its_precision():
     sampler = warm()
     other = LossSecondMomentSampler(50)
     other.load_state_dict(sampler.state_dict())
@@ -160,7 +160,7 @@ def test_bad_options_are_refused(name, options, match):
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_weighted_gradients_are_those_of_even_steps(name):
+def test_weighted_gradients_are_those_of_uniform_steps(name):
     """The objective's own gradient, one draw a step: its mean over 10,000 is the even one, to its standard error."""
     steps, count = 50, 10_000
     scheduler = DDPMExtScheduler(num_train_timesteps=steps, prediction_type="v_prediction")
@@ -172,10 +172,10 @@ def test_weighted_gradients_are_those_of_even_steps(name):
 
     def gradients(t: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
         """Of a network that returns one number, for each sample by itself."""
-        said = torch.full((len(t), 1, 2, 2), 0.2, dtype=torch.float64, requires_grad=True)
+        outputs = torch.full((len(t), 1, 2, 2), 0.2, dtype=torch.float64, requires_grad=True)
         many = (x0.expand(len(t), -1, -1, -1), noise.expand(len(t), -1, -1, -1))
-        objective(said, *many, t, weights).loss.backward()
-        return len(t) * said.grad.flatten(1).sum(1)
+        objective(outputs, *many, t, weights).loss.backward()
+        return len(t) * outputs.grad.flatten(1).sum(1)
 
     even = gradients(torch.arange(steps), None).mean()
     u = torch.rand(count, generator=source, dtype=torch.float64)

@@ -24,8 +24,8 @@ def denoiser_of(scheduler: DDPMExtScheduler):
         abar = table[t].reshape(-1, *(1,) * (xt.ndim - 1)).to(xt)
         x0 = S2 * abar.sqrt() / (S2 * abar + 1 - abar) * xt
         eps = (xt - abar.sqrt() * x0) / (1 - abar).sqrt()
-        said = {"sample": x0, "epsilon": eps, "v_prediction": abar.sqrt() * eps - (1 - abar).sqrt() * x0}
-        return said[scheduler.config.prediction_type]
+        outputs = {"sample": x0, "epsilon": eps, "v_prediction": abar.sqrt() * eps - (1 - abar).sqrt() * x0}
+        return outputs[scheduler.config.prediction_type]
 
     return denoiser
 
@@ -72,7 +72,7 @@ def test_fitted_variances_and_steps_lower_the_bound():
     assert best < bound(STEPS, v_posterior=0.0)
     assert best < bound(STEPS, v_posterior=1.0)
     for count in (1, 3, 10):
-        assert bound(count, optimal=True, **fitted) <= bound(count, **fitted) + 5e-3  # noise drawn anew
+        assert bound(count, optimal=True, **fitted) <= bound(count, **fitted) + 5e-3  # other noise
 
 
 def test_the_grid_finds_the_best_variance_of_levels():

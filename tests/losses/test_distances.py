@@ -51,7 +51,7 @@ def test_names_and_callables():
 
 
 @pytest.mark.parametrize("name", ["perceptual", "hybrid"])
-def test_what_is_no_distance_is_listed_where_it_is_allowed(name):
+def test_the_error_lists_the_names_of_the_caller(name):
     """These losses are the objective's; a distance alone they are not."""
     with pytest.raises(ValueError, match=f"{name}' is unknown: choose one of l2, l1, huber, or"):
         get_distance(name)

@@ -1,4 +1,4 @@
-"""The log-variance table: making it, its file format, and what is said about a damaged one."""
+"""The log-variance table: creation, file format, and errors of damaged files."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ WEIGHTS = "logvar/diffusion_pytorch_model.safetensors"
 
 def test_new_tables():
     torch.testing.assert_close(make_logvar(4, 0.25), torch.full((4,), 0.25), rtol=0, atol=0)
-    given = torch.arange(3, dtype=torch.float64)
-    table = make_logvar(3, given)
+    init = torch.arange(3, dtype=torch.float64)
+    table = make_logvar(3, init)
     assert table.dtype == torch.float32
-    given[0] = 7
+    init[0] = 7
     assert table[0] == 0
     table[1] = 5  # its own memory, not an expanded view
     one = make_logvar(3)
@@ -45,7 +45,7 @@ def test_round_trip(tmp_path, dtype):
     assert load_logvar(tmp_path, 100) is not None
 
 
-def test_the_format_that_is_promised(tmp_path):
+def test_file_format(tmp_path):
     save_logvar(tmp_path, torch.arange(6.0))
     assert sorted(p.name for p in (tmp_path / "logvar").iterdir()) == [
         "config.json",
@@ -117,7 +117,7 @@ def test_only_a_table_is_written(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_continuous_one_travels_beside_its_table(tmp_path):
+def test_a_continuous_logvar_is_saved_with_its_table(tmp_path):
     levels = torch.linspace(9, -10, 50, dtype=torch.float64)
     network = ContinuousLogvar(levels, init=0.25)
     assert network.table().tolist() == [0.25] * 50
@@ -132,13 +132,13 @@ def test_a_continuous_one_travels_beside_its_table(tmp_path):
     assert bool(torch.isfinite(network(torch.tensor([-float("inf"), 500.0]))).all())
 
 
-def test_a_table_alone_has_no_function(tmp_path):
+def test_a_table_has_no_continuous_logvar(tmp_path):
     assert load_continuous(tmp_path, torch.zeros(3)) is None
     save_logvar(tmp_path, torch.zeros(3))
     assert load_continuous(tmp_path, torch.zeros(3)) is None
 
 
-def test_a_damaged_function_is_named(tmp_path):
+def test_a_damaged_continuous_logvar_is_named(tmp_path):
     levels = torch.linspace(1, -1, 5)
     network = ContinuousLogvar(levels)
     place = save_logvar(tmp_path, network.table(), network)

@@ -128,7 +128,7 @@ def test_logvar_goes_to_the_log_of_the_unweighted_loss():
 @pytest.mark.parametrize("options", [{"snr_gamma": 5.0}, {"l_simple_weight": 0.0, "original_elbo_weight": 1.0}])
 @pytest.mark.parametrize("v_posterior", [0.0, 0.4])
 def test_one_prediction_costs_the_same_in_eps_x0_and_v(options, v_posterior):
-    """The same guess of the clean sample, told in three ways; min-SNR and the exact bound do not care which."""
+    """The same predicted clean sample in three parameterizations; min-SNR and the exact bound are the same for all."""
     guess, x0, noise, t = batch(8, 3, 4, 4, dtype=torch.float64)
     abar = torch.tensor(NoiseSchedule(20).alphas_cumprod)[t].reshape(8, 1, 1, 1)
     root, sigma = abar.sqrt(), (1 - abar).sqrt()
@@ -381,7 +381,7 @@ def test_hybrid_is_single_precision_for_half_inputs():
     "options",
     [{}, {"learn_logvar": True}, {"loss_weighting": "p2", "original_elbo_weight": 0.3}, {"loss_type": "vlb"}],
 )
-def test_weights_of_drawn_steps_weigh_every_mean(options):
+def test_weights_of_drawn_steps_apply_to_every_mean(options):
     objective = DDPMObjective(scheduler("v_prediction"), **options)
     given = batch(6, 2, 3, 3, dtype=torch.float64)
     weights = torch.linspace(0.2, 3, 6, dtype=torch.float64)
@@ -396,7 +396,7 @@ def test_weights_of_drawn_steps_weigh_every_mean(options):
 
 @pytest.mark.parametrize("weighting", ["soft_min_snr", "p2", "debiased", "elbo", "min_snr"])
 def test_weighted_losses_are_one_function_in_all_parameterizations(weighting):
-    """One predicted clean sample, said in three ways, costs the same."""
+    """One predicted clean sample has the same loss in all parameterizations."""
     _, x0, noise, t = batch(8, 2, 3, 3, dtype=torch.float64)
     guess = x0 + 0.3 * torch.randn_like(x0)
     losses = []
@@ -405,8 +405,8 @@ def test_weighted_losses_are_one_function_in_all_parameterizations(weighting):
         abar = torch.from_numpy(owner.schedule.alphas_cumprod.copy())[t].reshape(-1, 1, 1, 1)
         xt = abar.sqrt() * x0 + (1 - abar).sqrt() * noise
         eps = (xt - abar.sqrt() * guess) / (1 - abar).sqrt()
-        said = {"epsilon": eps, "sample": guess, "v_prediction": abar.sqrt() * eps - (1 - abar).sqrt() * guess}
-        losses.append(DDPMObjective(owner, loss_weighting=weighting)(said[name], x0, noise, t).per_sample_loss)
+        outputs = {"epsilon": eps, "sample": guess, "v_prediction": abar.sqrt() * eps - (1 - abar).sqrt() * guess}
+        losses.append(DDPMObjective(owner, loss_weighting=weighting)(outputs[name], x0, noise, t).per_sample_loss)
     for other in losses[1:]:
         torch.testing.assert_close(other, losses[0], rtol=1e-9, atol=1e-12)
 
@@ -442,7 +442,7 @@ def test_perceptual_is_a_share_of_features_of_the_predicted_image():
         bad(output, x0, noise, t)
 
 
-def test_continuous_logvar_learns_what_the_table_would_say():
+def test_continuous_logvar_learns_the_values_of_the_table():
     """At the optimum of the loss both are the log of the mean distance; the function has it for unseen steps too."""
     owner = scheduler("v_prediction", num_train_timesteps=100)
     objective = DDPMObjective(owner, learn_logvar=True, logvar_kind="continuous", logvar_init=0.5)
@@ -472,7 +472,7 @@ def test_zero_terminal_snr_with_epsilon_names_the_way_out():
         DDPMObjective(scheduler(rescale_betas_zero_snr=True))
 
 
-def test_a_scheduler_without_tables_is_told_how_to_convert():
+def test_the_error_for_a_stock_scheduler_names_the_conversion():
     with pytest.raises(ValueError, match=r"DDPMExtScheduler\.from_config"):
         DDPMObjective(SimpleNamespace(config=SimpleNamespace(prediction_type="epsilon")))
 

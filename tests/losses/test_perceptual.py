@@ -1,4 +1,4 @@
-"""The perceptual distance with a small, randomly initialised backbone of transformers."""
+"""The perceptual distance with a small, randomly initialized backbone of transformers."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_images_of_another_size_are_resized(folder):
         distance(torch.zeros(2, 5, 8, 8), torch.zeros(2, 5, 8, 8))
 
 
-def test_what_is_no_backbone_is_refused(tmp_path):
+def test_invalid_backbones_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"perceptual_model=.*cannot be loaded as a vision model"):
         PerceptualDistance.from_pretrained(tmp_path)
 

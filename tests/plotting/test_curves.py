@@ -1,4 +1,4 @@
-"""Pictures: sheets whose pixels can be computed by hand, files that are whole or absent, figures that are closed."""
+"""Sheets of images with pixels computed by hand, atomic files, plots without open figures."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_a_sheet_is_about_square(shape, columns):
         (np.zeros((1, 1, 2, 2)), {"gap": -1}),
     ],
 )
-def test_what_is_no_sheet_is_refused(images, options):
+def test_invalid_arrays_are_refused(images, options):
     with pytest.raises(ValueError, match="must be"):
         image_grid(images, **options)
 
@@ -82,7 +82,7 @@ def test_a_sheet_is_saved_in_its_format(tmp_path, name):
 
 
 @pytest.mark.parametrize("width", [1, 4, 5, 99])
-def test_running_mean_is_the_mean_of_the_neighbours(width):
+def test_running_mean_is_the_mean_of_a_window(width):
     values = np.random.default_rng(0).normal(size=23)
     half = width // 2
     expected = [values[max(0, i - half) : i + half + 1].mean() for i in range(23)]
@@ -113,7 +113,7 @@ def test_odd_curves_are_drawn_too(tmp_path, values):
     assert ink(plot_losses(tmp_path / "odd.png", [Curve("training", range(len(values)), values)])) > 5000
 
 
-def test_nothing_to_draw_is_said(tmp_path):
+def test_nothing_to_draw_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="finite"):
         plot_losses(tmp_path / "none.png", [Curve("training", [1], [float("nan")]), Curve("x", [], [])])
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""Any Diffusers scheduler samples our models: as stock where stock can, else in its words, or not at all."""
+"""Any Diffusers scheduler samples our models: as in Diffusers, or with converted outputs, or with an error."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ class Said(BaseOutput):
     sample: torch.Tensor
 
 
-class Spoken(ModelMixin, ConfigMixin):
-    """One network, x0 = tanh(unet), in the words of each prediction type; counts its calls.
+class TanhNetwork(ModelMixin, ConfigMixin):
+    """One network, x0 = tanh(unet), with each prediction type as its output; counts its calls.
 
     Between two steps log sigma is interpolated, as Diffusers' schedulers do.
     """
@@ -121,7 +121,7 @@ def test_as_stock_wherever_stock_works(name, native):
             name in {"DPMSolverSDEScheduler", "EDMEulerScheduler", "PNDMScheduler"} or "Ances" in name or "KD" in name
         )
         return
-    if name == "EDMEulerScheduler":  # draws from noise levels of its own
+    if name == "EDMEulerScheduler":  # uses its own noise levels
         assert not torch.allclose(images, stock, atol=0.1)
     elif name == "DDPMScheduler":
         assert torch.allclose(images, stock, atol=1e-4)
@@ -151,35 +151,37 @@ def test_spacing_is_that_of_the_config_in_memory_and_on_disk(name, spacing, tmp_
     ("name", "calls"), [("PNDMScheduler", 59), ("HeunDiscreteScheduler", 99), ("DDIMScheduler", 50)]
 )
 def test_network_calls_are_reported(name, calls):
-    network = Spoken("v_prediction")
+    network = TanhNetwork("v_prediction")
     pipeline = swapped(ours(network, prediction_type="v_prediction", rescale_betas_zero_snr=True), name)
     pipeline(1, seeded(), 50, "latent")
     assert pipeline.num_network_calls == network.calls == calls
 
 
-# ---------------------------------------------------------------------- in their words
+# ---------------------------------------------------------------------- conversion of the output
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_one_network_in_three_words(name):
+def test_one_network_with_three_prediction_types(name):
     """eps, x0 and v are one statement: the images are the same. PNDM extrapolates what it is handed: eps differs."""
-    found = {}
+    result = {}
     for native in NATIVES:
-        pipeline = swapped(ours(Spoken(native), prediction_type=native), name)
+        pipeline = swapped(ours(TanhNetwork(native), prediction_type=native), name)
         pipeline.unet.set_table(pipeline.trained_scheduler.schedule.alphas_cumprod)
-        found[native] = pipeline(2, seeded(), 20, "latent").images
-        assert float(found[native].std()) < 1
-    assert torch.allclose(found["sample"], found["v_prediction"], atol=1e-3)
+        result[native] = pipeline(2, seeded(), 20, "latent").images
+        assert float(result[native].std()) < 1
+    assert torch.allclose(result["sample"], result["v_prediction"], atol=1e-3)
     if name != "PNDMScheduler":
-        assert torch.allclose(found["sample"], found["epsilon"], atol=1e-3)
+        assert torch.allclose(result["sample"], result["epsilon"], atol=1e-3)
 
 
 @pytest.mark.parametrize("native", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "DDPMScheduler"])
 def test_a_learned_variance_reaches_no_sampler_that_cannot_use_it(name, native):
     """Huge numbers in the second half of the channels: the images are those of a network without it."""
-    plain = swapped(ours(Spoken(native), prediction_type=native), name)
-    learned = swapped(ours(Spoken(native, twice=True), prediction_type=native, variance_type="learned_range"), name)
+    plain = swapped(ours(TanhNetwork(native), prediction_type=native), name)
+    learned = swapped(
+        ours(TanhNetwork(native, twice=True), prediction_type=native, variance_type="learned_range"), name
+    )
     for pipeline in (plain, learned):
         pipeline.unet.set_table(pipeline.trained_scheduler.schedule.alphas_cumprod)
     a, b = (pipeline(2, seeded(), 10, "latent").images for pipeline in (plain, learned))
@@ -194,12 +196,12 @@ def test_a_learned_variance_reaches_a_step_that_uses_it():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_zero_terminal_snr_arrives(name):
-    """Eight classes know nothing of it and would drop it without a word."""
+def test_zero_terminal_snr_is_passed_on(name):
+    """Eight classes know nothing of it and would drop it silently."""
     config = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
-    pipeline = swapped(ours(Spoken("v_prediction"), **config), name)
+    pipeline = swapped(ours(TanhNetwork("v_prediction"), **config), name)
     images = pipeline(2, seeded(), 20, "latent").images
-    peer = swapped(ours(Spoken("sample"), prediction_type="sample", rescale_betas_zero_snr=True), name)
+    peer = swapped(ours(TanhNetwork("sample"), prediction_type="sample", rescale_betas_zero_snr=True), name)
     assert torch.allclose(images, peer(2, seeded(), 20, "latent").images, atol=2e-3)
     sampler = adapter.adapt_scheduler(pipeline.scheduler, pipeline.trained_scheduler)
     table = getattr(sampler.scheduler, "alphas_cumprod", None)
@@ -272,7 +274,7 @@ def assert_rejected(pipeline, match):
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "EDMEulerScheduler"])
 @pytest.mark.parametrize("native", NATIVES)
 def test_other_betas(name, native):
-    pipeline = swapped(ours(Spoken(native), prediction_type=native, beta_schedule="scaled_linear"), name)
+    pipeline = swapped(ours(TanhNetwork(native), prediction_type=native, beta_schedule="scaled_linear"), name)
     assert_rejected(
         swapped(pipeline, name, beta_schedule="linear"), r"other betas than this model was trained with \(alphas_c"
     )
@@ -283,7 +285,7 @@ def test_other_betas(name, native):
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "EDMEulerScheduler"])
 def test_a_dropped_rescaling(name):
-    pipeline = ours(Spoken("v_prediction"), prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    pipeline = ours(TanhNetwork("v_prediction"), prediction_type="v_prediction", rescale_betas_zero_snr=True)
     config = dict(pipeline.scheduler.config) | {"rescale_betas_zero_snr": False}
     pipeline.scheduler = getattr(diffusers, name).from_config(config)
     assert_rejected(pipeline, "other betas")
@@ -292,7 +294,7 @@ def test_a_dropped_rescaling(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_another_prediction_type(name):
     assert_rejected(
-        swapped(ours(Spoken("v_prediction"), prediction_type="v_prediction"), name, prediction_type="epsilon"),
+        swapped(ours(TanhNetwork("v_prediction"), prediction_type="v_prediction"), name, prediction_type="epsilon"),
         "has prediction_type='epsilon', but this model predicts 'v_prediction'",
     )
 
@@ -304,14 +306,14 @@ def test_an_input_that_is_not_scaled(name, native, monkeypatch):
     unscaled = type(name, (kind,), {"scale_model_input": lambda self, sample, t: self._init_step_index(t) or sample})
     monkeypatch.setattr(diffusers, name, unscaled)
     monkeypatch.setattr(adapter, "_TRIAL_RESULTS", {})
-    assert_rejected(swapped(ours(Spoken(native), prediction_type=native), name), "cannot sample this model")
+    assert_rejected(swapped(ours(TanhNetwork(native), prediction_type=native), name), "cannot sample this model")
 
 
 @pytest.mark.parametrize("name", ["EulerAncestralDiscreteScheduler", "KDPM2DiscreteScheduler", "PNDMScheduler"])
 def test_a_missing_conversion_of_the_output_is_found(name, monkeypatch):
     monkeypatch.setattr(adapter.SchedulerAdapter, "convert_output", lambda self, output, *others: output)
     monkeypatch.setattr(adapter, "_TRIAL_RESULTS", {})
-    assert_rejected(swapped(ours(Spoken("sample"), prediction_type="sample"), name), "cannot sample this model")
+    assert_rejected(swapped(ours(TanhNetwork("sample"), prediction_type="sample"), name), "cannot sample this model")
 
 
 @pytest.mark.parametrize(
@@ -324,13 +326,14 @@ def test_a_missing_conversion_of_the_output_is_found(name, monkeypatch):
     ],
 )
 def test_samplers_of_other_models(name, match):
-    assert_rejected(swapped(ours(Spoken("epsilon")), name), match)
+    assert_rejected(swapped(ours(TanhNetwork("epsilon")), name), match)
 
 
 @pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "DEISMultistepScheduler", "UniPCMultistepScheduler"])
 def test_flow_sigmas(name):
     assert_rejected(
-        swapped(ours(Spoken("epsilon")), name, use_flow_sigmas=True), "with use_flow_sigmas=True samples flow-match"
+        swapped(ours(TanhNetwork("epsilon")), name, use_flow_sigmas=True),
+        "with use_flow_sigmas=True samples flow-match",
     )
 
 
@@ -345,7 +348,7 @@ def test_options_of_a_class_are_kept():
         assert torch.equal(pipeline(2, seeded(), 10, "latent").images, in_stock(pipeline.unet, peer, 10, seeded()))
 
 
-# ---------------------------------------------------------------------- doors
+# ---------------------------------------------------------------------- entry points
 
 
 def test_a_scheduler_handed_to_from_pretrained(tmp_path):
@@ -359,7 +362,7 @@ def test_a_scheduler_handed_to_from_pretrained(tmp_path):
         pipeline(1, seeded(), 4, "latent")
 
 
-def test_the_scheduler_that_was_given_is_not_changed():
+def test_the_scheduler_is_not_changed():
     pipeline = swapped(ours(prediction_type="sample"), "EulerAncestralDiscreteScheduler")
     given, config = pipeline.scheduler, dict(pipeline.scheduler.config)
     pipeline(1, seeded(), 4, "latent")
@@ -368,7 +371,7 @@ def test_the_scheduler_that_was_given_is_not_changed():
     assert len(given.timesteps) == 4
 
 
-def test_a_start_in_the_middle_of_the_chain_is_told(caplog):
+def test_a_start_in_the_middle_of_the_chain_warns(caplog):
     """600 steps of 1000: DPM-Solver's leading spacing starts at step 600, from noise without a trace of the image."""
     pipeline = swapped(ours(), "DPMSolverMultistepScheduler")
     with caplog.at_level(logging.WARNING):
@@ -408,20 +411,20 @@ class Wrong(Unknown):
     wrong = 0.8
 
 
-def test_a_sampler_that_nobody_knows():
+def test_an_unknown_scheduler_class():
     pipeline = ours()
     theirs = ours()
     theirs.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
     pipeline.scheduler = Unknown.from_config(pipeline.scheduler.config)
     images = pipeline(1, seeded(), 10, "latent").images
     assert torch.allclose(images, theirs(1, seeded(), 10, "latent").images, rtol=1e-2, atol=1e-2)
-    network = ours(Spoken("epsilon"))
+    network = ours(TanhNetwork("epsilon"))
     network.scheduler = Wrong.from_config(network.scheduler.config)
     assert_rejected(network, "Wrong cannot sample this model")
 
 
 def test_guidance_and_other_samplers():
-    """The network's output is guided first and said in the sampler's words then: at scale 1 nothing changes."""
+    """The network's output is guided first and then converted: at scale 1 nothing changes."""
     from diffusers import UNet2DModel
 
     unet = UNet2DModel(

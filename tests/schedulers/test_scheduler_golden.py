@@ -1,4 +1,4 @@
-"""Numbers recorded from the original classes: tables to the bit, the forward process, one step of sampling."""
+"""Numbers recorded from the original classes: bit-exact tables, the forward process, one step of sampling."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_tables_of_the_schedule(case):
 
 @pytest.mark.parametrize("case", by_id(A))
 def test_tables_after_saving(case, tmp_path):
-    """What `register_schedule` wrote into the config is the same schedule for whoever opens it."""
+    """What `register_schedule` wrote into the config is the same schedule for every reader."""
     registered(case, A_ARRAYS).save_pretrained(tmp_path)
     loaded = DDPMExtScheduler.from_pretrained(tmp_path)
     assert_tables(case, [getattr(loaded, name).numpy() for name in A["buffers"]])

@@ -96,21 +96,21 @@ def test_a_step_outside_the_chain_is_refused(t, form):
 def test_wrong_shapes_are_refused():
     ours = DDPMExtScheduler()
     x, out = draws(2, 3, 4, 4)
-    for bad, said in [
+    for bad, message in [
         ({"model_output": out[:1]}, "the same shape"),
         ({"model_output": torch.cat([out, out], 1)}, "variance_type='learned'"),
         ({"variance_noise": out[:1]}, "variance_noise must have"),
         ({"timestep": torch.tensor([1, 2, 3])}, "one step per sample"),
         ({"timestep": torch.tensor([1.0, 2.0])}, "integers"),
     ]:
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             ours.step(**({"model_output": out, "timestep": 5, "sample": x} | bad))
     with pytest.raises(ValueError, match="twice sample's channels"):
         DDPMExtScheduler(variance_type="learned").step(out, 5, x)
 
 
 @pytest.mark.parametrize(
-    ("kwargs", "said"),
+    ("kwargs", "message"),
     [
         ({"v_posterior": -0.1}, "v_posterior=-0.1"),
         ({"v_posterior": 1.5}, "v_posterior=1.5"),
@@ -131,8 +131,8 @@ def test_wrong_shapes_are_refused():
         ({"trained_betas": []}, "at least one"),
     ],
 )
-def test_constructor_refuses(kwargs, said):
-    with pytest.raises(ValueError, match=said):
+def test_constructor_refuses(kwargs, message):
+    with pytest.raises(ValueError, match=message):
         DDPMExtScheduler(**kwargs)
 
 
@@ -243,7 +243,7 @@ def test_copies_work(copied):
 
 
 def test_int_steps_read_no_tensor_back():
-    """A tensor on the meta device has no values to read: whatever tries raises."""
+    """A tensor on the meta device has no values: reading them raises."""
     ours = DDPMExtScheduler()
     ours.set_timesteps(10)
     x = torch.zeros(2, 3, 4, 4, device="meta")

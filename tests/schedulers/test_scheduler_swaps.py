@@ -1,4 +1,4 @@
-"""Configs handed from scheduler to scheduler, and to the disk and back: the betas and our keys come along."""
+"""Configs passed between scheduler classes, in memory and on disk, keep the betas and our keys."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def plain(config: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", STOCK)
 @pytest.mark.parametrize("kwargs", SCHEDULES.values(), ids=SCHEDULES)
-def test_there_and_back(name, kwargs):
-    """In memory, with every compatible class: its alphas are ours, and ours come back to the bit."""
+def test_conversion_to_another_class_and_back(name, kwargs):
+    """In memory, with every compatible class: its alphas are ours, and ours come back bit-exact."""
     ours = DDPMExtScheduler(**kwargs)
     other = getattr(diffusers, name).from_config(ours.config)
     abar = other.alphas_cumprod.double().numpy()
@@ -57,7 +57,7 @@ def test_there_and_back(name, kwargs):
 
 
 @pytest.mark.parametrize("name", STOCK)
-def test_there_and_back_over_the_disk(name, tmp_path):
+def test_conversion_to_another_class_and_back_on_disk(name, tmp_path):
     ours = DDPMExtScheduler(**SCHEDULES["sqrt"])
     ours.save_pretrained(tmp_path / "ours")
     getattr(diffusers, name).from_pretrained(tmp_path / "ours").save_pretrained(tmp_path / "other")
@@ -125,7 +125,7 @@ def test_keys_of_the_config():
         ({"beta_schedule": "laplace"}, True),
     ],
 )
-def test_betas_without_a_name_everywhere_are_carried(kwargs, carried):
+def test_betas_without_a_common_name_are_in_the_config(kwargs, carried):
     config = DDPMExtScheduler(num_train_timesteps=40, **kwargs).config
     assert config.beta_schedule == kwargs.get("beta_schedule", "linear")
     if not carried:
@@ -136,7 +136,7 @@ def test_betas_without_a_name_everywhere_are_carried(kwargs, carried):
     assert np.array(config.trained_betas).tobytes() == want.tobytes()
 
 
-def test_carried_betas_give_way_to_new_arguments():
+def test_new_arguments_replace_explicit_betas():
     """They follow from the name, so what changes the name's arguments changes them; betas of one's own stay."""
     sqrt = DDPMExtScheduler(beta_schedule="sqrt").config
     shorter = DDPMExtScheduler.from_config(sqrt, num_train_timesteps=50)
@@ -184,7 +184,7 @@ def test_trained_betas_of_any_kind_are_saved(of, tmp_path):
     assert len(stock) == 3  # stock alone would keep num_train_timesteps at 1000
 
 
-def test_zero_terminal_snr_survives_carried_betas(tmp_path):
+def test_zero_terminal_snr_survives_explicit_betas(tmp_path):
     ours = DDPMExtScheduler(beta_schedule="sqrt", rescale_betas_zero_snr=True, prediction_type="v_prediction")
     assert ours.schedule.betas[-1] == 1
     back = DDPMExtScheduler.from_config(DDIMScheduler.from_config(ours.config).config)
@@ -193,7 +193,7 @@ def test_zero_terminal_snr_survives_carried_betas(tmp_path):
     assert DDPMExtScheduler.from_pretrained(tmp_path).schedule.betas.tobytes() == ours.schedule.betas.tobytes()
 
 
-def test_register_schedule_is_saved_in_diffusers_words(tmp_path):
+def test_register_schedule_is_saved_with_diffusers_names(tmp_path):
     ours = DDPMExtScheduler(rescale_betas_zero_snr=True)
     ours.register_schedule(beta_schedule="linear", timesteps=100, linear_start=0.0015, linear_end=0.0195)
     assert ours.config.beta_schedule == "scaled_linear"
@@ -217,14 +217,14 @@ def test_unused_arguments_are_returned(tmp_path):
     assert "_use_default_values" not in scheduler.config
 
 
-def test_loaded_scheduler_swaps_rightly_too(tmp_path):
+def test_a_loaded_scheduler_is_converted_correctly(tmp_path):
     DDPMExtScheduler(**SCHEDULES["latent"]).save_pretrained(tmp_path)
     other = DDIMScheduler.from_config(DDPMExtScheduler.from_pretrained(tmp_path).config)
     assert other.config.beta_schedule == "scaled_linear"
     assert other.config.clip_sample is False
 
 
-def test_arguments_win_over_a_loaded_config(tmp_path):
+def test_arguments_override_a_loaded_config(tmp_path):
     DDPMExtScheduler(v_posterior=0.9).save_pretrained(tmp_path)
     assert DDPMExtScheduler.from_pretrained(tmp_path, v_posterior=0.1).config.variance_type == "fixed_small"
     assert DDPMExtScheduler.from_pretrained(tmp_path, v_posterior=None).config.variance_type == "fixed_large"

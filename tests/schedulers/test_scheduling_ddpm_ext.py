@@ -279,7 +279,7 @@ def test_half_precision_is_computed_in_float32(dtype, form):
 
 
 def test_mixed_precisions():
-    """A float32 network beside float64 samples, and a half one beside float32 samples."""
+    """A float32 network with float64 samples, and a half-precision one with float32 samples."""
     ours = DDPMExtScheduler()
     (x,) = draws(2, 3, count=1, dtype=F64)
     assert ours.step(x.float(), 500, x).prev_sample.dtype == F64
