@@ -138,14 +138,9 @@ def sum_over_ranks(accelerator: Accelerator, tensor: Tensor) -> Tensor:
 
 
 def gather_rows(accelerator: Accelerator, rows: Tensor) -> Tensor:
-    """Concatenate the rows of all processes in the order of their ranks. Collective call.
+    """Concatenate the rows of all processes in the order of their ranks. Collective call: every process must make it.
 
-    Args:
-        accelerator: of the run.
-        rows: (n, k), on the CPU; n may differ between processes, k and dtype may not.
-
-    Returns:
-        (N, k), the same in all processes.
+    ``rows`` is (n, k), on the CPU; only n may differ between processes. The result is (N, k) everywhere.
     """
     if accelerator.num_processes == 1:
         return rows

@@ -85,9 +85,7 @@ def train(config: TrainConfig) -> Path | None:
 def run_training(run: Run, start_time: float) -> None:
     """Do everything that remains of a run, which is before its first step or where it resumes.
 
-    Raises:
-        RunError: it cannot continue.
-        SystemExit: a signal requested the end.
+    A RunError ends it where it cannot continue; SystemExit where a signal requested the end.
     """
     setup, accelerator, progress = run.setup, run.setup.accelerator, run.progress
     if progress.step == 0:
@@ -116,7 +114,6 @@ def fit(run: Run, poller: RequestPoller) -> None:
     """Train from the run's present step, or the pending tasks of that step, to its end.
 
     Raises:
-        RunError: the run cannot continue.
         StopTraining: the end was requested; a checkpoint has been written.
     """
     setup, progress = run.setup, run.progress

@@ -142,14 +142,10 @@ class Publisher:
             self.staging = None
 
     def push_final(self) -> str:
-        """Push the complete run.
-
-        Returns:
-            What was pushed where.
+        """Push the complete run, and return what was pushed where.
 
         Raises:
-            RunError: it could not be pushed; the folder is intact, and the message names the command that completes
-                the push.
+            RunError: it could not be pushed; the message names the command that completes the push.
         """
         from diffusers_ddpm_ext.hub.push import PushOptions, check_repo_id, push
 
@@ -181,10 +177,7 @@ def _environment() -> Mapping[str, str]:
 
 
 def download_run(repo_id: str, folder: Path) -> str:
-    """Download the latest pushed state of a run into its folder, unless the folder is at the same or a later step.
-
-    Returns:
-        A sentence on what was done.
+    """Download a pushed run into its folder, unless that is at the same or a later step; returns what was done.
 
     Raises:
         ConfigError: there is no checkpoint on the Hub, or it cannot be downloaded.

@@ -87,13 +87,9 @@ def _fail(setup: Setup, line: str, alternative: str = "") -> NoReturn:
 
 
 def roll_back(setup: Setup, folder: Path, step: int) -> int:
-    """Load weights, optimizer and average from the newest checkpoint; the learning rate stays that of the step.
+    """Load weights, optimizer and average from the newest checkpoint, and return its step.
 
-    Returns:
-        The checkpoint's step.
-
-    Raises:
-        RunError: it is missing or damaged.
+    The learning rate stays that of ``step``. A missing or damaged checkpoint is a RunError.
     """
     snapshot = None
     with fail_together(setup.accelerator):

@@ -96,9 +96,8 @@ class Preview:
     def sample(self, denoiser: UNet2DModel, scheduler: DDPMExtScheduler) -> tuple[Tensor, Tensor]:
         """Sample the images of a grid.
 
-        Returns:
-            Samples (N, C, H, W), and the denoising of the first ones (rows, columns, C, H, W), x_T first; data units,
-            on the CPU.
+        Returns samples (N, C, H, W), and the denoising of the first ones (rows, columns, C, H, W), x_T first; in data
+        units, on the CPU.
         """
         pipeline = DDPMExtPipeline(denoiser, DDPMExtScheduler.from_config(scheduler.config), **self.pipeline_kwargs)
         pipeline.set_progress_bar_config(disable=True)
@@ -138,14 +137,8 @@ def column_interval(steps: int) -> int:
 def diffusion_rows(x0: Tensor, scheduler: DDPMExtScheduler, seed: int, log_every_t: int | None = None) -> Tensor:
     """Noise images to the steps 0, n, 2 n, ... and T - 1, with new noise each time (CompVis' ``diffusion_row``).
 
-    Args:
-        x0: images (N, C, H, W), data units.
-        scheduler: the chain of T steps.
-        seed: of the run.
-        log_every_t: n; None gives about ten columns.
-
-    Returns:
-        (N, columns, C, H, W), data units.
+    ``x0`` is (N, C, H, W), the result (N, columns, C, H, W), both in data units. ``log_every_t`` is n; None gives
+    about ten columns.
     """
     chain = int(scheduler.config.num_train_timesteps)
     interval = log_every_t or column_interval(chain)

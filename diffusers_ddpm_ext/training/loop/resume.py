@@ -115,14 +115,9 @@ def resume(setup: Setup, folder: Path) -> RunProgress | None:
 
 
 def find_checkpoint(folder: Path, requested: str) -> Checkpoint | None:
-    """Find the requested checkpoint. Damaged ones are reported and set aside, leftovers of a killed run deleted.
+    """Find the requested checkpoint, ``latest``, ``auto``, ``best`` or a path; None for ``auto`` without one.
 
-    Args:
-        folder: of the run, locked.
-        requested: ``latest``, ``auto``, ``best`` or a path.
-
-    Returns:
-        An intact checkpoint; None for ``auto`` where there is none.
+    Damaged ones are reported and set aside, leftovers of a killed run deleted.
 
     Raises:
         ConfigError: there is none.

@@ -101,16 +101,9 @@ def forward_backward(setup: Setup, step: int, micro: int, batch: Batch) -> Micro
 
 
 def draw_timesteps(setup: Setup, step: int, positions: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Timesteps of a micro-batch from the run's sampler.
+    """Timesteps (B,) of a micro-batch by the run's sampler, and their weights (B,); None where all weights are 1.
 
-    Args:
-        setup: of the run.
-        step: optimizer steps done.
-        positions: of the samples in the effective batch.
-        uniform: timesteps that were drawn uniformly together with the noise.
-
-    Returns:
-        Timesteps (B,), and their weights (B,); None where all weights are 1.
+    ``uniform`` are the timesteps that were drawn uniformly together with the noise.
     """
     sampler = setup.parts.sampler
     if sampler is None or (sampler.probabilities() is None and not sampler.stratified):
@@ -147,8 +140,7 @@ def seed_dropout(accelerator: Accelerator, seed: int, step: int, micro: int) -> 
 def clip(setup: Setup) -> Tensor:
     """Clip the gradients of network and log-variances separately: neither must shrink the other's steps.
 
-    Returns:
-        The norms of the gradients of the network's parameters before clipping, (n,), on its device.
+    Returns the norms of the gradients of the network's parameters before clipping, (n,), on its device.
     """
     setup.accelerator.unscale_gradients()
     max_norm = setup.config.optim.max_grad_norm

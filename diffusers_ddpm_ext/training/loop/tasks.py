@@ -23,12 +23,7 @@ FINAL_TASKS = (Task.MODEL, Task.VALIDATION, Task.END)
 
 
 class StopTraining(Exception):
-    """The run ends before its last step and can be resumed.
-
-    Args:
-        signal: number of the signal that requested it; 0 where the time limit did.
-        checkpoint_written: whether its checkpoint could be written.
-    """
+    """The run ends before its last step and can be resumed; ``signal`` is 0 where the time limit requested it."""
 
     def __init__(self, signal: int, checkpoint_written: bool) -> None:
         super().__init__(signal, checkpoint_written)
@@ -89,11 +84,7 @@ def run_pending_tasks(run: Run, poller: RequestPoller) -> None:
 
 
 def run_task(task: Task, run: Run) -> bool:
-    """Do one task. Collective call: every process must make it.
-
-    Returns:
-        Whether it is complete; False where a signal interrupted it.
-    """
+    """Do one task; False where a signal interrupted it. Collective call: every process must make it."""
     match task:
         case Task.VALIDATION:
             return validate(run)
@@ -110,11 +101,7 @@ def run_task(task: Task, run: Run) -> bool:
 
 
 def validate(run: Run) -> bool:
-    """Evaluate raw and EMA weights on the same draws, and update the monitor.
-
-    Returns:
-        Whether it is complete; False where a signal interrupted it, and the metrics are meaningless.
-    """
+    """Evaluate raw and EMA weights on the same draws, and update the monitor; False where a signal interrupted it."""
     setup, progress = run.setup, run.progress
     values = validation_metrics(setup, run.processes)
     if any_rank(setup.accelerator, bool(run.signals.stopped_by)):
@@ -160,10 +147,9 @@ def save_model(run: Run) -> None:
 
 
 def draw_and_log(run: Run, draw: Callable[[Run], None], names: tuple[str, ...]) -> bool:
-    """Draw images, and log those of the given names to the trackers; a full disk is a warning.
+    """Draw images, and log those of the given names to the trackers; False where a signal interrupted it.
 
-    Returns:
-        Whether it is complete; False where a signal interrupted it.
+    A full disk is a warning.
     """
     try:
         draw(run)
