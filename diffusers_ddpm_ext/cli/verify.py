@@ -62,9 +62,9 @@ def verify_command(argv: Sequence[str]) -> str:
         ConfigError: an option is wrong, the repository cannot be reached, or it has no proof.
         RunError: something is wrong; a sentence for each finding.
     """
+    options = parse_verify_args(argv)  # before the imports, so that --help loads no numpy
     from diffusers_ddpm_ext.hub.proof import PROOF_NAME, differences_from_proof, read_proof
 
-    options = parse_verify_args(argv)
     device = select_device(options.device)
     with _local_copy(options) as (folder, findings):
         try:

@@ -270,7 +270,7 @@ def test_what_the_folder_has_no_more_goes(call, hub, folder):
         (["missing/folder/too"], "does not exist"),
         (["digits", "--hub_model_id", "a/b/c"], "--hub_model_id 'a/b/c'"),
         (["digits", "--timeout", "0"], "--timeout must be above 0"),
-        (["digits", "--with_checkpoint"], "no checkpoint"),
+        (["digits", "--with_checkpoint"], "no intact checkpoint"),
     ],
 )
 def test_bad_input(call, folder, argv, told, hub):
