@@ -208,7 +208,7 @@ def _check_disk() -> Iterator[Finding]:
 def _check_login() -> Iterator[Finding]:
     from huggingface_hub import HfApi, get_token
 
-    from diffusers_ddpm_ext.hub.upload import HubTarget, describe_error, hub_timeout
+    from diffusers_ddpm_ext.hub.upload import describe_error, hub_timeout
 
     if get_token() is None:
         yield Finding(Mark.FINE, "not logged in: `hf auth login` before --push_to_hub")
@@ -217,7 +217,7 @@ def _check_login() -> Iterator[Finding]:
         with hub_timeout(LOGIN_TIMEOUT):
             who = HfApi().whoami()
     except Exception as error:  # of the client or the transport
-        yield Finding(Mark.ADVICE, f"logged in, but {describe_error(error, HubTarget('the Hub'))}")
+        yield Finding(Mark.ADVICE, f"logged in, but {describe_error(error, 'the Hub')}")
         return
     role = (who.get("auth") or {}).get("accessToken", {}).get("role")
     yield Finding(Mark.FINE, f"logged in as {who['name']}" + (f" (token: {role})" if role else ""))

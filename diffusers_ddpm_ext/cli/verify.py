@@ -14,7 +14,7 @@ from diffusers_ddpm_ext.cli.arguments import check_pipeline_source
 from diffusers_ddpm_ext.cli.parser import parse_options
 from diffusers_ddpm_ext.errors import ConfigError, RunError
 from diffusers_ddpm_ext.hub.push import check_repo_id
-from diffusers_ddpm_ext.hub.upload import HUB_TIMEOUT, HubTarget, describe_error, hub_timeout, last_pushed_commit
+from diffusers_ddpm_ext.hub.upload import HUB_TIMEOUT, describe_error, hub_timeout, last_pushed_commit
 from diffusers_ddpm_ext.pipelines.loading import load_pipeline, select_device
 from diffusers_ddpm_ext.utils.option import option, positional
 
@@ -124,8 +124,8 @@ def _local_copy(options: VerifyOptions) -> Iterator[tuple[Path, list[str]]]:
         try:
             findings = _download(options, Path(name))
         except Exception as error:  # of the client or the transport
-            target = HubTarget(options.source, token=options.hub_token)
-            raise ConfigError(f"cannot load {options.source}: {describe_error(error, target)}") from None
+            reason = describe_error(error, options.source, options.hub_token)
+            raise ConfigError(f"cannot load {options.source}: {reason}") from None
         yield Path(name), findings
 
 

@@ -1,11 +1,12 @@
-"""The model card of a folder: what was trained on what, how well, how it looks, and how to load it.
+"""Model card of a folder: its data, training, metrics and figures, and how to load it.
 
-It is made from what the folder says itself; what is not there is left out. Imports neither torch nor Diffusers.
+It is written from the files of the folder; what they lack is left out. Imports neither torch nor Diffusers.
 """
 
 from __future__ import annotations
 
 import platform
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,8 @@ CARD_NAME = "README.md"
 CARD_MARKER = "<!-- made by ddpm-ext: without this line, your own text is kept -->"
 CARD_TASK = "unconditional-image-generation"
 CARD_PACKAGES = (
-    "diffusers-ddpm-ext",
-    "torch",
-    "diffusers",
-    "accelerate",
-    "transformers",
-    "datasets",
-    "huggingface_hub",
-)
+    "diffusers-ddpm-ext", "torch", "diffusers", "accelerate", "transformers", "datasets", "huggingface_hub",
+)  # fmt: skip
 CARD_FIGURES = (
     ("samples/loss.png", "Training and validation loss over optimizer steps."),
     ("samples/logvar.png", "The learned log-variance of each step, against the log of the loss measured there."),
@@ -37,36 +32,31 @@ CARD_FIGURES = (
 
 
 def may_replace_card(folder: Path) -> bool:
-    """Whether the card of a folder may be made anew: there is none, or it is one of these."""
+    """Whether a folder has no card, or one written by this package."""
     path = folder / CARD_NAME
     return not path.is_file() or CARD_MARKER in path.read_text(encoding="utf-8")
 
 
 def environment_versions() -> dict[str, Any]:
-    """Versions, Python and processor of this process."""
-    found = {}
+    """Versions of the packages and of Python, and the processor's architecture."""
+    packages = {}
     for name in CARD_PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return {"packages": found, "python": platform.python_version(), "machine": platform.machine()}
+        with suppress(PackageNotFoundError):
+            packages[name] = version(name)
+    return {"packages": packages, "python": platform.python_version(), "machine": platform.machine()}
 
 
 def make_card(folder: Path, repo_id: str, license_name: str | None = None) -> str:
-    """The text of the card.
+    """The text of the README.md, metadata first.
 
     Args:
-        folder: of the pipeline; pictures that it holds are shown.
-        repo_id: under which readers will load it.
-        license_name: of the weights, as the Hub names licences.
-
-    Returns:
-        The complete README.md, metadata first.
+        folder: of the pipeline; its figures are included.
+        repo_id: id of the repository.
+        license_name: of the weights, as the Hub names licenses.
     """
     from huggingface_hub import EvalResult, ModelCardData
 
-    facts = _Facts(folder)
+    facts = _FolderFacts(folder)
     results = []
     bound = facts.bound
     if bound:
@@ -93,8 +83,8 @@ def make_card(folder: Path, repo_id: str, license_name: str | None = None) -> st
     return f"---\n{data.to_yaml()}\n---\n\n{CARD_MARKER}\n{_body(folder, repo_id, facts)}"
 
 
-class _Facts:
-    """What a folder says of itself."""
+class _FolderFacts:
+    """What the files of a folder tell about the model."""
 
     def __init__(self, folder: Path) -> None:
         self.index = read_json(folder / "model_index.json")
@@ -110,7 +100,7 @@ class _Facts:
 
     @property
     def dataset(self) -> str | None:
-        """The data set's id on the Hub."""
+        """The data set's id on the Hub, if it has one."""
         for line in self.config.splitlines():
             key, _, value = line.strip().partition(": ")
             if key == "dataset_name" and value not in ("null", "") and not value.startswith((".", "/", "~")):
@@ -119,9 +109,8 @@ class _Facts:
 
     @property
     def dataset_name(self) -> str:
-        """Of the images, for a reader."""
-        known: str = self.dataset or self.environment.get("data", {}).get("name") or "images of its own"
-        return known
+        """The data set's name for a reader."""
+        return str(self.dataset or self.environment.get("data", {}).get("name") or "images of its own")
 
     @property
     def size(self) -> str:
@@ -140,8 +129,8 @@ class _Facts:
         return stock and self.index.get("unet", ["", ""])[1] == "UNet2DModel"
 
 
-def _body(folder: Path, repo_id: str, facts: _Facts) -> str:
-    parts = [f"# {repo_id.split('/')[-1]}", _what(facts)]
+def _body(folder: Path, repo_id: str, facts: _FolderFacts) -> str:
+    parts = [f"# {repo_id.split('/')[-1]}", _summary(facts)]
     if (folder / CARD_GRID).is_file():
         parts.append(
             f"![images drawn from this model]({CARD_GRID})\n\nDrawn with seed 0; "
@@ -149,17 +138,17 @@ def _body(folder: Path, repo_id: str, facts: _Facts) -> str:
         )
     elif (folder / "samples.png").is_file():
         parts.append("![images drawn from this model](samples.png)")
-    parts += [_snippets(repo_id, facts), _numbers(facts)]
-    shown = [f"![{text}]({name})\n\n{text}" for name, text in CARD_FIGURES if (folder / name).is_file()]
-    if shown:
-        parts.append("## Curves\n\n" + "\n\n".join(shown))
-    parts += [_training(facts), LIMITS]
+    parts += [_snippets(repo_id, facts), _metrics(facts)]
+    figures = [f"![{text}]({name})\n\n{text}" for name, text in CARD_FIGURES if (folder / name).is_file()]
+    if figures:
+        parts.append("## Curves\n\n" + "\n\n".join(figures))
+    parts += [_training(facts), CARD_LIMITS]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _what(facts: _Facts) -> str:
-    kind = {"epsilon": "the noise", "sample": "the clean image", "v_prediction": "the velocity v"}
-    predicts = kind.get(facts.scheduler.get("prediction_type", "epsilon"), "?")
+def _summary(facts: _FolderFacts) -> str:
+    targets = {"epsilon": "the noise", "sample": "the clean image", "v_prediction": "the velocity v"}
+    predicts = targets.get(facts.scheduler.get("prediction_type", "epsilon"), "?")
     steps = facts.scheduler.get("num_train_timesteps", 1000)
     key = facts.index.get("conditioning_key")
     conditioned = f" It is conditioned ({key})." if key else ""
@@ -169,7 +158,7 @@ def _what(facts: _Facts) -> str:
     )
 
 
-def _snippets(repo_id: str, facts: _Facts) -> str:
+def _snippets(repo_id: str, facts: _FolderFacts) -> str:
     ours = (
         "## Load it\n\n```python\nimport torch\nfrom diffusers_ddpm_ext import DDPMExtPipeline\n\n"
         f'pipe = DDPMExtPipeline.from_pretrained("{repo_id}")\n'
@@ -195,25 +184,25 @@ def _snippets(repo_id: str, facts: _Facts) -> str:
 
 
 def bound_label(bound: dict[str, Any]) -> str:
-    """What a number of bits per dimension is of: without its chain and its bins it can be compared with nothing.
+    """The name of a number of bits per dimension, with its chain and bins: only equal ones can be compared.
 
     Args:
-        bound: what `ddpm-ext evaluate` has written.
+        bound: the JSON of `ddpm-ext evaluate`.
     """
-    of = []
-    kept = bound.get("chain_timesteps") or [0]
+    details = []
+    last = min(bound.get("chain_timesteps") or [0])
     if "chain" in bound:
-        of.append(f"chain of {bound['chain']:,} steps{f' down to t = {min(kept)}' if min(kept) else ''}")
+        details.append(f"chain of {bound['chain']:,} steps{f' down to t = {last}' if last else ''}")
     if bound.get("decoder_kind") == "continuous":
-        of.append("density")
+        details.append("density")
     elif "bin_width" in bound:
-        of.append(f"bins of {bound['bin_width']:.4g}")
+        details.append(f"bins of {bound['bin_width']:.4g}")
     if bound.get("decoder_kind") == "improved_diffusion":
-        of.append("improved-diffusion's decoder")
-    return f"bits per dimension ({', '.join(of)})" if of else "bits per dimension"
+        details.append("improved-diffusion's decoder")
+    return f"bits per dimension ({', '.join(details)})" if details else "bits per dimension"
 
 
-def _numbers(facts: _Facts) -> str:
+def _metrics(facts: _FolderFacts) -> str:
     rows = []
     if facts.bound:
         low, high = facts.bound["low"], facts.bound["high"]
@@ -233,7 +222,7 @@ def _numbers(facts: _Facts) -> str:
     return "## Numbers\n\n| | |\n|---|---|\n" + "\n".join(rows) if rows else ""
 
 
-def _training(facts: _Facts) -> str:
+def _training(facts: _FolderFacts) -> str:
     parts = []
     data = facts.environment.get("data", {})
     if data:
@@ -241,11 +230,11 @@ def _training(facts: _Facts) -> str:
             f"Data: {data['name']}, {data['train']:,} images for training and {data['validation']:,} held out; "
             f"fingerprint of names and pixels, sha256 `{data['fingerprint']}`."
         )
-    known = facts.environment or environment_versions()
-    versions = ", ".join(f"{name} {number}" for name, number in known.get("packages", {}).items())
-    made = "Trained" if facts.environment else "This card was made"
-    where = f" on {known['device']}" if known.get("device") else ""
-    parts.append(f"{made}{where} with Python {known['python']}, {versions}.")
+    environment = facts.environment or environment_versions()
+    versions = ", ".join(f"{name} {number}" for name, number in environment.get("packages", {}).items())
+    action = "Trained" if facts.environment else "This card was made"
+    device = f" on {environment['device']}" if environment.get("device") else ""
+    parts.append(f"{action}{device} with Python {environment['python']}, {versions}.")
     if facts.config:
         parts.append(
             "<details><summary>Every option of the run: <code>ddpm-ext train --config config.yaml</code> repeats it"
@@ -254,8 +243,8 @@ def _training(facts: _Facts) -> str:
     return "## Training\n\n" + "\n\n".join(parts)
 
 
-LIMITS = """## Limits
+CARD_LIMITS = """## Limits
 
 It draws what resembles its training images, with their biases and without knowledge of anything else, and may repeat
-some of them. It was not checked for any use beyond research and study. The licence of the training images binds what
+some of them. It was not checked for any use beyond research and study. The license of the training images binds what
 may be done with the weights."""

@@ -1,23 +1,19 @@
-"""Upload of a trained folder to the Hub, with its model card and its proof."""
+"""Push of a trained folder to the Hub, with its model card and its proof."""
 
 from __future__ import annotations
 
 import os
 import shlex
-import shutil
 import sys
 import tempfile
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import BinaryIO
 
 from diffusers_ddpm_ext.errors import ConfigError, RunError
 from diffusers_ddpm_ext.hub.upload import (
     HUB_TIMEOUT,
     HubTarget,
     PushError,
-    UploadResult,
     copy_snapshot,
     create_repo,
     list_upload_files,
@@ -25,7 +21,7 @@ from diffusers_ddpm_ext.hub.upload import (
     redact_tokens,
     upload,
 )
-from diffusers_ddpm_ext.utils.files import write_text_atomically
+from diffusers_ddpm_ext.utils.files import write_atomically, write_text_atomically
 from diffusers_ddpm_ext.utils.option import option, positional
 
 
@@ -55,8 +51,8 @@ class PushOptions:
         return self.hub_model_id or self.folder.resolve().name
 
     @property
-    def line(self) -> str:
-        """The command line that does this, without any token."""
+    def command(self) -> str:
+        """The command line of this push, without tokens."""
         parts = ["ddpm-ext", "push", str(self.folder), "--hub_model_id", self.repo_id]
         parts += ["--hub_private_repo"] * self.hub_private_repo + ["--with_checkpoint"] * self.with_checkpoint
         parts += ["--license", self.license] if self.license else []
@@ -64,10 +60,10 @@ class PushOptions:
 
 
 def check_repo_id(name: str, option: str = "--hub_model_id") -> str:
-    """A repository's name, as the Hub allows it.
+    """A repository's name, if the Hub allows it.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: the Hub does not allow it.
     """
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils._validators import validate_repo_id
@@ -76,24 +72,24 @@ def check_repo_id(name: str, option: str = "--hub_model_id") -> str:
         validate_repo_id(name)
     except HFValidationError:
         raise ConfigError(
-            f"{option} {name!r} is no name of a repository: letters, digits and . _ - in `name` or `user/name`"
+            f"{option} {name!r} is not the name of a repository: letters, digits and . _ - in `name` or `user/name`"
         ) from None
     return name
 
 
 def push(options: PushOptions, checkpoint: Path | None = None) -> str:
-    """Make card and proof, upload, and compare.
+    """Write card and proof, upload the folder, and compare the commit with it.
 
     Args:
-        options: what was asked for.
-        checkpoint: the folder of the checkpoint to upload with the pipeline; None: only the pipeline.
+        options: of the push.
+        checkpoint: folder of the checkpoint to upload with the pipeline; None for the pipeline alone.
 
     Returns:
-        One line that says what is where.
+        One line that names the repository.
 
     Raises:
-        ConfigError: the pipeline cannot be opened.
-        RunError: the upload did not succeed; its sentence holds the line that finishes it.
+        ConfigError: the pipeline cannot be loaded.
+        RunError: the upload failed; the message has the command that completes it.
     """
     if options.hub_token is not None:
         os.environ["HF_TOKEN"] = options.hub_token
@@ -102,76 +98,68 @@ def push(options: PushOptions, checkpoint: Path | None = None) -> str:
         with tempfile.TemporaryDirectory(prefix=".pushing-", dir=options.folder) as name:
             place = Path(name)
             copy_snapshot(list_upload_files(options.folder, checkpoint), place)
-            target = replace(target, repo_id=create_repo(target, _tell))
-            _complete(options, place, target.repo_id)
-            pushed = upload(place, target, options.commit_message, _tell)
-            _take_back(options.folder, place)
-        record_push(options.folder, pushed)
-    except PushError as error:
-        raise RunError(f"{error}. {options.folder} is as it was; to finish: {options.line}") from None
-    except OSError as error:
-        why = redact_tokens(str(error), options.hub_token)
-        raise RunError(f"{why}. {options.folder} is as it was; to finish: {options.line}") from None
-    return _told(pushed)
-
-
-def _told(pushed: UploadResult) -> str:
+            target = replace(target, repo_id=create_repo(target, _warn))
+            _add_card_and_proof(place, target.repo_id, options.license, not options.no_images)
+            result = upload(place, target, options.commit_message, _warn)
+            _copy_card_and_proof(place, options.folder)
+        record_push(options.folder, result)
+    except (PushError, OSError) as error:
+        reason = redact_tokens(str(error), options.hub_token)
+        raise RunError(f"{reason}. {options.folder} is as it was; to finish: {options.command}") from None
     return (
-        f"{pushed.files} files are in {pushed.url} (commit {pushed.commit[:12]}), each compared with the folder's; "
-        f"to check them at any time: ddpm-ext verify {pushed.repo_id}"
+        f"{result.files} files are in {result.url} (commit {result.commit[:12]}), each compared with the folder's; "
+        f"to check them at any time: ddpm-ext verify {result.repo_id}"
     )
 
 
-def _tell(text: str) -> None:
+def _warn(text: str) -> None:
     sys.stderr.write(f"warning: {text}\n")
 
 
-def _complete(options: PushOptions, place: Path, repo_id: str) -> None:
-    """Add the card and the proof to what goes to the Hub."""
+def _add_card_and_proof(place: Path, repo_id: str, license_name: str | None, draw: bool) -> None:
+    """Write the card and the proof into the folder to upload; never through its links to the run's files."""
     from diffusers_ddpm_ext.hub.card import CARD_NAME, make_card, may_replace_card
     from diffusers_ddpm_ext.hub.proof import CARD_GRID, CARD_IMAGES, write_proof
 
     for name in (CARD_IMAGES, CARD_GRID):
         (place / name).unlink(missing_ok=True)
-    drawn = None if options.no_images else _draw(place)
+    settings = _draw_card(place) if draw else None
     if may_replace_card(place):
-        text = make_card(place, repo_id, options.license)
-        write_text_atomically(place / CARD_NAME, text)  # never through a link to the folder's own file
-    write_proof(place, drawn)
+        write_text_atomically(place / CARD_NAME, make_card(place, repo_id, license_name))
+    write_proof(place, settings)
 
 
-def _draw(place: Path) -> dict[str, object] | None:
+def _draw_card(place: Path) -> dict[str, object] | None:
     import numpy as np
 
     from diffusers_ddpm_ext.hub.proof import CARD_GRID, CARD_IMAGES, card_draw_settings, draw_card_images
     from diffusers_ddpm_ext.pipelines.loading import load_pipeline, select_device
     from diffusers_ddpm_ext.plotting.sheets import save_grid
-    from diffusers_ddpm_ext.utils.files import write_atomically
 
     pipeline = load_pipeline(str(place), None, select_device("cpu"), "float32")
-    drawn = card_draw_settings(pipeline)
-    if drawn is None:
+    settings = card_draw_settings(pipeline)
+    if settings is None:
         return None
-    images = draw_card_images(pipeline, drawn)
+    images = draw_card_images(pipeline, settings)
     write_atomically(place / CARD_IMAGES, lambda file: np.savez_compressed(file, images=images))
     save_grid(images.transpose(0, 3, 1, 2) / 127.5 - 1, place / CARD_GRID)
-    return drawn
+    return settings
 
 
-def _copy(source: Path, file: BinaryIO) -> None:
-    file.write(source.read_bytes())
-
-
-def _take_back(folder: Path, place: Path) -> None:
-    """Keep card and proof in the folder, too."""
+def _copy_card_and_proof(place: Path, folder: Path) -> None:
+    """Copy the uploaded card and proof into the folder, and delete older images of a card without any."""
     from diffusers_ddpm_ext.hub.card import CARD_NAME
     from diffusers_ddpm_ext.hub.proof import CARD_GRID, CARD_IMAGES, PROOF_NAME
-    from diffusers_ddpm_ext.utils.files import write_atomically
 
     for name in (CARD_NAME, PROOF_NAME, CARD_IMAGES, CARD_GRID):
         if (place / name).is_file():
-            write_atomically(folder / name, partial(_copy, place / name))
+            _copy_atomically(place / name, folder / name)
         elif name != CARD_NAME:
             (folder / name).unlink(missing_ok=True)
     if (folder / "card").is_dir() and not any((folder / "card").iterdir()):
-        shutil.rmtree(folder / "card")
+        (folder / "card").rmdir()
+
+
+def _copy_atomically(source: Path, target: Path) -> None:
+    content = source.read_bytes()
+    write_atomically(target, lambda file: file.write(content))

@@ -1,11 +1,10 @@
-"""A folder goes to the Hub: which of its files, how often it is tried, and whether what arrived is what was sent.
+"""Upload of a folder to the Hub: which files, in how many attempts, and the comparison of the commit with the folder.
 
-Nothing here imports torch, so that an upload beside a training costs it little.
+Nothing here imports torch, so that an upload during a training costs it little.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -22,47 +21,37 @@ from diffusers_ddpm_ext.errors import RunError
 from diffusers_ddpm_ext.utils.files import read_json, write_text_atomically
 
 PUSH_RECORD = ".hub.json"
-"""What was pushed last from a folder; never goes to the Hub itself."""
+"""The last push from a folder; never uploaded."""
 APPENDED_SUFFIXES = (".jsonl",)
 IGNORE_PATTERNS = (
-    ".*",
-    "*.part",
-    "checkpoint-*",
-    "aside-*",
-    "logs",
-    "crash",
-    "samples-seed*",
-    "wandb",
-    "mlruns",
-    "runs",
-)
-"""Of the top of a run's folder: locks, halves, what a run goes on from, and trackers' files."""
+    ".*", "*.part", "checkpoint-*", "aside-*", "logs", "crash", "samples-seed*", "wandb", "mlruns", "runs",
+)  # fmt: skip
+"""At the top of a run's folder: locks, incomplete files, what the run resumes from, and trackers' files."""
 DELETE_PATTERNS = (
     "unet/*", "scheduler/*", "logvar/*", "class_embedder/*", "samples/*", "card/*", "plots/*", "evaluation/*",
     "checkpoint-*/*", "best/*",
 )  # fmt: skip
-"""What a push takes out of the repository where the folder does not have it any more."""
+"""Files that a push deletes from the repository if the folder no longer has them."""
 MAX_ATTEMPTS, HUB_TIMEOUT = 4, 60.0
 MAX_RETRY_SECONDS = 20.0
-"""Seconds after which a failed attempt is the last: some calls the client has tried five times by itself by then."""
-
+"""No attempt starts later: by then the client itself has tried some calls five times."""
 
 Result = TypeVar("Result")
 
 
 class PushError(RunError):
-    """An upload that did not succeed; the folder is as it was."""
+    """An upload that failed; the folder is unchanged."""
 
 
 @dataclass(frozen=True)
 class HubTarget:
-    """Where a folder goes.
+    """A repository on the Hub and how to reach it.
 
     Attributes:
         repo_id: ``user/name``, or a name alone for the token's own account.
-        private: whether a repository that is made new is private; None: as the account has it.
-        token: of the Hub; None: the one that ``hf auth login`` has left.
-        timeout: seconds that the Hub may stay silent.
+        private: whether a repository that is created is private; None for the account's default.
+        token: of the Hub; None for the one that ``hf auth login`` stored.
+        timeout: seconds that the Hub may take to answer.
     """
 
     repo_id: str
@@ -73,11 +62,11 @@ class HubTarget:
 
 @dataclass(frozen=True)
 class UploadResult:
-    """What an upload has made.
+    """Result of an upload.
 
     Attributes:
         repo_id: with its namespace.
-        commit: id of the commit whose files are those of the folder.
+        commit: id of the commit that has the folder's files.
         url: of the repository.
         files: number of files.
     """
@@ -93,31 +82,31 @@ def list_upload_files(folder: Path, checkpoint: Path | None = None) -> dict[str,
 
     Args:
         folder: of a pipeline or a run.
-        checkpoint: one of its checkpoints, to go along; and with it what else a run goes on from.
+        checkpoint: one of the run's checkpoints, to be included with all that the run resumes from.
 
     Returns:
         Path in the repository -> file.
     """
-    found = {}
+    files = {}
+    ignored = IGNORE_PATTERNS if checkpoint is not None else (*IGNORE_PATTERNS, "best")
     for path in sorted(folder.rglob("*")):
         inside = path.relative_to(folder)
         hidden = any(fnmatch(part, pattern) for part in inside.parts for pattern in IGNORE_PATTERNS[:2])
-        left_out = IGNORE_PATTERNS if checkpoint is not None else (*IGNORE_PATTERNS, "best")
-        if path.is_file() and not hidden and not any(fnmatch(inside.parts[0], pattern) for pattern in left_out):
-            found[inside.as_posix()] = path
+        if path.is_file() and not hidden and not any(fnmatch(inside.parts[0], pattern) for pattern in ignored):
+            files[inside.as_posix()] = path
     if checkpoint is not None:
-        found |= {f"{checkpoint.name}/{path.name}": path for path in sorted(checkpoint.iterdir()) if path.is_file()}
-    return found
+        files |= {f"{checkpoint.name}/{path.name}": path for path in sorted(checkpoint.iterdir()) if path.is_file()}
+    return files
 
 
 def copy_snapshot(files: Mapping[str, Path], place: Path) -> None:
-    """Put files into a folder of their own that a running training does not change.
+    """Copy files into a folder that a running training does not change.
 
-    Whatever a run replaces whole is linked; what it appends to is copied.
+    Files that a run replaces are linked; those that it appends to are copied.
 
     Args:
         files: from `list_upload_files`.
-        place: an empty folder, best on the same disk.
+        place: an empty folder, preferably on the same disk.
 
     Raises:
         OSError: the disk is full.
@@ -134,27 +123,12 @@ def copy_snapshot(files: Mapping[str, Path], place: Path) -> None:
         shutil.copyfile(file, target)
 
 
-def sha256_of_file(path: Path) -> str:
-    """sha256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def git_blob_id(path: Path) -> str:
-    """The id that git, and the Hub, give a small file."""
-    digest = hashlib.sha1(f"blob {path.stat().st_size}\0".encode())
-    with path.open("rb") as file:
-        for part in iter(lambda: file.read(1 << 20), b""):
-            digest.update(part)
-    return digest.hexdigest()
-
-
-def create_repo(target: HubTarget, say: Callable[[str], None] = lambda text: None) -> str:
-    """Make the repository, if it is not there.
+def create_repo(target: HubTarget, warn: Callable[[str], None]) -> str:
+    """Create the repository if it does not exist.
 
     Args:
-        target: where a folder is to go.
-        say: takes a sentence for the user when something is tried again.
+        target: the repository.
+        warn: called with a sentence for each further attempt.
 
     Returns:
         Its id, with the namespace.
@@ -164,52 +138,49 @@ def create_repo(target: HubTarget, say: Callable[[str], None] = lambda text: Non
     """
     from huggingface_hub import HfApi
 
-    def make() -> str:
+    def create() -> str:
         url = HfApi(token=target.token).create_repo(target.repo_id, private=target.private, exist_ok=True)
         return str(url.repo_id)
 
-    return _persist(make, target, say)
+    return _with_retries(create, target, warn)
 
 
-def upload(
-    place: Path, target: HubTarget, message: str, say: Callable[[str], None] = lambda text: None
-) -> UploadResult:
-    """Bring a folder into one commit, and compare what the Hub then has with it.
+def upload(place: Path, target: HubTarget, message: str, warn: Callable[[str], None]) -> UploadResult:
+    """Upload a folder as one commit, and compare the commit's files with the folder's.
 
-    The same call again finishes what an earlier one has begun, and does nothing where nothing is left to be done.
+    The same call completes an interrupted upload, and changes nothing when everything is uploaded.
 
     Args:
-        place: all its files go, as they are.
-        target: a repository that is there, by its whole id.
+        place: all its files are uploaded.
+        target: an existing repository, with its namespace.
         message: of the commit.
-        say: takes a sentence for the user when something is tried again.
+        warn: called with a sentence for each further attempt.
 
     Returns:
-        The commit, whose files have been compared.
+        The commit.
 
     Raises:
-        PushError: it did not succeed, with the reason in one sentence, free of tokens.
+        PushError: it failed; the message is one sentence without tokens.
     """
-    return _persist(lambda: _upload_once(place, target, message), target, say)
+    return _with_retries(lambda: _upload_once(place, target, message), target, warn)
 
 
-def _persist(act: Callable[[], Result], target: HubTarget, say: Callable[[str], None]) -> Result:
-    """Try, and try again where it may pass."""
-    began = time.monotonic()
+def _with_retries(action: Callable[[], Result], target: HubTarget, warn: Callable[[str], None]) -> Result:
+    start = time.monotonic()
     with hub_timeout(target.timeout):
         for attempt in range(MAX_ATTEMPTS):
             try:
-                return act()
+                return action()
             except PushError:
                 raise
-            except Exception as error:  # the client's own, the transport's, the system's: a run survives them all
-                why = describe_error(error, target)
-                last = attempt == MAX_ATTEMPTS - 1 or time.monotonic() - began > MAX_RETRY_SECONDS
+            except Exception as error:  # of the client, the transport or the system: a run survives them all
+                reason = describe_error(error, target.repo_id, target.token)
+                last = attempt == MAX_ATTEMPTS - 1 or time.monotonic() - start > MAX_RETRY_SECONDS
                 if last or not _may_pass(error):
-                    raise PushError(why) from None
+                    raise PushError(reason) from None
                 if _is_about_xet(error):
-                    _without_xet()
-                say(f"{why}; trying again")
+                    _disable_xet()
+                warn(f"{reason}; trying again")
                 time.sleep(min(2**attempt, 8))
     raise AssertionError("unreachable")
 
@@ -221,60 +192,35 @@ def _upload_once(place: Path, target: HubTarget, message: str) -> UploadResult:
     commit = api.upload_folder(
         repo_id=repo_id, folder_path=place, commit_message=message, delete_patterns=list(DELETE_PATTERNS)
     )
-    names = [path.relative_to(place).as_posix() for path in place.rglob("*") if path.is_file()]
-    differing = differing_files(api, repo_id, commit.oid, {name: place / name for name in names})
+    differing = differing_files(api, repo_id, commit.oid, place)
     if differing:
         raise PushError(f"commit {commit.oid[:12]} of {repo_id} differs from the folder in {differing[0]}")
-    return UploadResult(repo_id, commit.oid, f"{constants.ENDPOINT}/{repo_id}", len(names))
+    files = sum(path.is_file() for path in place.rglob("*"))
+    return UploadResult(repo_id, commit.oid, f"{constants.ENDPOINT}/{repo_id}", files)
 
 
-def differing_files(api: Any, repo_id: str, commit: str, files: Mapping[str, Path]) -> list[str]:
-    """Files that are not in a commit as they are here, by what the Hub reports of them.
-
-    Large files are compared by their sha256, small ones by their git id; none is loaded again, but for small ones of
-    a Hub that does not say git ids.
+def differing_files(api: Any, repo_id: str, commit: str, folder: Path) -> list[str]:
+    """Files of a folder that are missing in a commit or differ there, by the Hub's checksums.
 
     Args:
         api: of huggingface_hub.
         repo_id: of the repository.
         commit: its id.
-        files: path in the repository -> file here.
+        folder: the uploaded folder; the commit may have more files.
 
     Returns:
         Their paths.
     """
-    there = {entry.path: entry for entry in api.list_repo_tree(repo_id, recursive=True, revision=commit)}
-    differing = []
-    for name, path in files.items():
-        entry = there.get(name)
-        if entry is None or getattr(entry, "size", -1) != path.stat().st_size:
-            differing.append(name)
-        elif entry.lfs is not None:
-            if entry.lfs.sha256 != sha256_of_file(path):
-                differing.append(name)
-        elif entry.blob_id != git_blob_id(path) and not _same_bytes(api, repo_id, commit, name, path):
-            differing.append(name)
-    return differing
+    result = api.verify_repo_checksums(repo_id, revision=commit, local_dir=folder)
+    return sorted([*(mismatch["path"] for mismatch in result.mismatches), *result.extra_paths])
 
 
-def _same_bytes(api: Any, repo_id: str, commit: str, name: str, path: Path) -> bool:
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as place:
-        loaded = api.hf_hub_download(repo_id, name, revision=commit, local_dir=place)
-        return Path(loaded).read_bytes() == path.read_bytes()
-
-
-# ---------------------------------------------------------------------- what goes wrong
+# ---------------------------------------------------------------------- errors
 
 
 @contextmanager
 def hub_timeout(seconds: float) -> Iterator[None]:
-    """Let the client give up on a Hub that says nothing for so long; by itself it would wait for ever.
-
-    Args:
-        seconds: of silence.
-    """
+    """Limit how long the client waits for an answer; by default it waits forever."""
     from huggingface_hub import set_client_factory
     from huggingface_hub.utils import _http
 
@@ -290,7 +236,7 @@ def hub_timeout(seconds: float) -> Iterator[None]:
         set_client_factory(_http.default_client_factory)
 
 
-def _without_xet() -> None:
+def _disable_xet() -> None:
     from huggingface_hub import constants
 
     constants.HF_HUB_DISABLE_XET = True
@@ -305,48 +251,46 @@ def _status(error: Exception) -> int | None:
 
 
 def _may_pass(error: Exception) -> bool:
-    """Whether it is worth another try: the Hub or the way to it is down, or someone else was writing."""
+    """Whether another attempt may succeed: the Hub or the network is down, or someone else was writing."""
     status = _status(error)
     if status is not None:
         return status >= 500 or status in (408, 409, 412, 429) or _is_about_xet(error)
     return not isinstance(error, ValueError)
 
 
-def describe_error(error: Exception, target: HubTarget) -> str:
-    """What went wrong, in one sentence without any token.
+def describe_error(error: Exception, repo_id: str, token: str | None = None) -> str:
+    """What went wrong, in one sentence without tokens.
 
     Args:
         error: of the client, the transport or the system.
-        target: whose token must not show.
+        repo_id: of the repository.
+        token: in use.
     """
-    status, repo = _status(error), target.repo_id
+    status, message = _status(error), _server_message(error)
+    answer = f" ({message})" if message else ""
     if status == 401:
-        text = f"the Hub does not know this token (401): `hf auth login`, or HF_TOKEN, with one that may write {repo}"
+        text = f"the Hub does not know this token (401): `hf auth login`, or HF_TOKEN, with write access to {repo_id}"
     elif status == 403:
-        said = _said(error)
-        about = f" ({said})" if said else ""
-        text = f"the Hub does not let this token write {repo} (403){about}: take one with the right, or another id"
+        text = f"the Hub does not let this token write {repo_id} (403){answer}: use another token, or another id"
     elif status is not None:
-        said = _said(error)
-        text = f"the Hub answered {status}{f' ({said})' if said else ''} for {repo}"
+        text = f"the Hub answered {status}{answer} for {repo_id}"
     elif isinstance(error, ValueError):
-        text = f"{repo}: {error}"
+        text = f"{repo_id}: {error}"
     else:
-        text = f"the Hub was not reached for {repo} ({type(error).__name__}: {error})"
-    return redact_tokens(text, target.token)
+        text = f"the Hub was not reached for {repo_id} ({type(error).__name__}: {error})"
+    return redact_tokens(text, token)
 
 
-def _said(error: Exception) -> str:
-    message = getattr(error, "server_message", None) or ""
-    return " ".join(str(message).split())[:200]
+def _server_message(error: Exception) -> str:
+    return " ".join(str(getattr(error, "server_message", None) or "").split())[:200]
 
 
 def redact_tokens(text: str, token: str | None = None) -> str:
-    """A text in one line, without tokens.
+    """A text on one line, without tokens.
 
     Args:
-        text: that may have met one.
-        token: in use; those of the environment are taken out, too.
+        text: may contain tokens.
+        token: in use; those of the environment are removed too.
     """
     for secret in {token, os.environ.get("HF_TOKEN"), os.environ.get("HUGGING_FACE_HUB_TOKEN")}:
         if secret:
@@ -354,26 +298,27 @@ def redact_tokens(text: str, token: str | None = None) -> str:
     return " ".join(re.sub(r"hf_[A-Za-z0-9]{8,}", "***", text).split())[:600]
 
 
-# ---------------------------------------------------------------------- what was pushed
+# ---------------------------------------------------------------------- the last push
 
 
-def _memory() -> Path:
+def _pushed_commits() -> Path:
+    """The last pushed commit of each repository, for this machine."""
     from huggingface_hub import constants
 
     return Path(constants.HF_HOME) / "ddpm-ext" / "pushed.json"
 
 
-def record_push(folder: Path, pushed: UploadResult) -> None:
-    """Note the commit beside the folder and beside the client's cache, for `ddpm-ext verify`."""
-    facts = {"repo_id": pushed.repo_id, "commit": pushed.commit, "url": pushed.url}
-    write_text_atomically(folder / PUSH_RECORD, json.dumps(facts, indent=2) + "\n")
-    known = read_json(_memory()) | {pushed.repo_id: pushed.commit}
-    write_text_atomically(_memory(), json.dumps(known, indent=2) + "\n")
+def record_push(folder: Path, result: UploadResult) -> None:
+    """Record the commit in the folder and next to the client's cache, for `ddpm-ext verify`."""
+    record = {"repo_id": result.repo_id, "commit": result.commit, "url": result.url}
+    write_text_atomically(folder / PUSH_RECORD, json.dumps(record, indent=2) + "\n")
+    commits = read_json(_pushed_commits()) | {result.repo_id: result.commit}
+    write_text_atomically(_pushed_commits(), json.dumps(commits, indent=2) + "\n")
 
 
 def last_pushed_commit(repo_id: str, folder: Path | None = None) -> str | None:
-    """The commit that was pushed last to a repository from a folder, or from this machine."""
+    """The last commit pushed to a repository from a folder, or from this machine."""
     if folder is not None:
         record = read_json(folder / PUSH_RECORD)
         return record.get("commit") if record.get("repo_id") == repo_id else None
-    return read_json(_memory()).get(repo_id)
+    return read_json(_pushed_commits()).get(repo_id)

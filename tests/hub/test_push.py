@@ -325,13 +325,12 @@ def found_wrong_here(loaded, told, capsys):
 @pytest.fixture(scope="module")
 def made(trained, tmp_path_factory):
     """What a push brings to the Hub, in a folder."""
-    from diffusers_ddpm_ext.cli.push import parse_push_args
-    from diffusers_ddpm_ext.hub.push import _complete
+    from diffusers_ddpm_ext.hub.push import _add_card_and_proof
     from diffusers_ddpm_ext.hub.upload import copy_snapshot, list_upload_files
 
     place = tmp_path_factory.mktemp("pushed")
     copy_snapshot(list_upload_files(trained), place)
-    _complete(parse_push_args([str(trained)]), place, "alice/digits")
+    _add_card_and_proof(place, "alice/digits", None, True)
     return place
 
 

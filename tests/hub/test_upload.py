@@ -10,8 +10,11 @@ import urllib.error
 import urllib.request
 
 import pytest
-from helpers.hub_server import LoopbackHub
+from helpers.hub_server import LoopbackHub, Repo
 from helpers.paths import PYTHONPATH, TESTS
+from huggingface_hub import HfApi
+
+from diffusers_ddpm_ext.hub.upload import differing_files
 
 
 @pytest.fixture(scope="module")
@@ -116,3 +119,26 @@ def test_the_hub_speaks_as_the_real_one(session):
     with pytest.raises(urllib.error.HTTPError, match="400") as error:
         urllib.request.urlopen(leaking, timeout=5)
     error.value.close()
+
+
+UPLOADED = {"unet/weights.safetensors": b"weights" * 1000, "config.yaml": b"seed: 1\n", "empty.txt": b""}
+
+
+@pytest.mark.parametrize("name", [None, *UPLOADED])
+@pytest.mark.parametrize("change", [lambda content: b"x" + content[1:], lambda content: content + b"x", None])
+def test_differences_between_a_folder_and_a_commit(name, change, tmp_path):
+    """A changed, longer or missing file on the Hub is named; files that only the Hub has are allowed."""
+    for path, content in UPLOADED.items():
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_bytes(content)
+    commit_files = {".gitattributes": b"", **UPLOADED}
+    if name is not None:
+        commit_files[name] = b"" if change is None else change(UPLOADED[name])
+        if change is None:
+            del commit_files[name]
+    with LoopbackHub() as hub:
+        hub.repos["alice/digits"] = Repo("alice/digits")
+        files = {path: hub.store(content) for path, content in commit_files.items()}
+        commit = hub.repos["alice/digits"].add(files, "planted")
+        api = HfApi(endpoint=hub.url, token="hf_writer")
+        assert differing_files(api, "alice/digits", commit.sha, tmp_path) == ([] if name is None else [name])

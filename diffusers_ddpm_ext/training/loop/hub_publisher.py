@@ -184,14 +184,11 @@ def download_run(repo_id: str, folder: Path) -> str:
     """
     from huggingface_hub import HfApi
 
-    from diffusers_ddpm_ext.hub.upload import HubTarget, describe_error, hub_timeout
+    from diffusers_ddpm_ext.hub.upload import HUB_TIMEOUT, describe_error, hub_timeout
 
     own = newest(folder).checkpoint if list_checkpoints(folder) else None
     option = f"--resume_from_hub {repo_id}"
-    with (
-        tempfile.TemporaryDirectory(prefix=STAGING_PREFIX, dir=folder) as name,
-        hub_timeout(HubTarget(repo_id).timeout),
-    ):
+    with tempfile.TemporaryDirectory(prefix=STAGING_PREFIX, dir=folder) as name, hub_timeout(HUB_TIMEOUT):
         draft = Path(name)
         try:
             api = HfApi()
@@ -209,7 +206,7 @@ def download_run(repo_id: str, folder: Path) -> str:
         except ConfigError:
             raise
         except Exception as error:  # of the client or the transport
-            raise ConfigError(f"{option} cannot be loaded: {describe_error(error, HubTarget(repo_id))}") from None
+            raise ConfigError(f"{option} cannot be loaded: {describe_error(error, repo_id)}") from None
         if newest(draft).checkpoint is None:
             raise ConfigError(f"{option}: checkpoint-{pushed} there is not intact")
         shutil.rmtree(draft / ".cache", ignore_errors=True)
