@@ -109,15 +109,15 @@ def estimate(bits: Table | Tensor, prior: Table | Tensor, strata: Strata, confid
     if not 0 < confidence < 1:
         raise ValueError(f"confidence={confidence!r} must be in (0, 1); 0.95 is usual.")
     table = np.asarray(bits, dtype=np.float64) * strata.sizes
-    before = np.asarray(prior, dtype=np.float64)
-    totals = table.sum(1) + before
+    prior_bits = np.asarray(prior, dtype=np.float64)
+    totals = table.sum(1) + prior_bits
     half = half_width(totals, confidence)
     mean = float(totals.mean())
     return Estimate(
         mean,
         None if half is None else mean - half,
         None if half is None else mean + half,
-        float(before.mean()),
+        float(prior_bits.mean()),
         float(table[:, 1:].sum(1).mean()),
         float(table[:, 0].mean()),
         len(totals),

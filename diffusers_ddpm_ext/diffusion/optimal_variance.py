@@ -34,7 +34,7 @@ import numpy as np
 from diffusers_ddpm_ext.diffusion.schedule import LARGEST_LOG_SNR, NoiseSchedule, Table, log_snr
 
 SMOOTHING_REACH = 0.5  # half of the smoothing window, natural log of the SNR
-LEAST_V = 1e-6  # of a fitted table; at the first step 0 means that v is not set
+LEAST_V = 1e-6  # smallest fitted v; in v_decoder 0 means that v is not set
 
 
 @dataclass(frozen=True)
@@ -170,8 +170,9 @@ def pair_costs(schedule: NoiseSchedule, x0_error: Table) -> Table:
     ``x0_error`` is M of the full chain, (T,). Infinite unless s < t.
     """
     error, snr = _checked_error(schedule, x0_error), schedule.snr
-    costs = _least_bits(error[None], snr[:, None], snr[None]) if (error <= 1 - schedule.alphas_cumprod).all() else None
-    if costs is None:
+    if (error <= 1 - schedule.alphas_cumprod).all():  # no step's optimal v is clipped
+        costs = _least_bits(error[None], snr[:, None], snr[None])
+    else:
         v = optimal_v(schedule, error).v
         costs = step_bits(error[None], v[None], snr[:, None], snr[None], schedule.alphas_cumprod[None])
     costs[np.tril_indices(len(schedule))] = np.inf
@@ -221,9 +222,7 @@ def best_timesteps(
         raise ValueError(f"decoder must be {total} numbers, got shape {decoder_bits.shape}.")
     if first is not None:
         decoder_bits = np.where(np.arange(total) == first, decoder_bits, np.inf)
-    costs = np.ascontiguousarray(
-        pair_costs(schedule, x0_error).T
-    )  # [t, s]: the minimum over s is contiguous in memory
+    costs = np.ascontiguousarray(pair_costs(schedule, x0_error).T)  # [t, s]: minima over s, contiguous in memory
     prior = prior_costs(schedule, second_moment)
     best, came_from, chosen = decoder_bits, [], {}
     for count in range(1, requested[-1] + 1):

@@ -34,9 +34,7 @@ from diffusers_ddpm_ext.training.tracking.step_losses import LossMeter, SampleLo
 from diffusers_ddpm_ext.utils.files import CONFIG
 
 CRASH_FOLDER = "crash"
-MAX_CRASH_FOLDERS = 10
-"""Only so many events get a folder; each gets its line."""
-
+MAX_CRASH_FOLDERS = 10  # later events are reported in one line, without a folder
 MAX_SKIPS_IN_A_ROW = 20
 MAX_ROLLBACKS_TO_A_CHECKPOINT = 3
 MAX_IMAGES = 16
