@@ -101,8 +101,6 @@ def check_data(flat: Flat) -> None:
             raise ConfigError(f"--{name} {flat[name]} needs --dataset_name")
     if digits and flat["validation_data_dir"] is not None:
         raise ConfigError("--validation_data_dir needs --train_data_dir or --dataset_name: the digits have their own")
-    if flat["channels"] not in (None, 1, 3, 4):
-        raise ConfigError(f"--channels {flat['channels']} is not 1 (grey), 3 (colour) or 4 (with transparency)")
     for name in ("train_data_dir", "validation_data_dir"):
         if flat[name] is not None:
             _check_folder(name, flat[name])
@@ -174,10 +172,6 @@ def _check_objective(flat: Flat, typed: Set[str]) -> None:
         raise ConfigError(
             "--loss_type hybrid learns the variance from the bound: say --variance_type learned_range, or"
             " --loss_type l2"
-        )
-    if learned and flat["v_posterior"] is not None:
-        raise ConfigError(
-            f"--v_posterior {flat['v_posterior']:g} contradicts --variance_type {variance}: leave one of them out"
         )
     if loss == "perceptual" and flat["perceptual_model"] is None:
         raise ConfigError("--loss_type perceptual needs --perceptual_model: a vision model of transformers")

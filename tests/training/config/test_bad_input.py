@@ -236,7 +236,7 @@ LOOKED_AT: dict[str, tuple[list[str], list[str]]] = {
     "16-bit and 8-bit images": (["--train_data_dir", "deep"], ["'deep.png' has 16 bits", "'shallow.png' has 8"]),
     "32-bit image": (["--train_data_dir", "wide"], ["wide.tiff", "not supported yet"]),
     "float image": (["--train_data_dir", "floating"], ["float.tiff", "not supported yet"]),
-    "two channels": ([*PHOTOS, "--channels", "2"], ["--channels 2"]),
+    "two channels": ([*PHOTOS, "--channels", "2"], ["--channels '2'", "1, 3, 4"]),
     "no such dataset": (["--dataset_name", "./no_such_dataset"], ["--dataset_name", "no_such_dataset"]),
     "no such model": (["--model_config_name_or_path", "no.json"], ["--model_config_name_or_path", "no.json"]),
     "not a model": (["--model_config_name_or_path", "list.yaml"], ["--model_config_name_or_path", "list.yaml"]),
