@@ -208,13 +208,10 @@ def _checked_out(options: ConvertOptions, kind: Literal["file", "folder"]) -> Pa
 
 
 def run_conversion(mode: FolderConversion | FolderCheck | CheckpointExport) -> str:
-    """Convert or compare.
+    """Convert or compare, and return the text to print.
 
     Args:
         mode: one of the three modes, with its options.
-
-    Returns:
-        The text to print.
 
     Raises:
         ConfigError: the files cannot be read, do not belong together, or cannot be converted.

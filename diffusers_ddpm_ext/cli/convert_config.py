@@ -52,13 +52,10 @@ def parse_convert_config_args(argv: Sequence[str]) -> ConvertConfigOptions:
 
 
 def translate_config(options: ConvertConfigOptions) -> str:
-    """Translate the configuration, and write the result if ``--out`` is set.
+    """Translate the configuration, write it if ``--out`` is set, and return a line to print for every key.
 
     Args:
         options: of the command.
-
-    Returns:
-        The text to print: a line for every key.
 
     Raises:
         ConfigError: the file is not such a configuration, or a key is refused.

@@ -99,10 +99,7 @@ def parse_evaluate_args(argv: Sequence[str]) -> EvaluateOptions:
 
 
 def evaluate(options: EvaluateOptions) -> str:
-    """Evaluate the bound and write the result.
-
-    Returns:
-        The lines to print; empty except on the main process.
+    """Evaluate the bound, write the result, and return the lines to print, none except on the main process.
 
     Raises:
         ConfigError: the pipeline cannot be loaded, or an option does not fit it.

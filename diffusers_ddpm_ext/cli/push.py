@@ -23,10 +23,7 @@ that you wrote is kept. The token is used and never written anywhere."""
 
 
 def push_command(argv: Sequence[str]) -> str:
-    """Run `ddpm-ext push`: upload a folder, with its newest checkpoint where that is requested.
-
-    Returns:
-        One line that names the repository.
+    """Run `ddpm-ext push`: upload a folder, with its newest checkpoint if requested; returns a line with the address.
 
     Raises:
         ConfigError: an option is wrong, no intact checkpoint exists, or the pipeline cannot be opened.

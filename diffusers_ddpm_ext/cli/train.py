@@ -16,13 +16,10 @@ SECONDS_BEFORE_EXIT = 5  # a process that exits at once makes the launcher end t
 
 
 def train_command(argv: Sequence[str]) -> str:
-    """Parse the command line and train.
+    """Parse the command line and train; returns nothing to print, since the run prints its progress.
 
     Args:
         argv: the arguments after the command.
-
-    Returns:
-        Nothing to print: the run prints its own progress.
 
     Raises:
         ConfigError: an option, the data or a missing package; raised on the main process alone.

@@ -53,10 +53,7 @@ class VerifyOptions:
 
 
 def verify_command(argv: Sequence[str]) -> str:
-    """Run `ddpm-ext verify`: download, compare and draw.
-
-    Returns:
-        One line that says what was checked.
+    """Run `ddpm-ext verify`: download, compare and draw; returns a line that says what was checked.
 
     Raises:
         ConfigError: an option is wrong, the repository cannot be reached, or it has no proof.

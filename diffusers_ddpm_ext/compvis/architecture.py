@@ -127,16 +127,13 @@ def _check_widths(options: Mapping[str, Any]) -> None:
 def translate_unet(
     unet_params: Mapping[str, Any], *, conditioning_key: str | None = None, timestep_scale: float = 1.0
 ) -> NetworkSpec:
-    """Find the Diffusers network that computes the same function as a UNetModel with the same weights.
+    """Class and arguments of the Diffusers network that computes the same function as a UNetModel.
 
     Args:
         unet_params: keyword arguments of UNetModel.
         conditioning_key: how conditions are joined; a network with concatenated inputs becomes a `UNet2DExtModel`,
             since stock Diffusers would sample it incorrectly.
         timestep_scale: factor applied to the timestep before the network gets it.
-
-    Returns:
-        The network's class and arguments.
 
     Raises:
         ValueError: no Diffusers network can express it; the message names the option.

@@ -127,15 +127,12 @@ def convert_compvis(
 
 
 def convert_openai(path: PathLike, flags: PathLike | Mapping[str, Any], ema_path: PathLike | None = None) -> Converted:
-    """Convert a checkpoint of openai/improved-diffusion or guided-diffusion.
+    """Convert a checkpoint of openai/improved-diffusion or guided-diffusion to a pipeline and a report.
 
     Args:
         path: a ``state_dict``, such as ``model500000.pt`` or ``ema_0.9999_500000.pt``.
         flags: of the model and its diffusion; see `read_flags`.
         ema_path: the EMA weights, which become the default ones; ``path`` then has the raw ones.
-
-    Returns:
-        The pipeline and the report.
 
     Raises:
         ValueError: a flag cannot be expressed, a file cannot be read, or they do not belong together.

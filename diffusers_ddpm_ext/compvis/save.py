@@ -111,10 +111,7 @@ def _params(source: ExportSource) -> dict[str, Any]:
 
 
 def compvis_state_dict(source: ExportSource, use_ema: bool = True) -> dict[str, Tensor]:
-    """The tensors of a pipeline under the original's keys.
-
-    Returns:
-        Key to tensor, on the CPU, contiguous, not sharing memory.
+    """The tensors of a pipeline by the original's keys, on the CPU, contiguous, not sharing memory.
 
     Raises:
         ValueError: as in `save_compvis`.

@@ -98,7 +98,7 @@ def classify_tensors(
     class_embedder: bool = False,
     strict: bool = True,
 ) -> CheckpointContents:
-    """Classify each tensor of a file.
+    """Classify each tensor of a file by its role.
 
     Args:
         tensors: of the file, by their keys in it.
@@ -107,9 +107,6 @@ def classify_tensors(
         load_only_unet: leave out everything but the network and its EMA.
         class_embedder: whether the conditioning stage is a ClassEmbedder.
         strict: refuse missing and unknown keys; otherwise unknown ones are left out.
-
-    Returns:
-        The tensors by role.
 
     Raises:
         ValueError: a key that this network does not have, an unknown key, or a file without a network.

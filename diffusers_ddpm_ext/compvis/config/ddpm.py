@@ -85,14 +85,11 @@ class CompVisConfig:
 
 
 def read_compvis_config(source: str | os.PathLike[str] | Mapping[str, Any], *, strict: bool = True) -> CompVisConfig:
-    """Translate a configuration.
+    """Translate a CompVis configuration.
 
     Args:
         source: a YAML file, or its content.
         strict: raise an error for refused keys; otherwise they are only in ``rows``.
-
-    Returns:
-        The translation.
 
     Raises:
         ValueError: the file is not a configuration of a diffusion model, or (strict) a key is refused.

@@ -106,9 +106,6 @@ def read_flags(source: str | os.PathLike[str] | Mapping[str, Any], family: str =
             be one of them.
         family: ``improved``, ``guided``, or ``auto``: identified by a flag that only one of them has.
 
-    Returns:
-        The translation.
-
     Raises:
         ValueError: a flag is unknown or cannot be expressed, or the family is ambiguous; the message names the flag.
     """

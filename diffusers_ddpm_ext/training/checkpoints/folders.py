@@ -127,7 +127,7 @@ def remove_leftovers(parent: Path) -> list[Path]:
 
 
 def prune_checkpoints(parent: Path, total_limit: int, keep: Collection[int] = ()) -> list[Path]:
-    """Delete the oldest checkpoints beyond a number. Call it after the newest one is complete.
+    """Delete the oldest checkpoints beyond a number, once the newest one is complete, and return their folders.
 
     Folders without a manifest are not ours: they are neither counted nor deleted.
 
@@ -135,9 +135,6 @@ def prune_checkpoints(parent: Path, total_limit: int, keep: Collection[int] = ()
         parent: folder of the run.
         total_limit: how many may stay, at least 1.
         keep: steps that stay in any case and do not count.
-
-    Returns:
-        The deleted folders, oldest first.
     """
     if total_limit < 1:
         raise ValueError(f"total_limit {total_limit}: at least one checkpoint stays; use 1 or more")

@@ -61,11 +61,7 @@ class ValidationLosses:
 
 
 def validation_draws(seed: int, num_images: int, num_train_timesteps: int, max_images: int | None = None) -> Draws:
-    """The draws of every validation of a run, of evenly spaced images and stratified timesteps.
-
-    Returns:
-        At least ``MIN_VALIDATION_DRAWS`` draws, the same in every call.
-    """
+    """At least ``MIN_VALIDATION_DRAWS`` draws: evenly spaced images, stratified timesteps, the same in every call."""
     used = evenly_spaced(num_images, max_images)
     images = used.repeat(-(-MIN_VALIDATION_DRAWS // len(used)))
     timesteps = stratified_timesteps(

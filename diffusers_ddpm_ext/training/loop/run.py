@@ -83,10 +83,7 @@ class Run:
 
 
 def acquire_folder(config: TrainConfig, accelerator: Accelerator) -> tuple[Path, FolderLock | None]:
-    """Create the run's folder, or use the one that the run resumes in, and lock it. Collective call.
-
-    Returns:
-        The folder, and its lock in the main process.
+    """Create the run's folder, or use the one to resume in, and lock it in the main process. Collective call.
 
     Raises:
         ConfigError: the folder cannot be used; in the main process.

@@ -29,10 +29,7 @@ from diffusers_ddpm_ext.utils.files import replace_folder, write_text_atomically
 
 
 def save_checkpoint(run: Run) -> bool:
-    """Write a checkpoint of the present step, then delete those beyond the limit. Collective call.
-
-    Returns:
-        Whether it was written; the same in all processes.
+    """Write a checkpoint of this step, then delete those beyond the limit; False if not written. Collective call.
 
     Raises:
         RunError: another run has acquired the folder; in the main process.
