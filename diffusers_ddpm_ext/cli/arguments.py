@@ -13,7 +13,6 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 FOLDER_HELP = "Output folder of a run, folder of a saved pipeline, or Hub id."
 LOCAL_FOLDER_HELP = "Output folder of a run, or folder of a saved pipeline."
 DEVICE_HELP = "Device: cpu, cuda, cuda:1, mps, ..."
-PIPELINE_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def check_pipeline_source(name: str) -> None:
@@ -42,16 +41,6 @@ def check_pipeline_folder(name: str) -> Path:
     if not Path(name).is_dir():
         raise ConfigError(f"{name} is not a folder on this machine: give the folder of a saved pipeline")
     return Path(name)
-
-
-def check_dtype(dtype: str, allowed: tuple[str, ...] = PIPELINE_DTYPES) -> None:
-    """Refuse a precision that is not allowed.
-
-    Raises:
-        ConfigError: it is not one of them.
-    """
-    if dtype not in allowed:
-        raise ConfigError(f"--dtype {dtype!r} is not one of {', '.join(allowed)}")
 
 
 def check_output_path(flag: str, path: Path, kind: Literal["file", "folder"]) -> None:

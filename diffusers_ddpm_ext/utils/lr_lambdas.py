@@ -1,8 +1,9 @@
-"""CompVis' learning-rate lambdas: factors of the optimizer's learning rate as functions of the step.
+"""CompVis' learning-rate lambdas, and the arguments that each learning-rate schedule accepts.
 
-Each object is what ``torch.optim.lr_scheduler.LambdaLR`` takes: ``f(step)`` is the factor. Argument names are CompVis'
-(``ldm/lr_scheduler.py``), and so is the value at every step up to the last cycle's end; past it, where the original
-stops training with a TypeError, the last value holds.
+A lambda is a factor of the optimizer's learning rate as a function of the step, ``f(step)``, as
+``torch.optim.lr_scheduler.LambdaLR`` takes it. Argument names are CompVis' (``ldm/lr_scheduler.py``), and so is the
+value at every step up to the last cycle's end; past it, where the original stops training with a TypeError, the last
+value holds.
 
 Symbols: n the step, w the length of a warm-up, L the length of a cycle with its warm-up.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 logger = logging.getLogger(__name__)
@@ -173,3 +174,44 @@ class LambdaLinearScheduler(LambdaWarmUpCosineScheduler2):
     def _decayed(self, n: float, cycle: int) -> float:
         length = self.cycle_lengths[cycle]
         return self.f_min[cycle] + (self.f_max[cycle] - self.f_min[cycle]) * (length - n) / length
+
+
+COMPVIS_LAMBDAS: dict[str, type[LambdaWarmUpCosineScheduler | LambdaWarmUpCosineScheduler2]] = {
+    kind.__name__: kind for kind in (LambdaLinearScheduler, LambdaWarmUpCosineScheduler, LambdaWarmUpCosineScheduler2)
+}
+REQUIRED_ARGUMENTS: dict[str, tuple[str, ...]] = {
+    "piecewise_constant": ("step_rules",),
+    "LambdaWarmUpCosineScheduler": ("warm_up_steps", "lr_min", "lr_max", "lr_start", "max_decay_steps"),
+    "LambdaWarmUpCosineScheduler2": ("warm_up_steps", "f_min", "f_max", "f_start", "cycle_lengths"),
+    "LambdaLinearScheduler": ("warm_up_steps", "f_min", "f_max", "f_start", "cycle_lengths"),
+}
+OPTIONAL_ARGUMENTS: dict[str, tuple[str, ...]] = {
+    "cosine_with_restarts": ("num_cycles",),
+    "polynomial": ("power",),
+    **{name: ("verbosity_interval",) for name in COMPVIS_LAMBDAS},
+}
+WITHOUT_WARMUP = {*COMPVIS_LAMBDAS, "constant", "piecewise_constant"}
+
+
+def check_lr_schedule(name: str, warmup_steps: int, arguments: Mapping[str, Any]) -> None:
+    """Check that a learning-rate schedule of Diffusers or CompVis accepts its warm-up and arguments.
+
+    Raises:
+        ValueError: it does not; the message begins with the name of the option.
+    """
+    if name in WITHOUT_WARMUP and warmup_steps:
+        other = "warm_up_steps in --lr_scheduler_args" if name in COMPVIS_LAMBDAS else "constant_with_warmup"
+        raise ValueError(f"lr_warmup_steps {warmup_steps} has no effect with --lr_scheduler {name}: use {other}")
+    required = REQUIRED_ARGUMENTS.get(name, ())
+    allowed = (*required, *OPTIONAL_ARGUMENTS.get(name, ()))
+    if missing := [key for key in required if key not in arguments]:
+        raise ValueError(f"lr_scheduler {name} needs --lr_scheduler_args with {', '.join(missing)}")
+    for key in arguments:
+        if key not in allowed:
+            takes = f"takes {', '.join(allowed)}" if allowed else "takes no arguments"
+            raise ValueError(f"lr_scheduler_args {key!r}: {name} {takes}")
+    if name in COMPVIS_LAMBDAS:
+        try:
+            COMPVIS_LAMBDAS[name](**arguments)
+        except ValueError as error:
+            raise ValueError(f"lr_scheduler_args: {error}") from None

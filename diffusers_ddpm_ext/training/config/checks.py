@@ -8,24 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from diffusers_ddpm_ext.errors import ConfigError
-from diffusers_ddpm_ext.utils import lr_lambdas
+from diffusers_ddpm_ext.utils.lr_lambdas import check_lr_schedule
 
 Flat = Mapping[str, Any]
 
 TRACKERS = (
     "tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio", "all", "none",
 )  # fmt: skip
-LAMBDA_ARGS: dict[str, tuple[str, ...]] = {
-    "LambdaWarmUpCosineScheduler": ("warm_up_steps", "lr_min", "lr_max", "lr_start", "max_decay_steps"),
-    "LambdaWarmUpCosineScheduler2": ("warm_up_steps", "f_min", "f_max", "f_start", "cycle_lengths"),
-    "LambdaLinearScheduler": ("warm_up_steps", "f_min", "f_max", "f_start", "cycle_lengths"),
-}
-COURSE_ARGS: dict[str, tuple[str, ...]] = {
-    "cosine_with_restarts": ("num_cycles",),
-    "polynomial": ("power",),
-    "piecewise_constant": ("step_rules",),
-}
-WITHOUT_WARMUP = {*LAMBDA_ARGS, "constant", "piecewise_constant"}
 
 # typed on the command line, an option is refused while the one it depends on is off
 NEEDS: dict[str, tuple[str, Any]] = {
@@ -72,7 +61,7 @@ def check(flat: Flat, typed: Set[str]) -> None:
     _check_objective(flat, typed)
     _check_model(flat)
     _check_start(flat, typed)
-    _check_course(flat)
+    _check_run_length(flat)
     _check_resume(flat, typed)
     _check_output(flat)
 
@@ -238,24 +227,13 @@ def _check_model(flat: Flat) -> None:
             )
 
 
-def _check_course(flat: Flat) -> None:
+def _check_run_length(flat: Flat) -> None:
     if flat["num_epochs"] is None and flat["max_train_steps"] is None:
         raise ConfigError("the run has no end: give --max_train_steps or --num_epochs")
-    course, given = flat["lr_scheduler"], flat["lr_scheduler_args"]
-    if course in WITHOUT_WARMUP and flat["lr_warmup_steps"]:
-        other = "warm_up_steps in --lr_scheduler_args" if course in LAMBDA_ARGS else "constant_with_warmup"
-        raise ConfigError(
-            f"--lr_warmup_steps {flat['lr_warmup_steps']} has no effect with --lr_scheduler {course}: use {other}"
-        )
-    if course in LAMBDA_ARGS:
-        return _check_lambda(course, given or {})
-    allowed = COURSE_ARGS.get(course, ())
-    for key in given or {}:
-        if key not in allowed:
-            takes = f"takes {', '.join(allowed)}" if allowed else "takes no arguments"
-            raise ConfigError(f"--lr_scheduler_args {key!r}: {course} {takes}")
-    if course == "piecewise_constant" and not given:
-        raise ConfigError('--lr_scheduler piecewise_constant needs --lr_scheduler_args \'{"step_rules": "..."}\'')
+    try:
+        check_lr_schedule(flat["lr_scheduler"], flat["lr_warmup_steps"], flat["lr_scheduler_args"] or {})
+    except ValueError as error:
+        raise ConfigError(f"--{error}") from None
 
 
 def _check_resume(flat: Flat, typed: Set[str]) -> None:
@@ -274,20 +252,6 @@ def _check_resume(flat: Flat, typed: Set[str]) -> None:
         raise ConfigError(
             f"--resume_from_checkpoint {wanted} is no folder: say latest, best, auto, or the path of a checkpoint"
         )
-
-
-def _check_lambda(course: str, given: Mapping[str, Any]) -> None:
-    allowed = LAMBDA_ARGS[course]
-    missing = [key for key in allowed if key not in given]
-    if missing:
-        raise ConfigError(f"--lr_scheduler {course} needs --lr_scheduler_args with {', '.join(missing)}")
-    try:
-        getattr(lr_lambdas, course)(**given)
-    except TypeError:
-        surplus = [key for key in given if key not in allowed]
-        raise ConfigError(f"--lr_scheduler_args {surplus[0]!r}: {course} takes {', '.join(allowed)}") from None
-    except ValueError as error:
-        raise ConfigError(f"--lr_scheduler_args: {error}") from None
 
 
 def tracker_names(told: str) -> list[str]:

@@ -75,10 +75,6 @@ class Parser(argparse.ArgumentParser):
             for name, (flag, value) in typed.items()
         }
 
-    def parse_checked(self, argv: Sequence[str]) -> dict[str, Any]:
-        """What argparse read, by name: for commands whose options are not declared yet."""
-        return vars(self.parse_args(self._normalize(argv, None)))
-
     def _normalize(self, argv: Sequence[str], explain: Callable[[str], str | None] | None) -> list[str]:
         """Arguments with every flag in its declared spelling (`--learning-rate` becomes `--learning_rate`)."""
         known = {name[2:]: action for action in self._actions for name in action.option_strings if name[:2] == "--"}
@@ -132,7 +128,7 @@ class _Store(argparse.Action):
 
 
 def _settings(option: Option, negatable: bool) -> dict[str, Any]:
-    """What argparse needs to know of an option, beside its names."""
+    """Return the arguments of ``add_argument`` for an option, except its names."""
     default_metavar = "NAME" if str in map(type, option.choices) else _METAVARS.get(option.hint, "N")
     metavar: Any = option.metadata["metavar"] or default_metavar
     if option.is_positional:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusers_ddpm_ext.errors import ConfigError
-from diffusers_ddpm_ext.training.config.checks import WITHOUT_WARMUP, check, check_data
+from diffusers_ddpm_ext.training.config.checks import check, check_data
 from diffusers_ddpm_ext.training.config.flags import Parser
 from diffusers_ddpm_ext.training.config.foreign_flags import answer
 from diffusers_ddpm_ext.training.config.options import (
@@ -31,6 +31,7 @@ from diffusers_ddpm_ext.training.config.options import (
     StartOptions,
     ValidationOptions,
 )
+from diffusers_ddpm_ext.utils.lr_lambdas import WITHOUT_WARMUP
 from diffusers_ddpm_ext.utils.option import option, options_of
 from diffusers_ddpm_ext.utils.option_values import convert_value, unknown_option
 from diffusers_ddpm_ext.utils.yaml_io import dump_options, load_options

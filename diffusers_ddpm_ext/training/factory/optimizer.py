@@ -12,17 +12,9 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from diffusers_ddpm_ext.utils.dtensor import full_tensor, is_sharded, local_tensor
-from diffusers_ddpm_ext.utils.lr_lambdas import (
-    LambdaLinearScheduler,
-    LambdaWarmUpCosineScheduler,
-    LambdaWarmUpCosineScheduler2,
-)
+from diffusers_ddpm_ext.utils.lr_lambdas import COMPVIS_LAMBDAS, check_lr_schedule
 
-COMPVIS_LAMBDAS = {
-    kind.__name__: kind for kind in (LambdaLinearScheduler, LambdaWarmUpCosineScheduler, LambdaWarmUpCosineScheduler2)
-}
 LR_SCHEDULERS = (*(kind.value for kind in SchedulerType), *COMPVIS_LAMBDAS)
-DIFFUSERS_ARGUMENTS = {"num_cycles", "power", "step_rules"}
 
 
 def parameter_groups(
@@ -157,16 +149,11 @@ def lr_schedule(
     """
     arguments = dict(arguments or {})
     try:
-        if name in COMPVIS_LAMBDAS:
-            if warmup_steps:
-                raise ValueError("it has its own warm-up: leave lr_warmup_steps at 0")
-            return LambdaLR(optimizer, COMPVIS_LAMBDAS[name](**arguments))
         if name not in LR_SCHEDULERS:
             raise ValueError(f"choose from {', '.join(LR_SCHEDULERS)}")
-        if unknown := set(arguments) - DIFFUSERS_ARGUMENTS:
-            raise ValueError(
-                f"lr_scheduler_args of Diffusers' schedules are num_cycles, power, step_rules, got {unknown}"
-            )
+        check_lr_schedule(name, warmup_steps, arguments)
+        if name in COMPVIS_LAMBDAS:
+            return LambdaLR(optimizer, COMPVIS_LAMBDAS[name](**arguments))
         return get_scheduler(
             name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=max_train_steps, **arguments
         )

@@ -110,7 +110,8 @@ def test_every_schedule_of_diffusers(name):
     ("name", "options", "message"),
     [
         ("cosin", {}, "choose from"),
-        ("cosine", {"arguments": {"cycles": 2}}, "num_cycles"),
+        ("cosine", {"arguments": {"cycles": 2}}, "'cycles': cosine takes no arguments"),
+        ("cosine_with_restarts", {"arguments": {"cycles": 2}}, "num_cycles"),
         ("LambdaLinearScheduler", {"arguments": {"f_min": [1]}}, "lr_scheduler_args"),
         ("LambdaLinearScheduler", {"warmup_steps": 5}, "lr_warmup_steps"),
         ("piecewise_constant", {}, "lr_scheduler"),
