@@ -188,7 +188,7 @@ REQUIRED_ARGUMENTS: dict[str, tuple[str, ...]] = {
 OPTIONAL_ARGUMENTS: dict[str, tuple[str, ...]] = {
     "cosine_with_restarts": ("num_cycles",),
     "polynomial": ("power",),
-    **{name: ("verbosity_interval",) for name in COMPVIS_LAMBDAS},
+    **dict.fromkeys(COMPVIS_LAMBDAS, ("verbosity_interval",)),
 }
 WITHOUT_WARMUP = {*COMPVIS_LAMBDAS, "constant", "piecewise_constant"}
 

@@ -1,4 +1,4 @@
-"""What options must hold together, found before anything is read, imported or written."""
+"""Checks that compare options with each other and with the file system, before anything is loaded or written."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ TRACKERS = (
     "tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio", "all", "none",
 )  # fmt: skip
 
-# typed on the command line, an option is refused while the one it depends on is off
-NEEDS: dict[str, tuple[str, Any]] = {
+# option -> the option and value without which it has no effect: an error if it is on the command line
+DEPENDENCIES: dict[str, tuple[str, Any]] = {
     "logvar_learning_rate": ("learn_logvar", True),
     "logvar_kind": ("learn_logvar", True),
     "p2_k": ("loss_weighting", "p2"),
@@ -39,51 +39,54 @@ NEEDS: dict[str, tuple[str, Any]] = {
     "reset_ema": ("use_ema", True),
     "reset_num_ema_updates": ("use_ema", True),
 }
-SIZES = (
+MODEL_SIZES = (
     "block_out_channels", "layers_per_block", "attention_levels", "attention_head_dim", "norm_num_groups", "dropout",
 )  # fmt: skip
-START = ("ckpt_config", "ignore_keys", "load_only_unet", "reset_ema", "reset_num_ema_updates", "make_it_fit")
+INITIAL_WEIGHTS_OPTIONS = (
+    "ckpt_config",
+    "ignore_keys",
+    "load_only_unet",
+    "reset_ema",
+    "reset_num_ema_updates",
+    "make_it_fit",
+)
 
 
-def check(flat: Flat, typed: Set[str]) -> None:
-    """Refuse options that are out of range or contradict each other.
-
-    Args:
-        flat: every option by name, resolved.
-        typed: names that stood on the command line.
+def check_options(flat: Flat, typed: Set[str]) -> None:
+    """Check all options, by name, against each other; ``typed`` has the names of those on the command line.
 
     Raises:
-        ConfigError: the first fault found; it names the option, its value and the way out.
+        ConfigError: the first contradiction, with the option, its value and the way out.
     """
-    _check_needs(flat, typed)
-    check_data(flat)
+    _check_dependencies(flat, typed)
+    check_data_options(flat)
     _check_schedule(flat, typed)
     _check_objective(flat, typed)
     _check_model(flat)
-    _check_start(flat, typed)
+    _check_initial_weights(flat, typed)
     _check_run_length(flat)
     _check_resume(flat, typed)
     _check_output(flat)
 
 
-def _check_needs(flat: Flat, typed: Set[str]) -> None:
-    for name, (parent, wanted) in NEEDS.items():
-        allowed = wanted if isinstance(wanted, tuple) else (wanted,)
+def _check_dependencies(flat: Flat, typed: Set[str]) -> None:
+    for name, (parent, required) in DEPENDENCIES.items():
+        allowed = required if isinstance(required, tuple) else (required,)
         if name in typed and flat[parent] not in allowed:
-            say = f"--{parent}" if wanted is True else f"--{parent} {' or '.join(map(str, allowed))}"
-            raise ConfigError(f"--{name} {flat[name]} has no effect without {say}: add that, or leave --{name} out")
+            other = f"--{parent}" if required is True else f"--{parent} {' or '.join(map(str, allowed))}"
+            raise ConfigError(f"--{name} {flat[name]} has no effect without {other}: add that, or leave --{name} out")
 
 
-def _check_start(flat: Flat, typed: Set[str]) -> None:
-    for name in START:
+def _check_initial_weights(flat: Flat, typed: Set[str]) -> None:
+    for name in INITIAL_WEIGHTS_OPTIONS:
         if name in typed and flat[name] and flat["ckpt_path"] is None:
             raise ConfigError(f"--{name} has no effect without --ckpt_path: add that, or leave --{name} out")
     if flat["ckpt_config"] is not None and not Path(flat["ckpt_config"]).expanduser().is_file():
-        raise ConfigError(f"--ckpt_config {flat['ckpt_config']} does not exist: give the YAML file of --ckpt_path")
+        raise ConfigError(f"--ckpt_config {flat['ckpt_config']} does not exist: name the YAML file of --ckpt_path")
 
 
-def check_data(flat: Flat) -> None:
-    """Refuse images that cannot be meant; see `check`."""
+def check_data_options(flat: Flat) -> None:
+    """Check the options of the section ``data``; see `check_options`."""
     digits = flat["train_data_dir"] is None and flat["dataset_name"] is None
     for name in ("dataset_config_name", "image_column", "validation_split"):
         if flat[name] is not None and flat["dataset_name"] is None:
@@ -92,24 +95,30 @@ def check_data(flat: Flat) -> None:
         raise ConfigError("--validation_data_dir needs --train_data_dir or --dataset_name: the digits have their own")
     for name in ("train_data_dir", "validation_data_dir"):
         if flat[name] is not None:
-            _check_folder(name, flat[name])
+            check_image_folder(f"--{name}", flat[name])
 
 
-def _check_folder(name: str, value: str) -> None:
-    folder = Path(value)
-    if not folder.exists():
-        raise ConfigError(f"--{name} {value} does not exist: give a folder of images")
-    if not folder.is_dir():
-        raise ConfigError(f"--{name} {value} is a file: give the folder that holds the images")
+def check_image_folder(option: str, folder: str) -> Path:
+    """Return the path of a folder that is not empty.
+
+    Raises:
+        ConfigError: the folder, which ``option`` names, does not exist, is empty or cannot be read.
+    """
+    path = Path(folder).expanduser()
+    if not path.exists():
+        raise ConfigError(f"{option} {folder} does not exist: name a folder of images")
+    if not path.is_dir():
+        raise ConfigError(f"{option} {folder} is a file: name the folder that contains the images")
     try:
-        if next(folder.iterdir(), None) is None:
-            raise ConfigError(f"--{name} {value} is empty: give a folder of images")
+        if next(path.iterdir(), None) is None:
+            raise ConfigError(f"{option} {folder} has no image (it is empty): name a folder of images")
     except OSError as error:
-        raise ConfigError(f"--{name} {value} cannot be read: {error.strerror}") from None
+        raise ConfigError(f"{option} {folder} cannot be read: {error.strerror}") from None
+    return path
 
 
 def _check_schedule(flat: Flat, typed: Set[str]) -> None:
-    from diffusers_ddpm_ext.diffusion.schedule import NoiseSchedule  # brings NumPy, which `--help` does not wait for
+    from diffusers_ddpm_ext.diffusion.schedule import NoiseSchedule  # loads NumPy, which `--help` does not need
 
     betas = flat["trained_betas"]
     if betas is not None:
@@ -118,8 +127,8 @@ def _check_schedule(flat: Flat, typed: Set[str]) -> None:
                 raise ConfigError(f"--{name} has no effect with --trained_betas: give one of them")
         if flat["num_train_timesteps"] != len(betas):
             raise ConfigError(
-                f"--num_train_timesteps {flat['num_train_timesteps']} contradicts --trained_betas, which holds"
-                f" {len(betas)} betas: leave the number out"
+                f"--num_train_timesteps {flat['num_train_timesteps']} contradicts --trained_betas, which has"
+                f" {len(betas)} betas: leave --num_train_timesteps out"
             )
     v = flat["v_posterior"]
     names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "cosine_s", "rescale_betas_zero_snr")
@@ -130,7 +139,7 @@ def _check_schedule(flat: Flat, typed: Set[str]) -> None:
     if schedule.zero_terminal_snr and flat["prediction_type"] == "epsilon":
         cause = "--rescale_betas_zero_snr" if flat["rescale_betas_zero_snr"] else "a last beta of 1"
         raise ConfigError(
-            f"--prediction_type epsilon cannot be learned where no signal is left ({cause}):"
+            f"--prediction_type epsilon cannot be learned at zero terminal SNR ({cause}):"
             " use --prediction_type v_prediction"
         )
     if v is not None and flat["variance_type"] not in ("fixed_small", "fixed_large"):
@@ -140,12 +149,12 @@ def _check_schedule(flat: Flat, typed: Set[str]) -> None:
     steps = flat["ddpm_num_inference_steps"]
     if steps > len(schedule):
         raise ConfigError(
-            f"--ddpm_num_inference_steps {steps} is more than --num_train_timesteps {len(schedule)}: take at most T"
+            f"--ddpm_num_inference_steps {steps} is more than --num_train_timesteps {len(schedule)}: use at most T"
         )
     offset = flat["steps_offset"]
     if flat["timestep_spacing"] == "leading" and (steps - 1) * (len(schedule) // steps) + offset >= len(schedule):
         raise ConfigError(
-            f"--steps_offset {offset} leads beyond the last of {len(schedule)} steps:"
+            f"--steps_offset {offset} exceeds the last of {len(schedule)} timesteps:"
             " use 0, or fewer --ddpm_num_inference_steps"
         )
 
@@ -155,12 +164,12 @@ def _check_objective(flat: Flat, typed: Set[str]) -> None:
     learned, bound = variance in ("learned", "learned_range"), loss in ("hybrid", "vlb")
     if learned and not bound:
         raise ConfigError(
-            f"--variance_type {variance} is learned from the bound: say --loss_type hybrid, or a fixed variance"
+            f"--variance_type {variance} is learned from the bound: use --loss_type hybrid, or a fixed variance"
         )
     if loss == "hybrid" and not learned:
         raise ConfigError(
-            "--loss_type hybrid learns the variance from the bound: say --variance_type learned_range, or"
-            " --loss_type l2"
+            "--loss_type hybrid learns the variance from the bound: use --variance_type learned_range,"
+            " or --loss_type l2"
         )
     if loss == "perceptual" and flat["perceptual_model"] is None:
         raise ConfigError("--loss_type perceptual needs --perceptual_model: a vision model of transformers")
@@ -168,9 +177,9 @@ def _check_objective(flat: Flat, typed: Set[str]) -> None:
         for name in ("learn_logvar", "loss_weighting", "snr_gamma", "l_simple_weight", "original_elbo_weight"):
             if name in typed and flat[name] not in (False, None):
                 raise ConfigError(f"--{name} {flat[name]} has no effect with --loss_type vlb: leave it out")
-    elsewhere = flat["validation_split"] is not None or flat["validation_data_dir"] is not None
-    if flat["validation_bpd"] and not flat["validation_fraction"] and not elsewhere:
-        raise ConfigError("--validation_bpd needs images that are held out: leave --validation_fraction above 0")
+    validation_set = flat["validation_split"] is not None or flat["validation_data_dir"] is not None
+    if flat["validation_bpd"] and not flat["validation_fraction"] and not validation_set:
+        raise ConfigError("--validation_bpd needs images that are held out: use a --validation_fraction above 0")
     if not bound and not flat["validation_bpd"]:
         for name in ("decoder", "bin_width"):
             if name in typed and flat[name] is not None:
@@ -183,30 +192,32 @@ def _check_objective(flat: Flat, typed: Set[str]) -> None:
         raise ConfigError(f"--snr_gamma {gamma:g} has no effect with --loss_weighting {weighting}: leave one out")
     if flat["l_simple_weight"] == 0 and flat["original_elbo_weight"] == 0 and not bound:
         raise ConfigError(
-            "--l_simple_weight 0 with --original_elbo_weight 0 leaves no loss: give one of them a weight"
+            "--l_simple_weight 0 with --original_elbo_weight 0 leaves no loss: use a weight above 0 for one of them"
         )
 
 
 def _check_model(flat: Flat) -> None:
-    named = flat["model_config_name_or_path"]
-    if named is not None:
-        is_path = named.endswith(".json") or named.startswith((".", "/", "~"))
-        if is_path and not Path(named).expanduser().exists():
-            raise ConfigError(f"--model_config_name_or_path {named} does not exist: give a UNet2DModel's JSON file")
+    source = flat["model_config_name_or_path"]
+    if source is not None:
+        is_path = source.endswith(".json") or source.startswith((".", "/", "~"))
+        if is_path and not Path(source).expanduser().exists():
+            raise ConfigError(
+                f"--model_config_name_or_path {source} does not exist: name the JSON file of a UNet2DModel"
+            )
         return
     if flat["model_config"] is not None:
         return
-    missing = [name for name in SIZES if flat[name] is None]
+    missing = [name for name in MODEL_SIZES if flat[name] is None]
     if missing:
         raise ConfigError(f"--{missing[0]} is not set: give it, or --model_config_name_or_path")
     widths, levels = flat["block_out_channels"], flat["attention_levels"]
     if not widths:
-        raise ConfigError("--block_out_channels must name at least one width")
+        raise ConfigError("--block_out_channels must have at least one width")
     groups, head = flat["norm_num_groups"], flat["attention_head_dim"]
     for width in widths:
         if width % groups:
-            way = math.gcd(*widths, groups)
-            raise ConfigError(f"--norm_num_groups {groups} does not divide the width {width}: use {way}")
+            divisor = math.gcd(*widths, groups)
+            raise ConfigError(f"--norm_num_groups {groups} does not divide the width {width}: use {divisor}")
     for level in levels:
         if level >= len(widths):
             raise ConfigError(
@@ -229,7 +240,7 @@ def _check_model(flat: Flat) -> None:
 
 def _check_run_length(flat: Flat) -> None:
     if flat["num_epochs"] is None and flat["max_train_steps"] is None:
-        raise ConfigError("the run has no end: give --max_train_steps or --num_epochs")
+        raise ConfigError("the run has no end: set --max_train_steps or --num_epochs")
     try:
         check_lr_schedule(flat["lr_scheduler"], flat["lr_warmup_steps"], flat["lr_scheduler_args"] or {})
     except ValueError as error:
@@ -237,42 +248,37 @@ def _check_run_length(flat: Flat) -> None:
 
 
 def _check_resume(flat: Flat, typed: Set[str]) -> None:
-    wanted = flat["resume_from_checkpoint"]
-    if wanted is None:
+    source = flat["resume_from_checkpoint"]
+    if source is None:
         if "allow_config_change" in typed and flat["allow_config_change"]:
             raise ConfigError("--allow_config_change has no effect without --resume_from_checkpoint: leave it out")
         return
     if flat["overwrite_output_dir"]:
         raise ConfigError(
-            f"--overwrite_output_dir removes what --resume_from_checkpoint {wanted} is to go on from: give one of them"
+            f"--overwrite_output_dir deletes what --resume_from_checkpoint {source} resumes from: leave one out"
         )
     if flat["output_dir"] is None:
-        raise ConfigError(f"--resume_from_checkpoint {wanted} needs --output_dir: name the folder of the run")
-    if wanted not in ("latest", "auto", "best") and not Path(wanted).is_dir():
+        raise ConfigError(f"--resume_from_checkpoint {source} needs --output_dir: name the folder of the run")
+    if source not in ("latest", "auto", "best") and not Path(source).is_dir():
         raise ConfigError(
-            f"--resume_from_checkpoint {wanted} is no folder: say latest, best, auto, or the path of a checkpoint"
+            f"--resume_from_checkpoint {source} is not a folder: use latest, best, auto, or the path of a checkpoint"
         )
 
 
-def tracker_names(told: str) -> list[str]:
-    """Trackers as Accelerate calls them.
-
-    Args:
-        told: of ``--report_to``, several of them with commas between.
-
-    Returns:
-        Their names; none of ``none``.
-    """
-    names = [name.strip() for name in told.split(",")]
+def tracker_names(report_to: str) -> list[str]:
+    """Split ``--report_to`` at its commas into Accelerate's names of trackers, without ``none``."""
+    names = [name.strip() for name in report_to.split(",")]
     return [{"comet": "comet_ml"}.get(name, name) for name in names if name != "none"]
 
 
 def _check_output(flat: Flat) -> None:
-    told = flat["report_to"]
-    names = tracker_names(told)
+    report_to = flat["report_to"]
+    names = tracker_names(report_to)
     if not {*names} <= {*TRACKERS}:
-        raise ConfigError(f"--report_to {told!r} is not one, or several by commas, of {', '.join(TRACKERS)}")
-    if "," in told and ("all" in names or len(names) < len(told.split(","))):
-        raise ConfigError(f"--report_to {told!r}: all and none stand alone")
+        raise ConfigError(
+            f"--report_to {report_to!r} is not one or several, separated by commas, of {', '.join(TRACKERS)}"
+        )
+    if "," in report_to and ("all" in names or len(names) < len(report_to.split(","))):
+        raise ConfigError(f"--report_to {report_to!r}: all and none must be used alone")
     if flat["overwrite_output_dir"] and flat["output_dir"] is None:
-        raise ConfigError("--overwrite_output_dir needs --output_dir: without a name a fresh folder is taken")
+        raise ConfigError("--overwrite_output_dir needs --output_dir: without it the run has a new folder")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusers_ddpm_ext.errors import ConfigError
-from diffusers_ddpm_ext.training.config.checks import check, check_data
+from diffusers_ddpm_ext.training.config.checks import MODEL_SIZES, check_data_options, check_options
 from diffusers_ddpm_ext.training.config.flags import Parser
 from diffusers_ddpm_ext.training.config.foreign_flags import answer
 from diffusers_ddpm_ext.training.config.options import (
@@ -36,10 +36,6 @@ from diffusers_ddpm_ext.utils.option import option, options_of
 from diffusers_ddpm_ext.utils.option_values import convert_value, unknown_option
 from diffusers_ddpm_ext.utils.yaml_io import dump_options, load_options
 
-NO_SIZES = (
-    "model_config_name_or_path", "model_config", "conditioning_key", "num_class_embeds", "use_positional_encodings",
-)  # fmt: skip
-MODEL_SIZES = tuple(o.name for o in OPTIONS.values() if o.section == "model" and o.name not in NO_SIZES)
 # Ways to say the same thing. One source (file, command line) gives at most one; it replaces what the others said.
 ALTERNATIVES: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("num_epochs",), ("max_train_steps",)),
@@ -184,7 +180,7 @@ def data_options(file: Path | None, typed: Mapping[str, Any], defaults: Mapping[
     layers = [] if file is None else [read_config(str(file))]
     for layer in (*layers, _Layer("the command line", dict(typed))):
         flat |= _replaced(layer) | {n: value for n, value in layer.options.items() if OPTIONS[n].section == "data"}
-    check_data(flat)
+    check_data_options(flat)
     return DataOptions(**{name: flat[name] for name, option in OPTIONS.items() if option.section == "data"})
 
 
@@ -285,7 +281,7 @@ def _resolve(layers: Sequence[_Layer], typed: set[str]) -> TrainConfig:
     flat = {name: option.default for name, option in OPTIONS.items()}
     for layer in layers:
         flat |= _replaced(layer) | layer.options
-    check({**flat, **_derived(flat, said)}, typed)
+    check_options({**flat, **_derived(flat, said)}, typed)
     flat |= _derived(flat, said)
     sections: dict[str, Any] = {
         section: cls(**{name: flat[name] for name, option in OPTIONS.items() if option.section == section})

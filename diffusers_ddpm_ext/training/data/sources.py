@@ -28,6 +28,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffusers_ddpm_ext.errors import ConfigError
+from diffusers_ddpm_ext.training.config.checks import check_image_folder
 
 FOLDER_COLUMN = "folder"
 METADATA_FILES = ("metadata.csv", "metadata.jsonl")
@@ -145,12 +146,8 @@ def scan_folder(option: str, folder: str) -> FolderSource:
     Raises:
         ConfigError: the folder, which ``option`` names, does not exist or has no image.
     """
-    root = Path(folder).expanduser()
+    root = check_image_folder(option, folder)
     label = f"{option} {folder!r}"
-    if not root.exists():
-        raise ConfigError(f"{label}: the folder does not exist.")
-    if not root.is_dir():
-        raise ConfigError(f"{label} is a file: name the folder that contains the images.")
     Image.init()
     formats = set(Image.OPEN) - EXCLUDED_FORMATS
     extensions = {extension for extension, name in Image.registered_extensions().items() if name in formats}

@@ -102,7 +102,7 @@ def test_missing_and_empty_folders(tmp_path):
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("x")
     for name, what in [
-        ("nowhere", "the folder does not exist"),
+        ("nowhere", "does not exist: name a folder of images"),
         ("file", "is a file"),
         ("empty", "has no image .it is empty"),
         ("texts", "has no image .none of its 1 files"),
@@ -213,7 +213,7 @@ def test_a_folder_to_validate_on(photos, tmp_path):
     save(tmp_path / "gray" / "0.png", "L")
     with pytest.raises(ConfigError, match="differ in channels"):
         load_data(folder_options(photos, validation_data_dir=str(tmp_path / "gray")))
-    with pytest.raises(ConfigError, match=r"--validation_data_dir '.*nowhere': the folder does not exist"):
+    with pytest.raises(ConfigError, match=r"--validation_data_dir .*nowhere does not exist: name a folder"):
         load_data(folder_options(photos, validation_data_dir=str(tmp_path / "nowhere")))
 
 
