@@ -210,11 +210,9 @@ def _draw_batch(
     calls: int,
     on_step: Callable[[], Any],
 ) -> tuple[Any, Any]:
-    """Draw images by their indices.
+    """Draw images by their indices, float32 (B, height, width, C) in [0, 1].
 
-    Returns:
-        The images, float32 (B, height, width, C) in [0, 1]; and for a video its frames, uint8
-        (B, F, height, width, C), else None.
+    For a video, also its frames, uint8 (B, F, height, width, C), else None.
     """
     import numpy as np
 

@@ -70,13 +70,7 @@ class NetworkSpec:
 
 
 def complete_unet_params(unet_params: Mapping[str, Any]) -> dict[str, Any]:
-    """Fill in the defaults of UNetModel's arguments, and refuse what no Diffusers network can express.
-
-    Args:
-        unet_params: keyword arguments of UNetModel.
-
-    Returns:
-        Every option by name; sequences as lists.
+    """Fill in the defaults of UNetModel's arguments, sequences as lists; refuse what no Diffusers network can express.
 
     Raises:
         ValueError: an option is unknown, missing, of the wrong type, or cannot be expressed; the message names it.

@@ -109,8 +109,7 @@ def convert_compvis(
 ) -> Converted:
     """Convert a checkpoint of CompVis' classes; see `load_compvis` for arguments and errors.
 
-    Returns:
-        The pipeline, with the EMA weights by default and the raw ones too if the file has both, and the report.
+    The pipeline has the EMA weights by default and the raw ones too if the file has both.
     """
     options = options or LoadOptions()
     checkpoint = read_compvis_checkpoint(path, config, options)

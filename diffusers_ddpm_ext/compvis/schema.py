@@ -156,15 +156,9 @@ UCG_TYPES = {"p": number(0, 1), "val": number() | TEXT | NULL}
 
 
 def check_values(values: Mapping[str, Any], types: Mapping[str, ValueType], prefix: str = "") -> dict[str, Any]:
-    """Refuse values of a wrong type.
+    """Refuse values of a wrong type, and return them with text such as 1e-6 converted to float.
 
-    Args:
-        values: by name; names without a type are not checked.
-        types: allowed values by name.
-        prefix: of the names in an error message.
-
-    Returns:
-        The values; text such as 1e-6 is converted to float.
+    Names without a type are not checked; ``prefix`` stands before the names in an error message.
 
     Raises:
         ValueError: the first value that is not allowed, with its name and what is allowed.

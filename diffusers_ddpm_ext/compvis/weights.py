@@ -109,10 +109,7 @@ def strip_prefixes(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def convert_tensors(
     tensors: Mapping[str, Tensor], unet_params: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], list[ConvertedTensor]]:
-    """Convert UNetModel's floating tensors to the keys and shapes of the Diffusers network.
-
-    Returns:
-        Key to tensor, float32, and one row per tensor.
+    """Convert UNetModel's floating tensors to the Diffusers network's keys and shapes, float32, with a row for each.
 
     Raises:
         ValueError: keys are missing or unexpected, or shapes differ; all of them are listed.

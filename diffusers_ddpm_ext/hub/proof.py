@@ -135,15 +135,9 @@ def draw_card_images(pipeline: Any, settings: dict[str, Any]) -> NDArray[np.uint
 
 
 def compare_card_images(place: Path, pipeline: Any, settings: dict[str, Any]) -> tuple[str, float]:
-    """Draw the images of the card again and compare them with the saved ones.
+    """Draw the images of the card again and compare them with the saved ones, by the proof's settings.
 
-    Args:
-        place: of the pipeline.
-        pipeline: loaded from it.
-        settings: from the proof.
-
-    Returns:
-        A sentence if they differ, otherwise an empty one; and the share of pixels that agree.
+    Returns a sentence if they differ, otherwise an empty one; and the share of pixels that agree.
 
     Raises:
         ValueError: the saved images cannot be read.

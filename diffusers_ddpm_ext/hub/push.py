@@ -60,11 +60,7 @@ class PushOptions:
 
 
 def check_repo_id(name: str, option: str = "--hub_model_id") -> str:
-    """A repository's name, if the Hub allows it.
-
-    Raises:
-        ConfigError: the Hub does not allow it.
-    """
+    """A repository's name, if the Hub allows it; else a ConfigError."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils._validators import validate_repo_id
 

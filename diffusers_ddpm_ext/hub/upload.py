@@ -78,14 +78,9 @@ class UploadResult:
 
 
 def list_upload_files(folder: Path, checkpoint: Path | None = None) -> dict[str, Path]:
-    """The files of a folder that belong on the Hub.
+    """Path in the repository -> file, of the files of a folder that belong on the Hub.
 
-    Args:
-        folder: of a pipeline or a run.
-        checkpoint: one of the run's checkpoints, to be included with all that the run resumes from.
-
-    Returns:
-        Path in the repository -> file.
+    With ``checkpoint``, one of the run's, that is included together with all that the run resumes from.
     """
     files = {}
     ignored = IGNORE_PATTERNS if checkpoint is not None else (*IGNORE_PATTERNS, "best")
@@ -100,16 +95,9 @@ def list_upload_files(folder: Path, checkpoint: Path | None = None) -> dict[str,
 
 
 def copy_snapshot(files: Mapping[str, Path], place: Path) -> None:
-    """Copy files into a folder that a running training does not change.
+    """Copy files, from `list_upload_files`, into an empty folder that a running training does not change.
 
-    Files that a run replaces are linked; those that it appends to are copied.
-
-    Args:
-        files: from `list_upload_files`.
-        place: an empty folder, preferably on the same disk.
-
-    Raises:
-        OSError: the disk is full.
+    Files that a run replaces are linked, if ``place`` is on the same disk; those that it appends to are copied.
     """
     for name, file in files.items():
         target = place / name
@@ -124,17 +112,9 @@ def copy_snapshot(files: Mapping[str, Path], place: Path) -> None:
 
 
 def create_repo(target: HubTarget, warn: Callable[[str], None]) -> str:
-    """Create the repository if it does not exist.
+    """Create the repository if it does not exist, and return its id with the namespace; errors as in `upload`.
 
-    Args:
-        target: the repository.
-        warn: called with a sentence for each further attempt.
-
-    Returns:
-        Its id, with the namespace.
-
-    Raises:
-        PushError: as `upload`.
+    ``warn`` is called with a sentence for each further attempt.
     """
     from huggingface_hub import HfApi
 
@@ -146,18 +126,10 @@ def create_repo(target: HubTarget, warn: Callable[[str], None]) -> str:
 
 
 def upload(place: Path, target: HubTarget, message: str, warn: Callable[[str], None]) -> UploadResult:
-    """Upload a folder as one commit, and compare the commit's files with the folder's.
+    """Upload all files of a folder as one commit, and compare the commit's files with the folder's.
 
-    The same call completes an interrupted upload, and changes nothing when everything is uploaded.
-
-    Args:
-        place: all its files are uploaded.
-        target: an existing repository, with its namespace.
-        message: of the commit.
-        warn: called with a sentence for each further attempt.
-
-    Returns:
-        The commit.
+    The same call completes an interrupted upload, and changes nothing when everything is uploaded. ``warn`` is called
+    with a sentence for each further attempt.
 
     Raises:
         PushError: it failed; the message is one sentence without tokens.
@@ -200,16 +172,9 @@ def _upload_once(place: Path, target: HubTarget, message: str) -> UploadResult:
 
 
 def differing_files(api: Any, repo_id: str, commit: str, folder: Path) -> list[str]:
-    """Files of a folder that are missing in a commit or differ there, by the Hub's checksums.
+    """Paths of a folder's files that are missing in a commit or differ there, by the Hub's checksums.
 
-    Args:
-        api: of huggingface_hub.
-        repo_id: of the repository.
-        commit: its id.
-        folder: the uploaded folder; the commit may have more files.
-
-    Returns:
-        Their paths.
+    The commit may have more files. ``api`` is a `huggingface_hub.HfApi`.
     """
     result = api.verify_repo_checksums(repo_id, revision=commit, local_dir=folder)
     return sorted([*(mismatch["path"] for mismatch in result.mismatches), *result.extra_paths])
@@ -259,13 +224,7 @@ def _may_pass(error: Exception) -> bool:
 
 
 def describe_error(error: Exception, repo_id: str, token: str | None = None) -> str:
-    """What went wrong, in one sentence without tokens.
-
-    Args:
-        error: of the client, the transport or the system.
-        repo_id: of the repository.
-        token: in use.
-    """
+    """What went wrong, in one sentence without tokens; errors of the client, the transport or the system."""
     status, message = _status(error), _server_message(error)
     answer = f" ({message})" if message else ""
     if status == 401:
@@ -286,12 +245,7 @@ def _server_message(error: Exception) -> str:
 
 
 def redact_tokens(text: str, token: str | None = None) -> str:
-    """A text on one line, without tokens.
-
-    Args:
-        text: may contain tokens.
-        token: in use; those of the environment are removed too.
-    """
+    """A text on one line, without ``token`` and the tokens of the environment."""
     for secret in {token, os.environ.get("HF_TOKEN"), os.environ.get("HUGGING_FACE_HUB_TOKEN")}:
         if secret:
             text = text.replace(secret, "***")

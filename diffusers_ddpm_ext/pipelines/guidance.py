@@ -89,15 +89,7 @@ class ConditionedModel:
 
 
 def prepare_conditions(arguments: ConditionArguments, model: ConditionedModel, batch_size: int) -> Conditions:
-    """Convert arguments to the tensors that a network takes.
-
-    Args:
-        arguments: of a pipeline call.
-        model: that they are for.
-        batch_size: number of samples; a condition for one sample is used for all.
-
-    Returns:
-        The conditions, on the model's device.
+    """Convert arguments to the tensors that a network takes, on its device; one for a single sample is used for all.
 
     Raises:
         ValueError: a label is out of range, or a condition is of another batch.
@@ -147,15 +139,7 @@ def _expanded(name: str, value: Tensor | None, batch_size: int) -> Tensor | None
 def unconditional_arguments(
     negative: ConditionArguments, model: ConditionedModel, positive: Conditions
 ) -> ConditionArguments:
-    """Complete the negative conditions of guidance.
-
-    Args:
-        negative: those that the caller gave.
-        model: that they are for.
-        positive: the conditions.
-
-    Returns:
-        The caller's; where there are none, the null class, and zeros for embeddings and concatenated inputs.
+    """Complete the negative conditions by the null class, and by zeros for embeddings and concatenated inputs.
 
     Raises:
         ValueError: the model has no null class, and the caller gave no negative label.
@@ -228,18 +212,7 @@ def prepare_guidance(
     scale: float = 1.0,
     interval: tuple[float, float] | None = None,
 ) -> Guidance:
-    """Check the conditions and the guidance of a pipeline call.
-
-    Args:
-        model: of the pipeline.
-        arguments: the conditions.
-        negative: the negative conditions.
-        batch_size: number of samples.
-        scale: of guidance.
-        interval: see `Guidance`.
-
-    Returns:
-        The network with its conditions.
+    """Check the conditions and the guidance of a pipeline call; ``interval`` as in `Guidance`.
 
     Raises:
         ValueError: a condition is missing, unused or of another shape; guidance without conditions.

@@ -205,16 +205,7 @@ class SavedPipeline(DiffusionPipeline):
 
 
 def reason_to_refuse_stock(unet: Any, scheduler: Any, config: Mapping[str, Any]) -> str:
-    """Why stock DDPMPipeline would fail on this model, or sample it wrongly.
-
-    Args:
-        unet: the pipeline's network.
-        scheduler: its scheduler.
-        config: of the pipeline.
-
-    Returns:
-        One phrase; empty where stock Diffusers samples it right.
-    """
+    """Why stock DDPMPipeline would fail on this model or sample it wrongly, as one phrase; empty if it would not."""
     variance_type = scheduler.config.get("variance_type")
     if config.get("conditioning_key") is not None:
         return f"conditioning_key {config['conditioning_key']}"
@@ -233,16 +224,9 @@ def reason_to_refuse_stock(unet: Any, scheduler: Any, config: Mapping[str, Any])
 
 
 def stock_model_index(index: dict[str, Any], unet: Any, scheduler: Any, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of ``model_index.json``.
+    """A copy of the content that Diffusers would write into ``model_index.json``, with class names that readers know.
 
-    Args:
-        index: what Diffusers would write, which names our classes by their modules.
-        unet: the pipeline's network.
-        scheduler: its scheduler.
-        config: of the pipeline.
-
-    Returns:
-        A copy with class names that readers know. Subclasses of ours, and other schedulers, keep their own names.
+    Diffusers names our classes by their modules. Subclasses of ours, and other schedulers, keep their own names.
     """
     index = dict(index)
     index.pop("_name_or_path", None)  # where this copy was loaded from, maybe a private path
@@ -263,10 +247,8 @@ def stock_model_index(index: dict[str, Any], unet: Any, scheduler: Any, config: 
 def fetch_tables(repo_id: str, commit: str, **options: Any) -> None:
     """Download the tables of a repository into its cached snapshot, if it has them.
 
-    Args:
-        repo_id: the Hub id.
-        commit: id of the snapshot's commit, so that tables and weights belong together.
-        **options: of ``hf_hub_download``; those that are None are left at their defaults.
+    ``commit`` is the snapshot's, so that tables and weights belong together; ``options`` are those of
+    ``hf_hub_download``, those that are None are left at their defaults.
     """
     options = {name: value for name, value in options.items() if value is not None}
     for name, files in TABLE_FILES.items():

@@ -70,15 +70,9 @@ def option(
 
 
 def positional(metavar: str, help: str, default: Any = MISSING) -> Any:
-    """Declare a positional argument as a dataclass field.
+    """Declare a positional argument as a dataclass field; without a default it is required.
 
-    Args:
-        metavar: its name in ``--help`` and in messages, such as ``FOLDER``.
-        help: what it is.
-        default: value where it is left out; by default it must be given.
-
-    Returns:
-        A `dataclasses.Field`.
+    ``metavar`` is its name in ``--help`` and in messages, such as ``FOLDER``.
     """
     declared: Any = option(default, help, metavar=metavar)
     declared.metadata = types.MappingProxyType({**declared.metadata, "positional": True})
@@ -88,12 +82,7 @@ def positional(metavar: str, help: str, default: Any = MISSING) -> Any:
 def embedded(section: type, description: str) -> dict[str, Any]:
     """Declare a field that holds the options of another section that were typed: converted values by name.
 
-    Args:
-        section: a dataclass of options.
-        description: text above its flags in ``--help``, instead of the section's docstring.
-
-    Returns:
-        A `dataclasses.Field`, typed as its value.
+    ``description`` is the text above its flags in ``--help``, instead of the section's docstring.
     """
     declared: Any = field(default_factory=dict, metadata={"section": section, "help": description})
     return declared
@@ -156,15 +145,7 @@ class Option:
 
 
 def options_of(cls: type, section: str = "") -> dict[str, Option]:
-    """The options that a dataclass declares, by name; its embedded sections are left out.
-
-    Args:
-        cls: a dataclass.
-        section: name of the section that it is.
-
-    Returns:
-        The options in the order of the fields.
-    """
+    """The options that a dataclass declares, by name, in the order of the fields; embedded sections are left out."""
     options, hints = {}, get_type_hints(cls)
     for item in fields(cls):
         if "section" in item.metadata:

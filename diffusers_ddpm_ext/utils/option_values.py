@@ -19,18 +19,11 @@ LIMITS = {"low": "at least", "above": "above", "high": "at most", "below": "belo
 
 
 def convert_value(option: Option, value: Any, label: str) -> Any:
-    """Convert a value from the command line (text) or from YAML to the type of the option, and check it.
-
-    Args:
-        option: the option.
-        value: text, a list of texts, or any value that YAML or Python holds.
-        label: name of the option in an error.
-
-    Returns:
-        The value in the option's type.
+    """Convert a value, from the command line (text, or a list of texts) or YAML, to the option's type, and check it.
 
     Raises:
-        ConfigError: it cannot be read as that type, is not one of the choices, or is out of range.
+        ConfigError: it cannot be read as that type, is not one of the choices, or is out of range; ``label`` names
+            the option in the message.
     """
     is_none = isinstance(value, str) and value.lower() in NONE and option.hint not in (str, Path)
     if isinstance(value, str) and option.metadata["none"] == value:

@@ -119,33 +119,18 @@ def sample_draws(
 def noise_of_steps(
     stream: str, seed: int, images: Iterable[int], steps: Iterable[int], shape: Sequence[int]
 ) -> Tensor:
-    """Draw the noise of pairs of an image and a timestep, each from its own key.
+    """Draw the noise of pairs of an image and a timestep, each from its own key: (B, *shape), float32, on the CPU.
 
-    Args:
-        stream: name of the stream.
-        seed: of the measurement.
-        images: indices of the images, (B,).
-        steps: timesteps, (B,).
-        shape: of one image.
-
-    Returns:
-        (B, *shape), float32, standard normal, on the CPU.
+    ``shape`` is that of one image.
     """
     pairs = zip(images, steps, strict=True)
     return torch.stack([torch.randn(*shape, generator=generator(stream, seed, *pair)) for pair in pairs])
 
 
 def uniform_draws(seed: int, step: int, positions: Tensor | Iterable[int], stream: str = TIMESTEP) -> Tensor:
-    """Draw a number in [0, 1) for each sample from its own key.
+    """Draw a number in [0, 1) for each sample from its own key: (B,), float64, on the CPU.
 
-    Args:
-        seed: the run's seed.
-        step: optimizer step that the samples belong to.
-        positions: of the samples in the effective batch, (B,).
-        stream: name of the stream.
-
-    Returns:
-        (B,), float64, on the CPU.
+    ``positions`` are those of the samples in the effective batch, (B,).
     """
     indices = positions.tolist() if isinstance(positions, Tensor) else list(positions)
     values = torch.empty(len(indices), dtype=torch.float64)

@@ -15,13 +15,7 @@ MAX_ALIASES = 8  # a few aliases of aliases expand to more text than fits into m
 
 
 def load_options(text: str) -> dict[Any, Any]:
-    """Read the text of an option file.
-
-    Args:
-        text: the file's content; empty means no option.
-
-    Returns:
-        The mapping at its top.
+    """Read the text of an option file, a mapping; empty text means no option.
 
     Raises:
         ConfigError: it is not YAML, holds a duplicate key, or is not a mapping. The message does not name the file.
@@ -43,13 +37,7 @@ def load_options(text: str) -> dict[Any, Any]:
 
 
 def load_compvis_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a CompVis configuration file, where ``1e-4`` is a number.
-
-    Args:
-        path: the YAML file.
-
-    Returns:
-        The mapping at its top.
+    """Read a CompVis configuration file, a mapping where ``1e-4`` is a number.
 
     Raises:
         ValueError: the file is missing, too large, not YAML, holds a duplicate key or many aliases, or is not a
@@ -75,14 +63,7 @@ def load_compvis_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def dump_options(options: dict[str, Any]) -> str:
-    """Options as YAML text, in their order, which `load_options` reads back to the same values.
-
-    Args:
-        options: plain values by name, and nested mappings.
-
-    Returns:
-        The text, with each list on one line.
-    """
+    """Options as YAML text, in their order, each list on one line; `load_options` reads back the same values."""
     yaml = _yaml()
 
     class Dumper(yaml.SafeDumper):  # type: ignore[name-defined]

@@ -73,15 +73,7 @@ def newest(parent: Path) -> SearchResult:
 
 
 def move_aside(path: Path, reason: str) -> Path:
-    """Rename a checkpoint so that nothing loads or deletes it, and write the reason into a text file next to it.
-
-    Args:
-        path: the folder (or a file or link that has a checkpoint's name).
-        reason: one sentence.
-
-    Returns:
-        Its new path.
-    """
+    """Rename a checkpoint so that nothing loads or deletes it, with the reason in a file next to it; returns its path."""
     number, target = 1, path.with_name(f"{ASIDE_PREFIX}{path.name}")
     while os.path.lexists(target) or os.path.lexists(f"{target}.txt"):
         number += 1
@@ -127,14 +119,10 @@ def remove_leftovers(parent: Path) -> list[Path]:
 
 
 def prune_checkpoints(parent: Path, total_limit: int, keep: Collection[int] = ()) -> list[Path]:
-    """Delete the oldest checkpoints beyond a number, once the newest one is complete, and return their folders.
+    """Delete the oldest checkpoints beyond a number, once the newest is complete; returns their folders.
 
-    Folders without a manifest are not ours: they are neither counted nor deleted.
-
-    Args:
-        parent: folder of the run.
-        total_limit: how many may stay, at least 1.
-        keep: steps that stay in any case and do not count.
+    Folders without a manifest are not ours: they are neither counted nor deleted. Steps in ``keep`` stay in any case and
+    do not count.
     """
     if total_limit < 1:
         raise ValueError(f"total_limit {total_limit}: at least one checkpoint stays; use 1 or more")

@@ -32,11 +32,9 @@ class Processes:
     lockstep: bool = False
 
     def batches(self, count: int) -> Iterator[tuple[int, bool]]:
-        """The batches of this process, every ``world_size``-th of ``count``.
+        """The batches of this process, every ``world_size``-th of ``count``, and whether the result of each counts.
 
-        Yields:
-            Index of a batch, and whether its result counts: a process that must take part without a batch left
-            repeats batch 0.
+        A process that must take part without a batch left repeats batch 0, whose result does not count.
         """
         for first in range(0, count, self.world_size):
             index = first + self.rank

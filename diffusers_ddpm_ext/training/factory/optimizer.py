@@ -82,13 +82,9 @@ def adamw(
 
 @torch.no_grad()
 def gradient_norms(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """The 2-norm of each parameter's gradient.
+    """The 2-norm of each parameter's gradient, 0 without one: (n,), a plain tensor on the device, on every process.
 
-    Args:
-        parameters: after the backward pass. If sharded, a collective call: every process must make it.
-
-    Returns:
-        (n,), a plain tensor on the device, the same on every process; 0 for a parameter without a gradient.
+    If the parameters are sharded, a collective call: every process must make it.
     """
     # torch does not accept plain and sharded gradients in one call.
     by_sharding: dict[bool, dict[int, Tensor]] = {False: {}, True: {}}

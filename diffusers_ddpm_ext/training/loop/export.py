@@ -46,12 +46,7 @@ class ExportedNetworks:
 
 @torch.no_grad()
 def export_networks(denoiser: UNet2DModel, ema: LitEMA | None, objective: DDPMObjective) -> ExportedNetworks | None:
-    """Gather a run's networks between two steps. Collective call: every process must make it.
-
-    Args:
-        denoiser: with the raw weights, without wrappers; sharded or not.
-        ema: the moving average, if there is one.
-        objective: with the log-variances.
+    """Gather a run's networks and log-variances between two steps. Collective call: every process must make it.
 
     Returns:
         The networks in the main process, on the run's device, or on the CPU where the weights were sharded; None in
