@@ -73,7 +73,7 @@ def newest(parent: Path) -> SearchResult:
 
 
 def move_aside(path: Path, reason: str) -> Path:
-    """Rename a checkpoint so that nothing loads or deletes it, with the reason in a file next to it; returns its path."""
+    """Rename a checkpoint so that nothing loads or deletes it; the reason goes into a file next to its new path."""
     number, target = 1, path.with_name(f"{ASIDE_PREFIX}{path.name}")
     while os.path.lexists(target) or os.path.lexists(f"{target}.txt"):
         number += 1
@@ -121,7 +121,7 @@ def remove_leftovers(parent: Path) -> list[Path]:
 def prune_checkpoints(parent: Path, total_limit: int, keep: Collection[int] = ()) -> list[Path]:
     """Delete the oldest checkpoints beyond a number, once the newest is complete; returns their folders.
 
-    Folders without a manifest are not ours: they are neither counted nor deleted. Steps in ``keep`` stay in any case and
+    Folders without a manifest are not ours: neither counted nor deleted. Steps in ``keep`` stay in any case and
     do not count.
     """
     if total_limit < 1:
