@@ -130,7 +130,7 @@ def fit_variance(options: FitVarianceOptions) -> str:
 def _check_pipeline(options: FitVarianceOptions, pipeline: Any) -> None:
     """Raise ConfigError if there is nothing to fit, or no log-variances of squared errors for --source logvar."""
     from diffusers_ddpm_ext.diffusion.variance_fit import check_fixed_variance
-    from diffusers_ddpm_ext.training.config.train_config import read_config
+    from diffusers_ddpm_ext.training.config.layers import read_config
 
     folder = options.folder
     scheduler = ddpm_scheduler(pipeline, folder, "reverse variance to fit")

@@ -96,7 +96,7 @@ def _plot_weights(folder: Path, scheduler: DDPMExtScheduler, path: Path) -> Path
 
     from diffusers_ddpm_ext.diffusion.weighting import elbo_weights, weight_table
     from diffusers_ddpm_ext.plotting.chain import plot_weights
-    from diffusers_ddpm_ext.training.config.train_config import read_config
+    from diffusers_ddpm_ext.training.config.layers import read_config
 
     schedule = scheduler.schedule
     weights: dict[str, Any] = {}

@@ -122,7 +122,7 @@ class _Store(argparse.Action):
         values = self.const if self.nargs == 0 else values
         before = getattr(namespace, self.dest, None)
         if before is not None and before[0] != option_string and before[1] != values:
-            raise ConfigError(f"{option_string} contradicts {before[0]}: give one of them")
+            raise ConfigError(f"{option_string} contradicts {before[0]}: use one of them")
         if option_string is not None or values is not None:
             setattr(namespace, self.dest, (option_string, values))
 

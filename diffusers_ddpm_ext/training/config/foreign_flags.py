@@ -1,11 +1,9 @@
-"""Other programs' words for options, and what to say instead: CompVis, Diffusers' scripts, issues still to come.
+"""Flags of CompVis and of Diffusers' scripts that have another name here, and the hints of their error messages.
 
-A flag that we do not have is never ignored. Where we know what its user wants, the answer names our flag.
+An unknown flag is always an error. Where an equivalent exists, the message names it.
 """
 
 from __future__ import annotations
-
-NOT_YET = "is not supported yet"
 
 # theirs -> ours, same meaning
 RENAMED = {
@@ -57,17 +55,17 @@ RENAMED = {
     "precision": "mixed_precision",
 }
 
-# theirs -> a sentence
-ANSWERS = {
+# theirs -> hint
+HINTS = {
     "parameterization": "use --prediction_type (eps is epsilon, x0 is sample, v is v_prediction)",
     "unet_config": "use --model_config_name_or_path with a UNet2DModel JSON, or sizes such as --block_out_channels",
     "scheduler_config": "use --lr_scheduler and --lr_scheduler_args",
     "attention_resolutions": "use --attention_levels (0 is the full resolution, 1 half of it, ...)",
     "channel_mult": "use --block_out_channels with the widths themselves",
-    "log_every_t": "it is an argument of DDPMExtPipeline's call; a training run draws its own rows of steps",
+    "log_every_t": "it is an argument of DDPMExtPipeline's call; a training run logs its own denoising rows",
     "gpus": "choose devices with `accelerate launch`",
     "devices": "choose devices with `accelerate launch`",
-    "local_rank": "start processes with `accelerate launch` or `torchrun`, which say it in LOCAL_RANK",
+    "local_rank": "start processes with `accelerate launch` or `torchrun`, which set LOCAL_RANK",
     "ema_inv_gamma": "use --ema_decay and --ema_use_num_updates (warm-up (1 + n) / (10 + n))",
     "ema_power": "use --ema_decay and --ema_use_num_updates (warm-up (1 + n) / (10 + n))",
     "enable_xformers_memory_efficient_attention": "leave it out: PyTorch's own memory-efficient attention is in use",
@@ -99,19 +97,12 @@ UNSUPPORTED = {
 }  # fmt: skip
 
 
-def answer(name: str) -> str | None:
-    """What to tell the user of a flag that is not ours.
-
-    Args:
-        name: the flag without its dashes.
-
-    Returns:
-        A sentence, or None for a word that nobody we know uses.
-    """
+def explain_foreign_flag(name: str) -> str | None:
+    """Return the error message for a flag of another program (without dashes), or None if it is not known."""
     if name in RENAMED:
         return f"--{name}: use --{RENAMED[name]}"
-    if name in ANSWERS:
-        return f"--{name}: {ANSWERS[name]}"
+    if name in HINTS:
+        return f"--{name}: {HINTS[name]}"
     if name in UNSUPPORTED or name.removeprefix("no_") in UNSUPPORTED or name.startswith("hub_"):
-        return f"--{name} {NOT_YET}: leave it out"
+        return f"--{name} is not supported yet: leave it out"
     return None

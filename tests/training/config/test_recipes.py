@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from helpers.paths import ROOT
 
-from diffusers_ddpm_ext.training.config.train_config import parse_train_args, recipes
+from diffusers_ddpm_ext.training.config.layers import recipes
+from diffusers_ddpm_ext.training.config.train_config import parse_train_args
 
 FOLDER = ROOT / "training" / "recipes"
 

@@ -1,0 +1,130 @@
+"""Layers of training options: YAML files, recipes, and options by name, converted and ready to be merged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from diffusers_ddpm_ext.errors import ConfigError
+from diffusers_ddpm_ext.training.config.checks import MODEL_SIZES
+from diffusers_ddpm_ext.training.config.foreign_flags import explain_foreign_flag
+from diffusers_ddpm_ext.training.config.options import CANONICAL_NAMES, OPTIONS, SECTIONS
+from diffusers_ddpm_ext.utils.option_values import convert_value, unknown_option
+from diffusers_ddpm_ext.utils.yaml_io import load_options
+
+# Alternative options: a layer may set one alternative, which replaces the others of earlier layers.
+ALTERNATIVES: tuple[tuple[tuple[str, ...], ...], ...] = (
+    (("num_epochs",), ("max_train_steps",)),
+    (("train_data_dir",), ("dataset_name",)),
+    (("validation_fraction",), ("validation_split",), ("validation_data_dir",)),
+    (("model_config_name_or_path",), ("model_config",), MODEL_SIZES),
+    (("save_images_epochs",), ("save_images_steps",)),
+    (("resume_from_checkpoint",), ("resume_from_hub",)),
+)
+# Options that are replaced together with the option that they belong to.
+FOLLOWERS = {"dataset_name": ("dataset_config_name", "image_column")}
+
+
+@dataclass(frozen=True)
+class OptionLayer:
+    """Converted options by name, and where they come from."""
+
+    source: str
+    options: dict[str, Any]
+
+
+def recipes() -> list[str]:
+    """Names of the recipes that come with the package."""
+    folder = resources.files("diffusers_ddpm_ext.training").joinpath("recipes")
+    return sorted(Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def read_recipe(name: str) -> OptionLayer:
+    """Read the options of a recipe."""
+    path = resources.files("diffusers_ddpm_ext.training").joinpath("recipes", f"{name}.yaml")
+    return _read_text(path.read_text(encoding="utf-8"), name)
+
+
+def read_config(name: str) -> OptionLayer:
+    """Read the options of a YAML file, flat or by section; ``name`` is its path, or the name of a recipe.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or an option in it is wrong.
+    """
+    try:
+        if name in recipes() and not Path(name).is_file():
+            return read_recipe(name)
+        text = Path(name).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--config {name} cannot be read: {error.strerror}; name a YAML file or a recipe") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"--config {name} is not text: name a YAML file") from None
+    return _read_text(text, name)
+
+
+def replaced_options(layer: OptionLayer) -> dict[str, None]:
+    """Options of earlier layers that a layer replaces by setting an alternative, each with the value None."""
+    replaced: dict[str, None] = {}
+    for alternatives in ALTERNATIVES:
+        chosen = [(names, name) for names in alternatives for name in names if layer.options.get(name) is not None]
+        if not chosen:
+            continue
+        names, name = chosen[0]
+        for other_names, other in chosen:
+            if other_names is not names:
+                raise ConfigError(f"--{name} and --{other} (both in {layer.source}) contradict: use one of them")
+        for other in (other for rest in alternatives if rest is not names for other in rest):
+            replaced |= dict.fromkeys((other, *FOLLOWERS.get(other, ())))
+    return replaced
+
+
+def _read_text(text: str, name: str) -> OptionLayer:
+    try:
+        options = load_options(text)
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from None
+    return convert_options(options, name)
+
+
+def convert_options(options: Mapping[str, Any], source: str = "") -> OptionLayer:
+    """Convert options from a YAML file, ``source``, or from Python.
+
+    Raises:
+        ConfigError: a name is unknown or repeated, or a value is not allowed.
+    """
+    converted: dict[str, Any] = {}
+    for key, value in _flatten(options, source):
+        name = CANONICAL_NAMES.get(key)
+        label = f"{key} (in {source})" if source else key
+        if name is None:
+            error = unknown_option(key, [*CANONICAL_NAMES, *SECTIONS], dashes="", explain=explain_foreign_flag)
+            raise ConfigError(f"{error} (in {source})" if source else str(error))
+        if name == "hub_token" and source:
+            raise ConfigError(f"{label}: a token must not be in a file; set HF_TOKEN, or run `hf auth login`")
+        if name in converted:
+            raise ConfigError(f"{label} is set twice: leave one out")
+        converted[name] = convert_value(OPTIONS[name], value, label)
+    return OptionLayer(source or "the options", converted)
+
+
+def _flatten(options: Mapping[str, Any], source: str) -> Iterator[tuple[str, Any]]:
+    where = f" (in {source})" if source else ""
+    for key, value in options.items():
+        if not isinstance(key, str):
+            raise ConfigError(f"key {key!r}{where} is not the name of an option")
+        if key not in SECTIONS:
+            yield key, value
+            continue
+        if not isinstance(value, dict):
+            raise ConfigError(f"{key}{where} is a section: write its options below it, indented")
+        for name, inner in value.items():
+            if name in CANONICAL_NAMES and OPTIONS[CANONICAL_NAMES[name]].section != key:
+                raise ConfigError(
+                    f"{name}{where} belongs to section {OPTIONS[CANONICAL_NAMES[name]].section}, not {key}"
+                )
+            if not isinstance(name, str):
+                raise ConfigError(f"key {name!r}{where} is not the name of an option")
+            yield name, inner
