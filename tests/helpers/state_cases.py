@@ -51,7 +51,8 @@ def small_run(
     arguments = CYCLE if schedule == "LambdaLinearScheduler" else {}
     groups = parameter_groups(task.denoiser.parameters(), task.objective.parameters(), 0.01, 2e-2)
     optimizer = adamw(groups, 1e-3, (0.9, 0.999), 1e-8)
-    lr_scheduler = lr_schedule(schedule, optimizer, 9, 0 if arguments else 2, arguments)
+    warmup_steps = 0 if arguments or schedule == "constant" else 2
+    lr_scheduler = lr_schedule(schedule, optimizer, 9, warmup_steps, arguments)
     return SmallRun(TrainingObjects(wrapped or task, optimizer, lr_scheduler, LitEMA(task.denoiser, 0.99)), task)
 
 
