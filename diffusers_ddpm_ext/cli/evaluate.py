@@ -108,6 +108,7 @@ def evaluate(options: EvaluateOptions) -> str:
     import torch
 
     from diffusers_ddpm_ext.diffusion.likelihood_estimate import step_table
+    from diffusers_ddpm_ext.training.distributed import leave_process_group
     from diffusers_ddpm_ext.training.evaluation.bound import BoundEvaluation
     from diffusers_ddpm_ext.training.evaluation.cache import EvaluationCache
 
@@ -132,6 +133,7 @@ def evaluate(options: EvaluateOptions) -> str:
     options.output_folder.mkdir(exist_ok=True)
     cache = EvaluationCache(options.output_folder, _fingerprint(options, data.fingerprint, pipeline), processes)
     values = _evaluate_bound(pipeline, evaluation, processes, cache, options.folder)
+    leave_process_group()
     if processes.rank > 0:
         return ""
     result = _result(options, evaluation, values, scheduler, data.description)

@@ -201,3 +201,9 @@ def exit_without_message(status: int) -> NoReturn:
     """End a process whose failure another one reports."""
     time.sleep(EXIT_DELAY)
     raise SystemExit(status)
+
+
+def leave_process_group() -> None:
+    """Destroy the default process group, if there is one; otherwise a process may abort while it exits."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
