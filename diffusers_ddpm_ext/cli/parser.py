@@ -10,10 +10,12 @@ from typing import Any, TypeVar
 from diffusers_ddpm_ext.training.config.flags import Parser
 from diffusers_ddpm_ext.utils.option import options_of
 
-T = TypeVar("T")
+OptionsType = TypeVar("OptionsType")
 
 
-def parse_options(cls: type[T], argv: Sequence[str], command: str, examples: str, description: str = "") -> T:
+def parse_options(
+    cls: type[OptionsType], argv: Sequence[str], command: str, examples: str, description: str = ""
+) -> OptionsType:
     """Parse a command line into the dataclass that declares the options; see `utils.option`.
 
     Every command has a function ``parse_<command>_args(argv)`` over this. It imports nothing heavy, writes nothing,

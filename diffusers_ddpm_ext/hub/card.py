@@ -84,7 +84,7 @@ def make_card(folder: Path, repo_id: str, license_name: str | None = None) -> st
 
 
 class _FolderFacts:
-    """What the files of a folder tell about the model."""
+    """What the files of a folder state about the model."""
 
     def __init__(self, folder: Path) -> None:
         self.index = read_json(folder / "model_index.json")
@@ -110,7 +110,7 @@ class _FolderFacts:
     @property
     def dataset_name(self) -> str:
         """The data set's name for a reader."""
-        return str(self.dataset or self.environment.get("data", {}).get("name") or "images of its own")
+        return str(self.dataset or self.environment.get("data", {}).get("name") or "private images")
 
     @property
     def size(self) -> str:
