@@ -110,7 +110,7 @@ class _FolderFacts:
     @property
     def dataset_name(self) -> str:
         """The data set's name for a reader."""
-        return str(self.dataset or self.environment.get("data", {}).get("name") or "private images")
+        return str(self.dataset or self.environment.get("data", {}).get("name") or "the author's images")
 
     @property
     def size(self) -> str:
