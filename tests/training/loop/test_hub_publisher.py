@@ -153,7 +153,7 @@ def test_push_to_hub_without_a_token_is_refused(call, tmp_path):
 def test_a_token_in_a_config_file_is_refused(where, tmp_path, capsys):
     (tmp_path / "run.yaml").write_text(where)
     assert cli.main(["train", "--config", str(tmp_path / "run.yaml"), "--dry_run"]) == 2
-    assert "a token does not belong in a file" in capsys.readouterr().err
+    assert "a token must not be in a file" in capsys.readouterr().err
 
 
 def test_resuming_from_a_repository_without_checkpoints_is_refused(call, hub, tmp_path):
