@@ -9,8 +9,8 @@ import tempfile
 from pathlib import Path
 
 from diffusers_ddpm_ext.errors import ConfigError
-from diffusers_ddpm_ext.training.checkpoints.lock import LOCK, FolderBusy, FolderLock
 from diffusers_ddpm_ext.training.config.options import DataOptions, OutputOptions
+from diffusers_ddpm_ext.utils.folder_lock import LOCK, FolderBusy, FolderLock
 
 DEFAULT_PARENT = Path("runs")
 RUN_MARKERS = ("config.yaml", LOCK)  # one of these marks a run's folder; an interrupted start may leave only the lock

@@ -9,7 +9,6 @@ from pathlib import Path
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from diffusers_ddpm_ext.training.checkpoints.lock import FolderLock
 from diffusers_ddpm_ext.training.checkpoints.output_dir import acquire_output_dir
 from diffusers_ddpm_ext.training.config.train_config import TrainConfig
 from diffusers_ddpm_ext.training.distributed import fail_together
@@ -19,6 +18,7 @@ from diffusers_ddpm_ext.training.loop.setup import Setup
 from diffusers_ddpm_ext.training.signals import SignalRequests
 from diffusers_ddpm_ext.training.tracking.metrics import MetricsLogger
 from diffusers_ddpm_ext.training.tracking.step_losses import LossMeter
+from diffusers_ddpm_ext.utils.folder_lock import FolderLock
 
 
 class Task(StrEnum):

@@ -15,7 +15,6 @@ from pathlib import Path
 from diffusers_ddpm_ext.errors import RunError, warn
 from diffusers_ddpm_ext.training.checkpoints import snapshot as snapshots
 from diffusers_ddpm_ext.training.checkpoints.folders import checkpoint_step, delete_checkpoint, prune_checkpoints
-from diffusers_ddpm_ext.training.checkpoints.lock import FolderBusy, FolderLock
 from diffusers_ddpm_ext.training.checkpoints.state import capture_snapshot
 from diffusers_ddpm_ext.training.checkpoints.writer import write_checkpoint
 from diffusers_ddpm_ext.training.distributed import any_rank, fail_together
@@ -26,6 +25,7 @@ from diffusers_ddpm_ext.training.loop.run import Run, Task
 from diffusers_ddpm_ext.training.loop.setup import Setup
 from diffusers_ddpm_ext.training.tracking.monitor import Monitor, MonitorDecision
 from diffusers_ddpm_ext.utils.files import replace_folder, write_text_atomically
+from diffusers_ddpm_ext.utils.folder_lock import FolderBusy, FolderLock
 
 
 def save_checkpoint(run: Run) -> bool:

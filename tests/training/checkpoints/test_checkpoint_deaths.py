@@ -262,7 +262,7 @@ def test_killed_at_random_moments(tmp_path):
         import sys
         from pathlib import Path
         from diffusers_ddpm_ext.training.checkpoints.folders import newest, prune_checkpoints, remove_leftovers
-        from diffusers_ddpm_ext.training.checkpoints.lock import FolderLock
+        from diffusers_ddpm_ext.utils.folder_lock import FolderLock
         from diffusers_ddpm_ext.training.checkpoints.writer import write_checkpoint
         with FolderLock(Path(sys.argv[1])):
             remove_leftovers(Path(sys.argv[1]))

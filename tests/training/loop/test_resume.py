@@ -20,10 +20,10 @@ from diffusers_ddpm_ext import DDPMExtPipeline
 from diffusers_ddpm_ext.errors import ConfigError, RunError
 from diffusers_ddpm_ext.training import trainer
 from diffusers_ddpm_ext.training.checkpoints.folders import checkpoint_step, list_checkpoints
-from diffusers_ddpm_ext.training.checkpoints.lock import FolderLock
 from diffusers_ddpm_ext.training.checkpoints.manifest import verify
 from diffusers_ddpm_ext.training.checkpoints.writer import CheckpointNotWritten
 from diffusers_ddpm_ext.training.loop import previews, saving, tasks
+from diffusers_ddpm_ext.utils.folder_lock import FolderLock
 
 EVERY = {"checkpointing_steps": 2, "max_train_steps": 7, "validation_steps": 3, "save_images_steps": 4, "seed": 5}
 RUNS = itertools.count()

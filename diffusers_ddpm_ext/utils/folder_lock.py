@@ -1,4 +1,4 @@
-"""Lock of a run's folder: one run at a time."""
+"""Lock of an output folder, or of an output file: one command at a time writes to it."""
 
 from __future__ import annotations
 
@@ -22,24 +22,29 @@ _HELD: dict[tuple[int, int], int] = {}
 
 
 class FolderBusy(RuntimeError):
-    """Another run uses the folder."""
+    """Another run uses the folder or file."""
 
 
 class FolderLock:
-    """Lock of a run's folder for this process, from `acquire` to `release` or to the end of the process.
+    """Lock of an output folder for this process, from `acquire` to `release` or to the end of the process.
+
+    Training, sampling, evaluations and fits lock the folder that they write to. Commands that write a single file into
+    a folder of others lock that file alone, by its name.
 
     A record lock (``fcntl.lockf``): a forked data worker does not inherit it, so it ends with its owner. A ``flock``
     would be held until the last worker has ended.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / LOCK
+    def __init__(self, folder: Path, file_name: str | None = None) -> None:
+        self.path = folder / (LOCK if file_name is None else f".{file_name}.lock")
+        self._subject = folder if file_name is None else folder / file_name
+        self._kind = "folder" if file_name is None else "file"
         self._descriptor: int | None = None
         self._owner = 0
         self._locked = False
 
     def acquire(self) -> FolderLock:
-        """Lock the folder; return this lock.
+        """Lock the folder or file; return this lock.
 
         On a file system without locks a warning is logged and the run continues without one.
 
@@ -76,7 +81,7 @@ class FolderLock:
         if self._descriptor is None:
             raise RuntimeError(f"{self.path} is not held: acquire it first")
         if not self._is_current(self._descriptor):
-            raise FolderBusy(f"{self.path} was removed: another run may be using {self.path.parent}")
+            raise FolderBusy(f"{self.path} was removed: another run may be using {self._subject}")
         if self._locked:
             self._lock(self._descriptor)
 
@@ -116,16 +121,18 @@ class FolderLock:
             if error.errno not in LOCKS_UNSUPPORTED:
                 raise
             logger.warning(
-                "%s cannot be locked on this file system (%s): make sure that no second run uses this folder.",
-                self.path.parent,
+                "%s cannot be locked on this file system (%s): make sure that no second run uses this %s.",
+                self._subject,
                 error.strerror,
+                self._kind,
             )
             return False
         return True
 
     def _busy(self, owner: str) -> FolderBusy:
-        folder = self.path.parent
-        return FolderBusy(f"another run uses {folder} ({owner}): wait for it, end it, or name another folder")
+        return FolderBusy(
+            f"another run uses {self._subject} ({owner}): wait for it, end it, or name another {self._kind}"
+        )
 
     def _is_current(self, descriptor: int) -> bool:
         try:

@@ -18,12 +18,12 @@ from pathlib import Path
 import pytest
 from helpers.paths import ROOT
 
-from diffusers_ddpm_ext.training.checkpoints.lock import LOCK, FolderBusy, FolderLock
+from diffusers_ddpm_ext.utils.folder_lock import LOCK, FolderBusy, FolderLock
 
 HOLD = """
 import os, sys, time
 from pathlib import Path
-from diffusers_ddpm_ext.training.checkpoints.lock import FolderLock
+from diffusers_ddpm_ext.utils.folder_lock import FolderLock
 lock = FolderLock(Path(sys.argv[1])).acquire()
 if "worker" in sys.argv:
     worker = os.fork()
