@@ -1,10 +1,10 @@
-"""Kinds of error that the command line tells apart, and warnings."""
+"""Kinds of error that the command line tells apart; errors, warnings and names from outside on the terminal."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 
 class ConfigError(ValueError):
@@ -27,7 +27,38 @@ def warn(text: str) -> None:
     """
     from tqdm.auto import tqdm  # not at the top: `--help` does not wait for it
 
-    tqdm.write(f"warning: {text}", file=sys.stderr)
+    tqdm.write(f"warning: {printable(text)}", file=sys.stderr)
+
+
+def print_error(error: object) -> None:
+    """Print an ``error:`` line to stderr, on a line of its own below any progress bar."""
+    tqdm = sys.modules.get("tqdm.std")
+    for bar in list(getattr(getattr(tqdm, "tqdm", None), "_instances", ())):
+        with suppress(Exception):  # a bar whose stream was closed
+            bar.close()
+    sys.stderr.write(f"error: {printable(' '.join(str(error).split()))}\n")
+
+
+def printable(text: str, limit: int = 1000) -> str:
+    """Text from outside as one line for a terminal.
+
+    Control characters (ANSI sequences, line ends), characters that change the direction of writing, and bytes of file
+    names that are not UTF-8 are escaped as in Python's source. Of a long text the middle is left out.
+
+    Args:
+        text: any text: a path, a key, a name.
+        limit: the largest number of characters.
+    """
+    if len(text) > limit:
+        text = f"{text[: limit // 2]} ... {text[-(limit // 2) :]}"
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def printable_lines(text: str) -> str:
+    """`printable` for a text of several lines of any length: line ends and tabs stay."""
+    return "\n".join("\t".join(printable(part, len(part)) for part in line.split("\t")) for line in text.split("\n"))
 
 
 @contextmanager

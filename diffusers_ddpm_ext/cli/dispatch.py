@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from diffusers_ddpm_ext._version import __version__
-from diffusers_ddpm_ext.errors import ConfigError, RunError
+from diffusers_ddpm_ext.errors import ConfigError, RunError, print_error, printable_lines
 
 # command -> its line in --help. `fit-variance` is the function `fit_variance_command(argv) -> str` of cli/fit_variance
 COMMANDS = {
@@ -49,7 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     _set_wait_policy()
     try:
-        sys.stdout.write(_dispatch(list(sys.argv[1:] if argv is None else argv)))
+        text = printable_lines(_dispatch(list(sys.argv[1:] if argv is None else argv)))
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+        sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
     except ConfigError as error:
         return _report_error(error, 2)
     except RunError as error:
@@ -72,7 +74,7 @@ def _set_wait_policy() -> None:
 
 
 def _report_error(error: object, status: int) -> int:
-    sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+    print_error(error)
     return status
 
 

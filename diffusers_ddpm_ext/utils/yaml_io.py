@@ -6,12 +6,15 @@ import os
 import re
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from diffusers_ddpm_ext.errors import ConfigError
+from diffusers_ddpm_ext.errors import ConfigError, printable
+from diffusers_ddpm_ext.utils.input_files import MAX_DEPTH, check_nesting, read_text
 
-MAX_BYTES = 4 * 2**20
-MAX_ALIASES = 8  # a few aliases of aliases expand to more text than fits into memory
+MAX_BYTES = 2**20
+MAX_NODES = 50_000  # of the file, and again of what its aliases expand to
+MAX_NUMBER_LENGTH = 100
+TAGS = ("null", "bool", "int", "float", "str", "seq", "map", "merge", "value")
 
 
 def load_options(text: str) -> dict[Any, Any]:
@@ -20,15 +23,7 @@ def load_options(text: str) -> dict[Any, Any]:
     Raises:
         ConfigError: it is not YAML, holds a duplicate key, or is not a mapping. The message does not name the file.
     """
-    yaml = _yaml()
-    try:
-        loaded = yaml.load(text, Loader=_strict_loader())
-    except ConfigError:
-        raise
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"line {mark.line + 1}: " if mark else ""
-        raise ConfigError(f"not YAML: {where}{getattr(error, 'problem', None) or error}") from None
+    loaded = _load(text, _strict_loader())
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
@@ -40,26 +35,36 @@ def load_compvis_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a CompVis configuration file, a mapping where ``1e-4`` is a number.
 
     Raises:
-        ValueError: the file is missing, too large, not YAML, holds a duplicate key or many aliases, or is not a
-            mapping.
+        ValueError: the file is missing, too large, not YAML, is nested or expands without end, holds a duplicate key,
+            or is not a mapping.
     """
-    yaml, file = _yaml(), Path(path)
-    if not file.is_file():
-        raise ValueError(f"{file} {'is a folder' if file.is_dir() else 'does not exist'}: give the YAML file.")
-    if file.stat().st_size > MAX_BYTES:
-        raise ValueError(f"{file.name} is larger than any configuration: give the YAML file, not the checkpoint.")
+    file = Path(path)
+    text = read_text(file, max_bytes=MAX_BYTES)
     try:
-        text = file.read_bytes().decode("utf-8")
-        if len(re.findall(r"(?<![\w'\"])\*\w", text)) > MAX_ALIASES:
-            raise ValueError("it has too many aliases")
-        content = yaml.load(text, Loader=_compvis_loader())
-    except (UnicodeDecodeError, RecursionError):
-        raise ValueError(f"{file.name} is not a text file: give the YAML file.") from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"{file.name} cannot be read as YAML: {' '.join(str(error).split())}.") from None
+        content = _load(text, _compvis_loader())
+    except ConfigError as error:
+        raise ConfigError(f"{printable(file.name)} cannot be read as YAML: {error}.") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{file.name} holds no configuration: it must have a section model with target and params.")
+        raise ConfigError(
+            f"{printable(file.name)} holds no configuration: it must have a section model with target and params."
+        )
     return content
+
+
+def _load(text: str, loader: Any) -> Any:
+    """Parse YAML within the limits of nodes, depth and aliases."""
+    yaml = _yaml()
+    try:
+        loaded = yaml.load(text, Loader=loader)
+    except ConfigError:
+        raise
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError, OverflowError, AttributeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}: " if mark else ""
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise ConfigError(f"not YAML: {where}{printable(str(problem), 200)}") from None
+    check_nesting(loaded, "it")
+    return loaded
 
 
 def dump_options(options: dict[str, Any]) -> str:
@@ -91,12 +96,48 @@ def _strict_loader() -> Any:
 
     class StrictLoader(yaml.SafeLoader):  # type: ignore[name-defined]
         repeatable: tuple[str, ...] = ()
+        yaml_implicit_resolvers: ClassVar = {  # dates stay text
+            first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+            for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        }
+
+        def __init__(self, stream: Any) -> None:
+            super().__init__(stream)
+            self.nodes, self.depth = 0, 0
+            self.expanded: dict[int, int] = {}  # nodes below each node, aliases written out, by the node's id
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            self.nodes, self.depth = self.nodes + 1, self.depth + 1
+            if self.depth > MAX_DEPTH:
+                raise ConfigError(f"it is nested more than {MAX_DEPTH} levels deep")
+            alias = self.check_event(yaml.AliasEvent)
+            node = super().compose_node(parent, index)
+            self.depth -= 1
+            if alias and id(node) not in self.expanded:
+                raise ConfigError("an alias stands inside of what it refers to")
+            if not alias:
+                children = node.value if isinstance(node.value, list) else []
+                parts = [part for child in children for part in (child if isinstance(child, tuple) else (child,))]
+                self.expanded[id(node)] = 1 + sum(self.expanded[id(part)] for part in parts)
+            if max(self.nodes, self.expanded[id(node)]) > MAX_NODES:
+                raise ConfigError(f"it has more than {MAX_NODES:,} values, its aliases written out")
+            return node
+
+        def construct_object(self, node: Any, deep: bool = False) -> Any:
+            if not node.tag.startswith("tag:yaml.org,2002:") or node.tag.rpartition(":")[2] not in TAGS:
+                raise ConfigError(f"line {node.start_mark.line + 1}: the tag {printable(node.tag, 60)} is not allowed")
+            number = node.tag.endswith((":int", ":float"))
+            if number and len(node.value) > MAX_NUMBER_LENGTH:
+                raise ConfigError(f"line {node.start_mark.line + 1}: a number of {len(node.value):,} characters")
+            return super().construct_object(node, deep)
 
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            keys = [key.value for key, _ in node.value if key.value not in self.repeatable]
-            for key in keys:
-                if keys.count(key) > 1:
-                    raise ConfigError(f"{key} is given twice: keep one of them")
+            seen: set[tuple[str, str]] = set()
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode) and key.value not in self.repeatable:
+                    if (key.tag, key.value) in seen:
+                        raise ConfigError(f"{printable(key.value, 60)} is given twice: keep one of them")
+                    seen.add((key.tag, key.value))
             mapping: dict[Any, Any] = super().construct_mapping(node, deep)
             return mapping
 
