@@ -114,7 +114,7 @@ def _strict_loader() -> Any:
             node = super().compose_node(parent, index)
             self.depth -= 1
             if alias and id(node) not in self.expanded:
-                raise ConfigError("an alias stands inside of what it refers to")
+                raise ConfigError("it contains itself: an alias is inside of what it refers to")
             if not alias:
                 children = node.value if isinstance(node.value, list) else []
                 parts = [part for child in children for part in (child if isinstance(child, tuple) else (child,))]

@@ -168,7 +168,12 @@ def test_refused_keys_may_be_left_out():
         ("- 1\n", "no configuration"),
         ("a: 1\na: 2\n", "twice"),
         ("a: !!python/object/apply:os.system ['true']\n", "YAML"),
-        ("a: &a [1]\n" + "".join(f"b{i}: *a\n" for i in range(200)), "aliases"),
+        (
+            "a: &a [1, 2]\n"
+            + "".join(f"b{i}: &b{i} [*{'ab'[i > 0]}{i - 1 if i else ''}, 3, *a]\n" for i in range(9))
+            + "".join(f"c{i}: &c{i} [" + f"*{'c' if i else 'b8'}{i - 1 if i else ''}, " * 9 + "]\n" for i in range(9)),
+            "aliases",
+        ),
         ("\x00\x01", "YAML|text"),
     ],
 )
