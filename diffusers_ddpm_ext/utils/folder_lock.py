@@ -71,6 +71,21 @@ class FolderLock:
                 os.pwrite(descriptor, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
         return self
 
+    def check_free(self) -> None:
+        """Raise FolderBusy if another run holds the lock; write nothing. For a command that begins with slow work."""
+        self._check_own_process()
+        try:
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
+        except OSError:
+            return  # no file, or none that this user may lock
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in LOCKED_BY_OTHER:
+                raise self._busy(_describe_owner(descriptor)) from None
+        finally:
+            os.close(descriptor)
+
     def renew(self) -> None:
         """Lock again: the system drops the lock when any code in this process opens and closes the file.
 
