@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import shlex
-import sys
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from diffusers_ddpm_ext.errors import ConfigError, RunError
+from diffusers_ddpm_ext.errors import ConfigError, RunError, warn
 from diffusers_ddpm_ext.hub.upload import (
     HUB_TIMEOUT,
     HubTarget,
@@ -22,6 +21,7 @@ from diffusers_ddpm_ext.hub.upload import (
     upload,
 )
 from diffusers_ddpm_ext.utils.files import write_atomically, write_text_atomically
+from diffusers_ddpm_ext.utils.folder_scan import is_below_link
 from diffusers_ddpm_ext.utils.option import option, positional
 
 
@@ -93,10 +93,14 @@ def push(options: PushOptions, checkpoint: Path | None = None) -> str:
     try:
         with tempfile.TemporaryDirectory(prefix=".pushing-", dir=options.folder) as name:
             place = Path(name)
-            copy_snapshot(list_upload_files(options.folder, checkpoint), place)
-            target = replace(target, repo_id=create_repo(target, _warn))
+            uploads = list_upload_files(options.folder, checkpoint)
+            uploads.check_complete(checkpoint)
+            if uploads.warning:
+                warn(uploads.warning)
+            copy_snapshot(uploads.files, place)
+            target = replace(target, repo_id=create_repo(target, warn))
             _add_card_and_proof(place, target.repo_id, options.license, not options.no_images)
-            result = upload(place, target, options.commit_message, _warn)
+            result = upload(place, target, options.commit_message, warn)
             _copy_card_and_proof(place, options.folder)
         record_push(options.folder, result)
     except (PushError, OSError) as error:
@@ -106,10 +110,6 @@ def push(options: PushOptions, checkpoint: Path | None = None) -> str:
         f"{result.files} files are in {result.url} (commit {result.commit[:12]}), each compared with the folder's; "
         f"to check them at any time: ddpm-ext verify {result.repo_id}"
     )
-
-
-def _warn(text: str) -> None:
-    sys.stderr.write(f"warning: {text}\n")
 
 
 def _add_card_and_proof(place: Path, repo_id: str, license_name: str | None, draw: bool) -> None:
@@ -143,17 +143,23 @@ def _draw_card(place: Path) -> dict[str, object] | None:
 
 
 def _copy_card_and_proof(place: Path, folder: Path) -> None:
-    """Copy the uploaded card and proof into the folder, and delete older images of a card without any."""
+    """Copy the uploaded card and proof into the folder, and delete older images of a card without any.
+
+    A link in their place, or the folder ``card`` being one, stays as it is.
+    """
     from diffusers_ddpm_ext.hub.card import CARD_NAME
     from diffusers_ddpm_ext.hub.proof import CARD_GRID, CARD_IMAGES, PROOF_NAME
 
     for name in (CARD_NAME, PROOF_NAME, CARD_IMAGES, CARD_GRID):
+        if is_below_link(folder, name):
+            continue
         if (place / name).is_file():
             _copy_atomically(place / name, folder / name)
         elif name != CARD_NAME:
             (folder / name).unlink(missing_ok=True)
-    if (folder / "card").is_dir() and not any((folder / "card").iterdir()):
-        (folder / "card").rmdir()
+    cards = folder / "card"
+    if cards.is_dir() and not cards.is_symlink() and not any(cards.iterdir()):
+        cards.rmdir()
 
 
 def _copy_atomically(source: Path, target: Path) -> None:

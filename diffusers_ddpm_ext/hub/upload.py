@@ -17,8 +17,10 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, TypeVar
 
-from diffusers_ddpm_ext.errors import RunError
-from diffusers_ddpm_ext.utils.files import read_json, write_text_atomically
+from diffusers_ddpm_ext.errors import ConfigError, RunError, printable, warn
+from diffusers_ddpm_ext.utils.files import write_text_atomically
+from diffusers_ddpm_ext.utils.folder_scan import LINK, list_names, scan_folder
+from diffusers_ddpm_ext.utils.input_files import exists, read_json_object
 
 PUSH_RECORD = ".hub.json"
 """The last push from a folder; never uploaded."""
@@ -32,6 +34,8 @@ DELETE_PATTERNS = (
     "checkpoint-*/*", "best/*",
 )  # fmt: skip
 """Files that a push deletes from the repository if the folder no longer has them."""
+NEEDED_FILES = ("model_index.json", "config.json", "scheduler_config.json", "diffusion_pytorch_model.safetensors")
+"""At the top of the folder, and in those of its parts."""
 MAX_ATTEMPTS, HUB_TIMEOUT = 4, 60.0
 MAX_RETRY_SECONDS = 20.0
 """No attempt starts later: by then the client itself has tried some calls five times."""
@@ -77,38 +81,85 @@ class UploadResult:
     files: int
 
 
-def list_upload_files(folder: Path, checkpoint: Path | None = None) -> dict[str, Path]:
-    """Path in the repository -> file, of the files of a folder that belong on the Hub.
+@dataclass(frozen=True)
+class UploadList:
+    """Files of a folder that belong on the Hub.
+
+    Attributes:
+        files: path in the repository -> file.
+        left_out: path -> why it is not uploaded though it would belong there: a link, say.
+    """
+
+    files: dict[str, Path]
+    left_out: dict[str, str]
+
+    @property
+    def warning(self) -> str:
+        """What was left out and why, as one sentence; empty if nothing was."""
+        reasons = sorted(set(self.left_out.values()))
+        parts = [
+            f"{list_names([n for n, why in self.left_out.items() if why == reason])} ({reason})" for reason in reasons
+        ]
+        return f"left out of the upload: {'; '.join(parts)}" if parts else ""
+
+    def check_complete(self, checkpoint: Path | None = None) -> None:
+        """Refuse to upload a pipeline or a checkpoint without a file that loading needs.
+
+        Raises:
+            ConfigError: such a file was left out.
+        """
+        for name, reason in self.left_out.items():
+            own = checkpoint is not None and name.split("/")[0] == checkpoint.name
+            if own or (name.count("/") < 2 and name.split("/")[-1] in NEEDED_FILES):
+                what = (
+                    "leave out --with_checkpoint, or put the file itself there" if own else "put the file itself there"
+                )
+                raise ConfigError(f"{printable(name)} is {reason}, and nothing loads without it: {what}")
+
+
+def belongs_on_hub(parts: tuple[str, ...], with_checkpoint: bool = False) -> bool:
+    """Whether a push uploads an entry of a run's folder, by the parts of its name; its checkpoint is added apart."""
+    ignored = IGNORE_PATTERNS if with_checkpoint else (*IGNORE_PATTERNS, "best")
+    hidden = any(fnmatch(part, pattern) for part in parts for pattern in IGNORE_PATTERNS[:2])
+    return not hidden and not any(fnmatch(parts[0], pattern) for pattern in ignored)
+
+
+def list_upload_files(folder: Path, checkpoint: Path | None = None) -> UploadList:
+    """The files of a folder that belong on the Hub. Links are left out, wherever they lead.
 
     With ``checkpoint``, one of the run's, that is included together with all that the run resumes from.
     """
-    files = {}
-    ignored = IGNORE_PATTERNS if checkpoint is not None else (*IGNORE_PATTERNS, "best")
-    for path in sorted(folder.rglob("*")):
-        inside = path.relative_to(folder)
-        hidden = any(fnmatch(part, pattern) for part in inside.parts for pattern in IGNORE_PATTERNS[:2])
-        if path.is_file() and not hidden and not any(fnmatch(inside.parts[0], pattern) for pattern in ignored):
-            files[inside.as_posix()] = path
-    if checkpoint is not None:
-        files |= {f"{checkpoint.name}/{path.name}": path for path in sorted(checkpoint.iterdir()) if path.is_file()}
-    return files
+    scan = scan_folder(folder, lambda parts: not belongs_on_hub(parts, checkpoint is not None))
+    files, left_out = scan.files, scan.left_out
+    if checkpoint is not None and checkpoint.is_symlink():
+        left_out[checkpoint.name] = LINK
+    elif checkpoint is not None:
+        inside = scan_folder(checkpoint)
+        files |= {f"{checkpoint.name}/{name}": path for name, path in inside.files.items()}
+        left_out |= {f"{checkpoint.name}/{name}": reason for name, reason in inside.left_out.items()}
+    return UploadList(files, left_out)
 
 
 def copy_snapshot(files: Mapping[str, Path], place: Path) -> None:
     """Copy files, from `list_upload_files`, into an empty folder that a running training does not change.
 
-    Files that a run replaces are linked, if ``place`` is on the same disk; those that it appends to are copied.
+    Files that a run replaces are linked, if ``place`` is on the same disk; those that it appends to are copied. What
+    was replaced by a link since it was listed is left out.
     """
     for name, file in files.items():
         target = place / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if file.suffix not in APPENDED_SUFFIXES:
             try:
-                os.link(file, target)
-                continue
+                os.link(file, target, follow_symlinks=False)
             except OSError:
                 pass  # another disk, or one without links
-        shutil.copyfile(file, target)
+            else:
+                if target.is_symlink():
+                    target.unlink()
+                continue
+        if not file.is_symlink():
+            shutil.copyfile(file, target)
 
 
 def create_repo(target: HubTarget, warn: Callable[[str], None]) -> str:
@@ -266,13 +317,30 @@ def record_push(folder: Path, result: UploadResult) -> None:
     """Record the commit in the folder and next to the client's cache, for `ddpm-ext verify`."""
     record = {"repo_id": result.repo_id, "commit": result.commit, "url": result.url}
     write_text_atomically(folder / PUSH_RECORD, json.dumps(record, indent=2) + "\n")
-    commits = read_json(_pushed_commits()) | {result.repo_id: result.commit}
-    write_text_atomically(_pushed_commits(), json.dumps(commits, indent=2) + "\n")
+    try:
+        commits = _read_record(_pushed_commits())
+    except ConfigError as error:
+        warn(f"{error} It is written anew.")
+        commits = {}
+    write_text_atomically(_pushed_commits(), json.dumps(commits | {result.repo_id: result.commit}, indent=2) + "\n")
 
 
 def last_pushed_commit(repo_id: str, folder: Path | None = None) -> str | None:
-    """The last commit pushed to a repository from a folder, or from this machine."""
-    if folder is not None:
-        record = read_json(folder / PUSH_RECORD)
-        return record.get("commit") if record.get("repo_id") == repo_id else None
-    return read_json(_pushed_commits()).get(repo_id)
+    """The last commit pushed to a repository from a folder, or from this machine.
+
+    Raises:
+        ConfigError: the record of pushes cannot be read.
+    """
+    path, key = (_pushed_commits(), repo_id) if folder is None else (folder / PUSH_RECORD, "commit")
+    try:
+        record = _read_record(path)
+    except ConfigError as error:
+        raise ConfigError(f"{error} Delete it: the next push writes it anew.") from None
+    return record.get(key) if folder is None or record.get("repo_id") == repo_id else None
+
+
+def _read_record(path: Path) -> dict[str, str]:
+    if not exists(path):
+        return {}
+    record = read_json_object(path)
+    return {key: record.string(key) for key in record.content}

@@ -329,7 +329,7 @@ def made(trained, tmp_path_factory):
     from diffusers_ddpm_ext.hub.upload import copy_snapshot, list_upload_files
 
     place = tmp_path_factory.mktemp("pushed")
-    copy_snapshot(list_upload_files(trained), place)
+    copy_snapshot(list_upload_files(trained).files, place)
     _add_card_and_proof(place, "alice/digits", None, True)
     return place
 

@@ -95,8 +95,11 @@ class Publisher:
         try:
             self._finish_push()
             checkpoints = list_checkpoints(self.folder) if self.with_checkpoint else []
+            checkpoint = checkpoints[-1] if checkpoints else None
+            uploads = list_upload_files(self.folder, checkpoint)
+            uploads.check_complete(checkpoint)
             self.staging = Path(tempfile.mkdtemp(prefix=STAGING_PREFIX, dir=self.folder))
-            copy_snapshot(list_upload_files(self.folder, checkpoints[-1] if checkpoints else None), self.staging)
+            copy_snapshot(uploads.files, self.staging)
             command = [sys.executable, "-m", "diffusers_ddpm_ext", "push", str(self.staging), *self._flags()]
             if not checkpoints and self.with_checkpoint:
                 command.remove("--with_checkpoint")
@@ -107,8 +110,8 @@ class Publisher:
             )  # fmt: skip
             with suppress(OSError):  # it may have ended already, which the next look at it reports
                 os.setpriority(os.PRIO_PROCESS, self.process.pid, PUSH_NICENESS)
-        except OSError as error:
-            self._warn(f"{error.strerror or error}")
+        except (OSError, ConfigError) as error:
+            self._warn(f"{getattr(error, 'strerror', None) or error}")
             self._delete_staging()
 
     def _is_busy(self) -> bool:
