@@ -13,7 +13,7 @@ from diffusers_ddpm_ext.training.config.train_config import TrainConfig
 from diffusers_ddpm_ext.training.distributed import mean_over_ranks
 from diffusers_ddpm_ext.training.loop.nonfinite import stop_nonfinite
 from diffusers_ddpm_ext.training.loop.previews import IMAGE_FOLDER
-from diffusers_ddpm_ext.training.loop.run import Run, RunProgress
+from diffusers_ddpm_ext.training.loop.run import Run, RunProgress, Task
 from diffusers_ddpm_ext.training.loop.setup import Setup
 from diffusers_ddpm_ext.training.tracking.metrics import MetricsLogger
 from diffusers_ddpm_ext.training.tracking.step_losses import first_nonfinite
@@ -30,7 +30,7 @@ def open_metrics_logger(setup: Setup, folder: Path, progress: RunProgress) -> Me
     logger = MetricsLogger(folder, accelerator.log, setup.learns_logvar, setup.plan.effective_batch, bar)
     logger.tracker_failed = tracker_failed
     if accelerator.is_main_process:
-        logger.truncate_files(progress.metrics_size)
+        logger.trim_files(progress.step, Task.VALIDATION in progress.pending)
     return logger
 
 

@@ -32,7 +32,7 @@ from diffusers_ddpm_ext.training.loop.run import RunProgress, Task
 from diffusers_ddpm_ext.training.loop.setup import Setup
 from diffusers_ddpm_ext.training.tracking.monitor import Monitor
 from diffusers_ddpm_ext.training.tracking.plan import Plan
-from diffusers_ddpm_ext.utils.files import METRICS
+from diffusers_ddpm_ext.utils.files import METRICS, write_atomically
 
 FINISHED = "finished.json"
 BEST = "best"
@@ -202,7 +202,8 @@ def make_newest(folder: Path, checkpoint: Checkpoint) -> None:
         warn(f"set aside as {path.name}: it is newer than step {checkpoint.step}")
     source = checkpoint.path.parent / METRICS
     if checkpoint.path.resolve().parent != folder.resolve() and source.is_file():
-        shutil.copyfile(source, folder / METRICS)
+        with source.open("rb") as rows:
+            write_atomically(folder / METRICS, lambda file: shutil.copyfileobj(rows, file))
 
 
 def saved_progress(setup: Setup, progress: RunProgress, metrics_size: int) -> Progress:
@@ -217,7 +218,7 @@ def saved_progress(setup: Setup, progress: RunProgress, metrics_size: int) -> Pr
         config=run_identity(setup.config, setup.plan),
         data_fingerprint=setup.data.fingerprint,
         records={
-            "metrics_size": metrics_size,
+            "metrics_size": metrics_size,  # read by earlier versions; the rows before a step are known by their steps
             "todo": [task.value for task in progress.pending],
             "stopped_early": progress.stopped_early,
             "recoveries": progress.recoveries,
@@ -233,7 +234,6 @@ def restore_progress(saved: Progress, monitor: Monitor | None) -> RunProgress:
     return RunProgress(
         step=saved.step,
         pending=[Task(name) for name in saved.records.get("todo", [])],
-        metrics_size=int(saved.records.get("metrics_size", 0)),
         stopped_early=bool(saved.records.get("stopped_early", False)),
         recoveries=int(saved.records.get("recoveries", 0)),
     )

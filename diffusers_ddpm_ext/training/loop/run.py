@@ -38,7 +38,6 @@ class RunProgress:
     Attributes:
         step: optimizer steps done.
         pending: tasks that the present step still requires, in order.
-        metrics_size: bytes of ``metrics.jsonl`` that precede the checkpoint a run resumed from.
         stopped_early: whether the monitor's patience is used up.
         recoveries: skipped steps in a row, or rollbacks to the same checkpoint.
         last_metrics: metrics of the step that was read last.
@@ -46,7 +45,6 @@ class RunProgress:
 
     step: int = 0
     pending: list[Task] = field(default_factory=list)
-    metrics_size: int = 0
     stopped_early: bool = False
     recoveries: int = 0
     last_metrics: dict[str, float] = field(default_factory=dict)

@@ -15,6 +15,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from diffusers_ddpm_ext.errors import warn
+from diffusers_ddpm_ext.training.tracking.row_files import trim_rows
 from diffusers_ddpm_ext.training.tracking.step_losses import StepRecord
 from diffusers_ddpm_ext.training.tracking.trackers import log_images_and_losses
 from diffusers_ddpm_ext.utils.files import METRICS
@@ -76,12 +77,26 @@ class MetricsLogger:
     tracker_failed: bool = False
     recent_losses: list[float] = field(default_factory=list)
 
-    def truncate_files(self, size: int = 0) -> None:
-        """Truncate ``metrics.jsonl`` to the bytes written before the checkpoint that a run resumes from, else to 0."""
-        with (self.folder / METRICS).open("ab") as file:
-            file.truncate(size)
-        with (self.folder / TIMING).open("ab") as file:
-            file.truncate(None if size else 0)
+    def trim_files(self, step: int, validation_pending: bool = False) -> None:
+        """Leave the rows up to the step that a run resumes from, none at step 0, and warn of rows that are lost.
+
+        Args:
+            step: optimizer steps done.
+            validation_pending: whether the validation of ``step`` is repeated, so that its rows go, too.
+        """
+
+        def is_kept(row: Mapping[str, Any]) -> bool:
+            return row["step"] < step or (row["step"] == step and ("lr" in row or not validation_pending))
+
+        trimmed = trim_rows(self.folder / METRICS, is_kept)
+        trim_rows(self.folder / TIMING, lambda row: row["step"] <= step if step else False)
+        if trimmed.aside is not None:
+            warn(f"{METRICS} has lines that are not rows of a run: it is kept as {trimmed.aside.name}")
+        if trimmed.training_rows < step:
+            warn(
+                f"{self.folder / METRICS} has rows of {trimmed.training_rows:,} of the {step:,} steps before the"
+                " checkpoint: its curves have a gap, the run itself is complete"
+            )
 
     @property
     def metrics_size(self) -> int:

@@ -17,7 +17,7 @@ def test_files_and_tracker(tmp_path: Path):
     """Every step has its row; the tracker gets the mean of a block; seconds stay out of metrics.jsonl."""
     tracked: list[tuple[dict[str, float], int]] = []
     logger = MetricsLogger(tmp_path, lambda row, step: tracked.append((dict(row), step)), False, 8, tqdm(disable=True))
-    logger.truncate_files()
+    logger.trim_files(0)
     logger.log_training([StepRecord(n, 0.1 * n, n, n, n, 0, 0, math.nan) for n in (1, 2)])
     logger.log_validation(2, {"val/loss": 5.0})
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
