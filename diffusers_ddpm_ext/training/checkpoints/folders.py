@@ -24,9 +24,11 @@ from diffusers_ddpm_ext.training.checkpoints.manifest import (
     MANIFEST,
     Checkpoint,
     DamagedCheckpoint,
+    NewerCheckpointFormat,
+    read_manifest,
     verify,
 )
-from diffusers_ddpm_ext.utils.files import fsync_folder, remove_path
+from diffusers_ddpm_ext.utils.files import fsync_folder, remove_path, write_text_atomically
 
 ASIDE_PREFIX = "aside-"
 LEFTOVER_NAME = re.compile(r"\.(writing|deleting|replaced)-([0-9]+)-[0-9a-f]{8}", re.ASCII)
@@ -74,10 +76,7 @@ def newest(parent: Path) -> SearchResult:
 
 def move_aside(path: Path, reason: str) -> Path:
     """Rename a checkpoint so that nothing loads or deletes it; the reason goes into a file next to its new path."""
-    number, target = 1, path.with_name(f"{ASIDE_PREFIX}{path.name}")
-    while os.path.lexists(target) or os.path.lexists(f"{target}.txt"):
-        number += 1
-        target = path.with_name(f"{ASIDE_PREFIX}{path.name}-{number}")
+    target = _aside_name(path)
     try:
         os.rename(path, target)
     except OSError as error:
@@ -86,14 +85,22 @@ def move_aside(path: Path, reason: str) -> Path:
             f"{path} cannot be moved aside ({error.strerror}): make {path.parent} writable, or move it away",
         ) from error
     with suppress(OSError):  # a full disk: the new name alone is enough
-        Path(f"{target}.txt").write_text(reason + "\n", encoding="utf-8")
+        write_text_atomically(f"{target}.txt", reason + "\n")
     fsync_folder(path.parent)
+    return target
+
+
+def _aside_name(path: Path) -> Path:
+    number, target = 1, path.with_name(f"{ASIDE_PREFIX}{path.name}")
+    while os.path.lexists(target) or os.path.lexists(f"{target}.txt"):
+        number += 1
+        target = path.with_name(f"{ASIDE_PREFIX}{path.name}-{number}")
     return target
 
 
 def move_newer_aside(parent: Path, step: int) -> list[Path]:
     """Move every checkpoint after the step that a run resumes from aside; return the new paths, newest first."""
-    newer = [path for path in list_checkpoints(parent) if (checkpoint_step(path) or 0) > step]
+    newer = [path for path in list_checkpoints(parent) if (checkpoint_step(path) or 0) > step and path.is_dir()]
     return [move_aside(path, f"The run resumed from step {step}.") for path in reversed(newer)]
 
 
@@ -112,7 +119,10 @@ def remove_leftovers(parent: Path) -> list[Path]:
             os.rename(path, final)
             fsync_folder(parent)
             continue
-        remove_path(path)
+        if match[1] == "deleting":
+            _remove_or_set_aside(path, final)
+        else:
+            remove_path(path)
         if not os.path.lexists(path):
             removed.append(path)
     return removed
@@ -121,21 +131,66 @@ def remove_leftovers(parent: Path) -> list[Path]:
 def prune_checkpoints(parent: Path, total_limit: int, keep: Collection[int] = ()) -> list[Path]:
     """Delete the oldest checkpoints beyond a number, once the newest is complete; returns their folders.
 
-    Folders without a manifest are not ours: neither counted nor deleted. Steps in ``keep`` stay in any case and
-    do not count.
+    Links and folders without a manifest are not ours: neither counted nor deleted. Steps in ``keep`` stay in any case
+    and do not count.
     """
     if total_limit < 1:
         raise ValueError(f"total_limit {total_limit}: at least one checkpoint stays; use 1 or more")
-    paths = list_checkpoints(parent)
-    ours = [path for path in paths if checkpoint_step(path) not in keep and (path / MANIFEST).is_file()]
+    paths = [path for path in list_checkpoints(parent) if checkpoint_step(path) not in keep and not path.is_symlink()]
+    ours = [path for path in paths if (path / MANIFEST).is_file()]
     for path in ours[:-total_limit]:
         delete_checkpoint(path)
     return ours[:-total_limit]
 
 
 def delete_checkpoint(path: Path) -> None:
-    """Delete a checkpoint. It is renamed first, so that a kill leaves no damaged checkpoint."""
+    """Delete a checkpoint. It is renamed first, so that a kill leaves no damaged checkpoint.
+
+    Files in it that its manifest does not list are not ours: they stay, in a folder that is set aside.
+    """
     leftover = path.with_name(f".deleting-{checkpoint_step(path)}-{secrets.token_hex(4)}")
     os.rename(path, leftover)
     fsync_folder(path.parent)
-    remove_path(leftover)
+    _remove_or_set_aside(leftover, path)
+
+
+def _remove_or_set_aside(path: Path, final: Path) -> None:
+    """Delete a checkpoint's files; if anything else is in its folder, that is set aside under its final name."""
+    remove_checkpoint_files(path)
+    if os.path.lexists(path):
+        with suppress(OSError):
+            os.rename(path, _aside_name(final))
+
+
+def remove_checkpoint_files(path: Path) -> None:
+    """Delete the files that a checkpoint's manifest lists, the manifest last, and the folders that are empty then.
+
+    What cannot be deleted stays.
+    """
+    own = own_files(path)
+    for name in sorted(own, key=lambda name: name == MANIFEST):
+        with suppress(OSError):
+            (path / name).unlink()
+    for below, _, _ in os.walk(path, topdown=False):
+        with suppress(OSError):  # it is not empty
+            os.rmdir(below)
+
+
+def own_files(path: Path) -> set[str]:
+    """Names of the files of a checkpoint, its manifest included; none in a folder whose manifest is not valid."""
+    try:
+        return {*read_manifest(path).files, MANIFEST}
+    except (DamagedCheckpoint, NewerCheckpointFormat, OSError):
+        return set()
+
+
+def has_other_files(path: Path) -> bool:
+    """Whether a path is anything but a folder with the files of a checkpoint alone."""
+    if path.is_symlink() or not path.is_dir():
+        return True
+    own = own_files(path)
+    return any(
+        (Path(above) / name).relative_to(path).as_posix() not in own
+        for above, _, names in os.walk(path)
+        for name in names
+    )

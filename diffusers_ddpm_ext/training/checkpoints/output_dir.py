@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
-import tempfile
 from pathlib import Path
 
-from diffusers_ddpm_ext.errors import ConfigError
+from diffusers_ddpm_ext.errors import ConfigError, printable
+from diffusers_ddpm_ext.training.checkpoints.folders import list_checkpoints
+from diffusers_ddpm_ext.training.checkpoints.run_folder import (
+    is_run_folder,
+    refuse_foreign_folder,
+    refuse_unusable_entries,
+    remove_drafts,
+    remove_run_files,
+)
 from diffusers_ddpm_ext.training.config.options import DataOptions, OutputOptions
 from diffusers_ddpm_ext.utils.folder_lock import LOCK, FolderBusy, FolderLock
 
 DEFAULT_PARENT = Path("runs")
-RUN_MARKERS = ("config.yaml", LOCK)  # one of these marks a run's folder; an interrupted start may leave only the lock
-# What a run writes, apart from its tracker's files; --overwrite_output_dir removes these and nothing else.
-RUN_FILES = (
-    "config.yaml", "metrics.jsonl", "timing.jsonl", "samples", "samples.png", "loss.png", "logvar.png",
-    "model_index.json", "unet", "scheduler", "logvar", "ema.json", "finished.json", "best", "checkpoint-*",
-    ".writing-*", ".deleting-*", ".replaced-*", ".saving-*", ".pushing-*", ".publishing-*", ".hub.json",
-    "environment.json", "README.md", "proof.json", "card",
-)  # fmt: skip
 
 
 def run_name(data: DataOptions) -> str:
@@ -45,12 +43,8 @@ def check_output_dir(output: OutputOptions, resuming: bool = False) -> None:
         return
     folder = Path(output.output_dir)
     if folder.is_dir():
-        entries = [name for name in _entries(folder, output.output_dir) if name != LOCK]
-        is_run = resuming and any(name in RUN_MARKERS or name.startswith("checkpoint-") for name in entries)
-        if entries and not is_run and not output.overwrite_output_dir:
-            raise ConfigError(
-                f"--output_dir {output.output_dir} is not empty: name another folder, or add --overwrite_output_dir"
-            )
+        if _has_entries(folder, output.output_dir):
+            _check_entries(folder, output, resuming)
     elif folder.exists() or folder.is_symlink():
         raise ConfigError(f"--output_dir {output.output_dir} is a file: name a folder")
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
@@ -60,11 +54,32 @@ def check_output_dir(output: OutputOptions, resuming: bool = False) -> None:
         raise ConfigError(f"--output_dir {output.output_dir} is not writable: name another folder")
 
 
-def _entries(folder: Path, name: str) -> list[str]:
+def _has_entries(folder: Path, name: str) -> bool:
+    """Whether anything but the lock of an earlier run is in a folder."""
     try:
-        return os.listdir(folder)
+        return any(entry != LOCK for entry in os.listdir(folder))
     except OSError as error:
-        raise ConfigError(f"--output_dir {name} cannot be read: {error.strerror}") from None
+        raise ConfigError(f"--output_dir {printable(name)} cannot be read: {error.strerror}") from None
+
+
+def _check_entries(folder: Path, output: OutputOptions, resuming: bool) -> None:
+    """Refuse a folder that is not empty, unless a run may resume in it or overwrite it."""
+    name = str(output.output_dir)
+    if resuming:
+        if not (is_run_folder(folder) or list_checkpoints(folder)):
+            raise ConfigError(
+                f"--output_dir {printable(name)} is neither empty nor the folder of a run: name another folder"
+            )
+        refuse_unusable_entries(folder, name)
+    elif output.overwrite_output_dir:
+        refuse_foreign_folder(folder, name)
+    else:
+        way_out = (
+            ", or add --overwrite_output_dir"
+            if is_run_folder(folder)
+            else "; it is not a run's, which --overwrite_output_dir would replace"
+        )
+        raise ConfigError(f"--output_dir {printable(name)} is not empty: name another folder{way_out}")
 
 
 def acquire_output_dir(data: DataOptions, output: OutputOptions, resuming: bool = False) -> tuple[Path, FolderLock]:
@@ -85,11 +100,10 @@ def acquire_output_dir(data: DataOptions, output: OutputOptions, resuming: bool 
             return folder, FolderLock(folder).acquire()
         folder = Path(output.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
         lock = FolderLock(folder).acquire()
+        remove_drafts(folder)
         if output.overwrite_output_dir:
-            _remove_run_files(folder)
+            remove_run_files(folder)
         return folder, lock
     except FolderBusy as error:
         raise ConfigError(f"--output_dir {output.output_dir}: {error}") from None
@@ -108,11 +122,3 @@ def _create_default(name: str) -> Path:
             return folder
         except FileExistsError:
             number += 1
-
-
-def _remove_run_files(folder: Path) -> None:
-    for path in [path for name in RUN_FILES for path in folder.glob(name)]:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from diffusers_ddpm_ext.training.checkpoints.folders import has_other_files, move_aside
 from diffusers_ddpm_ext.training.checkpoints.manifest import MANIFEST, FileDigest, digest_file, encode_manifest
 from diffusers_ddpm_ext.utils.files import fsync_folder, fsync_path, os_errors, remove_path, replace_folder
 
@@ -43,6 +44,8 @@ def write_checkpoint(parent: Path, step: int, fill: Callable[[Path], None]) -> P
         with os_errors():
             fill(draft)
         _write_manifest(draft, step)
+        if os.path.lexists(final) and has_other_files(final):
+            move_aside(final, "It has the name of a checkpoint and files that no run wrote.")
         replace_folder(draft, final)
     except OSError as error:
         reason = error.strerror or str(error)

@@ -282,3 +282,15 @@ def _check_output(flat: Flat) -> None:
         raise ConfigError(f"--report_to {report_to!r}: all and none must be used alone")
     if flat["overwrite_output_dir"] and flat["output_dir"] is None:
         raise ConfigError("--overwrite_output_dir needs --output_dir: without it the run has a new folder")
+    if flat["overwrite_output_dir"]:
+        folder = Path(flat["output_dir"]).resolve()
+        for name in ("train_data_dir", "validation_data_dir", "ckpt_path", "model_config_name_or_path"):
+            if (
+                flat[name] is not None
+                and Path(flat[name]).exists()
+                and Path(flat[name]).resolve().is_relative_to(folder)
+            ):
+                raise ConfigError(
+                    f"--{name} {flat[name]} is in the folder that --overwrite_output_dir empties: name another"
+                    " --output_dir"
+                )

@@ -138,7 +138,9 @@ def find_checkpoint(folder: Path, requested: str) -> Checkpoint | None:
 def _find_newest(folder: Path, requested: str) -> Checkpoint | None:
     search = newest(folder)
     for path, reason in search.damaged:
-        warn(f"{reason}; set aside as {move_aside(path, reason).name}")
+        # Files and links of this name are not ours.
+        is_ours = path.is_dir() and not path.is_symlink()
+        warn(f"{reason}; set aside as {move_aside(path, reason).name}" if is_ours else f"{reason}; it is ignored")
     if search.checkpoint is None and requested == "latest":
         raise ConfigError(
             f"--resume_from_checkpoint latest: {folder} holds no intact checkpoint; use auto to start a new run then"
