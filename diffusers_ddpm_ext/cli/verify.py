@@ -12,10 +12,11 @@ from typing import Any
 
 from diffusers_ddpm_ext.cli.arguments import check_pipeline_source
 from diffusers_ddpm_ext.cli.parser import parse_options
-from diffusers_ddpm_ext.errors import ConfigError, RunError
+from diffusers_ddpm_ext.errors import ConfigError, RunError, printable
 from diffusers_ddpm_ext.hub.push import check_repo_id
-from diffusers_ddpm_ext.hub.upload import HUB_TIMEOUT, describe_error, hub_timeout, last_pushed_commit
+from diffusers_ddpm_ext.hub.upload import HUB_TIMEOUT, PUSH_RECORD, describe_error, hub_timeout, last_pushed_commit
 from diffusers_ddpm_ext.pipelines.loading import load_pipeline, select_device
+from diffusers_ddpm_ext.utils.folder_scan import list_names
 from diffusers_ddpm_ext.utils.option import option, positional
 
 VERIFY_EXAMPLES = """examples:
@@ -31,8 +32,9 @@ allowed for."""
 class VerifyOptions:
     """Check a pipeline that `ddpm-ext push` uploaded to the Hub.
 
-    Downloads the repository again, compares each file with the proof that was pushed with it, opens the pipeline,
-    draws the images of the card with their seed, and compares them.
+    Downloads the repository again and compares each file with the proof that was pushed with it; a file that the
+    proof does not name is a finding. Then opens the pipeline, draws the card's images with their seed, and compares
+    them.
     """
 
     source: str = positional("ID", "user/name on the Hub, or a local folder.")
@@ -60,26 +62,27 @@ def verify_command(argv: Sequence[str]) -> str:
         RunError: something is wrong; a sentence for each finding.
     """
     options = parse_verify_args(argv)  # before the imports, so that --help loads no numpy
-    from diffusers_ddpm_ext.hub.proof import PROOF_NAME, differences_from_proof, read_proof
+    from diffusers_ddpm_ext.hub.proof import PROOF_NAME, differences_from_proof, entries_beside_push, read_proof
 
     device = select_device(options.device)
     with _local_copy(options) as (folder, findings):
+        own_run = options.is_local and (folder / PUSH_RECORD).is_file()
         try:
             proof = read_proof(folder)
+            if proof is not None:
+                findings += differences_from_proof(folder, proof, own_run)
         except ValueError as error:
             raise RunError(f"{options.source}: {'; '.join([*findings, str(error)])}") from None
         if proof is None:
             raise ConfigError(f"{options.source} has no {PROOF_NAME}: it was not pushed by `ddpm-ext push`")
-        findings = [*findings, *differences_from_proof(folder, proof)]
-        agreement = ""
-        try:
+        agreement, beside = "", entries_beside_push(folder, proof) if own_run else []
+        if not findings:  # nothing of a changed folder is opened
             difference, agreement = _compare_images(folder, device, proof["images"])
             findings += difference
-        except (ConfigError, ValueError, OSError) as error:
-            findings.append(f"it cannot be opened or sampled: {' '.join(str(error).split())[:300]}")
     if findings:
         raise RunError(f"{options.source}: {'; '.join(findings)}")
-    return f"{options.source}: {len(proof['files'])} files are what was pushed{agreement}"
+    unchecked = f"; not part of a push and not checked: {list_names(beside)}" if beside else ""
+    return f"{options.source}: {len(proof['files'])} files are what was pushed{agreement}{unchecked}"
 
 
 def parse_verify_args(argv: Sequence[str]) -> VerifyOptions:
@@ -99,12 +102,18 @@ def parse_verify_args(argv: Sequence[str]) -> VerifyOptions:
 
 def _compare_images(folder: Path, device: Any, drawn: dict[str, Any] | None) -> tuple[list[str], str]:
     """Open the pipeline and draw the card's images again; what differs, and how well they agree."""
-    from diffusers_ddpm_ext.hub.proof import compare_card_images
+    from diffusers_ddpm_ext.hub.proof import CARD_IMAGES, PROOF_NAME, compare_card_images
 
-    pipeline = load_pipeline(str(folder), None, device, "float32")
-    if drawn is None or not (folder / "card" / "samples.npz").is_file():
-        return [], ""
-    difference, share = compare_card_images(folder, pipeline, drawn)
+    has_images = (folder / CARD_IMAGES).is_file()
+    if has_images != (drawn is not None):
+        return [f"{CARD_IMAGES} and its settings in {PROOF_NAME} do not belong together"], ""
+    try:
+        pipeline = load_pipeline(str(folder), None, device, "float32")
+        if drawn is None:
+            return [], ""
+        difference, share = compare_card_images(folder, pipeline, drawn)
+    except Exception as error:  # whatever a model raises that somebody made up
+        return [f"it cannot be opened or sampled: {printable(' '.join(str(error).split()), 300)}"], ""
     agreement = f"; its {drawn['count']} images, drawn again, agree in {share:.2%} of their pixels"
     return [difference] if difference else [], agreement
 
@@ -120,6 +129,8 @@ def _local_copy(options: VerifyOptions) -> Iterator[tuple[Path, list[str]]]:
     with tempfile.TemporaryDirectory(prefix="verify-") as name, hub_timeout(options.timeout):
         try:
             findings = _download(options, Path(name))
+        except ConfigError:
+            raise
         except Exception as error:  # of the client or the transport
             reason = describe_error(error, options.source, options.hub_token)
             raise ConfigError(f"cannot load {options.source}: {reason}") from None

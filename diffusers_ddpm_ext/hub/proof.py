@@ -8,14 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zipfile
+import os
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from diffusers_ddpm_ext.errors import printable
+from diffusers_ddpm_ext.hub.upload import belongs_on_hub, is_hidden
+from diffusers_ddpm_ext.utils.array_files import MAX_EXPANSION, read_array
 from diffusers_ddpm_ext.utils.files import write_text_atomically
+from diffusers_ddpm_ext.utils.folder_scan import list_names, scan_folder
+from diffusers_ddpm_ext.utils.input_files import JsonObject, decode_text, json_object, parse_json, read_bytes
 
 PROOF_NAME, CARD_IMAGES, CARD_GRID = "proof.json", "card/samples.npz", "card/samples.png"
 PROOF_FORMAT = 1
@@ -23,6 +29,11 @@ CARD_IMAGE_COUNT, CARD_STEPS, CARD_SEED = 9, 50, 0
 PIXEL_TOLERANCE, MIN_AGREEMENT = 8, 0.97
 """Other machines round differently: allowed difference of a pixel in levels of 255, and share of pixels within it."""
 UNPROVEN_FILES = (PROOF_NAME, ".gitattributes")
+CLIENT_FOLDERS = ((".git",), (".cache", "huggingface"))
+MAX_CARD_IMAGES, MAX_CARD_STEPS = 64, 250
+"""What a proof may ask to draw."""
+MAX_UNIFORM_BYTES = 4 * 2**20
+"""Larger images of a card compress less than a hundredfold."""
 
 
 def _text(content: dict[str, Any]) -> str:
@@ -41,64 +52,119 @@ def write_proof(place: Path, settings: dict[str, Any] | None) -> None:
         place: the folder to upload.
         settings: from `card_draw_settings`; None if there are no images.
     """
-    files = {}
-    for path in sorted(place.rglob("*")):
-        name = path.relative_to(place).as_posix()
-        if path.is_file() and name not in UNPROVEN_FILES:
-            files[name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+    files = {
+        name: {"size": path.stat().st_size, "sha256": _sha256(path)}
+        for name, path in scan_folder(place).files.items()
+        if name not in UNPROVEN_FILES
+    }
     proof: dict[str, Any] = {"format": PROOF_FORMAT, "files": files, "images": settings}
     proof["sha256"] = hashlib.sha256(_text(proof).encode()).hexdigest()
     write_text_atomically(place / PROOF_NAME, _text(proof))
 
 
 def read_proof(place: Path) -> dict[str, Any] | None:
-    """The proof of a folder, None if there is none.
+    """The proof of a folder, None if there is none: ``files`` by name, and ``images``, the settings of the card's.
 
     Raises:
-        ValueError: it was changed, or is of another format.
+        ValueError: it was changed, is of another format, or states what no push states.
     """
     path = place / PROOF_NAME
-    if not path.is_file():
+    if not os.path.lexists(path):
         return None
-    content = path.read_bytes()
+    if path.is_symlink():
+        raise ValueError(f"{PROOF_NAME} is a link")
+    content = read_bytes(path)
     try:
-        proof: dict[str, Any] = json.loads(content)
+        proof = json_object(parse_json(decode_text(content, PROOF_NAME), PROOF_NAME), PROOF_NAME).content
         digest = proof.pop("sha256")
         intact = digest == hashlib.sha256(_text(proof).encode()).hexdigest()
         intact = intact and content == _text(proof | {"sha256": digest}).encode()
-    except (ValueError, KeyError, AttributeError, TypeError):
+    except (ValueError, KeyError):
         intact = False
     if not intact:
         raise ValueError(f"{PROOF_NAME} was changed after it was written")
-    if proof["format"] != PROOF_FORMAT:
+    checked = JsonObject(PROOF_NAME, proof)
+    if checked.integer("format") != PROOF_FORMAT:
         raise ValueError(f"{PROOF_NAME} has format {proof['format']}, this version reads {PROOF_FORMAT}")
+    files = checked.object("files")
+    for name in files.content:
+        entry = files.object(name)
+        entry.integer("size", low=0)
+        if not re.fullmatch("[0-9a-f]{64}", entry.string("sha256")):
+            raise ValueError(f"{entry.name}: its sha256 is not 64 hexadecimal digits")
+        if name.startswith("/") or "\0" in name or "\\" in name or {"", ".", ".."} & {*name.split("/")}:
+            raise ValueError(f"{PROOF_NAME} names {printable(name)!r}, which is no file of the folder")
+    if proof.get("images") is not None:
+        settings = checked.object("images")
+        settings.integer("count", low=1, high=MAX_CARD_IMAGES)
+        settings.integer("num_inference_steps", low=1, high=MAX_CARD_STEPS)
+        settings.integer("seed", low=0, high=2**63 - 1)
     return proof
 
 
-def differences_from_proof(place: Path, proof: dict[str, Any]) -> list[str]:
-    """The files of a folder that are missing or changed, one sentence each.
+def differences_from_proof(place: Path, proof: dict[str, Any], own_run: bool = False) -> list[str]:
+    """What distinguishes a folder from the one that was pushed, one sentence each: it must hold these files alone.
+
+    Beside them stand only ``proof.json``, ``.gitattributes`` and what Git and the Hub's client keep in ``.git`` and
+    ``.cache/huggingface``. No loader opens these.
 
     Args:
         place: of the pipeline.
         proof: from `read_proof`.
+        own_run: it is the run's folder that was pushed, which also has what a push leaves out (`entries_beside_push`).
     """
-    messages, digests, files = [], {}, proof["files"]
+    files = proof["files"]
+    scan = scan_folder(place, lambda parts: parts in CLIENT_FOLDERS or (own_run and _is_beside_push(parts, files)))
+    cached = {name for name in scan.left_out if name in files and _is_cached_blob(place, name)}
+    messages, digests = [], {}
     for name, entry in files.items():
-        path = place / name
-        if not path.is_file():
-            messages.append(f"{name} is missing")
+        if name in scan.left_out and name not in cached:
             continue
-        digests[name] = _sha256(path)
+        if name not in scan.files and name not in cached:
+            messages.append(f"{printable(name)} is missing")
+            continue
+        size = (place / name).stat().st_size
+        if size != entry["size"]:
+            messages.append(f"{printable(name)} has {size:,} bytes instead of {entry['size']:,}")
+            continue
+        digests[name] = _sha256(place / name)
         if digests[name] != entry["sha256"]:
-            size = path.stat().st_size
-            change = f"has {size} bytes instead of {entry['size']}" if size != entry["size"] else "was changed"
-            messages.append(f"{name} {change} (sha256 {digests[name][:12]}, not {entry['sha256'][:12]})")
+            messages.append(f"{printable(name)} was changed (sha256 {digests[name][:12]}, not {entry['sha256'][:12]})")
+    for reason in sorted(set(scan.left_out.values())):
+        names = [name for name, why in scan.left_out.items() if why == reason and name not in cached]
+        messages += [f"{reason}: {list_names(names)}"] if names else []
+    added = [name for name in scan.files if name not in files and name not in UNPROVEN_FILES]
+    added += [f"{name}/" for name in scan.empty_folders]
+    if added:
+        messages.append(f"not in {PROOF_NAME}, so added after the push: {list_names(added)}")
+    return [*messages, *_swapped_weights(files, digests)]
+
+
+def entries_beside_push(place: Path, proof: dict[str, Any]) -> list[str]:
+    """Names at the top of a run's folder that a push leaves out and no loader of the pipeline opens, sorted."""
+    return sorted(path.name for path in place.iterdir() if _is_beside_push((path.name,), proof["files"]))
+
+
+def _is_beside_push(parts: tuple[str, ...], files: dict[str, Any]) -> bool:
+    if is_hidden(parts):
+        return True
+    pushed = {name.split("/")[0] for name in files}
+    return parts[0] not in pushed and not belongs_on_hub(parts)
+
+
+def _is_cached_blob(place: Path, name: str) -> bool:
+    """Whether an entry of a snapshot in the Hub client's cache is one of the links that the client made."""
+    blobs = place.absolute().parent.parent / "blobs"
+    target = Path(os.path.realpath(place / name))
+    return place.absolute().parent.name == "snapshots" and target.parent == blobs.resolve() and target.is_file()
+
+
+def _swapped_weights(files: dict[str, Any], digests: dict[str, str]) -> list[str]:
     default, raw = (f"unet/diffusion_pytorch_model.{suffix}" for suffix in ("safetensors", "raw.safetensors"))
-    if default in digests and raw in digests:
-        swapped = (digests[default], digests[raw]) == (files[raw]["sha256"], files[default]["sha256"])
-        if swapped and digests[raw] != digests[default]:
-            messages.append("the EMA weights and the raw ones are swapped")
-    return messages
+    if default not in digests or raw not in digests or digests[raw] == digests[default]:
+        return []
+    swapped = (digests[default], digests[raw]) == (files[raw]["sha256"], files[default]["sha256"])
+    return ["the EMA weights and the raw ones are swapped"] if swapped else []
 
 
 def card_draw_settings(pipeline: Any) -> dict[str, Any] | None:
@@ -142,14 +208,17 @@ def compare_card_images(place: Path, pipeline: Any, settings: dict[str, Any]) ->
     Raises:
         ValueError: the saved images cannot be read.
     """
-    try:
-        with np.load(place / CARD_IMAGES, allow_pickle=False) as file:
-            saved = file["images"]
-    except (zipfile.BadZipFile, KeyError, EOFError) as error:
-        raise ValueError(f"{CARD_IMAGES} cannot be read: {error}") from None
+    path = place / CARD_IMAGES
+    saved, packed = read_array(path, key="images"), path.stat().st_size
+    size = pipeline.unet.config.sample_size
+    expected = (settings["count"], *((size, size) if isinstance(size, int) else size))
+    if saved.dtype != np.uint8 or saved.ndim != 4 or saved.shape[:3] != expected:
+        return f"{CARD_IMAGES} holds {saved.dtype} of shape {saved.shape}, not images of this model", 0.0
+    if saved.nbytes > max(MAX_UNIFORM_BYTES, MAX_EXPANSION * packed):
+        return f"{CARD_IMAGES} expands from {packed:,} to {saved.nbytes:,} bytes, which images do not", 0.0
     images = draw_card_images(pipeline, settings)
     if images.shape != saved.shape:
-        return f"the card's images are {saved.shape}, drawn again they are {images.shape}", 0.0
+        return f"{CARD_IMAGES} holds images of shape {saved.shape}, drawn again they are {images.shape}", 0.0
     share = float((np.abs(images.astype(int) - saved.astype(int)) <= PIXEL_TOLERANCE).mean())
     message = "" if share >= MIN_AGREEMENT else f"drawn again, {share:.1%} of the pixels of the card's images agree"
     return message, share

@@ -120,8 +120,12 @@ class UploadList:
 def belongs_on_hub(parts: tuple[str, ...], with_checkpoint: bool = False) -> bool:
     """Whether a push uploads an entry of a run's folder, by the parts of its name; its checkpoint is added apart."""
     ignored = IGNORE_PATTERNS if with_checkpoint else (*IGNORE_PATTERNS, "best")
-    hidden = any(fnmatch(part, pattern) for part in parts for pattern in IGNORE_PATTERNS[:2])
-    return not hidden and not any(fnmatch(parts[0], pattern) for pattern in ignored)
+    return not is_hidden(parts) and not any(fnmatch(parts[0], pattern) for pattern in ignored)
+
+
+def is_hidden(parts: tuple[str, ...]) -> bool:
+    """Whether an entry, or a folder above it, is hidden or being written."""
+    return any(fnmatch(part, pattern) for part in parts for pattern in IGNORE_PATTERNS[:2])
 
 
 def list_upload_files(folder: Path, checkpoint: Path | None = None) -> UploadList:

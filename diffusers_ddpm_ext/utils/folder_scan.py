@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -48,12 +49,13 @@ def scan_folder(
     while pending:
         parts = pending.pop()
         with os.scandir(folder.joinpath(*parts)) as iterator:
-            entries = [entry for entry in iterator if not skip((*parts, entry.name))]
+            entries = list(itertools.islice(iterator, max_entries + 1))
+        if parts and not entries:
+            scan.empty_folders.append("/".join(parts))
+        entries = [entry for entry in entries if not skip((*parts, entry.name))]
         count += len(entries)
         if count > max_entries:
             raise ConfigError(f"{printable(str(folder))} has more than {max_entries:,} files: move some away.")
-        if parts and not entries:
-            scan.empty_folders.append("/".join(parts))
         for entry in entries:
             name = "/".join((*parts, entry.name))
             if entry.is_symlink() or getattr(entry, "is_junction", bool)():  # of Windows, from Python 3.12 on
