@@ -12,12 +12,13 @@ Sources: [iDDPM] Nichol & Dhariwal 2021, section 4; [ZTSNR] Lin et al. 2023, tab
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
+
+from diffusers_ddpm_ext.diffusion.arguments import checked_integer, describe
 
 Steps = npt.NDArray[np.int64]
 
@@ -47,7 +48,7 @@ def spaced_timesteps(
         ValueError: K is not an integer in [1, T], the spacing is unknown, or the offset moves a step out of [0, T).
     """
     steps: npt.NDArray[Any]
-    count, total = _integer("num_inference_steps", num_inference_steps), num_train_timesteps
+    count, total = checked_integer("num_inference_steps", num_inference_steps), num_train_timesteps
     if not 1 <= count <= total:
         raise ValueError(
             f"num_inference_steps={count} must be in [1, {total}]: a chain cannot keep more steps than the "
@@ -56,7 +57,7 @@ def spaced_timesteps(
     if timestep_spacing == "linspace":
         steps = np.linspace(0, total - 1, count).round()[::-1]
     elif timestep_spacing == "leading":
-        steps = np.arange(count)[::-1] * (total // count) + _integer("steps_offset", steps_offset)
+        steps = np.arange(count)[::-1] * (total // count) + checked_integer("steps_offset", steps_offset)
     elif timestep_spacing == "trailing":
         # Rounding errors of the division can add an element just above 0, which would become step -1: take K.
         steps = np.arange(total, 0, -(total / count))[:count].round() - 1
@@ -81,24 +82,21 @@ def custom_timesteps(timesteps: Sequence[int] | npt.NDArray[Any], num_train_time
     Raises:
         ValueError: no steps, not integers, not strictly descending, or outside [0, T).
     """
-    values = np.asarray(timesteps)
+    if isinstance(timesteps, Sequence) and len(timesteps) > num_train_timesteps:
+        raise ValueError(f"timesteps has {len(timesteps)} entries; the chain has {num_train_timesteps} steps.")
+    try:
+        values = np.asarray(timesteps)
+    except (TypeError, ValueError) as error:  # rows of different lengths
+        raise ValueError(f"timesteps must be a list of integers, got {describe(timesteps)}.") from error
     if values.ndim != 1 or len(values) == 0:
         raise ValueError(f"timesteps must be a list of at least one step, got shape {values.shape}.")
-    if values.dtype.kind not in "iu" and not (values.dtype.kind == "f" and (values == np.floor(values)).all()):
+    integers = values.dtype.kind in "iu" and not any(isinstance(step, (bool, np.bool_)) for step in timesteps)
+    if not integers and not (values.dtype.kind == "f" and (values == np.round(values)).all()):
         raise ValueError(f"timesteps must be integers, got {values.tolist()[:4]}.")
+    if values.min() < 0 or values.max() >= num_train_timesteps:
+        raise ValueError(f"timesteps must be in [0, {num_train_timesteps}), got {values.min()} to {values.max()}.")
     steps = values.astype(np.int64)
     if (np.diff(steps) >= 0).any():
         at = int(np.argmax(np.diff(steps) >= 0))
         raise ValueError(f"timesteps must be strictly descending; {steps[at + 1]} follows {steps[at]}.")
-    if steps[-1] < 0 or steps[0] >= num_train_timesteps:
-        raise ValueError(f"timesteps must be in [0, {num_train_timesteps}), got {steps[-1]} to {steps[0]}.")
     return steps
-
-
-def _integer(name: str, value: Any) -> int:
-    if not isinstance(value, bool):
-        try:
-            return operator.index(value)
-        except TypeError:
-            pass
-    raise ValueError(f"{name}={value!r} must be an integer.")

@@ -12,7 +12,6 @@ Sources: [DDPM] Ho et al. 2020, eqs. 6, 7, 15 and section 3.2; [iDDPM] Nichol & 
 
 from __future__ import annotations
 
-import operator
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -20,11 +19,17 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from diffusers_ddpm_ext.diffusion.gaussian import check_steps
+from diffusers_ddpm_ext.diffusion.arguments import (
+    Generators,
+    as_steps,
+    check_generators,
+    check_samples,
+    checked_integer,
+    steps_tensor,
+)
 from diffusers_ddpm_ext.diffusion.schedule import MIN_VARIANCE, NoiseSchedule, Table
 
 LEARNED_VARIANCES = ("learned", "learned_range")
-Generators = torch.Generator | list[torch.Generator] | None
 Value = TypeVar("Value", float, Tensor)
 
 
@@ -91,7 +96,7 @@ class ReverseCoefficients:
         They take the device, precision and number of dimensions of ``like``, (B, ...). Steps ``t``, (B,), that are not
         in the chain give NaN on an accelerator, where they are not read, and else a ValueError.
         """
-        check_steps(t, like, self._num_train_timesteps)
+        t = as_steps(t, like, self._num_train_timesteps, "timestep")
         key = (t.device, like.dtype)
         if key not in self._tables:
             table = np.full((self._num_train_timesteps, len(StepCoefficients._fields)), np.nan)
@@ -129,13 +134,11 @@ def log_variance(variance_type: str, predicted: Tensor, log_small: Any, log_larg
 def draw_noise(like: Tensor, generator: Generators, scale: float = 1.0) -> Tensor:
     """``scale`` times the standard normal noise of Diffusers' ``randn_tensor``, in the form of ``like``.
 
-    ``generator`` is one for all, a list of one per sample (else ValueError), or None. CPU generators work for every
+    ``generator`` is one for all, a list of one per sample, or None, else ValueError. CPU generators work for every
     device.
     """
-    if isinstance(generator, list):
-        if len(generator) not in (1, like.shape[0]):
-            raise ValueError(f"generator must hold one generator per sample ({like.shape[0]}), got {len(generator)}.")
-    elif generator is None or like.is_cpu or generator.device.type == like.device.type:
+    generator = check_generators(generator, like.shape[0] if like.ndim else 1)
+    if generator is None or (not isinstance(generator, list) and generator.device.type == like.device.type):
         # Cheaper than randn, and scaling needs no extra pass. (empty_like would follow the strides of permuted
         # samples, and so give the same draws to other pixels.)
         return like.new_empty(like.shape).normal_(0, scale, generator=generator)
@@ -158,17 +161,19 @@ def scaled_noise(
 
 def normalize_timestep(timestep: Any, samples: Tensor) -> int | Tensor:
     """An int if the batch shares its step, else (B,). A step on an accelerator stays there: reading it stalls."""
-    if not isinstance(timestep, Tensor):
-        return operator.index(timestep)
-    if timestep.ndim == 0 and timestep.device.type == "cpu" and not timestep.is_floating_point():
-        return int(timestep)
-    return per_sample_timesteps(timestep, samples)
+    if isinstance(timestep, Tensor | np.ndarray | list | tuple):
+        steps = steps_tensor(timestep, "timestep")
+        is_shared = steps.ndim == 0 and steps.device.type == "cpu"
+        return int(steps) if is_shared else per_sample_timesteps(steps, samples)
+    return checked_integer("timestep", timestep)
 
 
 def per_sample_timesteps(timesteps: Any, samples: Tensor) -> Tensor:
     """One step per sample, from one per sample or one for all."""
-    timesteps = torch.as_tensor(timesteps)
-    return timesteps.reshape(-1).expand(samples.shape[0]) if timesteps.numel() == 1 else timesteps
+    steps = steps_tensor(timesteps, "timesteps")
+    if not isinstance(samples, Tensor):
+        check_samples(samples=samples)
+    return steps.reshape(-1).expand(len(samples)) if steps.numel() == 1 and samples.ndim else steps
 
 
 def split_variance(model_output: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:

@@ -43,6 +43,7 @@ TABLE_NAMES = (
     "posterior_mean_coef2",
     "lvlb_weights",
 )
+MAX_TRAIN_TIMESTEPS = 100_000  # published models have 4,000 at most; the tables of a chain take about 1 kB per step
 MAX_BETA = 0.999
 LARGEST_LOG_SNR = 20.0  # clamp of the log-SNR, which is minus infinity at zero terminal SNR
 MIN_VARIANCE = 1e-20  # floor of a variance whose logarithm is taken
@@ -82,7 +83,7 @@ def make_betas(
     Raises:
         ValueError: the name is unknown, or an argument is out of its range.
     """
-    if beta_schedule not in BETA_SCHEDULES:
+    if not isinstance(beta_schedule, str) or beta_schedule not in BETA_SCHEDULES:
         raise ValueError(
             f"beta_schedule={beta_schedule!r} is unknown: choose one of {', '.join(BETA_SCHEDULES)}, "
             "or pass the betas themselves as trained_betas."
@@ -91,13 +92,13 @@ def make_betas(
     if beta_schedule == "laplace":
         return _betas_from_alpha_bar(_laplace_alpha_bar, num_train_timesteps)
     if beta_schedule == "squaredcos_cap_v2":
-        if not 0 < cosine_s < math.inf:
+        if not _is_number(cosine_s) or not 0 < cosine_s < math.inf:
             raise ValueError(f"cosine_s={cosine_s!r} must be a finite number above 0; the usual value is 0.008.")
         return _betas_from_alpha_bar(
             lambda u: math.cos((u + cosine_s) / (1 + cosine_s) * math.pi / 2) ** 2, num_train_timesteps
         )
     for name, value in (("beta_start", beta_start), ("beta_end", beta_end)):
-        if not 0 < value < 1:
+        if not _is_number(value) or not 0 < value < 1:
             raise ValueError(f"{name}={value!r} must be strictly between 0 and 1; usual values are 0.0001 to 0.02.")
     if beta_schedule == "linear":
         return np.linspace(beta_start, beta_end, num_train_timesteps)
@@ -127,10 +128,23 @@ def _check_num_train_timesteps(num_train_timesteps: Any) -> None:
         raise ValueError(f"num_train_timesteps={num_train_timesteps!r} must be an integer of at least 1.")
     if num_train_timesteps < 1:
         raise ValueError(f"num_train_timesteps={num_train_timesteps} must be at least 1; the usual value is 1000.")
+    if num_train_timesteps > MAX_TRAIN_TIMESTEPS:
+        raise ValueError(
+            f"num_train_timesteps={num_train_timesteps} must be at most {MAX_TRAIN_TIMESTEPS}; 1000 is usual."
+        )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
 
 
 def _checked_betas(betas: Any) -> Table:
-    table = np.array(betas, dtype=np.float64)
+    if hasattr(betas, "__len__") and len(betas) > MAX_TRAIN_TIMESTEPS:
+        raise ValueError(f"trained_betas has {len(betas)} entries; {MAX_TRAIN_TIMESTEPS} is the limit.")
+    try:
+        table = np.array(betas, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError("trained_betas must be a list of numbers.") from error
     if table.ndim != 1 or len(table) == 0:
         raise ValueError(f"trained_betas must be a list of at least one number, got shape {table.shape}.")
     bad = ~((table > 0) & (table < 1))
@@ -155,7 +169,7 @@ def checked_v_posterior(v_posterior: Any, num_train_timesteps: int, name: str = 
     Returns:
         A float, or a read-only float64 table (T,).
     """
-    invalid = isinstance(v_posterior, (bool, str))
+    invalid = isinstance(v_posterior, (bool, str, np.bool_))
     try:
         values = np.array(v_posterior, dtype=np.float64)
     except (TypeError, ValueError):
@@ -180,9 +194,9 @@ def checked_v_posterior(v_posterior: Any, num_train_timesteps: int, name: str = 
 
 def check_prediction_type(prediction_type: str) -> None:
     """Raise ValueError unless the prediction type is known."""
-    if prediction_type not in PREDICTION_TYPES:
+    if not isinstance(prediction_type, str) or prediction_type not in PREDICTION_TYPES:
         raise ValueError(
-            f"prediction_type={prediction_type!r} is unknown: choose one of {', '.join(PREDICTION_TYPES)} "
+            f"prediction_type={prediction_type!r:.80} is unknown: choose one of {', '.join(PREDICTION_TYPES)} "
             "(CompVis' eps, x0 and v)."
         )
 

@@ -1,7 +1,7 @@
 """CompVis' names for the forward process: the tables and methods of its ``DDPM`` class.
 
-Shapes: ``x_start, x_t, noise, v`` are (B, ...); ``t`` is (B,), integer, on the chain of all T steps. Results
-are at least float32. The maths is in :mod:`diffusers_ddpm_ext.diffusion.gaussian`.
+Shapes: ``x_start, x_t, noise, v`` are (B, ...), floating; ``t`` is (B,), integer, a list, or one for all, on the
+chain of all T steps. Results are at least float32. The maths is in :mod:`diffusers_ddpm_ext.diffusion.gaussian`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from diffusers_ddpm_ext.diffusion import gaussian
-from diffusers_ddpm_ext.diffusion.reverse_step import Generators, draw_noise
+from diffusers_ddpm_ext.diffusion.arguments import Generators, check_samples
+from diffusers_ddpm_ext.diffusion.gaussian import Steps
+from diffusers_ddpm_ext.diffusion.reverse_step import draw_noise, per_sample_timesteps
 from diffusers_ddpm_ext.diffusion.schedule import NoiseSchedule
 
 
@@ -56,35 +58,34 @@ class CompVisAPI:
             if isinstance(member, Float32Table):
                 self.__dict__.pop(name, None)
 
-    def q_sample(
-        self, x_start: Tensor, t: Tensor, noise: Tensor | None = None, generator: Generators = None
-    ) -> Tensor:
+    def q_sample(self, x_start: Tensor, t: Steps, noise: Tensor | None = None, generator: Generators = None) -> Tensor:
         """Noise ``x_start`` to step t; ``noise`` is drawn from ``generator`` if it is None."""
+        check_samples(x_start=x_start)
         noise = draw_noise(x_start, generator) if noise is None else noise
-        return gaussian.q_sample(self.schedule, x_start, noise, t)
+        return gaussian.q_sample(self.schedule, x_start, noise, per_sample_timesteps(t, x_start))
 
-    def q_mean_variance(self, x_start: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def q_mean_variance(self, x_start: Tensor, t: Steps) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, variance and log-variance of x_t given ``x_start``."""
-        distribution = gaussian.q_mean_variance(self.schedule, x_start, t)
+        distribution = gaussian.q_mean_variance(self.schedule, x_start, per_sample_timesteps(t, x_start))
         return distribution.mean, distribution.variance, distribution.log_variance
 
-    def q_posterior(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def q_posterior(self, x_start: Tensor, x_t: Tensor, t: Steps) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, variance and clipped log-variance of x_{t-1} given ``x_start`` and ``x_t``."""
-        distribution = gaussian.posterior(self.schedule, x_start, x_t, t)
+        distribution = gaussian.posterior(self.schedule, x_start, x_t, per_sample_timesteps(t, x_start))
         return distribution.mean, distribution.variance, distribution.log_variance
 
-    def predict_start_from_noise(self, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    def predict_start_from_noise(self, x_t: Tensor, t: Steps, noise: Tensor) -> Tensor:
         """x0 from x_t and the noise in it."""
-        return gaussian.x0_from_eps(self.schedule, x_t, noise, t)
+        return gaussian.x0_from_eps(self.schedule, x_t, noise, per_sample_timesteps(t, x_t))
 
-    def predict_start_from_z_and_v(self, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
+    def predict_start_from_z_and_v(self, x_t: Tensor, t: Steps, v: Tensor) -> Tensor:
         """x0 from x_t and its velocity."""
-        return gaussian.x0_from_v(self.schedule, x_t, v, t)
+        return gaussian.x0_from_v(self.schedule, x_t, v, per_sample_timesteps(t, x_t))
 
-    def predict_eps_from_z_and_v(self, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
+    def predict_eps_from_z_and_v(self, x_t: Tensor, t: Steps, v: Tensor) -> Tensor:
         """The noise in x_t from its velocity."""
-        return gaussian.eps_from_v(self.schedule, x_t, v, t)
+        return gaussian.eps_from_v(self.schedule, x_t, v, per_sample_timesteps(t, x_t))
 
-    def get_v(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    def get_v(self, x: Tensor, noise: Tensor, t: Steps) -> Tensor:
         """The velocity of x0 = ``x`` and ``noise``."""
-        return gaussian.velocity(self.schedule, x, noise, t)
+        return gaussian.velocity(self.schedule, x, noise, per_sample_timesteps(t, x))

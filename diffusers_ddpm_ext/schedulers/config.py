@@ -10,13 +10,15 @@ Source: ``ConfigMixin.extract_init_dict`` of Diffusers, whose list of such keys 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Mapping, Sequence, Sized
 from typing import Any
 
 import numpy as np
 
+from diffusers_ddpm_ext.diffusion.arguments import describe
 from diffusers_ddpm_ext.diffusion.respacing import custom_timesteps
-from diffusers_ddpm_ext.diffusion.schedule import checked_v_posterior, make_betas
+from diffusers_ddpm_ext.diffusion.schedule import MAX_TRAIN_TIMESTEPS, checked_v_posterior, make_betas
 from diffusers_ddpm_ext.utils.vocabulary import BetaSchedule
 
 DEFAULT_NUM_TRAIN_TIMESTEPS = 1000
@@ -74,6 +76,10 @@ def resolve_betas(
 
 def as_float_list(values: Any, name: str = "trained_betas") -> list[float]:
     """One value per step (list, array or tensor) as a JSON list: float64, exact also from float32; else ValueError."""
+    if isinstance(values, (str, bytes)) or not isinstance(values, Sized):
+        raise ValueError(f"{name}={describe(values)} must be a list of numbers.")
+    if len(values) > MAX_TRAIN_TIMESTEPS:
+        raise ValueError(f"{name} has {len(values)} entries; {MAX_TRAIN_TIMESTEPS} is the limit.")
     try:
         table = np.asarray(values.tolist() if hasattr(values, "tolist") else values, dtype=np.float64)
     except (TypeError, ValueError) as error:
@@ -83,18 +89,21 @@ def as_float_list(values: Any, name: str = "trained_betas") -> list[float]:
     return table.tolist()
 
 
-def normalize_config(config: Mapping[str, Any], overridden: Collection[str]) -> dict[str, Any]:
-    """A config of this or another scheduler class, prepared for ours; the names in ``overridden`` have new values.
+def normalize_config(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """A config of this or another scheduler class, prepared for ours and for the new values of ``overrides``.
 
-    The copy keeps what the network was trained with even if it is the other class's default, and drops explicit betas
-    if the caller replaces a value that they were computed from.
+    The copy keeps what the network was trained with even if it is the other class's default. Explicit betas go if the
+    caller replaces a value that they were computed from, the number of steps if the caller replaces the betas.
     """
     config = dict(config)
     defaults = config.get("_use_default_values", [])
     config["_use_default_values"] = [key for key in defaults if key not in PROCESS_KEYS]
     if config.get("variance_type", "") is None:  # multistep solvers write null
         del config["variance_type"]
-    if "trained_betas" not in overridden and set(BETA_KEYS) & set(overridden) and _betas_follow_from_name(config):
+    if overrides.get("trained_betas") is not None:
+        if "num_train_timesteps" not in overrides:
+            config.pop("num_train_timesteps", None)
+    elif "trained_betas" not in overrides and set(BETA_KEYS) & set(overrides) and _betas_follow_from_name(config):
         config["trained_betas"] = None
     return config
 
@@ -111,6 +120,27 @@ def _betas_follow_from_name(config: Mapping[str, Any]) -> bool:
     return np.array_equal(named, np.asarray(betas, dtype=np.float64))
 
 
+def check_one_of(name: str, value: Any, allowed: Sequence[str]) -> None:
+    """Raise ValueError unless the value is one of the names."""
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{name}={describe(value)} is unknown: choose one of {', '.join(allowed)}.")
+
+
+def checked_flag(name: str, value: Any) -> bool:
+    """True or False, also NumPy's and 0 or 1; else ValueError."""
+    if isinstance(value, (bool, int, np.bool_, np.integer)) and value in (0, 1):
+        return bool(value)
+    raise ValueError(f"{name}={describe(value)} must be True or False.")
+
+
+def checked_number(name: str, value: Any, allowed: str = "a finite number", low: float = -math.inf) -> float:
+    """A finite number above ``low``, as JSON can hold it; ValueError with what is ``allowed``."""
+    number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    if not number or not low < value < math.inf:
+        raise ValueError(f"{name}={describe(value)} must be {allowed}.")
+    return value if isinstance(value, (int, float)) and not isinstance(value, np.generic) else value.item()
+
+
 def interpolation_weight(name: str, value: Any) -> float | list[float]:
     """``v_posterior`` or ``v_decoder`` as a JSON value; the tables check its range and length."""
     if isinstance(value, (bool, str)) or np.ndim(value) == 0:
@@ -124,11 +154,13 @@ def checked_optimal_timesteps(optimal_timesteps: Any, num_train_timesteps: int) 
         return None
     if not isinstance(optimal_timesteps, Mapping):
         raise ValueError(
-            f"optimal_timesteps={optimal_timesteps!r} must map a number of steps to the steps, or be None."
+            f"optimal_timesteps={describe(optimal_timesteps)} must map a number of steps to the steps, or be None."
         )
     checked = {}
     for count, steps in optimal_timesteps.items():
-        kept = custom_timesteps(list(steps), num_train_timesteps).tolist()
+        if not isinstance(steps, (list, tuple, np.ndarray)):
+            raise ValueError(f"optimal_timesteps[{count!r}]={describe(steps)} must be a list of steps.")
+        kept = custom_timesteps(steps, num_train_timesteps).tolist()
         if str(count) != str(len(kept)):
             raise ValueError(f"optimal_timesteps[{count!r}] holds {len(kept)} steps; it must hold {count}.")
         checked[str(count)] = kept

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_config
+from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
 
 # Diffusers looks for the name SchedulerMixin in the module that defines a scheduler before it loads one.
@@ -27,6 +27,7 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, Sch
 from torch import Tensor
 
 from diffusers_ddpm_ext.diffusion import gaussian
+from diffusers_ddpm_ext.diffusion.arguments import Generators, check_samples, checked_integer, describe, network_output
 from diffusers_ddpm_ext.diffusion.respacing import (
     TIMESTEP_SPACINGS,
     TimestepSpacing,
@@ -35,7 +36,6 @@ from diffusers_ddpm_ext.diffusion.respacing import (
 )
 from diffusers_ddpm_ext.diffusion.reverse_step import (
     LEARNED_VARIANCES,
-    Generators,
     ReverseCoefficients,
     log_variance,
     normalize_timestep,
@@ -44,16 +44,21 @@ from diffusers_ddpm_ext.diffusion.reverse_step import (
     small_variance,
     split_variance,
 )
-from diffusers_ddpm_ext.diffusion.schedule import MIN_VARIANCE, NoiseSchedule
-from diffusers_ddpm_ext.schedulers import config as scheduler_config
+from diffusers_ddpm_ext.diffusion.schedule import MIN_VARIANCE, NoiseSchedule, check_prediction_type
 from diffusers_ddpm_ext.schedulers.compvis_api import CompVisAPI
 from diffusers_ddpm_ext.schedulers.config import (
     DEFAULT_COSINE_S,
     DEFAULT_NUM_TRAIN_TIMESTEPS,
+    as_float_list,
+    check_one_of,
+    checked_flag,
+    checked_number,
     checked_optimal_timesteps,
     format_ranges,
     interpolation_weight,
+    resolve_betas,
 )
+from diffusers_ddpm_ext.schedulers.live_config import LiveConfig
 from diffusers_ddpm_ext.utils.vocabulary import (
     FROM_COMPVIS_BETA_SCHEDULE,
     VARIANCE_TYPES,
@@ -63,16 +68,18 @@ from diffusers_ddpm_ext.utils.vocabulary import (
 )
 
 Betas = Sequence[float] | npt.NDArray[Any] | Tensor
+POSITIVE = "a finite number above 0; the usual value is 1"
 NoiseSource = tuple[Tensor, Generators, Tensor | None]  # the network's output, generators, the caller's noise
 
 
-class DDPMExtScheduler(CompVisAPI, SchedulerMixin, ConfigMixin):
+class DDPMExtScheduler(LiveConfig, CompVisAPI, SchedulerMixin, ConfigMixin):
     """``DDPMScheduler`` from float64 tables, with CompVis' ``v_posterior``, method names and tables.
 
-    Arguments of ``DDPMScheduler`` have the same meaning.
+    Arguments of ``DDPMScheduler`` have the same meaning. The config is always obeyed: ``register_to_config`` makes the
+    scheduler, also one in use, that of the new config, or raises ValueError.
 
     Args:
-        num_train_timesteps: T. With ``trained_betas`` it is their number and may be left out.
+        num_train_timesteps: T, at most 100,000. With ``trained_betas`` it is their number and may be left out.
         beta_start: first beta.
         beta_end: last beta.
         beta_schedule: ``linear``, ``scaled_linear``, ``squaredcos_cap_v2``, ``sigmoid``, ``laplace`` or ``sqrt``.
@@ -137,51 +144,28 @@ class DDPMExtScheduler(CompVisAPI, SchedulerMixin, ConfigMixin):
         v_decoder: Betas | None = None,
         optimal_timesteps: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
-        _check_one_of("variance_type", variance_type, VARIANCE_TYPES)
-        _check_one_of("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS)
+        check_one_of("variance_type", variance_type, VARIANCE_TYPES)
+        check_one_of("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS)
+        check_prediction_type(prediction_type)
         if v_posterior is not None:
             if variance_type not in ("fixed_small", "fixed_large"):
-                text = v_posterior if isinstance(v_posterior, (int, float)) else "[...]"
                 raise ValueError(
-                    f"v_posterior={text} contradicts variance_type={variance_type!r}: leave v_posterior out, "
-                    "or leave variance_type at 'fixed_small'."
+                    f"v_posterior={describe(v_posterior)} contradicts variance_type={variance_type!r}: leave "
+                    "v_posterior out, or leave variance_type at 'fixed_small'."
                 )
             # The closest value for a reader that does not know v_posterior.
-            variance_type = (
-                "fixed_small" if np.mean(interpolation_weight("v_posterior", v_posterior)) < 0.5 else "fixed_large"
-            )
-        self.register_to_config(
-            variance_type=variance_type,
-            v_posterior=None if v_posterior is None else interpolation_weight("v_posterior", v_posterior),
-            v_decoder=None if v_decoder is None else interpolation_weight("v_decoder", v_decoder),
-        )
+            weight = interpolation_weight("v_posterior", v_posterior)
+            variance_type = "fixed_small" if np.mean(weight) < 0.5 else "fixed_large"
+        else:
+            weight = None
+        decoder: Any = None if v_decoder is None else interpolation_weight("v_decoder", v_decoder)
         self._learned = variance_type in LEARNED_VARIANCES
         self.init_noise_sigma = 1.0
-        self._set_process(
-            num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, cosine_s, rescale_betas_zero_snr
-        )
-        self.register_to_config(optimal_timesteps=checked_optimal_timesteps(optimal_timesteps, len(self.schedule)))
-        # Keys in this list are dropped when another class reads the config, which would then use its own defaults:
-        # other betas, silently.
-        self.register_to_config(_use_default_values=[])
-
-    def _set_process(
-        self,
-        num_train_timesteps: int,
-        beta_start: float,
-        beta_end: float,
-        beta_schedule: BetaSchedule,
-        trained_betas: Betas | None,
-        cosine_s: float,
-        rescale_betas_zero_snr: bool,
-    ) -> None:
-        """Compute the tables, record their arguments in the config, and use every step."""
-        num_train_timesteps, trained_betas = scheduler_config.resolve_betas(
+        beta_start, beta_end = checked_number("beta_start", beta_start), checked_number("beta_end", beta_end)
+        rescale_betas_zero_snr = checked_flag("rescale_betas_zero_snr", rescale_betas_zero_snr)
+        num_train_timesteps, trained_betas = resolve_betas(
             num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, cosine_s
         )
-        variance_type, v_posterior = self.config.variance_type, self.config.v_posterior
-        if v_posterior is None:
-            v_posterior = float(variance_type.startswith("fixed_large"))
         self.schedule = NoiseSchedule(
             num_train_timesteps,
             beta_start,
@@ -190,20 +174,36 @@ class DDPMExtScheduler(CompVisAPI, SchedulerMixin, ConfigMixin):
             trained_betas,
             cosine_s=cosine_s,
             rescale_betas_zero_snr=rescale_betas_zero_snr,
-            v_posterior=v_posterior,
-            prediction_type=self.config.prediction_type,
-            v_decoder=self.config.v_decoder,
+            v_posterior=float(variance_type.startswith("fixed_large")) if weight is None else weight,
+            prediction_type=prediction_type,
+            v_decoder=decoder,
         )
         self.register_to_config(
             num_train_timesteps=len(self.schedule),
             beta_start=beta_start,
             beta_end=beta_end,
-            beta_schedule=beta_schedule,
             trained_betas=trained_betas,
-            cosine_s=cosine_s,
+            variance_type=variance_type,
+            clip_sample=checked_flag("clip_sample", clip_sample),
+            thresholding=checked_flag("thresholding", thresholding),
+            dynamic_thresholding_ratio=_checked_ratio(dynamic_thresholding_ratio),
+            clip_sample_range=checked_number("clip_sample_range", clip_sample_range, POSITIVE, low=0),
+            sample_max_value=checked_number("sample_max_value", sample_max_value, POSITIVE, low=0),
+            steps_offset=checked_integer("steps_offset", steps_offset),
             rescale_betas_zero_snr=rescale_betas_zero_snr,
+            v_posterior=weight,
+            cosine_s=checked_number("cosine_s", cosine_s),
+            v_decoder=decoder,
+            optimal_timesteps=checked_optimal_timesteps(optimal_timesteps, len(self.schedule)),
+            # Keys in this list are dropped when another class reads the config, which would then use its own defaults:
+            # other betas, silently.
+            _use_default_values=[],
         )
-        self.clear_cached_tables()
+        self._use_all_steps()
+        self._is_built = True
+
+    def _use_all_steps(self) -> None:
+        self._chain_arguments: dict[str, Any] | None = None
         self.num_inference_steps: int | None = None
         self.custom_timesteps = False
         self._use_steps(self.schedule.timesteps[::-1].copy())
@@ -214,33 +214,18 @@ class DDPMExtScheduler(CompVisAPI, SchedulerMixin, ConfigMixin):
         self._coefficients = ReverseCoefficients(self.kept, len(self.schedule))
         self.timesteps = torch.from_numpy(timesteps).to(device)
 
-    # --- configs -----------------------------------------------------------------------------------------------------
-
-    @classmethod
-    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """A scheduler from the config of this class or of a compatible one; ``kwargs`` override it.
-
-        What a network was trained with (betas, number of steps, prediction type) is kept even if it is the other
-        class's default; its other defaults are replaced by ours, as everywhere in Diffusers.
-
-        Args:
-            config: ``scheduler.config``, or a dict.
-            return_unused_kwargs: whether to return ``(scheduler, unused)``.
-            **kwargs: arguments of the constructor.
-        """
-        if isinstance(config, dict):
-            config = scheduler_config.normalize_config(config, kwargs)
-        return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
-
-    @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As :meth:`SchedulerMixin.from_pretrained`, with the same arguments."""
-        loaded = super().from_pretrained(*args, **kwargs)
-        scheduler = loaded[0] if isinstance(loaded, tuple) else loaded
-        scheduler._internal_dict = FrozenDict(
-            {key: value for key, value in scheduler.config.items() if key != "_use_default_values"}
-        )
-        return loaded
+    def _replace_by(self, rebuilt: DDPMExtScheduler) -> None:
+        """Take over the state of a scheduler of another config, on the steps that were set on this one."""
+        if self._chain_arguments is not None:
+            try:
+                rebuilt.set_timesteps(**self._chain_arguments)
+            except ValueError as error:
+                raise ValueError(
+                    f"the steps in use do not fit the new config; call set_timesteps first: {error}"
+                ) from None
+        rebuilt.timesteps = rebuilt.timesteps.to(self.timesteps.device)
+        self.clear_cached_tables()
+        self.__dict__.update(vars(rebuilt))
 
     def register_schedule(
         self,
@@ -268,24 +253,29 @@ class DDPMExtScheduler(CompVisAPI, SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: the name is not one of CompVis', or a value is out of its range.
         """
-        if beta_schedule not in FROM_COMPVIS_BETA_SCHEDULE:
+        if not isinstance(beta_schedule, str) or beta_schedule not in FROM_COMPVIS_BETA_SCHEDULE:
             raise ValueError(
                 f"beta_schedule={beta_schedule!r} is not one of CompVis' ({', '.join(FROM_COMPVIS_BETA_SCHEDULE)}); "
                 "Diffusers' names belong in the constructor."
             )
-        if given_betas is not None:
-            given_betas = scheduler_config.as_float_list(given_betas)
-            timesteps = len(given_betas)
-        self.register_to_config(v_decoder=None, optimal_timesteps=None)
-        self._set_process(
-            timesteps,
-            linear_start,
-            linear_end,
-            FROM_COMPVIS_BETA_SCHEDULE[beta_schedule],
-            given_betas,
-            cosine_s if beta_schedule == "cosine" else DEFAULT_COSINE_S,
-            rescale_betas_zero_snr=False,
-        )
+        before = self._chain_arguments
+        self._chain_arguments = None
+        try:
+            self.register_to_config(
+                num_train_timesteps=timesteps if given_betas is None else len(as_float_list(given_betas)),
+                beta_start=linear_start,
+                beta_end=linear_end,
+                beta_schedule=FROM_COMPVIS_BETA_SCHEDULE[beta_schedule],
+                trained_betas=None if given_betas is None else as_float_list(given_betas, "given_betas"),
+                cosine_s=cosine_s if beta_schedule == "cosine" else DEFAULT_COSINE_S,
+                rescale_betas_zero_snr=False,
+                v_decoder=None,
+                optimal_timesteps=None,
+            )
+        except ValueError:
+            self._chain_arguments = before
+            raise
+        self._use_all_steps()
 
     @property
     def variance_type(self) -> VarianceType:
@@ -322,13 +312,19 @@ class DDPMExtScheduler(CompVisAPI, SchedulerMixin, ConfigMixin):
         if optimal:
             steps = self._optimal_timesteps(num_inference_steps)
         elif timesteps is not None:
-            steps = custom_timesteps(timesteps.tolist() if isinstance(timesteps, Tensor) else timesteps, len(self))
+            timesteps = timesteps.tolist() if isinstance(timesteps, Tensor) else timesteps
+            steps = custom_timesteps(timesteps, len(self))
         elif num_inference_steps is not None:
             steps = spaced_timesteps(
                 num_inference_steps, len(self), self.config.timestep_spacing, self.config.steps_offset
             )
         self.num_inference_steps = len(steps)
         self.custom_timesteps = timesteps is not None
+        self._chain_arguments = {
+            "num_inference_steps": num_inference_steps,
+            "timesteps": None if timesteps is None else steps.copy(),
+            "optimal": optimal,
+        }
         self._use_steps(steps, device)
 
     def _optimal_timesteps(self, num_inference_steps: int | None) -> npt.NDArray[np.int64]:
@@ -372,7 +368,7 @@ class DDPMExtScheduler(CompVisAPI, SchedulerMixin, ConfigMixin):
         """
         *_, log_small, log_large = self._coefficients.at(int(t))
         kind = variance_type or self.config.variance_type
-        _check_one_of("variance_type", kind, VARIANCE_TYPES)
+        check_one_of("variance_type", kind, VARIANCE_TYPES)
         if kind in LEARNED_VARIANCES:
             if predicted_variance is None:
                 raise ValueError(f"variance_type={kind!r} needs predicted_variance, the second half of the channels.")
@@ -401,8 +397,9 @@ class DDPMExtScheduler(CompVisAPI, SchedulerMixin, ConfigMixin):
         """Reverse step: from the network's output to x0, to the posterior, and a sample from it.
 
         Args:
-            model_output: the network's output for ``sample``, (B, C, ...); 2 C channels for learned variances.
-            timestep: one step for the batch, an int or 0-dim tensor; or one per sample, (B,), integer.
+            model_output: the network's output for ``sample``, (B, C, ...); 2 C channels for learned variances. A
+                Diffusers output with ``.sample`` is taken, too.
+            timestep: one step for the batch, an int or 0-dim tensor; or one per sample, (B,), integer, or a list.
             sample: xt, (B, ...), data units.
             generator: of the noise; a list has one per sample.
             return_dict: whether to return an output object instead of a tuple.
@@ -415,6 +412,9 @@ class DDPMExtScheduler(CompVisAPI, SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: a step that is not in the chain, or shapes that do not match.
         """
+        model_output = network_output(model_output)
+        if not isinstance(sample, Tensor) or sample.device != model_output.device:
+            check_samples(sample=sample, model_output=model_output)
         if type(timestep) is not int:
             timestep = normalize_timestep(timestep, sample)
         variance = None
@@ -434,6 +434,7 @@ class DDPMExtScheduler(CompVisAPI, SchedulerMixin, ConfigMixin):
         source = (model_output, generator, variance_noise)
         dtype = sample.dtype
         if dtype is not torch.float32 or model_output.dtype is not torch.float32:
+            check_samples(sample=sample, model_output=model_output)
             exact = torch.promote_types(torch.promote_types(dtype, model_output.dtype), torch.float32)
             sample, model_output = sample.to(exact), model_output.to(exact)
             variance = None if variance is None else variance.to(exact)
@@ -504,26 +505,33 @@ class DDPMExtScheduler(CompVisAPI, SchedulerMixin, ConfigMixin):
         """Noise samples to their steps in closed form ([DDPM] eq. 4).
 
         Args:
-            original_samples: x0, (B, ...), data units.
+            original_samples: x0, (B, ...), floating, data units.
             noise: standard normal, same shape.
-            timesteps: integer, (B,), or one for all.
+            timesteps: integer, (B,), a list, or one for all.
 
         Returns:
             xt in the precision of ``original_samples``; half precision is computed in float32, where the smallest
             noise levels are still above zero.
+
+        Raises:
+            ValueError: integer images (stock would return integers), other shapes, or steps that are not integers in
+                [0, T).
         """
+        check_samples(original_samples=original_samples, noise=noise)
         t = per_sample_timesteps(timesteps, original_samples)
         return gaussian.q_sample(self.schedule, original_samples, noise, t).to(original_samples.dtype)
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Velocity of samples x0 and their noise; shapes and precision as in :meth:`add_noise`."""
+        """Velocity of samples x0 and their noise; shapes, precision and errors as in :meth:`add_noise`."""
+        check_samples(sample=sample, noise=noise)
         t = per_sample_timesteps(timesteps, sample)
         return gaussian.velocity(self.schedule, sample, noise, t).to(sample.dtype)
 
 
-def _check_one_of(name: str, value: Any, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(allowed)}.")
+def _checked_ratio(ratio: Any) -> float:
+    if not 0 < (value := checked_number("dynamic_thresholding_ratio", ratio)) <= 1:
+        raise ValueError(f"dynamic_thresholding_ratio={ratio!r} must be in (0, 1]; the usual value is 0.995.")
+    return value
 
 
 def _check_terminal_snr(schedule: NoiseSchedule) -> None:

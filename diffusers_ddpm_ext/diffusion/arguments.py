@@ -1,0 +1,137 @@
+"""Arguments of the theory's functions in one form: steps, samples, a network's output, generators.
+
+What has one plain meaning is converted (an int timestep, a list of them, the output object of a Diffusers model);
+everything else is refused in a sentence, before a tensor operation fails or silently broadcasts.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sized
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Generators = torch.Generator | list[torch.Generator] | None
+LONGEST = 60  # characters of a value in a message
+
+
+def describe(value: Any) -> str:
+    """A value in a message: short ones as Python writes them, long ones as their type and size."""
+    if isinstance(value, (Tensor, np.ndarray)):
+        return f"{type(value).__name__} of {value.dtype}, shape {tuple(value.shape)}"
+    if isinstance(value, (list, tuple, set, Mapping)) and len(value) > 4:
+        return f"{type(value).__name__} of {len(value)}"
+    if isinstance(value, Sized | int | float | complex | None):
+        text = repr(value)
+        return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+    return type(value).__name__
+
+
+def steps_tensor(t: Any, name: str = "t") -> Tensor:
+    """Steps as an integer tensor: an int, a list, array or tensor of integers; else ValueError."""
+    if isinstance(t, Tensor):
+        if t.dtype == torch.bool or t.is_floating_point() or t.is_complex():
+            raise ValueError(f"{name} must hold integers, got {t.dtype}.")
+        return t
+    try:
+        values = np.asarray(t)
+    except (TypeError, ValueError):  # rows of different lengths
+        values = np.zeros(0)
+    booleans = isinstance(t, (list, tuple)) and any(isinstance(step, (bool, np.bool_)) for step in t)
+    if values.dtype.kind not in "iu" or booleans:
+        raise ValueError(f"{name} must hold integers, got {describe(t)}.")
+    return torch.from_numpy(values.astype(np.int64))
+
+
+def as_steps(t: Any, like: Tensor, num_train_timesteps: int, name: str = "t") -> Tensor:
+    """One step per sample, int64, (B,), from one per sample or one for all.
+
+    Other steps would silently broadcast or index from the end. The range is not checked on an accelerator, where
+    reading it back would stall the device.
+
+    Args:
+        t: an int for all samples, or a list, array or tensor of one per sample.
+        like: the samples, (B, ...).
+        num_train_timesteps: steps are in [0, T).
+        name: of the argument, for the message.
+
+    Raises:
+        ValueError: not integers, not one per sample, or out of range.
+    """
+    steps, t = t, steps_tensor(t, name)
+    if not isinstance(steps, Tensor) and t.ndim == 0 and like.ndim:
+        t = t.expand(like.shape[0])
+    if like.ndim == 0 or t.shape != like.shape[:1]:
+        raise ValueError(f"{name} must hold one step per sample, shape {tuple(like.shape[:1])}, got {tuple(t.shape)}.")
+    if t.device.type == "cpu" and t.numel() and (int(t.min()) < 0 or int(t.max()) >= num_train_timesteps):
+        raise ValueError(f"{name} must be in [0, {num_train_timesteps}), got {int(t.min())} to {int(t.max())}.")
+    return t.long()
+
+
+def check_samples(**tensors: Any) -> None:
+    """Raise ValueError unless all are floating tensors of one shape on one device."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name} must be a tensor, got {describe(tensor)}.")
+        if not tensor.is_floating_point():
+            scaled = " (images are scaled to [-1, 1] first: x / 127.5 - 1)" if tensor.dtype == torch.uint8 else ""
+            raise ValueError(f"{name} must be a floating tensor, got {tensor.dtype}{scaled}.")
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if len(set(shapes.values())) > 1:
+        raise ValueError("shapes must be equal, got " + ", ".join(f"{name} {shape}" for name, shape in shapes.items()))
+    devices = {name: tensor.device for name, tensor in tensors.items()}
+    if len(set(devices.values())) > 1:
+        raise ValueError(
+            "devices must be equal, got " + ", ".join(f"{name} {where}" for name, where in devices.items())
+        )
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raise ValueError if a tensor has NaN or infinity, which would be blamed on the network."""
+    if not bool(torch.isfinite(tensor).all()):
+        raise ValueError(f"{name} has values that are NaN or infinite.")
+
+
+def network_output(output: Any, name: str = "model_output") -> Tensor:
+    """The tensor that a network returned: itself, ``.sample`` of a Diffusers output, or the only entry of a tuple."""
+    if isinstance(output, Tensor):
+        return output
+    sample = output[0] if isinstance(output, (tuple, list)) and len(output) == 1 else getattr(output, "sample", None)
+    if not isinstance(sample, Tensor):
+        raise ValueError(
+            f"{name} must be a tensor, or a Diffusers output with .sample, got {describe(output)}: pass the tensor "
+            "that the network predicts."
+        )
+    return sample
+
+
+def check_generators(generator: Any, batch_size: int) -> Generators:
+    """One generator, a list of one per sample (or of one for all), or None; else ValueError."""
+    if generator is None or isinstance(generator, torch.Generator):
+        return generator
+    if not isinstance(generator, (list, tuple)):
+        raise ValueError(
+            f"generator={describe(generator)} must be a torch.Generator, a list of them, or None; for a seed use "
+            "torch.Generator().manual_seed(seed)."
+        )
+    for index, each in enumerate(generator):
+        if not isinstance(each, torch.Generator):
+            raise ValueError(
+                f"generator[{index}]={describe(each)} must be a torch.Generator; without a seed use generator=None."
+            )
+    if len(generator) not in (1, batch_size):
+        raise ValueError(f"generator must hold one generator per sample ({batch_size}), got {len(generator)}.")
+    return list(generator)
+
+
+def checked_integer(name: str, value: Any) -> int:
+    """An integer, also NumPy's or of a 0-dim tensor; ValueError for booleans and everything else."""
+    if not isinstance(value, (bool, np.bool_)):
+        try:
+            return operator.index(value)
+        except TypeError:
+            pass
+    raise ValueError(f"{name}={describe(value)} must be an integer.")
