@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
-from diffusers_ddpm_ext.errors import ConfigError
+from diffusers_ddpm_ext.errors import ConfigError, printable
+from diffusers_ddpm_ext.utils.folder_lock import FolderBusy, FolderLock
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 FOLDER_HELP = "Output folder of a run, folder of a saved pipeline, or Hub id."
@@ -15,20 +19,45 @@ LOCAL_FOLDER_HELP = "Output folder of a run, or folder of a saved pipeline."
 DEVICE_HELP = "Device: cpu, cuda, cuda:1, mps, ..."
 
 
+CHECKPOINT_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
+YAML_SUFFIXES = (".yaml", ".yml")
+MAX_HUB_ID = 96
+MAX_NAME_BYTES = 255 - 40
+"""Of a file that is written: its temporary names are longer."""
+
+
 def check_pipeline_source(name: str) -> None:
     """Refuse what is neither a pipeline's folder nor a Hub id.
 
     Raises:
-        ConfigError: with the way out.
+        ConfigError: with the way out; for a checkpoint or a YAML file, the command that takes it.
     """
-    folder = Path(name)
-    if folder.is_dir():
-        if not (folder / "model_index.json").is_file():
-            raise ConfigError(f"{name} holds no pipeline (no model_index.json): give the output folder of a run")
-    elif folder.exists():
-        raise ConfigError(f"{name} is a file: give the folder of a pipeline")
-    elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
-        raise ConfigError(f"{name} does not exist: give the folder of a pipeline, or a Hub id")
+    folder, shown = Path(name), printable(name, 300)
+    mode = _mode(folder, "", shown)
+    if mode is not None and stat.S_ISDIR(mode):
+        if _mode(folder / "model_index.json", "", shown) is None:
+            raise ConfigError(f"{shown} holds no pipeline (no model_index.json): give the output folder of a run")
+        return
+    state = "does not exist" if mode is None else "is a file"
+    if mode is not None or folder.suffix.lower() in (*CHECKPOINT_SUFFIXES, *YAML_SUFFIXES):
+        raise ConfigError(f"{shown} {state}: give the folder of a pipeline{_next_command(folder, shown)}")
+    is_hub_id = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name, re.ASCII) and len(name) <= MAX_HUB_ID
+    if not is_hub_id or "--" in name or ".." in name:
+        raise ConfigError(f"{shown} does not exist: give the folder of a pipeline, or a Hub id")
+
+
+def _next_command(path: Path, shown: str) -> str:
+    """The command for a file that is not a pipeline."""
+    if path.suffix.lower() in CHECKPOINT_SUFFIXES:
+        return (
+            f"; to make one of a checkpoint: ddpm-ext convert --from compvis --checkpoint {shown} "
+            "--config CONFIG.yaml --out FOLDER"
+        )
+    if path.suffix.lower() in YAML_SUFFIXES:
+        return (
+            f"; for a YAML file of CompVis: ddpm-ext convert-config {shown}, for one of ours: ddpm-ext train --config"
+        )
+    return ""
 
 
 def check_pipeline_folder(name: str) -> Path:
@@ -52,13 +81,105 @@ def check_output_path(flag: str, path: Path, kind: Literal["file", "folder"]) ->
         kind: what is written there.
 
     Raises:
-        ConfigError: the path is of the other kind, or its parent folder does not exist or is not writable.
+        ConfigError: the path is of the other kind, its name is too long, or its parent folder does not exist or is not
+            writable.
     """
-    if kind == "folder" and path.is_file():
-        raise ConfigError(f"{flag} {path} is a file: name a folder")
-    if kind == "file" and path.is_dir():
-        raise ConfigError(f"{flag} {path} is a folder: name a file")
+    label = f"{flag} {printable(str(path), 300)}"
+    mode = _mode(path, flag, label)
+    if len(os.fsencode(path.name)) > MAX_NAME_BYTES:
+        raise ConfigError(f"{label} has a name of over {MAX_NAME_BYTES} bytes: shorten it")
+    if mode is not None and kind == "folder" and not stat.S_ISDIR(mode):
+        raise ConfigError(f"{label} is a file: name a folder")
+    if mode is not None and kind == "file" and not stat.S_ISREG(mode):
+        found = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
+        raise ConfigError(f"{label} is {found}: name a file")
     if not path.absolute().parent.is_dir():
-        raise ConfigError(f"{flag} {path} is in a folder that does not exist: create it first")
-    if not os.access(path.absolute().parent, os.W_OK | os.X_OK):
-        raise ConfigError(f"{flag} {path} is not writable: name another place")
+        raise ConfigError(f"{label} is in a folder that does not exist: create it first")
+    place = path if mode is not None and kind == "folder" else path.absolute().parent
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ConfigError(f"{label} is not writable: name another place")
+
+
+def check_no_input(flag: str, path: Path, inputs: Mapping[str, str | Path | None]) -> None:
+    """Refuse an output that is one of the command's inputs.
+
+    Args:
+        flag: the option of the output.
+        path: its value.
+        inputs: values of the input options by name; None for those that are not set.
+
+    Raises:
+        ConfigError: both are one file or folder.
+    """
+    for name, other in inputs.items():
+        try:
+            same = other is not None and os.path.samefile(path, other)
+        except (OSError, ValueError):  # one of them does not exist
+            continue
+        if same:
+            raise ConfigError(f"{flag} {printable(str(path), 300)} is what {name} reads: name another place")
+
+
+@contextmanager
+def lock_output(flag: str, lock: FolderLock) -> Iterator[None]:
+    """Hold a lock while a command writes.
+
+    Raises:
+        ConfigError: another run holds it, or the place is not writable.
+    """
+    try:
+        lock.acquire()
+    except FolderBusy as error:
+        raise ConfigError(f"{flag}: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"{flag}: {lock.path.parent} cannot be written: {error.strerror or error}") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def lock_output_folder(flag: str, folder: Path) -> Iterator[None]:
+    """Create and lock a folder while a command writes to it; remove it again if it was created and nothing is in it.
+
+    Raises:
+        ConfigError: another run uses it, or it cannot be created.
+    """
+    created = not folder.exists()
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{flag} {folder} cannot be created: {error.strerror or error}") from None
+    try:
+        with lock_output(flag, FolderLock(folder)):
+            yield
+    finally:
+        if created:
+            with suppress(OSError):  # something is in it
+                folder.rmdir()
+
+
+def check_not_locked(flag: str, lock: FolderLock) -> None:
+    """Raise ConfigError if another run holds a lock; for the start of a command that loads a network first."""
+    try:
+        lock.check_free()
+    except FolderBusy as error:
+        raise ConfigError(f"{flag}: {error}") from None
+
+
+def _mode(path: Path, flag: str, label: str) -> int | None:
+    """The mode of what a path leads to; None where nothing is.
+
+    Raises:
+        ConfigError: no file can have this path.
+    """
+    try:
+        return os.stat(path).st_mode
+    except FileNotFoundError:
+        return None
+    except NotADirectoryError:
+        return None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{label} cannot be {'written' if flag else 'read'}: {reason}") from None

@@ -8,28 +8,42 @@ import io
 import json
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from diffusers_ddpm_ext.cli.arguments import FOLDER_HELP, check_output_path, check_pipeline_source
+from diffusers_ddpm_ext.cli.arguments import (
+    FOLDER_HELP,
+    check_no_input,
+    check_not_locked,
+    check_output_path,
+    check_pipeline_source,
+    lock_output_folder,
+)
 from diffusers_ddpm_ext.cli.extras import TRAIN_MODULES, require_modules
 from diffusers_ddpm_ext.cli.measuring import (
     ConditionedUNet,
     MeasuringOptions,
     check_bin_width,
+    data_inputs,
     ddpm_scheduler,
+    image_options,
     images_of_split,
     load_images,
 )
 from diffusers_ddpm_ext.cli.parser import parse_options
+from diffusers_ddpm_ext.cli.pipeline_facts import PipelineFacts, facts_of_pipeline, read_pipeline_facts
 from diffusers_ddpm_ext.errors import ConfigError, RunError, as_run_error
 from diffusers_ddpm_ext.pipelines.loading import load_pipeline, select_device
+from diffusers_ddpm_ext.utils.folder_lock import FolderLock
+from diffusers_ddpm_ext.utils.input_files import read_json_object
 from diffusers_ddpm_ext.utils.option import option, positional
 
 if TYPE_CHECKING:
     from diffusers_ddpm_ext.diffusion.likelihood_estimate import StepBits, Strata
     from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
+    from diffusers_ddpm_ext.training.config.options import DataOptions
     from diffusers_ddpm_ext.training.evaluation.bound import BoundEvaluation, BoundValues
     from diffusers_ddpm_ext.training.evaluation.cache import EvaluationCache
     from diffusers_ddpm_ext.training.evaluation.processes import Processes
@@ -92,10 +106,25 @@ def parse_evaluate_args(argv: Sequence[str]) -> EvaluateOptions:
     if options.optimal_timesteps and options.num_inference_steps is None:
         raise ConfigError("--optimal_timesteps needs --num_inference_steps: the number of steps")
     check_pipeline_source(options.folder)
+    check_output_path("--out", options.output_folder, "folder")
+    check_no_input("--out", options.output_folder, data_inputs(options.data))
+    check_not_locked("--out", FolderLock(options.output_folder))
     if options.json is not None:
         check_output_path("--json", options.json, "file")
-    check_output_path("--out", options.output_folder, "folder")
+        _check_json_target(options.json)
     return options
+
+
+def _check_json_target(path: Path) -> None:
+    """Refuse to replace a file that is neither empty nor an earlier result."""
+    if not path.exists() or not path.stat().st_size:
+        return
+    try:
+        is_result = "bits_per_dim" in read_json_object(path)
+    except ConfigError:
+        is_result = False
+    if not is_result:
+        raise ConfigError(f"--json {path} exists and is not a result of this command: name another file")
 
 
 def evaluate(options: EvaluateOptions) -> str:
@@ -105,6 +134,9 @@ def evaluate(options: EvaluateOptions) -> str:
         ConfigError: the pipeline cannot be loaded, or an option does not fit it.
         RunError: the bound is not finite, or the result cannot be written.
     """
+    weights_option = f"--weights {options.weights}"
+    facts = read_pipeline_facts(options.folder, _variant(options), weights_option)
+    image_data = None if facts is None else check_evaluation(options, facts)  # before torch is imported
     import torch
 
     from diffusers_ddpm_ext.diffusion.likelihood_estimate import step_table
@@ -113,10 +145,11 @@ def evaluate(options: EvaluateOptions) -> str:
     from diffusers_ddpm_ext.training.evaluation.cache import EvaluationCache
 
     processes = _processes(options.device)
-    weights_option = f"--weights {options.weights}"
     pipeline = load_pipeline(options.folder, _variant(options), processes.device, options.dtype, weights_option)
     scheduler = ddpm_scheduler(pipeline, options.folder, "chain to evaluate")
-    data = load_images(options.folder, pipeline, options.data, processes.rank == 0)
+    if image_data is None:
+        image_data = check_evaluation(options, facts_of_pipeline(options.folder, pipeline))
+    data = load_images(options.folder, pipeline, image_data, processes.rank == 0)
     images = images_of_split(data, options.split)
     evaluation = BoundEvaluation(
         scheduler,
@@ -130,17 +163,34 @@ def evaluate(options: EvaluateOptions) -> str:
         decoder=options.decoder,
         bin_width=2 / (images.levels - 1) if options.bin_width is None else options.bin_width,
     )
-    options.output_folder.mkdir(exist_ok=True)
-    cache = EvaluationCache(options.output_folder, _fingerprint(options, data.fingerprint, pipeline), processes)
-    values = _evaluate_bound(pipeline, evaluation, processes, cache, options.folder)
-    leave_process_group()
-    if processes.rank > 0:
-        return ""
-    result = _result(options, evaluation, values, scheduler, data.description)
-    with as_run_error(options.output_folder):
-        _write(options, result, step_table(values.bits, values.places, scheduler.kept.timesteps))
-    cache.delete()
+    folder, is_main = options.output_folder, processes.rank == 0
+    with lock_output_folder("--out", folder) if is_main else nullcontext():
+        cache = EvaluationCache(folder, _fingerprint(options, data.fingerprint, pipeline), processes)
+        values = _evaluate_bound(pipeline, evaluation, processes, cache, options.folder)
+        leave_process_group()
+        if not is_main:
+            return ""
+        result = _result(options, evaluation, values, scheduler, data.description)
+        with as_run_error(folder):
+            _write(options, result, step_table(values.bits, values.places, scheduler.kept.timesteps))
+        cache.delete()
     return _summary(result, options)
+
+
+def check_evaluation(options: EvaluateOptions, facts: PipelineFacts) -> DataOptions:
+    """Check options against a pipeline's configuration; the options of its images.
+
+    Raises:
+        ConfigError: an option does not fit the model, or the images are not specified.
+    """
+    trained, steps = facts.num_train_timesteps, options.num_inference_steps
+    if steps is not None and steps > trained:
+        raise ConfigError(f"--num_inference_steps {steps}: {facts.source} was trained with {trained} steps")
+    chain = trained if steps is None else steps
+    count = options.num_timesteps
+    if count is not None and not 2 <= count <= chain:
+        raise ConfigError(f"--num_timesteps {count} must be in [2, {chain}], or 'all'")
+    return image_options(facts, options.data)
 
 
 def _choose_strata(options: EvaluateOptions, scheduler: DDPMExtScheduler) -> Strata:

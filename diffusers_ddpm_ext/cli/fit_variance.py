@@ -3,25 +3,36 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from diffusers_ddpm_ext.cli.arguments import LOCAL_FOLDER_HELP, Dtype, check_pipeline_source
+from diffusers_ddpm_ext.cli.arguments import (
+    LOCAL_FOLDER_HELP,
+    Dtype,
+    check_not_locked,
+    check_pipeline_source,
+    lock_output,
+)
 from diffusers_ddpm_ext.cli.extras import TRAIN_MODULES, require_modules
 from diffusers_ddpm_ext.cli.measuring import (
     ConditionedUNet,
     MeasuringOptions,
     check_bin_width,
     ddpm_scheduler,
+    image_options,
     load_images,
 )
 from diffusers_ddpm_ext.cli.parser import parse_options
+from diffusers_ddpm_ext.cli.pipeline_facts import DEFAULT_TIMESTEPS, read_pipeline_facts
 from diffusers_ddpm_ext.errors import ConfigError, as_config_error, as_run_error
 from diffusers_ddpm_ext.pipelines.loading import load_pipeline, select_device
 from diffusers_ddpm_ext.utils.files import CONFIG, write_text_atomically
+from diffusers_ddpm_ext.utils.folder_lock import FolderLock
+from diffusers_ddpm_ext.utils.input_files import MAX_TEXT_BYTES, read_json_object
 from diffusers_ddpm_ext.utils.option import option, positional
 
 if TYPE_CHECKING:
@@ -31,6 +42,7 @@ if TYPE_CHECKING:
     from diffusers_ddpm_ext.training.data.image_set import ImageSet
 
 FIT_RECORD = "variance_fit.json"
+MAX_RECORD_BYTES = 4 * MAX_TEXT_BYTES
 SCHEDULER_CONFIG = Path("scheduler") / "scheduler_config.json"
 FIT_VARIANCE_EXAMPLES = """examples:
   ddpm-ext fit-variance runs/digits
@@ -81,6 +93,7 @@ def parse_fit_variance_args(argv: Sequence[str]) -> FitVarianceOptions:
     options = parse_options(FitVarianceOptions, argv, "fit-variance", FIT_VARIANCE_EXAMPLES)
     check_bin_width(options)
     check_pipeline_source(options.folder)
+    check_not_locked("FOLDER", FolderLock(Path(options.folder)))
     if not (Path(options.folder) / SCHEDULER_CONFIG).is_file():
         raise ConfigError(
             f"{options.folder} has no {SCHEDULER_CONFIG} to write to: give the folder of a saved pipeline"
@@ -96,17 +109,23 @@ def fit_variance(options: FitVarianceOptions) -> str:
         RunError: the folder cannot be written.
     """
     folder = Path(options.folder)
-    if options.undo:
-        return _undo(folder)
+    with lock_output("FOLDER", FolderLock(folder)):
+        return _undo(folder) if options.undo else _fit(folder, options)
+
+
+def _fit(folder: Path, options: FitVarianceOptions) -> str:
+    facts = read_pipeline_facts(options.folder)
+    assert facts is not None, "parse_fit_variance_args has checked that it is a folder"
+    if options.first_step is not None and options.first_step >= facts.num_train_timesteps:
+        raise ConfigError(f"--first_step must be below T, {facts.num_train_timesteps}, got {options.first_step}")
+    image_data, original = image_options(facts, options.data), _original_settings(folder)
     from diffusers_ddpm_ext.diffusion.optimal_variance import x0_error_of_logvar
 
     pipeline = load_pipeline(options.folder, None, select_device(options.device), options.dtype)
     _check_pipeline(options, pipeline)
-    images = load_images(options.folder, pipeline, options.data, progress=True).train
+    images = load_images(options.folder, pipeline, image_data, progress=True).train
     scheduler = pipeline.scheduler
     schedule = scheduler.schedule
-    if options.first_step is not None and options.first_step >= len(schedule):
-        raise ConfigError(f"--first_step must be below T, {len(schedule)}, got {options.first_step}")
     meter = _measure(options, pipeline, images)
     try:
         error = None
@@ -123,7 +142,7 @@ def fit_variance(options: FitVarianceOptions) -> str:
         v_decoder=fit.v_decoder.clip(0, 1).tolist(),
         optimal_timesteps={str(count): steps.tolist() for count, steps in timesteps.items()},
     )
-    _write(folder, fitted, _record(options, meter, fit))
+    _write(folder, fitted, _record(options, meter, fit, original))
     return _summary(folder, fit, timesteps)
 
 
@@ -182,7 +201,9 @@ def _measure(options: FitVarianceOptions, pipeline: Any, images: ImageSet) -> Va
         )
 
 
-def _record(options: FitVarianceOptions, meter: VarianceMeter, fit: VarianceFit) -> dict[str, Any]:
+def _record(
+    options: FitVarianceOptions, meter: VarianceMeter, fit: VarianceFit, original: Mapping[str, Any]
+) -> dict[str, Any]:
     """The content of variance_fit.json, format 1."""
     return {
         "format": 1,
@@ -196,23 +217,37 @@ def _record(options: FitVarianceOptions, meter: VarianceMeter, fit: VarianceFit)
         "clipping_costs": fit.optimal.loss,
         "x0_error": fit.x0_error.tolist(),
         "decoder_bits": [value if value < float("inf") else None for value in fit.decoder.tolist()],
-        "before": _original_settings(Path(options.folder)),
+        "before": dict(original),
     }
 
 
 def _original_settings(folder: Path) -> dict[str, Any]:
-    """The scheduler's settings before the first fit."""
-    config: dict[str, Any] = json.loads((folder / SCHEDULER_CONFIG).read_text(encoding="utf-8"))
-    recorded = _recorded_settings(folder) if config.get("optimal_timesteps") else None
-    return dict(config) if recorded is None else recorded
+    """The scheduler's settings before the first fit.
+
+    Raises:
+        ConfigError: the scheduler was fitted, and the record of its original settings is damaged.
+    """
+    config = read_json_object(folder / SCHEDULER_CONFIG).content
+    if not config.get("optimal_timesteps") or not os.path.lexists(folder / FIT_RECORD):
+        return config
+    return _recorded_settings(folder)
 
 
-def _recorded_settings(folder: Path) -> dict[str, Any] | None:
-    """The original settings in a record; None if there is no valid record."""
-    try:
-        return dict(json.loads((folder / FIT_RECORD).read_text(encoding="utf-8"))["before"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+def _recorded_settings(folder: Path) -> dict[str, Any]:
+    """The original settings in the record of a fit.
+
+    Raises:
+        ConfigError: the record is damaged, or of a chain of another length.
+    """
+    config = read_json_object(folder / SCHEDULER_CONFIG)
+    settings = read_json_object(folder / FIT_RECORD, max_bytes=MAX_RECORD_BYTES).object("before")
+    steps = settings.integer("num_train_timesteps", 1, default=DEFAULT_TIMESTEPS)
+    trained = config.integer("num_train_timesteps", 1, default=DEFAULT_TIMESTEPS)
+    if steps != trained:
+        raise ConfigError(
+            f"{folder / FIT_RECORD} is of a chain of {steps} steps, and {config.name} has {trained}: delete the former"
+        )
+    return settings.content
 
 
 def _write(folder: Path, fitted: Any, record: dict[str, Any]) -> None:
@@ -225,9 +260,9 @@ def _write(folder: Path, fitted: Any, record: dict[str, Any]) -> None:
 
 
 def _undo(folder: Path) -> str:
-    original = _recorded_settings(folder)
-    if original is None:
+    if not os.path.lexists(folder / FIT_RECORD):
         raise ConfigError(f"--undo: {folder} has no {FIT_RECORD} of a fit")
+    original = _recorded_settings(folder)
     with as_run_error(folder):
         write_text_atomically(folder / SCHEDULER_CONFIG, json.dumps(original, indent=2, sort_keys=True) + "\n")
         (folder / FIT_RECORD).unlink()

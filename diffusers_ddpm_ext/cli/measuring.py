@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusers_ddpm_ext.cli.arguments import DEVICE_HELP
+from diffusers_ddpm_ext.cli.pipeline_facts import PipelineFacts
 from diffusers_ddpm_ext.errors import ConfigError
 from diffusers_ddpm_ext.training.config.options import DataOptions
 from diffusers_ddpm_ext.utils.files import CONFIG
-from diffusers_ddpm_ext.utils.option import embedded, option
+from diffusers_ddpm_ext.utils.option import embedded, option, options_of
 from diffusers_ddpm_ext.utils.vocabulary import Decoder
 
 if TYPE_CHECKING:
@@ -52,6 +53,13 @@ def check_bin_width(options: MeasuringOptions) -> None:
         )
 
 
+def data_inputs(typed: Mapping[str, Any]) -> dict[str, Any]:
+    """Files and folders that options on the command line read, by flag."""
+    return {
+        f"--{name}": typed[name] for name in options_of(DataOptions) if name.endswith("data_dir") and name in typed
+    }
+
+
 def ddpm_scheduler(pipeline: Any, folder: str, missing: str) -> DDPMExtScheduler:
     """The scheduler of a pipeline; ConfigError if it is of another class, which has no ``missing``."""
     from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
@@ -61,34 +69,44 @@ def ddpm_scheduler(pipeline: Any, folder: str, missing: str) -> DDPMExtScheduler
     return pipeline.scheduler
 
 
-def load_images(folder: str, pipeline: Any, typed: Mapping[str, Any], progress: bool) -> ImageData:
-    """The run's images, or those of the command line, in the shape of the network's input.
+def image_options(facts: PipelineFacts, typed: Mapping[str, Any]) -> DataOptions:
+    """The data options of a measurement: those of the run, changed by those of the command line. Loads no torch.
 
     Args:
-        folder: of the pipeline.
-        pipeline: the loaded pipeline.
+        facts: of the pipeline; without a resolution anywhere, its image size is taken.
         typed: data options of the command line.
+
+    Raises:
+        ConfigError: the images are not specified, or an option is invalid.
+    """
+    from diffusers_ddpm_ext.training.config.train_config import data_options
+
+    file, size = Path(facts.source) / CONFIG, facts.image_size
+    is_specified = any(typed.get(name) is not None for name in ("train_data_dir", "dataset_name"))
+    if not file.is_file() and not is_specified and (size, facts.channels) != ((8, 8), 1):
+        raise ConfigError(
+            f"{facts.source} does not name the images that it was trained on (no {CONFIG}): give --train_data_dir or"
+            " --dataset_name"
+        )
+    return data_options(file if file.is_file() else None, typed, {} if size is None else {"resolution": size})
+
+
+def load_images(folder: str, pipeline: Any, options: DataOptions, progress: bool) -> ImageData:
+    """The images of a measurement, in the shape of the network's input.
+
+    Args:
+        folder: of the pipeline, for messages.
+        pipeline: the loaded pipeline.
+        options: from `image_options`.
         progress: whether to show a progress bar.
 
     Raises:
-        ConfigError: the images are not specified, or do not fit the network.
+        ConfigError: the images cannot be read, or do not fit the network.
     """
-    from diffusers_ddpm_ext.training.config.train_config import data_options
     from diffusers_ddpm_ext.training.data.dataset import load_data
 
-    file = Path(folder) / CONFIG
-    size = pipeline.unet.config.sample_size
-    size = (size, size) if isinstance(size, int) else tuple(size) if size else None
-    channels = pipeline.channels
-    is_specified = any(typed.get(name) is not None for name in ("train_data_dir", "dataset_name"))
-    if not file.is_file() and not is_specified and (size, channels) != ((8, 8), 1):
-        raise ConfigError(
-            f"{folder} does not name the images that it was trained on (no {CONFIG}): give --train_data_dir or"
-            " --dataset_name"
-        )
-    defaults = {} if size is None else {"resolution": size}
-    options = data_options(file if file.is_file() else None, typed, defaults)
     data = load_data(options, pipeline.config.get("conditioning_key"), progress=progress)
+    channels = pipeline.channels
     if data.channels != channels:
         raise ConfigError(
             f"{folder} makes images of {channels} channel{'s' if channels > 1 else ''}, the data have {data.channels}:"

@@ -5,13 +5,18 @@ from __future__ import annotations
 import difflib
 import hashlib
 import inspect
+import itertools
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from diffusers_ddpm_ext.cli.pipeline_facts import PipelineFacts, facts_of_pipeline, read_pipeline_facts
+from diffusers_ddpm_ext.cli.sample_conditions import SampleConditions, check_sample
 from diffusers_ddpm_ext.cli.sample_options import SampleOptions, parse_sample_args
 from diffusers_ddpm_ext.errors import ConfigError
 from diffusers_ddpm_ext.pipelines.loading import load_pipeline, quiet_diffusers, select_device
@@ -43,29 +48,50 @@ def sample_command(argv: Sequence[str]) -> str:
         ConfigError: an option is wrong, or the pipeline cannot be opened or does not accept the options.
     """
     options = parse_sample_args(argv)
-    processes = _join_processes(options.device)
     variant = f"--variant {options.variant}"
+    facts = read_pipeline_facts(options.folder, options.variant, variant)
+    if options.is_folder:
+        from diffusers_ddpm_ext.cli.sample_output import check_unused
+
+        check_unused(options.output_path)
+    conditions = None if facts is None else check_sample(options, facts)  # before torch is imported
+    processes = _join_processes(options.device)
     pipeline = load_pipeline(options.folder, options.variant, processes.device, options.dtype, variant)
+    if facts is None or conditions is None:
+        facts = facts_of_pipeline(options.folder, pipeline)
+        conditions = check_sample(options, facts)
     _set_scheduler(pipeline, options.scheduler, options.scheduler_args)
-    conditions = _load_conditions(pipeline, options)
-    output = _make_output(pipeline, options)
     try:
-        calls = _count_network_calls(pipeline, options)
-        _draw_missing(pipeline, options, conditions, output, calls, processes)
-        if processes.rank:
-            return ""
-        output.finish(options.num_images)
+        return _sample(pipeline, options, facts, conditions, processes)
     except ConfigError:
         raise
     except ValueError as error:
         raise ConfigError(f"{options.folder}: {error}") from None
     except OSError as error:
         raise ConfigError(f"cannot write {error.filename or options.output_path}: {error.strerror or error}") from None
-    size = pipeline.unet.config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
+
+
+def _sample(
+    pipeline: Any, options: SampleOptions, facts: PipelineFacts, read: SampleConditions, processes: _Processes
+) -> str:
+    """Draw and write the images; the line that says so."""
+    conditions = _condition_tensors(pipeline, read)
+    calls = _count_network_calls(pipeline, options)
+    output = _make_output(pipeline, options, facts, conditions.get("class_labels"), calls)
+    is_main = processes.rank == 0
+    if is_main:
+        output.check_room(options.num_images)
+    with output.locked() if is_main else nullcontext():
+        if is_main:
+            output.check()
+        _draw_missing(pipeline, options, conditions, output, calls, processes)
+        if not is_main:
+            return ""
+        output.finish(options.num_images)
+    height, width, channels = output.shape
     individual = f" and, one by one, to {options.individual}" if options.individual else ""
     return (
-        f"{options.num_images} images of {height}x{width}x{pipeline.channels} written to {options.output_path}"
+        f"{options.num_images} images of {height}x{width}x{channels} written to {options.output_path}"
         f"{individual} ({calls} calls of the network each)"
     )
 
@@ -137,26 +163,45 @@ def _count_network_calls(pipeline: Any, options: SampleOptions) -> int:
     return len(sampler.scheduler.timesteps)
 
 
-def _make_output(pipeline: Any, options: SampleOptions) -> OneFile | PngFolder:
+def _make_output(
+    pipeline: Any, options: SampleOptions, facts: PipelineFacts, labels: Any, calls: int
+) -> OneFile | PngFolder:
     """Where the images are written, with the settings that they depend on."""
-    from diffusers_ddpm_ext.cli.sample_output import OneFile, PngFolder
+    from diffusers_ddpm_ext.cli.sample_output import VIDEO_SUFFIX, OneFile, PngFolder
 
-    bit_depth = options.bit_depth
-    if bit_depth == 16 and pipeline.channels != 1 and (options.is_folder or options.individual is not None):
-        raise ConfigError(
-            f"--bit_depth 16 writes PNG files of one channel, and the images have {pipeline.channels}: "
-            "use --out FILE.npz without --individual"
-        )
     settings = {name: value for name, value in vars(options).items() if name not in NOT_IN_SETTINGS}
+    if options.class_labels is not None:
+        settings["class_labels"] = labels.tolist()
+        if facts.class_names:
+            settings["class_names"] = [_class_name(facts, label) for label in settings["class_labels"]]
     settings["scheduler"] = type(pipeline.scheduler).__name__
     for name in ("concat_inputs", "encoder_hidden_states"):
         path = getattr(options, name)
         settings[name] = None if path is None else hashlib.sha256(path.read_bytes()).hexdigest()
     settings["model"] = _model_fingerprint(pipeline)
     settings = json.loads(json.dumps(settings))
+    if facts.image_size is None:
+        raise ConfigError(
+            f"{options.folder}: sample_size of the network is not set, so the size of an image is unknown"
+        )
+    shape = (*facts.image_size, pipeline.channels)
     if options.is_folder:
-        return PngFolder(options.output_path, settings, bit_depth)
-    return OneFile(options.output_path, settings, options.individual, bit_depth)
+        return PngFolder(options.output_path, settings, shape, options.bit_depth)
+    captions = None
+    if labels is not None and facts.class_names:
+        names = [_class_name(facts, label) for label in labels.tolist()]
+        captions = _in_turn(names)
+    is_video = options.output_path.suffix.lower() == VIDEO_SUFFIX
+    num_frames = len(_frame_steps(calls)) + 1 if is_video else None
+    return OneFile(options.output_path, settings, shape, num_frames, options.individual, options.bit_depth, captions)
+
+
+def _class_name(facts: PipelineFacts, label: int) -> str:
+    return facts.class_names.get(label, str(label))
+
+
+def _in_turn(names: Sequence[str]) -> Callable[[int], str]:
+    return lambda index: names[index % len(names)]
 
 
 def _model_fingerprint(pipeline: Any) -> str:
@@ -181,23 +226,36 @@ def _draw_missing(
     from tqdm import tqdm
 
     is_main = processes.rank == 0
-    if is_main:
-        output.open()
     processes.wait()
-    missing = [index for index in range(options.num_images) if not output.has(index)]
-    if is_main and len(missing) < options.num_images:
-        existing = options.num_images - len(missing)
-        sys.stderr.write(f"{existing} of {options.num_images} images exist already; resuming\n")
+    existing = output.existing(options.num_images)
+    if is_main and existing:
+        sys.stderr.write(f"{len(existing)} of {options.num_images} images exist already; resuming\n")
     processes.wait()
-    share = missing[processes.rank :: processes.world_size]
-    batches = [share[start : start + options.batch_size] for start in range(0, len(share), options.batch_size)]
+    count = options.num_images - len(existing)
+    missing = (index for index in range(options.num_images) if index not in existing)
+    share = itertools.islice(missing, processes.rank, None, processes.world_size)
+    num_batches = math.ceil(len(range(processes.rank, count, processes.world_size)) / options.batch_size)
     hidden = None if is_main else True
-    with tqdm(total=len(batches) * calls, desc="sampling", unit="step", leave=False, disable=hidden) as bar:
-        for batch in batches:
+    started = False
+
+    def start() -> None:
+        """Write the record: only now, since the first batch shows what the network does not accept."""
+        nonlocal started
+        if not started:
+            processes.wait()
+            if is_main:
+                output.start()
+            processes.wait()
+        started = True
+
+    with tqdm(total=num_batches * calls, desc="sampling", unit="step", leave=False, disable=hidden) as bar:
+        while batch := list(itertools.islice(share, options.batch_size)):
             chosen = {name: value[[index % len(value) for index in batch]] for name, value in conditions.items()}
             images, frames = _draw_batch(pipeline, options, chosen, batch, calls, bar.update)
+            start()
             for position, index in enumerate(batch):
                 output.put(index, images[position], None if frames is None else frames[position])
+    start()
     processes.wait()
     processes.leave()
 
@@ -216,11 +274,11 @@ def _draw_batch(
     """
     import numpy as np
 
-    from diffusers_ddpm_ext.cli.sample_output import NUM_FRAMES, VIDEO_SUFFIX
+    from diffusers_ddpm_ext.cli.sample_output import VIDEO_SUFFIX
     from diffusers_ddpm_ext.utils.random_keys import generator
 
     is_video = options.output_path.suffix.lower() == VIDEO_SUFFIX
-    frame_steps = {round(frame * (calls - 1) / max(NUM_FRAMES - 2, 1)) for frame in range(NUM_FRAMES - 1)}
+    frame_steps = _frame_steps(calls)
     frames: list[Any] = []
 
     def on_step_end(pipe: Any, i: int, t: int, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -249,26 +307,26 @@ def _draw_batch(
     return images, (np.stack([*frames, images], axis=1).clip(0, 1) * 255).round().astype(np.uint8)
 
 
-def _load_conditions(pipeline: Any, options: SampleOptions) -> dict[str, Any]:
+def _frame_steps(calls: int) -> set[int]:
+    """The steps whose inputs are frames of a video."""
+    from diffusers_ddpm_ext.cli.sample_output import NUM_FRAMES
+
+    return {round(frame * (calls - 1) / max(NUM_FRAMES - 2, 1)) for frame in range(NUM_FRAMES - 1)}
+
+
+def _condition_tensors(pipeline: Any, conditions: SampleConditions) -> dict[str, Any]:
     """Conditions by the name of the pipeline's argument, used in turn over the images; by default all classes."""
-    import numpy as np
     import torch
 
-    conditions: dict[str, Any] = {}
-    for name, dimensions in (("concat_inputs", 4), ("encoder_hidden_states", 3)):
-        path = getattr(options, name)
-        if path is None:
-            continue
-        try:
-            conditions[name] = torch.from_numpy(np.load(path, allow_pickle=False).astype(np.float32))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"--{name} {path} cannot be read: {error}") from None
-        if conditions[name].ndim != dimensions or not len(conditions[name]):
-            raise ConfigError(f"--{name} {path} has shape {tuple(conditions[name].shape)}; see --help")
-    if options.class_labels is not None:
-        conditions["class_labels"] = torch.tensor(options.class_labels)
-    elif pipeline.num_classes is not None and "encoder_hidden_states" not in conditions:
+    tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in conditions.arrays.items()}
+    classes = pipeline.num_classes
+    if conditions.labels is not None:
+        for label in conditions.labels:
+            if classes is not None and label >= classes:
+                raise ConfigError(f"--class_labels {label}: the classes of this model are 0 to {classes - 1}")
+        tensors["class_labels"] = torch.tensor(conditions.labels)
+    elif classes is not None and "encoder_hidden_states" not in tensors:
         null_class = pipeline.config.get("null_class_label")
-        labels = [label for label in range(pipeline.num_classes) if label != null_class]
-        conditions["class_labels"] = torch.tensor(labels)
-    return conditions
+        labels = [label for label in range(classes) if label != null_class]
+        tensors["class_labels"] = torch.tensor(labels)
+    return tensors

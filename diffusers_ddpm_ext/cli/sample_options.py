@@ -7,13 +7,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from diffusers_ddpm_ext.cli.arguments import DEVICE_HELP, FOLDER_HELP, Dtype, check_output_path, check_pipeline_source
+from diffusers_ddpm_ext.cli.arguments import (
+    DEVICE_HELP,
+    FOLDER_HELP,
+    Dtype,
+    check_no_input,
+    check_not_locked,
+    check_output_path,
+    check_pipeline_source,
+)
 from diffusers_ddpm_ext.cli.parser import parse_options
 from diffusers_ddpm_ext.errors import ConfigError
+from diffusers_ddpm_ext.utils.folder_lock import FolderLock
 from diffusers_ddpm_ext.utils.option import option, positional
 
 FILE_TYPES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".npy", ".npz")
 OTHER_SCHEDULER_STEPS = 50
+MAX_IMAGES = 10**9
 SAMPLE_EXAMPLES = """examples:
   ddpm-ext sample runs/digits
   ddpm-ext sample runs/digits --scheduler DPMSolverMultistepScheduler --num_inference_steps 25 --num_images 64
@@ -24,6 +34,7 @@ SAMPLE_EXAMPLES = """examples:
   ddpm-ext sample runs/digits --out video.gif --num_images 9           from noise to images
   ddpm-ext sample google/ddpm-cifar10-32 --device cuda --dtype bfloat16
   ddpm-ext sample runs/classes --class_labels 3 --guidance_scale 2     one class for all images; several: in turn
+  ddpm-ext sample runs/food --class_labels Bread "Dairy product" 7     by name, where the classes have names
   accelerate launch -m diffusers_ddpm_ext sample runs/digits --num_images 50000 --out samples     on all devices
 
 Image i depends on the seed and on i only: it is the same for any --num_images, --batch_size and number of processes.
@@ -35,7 +46,7 @@ class SampleOptions:
     """Draw images from a trained pipeline: a folder of this package or of Diffusers' DDPMPipeline, or a Hub id."""
 
     folder: str = positional("FOLDER", FOLDER_HELP)
-    num_images: int = option(16, "Number of images.", low=1)
+    num_images: int = option(16, "Number of images.", low=1, high=MAX_IMAGES)
     out: Path | None = option(
         None,
         "A grid (.png, .jpg, .webp), a video from noise to images (.gif), an array (.npy, .npz), or, without a suffix,"
@@ -59,8 +70,11 @@ class SampleOptions:
     )
     device: str | None = option(None, DEVICE_HELP, metavar="NAME", unset="the fastest available")
     dtype: Dtype = option("float32", "Precision of the network.")
-    class_labels: tuple[int, ...] | None = option(
-        None, "Classes, in turn over the images.", unset="all classes in turn, where the model needs them"
+    class_labels: tuple[str, ...] | None = option(
+        None,
+        "Classes by number or by name, in turn over the images.",
+        metavar="CLASS",
+        unset="all classes in turn, where the model needs them",
     )
     concat_inputs: Path | None = option(
         None,
@@ -124,7 +138,7 @@ def _check_sample_options(options: SampleOptions) -> None:
         raise ConfigError("--optimal_timesteps needs --num_inference_steps: how many of them")
     for name in ("concat_inputs", "encoder_hidden_states"):
         path = getattr(options, name)
-        if path is not None and (path.suffix != ".npy" or not path.is_file()):
+        if path is not None and path.suffix != ".npy":
             raise ConfigError(f"--{name} {path} is not a .npy file: give an array")
     out = options.output_path
     takes_depth = options.is_folder or options.individual is not None or out.suffix.lower() == ".npz"
@@ -137,10 +151,20 @@ def _check_sample_paths(options: SampleOptions) -> None:
     if out.suffix.lower() not in ("", *FILE_TYPES):
         raise ConfigError(f"--out {out} must end in one of {', '.join(FILE_TYPES)}, or in nothing for a folder")
     check_output_path("--out", out, "folder" if options.is_folder else "file")
+    inputs = {f"--{name}": getattr(options, name) for name in ("concat_inputs", "encoder_hidden_states")}
+    check_no_input("--out", out, inputs)
     if options.is_folder and individual is not None:
         raise ConfigError("--individual has no effect where --out is a folder: leave it out")
-    if individual is not None and individual.exists():
-        if not individual.is_dir():
-            raise ConfigError(f"--individual {individual} is a file: name a folder")
-        if any(individual.iterdir()):
-            raise ConfigError(f"--individual {individual} is not empty: name another folder")
+    lock = FolderLock(out) if options.is_folder else FolderLock(out.parent, out.name)
+    check_not_locked("--out", lock)
+    if individual is not None:
+        _check_individual(individual)
+
+
+def _check_individual(folder: Path) -> None:
+    if not folder.parent.exists():  # it is created, with its parents
+        return
+    check_output_path("--individual", folder, "folder")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ConfigError(f"--individual {folder} is not empty: name another folder")
+    check_not_locked("--individual", FolderLock(folder.resolve().parent, folder.resolve().name))

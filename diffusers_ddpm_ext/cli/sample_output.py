@@ -2,29 +2,49 @@
 
 A folder receives each image as a PNG file at once, and records in ``samples.json`` how they were drawn. Every other
 file is made from all images together: until the last is drawn, each is stored in a folder next to it, ``.NAME.part``.
+Both are locked while they are written: a second command with the same output is refused.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from diffusers_ddpm_ext.errors import ConfigError
-from diffusers_ddpm_ext.plotting.sheets import image_grid, save_grid
+from diffusers_ddpm_ext.cli.arguments import lock_output, lock_output_folder
+from diffusers_ddpm_ext.errors import ConfigError, printable
+from diffusers_ddpm_ext.plotting.sheets import grid_size, image_grid, save_grid
+from diffusers_ddpm_ext.utils.array_files import read_array
 from diffusers_ddpm_ext.utils.files import write_atomically, write_text_atomically
+from diffusers_ddpm_ext.utils.folder_lock import LOCK, FolderLock
+from diffusers_ddpm_ext.utils.input_files import read_json_object, read_text
+from diffusers_ddpm_ext.utils.memory import memory_bytes
 
 Pixels = NDArray[np.float32]
 SETTINGS_NAME = "samples.json"
 VIDEO_SUFFIX = ".gif"
 NUM_FRAMES, FRAME_MILLISECONDS, LAST_FRAME_MILLISECONDS = 48, 60, 2000
+SMALLEST_PNG_BYTES = 67
+ARRAY_SUFFIXES = (".npy", ".npz")
+LARGEST_SIDE = {".jpg": 65_500, ".jpeg": 65_500, ".webp": 16_383, ".gif": 65_535}
+"""Pixels per side that a format can have."""
+PARTIAL = re.compile(rf"\.({re.escape(SETTINGS_NAME)}|\d+\.(png|npz))\.\d+\.part")
+"""Temporary files of a sampler that was killed while it wrote."""
+PART = re.compile(rf"{re.escape(SETTINGS_NAME)}|\d{{6,}}\.npz|{PARTIAL.pattern}")
+"""What a parts folder holds."""
+INDIVIDUAL = re.compile(rf"\d{{5,}}\.png|{PARTIAL.pattern}")
+"""What the folder of --individual holds while it is written."""
 
 
 def save_png(path: Path, image: Pixels, bit_depth: int = 8) -> None:
@@ -52,43 +72,78 @@ class PngFolder:
     """A folder of PNG files: ``00000.png``, ``00001.png``, ...
 
     Attributes:
-        path: the folder; created with its first file.
+        path: the folder; created when it is locked.
         settings: what the images depend on.
+        shape: of an image: (height, width, C).
         bit_depth: of the files.
     """
 
     path: Path
     settings: Mapping[str, Any]
+    shape: tuple[int, int, int]
     bit_depth: int = 8
 
-    def open(self) -> None:
-        """Check the existing images, and record in the folder how its images are drawn.
+    def check_room(self, count: int) -> None:
+        """Raise ConfigError if the disk cannot hold that many files, however small."""
+        disk = os.statvfs(self.path if self.path.is_dir() else self.path.absolute().parent)
+        room = disk.f_bavail * disk.f_frsize // SMALLEST_PNG_BYTES
+        room = min(room, disk.f_favail) if disk.f_files else room
+        if count > room:
+            raise ConfigError(
+                f"--num_images {count}: the disk of --out {self.path} has room for {room:,} files at most"
+            )
+
+    def locked(self) -> AbstractContextManager[None]:
+        """Keep other runs out of the folder; see `lock_output_folder`."""
+        return lock_output_folder("--out", self.path)
+
+    def check(self) -> None:
+        """Check what exists in the folder; writes nothing.
 
         Raises:
             ConfigError: the folder holds other files, or images that were drawn in another way.
         """
+        check_unused(self.path)
         recorded = self.path / SETTINGS_NAME
-        settings = {**self.settings, "bit_depth": self.bit_depth}
-        if recorded.is_file():
-            other = {"bit_depth": 8, **json.loads(recorded.read_text(encoding="utf-8"))}
+        if recorded.exists():
+            settings = self._settings
+            other = {"bit_depth": 8, **read_json_object(recorded, "--out:").content}
             differing = [name for name in {*other, *settings} if other.get(name) != settings.get(name)]
             if differing:
                 name = sorted(differing, key=lambda each: (each == "model", each))[0]
                 raise ConfigError(
-                    f"--out {self.path} holds images with {name} {other.get(name)}, not {settings.get(name)}: "
-                    "name another folder"
+                    f"--out {self.path} holds images with {printable(name, 60)} {_shown(other.get(name))}, "
+                    f"not {_shown(settings.get(name))}: name another folder"
                 )
-        elif self.path.is_dir() and any(self.path.iterdir()):
-            raise ConfigError(f"--out {self.path} is not empty: name another folder")
-        else:
-            write_text_atomically(recorded, json.dumps(settings, indent=2) + "\n")
 
-    def has(self, index: int) -> bool:
-        """Whether an image exists and is intact."""
+    @property
+    def _settings(self) -> dict[str, Any]:
+        return {**self.settings, "bit_depth": self.bit_depth}
+
+    def start(self) -> None:
+        """Record in the folder how its images are drawn; called before the first image is written."""
+        for name in os.listdir(self.path):
+            if PARTIAL.fullmatch(name):
+                (self.path / name).unlink()
+        if not (self.path / SETTINGS_NAME).exists():
+            write_text_atomically(self.path / SETTINGS_NAME, json.dumps(self._settings, indent=2) + "\n")
+
+    def existing(self, count: int) -> set[int]:
+        """Indices below ``count`` of the images that exist and are intact."""
+        indices = _indices(self.path, ".png", "05d", count)
+        return {index for index in indices if self._is_intact(self.path / f"{index:05d}.png")}
+
+    def _is_intact(self, path: Path) -> bool:
+        if not path.is_file():
+            return False
+        height, width, channels = self.shape
         try:
-            with Image.open(self.path / f"{index:05d}.png") as image:
+            with Image.open(path) as image:
+                # with other numbers of channels than PNG knows they are side by side
+                if channels in (1, 3, 4) and image.size != (width, height):
+                    return False
                 image.load()
-        except (OSError, UnidentifiedImageError):
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
             return False
         return True
 
@@ -107,33 +162,105 @@ class OneFile:
     Attributes:
         path: the file.
         settings: what the images depend on.
+        shape: of an image: (height, width, C).
+        num_frames: of a video; None for other files.
         individual: a folder that also receives every image, or None.
         bit_depth: of .npz arrays, and of the files in that folder.
+        caption: the text under an image of the grid, by its index; None for none.
     """
 
     path: Path
     settings: Mapping[str, Any]
+    shape: tuple[int, int, int]
+    num_frames: int | None
     individual: Path | None
     bit_depth: int = 8
+    caption: Callable[[int], str] | None = None
 
     @property
     def parts_folder(self) -> Path:
         """The folder that holds the images drawn so far."""
         return self.path.with_name(f".{self.path.name}.part")
 
-    def open(self) -> None:
-        """Delete images that an interrupted command with other settings left."""
-        recorded = self.parts_folder / SETTINGS_NAME
-        text = json.dumps(self.settings, indent=2) + "\n"
-        if recorded.is_file() and recorded.read_text(encoding="utf-8") == text:
-            return
-        if self.parts_folder.is_dir():
-            shutil.rmtree(self.parts_folder)
-        write_text_atomically(recorded, text)
+    def check_room(self, count: int) -> None:
+        """Raise ConfigError if the images cannot be in memory together, as they must be for one file.
 
-    def has(self, index: int) -> bool:
-        """Whether an image has been drawn."""
-        return self._part(index).is_file()
+        Also if the file's format has no images of that size.
+        """
+        height, width, channels = self.shape
+        needed, limit = 4 * count * math.prod(self.shape) * (self.num_frames or 1), memory_bytes()
+        suffix = self.path.suffix.lower()
+        if suffix not in ARRAY_SUFFIXES:
+            wide = width if channels in (1, 3, 4) else width * channels
+            size = grid_size(count, height, wide, self.caption is not None)
+            needed += math.prod(size)
+            if max(size) > LARGEST_SIDE.get(suffix, max(size)):
+                raise ConfigError(
+                    f"--num_images {count}: a grid of {size[0]}x{size[1]} pixels is too large for {suffix}, which has "
+                    f"at most {LARGEST_SIDE[suffix]} per side: use .png, .npz or a folder"
+                )
+        if limit is not None and needed > limit:
+            raise ConfigError(
+                f"--num_images {count}: --out {self.path} is made of all images in memory, which takes over "
+                f"{needed / 1e9:.0f} GB, and this machine has {limit / 1e9:.0f}: name a folder (no suffix)"
+            )
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other runs from writing the file and the folder of individual images.
+
+        Raises:
+            ConfigError: another run writes one of them.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(lock_output("--out", FolderLock(self.path.parent, self.path.name)))
+            if self.individual is not None:
+                folder = self.individual.resolve()
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(lock_output("--individual", FolderLock(folder.parent, folder.name)))
+            yield
+
+    def check(self) -> None:
+        """Check what an interrupted command left; writes nothing.
+
+        Raises:
+            ConfigError: in its place is something that this command did not write.
+        """
+        _check_ours(self.parts_folder, PART)
+        if self.individual is not None:
+            _check_ours(_draft(self.individual.resolve()), INDIVIDUAL)
+
+    @property
+    def _settings_text(self) -> str:
+        return json.dumps(self.settings, indent=2) + "\n"
+
+    def _resumes(self) -> bool:
+        """Whether the images in the parts folder were drawn in the same way."""
+        try:
+            return read_text(self.parts_folder / SETTINGS_NAME) == self._settings_text
+        except ConfigError:  # missing, or damaged
+            return False
+
+    def start(self) -> None:
+        """Delete the images of other settings, and record these; called before the first image is written."""
+        if not self._resumes():
+            self._delete_parts()
+            write_text_atomically(self.parts_folder / SETTINGS_NAME, self._settings_text)
+
+    def existing(self, count: int) -> set[int]:
+        """Indices below ``count`` of the images that have been drawn and can be read."""
+        if not self._resumes():
+            return set()
+        return {index for index in _indices(self.parts_folder, ".npz", "06d", count) if self._is_intact(index)}
+
+    def _is_intact(self, index: int) -> bool:
+        try:
+            self._load(index, "image")
+            if self.num_frames is not None:
+                self._load(index, "frames")
+        except ConfigError:
+            return False
+        return True
 
     def put(self, index: int, image: Pixels, frames: NDArray[np.uint8] | None) -> None:
         """Store an image, (height, width, C) in [0, 1], and for a video its frames, (F, height, width, C)."""
@@ -145,37 +272,95 @@ class OneFile:
         suffix = self.path.suffix.lower()
         images = np.stack([self._load(index, "image") for index in range(count)]).astype(np.float32)
         if self.individual is not None:
-            for index, image in enumerate(images):
-                save_png(self.individual / f"{index:05d}.png", image, self.bit_depth)
+            self._write_individual(images, self.individual.resolve())
+        captions = None if self.caption is None else [self.caption(index) for index in range(count)]
         if suffix == ".npy":
             write_atomically(self.path, lambda file: np.save(file, images))
         elif suffix == ".npz":
             unsigned = _to_unsigned(images, self.bit_depth)
             write_atomically(self.path, lambda file: np.savez_compressed(file, arr_0=unsigned))
         elif suffix == VIDEO_SUFFIX:
-            save_video(np.stack([self._load(index, "frames") for index in range(count)]), self.path)
+            frames = np.stack([self._load(index, "frames") for index in range(count)])
+            save_video(frames, self.path, captions)
         else:
-            save_grid(images.transpose(0, 3, 1, 2) * 2 - 1, self.path)
-        shutil.rmtree(self.parts_folder)
+            save_grid(images.transpose(0, 3, 1, 2) * 2 - 1, self.path, captions=captions)
+        self._delete_parts()
+
+    def _write_individual(self, images: Pixels, folder: Path) -> None:
+        """Write the images beside the folder, and rename: a folder with its name is complete."""
+        draft = _draft(folder)
+        if draft.is_dir():
+            shutil.rmtree(draft)
+        for index, image in enumerate(images):
+            save_png(draft / f"{index:05d}.png", image, self.bit_depth)
+        os.rename(draft, folder)  # also over an empty one
+
+    def _delete_parts(self) -> None:
+        _check_ours(self.parts_folder, PART)
+        if self.parts_folder.is_dir():
+            shutil.rmtree(self.parts_folder)
 
     def _part(self, index: int) -> Path:
         return self.parts_folder / f"{index:06d}.npz"
 
     def _load(self, index: int, name: str) -> NDArray[Any]:
-        with np.load(self._part(index), allow_pickle=False) as file:
-            array: NDArray[Any] = file[name]
-            return array
+        """An array of a part; ConfigError if it cannot be read, or is not one of these images."""
+        array = read_array(self._part(index), key=name)
+        frames = () if name == "image" else (self.num_frames,)
+        if array.shape != (*frames, *self.shape) or not np.isfinite(array).all():
+            raise ConfigError(f"{self._part(index)} does not hold an image of this command: delete it")
+        return array
 
 
-def save_video(frames: NDArray[np.uint8], path: Path) -> None:
+def _indices(folder: Path, suffix: str, digits: str, count: int) -> list[int]:
+    """The numbers of the files in a folder that are named by an index below ``count``."""
+    names = set(os.listdir(folder)) if folder.is_dir() else set()
+    stems = [name.removesuffix(suffix) for name in names]
+    numbers = [int(stem) for stem in stems if stem.isascii() and stem.isdigit() and len(stem) < 20]
+    return [number for number in numbers if number < count and f"{number:{digits}}{suffix}" in names]
+
+
+def _draft(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.part")
+
+
+def _check_ours(folder: Path, pattern: re.Pattern[str]) -> None:
+    """Raise ConfigError if a folder that is to be deleted holds a file that this command did not write."""
+    if not os.path.lexists(folder):
+        return
+    names = os.listdir(folder) if folder.is_dir() and not folder.is_symlink() else [folder.name]
+    foreign = [name for name in names if not pattern.fullmatch(name)]
+    if foreign:
+        raise ConfigError(
+            f"{folder} holds {printable(foreign[0], 60)}, which ddpm-ext sample did not write: move it away, or name "
+            "another output"
+        )
+
+
+def check_unused(folder: Path) -> None:
+    """Raise ConfigError if a folder without a record holds more than a killed command leaves at its start."""
+    if not (folder / SETTINGS_NAME).exists():
+        for name in os.listdir(folder) if folder.is_dir() else ():
+            if name != LOCK and not PARTIAL.fullmatch(name):
+                raise ConfigError(f"--out {folder} is not empty: name another folder")
+
+
+def _shown(value: Any) -> str:
+    return printable(str(value), 120)
+
+
+def save_video(frames: NDArray[np.uint8], path: Path, captions: Sequence[str] | None = None) -> None:
     """Write an animated GIF of a grid; it loops, and pauses on the last frame.
 
     Args:
         frames: (N, F, height, width, C), 0 to 255.
         path: the file.
+        captions: a text under each image.
     """
     signed = frames.astype(np.float32) / 127.5 - 1
-    sheets = [image_grid(signed[:, index].transpose(0, 3, 1, 2)) for index in range(signed.shape[1])]
+    sheets = [
+        image_grid(signed[:, index].transpose(0, 3, 1, 2), captions=captions) for index in range(signed.shape[1])
+    ]
     sheets = [sheet.convert("RGB") if sheet.mode == "RGBA" else sheet for sheet in sheets]
     durations = [FRAME_MILLISECONDS] * (len(sheets) - 1) + [LAST_FRAME_MILLISECONDS]
 

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
+from diffusers_ddpm_ext.errors import printable
 from diffusers_ddpm_ext.utils.files import write_atomically
 
 GAP = 4  # pixels between images
 TILE = 96  # approximate side, in pixels, of enlarged small images
+CAPTION_HEIGHT = 14
 
 
 def image_grid(
-    images: ArrayLike, columns: int | None = None, enlarge: int | None = None, gap: int = GAP
+    images: ArrayLike,
+    columns: int | None = None,
+    enlarge: int | None = None,
+    gap: int = GAP,
+    captions: Sequence[str] | None = None,
 ) -> Image.Image:
     """Arrange images in a grid, row by row, enlarged so that single pixels are visible.
 
@@ -28,6 +35,7 @@ def image_grid(
         columns: images per row; None makes the sheet approximately square.
         enlarge: integer factor (nearest neighbor); None enlarges small images.
         gap: white pixels between images.
+        captions: a text under each image, such as the name of its class; cut off at the image's width.
 
     Returns:
         The sheet. Missing images of the last row are white.
@@ -36,14 +44,18 @@ def image_grid(
         ValueError: the array has another shape or no image, or an argument is out of its range.
     """
     levels = _levels(images)
-    if columns is None:
-        columns = max(1, round(math.sqrt(len(levels) * levels.shape[1] / levels.shape[2])))
-    if enlarge is None:
-        enlarge = max(1, round(TILE / max(levels.shape[1:3])))
+    automatic = _layout(len(levels), *levels.shape[1:3])
+    columns = automatic[0] if columns is None else columns
+    enlarge = automatic[1] if enlarge is None else enlarge
     if columns < 1 or enlarge < 1 or gap < 0:
         raise ValueError(f"columns={columns} and enlarge={enlarge} must be at least 1, gap={gap} at least 0.")
     columns = min(columns, len(levels))
     tiles = levels.repeat(enlarge, axis=1).repeat(enlarge, axis=2)
+    if captions is not None:
+        if len(captions) != len(tiles):
+            raise ValueError(f"captions has {len(captions)} texts for {len(tiles)} images; give one per image.")
+        strips = [_caption(text, tiles.shape[2], tiles.shape[3]) for text in captions]
+        tiles = np.concatenate([tiles, np.stack(strips)], axis=1)
     count, height, width, depth = tiles.shape
     rows = -(-count // columns)
     sheet = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, depth), 255, dtype=np.uint8)
@@ -51,6 +63,19 @@ def image_grid(
         top, left = index // columns * (height + gap), index % columns * (width + gap)
         sheet[top : top + height, left : left + width] = tile
     return Image.fromarray(sheet[..., 0] if depth == 1 else sheet)
+
+
+def _layout(count: int, height: int, width: int) -> tuple[int, int]:
+    """Columns of an approximately square sheet, and the factor that makes single pixels visible."""
+    return max(1, round(math.sqrt(count * height / width))), max(1, round(TILE / max(height, width)))
+
+
+def grid_size(count: int, height: int, width: int, has_captions: bool = False) -> tuple[int, int]:
+    """Height and width, in pixels, of the sheet that :func:`image_grid` makes by default."""
+    columns, enlarge = _layout(count, height, width)
+    columns = min(columns, count)
+    tile_height = height * enlarge + (CAPTION_HEIGHT if has_captions else 0)
+    return -(-count // columns) * (tile_height + GAP) - GAP, columns * (width * enlarge + GAP) - GAP
 
 
 def save_grid(images: ArrayLike, path: str | os.PathLike[str], **options: Any) -> Path:
@@ -63,6 +88,19 @@ def save_grid(images: ArrayLike, path: str | os.PathLike[str], **options: Any) -
     if sheet.mode == "RGBA" and image_format == "JPEG":
         sheet = sheet.convert("RGB")
     return write_atomically(path, lambda file: sheet.save(file, image_format))
+
+
+def _caption(text: str, width: int, depth: int) -> NDArray[np.uint8]:
+    """A strip of text, black on white: (CAPTION_HEIGHT, width, depth)."""
+    strip = Image.new("L", (width, CAPTION_HEIGHT), 255)
+    font, text = ImageFont.load_default(), printable(text)
+    if isinstance(font, ImageFont.ImageFont):  # Pillow without FreeType: a font of Latin letters alone
+        text = text.encode("latin-1", "replace").decode("latin-1")
+    ImageDraw.Draw(strip).text((1, 1), text, fill=0, font=font)
+    pixels = np.asarray(strip)[..., None].repeat(depth, axis=2)
+    if depth == 4:
+        pixels[..., 3] = 255
+    return pixels
 
 
 def _levels(images: ArrayLike) -> NDArray[np.uint8]:

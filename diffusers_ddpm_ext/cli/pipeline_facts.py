@@ -1,0 +1,199 @@
+"""What the JSON files of a pipeline say about its model: enough to refuse wrong options before torch is imported."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from diffusers_ddpm_ext.errors import ConfigError, printable
+from diffusers_ddpm_ext.pipelines.class_names import read_class_names
+from diffusers_ddpm_ext.utils.input_files import JsonObject, json_object, read_json_object
+from diffusers_ddpm_ext.utils.vocabulary import CONDITIONING_KEYS
+
+LEARNED_VARIANCES = ("learned", "learned_range")
+MAX_SIZE = 2**20
+DEFAULT_CHANNELS, DEFAULT_TIMESTEPS = 3, 1000
+"""Of UNet2DModel and DDPMScheduler, where their config leaves the key out."""
+
+
+@dataclass(frozen=True)
+class PipelineFacts:
+    """The configurations of a pipeline with a network and a scheduler.
+
+    Attributes:
+        source: the folder or Hub id, for messages.
+        index: of the pipeline, ``model_index.json``.
+        unet: of the network.
+        scheduler: of the scheduler.
+        has_class_embedder: whether classes become tokens of cross attention.
+    """
+
+    source: str
+    index: JsonObject
+    unet: JsonObject
+    scheduler: JsonObject
+    has_class_embedder: bool
+
+    @cached_property
+    def conditioning_key(self) -> str | None:
+        """How conditions reach the network; None for an unconditional model."""
+        key = _present(self.index, "conditioning_key")
+        if key is not None and key not in CONDITIONING_KEYS:
+            raise ConfigError(
+                f"{self.index.name}: conditioning_key is {key!r}; it must be one of {', '.join(CONDITIONING_KEYS)}"
+            )
+        return key
+
+    @property
+    def takes_concat_inputs(self) -> bool:
+        """Whether images are concatenated to the network's input."""
+        return (self.conditioning_key or "").startswith(("concat", "hybrid"))
+
+    @property
+    def takes_hidden_states(self) -> bool:
+        """Whether the network has cross attention, to embeddings or to classes."""
+        return (self.conditioning_key or "").startswith(("crossattn", "hybrid"))
+
+    @property
+    def takes_labels(self) -> bool:
+        """Whether class labels are an argument."""
+        key = self.conditioning_key or ""
+        return key.endswith("adm") or self.has_class_embedder or self.num_classes is not None
+
+    @cached_property
+    def num_classes(self) -> int | None:
+        """Classes of the network's own embedding, the null class included; None where it has none."""
+        return _optional_integer(self.unet, "num_class_embeds")
+
+    @cached_property
+    def class_names(self) -> dict[int, str]:
+        """Names by class number; empty without names."""
+        return read_class_names(self.index.content.get("id2label"), f"{self.index.name}: id2label")
+
+    @cached_property
+    def channels(self) -> int:
+        """Channels of an image."""
+        inputs = self.unet.integer("in_channels", 1, MAX_SIZE, DEFAULT_CHANNELS)
+        if not (self.takes_concat_inputs or _present(self.index, "use_positional_encodings")):
+            return inputs
+        outputs = self.unet.integer("out_channels", 1, MAX_SIZE, DEFAULT_CHANNELS)
+        return outputs // 2 if _present(self.scheduler, "variance_type") in LEARNED_VARIANCES else outputs
+
+    @cached_property
+    def concat_channels(self) -> int:
+        """Channels of the concatenated inputs."""
+        coordinates = 2 if _present(self.index, "use_positional_encodings") else 0
+        return self.unet.integer("in_channels", 1, MAX_SIZE, DEFAULT_CHANNELS) - self.channels - coordinates
+
+    @cached_property
+    def image_size(self) -> tuple[int, int] | None:
+        """Height and width of an image; None where the config leaves them open."""
+        size = _present(self.unet, "sample_size")
+        if size is None:
+            return None
+        sides = size if isinstance(size, (list, tuple)) else [size, size]
+        if len(sides) != 2 or not all(type(side) is int and 1 <= side <= MAX_SIZE for side in sides):
+            raise ConfigError(f"{self.unet.name}: sample_size is {size}; it must be one or two integers, 1 or more")
+        return sides[0], sides[1]
+
+    @cached_property
+    def num_train_timesteps(self) -> int:
+        """Steps of the training chain."""
+        return self.scheduler.integer("num_train_timesteps", 1, default=DEFAULT_TIMESTEPS)
+
+    @cached_property
+    def token_width(self) -> int | None:
+        """Width of the embeddings of cross attention; None where the config has no single one."""
+        width = _present(self.unet, "cross_attention_dim")
+        return width if type(width) is int else None
+
+    @cached_property
+    def first_width(self) -> int:
+        """Channels of the network's first layer."""
+        widths = _present(self.unet, "block_out_channels")
+        first = widths[0] if isinstance(widths, (list, tuple)) and widths else 1
+        return first if type(first) is int and first > 0 else 1
+
+
+def read_pipeline_facts(source: str, variant: str | None = None, variant_option: str = "") -> PipelineFacts | None:
+    """Read the JSON files of a pipeline's folder; None for a Hub id.
+
+    Args:
+        source: the folder or Hub id, checked by `check_pipeline_source`.
+        variant: of the weights; its files must exist.
+        variant_option: the option that requested it, for a message.
+
+    Raises:
+        ConfigError: a file is missing or damaged, or the pipeline has no network ``unet`` and ``scheduler``.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        return None
+    index = read_json_object(folder / "model_index.json")
+    for part in ("unet", "scheduler"):
+        if not isinstance(index.content.get(part), list):
+            raise ConfigError(
+                f"{index.name} names no {part}: this is no pipeline of a network and a scheduler, such as DDPMPipeline"
+            )
+    others = [
+        name for name, value in index.content.items() if name not in ("unet", "scheduler") and _is_component(value)
+    ]
+    if others:
+        raise ConfigError(
+            f"{index.name} has a component {printable(others[0], 60)!r}: its samples are no images, and "
+            "ddpm-ext runs pipelines of a network and a scheduler alone; use the pipeline's own class in Diffusers"
+        )
+    facts = PipelineFacts(
+        source,
+        index,
+        read_json_object(folder / "unet" / "config.json"),
+        read_json_object(folder / "scheduler" / "scheduler_config.json"),
+        (folder / "class_embedder" / "config.json").is_file(),
+    )
+    _check_weights(folder / "unet", variant, variant_option)
+    return facts
+
+
+def facts_of_pipeline(source: str, pipeline: Any) -> PipelineFacts:
+    """The facts of a loaded pipeline, for one that came from the Hub."""
+
+    def named(part: str, config: Mapping[str, Any]) -> JsonObject:
+        return json_object(dict(config), f"{part} of {source}")
+
+    return PipelineFacts(
+        source,
+        named("model_index.json", pipeline.config),
+        named("unet/config.json", pipeline.unet.config),
+        named("scheduler_config.json", pipeline.trained_scheduler.config),
+        pipeline.class_embedder is not None,
+    )
+
+
+def _check_weights(folder: Path, variant: str | None, variant_option: str) -> None:
+    """Refuse a network without weights of the variant."""
+    try:
+        names = [name for name in os.listdir(folder) if name.startswith("diffusion_pytorch_model")]
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be read: {error.strerror}") from None
+    if variant is not None and not any(f".{variant}." in name or f".{variant}-" in name for name in names):
+        raise ConfigError(f"{variant_option}: {folder} has no such weights: leave it out for the default ones")
+    if not names:
+        raise ConfigError(f"{folder} has no weights (diffusion_pytorch_model.safetensors): copy the folder again")
+
+
+def _is_component(value: Any) -> bool:
+    """Whether a value of ``model_index.json`` names a library and a class."""
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value)
+
+
+def _present(config: JsonObject, key: str) -> Any:
+    """A value, None where the key is missing or null."""
+    return config.content.get(key)
+
+
+def _optional_integer(config: JsonObject, key: str) -> int | None:
+    return None if _present(config, key) is None else config.integer(key, 1)

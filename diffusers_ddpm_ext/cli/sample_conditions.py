@@ -1,0 +1,185 @@
+"""Conditions of `ddpm-ext sample`: class labels and arrays, checked against the pipeline's configuration.
+
+Everything here runs before torch is imported where the pipeline is a folder: a wrong label, file or option is told at
+once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffusers_ddpm_ext.cli.pipeline_facts import PipelineFacts
+from diffusers_ddpm_ext.cli.sample_options import SampleOptions
+from diffusers_ddpm_ext.errors import ConfigError, printable
+from diffusers_ddpm_ext.pipelines.class_names import label_of_name
+from diffusers_ddpm_ext.utils.array_files import read_array
+from diffusers_ddpm_ext.utils.memory import memory_bytes
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+MAX_DIGITS = 18
+LARGEST = {"float32": 3.4028234e38, "bfloat16": 3.3895313e38, "float16": 65504.0}
+"""The largest finite number of each precision."""
+
+
+@dataclass(frozen=True)
+class SampleConditions:
+    """What the images are conditioned on, used in turn over them.
+
+    Attributes:
+        labels: class numbers, as typed; None without ``--class_labels``.
+        arrays: concat_inputs (N, C, height, width) and encoder_hidden_states (N, tokens, width), float32, by name.
+    """
+
+    labels: tuple[int, ...] | None
+    arrays: dict[str, NDArray[Any]]
+
+
+def check_sample(options: SampleOptions, facts: PipelineFacts) -> SampleConditions:
+    """Check options against a pipeline's configuration, and read the conditions.
+
+    Raises:
+        ConfigError: a condition is missing, unknown, not finite, or not of the network's shape; or an option does not
+            fit the model.
+    """
+    _check_presence(options, facts)
+    labels = None if options.class_labels is None else read_labels(options.class_labels, facts)
+    arrays = {
+        name: read_condition(f"--{name}", path, _expected_shape(name, facts), options.dtype)
+        for name in ("concat_inputs", "encoder_hidden_states")
+        if (path := getattr(options, name)) is not None
+    }
+    steps, trained = options.num_inference_steps, facts.num_train_timesteps
+    if steps is not None and options.scheduler is None and not options.scheduler_args and steps > trained:
+        raise ConfigError(f"--num_inference_steps {steps}: {facts.source} was trained with {trained} steps")
+    channels, has_png = facts.channels, options.is_folder or options.individual is not None
+    if options.bit_depth == 16 and channels != 1 and has_png:
+        raise ConfigError(
+            f"--bit_depth 16 writes PNG files of one channel, and the images have {channels}: "
+            "use --out FILE.npz without --individual"
+        )
+    _check_memory(options, facts)
+    return SampleConditions(labels, arrays)
+
+
+def read_labels(texts: Sequence[str], facts: PipelineFacts) -> tuple[int, ...]:
+    """Class numbers of names and numbers, several to a text if commas are between them.
+
+    A text that is the name of a class is that class, even if it is made of digits.
+
+    Raises:
+        ConfigError: a name is unknown, or a number is not a class.
+    """
+    labels = [label for text in texts for label in _labels_of(text.strip(), facts.class_names)]
+    for label in labels:
+        if facts.num_classes is not None and label >= facts.num_classes:
+            raise ConfigError(
+                f"--class_labels {label}: the classes of {facts.source} are 0 to {facts.num_classes - 1}"
+            )
+    return tuple(labels)
+
+
+def _labels_of(text: str, names: dict[int, str]) -> list[int]:
+    parts = [text] if text in names.values() else text.replace(",", " ").split()
+    if parts != [text] and all(_is_number(part) for part in parts):
+        return [int(part) for part in parts]
+    if _is_number(text) and text not in names.values():
+        return [int(text)]
+    try:
+        return [label_of_name(text, names)]
+    except ConfigError as error:
+        parts = [part.strip() for part in text.split(",")]
+        if len(parts) > 1 and all(parts):
+            return [label for part in parts for label in _labels_of(part, names)]
+        raise ConfigError(f"--{error}") from None
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) <= MAX_DIGITS
+
+
+def read_condition(option: str, path: Path, shape: tuple[int | None, ...], dtype: str) -> NDArray[Any]:
+    """An array of conditions as float32, one per row.
+
+    Args:
+        option: for messages.
+        path: a .npy file.
+        shape: of a row; None where any length is allowed.
+        dtype: precision of the network, which every value must fit.
+
+    Raises:
+        ConfigError: it cannot be read, has another shape or no row, or a value that is not finite in that precision;
+            the message names the row.
+    """
+    import numpy as np
+
+    array = read_array(path, option)
+    label = f"{option} {path}"
+    right = array.ndim == len(shape) + 1 and all(map(_matches, shape, array.shape[1:]))
+    if not right or 0 in array.shape:
+        expected = ", ".join("any" if length is None else str(length) for length in shape)
+        raise ConfigError(f"{label} has shape {array.shape}; the network takes (N, {expected}), with N at least 1")
+    if array.dtype.kind not in "iuf":
+        raise ConfigError(f"{label} holds values of type {array.dtype}, not numbers: save it as float32")
+    rows = array.reshape(len(array), -1)
+    fits = (np.abs(rows) <= LARGEST[dtype]).all(axis=1)  # false for NaN
+    if not fits.all():
+        row = int(np.argmin(fits))
+        fault = f"is too large for {dtype}" if np.isfinite(rows[row]).all() else "is NaN or infinite"
+        raise ConfigError(f"{label}: a value of row {row} {fault}; every value must be a finite number")
+    converted: NDArray[Any] = array.astype(np.float32)
+    return converted
+
+
+def _matches(wanted: int | None, length: int) -> bool:
+    return wanted is None or wanted == length
+
+
+def _expected_shape(name: str, facts: PipelineFacts) -> tuple[int | None, ...]:
+    if name == "encoder_hidden_states":
+        return None, facts.token_width
+    return facts.concat_channels, *(facts.image_size or (None, None))
+
+
+def _check_presence(options: SampleOptions, facts: PipelineFacts) -> None:
+    """Refuse conditions that the model needs and are missing, or that it does not take."""
+    key = facts.conditioning_key
+    wanted = {
+        "class_labels": facts.takes_labels,
+        "concat_inputs": facts.takes_concat_inputs,
+        "encoder_hidden_states": facts.takes_hidden_states,
+    }
+    for name, takes in wanted.items():
+        value = getattr(options, name)
+        if value is not None and not takes:
+            shown = printable(" ".join(value) if isinstance(value, tuple) else str(value), 120)
+            raise ConfigError(
+                f"--{name} {shown}: {facts.source} takes none (its conditioning_key is {key}); leave it out"
+            )
+    needs_states = facts.takes_hidden_states and not facts.has_class_embedder
+    for name, needed in (("concat_inputs", facts.takes_concat_inputs), ("encoder_hidden_states", needs_states)):
+        if needed and getattr(options, name) is None:
+            raise ConfigError(f"{facts.source} needs --{name} FILE.npy: its conditioning_key is {key}")
+    if options.guidance_scale != 1 and not any(wanted.values()):
+        raise ConfigError(
+            f"--guidance_scale {options.guidance_scale:g}: {facts.source} is unconditional; leave it out"
+        )
+
+
+def _check_memory(options: SampleOptions, facts: PipelineFacts) -> None:
+    """Refuse a batch whose images alone (on the CPU with the first layer's output) exceed the machine's memory."""
+    if facts.image_size is None:
+        return
+    height, width = facts.image_size
+    batch, limit = min(options.batch_size, options.num_images), memory_bytes()
+    values = 2 * facts.channels + (facts.first_width if options.device == "cpu" else 0)
+    needed = 4 * batch * height * width * values
+    if limit is not None and needed > limit:
+        raise ConfigError(
+            f"--batch_size {options.batch_size}: a batch of {batch} images of {height}x{width} takes over "
+            f"{needed / 1e9:.0f} GB of memory, and this machine has {limit / 1e9:.0f}: use a smaller one"
+        )
