@@ -49,9 +49,11 @@ def _configure(argv: Sequence[str], main_process: bool) -> TrainConfig:
         require_modules(TRAIN_MODULES)
     config = parse_train_args(argv)
     if main_process:  # it creates the folder; a process that looks later may see it in use
+        from diffusers_ddpm_ext.training.checkpoints.identity import check_resume
         from diffusers_ddpm_ext.training.checkpoints.output_dir import check_output_dir
 
         check_output_dir(config.output, config.resumes)
+        check_resume(config)
     require_modules({"sklearn": "scikit-learn"} if config.on_digits else {})
     require_modules({"datasets": "datasets"} if config.data.dataset_name else {}, "hub-datasets")
     perceptual = config.objective.loss_type == "perceptual"

@@ -78,6 +78,26 @@ def write_text_atomically(path: str | os.PathLike[str], text: str, make_parents:
     return write_atomically(path, lambda file: file.write(text.encode()), make_parents)
 
 
+def apply_umask(folder: Path) -> None:
+    """Give every file in a folder, and below, the permissions of a new file there.
+
+    Libraries write weights through a temporary file that only its owner may read.
+    """
+    probe = folder / f".mode.{os.getpid()}.part"
+    try:
+        descriptor = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        mode = os.fstat(descriptor).st_mode & 0o777
+        os.close(descriptor)
+    finally:
+        probe.unlink(missing_ok=True)
+    for above, _, names in os.walk(folder):
+        for name in names:
+            path = Path(above) / name
+            if path.is_file() and not path.is_symlink() and path.stat().st_mode & 0o777 != mode:
+                with suppress(OSError):  # a file system without permissions
+                    path.chmod(mode)
+
+
 def replace_folder(draft: Path, final: Path) -> None:
     """Give a finished folder its final name. A folder that had this name keeps the draft's name or is deleted.
 

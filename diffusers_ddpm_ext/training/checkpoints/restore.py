@@ -16,24 +16,22 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from diffusers_ddpm_ext.models.ema import LitEMA
-from diffusers_ddpm_ext.training.checkpoints.snapshot import (
-    EMA_FILE,
-    MODEL_FILE,
-    OPTIMIZER_FILE,
-    STATE_FILE,
-    Progress,
-    ScalarState,
-    Snapshot,
-    TensorSpecs,
-    first_difference,
-    tensor_specs,
-)
+from diffusers_ddpm_ext.training.checkpoints.snapshot import Snapshot, first_difference, tensor_specs
 from diffusers_ddpm_ext.training.checkpoints.state import (
     COMPILE_PREFIX,
     EMA_KEYS,
     LR_SCHEDULER_KEYS,
     NESTED_SEPARATOR,
     TrainingObjects,
+)
+from diffusers_ddpm_ext.training.checkpoints.state_file import (
+    EMA_FILE,
+    MODEL_FILE,
+    OPTIMIZER_FILE,
+    STATE_FILE,
+    Progress,
+    ScalarState,
+    TensorSpecs,
 )
 from diffusers_ddpm_ext.utils.dtensor import (
     distribute_like,

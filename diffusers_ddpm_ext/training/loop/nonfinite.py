@@ -23,11 +23,11 @@ from torch import nn
 
 from diffusers_ddpm_ext.errors import ConfigError, RunError, warn
 from diffusers_ddpm_ext.plotting.sheets import save_grid
-from diffusers_ddpm_ext.training.checkpoints import snapshot as snapshots
 from diffusers_ddpm_ext.training.checkpoints.restore import restore_snapshot
+from diffusers_ddpm_ext.training.checkpoints.state_file import library_versions
 from diffusers_ddpm_ext.training.config.options import OptimOptions
 from diffusers_ddpm_ext.training.distributed import exit_without_message, fail_together
-from diffusers_ddpm_ext.training.loop.resume import find_checkpoint, training_objects
+from diffusers_ddpm_ext.training.loop.resume import find_checkpoint, read_checkpoint, training_objects
 from diffusers_ddpm_ext.training.loop.run import Run
 from diffusers_ddpm_ext.training.loop.setup import Setup
 from diffusers_ddpm_ext.training.tracking.step_losses import LossMeter, SampleLoss
@@ -95,7 +95,7 @@ def roll_back(setup: Setup, folder: Path, step: int) -> int:
             try:
                 checkpoint = find_checkpoint(folder, "latest")
                 assert checkpoint is not None
-                snapshot = snapshots.read_snapshot(checkpoint.path)
+                snapshot = read_checkpoint(setup, folder, checkpoint)
             except (ConfigError, ValueError) as error:
                 raise RunError(f"--on_nonfinite rollback: there is no checkpoint to go back to: {error}") from None
     with fail_together(setup.accelerator):
@@ -168,7 +168,7 @@ def _write_event(
         "on_nonfinite": setup.config.loop.on_nonfinite,
         "processes": setup.plan.processes,
         "precision": setup.accelerator.mixed_precision,
-        "versions": snapshots.library_versions(),
+        "versions": library_versions(),
     }
     (folder / "event.json").write_text(json.dumps(event, indent=1) + "\n", encoding="utf-8")
     setup.config.write_resolved(folder / CONFIG)

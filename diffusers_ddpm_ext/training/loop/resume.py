@@ -5,9 +5,8 @@ Only the main process finds and reads a checkpoint; all processes load its state
 
 from __future__ import annotations
 
-import json
+import copy
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,9 @@ from accelerate.utils import broadcast_object_list
 
 from diffusers_ddpm_ext.errors import ConfigError, warn
 from diffusers_ddpm_ext.training.checkpoints import snapshot as snapshots
+from diffusers_ddpm_ext.training.checkpoints.facts import check_facts
 from diffusers_ddpm_ext.training.checkpoints.folders import move_aside, move_newer_aside, newest, remove_leftovers
+from diffusers_ddpm_ext.training.checkpoints.identity import changed_options, refuse_changes, run_identity
 from diffusers_ddpm_ext.training.checkpoints.manifest import (
     Checkpoint,
     DamagedCheckpoint,
@@ -23,34 +24,19 @@ from diffusers_ddpm_ext.training.checkpoints.manifest import (
     verify,
 )
 from diffusers_ddpm_ext.training.checkpoints.restore import restore_snapshot
-from diffusers_ddpm_ext.training.checkpoints.snapshot import Progress, Snapshot
+from diffusers_ddpm_ext.training.checkpoints.snapshot import Snapshot
 from diffusers_ddpm_ext.training.checkpoints.state import TrainingObjects
-from diffusers_ddpm_ext.training.config.options import OPTIONS
-from diffusers_ddpm_ext.training.config.train_config import TrainConfig
+from diffusers_ddpm_ext.training.checkpoints.state_file import STATE_FILE, Progress, read_state
 from diffusers_ddpm_ext.training.distributed import fail_together
 from diffusers_ddpm_ext.training.loop.run import RunProgress, Task
 from diffusers_ddpm_ext.training.loop.setup import Setup
 from diffusers_ddpm_ext.training.tracking.monitor import Monitor
-from diffusers_ddpm_ext.training.tracking.plan import Plan
 from diffusers_ddpm_ext.utils.files import METRICS, write_atomically
+from diffusers_ddpm_ext.utils.input_files import read_json_object
 
 FINISHED = "finished.json"
 BEST = "best"
 MONITOR = "monitor.json"
-# Sections and options that determine the weights. The others determine when something is written, drawn or read.
-MODEL_SECTIONS = ("model", "start", "schedule", "objective", "optim", "ema")
-MODEL_OPTIONS = (
-    "resolution", "center_crop", "random_flip", "channels", "mixed_precision", "seed",
-    "class_column", "concat_column", "context_column", "conditioning_dropout",
-)  # fmt: skip
-SCHEDULES_WITHOUT_END = (
-    "constant",
-    "constant_with_warmup",
-    "piecewise_constant",
-    "LambdaWarmUpCosineScheduler",
-    "LambdaWarmUpCosineScheduler2",
-    "LambdaLinearScheduler",
-)
 
 
 def training_objects(setup: Setup) -> TrainingObjects:
@@ -58,15 +44,9 @@ def training_objects(setup: Setup) -> TrainingObjects:
     return TrainingObjects(setup.task, setup.optimizer, setup.lr_scheduler, setup.ema, setup.accelerator.scaler)
 
 
-def run_identity(config: TrainConfig, plan: Plan) -> dict[str, Any]:
-    """Every option that determines a run's results, as JSON: stored in a checkpoint, and compared with it."""
-    chosen = {name: value for section in MODEL_SECTIONS for name, value in vars(getattr(config, section)).items()}
-    chosen |= {name: value for name, value in config.to_flat_dict().items() if name in MODEL_OPTIONS}
-    chosen["effective_batch"] = plan.effective_batch
-    if config.optim.lr_scheduler not in SCHEDULES_WITHOUT_END:
-        chosen["max_train_steps"] = plan.steps
-    plain: dict[str, Any] = json.loads(json.dumps(chosen))
-    return plain
+def own_identity(setup: Setup) -> dict[str, Any]:
+    """`run_identity` of this run."""
+    return run_identity(setup.config, setup.plan.effective_batch, setup.plan.steps)
 
 
 def resume(setup: Setup, folder: Path) -> RunProgress | None:
@@ -150,50 +130,64 @@ def _find_newest(folder: Path, requested: str) -> Checkpoint | None:
 
 def _best_checkpoint(folder: Path) -> Path:
     try:
-        step = int(json.loads((folder / BEST / MONITOR).read_text(encoding="utf-8"))["step"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ConfigError(f"--resume_from_checkpoint best: {folder / BEST} names no checkpoint; use latest") from None
+        step = read_json_object(folder / BEST / MONITOR).integer("step", low=0, high=10**18 - 1)
+    except ConfigError as error:
+        raise ConfigError(f"--resume_from_checkpoint best: {str(error).rstrip('.')}; use latest") from None
     return folder / f"checkpoint-{step}"
 
 
 def read_matching_snapshot(setup: Setup, folder: Path, checkpoint: Checkpoint) -> Snapshot:
-    """Read a checkpoint of this run; a ConfigError where it is unreadable or options have changed."""
+    """Read a checkpoint of this run; a ConfigError where it is unreadable or forged, or options have changed."""
     try:
-        snapshot = snapshots.read_snapshot(checkpoint.path)
+        snapshot = read_checkpoint(setup, folder, checkpoint)
+    except ConfigError:
+        raise
     except ValueError as error:
         raise ConfigError(f"--resume_from_checkpoint: {error}") from None
-    if setup.config.checkpoint.allow_config_change:
-        return snapshot
-    changed = changed_options(run_identity(setup.config, setup.plan), snapshot.progress.config)
-    if snapshot.progress.data_fingerprint != setup.data.fingerprint:
-        changed.append("the images are not those of the run")
-    if changed:
+    if snapshot.progress.step > setup.plan.steps:
         raise ConfigError(
-            f"--resume_from_checkpoint: {'; '.join(changed)}. Repeat the run's options (--config "
-            f"{folder / 'config.yaml'}), or add --allow_config_change"
+            f"--resume_from_checkpoint: {checkpoint.path.name} is beyond --max_train_steps {setup.plan.steps}: raise"
+            " it, or name an earlier checkpoint"
         )
     return snapshot
 
 
-def changed_options(own: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
-    """One phrase per option that differs between this run and a checkpoint."""
-    names = [*own, *(name for name in saved if name not in own)]
-    # A checkpoint of an older version lacks an option that is new; its run used the default.
-    was = {name: saved[name] if name in saved else _default(name) for name in names}
-    return [f"--{name} is {own.get(name)} and was {was[name]}" for name in names if own.get(name) != was[name]]
+def read_checkpoint(setup: Setup, folder: Path, checkpoint: Checkpoint) -> Snapshot:
+    """Read a snapshot and compare it with its manifest and with the run.
 
-
-def _default(name: str) -> Any:
-    return OPTIONS[name].default if name in OPTIONS else None
+    Raises:
+        ValueError: it cannot be read, or states what no run writes.
+        ConfigError: it is of a run with other options or images.
+    """
+    progress = read_state(checkpoint.path).progress
+    file, may_change = checkpoint.path / STATE_FILE, setup.config.checkpoint.allow_config_change
+    if progress.step != checkpoint.step:
+        raise ValueError(f"{file}: progress.step is {progress.step}, and the manifest has {checkpoint.step}")
+    if not may_change:
+        changed = changed_options(own_identity(setup), progress.config)
+        if progress.data_fingerprint != setup.data.fingerprint:
+            changed.append("the images are not those of the run")
+        refuse_changes(changed, folder)
+        epoch = progress.samples // setup.plan.images
+        if progress.epoch != epoch:
+            raise ValueError(f"{file}: progress.epoch is {progress.epoch}, and its samples make {epoch}")
+    snapshot = snapshots.read_snapshot(checkpoint.path)
+    try:
+        restore_progress(progress, copy.deepcopy(setup.monitor))
+        check_facts(snapshot, training_objects(setup), setup.plan.accumulation, may_change)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint.path}: {error}") from None
+    return snapshot
 
 
 def is_finished(folder: Path, steps: int, snapshot: Snapshot | None) -> bool:
     """Whether the folder's run has ended, and a run of ``steps`` that resumes from the snapshot ends there, too."""
     try:
-        finished = json.loads((folder / FINISHED).read_text(encoding="utf-8"))
-        at_end = snapshot is None or finished["step"] == snapshot.progress.step
-        return at_end and bool(finished["stopped_early"] or finished["step"] >= steps)
-    except (OSError, ValueError, KeyError, TypeError):
+        finished = read_json_object(folder / FINISHED)
+        step = finished.integer("step")
+        at_end = snapshot is None or step == snapshot.progress.step
+        return at_end and (finished.boolean("stopped_early") or step >= steps)
+    except ConfigError:
         return False
 
 
@@ -217,7 +211,7 @@ def saved_progress(setup: Setup, progress: RunProgress, metrics_size: int) -> Pr
         samples=samples,
         seed=setup.seed,
         world_size=setup.accelerator.num_processes,
-        config=run_identity(setup.config, setup.plan),
+        config=own_identity(setup),
         data_fingerprint=setup.data.fingerprint,
         records={
             "metrics_size": metrics_size,  # read by earlier versions; the rows before a step are known by their steps
@@ -230,9 +224,13 @@ def saved_progress(setup: Setup, progress: RunProgress, metrics_size: int) -> Pr
 
 
 def restore_progress(saved: Progress, monitor: Monitor | None) -> RunProgress:
-    """The inverse of `saved_progress`; the monitor gets the state of the checkpoint's."""
+    """The inverse of `saved_progress`; the monitor gets the state of the checkpoint's.
+
+    Raises:
+        ValueError: the monitor's state, or the name of a task, is not one that a run writes.
+    """
     if monitor is not None and saved.monitor is not None:
-        monitor.load_state_dict(saved.monitor)
+        monitor.load_state_dict(saved.monitor, saved.step)
     return RunProgress(
         step=saved.step,
         pending=[Task(name) for name in saved.records.get("todo", [])],

@@ -10,6 +10,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
+from diffusers_ddpm_ext.errors import ConfigError
+from diffusers_ddpm_ext.utils.input_files import JsonObject, json_object
+
 MonitorMode = Literal["auto", "min", "max"]
 LARGER_IS_BETTER = ("acc", "psnr", "ssim", "score", "likelihood")
 
@@ -128,25 +131,31 @@ class Monitor:
             "stale": self._stale,
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], last_step: int | None = None) -> None:
         """Load the result of :meth:`state_dict`.
 
         The state of another metric or mode is ignored. ``save_top_k`` may be smaller than when it was saved.
 
+        Args:
+            state: JSON object.
+            last_step: of the run when the state was saved; later validations cannot be in it.
+
         Raises:
-            ValueError: a key is missing or has a value of the wrong type.
+            ValueError: a key is missing, or has a value that no monitor saves.
         """
+        content = JsonObject("progress.monitor", dict(state))
         try:
-            if (state["name"], state["mode"]) != (self.name, self.mode):
+            if (content.string("name"), content.string("mode")) != (self.name, self.mode):
                 return
-            top = [_ranked_value(entry) for entry in state["top"]]
-            best = None if state["best"] is None else _ranked_value(state["best"])
-            reference = None if state["reference"] is None else float(state["reference"])
-            stale = int(state["stale"])
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"not the state of a monitor: {error!r}.") from error
+            top = [_ranked_value(entry, last_step) for entry in content.list("top")]
+            best = None if state.get("best") is None else _ranked_value(state["best"], last_step)
+            reference = None if state.get("reference") is None else content.number("reference")
+            stale = content.integer("stale", low=0)
+        except ConfigError as error:
+            raise ValueError(f"not the state of a monitor: {error}") from error
         self.top, self.best, self._reference, self._stale = top[: self.save_top_k], best, reference, stale
 
 
-def _ranked_value(entry: Mapping[str, Any]) -> RankedValue:
-    return RankedValue(int(entry["step"]), float(entry["value"]))
+def _ranked_value(entry: Any, last_step: int | None) -> RankedValue:
+    value = json_object(entry, "progress.monitor")
+    return RankedValue(value.integer("step", low=0, high=last_step), value.number("value"))

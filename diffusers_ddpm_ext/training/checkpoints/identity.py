@@ -1,0 +1,138 @@
+"""Options that identify a run, and their comparison with a checkpoint's. Importing this loads no torch.
+
+A checkpoint stores every option that determines the weights. A run that resumes must have the same ones, unless
+`--allow_config_change` is given.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from diffusers_ddpm_ext.errors import ConfigError, printable
+from diffusers_ddpm_ext.training.checkpoints.folders import list_checkpoints
+from diffusers_ddpm_ext.training.checkpoints.manifest import Checkpoint, read_manifest
+from diffusers_ddpm_ext.training.checkpoints.state_file import read_state
+from diffusers_ddpm_ext.training.config.options import OPTIONS
+from diffusers_ddpm_ext.training.config.train_config import TrainConfig
+from diffusers_ddpm_ext.utils.files import CONFIG
+
+# Sections and options that determine the weights. The others determine when something is written, drawn or read.
+MODEL_SECTIONS = ("model", "start", "schedule", "objective", "optim", "ema")
+MODEL_OPTIONS = (
+    "resolution", "center_crop", "random_flip", "channels", "mixed_precision", "seed",
+    "class_column", "concat_column", "context_column", "conditioning_dropout",
+)  # fmt: skip
+SCHEDULES_WITHOUT_END = (
+    "constant",
+    "constant_with_warmup",
+    "piecewise_constant",
+    "LambdaWarmUpCosineScheduler",
+    "LambdaWarmUpCosineScheduler2",
+    "LambdaLinearScheduler",
+)
+STEPS = "max_train_steps"
+
+
+def run_identity(config: TrainConfig, effective_batch: int, steps: int | None) -> dict[str, Any]:
+    """Every option that determines a run's results, as JSON: stored in a checkpoint, and compared with it.
+
+    Args:
+        config: of the run.
+        effective_batch: samples per optimizer step, over all processes.
+        steps: length of the run; None if it depends on the images, which were not read yet.
+    """
+    chosen = {name: value for section in MODEL_SECTIONS for name, value in vars(getattr(config, section)).items()}
+    chosen |= {name: value for name, value in config.to_flat_dict().items() if name in MODEL_OPTIONS}
+    chosen["effective_batch"] = effective_batch
+    if config.optim.lr_scheduler not in SCHEDULES_WITHOUT_END:
+        chosen[STEPS] = steps
+    plain: dict[str, Any] = json.loads(json.dumps(chosen))
+    return plain
+
+
+def changed_options(own: Mapping[str, Any], saved: Mapping[str, Any], ignored: Collection[str] = ()) -> list[str]:
+    """One phrase per option that differs between this run and a checkpoint."""
+    names = [*own, *(name for name in saved if name not in own)]
+    # A checkpoint of an older version lacks an option that is new; its run used the default.
+    was = {name: saved[name] if name in saved else _default(name) for name in names if name not in ignored}
+    return [
+        f"--{printable(name, 60)} is {_shown(own.get(name))} and was {_shown(was[name])}"
+        for name in was
+        if own.get(name) != was[name]
+    ]
+
+
+def _shown(value: Any) -> str:
+    return printable(str(value), 200)
+
+
+def _default(name: str) -> Any:
+    return OPTIONS[name].default if name in OPTIONS else None
+
+
+def refuse_changes(changed: list[str], folder: Path) -> None:
+    """Refuse to resume with other options or images; a ConfigError with the phrases of `changed_options`."""
+    if changed:
+        raise ConfigError(
+            f"--resume_from_checkpoint: {'; '.join(changed)}. Repeat the run's options (--config {folder / CONFIG}),"
+            " or add --allow_config_change"
+        )
+
+
+def check_resume(config: TrainConfig) -> None:
+    """Refuse to resume what the files alone show to be impossible, before anything else is imported or read.
+
+    Only manifest and ``state.json`` are read; what is wrong with other files is found when the run resumes.
+
+    Raises:
+        ConfigError: there is no checkpoint, or it belongs to a run with other options.
+    """
+    requested, folder = config.checkpoint.resume_from_checkpoint, Path(config.output.output_dir or ".")
+    if requested is None:
+        return
+    if requested in ("latest", "auto"):
+        checkpoint = _newest_readable(folder)
+        if checkpoint is None and requested == "latest" and not list_checkpoints(folder):
+            raise ConfigError(
+                f"--resume_from_checkpoint latest: {printable(str(folder))} holds no checkpoint; use auto to start a"
+                " new run then"
+            )
+    else:
+        checkpoint = None if requested == "best" else _readable(Path(requested))
+    if checkpoint is None or config.checkpoint.allow_config_change:
+        return
+    try:
+        saved = read_state(checkpoint.path).progress.config
+    except (ValueError, OSError):
+        return
+    loop, processes = config.loop, _processes()
+    own = run_identity(
+        config, loop.train_batch_size * loop.gradient_accumulation_steps * processes, loop.max_train_steps
+    )
+    refuse_changes(changed_options(own, saved, (STEPS,) if loop.max_train_steps is None else ()), folder)
+
+
+def _processes() -> int:
+    """Number of processes that the launcher has started."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    return int(count) if count.isascii() and count.isdecimal() else 1
+
+
+def _newest_readable(folder: Path) -> Checkpoint | None:
+    for path in reversed(list_checkpoints(folder)):
+        checkpoint = _readable(path)
+        if checkpoint is not None:
+            return checkpoint
+    return None
+
+
+def _readable(path: Path) -> Checkpoint | None:
+    """A checkpoint whose manifest is valid; None if it is not, or cannot be read."""
+    try:
+        return read_manifest(path)
+    except (ValueError, OSError):
+        return None
