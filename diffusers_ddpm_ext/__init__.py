@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from diffusers_ddpm_ext._version import __version__
+from diffusers_ddpm_ext.utils.diffusers_names import offer_names
 
 if TYPE_CHECKING:
     from diffusers_ddpm_ext.diffusion.schedule import NoiseSchedule
@@ -54,8 +55,9 @@ _MODULES = {
     "UNet2DExtModel": "models.unet_2d_ext",
 }
 # Diffusers finds a class of ours by its name in its own namespace: when a saved folder names it, when a scheduler
-# lists what it is compatible with.
-_KNOWN_TO_DIFFUSERS = ("DDPMExtPipeline", "DDPMExtScheduler", "UNet2DExtModel")
+# lists what it is compatible with. A folder names our pipeline with the package in front, so that the error of a
+# program that did not import the package says what to import.
+_KNOWN_TO_DIFFUSERS = ("DDPMExtPipeline", "DDPMExtScheduler", "UNet2DExtModel", f"{__name__}.DDPMExtPipeline")
 
 
 def __getattr__(name: str) -> Any:
@@ -63,8 +65,6 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
-    if name in _KNOWN_TO_DIFFUSERS:
-        setattr(import_module("diffusers"), name, value)
     globals()[name] = value
     return value
 
@@ -72,3 +72,6 @@ def __getattr__(name: str) -> Any:
 def __dir__() -> list[str]:
     """Everything public, imported already or not."""
     return sorted({*globals(), *__all__})
+
+
+offer_names(_KNOWN_TO_DIFFUSERS, lambda name: __getattr__(name.removeprefix(f"{__name__}.")))

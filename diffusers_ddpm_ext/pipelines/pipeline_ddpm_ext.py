@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import diffusers
 import numpy as np
 import torch
 from diffusers import DDPMScheduler, ImagePipelineOutput, SchedulerMixin, UNet2DConditionModel, UNet2DModel
@@ -118,7 +117,7 @@ class DDPMExtPipeline(SavedPipeline):
     def logvar(self) -> Tensor | None:
         """The learned log-variance of the training loss, one per timestep: (T,), float32, CPU. None if not learned.
 
-        `from_pretrained` of this class reads it; that of the generic ``DiffusionPipeline`` does not.
+        `from_pretrained` of this class reads it; that of the generic ``DiffusionPipeline`` only from a local folder.
         """
         return self._logvar
 
@@ -488,8 +487,3 @@ def _check_finite(values: Tensor, what: str) -> None:
             f"Non-finite values (NaN or infinity) in {what}. The weights contain such values, or the network "
             "overflows in half precision: check the checkpoint, or load it with torch_dtype=torch.float32."
         )
-
-
-for _class in (DDPMExtPipeline, DDPMExtScheduler, UNet2DExtModel):
-    # Diffusers looks up the classes that a folder names in its own namespace.
-    setattr(diffusers, _class.__name__, _class)

@@ -128,6 +128,23 @@ class SavedPipeline(DiffusionPipeline):
             delete_patterns=[f"{name}/*" for name in self._absent_tables()] or None,
         )
 
+    def register_to_config(self, **kwargs: Any) -> None:
+        """Diffusers' method; the generic ``DiffusionPipeline.from_pretrained`` calls it last, with the folder."""
+        super().register_to_config(**kwargs)
+        folder = kwargs.get("_name_or_path")
+        if isinstance(folder, (str, os.PathLike)) and os.path.isdir(folder):
+            self._load_tables(os.fspath(folder))
+
+    def _load_tables(self, folder: str) -> None:
+        """Load the tables that a folder holds next to its components."""
+        # In its cache, stock Diffusers may have stored a repository's table without its config: we then load none, as
+        # `fetch_tables` has logged.
+        if Path(folder).parent.name != "snapshots" or Path(folder, TABLE_FILES[LOGVAR_FOLDER][0]).is_file():
+            self.logvar = load_logvar(folder)
+            if isinstance(self.scheduler, DDPMExtScheduler):
+                self.logvar_network = load_continuous(folder, torch.from_numpy(log_snr(self.scheduler.schedule)))
+        self.class_embedder = load_class_embedder(folder)
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
         """Load from a folder or a Hub id, saved by this class or by stock ``DDPMPipeline``.
@@ -144,7 +161,8 @@ class SavedPipeline(DiffusionPipeline):
             return super().from_pretrained(source, **kwargs)  # another class, or a path that does not exist
         folder = source if os.path.isdir(source) else os.fspath(cls.download(source, **kwargs))
         pipeline = super().from_pretrained(folder, **kwargs)
-        pipeline.register_to_config(_name_or_path=source)
+        if folder != source:
+            pipeline.register_to_config(_name_or_path=source)
         if isinstance(kwargs.get("scheduler"), SchedulerMixin):
             names = ("cache_dir", "token", "local_files_only")
             hub: dict[str, Any] = {name: kwargs[name] for name in names if name in kwargs}
@@ -152,15 +170,6 @@ class SavedPipeline(DiffusionPipeline):
                 hub["revision"] = Path(folder).name
             config = DDPMExtScheduler.load_config(source, subfolder="scheduler", **hub)
             pipeline._trained_scheduler = DDPMExtScheduler.from_config(config)
-        # Stock Diffusers may have cached a repository's table without its config: we then load none, which
-        # `fetch_tables` has logged.
-        if folder == source or Path(folder, TABLE_FILES[LOGVAR_FOLDER][0]).is_file():
-            pipeline.logvar = load_logvar(folder)
-            if isinstance(pipeline.scheduler, DDPMExtScheduler):
-                pipeline.logvar_network = load_continuous(
-                    folder, torch.from_numpy(log_snr(pipeline.scheduler.schedule))
-                )
-        pipeline.class_embedder = load_class_embedder(folder)
         return pipeline
 
     @classmethod
@@ -236,8 +245,9 @@ def stock_model_index(index: dict[str, Any], unet: Any, scheduler: Any, config: 
         index["scheduler"] = ["diffusers", "DDPMExtScheduler" if ours else "DDPMScheduler"]
     if type(unet) is UNet2DExtModel:
         index["unet"] = ["diffusers", "UNet2DExtModel"]
-    if index["_class_name"] == "DDPMExtPipeline" and not ours:
-        index["_class_name"] = "DDPMPipeline"
+    if index["_class_name"] == "DDPMExtPipeline":
+        # With the package in front, the error of a stock reader that did not import the package names it.
+        index["_class_name"] = "diffusers_ddpm_ext.DDPMExtPipeline" if ours else "DDPMPipeline"
     return index
 
 

@@ -350,7 +350,7 @@ def test_a_learned_variance_end_to_end(tmp_path, capsys):
 def test_a_learned_variance_is_saved_as_our_pipeline_class(tmp_path):
     folder = train(tiny_run(tmp_path / "run", loss_type="hybrid", variance_type="learned"))
     assert folder is not None
-    assert json.loads((folder / "model_index.json").read_text())["_class_name"] == "DDPMExtPipeline"
+    assert json.loads((folder / "model_index.json").read_text())["_class_name"] == "diffusers_ddpm_ext.DDPMExtPipeline"
     assert json.loads((folder / "unet" / "config.json").read_text())["_class_name"] == "UNet2DExtModel"
     pipeline = DDPMExtPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)

@@ -197,7 +197,7 @@ def test_save_and_load(key, coordinates_too, tmp_path):
     assert torch.equal(*drawn)
     index = json.loads((tmp_path / "model_index.json").read_text())
     plain = key is None and not coordinates_too
-    assert index["_class_name"] == ("DDPMPipeline" if plain else "DDPMExtPipeline")
+    assert index["_class_name"] == ("DDPMPipeline" if plain else "diffusers_ddpm_ext.DDPMExtPipeline")
     assert ("conditioning_key" in index) == (key is not None)
     wide = (
         "concat_inputs" in REQUIRED_CONDITIONS[key] or coordinates_too

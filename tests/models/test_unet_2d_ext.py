@@ -103,7 +103,7 @@ def test_doors(tmp_path):
             door()
     index = (tmp_path / "model_index.json").read_text()
     assert '"diffusers",\n    "UNet2DExtModel"' in index
-    assert '"_class_name": "DDPMExtPipeline"' in index
+    assert '"_class_name": "diffusers_ddpm_ext.DDPMExtPipeline"' in index
 
 
 DOORS = """

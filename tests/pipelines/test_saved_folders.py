@@ -189,7 +189,10 @@ def test_stock_refuses_learned_variances(results, source):
 def test_fixed_large_log_is_recorded_with_our_class(tmp_path):
     DDPMExtPipeline(tiny_unet(1), DDPMExtScheduler(variance_type="fixed_large_log")).save_pretrained(tmp_path)
     index = json.loads((tmp_path / "model_index.json").read_text())
-    assert (index["_class_name"], index["scheduler"]) == ("DDPMExtPipeline", ["diffusers", "DDPMExtScheduler"])
+    assert (index["_class_name"], index["scheduler"]) == (
+        "diffusers_ddpm_ext.DDPMExtPipeline",
+        ["diffusers", "DDPMExtScheduler"],
+    )
     assert DDPMExtPipeline.from_pretrained(tmp_path).scheduler.config.variance_type == "fixed_large_log"
 
 
