@@ -6,15 +6,21 @@ everything else is refused in a sentence, before a tensor operation fails or sil
 
 from __future__ import annotations
 
+import inspect
 import operator
-from collections.abc import Mapping, Sized
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sized
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from diffusers_ddpm_ext.utils.vocabulary import FROM_COMPVIS_ARGUMENT, FROM_COMPVIS_PREDICTION_TYPE
 
 Generators = torch.Generator | list[torch.Generator] | None
+Constructor = TypeVar("Constructor", bound=Callable[..., None])
 LONGEST = 60  # characters of a value in a message
 
 
@@ -135,3 +141,33 @@ def checked_integer(name: str, value: Any) -> int:
         except TypeError:
             pass
     raise ValueError(f"{name}={describe(value)} must be an integer.")
+
+
+def explain_compvis_names(init: Constructor) -> Constructor:
+    """Decorator of a constructor: CompVis' name of an argument raises ValueError with the name to use."""
+    own = inspect.signature(init).parameters
+
+    @wraps(init)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        for name in kwargs.keys() - own.keys() & FROM_COMPVIS_ARGUMENT.keys():
+            ours, value = FROM_COMPVIS_ARGUMENT[name], kwargs[name]
+            if name == "parameterization" and isinstance(value, str):
+                value = FROM_COMPVIS_PREDICTION_TYPE.get(value, value)
+            owner = "" if ours in own else " of DDPMExtScheduler"
+            raise ValueError(f"{name} is CompVis' name of an argument: use {ours}={describe(value)}{owner}.")
+        init(self, *args, **kwargs)
+
+    return cast(Constructor, checked)
+
+
+@contextmanager
+def evaluation_mode(network: Any) -> Iterator[Any]:
+    """Turn dropout off during a ``with`` block if the network is a module, and restore each submodule's mode."""
+    trained = [module for module in network.modules() if module.training] if isinstance(network, nn.Module) else []
+    for module in trained:
+        module.training = False
+    try:
+        yield network
+    finally:
+        for module in trained:
+            module.training = True

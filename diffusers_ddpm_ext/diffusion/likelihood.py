@@ -31,9 +31,18 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from diffusers_ddpm_ext.diffusion.gaussian import at_step, check_steps, predict_x0, q_sample
+from diffusers_ddpm_ext.diffusion.arguments import (
+    as_steps,
+    check_finite,
+    check_generators,
+    check_samples,
+    describe,
+    evaluation_mode,
+    network_output,
+)
+from diffusers_ddpm_ext.diffusion.gaussian import Steps, at_step, predict_x0, q_sample
 from diffusers_ddpm_ext.diffusion.reverse_step import LEARNED_VARIANCES, log_variance, small_variance, split_variance
 from diffusers_ddpm_ext.diffusion.schedule import NoiseSchedule, Table
 from diffusers_ddpm_ext.utils.vocabulary import DECODERS, Decoder, VarianceType
@@ -48,7 +57,7 @@ ROWS = 256  # network inputs per call, unless the batch is larger
 MIN_MASS = 1e-12  # improved-diffusion's floor of a probability
 NARROW = 1e-5  # standard deviations: the mass of narrower bins is density times width
 
-Denoiser = Callable[[Tensor, Tensor], Tensor]
+Denoiser = Callable[[Tensor, Tensor], Any]  # to a tensor, or a Diffusers output with .sample
 
 
 class SchedulerLike(Protocol):
@@ -238,15 +247,20 @@ class ReverseTransition:
     @classmethod
     def from_scheduler(cls, scheduler: ChainScheduler) -> ReverseTransition:
         """The transition on a scheduler's chain in use."""
+        if not isinstance(getattr(scheduler, "kept", None), NoiseSchedule):
+            raise ValueError(
+                f"scheduler={type(scheduler).__name__} has no chain of steps: pass a DDPMExtScheduler, or convert a "
+                "scheduler with DDPMExtScheduler.from_config(scheduler.config)."
+            )
         config = scheduler.config
         return cls(scheduler.kept, config.variance_type, getattr(config, "v_posterior", None) is not None)
 
-    def chain_indices(self, t: Tensor, like: Tensor) -> Tensor:
+    def chain_indices(self, t: Steps, like: Tensor) -> Tensor:
         """Indices of the steps in the ascending chain; ValueError unless ``t`` is one step of the chain per sample."""
         steps = self.kept.timesteps
-        check_steps(t, like, int(steps[-1]) + 1)
+        t = as_steps(t, like, int(steps[-1]) + 1)
         if len(steps) == steps[-1] + 1:
-            return t.long()
+            return t
         indices = np.searchsorted(steps, t.cpu().numpy())
         if (steps[indices] != t.cpu().numpy()).any():
             raise ValueError(
@@ -285,7 +299,7 @@ class ReverseTransition:
         model_output: Tensor,
         x0: Tensor,
         xt: Tensor,
-        t: Tensor,
+        t: Steps,
         *,
         clip_denoised: bool = False,
         decoder: Decoder = "exact",
@@ -293,8 +307,8 @@ class ReverseTransition:
     ) -> BoundTerms:
         """See :func:`bound_terms`."""
         check_decoder(decoder, bin_width)
-        if x0.shape != xt.shape:
-            raise ValueError(f"x0 and xt must have the same shape, got {tuple(x0.shape)} and {tuple(xt.shape)}.")
+        model_output = network_output(model_output)
+        check_samples(x0=x0, xt=xt)
         index = self.chain_indices(t, xt)
         dtype = torch.promote_types(torch.promote_types(x0.dtype, model_output.dtype), torch.float32)
         exact = exact_dtype(xt.device)
@@ -317,7 +331,7 @@ def bound_terms(
     model_output: Tensor,
     x0: Tensor,
     xt: Tensor,
-    t: Tensor,
+    t: Steps,
     *,
     clip_denoised: bool = False,
     decoder: Decoder = "exact",
@@ -327,10 +341,11 @@ def bound_terms(
 
     Args:
         scheduler: its chain in use and its variance (``v_posterior``, fixed or learned) define the bound.
-        model_output: the network's output for ``xt``, (B, C, ...), or (B, 2 C, ...) with learned variances.
+        model_output: the network's output for ``xt``, (B, C, ...), or (B, 2 C, ...) with learned variances; a
+            Diffusers output with ``.sample`` is taken, too.
         x0: clean samples, (B, C, ...), data units.
         xt: the samples, noised to their steps.
-        t: steps of the full chain, (B,), integer, each in the chain in use.
+        t: steps of the full chain, integers in the chain in use: (B,), a list, or one int for all.
         clip_denoised: whether the predicted x0 is clipped to [-1, 1].
         decoder: see :func:`discretized_gaussian_log_likelihood`.
         bin_width: see there.
@@ -376,7 +391,8 @@ def bits_per_dim(
     Several steps share a network call, with the image index varying fastest.
 
     Args:
-        denoiser: called as ``denoiser(xt, t)`` with (R, C, ...) and int64 (R,); returns a tensor.
+        denoiser: called as ``denoiser(xt, t)`` with (R, C, ...) and int64 (R,); returns a tensor, or a Diffusers
+            output with ``.sample``. A module is run in its own precision and with its dropout off.
         scheduler: the chain is all T steps, or those of the last ``set_timesteps``.
         x0: clean samples, (B, C, ...), data units; float64 stays float64 throughout.
         generator: of the noise, drawn for the complete batch step by step, ascending in t.
@@ -390,13 +406,18 @@ def bits_per_dim(
         The bound, its prior and its steps.
 
     Raises:
-        ValueError: shapes or options are invalid.
+        ValueError: shapes or options are invalid, or ``x0`` has NaN or infinity.
     """
     transition, kept = ReverseTransition.from_scheduler(scheduler), scheduler.kept
-    count, batch = len(kept), len(x0)
+    if not callable(denoiser):
+        scope = " (averaged weights: `with ema.scope(network): ...`)" if hasattr(denoiser, "scope") else ""
+        raise ValueError(f"denoiser={describe(denoiser)} is not a network: pass one that is called as (xt, t){scope}.")
     check_decoder(decoder, bin_width)
-    if not x0.is_floating_point() or x0.ndim < 2 or batch == 0:
+    check_samples(x0=x0)
+    if x0.ndim < 2 or len(x0) == 0:
         raise ValueError(f"x0 must be floating, (B, C, ...), got {x0.dtype} of shape {tuple(x0.shape)}.")
+    check_finite("x0", x0)
+    count, batch = len(kept), len(x0)
     if noise is not None and noise.shape != (count, *x0.shape):
         raise ValueError(f"noise must be {(count, *x0.shape)}, one sample per step, got {tuple(noise.shape)}.")
     steps = torch.from_numpy(kept.timesteps.copy()).to(x0.device)
@@ -411,9 +432,14 @@ def bits_per_dim(
         clean = x0.repeat(len(indices), *(1,) * (x0.ndim - 1))
         index = torch.arange(indices.start, indices.stop, device=x0.device).repeat_interleave(batch)
         xt, t = q_sample(kept, clean, eps, index), steps[index]
-        output = denoiser(xt, t)
         terms = transition.terms(
-            output, clean, xt, t, clip_denoised=clip_denoised, decoder=decoder, bin_width=bin_width
+            run_denoiser(denoiser, xt, t),
+            clean,
+            xt,
+            t,
+            clip_denoised=clip_denoised,
+            decoder=decoder,
+            bin_width=bin_width,
         )
         bits[indices.start : indices.stop] = terms.bits.reshape(len(indices), batch)
     prior = prior_bits(scheduler, x0)
@@ -421,7 +447,18 @@ def bits_per_dim(
     return BitsPerDim(total.to(prior.dtype), prior, bits.T.to(prior.dtype).contiguous())
 
 
+def run_denoiser(denoiser: Denoiser, xt: Tensor, t: Tensor) -> Tensor:
+    """Output of a network in evaluation mode, a module in its own precision."""
+    if isinstance(denoiser, nn.Module):
+        parameter = next((p for p in denoiser.parameters() if p.is_floating_point()), xt)
+        xt = xt.to(parameter.dtype)
+    with evaluation_mode(denoiser):
+        return network_output(denoiser(xt, t), "the denoiser's output")
+
+
 def normal_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
     """Standard normal noise on the device of ``x``; a CPU generator works for every device."""
+    if isinstance(check_generators(generator, 1), list):
+        raise ValueError("generator must be one torch.Generator or None, got a list.")
     device = x.device if generator is None else generator.device
     return torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device)

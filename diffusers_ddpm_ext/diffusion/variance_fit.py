@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffusers_ddpm_ext.diffusion.arguments import check_finite
 from diffusers_ddpm_ext.diffusion.gaussian import predict_x0, q_sample
 from diffusers_ddpm_ext.diffusion.likelihood import (
     EIGHT_BITS,
@@ -25,6 +26,7 @@ from diffusers_ddpm_ext.diffusion.likelihood import (
     discretized_gaussian_log_likelihood,
     exact_dtype,
     normal_like,
+    run_denoiser,
 )
 from diffusers_ddpm_ext.diffusion.optimal_variance import OptimalV, Smoother, best_timesteps, optimal_v
 from diffusers_ddpm_ext.diffusion.reverse_step import LEARNED_VARIANCES
@@ -184,6 +186,7 @@ def measure_errors(
         x0, noise = draw(images, t)
         t = t.to(x0.device)
         xt = q_sample(schedule, x0, noise, t)
+        check_finite("x0", x0)
         meter.add(x0, predict_x0(schedule, schedule.prediction_type, denoise(xt, t, images), xt, t), t)
         progress(len(t))
     return meter
@@ -203,8 +206,8 @@ def fit_logvar(
 ) -> VarianceFit:
     """Measure every step's error on images ``x0``, (N, ...), and fit the variances.
 
-    ``denoiser(xt, t)`` returns (R, ...), without a variance; ``generator`` is that of the noise. Other arguments and
-    errors are those of `measure_errors`.
+    ``denoiser(xt, t)`` returns (R, ...), a tensor or a Diffusers output, without a variance; ``generator`` is that of
+    the noise. Other arguments and errors are those of `measure_errors`.
     """
 
     def draw(images: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -215,7 +218,7 @@ def fit_logvar(
         scheduler,
         len(x0),
         draw,
-        lambda xt, t, images: denoiser(xt, t),
+        lambda xt, t, images: run_denoiser(denoiser, xt, t),
         draws=draws,
         decoder=decoder,
         bin_width=bin_width,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, Literal, get_args
 
+from diffusers_ddpm_ext.diffusion.arguments import describe
 from diffusers_ddpm_ext.diffusion.likelihood import SchedulerLike
 from diffusers_ddpm_ext.diffusion.reverse_step import LEARNED_VARIANCES
 from diffusers_ddpm_ext.diffusion.schedule import NoiseSchedule
@@ -18,6 +19,10 @@ from diffusers_ddpm_ext.utils.vocabulary import (
 
 LossType = Literal["l2", "l1", "huber", "perceptual", "hybrid", "vlb"]
 BOUND_LOSSES = ("hybrid", "vlb")
+OBJECTIVE_KEYS = (  # of a scheduler's config, on which an objective depends
+    "prediction_type", "variance_type", "v_posterior", "num_train_timesteps", "beta_schedule", "beta_start",
+    "beta_end", "cosine_s", "trained_betas", "rescale_betas_zero_snr",
+)  # fmt: skip
 OBJECTIVE_LOSSES: tuple[LossType, ...] = get_args(LossType)
 
 
@@ -33,14 +38,14 @@ def checked_schedule(scheduler: SchedulerLike, prediction_type: PredictionType |
     schedule = getattr(scheduler, "schedule", None)
     if not isinstance(schedule, NoiseSchedule):
         raise ValueError(
-            f"scheduler={type(scheduler).__name__} has no NoiseSchedule; "
-            "convert it with DDPMExtScheduler.from_config(scheduler.config)."
+            f"scheduler={type(scheduler).__name__} has no NoiseSchedule: pass a DDPMExtScheduler, or convert another "
+            "scheduler with DDPMExtScheduler.from_config(scheduler.config)."
         )
     own = scheduler.config.prediction_type
-    if prediction_type is not None and prediction_type not in PREDICTION_TYPES:
-        hint = FROM_COMPVIS_PREDICTION_TYPE.get(prediction_type)
+    if prediction_type is not None and prediction_type not in list(PREDICTION_TYPES):
+        hint = FROM_COMPVIS_PREDICTION_TYPE.get(str(prediction_type))
         way_out = f"use {hint!r}" if hint else f"choose one of {', '.join(PREDICTION_TYPES)}"
-        raise ValueError(f"prediction_type={prediction_type!r} is unknown: {way_out}.")
+        raise ValueError(f"prediction_type={describe(prediction_type)} is unknown: {way_out}.")
     if prediction_type is not None and prediction_type != own:
         raise ValueError(
             f"prediction_type={prediction_type!r} differs from the scheduler's {own!r}; "
@@ -52,6 +57,36 @@ def checked_schedule(scheduler: SchedulerLike, prediction_type: PredictionType |
             "use prediction_type='v_prediction' or 'sample', or rescale_betas_zero_snr=False."
         )
     return schedule if schedule.prediction_type == own else schedule.with_prediction_type(own)
+
+
+class ObservedConfig:
+    """Notices when the config of an objective's scheduler changes, so that both never disagree.
+
+    Args:
+        scheduler: of the objective; a copy of the objective observes its copy of the scheduler.
+    """
+
+    def __init__(self, scheduler: SchedulerLike) -> None:
+        self.scheduler = scheduler
+        self.seen = scheduler.config
+        self.values = self._read()
+
+    def _read(self) -> dict[str, Any]:
+        return {key: getattr(self.scheduler.config, key, None) for key in OBJECTIVE_KEYS}
+
+    def check(self) -> None:
+        """Raise ValueError if the objective was made for other values than the scheduler has now."""
+        if self.scheduler.config is self.seen:
+            return
+        now = self._read()
+        changed = [key for key in OBJECTIVE_KEYS if now[key] != self.values[key]]
+        if changed:
+            key = changed[0]
+            raise ValueError(
+                f"the scheduler's config has changed since this objective was made ({key}={describe(now[key])}, "
+                f"not {describe(self.values[key])}): make a new DDPMObjective(scheduler)."
+            )
+        self.seen = self.scheduler.config
 
 
 def check_bound(loss_type: str, variance_type: VarianceType, learn_logvar: bool) -> None:

@@ -34,7 +34,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffusers_ddpm_ext.diffusion.gaussian import at_step, check_steps, predict_x0, q_sample, training_target
+from diffusers_ddpm_ext.diffusion.arguments import as_steps, check_samples, explain_compvis_names, network_output
+from diffusers_ddpm_ext.diffusion.gaussian import Steps, at_step, predict_x0, q_sample, training_target
 from diffusers_ddpm_ext.diffusion.likelihood import EIGHT_BITS, ReverseTransition, SchedulerLike, check_decoder
 from diffusers_ddpm_ext.diffusion.reverse_step import LEARNED_VARIANCES, split_variance
 from diffusers_ddpm_ext.diffusion.schedule import log_snr
@@ -44,6 +45,7 @@ from diffusers_ddpm_ext.losses.checks import (
     BOUND_LOSSES,
     OBJECTIVE_LOSSES,
     LossType,
+    ObservedConfig,
     check_bound,
     checked_features,
     checked_schedule,
@@ -85,7 +87,7 @@ class DDPMObjective(nn.Module):
     """CompVis' diffusion losses as a module, called as ``objective(model_output, x0, noise, t)``.
 
     Args:
-        scheduler: a ``DDPMExtScheduler``, whose current tables are used.
+        scheduler: a ``DDPMExtScheduler``. If its config changes, the objective refuses to go on with the old tables.
         prediction_type: what the network predicts; None for the scheduler's, which it must equal.
         loss_type: ``l2``, ``l1``, ``huber``, ``perceptual``, ``hybrid`` (``l2``, and the bound for the learned
             variance), ``vlb`` (the bound alone), or a callable ``distance(prediction, target) -> (B,)``.
@@ -122,6 +124,7 @@ class DDPMObjective(nn.Module):
 
     logvar: Tensor
 
+    @explain_compvis_names
     def __init__(
         self,
         scheduler: SchedulerLike,
@@ -146,6 +149,7 @@ class DDPMObjective(nn.Module):
     ) -> None:
         super().__init__()
         self.schedule = checked_schedule(scheduler, prediction_type)
+        self._observed = ObservedConfig(scheduler)
         self.prediction_type = self.schedule.prediction_type
         self.loss_type = loss_type if isinstance(loss_type, str) else "custom"
         by_name = loss_type in ("perceptual", *BOUND_LOSSES)
@@ -212,13 +216,13 @@ class DDPMObjective(nn.Module):
             f"loss_weighting={self.loss_weighting}"
         )
 
-    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    def target(self, x0: Tensor, noise: Tensor, t: Steps) -> Tensor:
         """Training target of the network.
 
         Args:
             x0: clean samples, (B, ...), floating, data units.
             noise: the standard normal noise added to them, same shape.
-            t: steps, (B,), integer, each in [0, T).
+            t: steps, integers in [0, T): (B,), a list, or one int for all.
 
         Returns:
             (B, ...), at least float32.
@@ -226,32 +230,35 @@ class DDPMObjective(nn.Module):
         Raises:
             ValueError: shapes differ, or ``t`` is not one step per sample.
         """
+        self._observed.check()
         _check_samples(x0=x0, noise=noise)
-        check_steps(t, x0, len(self.schedule))
-        dtype = _common_dtype(x0, noise)
-        return training_target(self.schedule, self.prediction_type, x0.to(dtype), noise.to(dtype), t.long())
+        t, dtype = as_steps(t, x0, len(self.schedule)), _common_dtype(x0, noise)
+        return training_target(self.schedule, self.prediction_type, x0.to(dtype), noise.to(dtype), t)
 
     def forward(
-        self, model_output: Tensor, x0: Tensor, noise: Tensor, t: Tensor, weights: Tensor | None = None
+        self, model_output: Tensor, x0: Tensor, noise: Tensor, t: Steps, weights: Tensor | None = None
     ) -> ObjectiveOutput:
         """Losses of a batch.
 
         Args:
             model_output: the network's output for ``q_sample(x0, noise, t)``, (B, ...), floating; (B, 2 C, ...) for a
-                learned variance, the prediction first.
+                learned variance, the prediction first. A Diffusers output with ``.sample`` is taken, too.
             x0: clean samples, (B, C, ...), data units.
             noise: the standard normal noise added to them, same shape.
-            t: steps, (B,), integer, each in [0, T).
+            t: steps, integers in [0, T): (B,), a list, or one int for all.
             weights: (B,), ``1 / (T p)`` for steps drawn with probability p; None if they are drawn uniformly.
 
         Returns:
             The losses, at least float32.
 
         Raises:
-            ValueError: shapes differ, ``t`` is not one step per sample, or a custom distance returned another shape
-                than (B,).
+            ValueError: shapes differ, ``t`` is not one step per sample, a custom distance returned another shape
+                than (B,), or the scheduler's config has changed.
         """
+        model_output = network_output(model_output)
         _check_samples(x0=x0, noise=noise)
+        if weights is not None:
+            _check_weights(weights, x0)
         variance: Tensor | None = None
         if self.learns_variance:
             model_output, variance = split_variance(model_output, x0)
@@ -259,7 +266,7 @@ class DDPMObjective(nn.Module):
         with torch.autocast(model_output.device.type, enabled=False):
             dtype = _common_dtype(model_output, x0, noise)
             model_output, x0, noise = model_output.to(dtype), x0.to(dtype), noise.to(dtype)
-            target, t = self.target(x0, noise, t), t.long()
+            target, t = self.target(x0, noise, t), as_steps(t, x0, len(self.schedule))
             distances = self._distances(model_output, target)
             features = self._features[0]
             if features is not None:
@@ -332,11 +339,13 @@ def _common_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def _check_samples(**tensors: Tensor) -> None:
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if len(set(shapes.values())) > 1:
-        raise ValueError("shapes must be equal, got " + ", ".join(f"{name} {shape}" for name, shape in shapes.items()))
+    check_samples(**tensors)
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name} must be a floating tensor, got {tensor.dtype}.")
         if tensor.ndim == 0 or len(tensor) == 0:
             raise ValueError(f"{name} must have at least one sample, shape (B, ...), got {tuple(tensor.shape)}.")
+
+
+def _check_weights(weights: Any, like: Tensor) -> None:
+    if not isinstance(weights, Tensor) or weights.shape != like.shape[:1]:
+        got = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
+        raise ValueError(f"weights must be a tensor of one per sample, shape {tuple(like.shape[:1])}, got {got}.")

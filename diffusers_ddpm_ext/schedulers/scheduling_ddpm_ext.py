@@ -27,7 +27,14 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, Sch
 from torch import Tensor
 
 from diffusers_ddpm_ext.diffusion import gaussian
-from diffusers_ddpm_ext.diffusion.arguments import Generators, check_samples, checked_integer, describe, network_output
+from diffusers_ddpm_ext.diffusion.arguments import (
+    Generators,
+    check_samples,
+    checked_integer,
+    describe,
+    explain_compvis_names,
+    network_output,
+)
 from diffusers_ddpm_ext.diffusion.respacing import (
     TIMESTEP_SPACINGS,
     TimestepSpacing,
@@ -121,6 +128,7 @@ class DDPMExtScheduler(LiveConfig, CompVisAPI, SchedulerMixin, ConfigMixin):
     _compatibles = [e.name for e in KarrasDiffusionSchedulers]  # noqa: RUF012
     order = 1
 
+    @explain_compvis_names
     @register_to_config
     def __init__(
         self,

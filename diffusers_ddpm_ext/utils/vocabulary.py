@@ -33,3 +33,12 @@ TO_COMPVIS_BETA_SCHEDULE: dict[str, str] = {
 }
 FROM_COMPVIS_PREDICTION_TYPE: dict[str, PredictionType] = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 TO_COMPVIS_PREDICTION_TYPE: dict[str, str] = {ours: theirs for theirs, ours in FROM_COMPVIS_PREDICTION_TYPE.items()}
+# Arguments of CompVis' classes that have another name here; their values may differ, too.
+FROM_COMPVIS_ARGUMENT: dict[str, str] = {
+    "parameterization": "prediction_type",
+    "timesteps": "num_train_timesteps",
+    "linear_start": "beta_start",
+    "linear_end": "beta_end",
+    "given_betas": "trained_betas",
+    "clip_denoised": "clip_sample",
+}
