@@ -7,6 +7,7 @@ import json
 import pydoc
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -67,6 +68,8 @@ def workspace(tmp_path_factory):
     unet = UNet2DModel(**tiny_unet(1).config | {"num_class_embeds": 11})
     classes = DDPMExtPipeline(unet, DDPMExtScheduler(), "adm", null_class_label=10)
     classes.save_pretrained(root / "runs" / "classes")
+    for name in ("config.yaml", "metrics.jsonl"):  # the marks of a run's folder
+        shutil.copy(root / "runs" / "digits" / name, root / "runs" / "classes")
     (root / "photos").mkdir()
     for index in range(20):
         noise = np.random.default_rng(index).integers(0, 255, (64, 64, 3), dtype=np.uint8)

@@ -135,13 +135,13 @@ def _fit(folder: Path, options: FitVarianceOptions) -> str:
         timesteps = fit.choose(schedule, options.max_steps, options.first_step)
     except ValueError as problem:
         raise ConfigError(f"{folder}: {problem}") from None
-    fitted = type(scheduler).from_config(
-        scheduler.config,
-        variance_type="fixed_small",
-        v_posterior=fit.optimal.v.tolist(),
-        v_decoder=fit.v_decoder.clip(0, 1).tolist(),
-        optimal_timesteps={str(count): steps.tolist() for count, steps in timesteps.items()},
-    )
+    changes = {
+        "variance_type": "fixed_small",  # where v_posterior is near one of the two types, that one is saved
+        "v_posterior": fit.optimal.v.tolist(),
+        "v_decoder": fit.v_decoder.clip(0, 1).tolist(),
+        "optimal_timesteps": {str(count): steps.tolist() for count, steps in timesteps.items()},
+    }
+    fitted = type(scheduler).from_config({**scheduler.config, **changes})
     _write(folder, fitted, _record(options, meter, fit, original))
     return _summary(folder, fit, timesteps)
 
