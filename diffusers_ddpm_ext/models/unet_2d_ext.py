@@ -18,6 +18,8 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import TimestepEmbedding
 from torch import Tensor, nn
 
+from diffusers_ddpm_ext.utils.wrappers import plain_state_dict
+
 __all__ = ["ModelMixin", "UNet2DExtModel", "ext_name", "stock_name"]
 
 PREFIX = "Ext"
@@ -174,7 +176,7 @@ class UNet2DExtModel(UNet2DModel):
             return unet
         with torch.device("meta"):
             same = cls(**{name: value for name, value in unet.config.items() if not name.startswith("_")})
-        same.load_state_dict(unet.state_dict(), strict=True, assign=True)
+        same.load_state_dict(plain_state_dict(unet), strict=True, assign=True)
         for new, old in zip(same.parameters(), unet.parameters(), strict=True):
             new.requires_grad_(old.requires_grad)
         return same.train(unet.training)

@@ -10,11 +10,13 @@ instead: then stock Diffusers refuses it.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import logging
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,11 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin, UNet2DModel
 from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache, upload_folder
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusers_ddpm_ext.diffusion.reverse_step import LEARNED_VARIANCES
 from diffusers_ddpm_ext.diffusion.schedule import log_snr
+from diffusers_ddpm_ext.errors import printable
 from diffusers_ddpm_ext.losses.logvar import (
     LOGVAR_CONFIG_NAME,
     LOGVAR_FOLDER,
@@ -36,8 +39,20 @@ from diffusers_ddpm_ext.losses.logvar import (
     save_logvar,
 )
 from diffusers_ddpm_ext.models.class_embedder import CLASS_EMBEDDER_FOLDER, load_class_embedder, save_class_embedder
+from diffusers_ddpm_ext.models.conditioning import Conditioning
 from diffusers_ddpm_ext.models.unet_2d_ext import UNet2DExtModel
 from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
+from diffusers_ddpm_ext.utils.dtensor import full_tensor
+from diffusers_ddpm_ext.utils.generations import read_one_generation, replace_pipeline
+from diffusers_ddpm_ext.utils.pipeline_files import (
+    MODEL_INDEX,
+    NETWORK_RECORDS,
+    RESULTS,
+    files_to_keep,
+    is_weights,
+    weights_variant,
+)
+from diffusers_ddpm_ext.utils.wrappers import has_inner_wrappers, network_class, plain_state_dict, unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +60,7 @@ TABLE_FILES = {
     folder: (f"{folder}/{LOGVAR_CONFIG_NAME}", f"{folder}/{LOGVAR_WEIGHTS_NAME}")
     for folder in (LOGVAR_FOLDER, CLASS_EMBEDDER_FOLDER)
 }
+CARD = "README.md"
 CONDITIONING_ARGUMENTS = ("conditioning_key", "use_positional_encodings", "null_class_label")
 NAN_IN_STOCK = ("learned", "fixed_large_log")
 """Variance types of which stock DDPMScheduler takes the square root of a log-variance: every sample becomes NaN."""
@@ -71,10 +87,32 @@ class SavedPipeline(DiffusionPipeline):
             *args: as in Diffusers.
             **kwargs: as in Diffusers; with ``push_to_hub=True`` everything is in one commit, logvar included.
         """
-        folder = os.fspath(save_directory)
-        if os.path.isfile(folder):
-            raise ValueError(f"save_directory is {folder}, which is a file; give a folder.")
-        self._save_tables(folder)  # before the components: Diffusers uploads at the end of its method
+        folder = Path(save_directory)
+        if folder.is_file():
+            raise ValueError(f"save_directory is {printable(str(folder))}, which is a file; give a folder.")
+        arguments = inspect.signature(super().save_pretrained).bind(folder, *args, **kwargs).arguments
+        if arguments.get("push_to_hub"):
+            kwargs.setdefault("repo_id", folder.resolve().name)  # Diffusers would take the draft's
+        failure: BaseException | None = None
+        with replace_pipeline(folder, partial(files_to_keep, variant=arguments.get("variant"))) as draft:
+            try:
+                self.write_files(draft, *args, **kwargs)
+            except BaseException as error:
+                if not (draft / MODEL_INDEX).is_file():
+                    raise
+                failure = error  # of the upload, which comes last: the folder has been saved
+            if (folder / CARD).exists():
+                (draft / CARD).unlink(missing_ok=True)  # of the upload; the folder has its own
+        if failure is not None:
+            raise failure
+
+    def write_files(self, folder: Path, *args: Any, **kwargs: Any) -> None:
+        """Write the files of `save_pretrained` into an empty folder; same arguments."""
+        if self.logvar is not None:
+            self.logvar = self.logvar  # checked again: the scheduler may have been replaced by one of another length
+            save_logvar(folder, self.logvar, self.logvar_network)
+        if self.class_embedder is not None:
+            save_class_embedder(folder, self.class_embedder)
         reason = reason_to_refuse_stock(self.unet, self.scheduler, self.config)
         if reason:
             logger.warning(
@@ -82,21 +120,9 @@ class SavedPipeline(DiffusionPipeline):
                 "need diffusers-ddpm-ext.",
                 reason,
             )
-        super().save_pretrained(folder, *args, **kwargs)
-
-    def _save_tables(self, folder: str) -> None:
-        """Write the tables, and delete those in the folder that this pipeline does not have."""
-        if self.logvar is not None:
-            self.logvar = self.logvar  # checked again: the scheduler may have been replaced by one of another length
-            save_logvar(folder, self.logvar, self.logvar_network)
-        if self.class_embedder is not None:
-            save_class_embedder(folder, self.class_embedder)
-        for name in self._absent_tables():
-            for file in TABLE_FILES[name]:
-                Path(folder, file).unlink(missing_ok=True)
-            place = Path(folder, name)
-            if place.is_dir() and not any(place.iterdir()):
-                place.rmdir()
+        plain = copy.copy(self)
+        plain.unet = plain_network(self.unet, needs_guard(self.scheduler, self.config))
+        super(SavedPipeline, plain).save_pretrained(os.fspath(folder), *args, **kwargs)
 
     def _absent_tables(self) -> list[str]:
         """Folders of the tables that this pipeline does not have."""
@@ -117,7 +143,11 @@ class SavedPipeline(DiffusionPipeline):
         create_pr: bool = False,
         subfolder: str | None = None,
     ) -> Any:
-        """Diffusers' upload, which also deletes from the repository the tables that this pipeline does not have."""
+        """Diffusers' upload, which also deletes from the repository what a former model owned and this one lacks."""
+        names = [path.name for path in Path(working_dir, "unet").glob("*") if is_weights(path.name)]
+        patterns = [f"{name}/*" for name in self._absent_tables()]
+        if any(weights_variant(name) is None for name in names):  # not a variant that is added to the others
+            patterns += [*NETWORK_RECORDS, *RESULTS, "unet/*.safetensors", "unet/*.bin", "unet/*.index*.json"]
         return upload_folder(
             repo_id=repo_id,
             folder_path=os.fspath(working_dir),
@@ -125,7 +155,7 @@ class SavedPipeline(DiffusionPipeline):
             token=token,
             commit_message=commit_message or f"Upload {type(self).__name__}",
             create_pr=create_pr,
-            delete_patterns=[f"{name}/*" for name in self._absent_tables()] or None,
+            delete_patterns=patterns,
         )
 
     def register_to_config(self, **kwargs: Any) -> None:
@@ -159,16 +189,26 @@ class SavedPipeline(DiffusionPipeline):
         source = os.fspath(pretrained_model_name_or_path)
         if kwargs.get("custom_pipeline") is not None or (not os.path.isdir(source) and source.count("/") > 1):
             return super().from_pretrained(source, **kwargs)  # another class, or a path that does not exist
-        folder = source if os.path.isdir(source) else os.fspath(cls.download(source, **kwargs))
-        pipeline = super().from_pretrained(folder, **kwargs)
-        if folder != source:
-            pipeline.register_to_config(_name_or_path=source)
-        if isinstance(kwargs.get("scheduler"), SchedulerMixin):
+        if "scheduler" in kwargs and kwargs["scheduler"] is None:
+            del kwargs["scheduler"]  # a pipeline needs one: that of the folder
+        if os.path.isdir(source):
+            pipeline = read_one_generation(source, lambda folder: cls._load(folder, kwargs, {}))
+        else:
+            folder = Path(cls.download(source, **kwargs))
             names = ("cache_dir", "token", "local_files_only")
-            hub: dict[str, Any] = {name: kwargs[name] for name in names if name in kwargs}
-            if folder != source:
-                hub["revision"] = Path(folder).name
-            config = DDPMExtScheduler.load_config(source, subfolder="scheduler", **hub)
+            hub = {name: kwargs[name] for name in names if name in kwargs}
+            pipeline = cls._load(folder, kwargs, {"repo": source, "revision": folder.name} | hub)
+        DiffusionPipeline.register_to_config(pipeline, _name_or_path=source)  # ours would load the tables again
+        return pipeline
+
+    @classmethod
+    def _load(cls, folder: Path, kwargs: Mapping[str, Any], hub: dict[str, Any]) -> Any:
+        """Load from a folder, which a repository was downloaded to if ``hub`` says so."""
+        pipeline = super().from_pretrained(os.fspath(folder), **kwargs)
+        if isinstance(kwargs.get("scheduler"), SchedulerMixin):  # then a download has none
+            repo = hub.get("repo", folder)
+            options = {name: value for name, value in hub.items() if name != "repo"}
+            config = DDPMExtScheduler.load_config(repo, subfolder="scheduler", **options)
             pipeline._trained_scheduler = DDPMExtScheduler.from_config(config)
         return pipeline
 
@@ -222,14 +262,41 @@ def reason_to_refuse_stock(unet: Any, scheduler: Any, config: Mapping[str, Any])
         return "use_positional_encodings"
     if isinstance(scheduler, DDPMExtScheduler) and variance_type in NAN_IN_STOCK:
         return f"variance_type {variance_type}"
-    if type(unet) is not UNet2DModel:
-        return f"a {type(unet).__name__}"
+    if network_class(unet) is not UNet2DModel:
+        return f"a {network_class(unet).__name__}"
     if isinstance(scheduler, DDPMExtScheduler):
         return ""
-    twice = unet.config.out_channels == 2 * unet.config.in_channels
+    network: Any = unwrap(unet).config
+    twice = network.out_channels == 2 * network.in_channels
     # A scheduler swapped in by its config keeps the key, even if its class ignores it.
     ignored = "variance_type" not in inspect.signature(type(scheduler).__init__).parameters
     return f"variance_type {variance_type}" if variance_type in LEARNED_VARIANCES and twice and ignored else ""
+
+
+def needs_guard(scheduler: Any, config: Mapping[str, Any]) -> bool:
+    """Whether stock Diffusers would run the network with wrong inputs or outputs, so that its class must be ours."""
+    learned = isinstance(scheduler, DDPMExtScheduler) and scheduler.config.variance_type == "learned"
+    key, coordinates = config.get("conditioning_key"), bool(config.get("use_positional_encodings"))
+    return learned or Conditioning(key, coordinates).widens_input
+
+
+def plain_network(unet: nn.Module, guarded: bool) -> Any:
+    """The network to save: without wrappers, under its tensors' own names, which it shares.
+
+    Args:
+        unet: with or without wrappers.
+        guarded: whether a stock network becomes a `UNet2DExtModel`, which stock Diffusers refuses.
+    """
+    network: Any = unwrap(unet)
+    kind: Any = network_class(unet)
+    kind = UNet2DExtModel if guarded and kind is UNet2DModel else kind
+    if type(network) is kind and not has_inner_wrappers(network):
+        return network
+    with torch.device("meta"):
+        plain = kind.from_config(network.config)
+    tensors = {name: full_tensor(tensor) for name, tensor in plain_state_dict(network).items()}
+    plain.load_state_dict(tensors, strict=True, assign=True)
+    return plain
 
 
 def stock_model_index(index: dict[str, Any], unet: Any, scheduler: Any, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -243,7 +310,7 @@ def stock_model_index(index: dict[str, Any], unet: Any, scheduler: Any, config: 
     # By a module path, a Hub id would not load: Diffusers looks for that file in the repository.
     if type(scheduler) is DDPMExtScheduler:
         index["scheduler"] = ["diffusers", "DDPMExtScheduler" if ours else "DDPMScheduler"]
-    if type(unet) is UNet2DExtModel:
+    if network_class(unet) is UNet2DExtModel:
         index["unet"] = ["diffusers", "UNet2DExtModel"]
     if index["_class_name"] == "DDPMExtPipeline":
         # With the package in front, the error of a stock reader that did not import the package names it.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +19,7 @@ from diffusers_ddpm_ext.pipelines.pipeline_ddpm_ext import DDPMExtPipeline
 from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
 from diffusers_ddpm_ext.utils.dtensor import full_tensor, is_main_process, is_sharded
 from diffusers_ddpm_ext.utils.files import os_errors
-
-PIPELINE_FOLDERS = ("unet", "scheduler", "logvar")
+from diffusers_ddpm_ext.utils.generations import replace_pipeline
 
 
 @dataclass(frozen=True)
@@ -101,9 +98,10 @@ def _network(like: UNet2DModel, tensors: dict[str, Tensor]) -> UNet2DModel:
 def save_pipeline(
     folder: Path, networks: ExportedNetworks, scheduler: DDPMExtScheduler, pipeline_kwargs: Mapping[str, Any]
 ) -> None:
-    """Save a pipeline into a folder that loads at every moment: each file replaces the old one atomically.
+    """Save a pipeline into a folder that loads at every moment: all files replace the old pipeline's at once.
 
     The EMA weights are the default files and the raw ones ``variant="raw"``; without EMA the raw ones are the default.
+    Files that no pipeline owns stay.
 
     Args:
         folder: whose top level gets ``model_index.json``.
@@ -112,29 +110,14 @@ def save_pipeline(
         pipeline_kwargs: how conditions reach the network: arguments of the pipeline.
 
     Raises:
-        OSError: the disk is full_tensor, or the folder cannot be written; the existing files stay.
+        OSError: the disk is full, or the folder cannot be written; the existing files stay.
     """
     pipeline = DDPMExtPipeline(unet=networks.default, scheduler=scheduler, **pipeline_kwargs)
     pipeline.logvar = None if networks.logvar is None else networks.logvar.detach().float().cpu()
     pipeline.logvar_network = networks.logvar_network
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as name:
-        draft = Path(name)
-        with os_errors():
-            pipeline.save_pretrained(draft)
-            if networks.raw is not None:
-                networks.raw.save_pretrained(draft / "unet", variant="raw")
-            if networks.ema_metadata is not None:
-                save_ema_metadata(draft, networks.ema_metadata)
-        _replace_files(draft, folder)
-
-
-def _replace_files(draft: Path, folder: Path) -> None:
-    """Move files over the old ones, ``model_index.json`` last, and delete files that the new pipeline lacks."""
-    files = sorted(path.relative_to(draft) for path in draft.rglob("*") if path.is_file())
-    for file in sorted(files, key=lambda file: file.name == "model_index.json"):
-        (folder / file).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(draft / file, folder / file)
-    for component in PIPELINE_FOLDERS:
-        for old in (folder / component).rglob("*"):
-            if old.is_file() and old.relative_to(folder) not in files:
-                old.unlink()
+    with replace_pipeline(folder) as draft, os_errors():
+        pipeline.write_files(draft)
+        if networks.raw is not None:
+            networks.raw.save_pretrained(draft / "unet", variant="raw")
+        if networks.ema_metadata is not None:
+            save_ema_metadata(draft, networks.ema_metadata)

@@ -26,6 +26,7 @@ from diffusers_ddpm_ext.training.loop.setup import Setup
 from diffusers_ddpm_ext.training.tracking.monitor import Monitor, MonitorDecision
 from diffusers_ddpm_ext.utils.files import replace_folder, write_text_atomically
 from diffusers_ddpm_ext.utils.folder_lock import FolderBusy, FolderLock
+from diffusers_ddpm_ext.utils.generations import carry_over, foreign_files
 
 
 def save_checkpoint(run: Run) -> bool:
@@ -113,6 +114,7 @@ def _write_best(folder: Path, step: int, networks: ExportedNetworks, parts: Part
         save_pipeline(draft, networks, parts.scheduler, parts.pipeline_kwargs)
         facts = {"format": 1, "monitor": monitor.name, "mode": monitor.mode, "step": step, "value": monitor.best.value}
         (draft / MONITOR).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        carry_over(folder / BEST, draft, foreign_files(folder / BEST))
         replace_folder(draft, folder / BEST)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
