@@ -155,7 +155,7 @@ class SavedPipeline(DiffusionPipeline):
             token=token,
             commit_message=commit_message or f"Upload {type(self).__name__}",
             create_pr=create_pr,
-            delete_patterns=patterns,
+            delete_patterns=patterns or None,
         )
 
     def register_to_config(self, **kwargs: Any) -> None:
