@@ -22,17 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusers_ddpm_ext.utils.vocabulary import CONDITIONING_KEYS
+from diffusers_ddpm_ext.utils.vocabulary import CONDITIONING_KEYS, REQUIRED_CONDITIONS
 
-REQUIRED_CONDITIONS: dict[str | None, tuple[str, ...]] = {
-    None: (),
-    "concat": ("concat_inputs",),
-    "crossattn": ("encoder_hidden_states",),
-    "hybrid": ("concat_inputs", "encoder_hidden_states"),
-    "adm": ("class_labels",),
-    "hybrid-adm": ("concat_inputs", "encoder_hidden_states", "class_labels"),
-    "crossattn-adm": ("encoder_hidden_states", "class_labels"),
-}
 COORDINATE_CHANNELS = 2
 
 

@@ -344,7 +344,7 @@ def read_csv_rows(
             if header is None:
                 header = fields
                 if len(set(header)) < len(header):
-                    twice = next(column for column in header if header.count(column) > 1)
+                    twice = Counter(header).most_common(1)[0][0]
                     raise ConfigError(f"{name} has the column {printable(twice, 60)!r} twice: keep one of them.")
                 continue
             if len(fields) != len(header):

@@ -19,6 +19,17 @@ VARIANCE_TYPES: tuple[VarianceType, ...] = get_args(VarianceType)
 CONDITIONING_KEYS: tuple[ConditioningKey, ...] = get_args(ConditioningKey)
 DECODERS: tuple[Decoder, ...] = get_args(Decoder)
 
+# conditioning key -> the conditions that it requires
+REQUIRED_CONDITIONS: dict[str | None, tuple[str, ...]] = {
+    None: (),
+    "concat": ("concat_inputs",),
+    "crossattn": ("encoder_hidden_states",),
+    "hybrid": ("concat_inputs", "encoder_hidden_states"),
+    "adm": ("class_labels",),
+    "hybrid-adm": ("concat_inputs", "encoder_hidden_states", "class_labels"),
+    "crossattn-adm": ("encoder_hidden_states", "class_labels"),
+}
+
 # CompVis' name -> Diffusers' name of the same betas. CompVis' linear is linear in the square root of beta.
 FROM_COMPVIS_BETA_SCHEDULE: dict[str, BetaSchedule] = {
     "linear": "scaled_linear",

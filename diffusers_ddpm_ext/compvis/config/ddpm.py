@@ -25,11 +25,11 @@ from diffusers_ddpm_ext.compvis.schema import (
     check_values,
     one_line,
 )
-from diffusers_ddpm_ext.models.conditioning import REQUIRED_CONDITIONS
 from diffusers_ddpm_ext.utils.vocabulary import (
     CONDITIONING_KEYS,
     FROM_COMPVIS_BETA_SCHEDULE,
     FROM_COMPVIS_PREDICTION_TYPE,
+    REQUIRED_CONDITIONS,
 )
 from diffusers_ddpm_ext.utils.yaml_io import load_compvis_yaml
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusers_ddpm_ext.errors import ConfigError
+from diffusers_ddpm_ext.training.config.condition_checks import check_conditioning
 from diffusers_ddpm_ext.utils.lr_lambdas import check_lr_schedule
 
 Flat = Mapping[str, Any]
@@ -60,6 +61,7 @@ def check_options(flat: Flat, typed: Set[str]) -> None:
     """
     _check_dependencies(flat, typed)
     check_data_options(flat)
+    check_conditioning(flat)
     _check_schedule(flat, typed)
     _check_objective(flat, typed)
     _check_model(flat)

@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from diffusers_ddpm_ext.errors import ConfigError
-from diffusers_ddpm_ext.models.conditioning import REQUIRED_CONDITIONS, Conditions
+from diffusers_ddpm_ext.models.conditioning import Conditions
+from diffusers_ddpm_ext.training.config.condition_checks import MAX_CLASSES, read_dropout
 from diffusers_ddpm_ext.utils import random_keys as keys
 
 
@@ -57,24 +58,18 @@ def make_condition_dropout(
     Raises:
         ConfigError: the run has no such condition, or a number is out of range.
     """
-    if not option:
+    dropped = read_dropout(option, conditioning_key)
+    if not dropped:
         return None, None
-    probability, null = {}, {}
-    for name, value in option.items():
-        if name not in REQUIRED_CONDITIONS[conditioning_key]:
-            allowed = ", ".join(REQUIRED_CONDITIONS[conditioning_key]) or "none, without --conditioning_key"
-            raise ConfigError(f"--conditioning_dropout {name!r}: the conditions of this run are {allowed}")
-        entry = value if isinstance(value, Mapping) else {"p": value}
-        if set(entry) - {"p", "val"} or not _is_number(entry.get("p")) or not 0 <= entry["p"] <= 1:
-            raise ConfigError(f"--conditioning_dropout {name!r} must be a probability, or {{'p': 0.1, 'val': 0}}")
-        if entry.get("val") is not None and not _is_number(entry["val"]):
-            raise ConfigError(f"--conditioning_dropout {name!r}: val {entry['val']!r} must be a number")
-        probability[name] = float(entry["p"])
+    null = {}
+    for name, entry in dropped.items():
         default = num_classes if name == "class_labels" and num_classes is not None else 0
-        null[name] = default if entry.get("val") is None else entry["val"]
+        null[name] = default if entry.null is None else entry.null
     label = null.get("class_labels")
-    return ConditionDropout(probability, null), None if label is None or num_classes is None else int(label)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    if label is not None and num_classes is not None and (label != int(label) or not 0 <= label <= MAX_CLASSES):
+        raise ConfigError(
+            f"--conditioning_dropout class_labels: val {label:g} is no class: use a whole number from 0 to"
+            f" {MAX_CLASSES:,}"
+        )
+    dropout = ConditionDropout({name: entry.probability for name, entry in dropped.items()}, null)
+    return dropout, None if label is None or num_classes is None else int(label)

@@ -6,27 +6,25 @@ Each condition is read once for all images, from the column of their source that
 from __future__ import annotations
 
 import hashlib
+import math
+import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from diffusers_ddpm_ext.errors import ConfigError
-from diffusers_ddpm_ext.models.conditioning import REQUIRED_CONDITIONS
-from diffusers_ddpm_ext.training.config.options import DataOptions
+from diffusers_ddpm_ext.errors import ConfigError, printable
+from diffusers_ddpm_ext.training.config.condition_checks import COLUMN_OPTIONS
+from diffusers_ddpm_ext.training.data.class_labels import ClassLabels, read_class_labels
 from diffusers_ddpm_ext.training.data.decoding import Preprocessing
+from diffusers_ddpm_ext.training.data.embeddings import read_embedding
+from diffusers_ddpm_ext.training.data.image_files import Payload
 from diffusers_ddpm_ext.training.data.image_store import ImageStore, decode_source
 from diffusers_ddpm_ext.training.data.sources import Source, payload_of_cell
 
-COLUMN_OPTIONS = {
-    "class_labels": "class_column",
-    "concat_inputs": "concat_column",
-    "encoder_hidden_states": "context_column",
-}
 MEMORY_LIMIT_OF_JOINED_IMAGES = 2**31  # bytes
 
 
@@ -35,18 +33,26 @@ class ConditionColumns:
     """Conditions of all loaded images, in their order.
 
     Attributes:
-        labels: (n,), int64, or (n, width), float32; None without labels.
-        class_names: of the classes, if labels are classes.
+        class_labels: the labels, and the names of classes; None without labels.
         concat: images joined to the input; None without them.
         contexts: (tokens, width), float32, for each image; None without them.
         fingerprint: sha256 over all of it, in hexadecimal.
     """
 
-    labels: Tensor | None
-    class_names: Sequence[str]
+    class_labels: ClassLabels | None
     concat: ImageStore | None
     contexts: Sequence[np.ndarray] | None
     fingerprint: str
+
+    @property
+    def labels(self) -> Tensor | None:
+        """Labels of the images: (n,), int64, or (n, width), float32; None without labels."""
+        return None if self.class_labels is None else self.class_labels.labels
+
+    @property
+    def class_names(self) -> Sequence[str]:
+        """Names of the classes by number, decimal digits where they have none; empty if labels are not classes."""
+        return () if self.class_labels is None else self.class_labels.names
 
     @property
     def label_width(self) -> int | None:
@@ -62,33 +68,8 @@ class _CellImages:
     names: Sequence[str]
     cells: Sequence[Any]
 
-    def payload(self, index: int) -> bytes | Path | None:
+    def payload(self, index: int) -> Payload:
         return payload_of_cell(self.cells[index])
-
-
-def select_columns(
-    conditioning_key: str | None, options: DataOptions, default_class_column: str | None
-) -> dict[str, str]:
-    """Column of each condition that a run needs.
-
-    Raises:
-        ConfigError: a column is missing, or named without effect.
-    """
-    columns: dict[str, str] = {}
-    for condition, option in COLUMN_OPTIONS.items():
-        column = getattr(options, option)
-        if condition in REQUIRED_CONDITIONS[conditioning_key]:
-            column = default_class_column if column is None and condition == "class_labels" else column
-            if column is None:
-                raise ConfigError(
-                    f"--conditioning_key {conditioning_key} needs --{option}: the column with its {condition}"
-                )
-            columns[condition] = column
-        elif column is not None:
-            raise ConfigError(
-                f"--{option} {column} has no effect with --conditioning_key {conditioning_key or 'none'}"
-            )
-    return columns
 
 
 def load_conditions(
@@ -96,7 +77,7 @@ def load_conditions(
     names: Sequence[str],
     columns: Mapping[str, str],
     preprocessing: Preprocessing,
-    class_names: Sequence[str] | None = None,
+    train: ConditionColumns | None = None,
 ) -> ConditionColumns | None:
     """Load what the images are conditioned on.
 
@@ -105,7 +86,7 @@ def load_conditions(
         names: of the loaded images, in their order.
         columns: from `select_columns`; without any the result is None.
         preprocessing: of the images; its size and crop also apply to images joined to them.
-        class_names: of the training images, for validation images.
+        train: conditions of the training images, for validation images: theirs are of the same classes and shapes.
 
     Raises:
         ConfigError: a value cannot be used; the image is named.
@@ -113,93 +94,98 @@ def load_conditions(
     if not columns:
         return None
     digest = hashlib.sha256()
-    labels, all_class_names, concat, contexts = None, list(class_names or ()), None, None
+    labels, concat, contexts = None, None, None
     for condition, column in columns.items():
-        values = source.read_column(column)
-        cells = [values[name] for name in names]
+        label = f"--{COLUMN_OPTIONS[condition]} {printable(column, 60)}"
         if condition == "class_labels":
-            labels, all_class_names = _labels(column, names, cells, class_names)
-            digest.update(labels.numpy().tobytes())
-        elif condition == "concat_inputs":
+            known = None if train is None else train.class_labels
+            labels = read_class_labels(label, source.read_labels(column), names, known)
+            digest.update(labels.labels.numpy().tobytes())
+            continue
+        values = source.read_files(column)
+        cells = [values[name] for name in names]
+        if condition == "concat_inputs":
             own_channels = Preprocessing(preprocessing.size, None, preprocessing.center_crop)
-            images = _CellImages(f"--concat_column {column}", names, cells)
+            images = _CellImages(label, names, cells)
             loaded = decode_source(images, own_channels, skip_bad=False, memory_limit=MEMORY_LIMIT_OF_JOINED_IMAGES)
             concat = loaded.images
             digest.update(loaded.fingerprint.encode())
         else:
-            contexts = [_context(column, name, cell) for name, cell in zip(names, cells, strict=True)]
-            if len({context.shape for context in contexts}) != 1:
-                raise ConfigError(
-                    f"--context_column {column}: the embeddings are not all of one shape (tokens, width)"
-                )
+            contexts = read_embeddings(label, names, cells)
             for context in contexts:
                 digest.update(context.tobytes())
-    return ConditionColumns(labels, all_class_names, concat, contexts, digest.hexdigest())
+    own = ConditionColumns(labels, concat, contexts, digest.hexdigest())
+    if train is not None:
+        _check_same_shapes(own, train)
+    return own
 
 
-def _labels(
-    column: str, images: Sequence[str], cells: Sequence[Any], class_names: Sequence[str] | None
-) -> tuple[Tensor, list[str]]:
-    """Labels and class names: integers are class numbers, lists and fractions vectors, other values class names.
+def read_embeddings(label: str, images: Sequence[str], cells: Sequence[Any]) -> list[np.ndarray]:
+    """Read an embedding (tokens, width) for each image, float32, all of one shape.
 
-    Class names are numbered in alphabetical order.
+    Args:
+        label: the option and the column, for messages.
+        images: names of the images.
+        cells: for each image, the file of its embedding, or its values.
+
+    Raises:
+        ConfigError: an embedding cannot be used, or all of them do not fit into memory; the image is named.
     """
-    values = [_parse_number(cell) for cell in cells]
-    if all(isinstance(value, int) for value in values):
-        if min(values) < 0:
+    contexts: list[np.ndarray] = []
+    for image, cell in zip(images, cells, strict=True):
+        row = f"{label}: {printable(image)}"
+        context = read_embedding(row, cell)
+        if contexts and context.shape != contexts[0].shape:
             raise ConfigError(
-                f"--class_column {column}: {images[values.index(min(values))]!r} has the class {min(values)}"
+                f"{row} has an embedding of shape {context.shape} and {printable(images[0])} one of"
+                f" {contexts[0].shape}: all must have one shape (tokens, width)"
             )
-        return torch.tensor(values), [str(number) for number in range(max(values) + 1)]
-    if all(isinstance(value, float | int | list) for value in values):
-        try:
-            vectors = torch.tensor(values, dtype=torch.float32)
-        except (ValueError, TypeError):
-            raise ConfigError(f"--class_column {column}: the vectors are not all of one width") from None
-        return vectors[:, None] if vectors.ndim == 1 else vectors, []
-    texts = [str(value) for value in values]
-    names = list(class_names) if class_names is not None else sorted(set(texts))
-    number_of = {name: number for number, name in enumerate(names)}
-    for image, text in zip(images, texts, strict=True):
-        if text not in number_of:
+        if not contexts and context.nbytes * len(images) > (memory := _physical_memory()):
             raise ConfigError(
-                f"--class_column {column}: {image!r} has the class {text!r}, which no training image has"
+                f"{label}: {len(images):,} embeddings of shape {context.shape} take"
+                f" {context.nbytes * len(images) / 1e9:,.1f} GB, more than this machine's {memory / 1e9:,.1f} GB"
             )
-    return torch.tensor([number_of[text] for text in texts]), names
+        contexts.append(context)
+    return contexts
 
 
-def _parse_number(cell: Any) -> Any:
-    """Numbers in a text file as numbers, tuples as lists, other values unchanged."""
-    if isinstance(cell, str):
-        for number_type in (int, float):
-            try:
-                return number_type(cell)
-            except ValueError:
-                continue
-    return list(cell) if isinstance(cell, tuple) else cell
+def check_precision(columns: ConditionColumns | None, mixed_precision: str) -> None:
+    """Refuse conditions that the network's precision cannot hold.
+
+    Raises:
+        ConfigError: an embedding or a label vector has a value above float16's largest, and that is the precision.
+    """
+    if columns is None or mixed_precision != "fp16":
+        return
+    limit = float(np.finfo(np.float16).max)
+    values = [("--context_column", context) for context in columns.contexts or ()]
+    if columns.label_width is not None and columns.labels is not None:
+        values.append(("--class_column", columns.labels.numpy()))
+    for option, array in values:
+        if (largest := float(np.abs(array).max())) > limit:
+            raise ConfigError(
+                f"{option}: a value of {largest:g} exceeds the {limit:g} of float16: scale the embeddings, or use"
+                " --mixed_precision bf16 or no"
+            )
 
 
-def _context(column: str, name: str, cell: Any) -> np.ndarray:
-    label = f"--context_column {column}: {name!r}"
-    try:
-        array = _read_array(Path(cell)) if isinstance(cell, str | Path) else np.asarray(cell, dtype=np.float32)
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"{label} cannot be read as an embedding: {error}") from None
-    array = array[None] if array.ndim == 1 else array
-    if array.ndim != 2 or not array.size or not np.isfinite(array).all():
-        raise ConfigError(f"{label} is not a finite array (tokens, width), but of shape {array.shape}")
-    return np.ascontiguousarray(array, dtype=np.float32)
+def _check_same_shapes(own: ConditionColumns, train: ConditionColumns) -> None:
+    """Refuse conditions of validation images that the network of the training images does not take."""
+    if own.label_width != train.label_width:
+        raise ConfigError(f"--class_column: validation labels have width {own.label_width}, not {train.label_width}")
+    if own.concat is not None and train.concat is not None and own.concat.channels != train.concat.channels:
+        raise ConfigError(
+            f"--concat_column: validation images have {own.concat.channels} channels, not {train.concat.channels}"
+        )
+    if own.contexts and train.contexts and own.contexts[0].shape != train.contexts[0].shape:
+        raise ConfigError(
+            f"--context_column: validation embeddings have shape {own.contexts[0].shape},"
+            f" not {train.contexts[0].shape}"
+        )
 
 
-def _read_array(path: Path) -> np.ndarray:
-    if path.suffix == ".npy":
-        array: np.ndarray = np.load(path, allow_pickle=False)
-        return array
-    if path.suffix == ".safetensors":
-        from safetensors.numpy import load_file
-
-        tensors = load_file(path)
-        if len(tensors) != 1:
-            raise ValueError(f"{path.name} must contain one array")
-        return next(iter(tensors.values()))
-    raise ValueError(f"{path.name} is not a .npy or .safetensors file")
+def _physical_memory() -> float:
+    """Bytes of this machine's memory; infinite where that is unknown."""
+    with suppress(ValueError, OSError, AttributeError):
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return math.inf

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from diffusers_ddpm_ext.errors import ConfigError
+from diffusers_ddpm_ext.training.config.condition_checks import select_columns
 from diffusers_ddpm_ext.training.config.options import DataOptions
 from diffusers_ddpm_ext.training.data.bit_depth import LEVELS_8_BIT, LEVELS_16_BIT
-from diffusers_ddpm_ext.training.data.conditions import ConditionColumns, load_conditions, select_columns
+from diffusers_ddpm_ext.training.data.conditions import ConditionColumns, load_conditions
 from diffusers_ddpm_ext.training.data.decoding import CHANNEL_NAMES, Preprocessing, Size
 from diffusers_ddpm_ext.training.data.image_set import ImageSet
 from diffusers_ddpm_ext.training.data.image_store import (
@@ -28,6 +30,7 @@ from diffusers_ddpm_ext.training.data.sources import (
     DigitSource,
     FolderSource,
     Source,
+    describe_other_images,
     digit_levels,
     open_dataset_split,
     scan_folder,
@@ -77,6 +80,7 @@ class _LoadedSource:
 
     loaded: LoadedImages
     columns: ConditionColumns | None
+    other_images: Mapping[str, int] = field(default_factory=dict)
 
 
 def load_data(
@@ -103,20 +107,21 @@ def load_data(
     preprocessing = Preprocessing(options.resolution, options.channels, options.center_crop)
     digits = options.train_data_dir is None and options.dataset_name is None
     default_class_column = "digit" if digits else FOLDER_COLUMN if options.train_data_dir is not None else None
-    selected = select_columns(conditioning_key, options, default_class_column)
+    selected = select_columns(conditioning_key, vars(options), default_class_column)
     if digits:
         return _load_digits(options, preprocessing, selected)
 
-    def load(source: Source, class_names: Sequence[str] | None = None) -> _LoadedSource:
+    def load(source: Source, train: ConditionColumns | None = None) -> _LoadedSource:
         skip_bad = options.skip_bad_images
         loaded = decode_source(source, preprocessing, skip_bad=skip_bad, memory_limit=memory_limit, progress=progress)
-        return _LoadedSource(loaded, load_conditions(source, loaded.names, selected, preprocessing, class_names))
+        columns = load_conditions(source, loaded.names, selected, preprocessing, train)
+        return _LoadedSource(loaded, columns, source.other_images)
 
     train, held_out = load(_open_source(options, "--train_data_dir", options.train_data_dir, "train")), None
     validation_dir, split = options.validation_data_dir, options.validation_split
     if validation_dir is not None or split is not None:
         source = _open_source(options, "--validation_data_dir", validation_dir, str(split))
-        held_out = load(source, None if train.columns is None else train.columns.class_names)
+        held_out = load(source, train.columns)
     name = options.train_data_dir if options.train_data_dir is not None else options.dataset_name
     return _assemble(options, f"images of {name}", train, held_out, train.loaded.images.levels)
 
@@ -181,7 +186,7 @@ def _assemble(
     return ImageData(
         train_set,
         validation_set,
-        _describe(options, description, loaded_sources, train_set, validation_set),
+        _describe(options, description, sources, train_set, validation_set),
         hashlib.sha256(" ".join(parts).encode()).hexdigest(),
         sum(loaded.skipped for loaded in loaded_sources),
         _dark_images_warning(loaded_sources),
@@ -215,7 +220,7 @@ def _dark_images_warning(sources: Sequence[LoadedImages]) -> str | None:
 
 
 def _describe(
-    options: DataOptions, images: str, sources: Sequence[LoadedImages], train: ImageSet, validation: ImageSet | None
+    options: DataOptions, images: str, sources: Sequence[_LoadedSource], train: ImageSet, validation: ImageSet | None
 ) -> str:
     """Describe the images in one line."""
     height, width = train.size
@@ -230,10 +235,14 @@ def _describe(
         parts.append("center crop" if options.center_crop else "random crop")
     if options.random_flip:
         parts.append("random flip")
-    if enlarged := sum(loaded.enlarged for loaded in sources):
+    loaded_sources = [source.loaded for source in sources]
+    if enlarged := sum(loaded.enlarged for loaded in loaded_sources):
         parts.append(f"{enlarged:,} smaller ones enlarged")
-    if skipped := sum(loaded.skipped for loaded in sources):
+    if skipped := sum(loaded.skipped for loaded in loaded_sources):
         parts.append(f"{skipped:,} unreadable one{'s' if skipped > 1 else ''} left out")
-    if any(isinstance(loaded.images, LazyImages) for loaded in sources):
+    other_images = sum((Counter(source.other_images) for source in sources), Counter())
+    if other_images:
+        parts.append(describe_other_images(other_images))
+    if any(isinstance(loaded.images, LazyImages) for loaded in loaded_sources):
         parts.append("too many for memory: decoded for each use (see --dataloader_num_workers)")
     return ", ".join(parts)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from diffusers_ddpm_ext.errors import ConfigError
+from diffusers_ddpm_ext.errors import ConfigError, printable
 from diffusers_ddpm_ext.training.data.bit_depth import (
     LEVELS_8_BIT,
     LEVELS_16_BIT,
@@ -18,10 +16,13 @@ from diffusers_ddpm_ext.training.data.bit_depth import (
     read_16_bit_gray,
     values_wider_than_8_bits,
 )
+from diffusers_ddpm_ext.training.data.image_files import Payload, open_image
 
 Size = tuple[int, int]  # height, width in pixels
 CHANNEL_NAMES = {1: "grayscale", 3: "color", 4: "color with transparency"}
 MODE_OF_CHANNELS = {1: "L", 3: "RGB", 4: "RGBA"}
+MAX_STRIP, MIN_STRIP_PIXELS = 100, 2**20
+"""A resized image covers the size; a long strip may have so many times its pixels before it is cropped."""
 
 
 class UnreadableImage(Exception):
@@ -55,7 +56,7 @@ def levels_of(pixels: np.ndarray | Tensor) -> int:
     return LEVELS_8_BIT if pixels.itemsize == 1 else LEVELS_16_BIT
 
 
-def decode_image(payload: bytes | Path | None, preprocessing: Preprocessing) -> DecodedImage:
+def decode_image(payload: Payload, preprocessing: Preprocessing) -> DecodedImage:
     """Decode and preprocess an image, passed as its file or the file's bytes.
 
     The short side is resized with antialiasing (bilinear), so that the image just covers the requested size. Of an
@@ -68,9 +69,9 @@ def decode_image(payload: bytes | Path | None, preprocessing: Preprocessing) -> 
     if payload is None:
         raise UnreadableImage("it is empty")
     try:
-        with Image.open(io.BytesIO(payload) if isinstance(payload, bytes) else payload) as image:
-            is_16_bit = is_16_bit_gray(image, payload)
-            unsupported = None if is_16_bit else values_wider_than_8_bits(image, payload)
+        with open_image(payload) as (image, content):
+            is_16_bit = is_16_bit_gray(image, content)
+            unsupported = None if is_16_bit else values_wider_than_8_bits(image, content)
             if unsupported is None:
                 image.load()
                 ImageOps.exif_transpose(image, in_place=True)
@@ -82,7 +83,7 @@ def decode_image(payload: bytes | Path | None, preprocessing: Preprocessing) -> 
         raise UnreadableImage("not an image that Pillow knows") from None
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError, ...
         lines = str(error).strip().splitlines()
-        raise UnreadableImage(lines[0] if lines else type(error).__name__) from error
+        raise UnreadableImage(printable(lines[0], 300) if lines else type(error).__name__) from error
     if unsupported is not None:
         raise ConfigError(
             f"{unsupported} are not supported yet (truncating them to 8 bits would lose most of it): convert it to"
@@ -132,6 +133,11 @@ def _resize(image: Image.Image, preprocessing: Preprocessing) -> DecodedImage:
         scaled = (max(width, image.width * height // image.height), height)
     else:
         scaled = (width, max(height, image.height * width // image.width))
+    if scaled[0] * scaled[1] > max(MAX_STRIP * height * width, MIN_STRIP_PIXELS):
+        raise UnreadableImage(
+            f"{image.width:,} x {image.height:,} pixels are a strip, which would be resized to {scaled[0]:,} x"
+            f" {scaled[1]:,}: crop it"
+        )
     if image.size != scaled:
         image = image.resize(scaled, Image.Resampling.BILINEAR)
     if preprocessing.center_crop:

@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -31,6 +30,7 @@ from diffusers_ddpm_ext.training.data.decoding import (
     decode_image,
     levels_of,
 )
+from diffusers_ddpm_ext.training.data.image_files import Payload
 
 IMAGES_PER_BLOCK = 256  # submitted to the decoding threads at a time
 
@@ -42,8 +42,8 @@ class ImageSource(Protocol):
     def option(self) -> str: ...
     @property
     def names(self) -> Sequence[str]: ...
-    def payload(self, index: int) -> bytes | Path | None:
-        """Return the file of an image, or its bytes; None if it has none."""
+    def payload(self, index: int) -> Payload:
+        """Return the file of an image, or its content; None if it has none."""
 
 
 class ImageStore(Protocol):
@@ -195,7 +195,7 @@ def decode_source(
 def _decode_all(source: ImageSource, preprocessing: Preprocessing) -> Iterator[DecodedImage | UnreadableImage]:
     """Yield the images in order, decoded by several threads (Pillow's decoders release the GIL)."""
 
-    def decode(job: tuple[str, bytes | Path | None]) -> DecodedImage | UnreadableImage:
+    def decode(job: tuple[str, Payload]) -> DecodedImage | UnreadableImage:
         name, payload = job
         try:
             return decode_image(payload, preprocessing)

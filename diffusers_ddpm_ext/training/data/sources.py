@@ -4,7 +4,7 @@ Nothing is decoded here. A source knows the names and order of its images, how t
 
     the digits   `digit`
     a folder     `folder`, the name of an image's folder; or a column of metadata.csv or metadata.jsonl in it, whose
-                 column file_name identifies the image (the format of Hugging Face's ImageFolder)
+                 column file_name identifies the image (`metadata`)
     a dataset    its columns
 
 Folders are not read by `datasets`' ImageFolder: that treats a subfolder called `test` or `validation` as a split, and
@@ -13,28 +13,24 @@ silently leaves out its images and those next to it.
 
 from __future__ import annotations
 
-import csv
 import io
-import json
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from diffusers_ddpm_ext.errors import ConfigError
+from diffusers_ddpm_ext.errors import ConfigError, printable
 from diffusers_ddpm_ext.training.config.checks import check_image_folder
+from diffusers_ddpm_ext.training.data.class_labels import Column
+from diffusers_ddpm_ext.training.data.image_files import Payload, RemoteFile, find_files, locate
+from diffusers_ddpm_ext.training.data.metadata import FILE_NAME, METADATA_FILES, Cell, read_metadata_column
 
 FOLDER_COLUMN = "folder"
-METADATA_FILES = ("metadata.csv", "metadata.jsonl")
-FILE_NAME = "file_name"
-# Formats that Pillow opens but cannot decode by itself, or that are mostly not images.
-EXCLUDED_FORMATS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 
 
 @dataclass(frozen=True)
@@ -42,42 +38,58 @@ class FolderSource:
     """The images of a folder and its subfolders.
 
     Their names are paths inside the folder with forward slashes, sorted: the file system's order has no effect.
+
+    Attributes:
+        option: the option and the folder, for messages.
+        folder: its path.
+        names: of the images.
+        metadata: files with further columns, paths inside the folder.
+        other_images: images of types that are not read, by extension: their number.
     """
 
     option: str
     folder: Path
     names: Sequence[str]
+    metadata: Sequence[str] = ()
+    other_images: Mapping[str, int] = field(default_factory=dict)
 
     def payload(self, index: int) -> Path:
         """Return the path of an image."""
         return self.folder / self.names[index]
 
-    def read_column(self, column: str) -> dict[str, Any]:
-        """Return the values of a metadata column, or the folders of the images, by name of the image."""
-        if column == FOLDER_COLUMN:
-            return {name: Path(name).parent.name for name in self.names}
-        rows = self._metadata()
-        if rows and column not in rows[0]:
-            raise ConfigError(f"column {column!r} is not in {self.option}: its metadata has {', '.join(rows[0])}")
-        values = {str(row.get(FILE_NAME)): row.get(column) for row in rows}
-        lacking = [name for name in self.names if values.get(name) in (None, "")]
-        if lacking:
-            raise ConfigError(f"column {column!r} of {self.option} has no value for {lacking[0]!r}")
-        return {name: self._resolve(values[name]) for name in self.names}
+    def read_labels(self, column: str) -> Column:
+        """Return the values of a metadata column, or the names of the images' folders, by name of the image."""
+        if column != FOLDER_COLUMN:
+            return Column({name: cell.value for name, cell in self._cells(column).items()})
+        folders = {name: Path(name).parent.name for name in self.names}
+        for name, folder in folders.items():
+            if not folder:
+                raise ConfigError(
+                    f"{printable(name)!r} of {self.option} has no class, since it is in no subfolder: move it into"
+                    " one, or name a column of metadata.csv by --class_column"
+                )
+        return Column(folders, holds_names=True)
 
-    def _resolve(self, value: Any) -> Any:
-        """The full path of a file in the folder; any other value unchanged."""
-        return self.folder / value if isinstance(value, str) and (self.folder / value).is_file() else value
+    def read_files(self, column: str) -> dict[str, Any]:
+        """Return the values of a column, with paths as `locate` returns them, by name of the image."""
+        return {
+            name: locate(cell.value, cell.folder) if isinstance(cell.value, str) else cell.value
+            for name, cell in self._cells(column).items()
+        }
 
-    def _metadata(self) -> list[dict[str, Any]]:
-        for name in METADATA_FILES:
-            path = self.folder / name
-            if path.is_file():
-                return _read_metadata(path)
-        raise ConfigError(
-            f"{self.option} has no {' or '.join(METADATA_FILES)}: add one with a column {FILE_NAME}, or use "
-            f"--class_column {FOLDER_COLUMN} for classes by folder"
-        )
+    def _cells(self, column: str) -> dict[str, Cell]:
+        if not self.metadata:
+            raise ConfigError(
+                f"{self.option} has no {' or '.join(METADATA_FILES)}: add one with a column {FILE_NAME}, or use "
+                f"--class_column {FOLDER_COLUMN} for classes by folder"
+            )
+        cells = read_metadata_column(self.folder, self.metadata, self.names, column)
+        for name in self.names:
+            if name not in cells or cells[name].value == "":
+                raise ConfigError(
+                    f"column {printable(column, 60)!r} of {self.option} has no value for {printable(name)!r}"
+                )
+        return cells
 
 
 @dataclass(frozen=True)
@@ -89,12 +101,19 @@ class DatasetSource:
     image_column: str
     names: Sequence[str]
     table: Any
+    other_images: ClassVar[Mapping[str, int]] = {}
 
-    def payload(self, index: int) -> bytes | Path | None:
-        """Return the bytes of an image, or the path of its file."""
+    def payload(self, index: int) -> Payload:
+        """Return the bytes of an image, or where its file is."""
         return payload_of_cell(self.rows[index][self.image_column])
 
-    def read_column(self, column: str) -> dict[str, Any]:
+    def read_labels(self, column: str) -> Column:
+        """Return the values of a column by name of the row, with the names of a `ClassLabel`."""
+        values = self.read_files(column)
+        names = getattr(self.table.features[column], "names", None)
+        return Column(values, class_names=names if isinstance(names, list) else None)
+
+    def read_files(self, column: str) -> dict[str, Any]:
         """Return the values of a column, images undecoded, by name of the row."""
         if column not in self.table.column_names:
             known = ", ".join(self.table.column_names)
@@ -102,7 +121,8 @@ class DatasetSource:
         table = self.table.select_columns([column])
         if type(table.features[column]).__name__ == "Image":
             table = table.cast_column(column, type(table.features[column])(decode=False))
-        return dict(zip(self.names, [row[column] for row in table], strict=True))
+        values = [locate(row[column]) if isinstance(row[column], Path) else row[column] for row in table]
+        return dict(zip(self.names, values, strict=True))
 
 
 @dataclass(frozen=True)
@@ -112,6 +132,7 @@ class DigitSource:
     levels: Tensor
     names: Sequence[str]
     option: str = "the digits"
+    other_images: ClassVar[Mapping[str, int]] = {}
 
     def payload(self, index: int) -> bytes:
         """Return a digit as PNG."""
@@ -120,24 +141,30 @@ class DigitSource:
         image.save(file, "PNG")
         return file.getvalue()
 
-    def read_column(self, column: str) -> dict[str, Any]:
+    def read_labels(self, column: str) -> Column:
         """Return which digit each image is, by name of the image."""
         if column != "digit":
             raise ConfigError(f"--class_column {column}: the digits have one column, digit")
         from sklearn.datasets import load_digits
 
-        return {name: int(label) for name, label in zip(self.names, load_digits().target, strict=True)}
+        return Column(dict(zip(self.names, load_digits().target, strict=True)))
+
+    def read_files(self, column: str) -> dict[str, Any]:
+        """Refuse a column of images or embeddings: the digits have none."""
+        raise ConfigError(f"column {column!r} is not in the digits: they have one column, digit")
 
 
 Source = FolderSource | DatasetSource | DigitSource
 
 
-def payload_of_cell(cell: Any) -> bytes | Path | None:
-    """Return the bytes or the path of an image in a column: `datasets`' undecoded image, or a path."""
+def payload_of_cell(cell: Any) -> Payload:
+    """Return the bytes of an image in a column, or where its file is: `datasets`' undecoded image, or a path."""
     if isinstance(cell, Mapping):
         data, path = cell.get("bytes"), cell.get("path")
-        return data if isinstance(data, bytes) else None if path is None else Path(str(path))
-    return Path(cell) if isinstance(cell, str | Path) else None
+        return data if isinstance(data, bytes) else None if path is None else locate(str(path))
+    if isinstance(cell, str):
+        return locate(cell)
+    return cell if isinstance(cell, Path | RemoteFile | bytes) else None
 
 
 def scan_folder(option: str, folder: str) -> FolderSource:
@@ -148,42 +175,19 @@ def scan_folder(option: str, folder: str) -> FolderSource:
     """
     root = check_image_folder(option, folder)
     label = f"{option} {folder!r}"
-    Image.init()
-    formats = set(Image.OPEN) - EXCLUDED_FORMATS
-    extensions = {extension for extension, name in Image.registered_extensions().items() if name in formats}
-    files = list(_walk(root))
-    names = sorted(name for name in files if Path(name).suffix.lower() in extensions)
-    if not names:
-        others = f"none of its {len(files)} files is one" if files else "it is empty"
+    found = find_files(root, METADATA_FILES)
+    if not found.images:
+        others = f"none of its {found.count} files is one" if found.count else "it is empty"
+        if found.other_images:
+            others += f"; {describe_other_images(found.other_images)}: convert them, e.g. to PNG"
         raise ConfigError(f"{label} has no image ({others}): files that Pillow reads, .png, .jpg, .webp and others.")
-    return FolderSource(label, root, names)
+    return FolderSource(label, root, found.images, found.metadata, found.other_images)
 
 
-def _walk(root: Path) -> Iterator[str]:
-    """Yield the files below a folder, following each link to a folder once."""
-    visited = set()
-    for parent, folders, files in os.walk(root, followlinks=True):
-        real_path = os.path.realpath(parent)
-        if real_path in visited:
-            folders.clear()
-            continue
-        visited.add(real_path)
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__MACOSX")
-        yield from (Path(parent, name).relative_to(root).as_posix() for name in files if not name.startswith("."))
-
-
-def _read_metadata(path: Path) -> list[dict[str, Any]]:
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            if path.suffix == ".csv":
-                rows: list[dict[str, Any]] = list(csv.DictReader(file))
-            else:
-                rows = [json.loads(line) for line in file if line.strip()]
-    except (OSError, ValueError, csv.Error) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from None
-    if not rows or not all(isinstance(row, dict) and FILE_NAME in row for row in rows):
-        raise ConfigError(f"{path} needs one row per image, with a column {FILE_NAME}")
-    return rows
+def describe_other_images(counts: Mapping[str, int]) -> str:
+    """Describe images of types that are not read: ``3 .heic and 1 .cr2 not read by Pillow``."""
+    *most, last = (f"{count:,} {extension}" for extension, count in sorted(counts.items(), key=lambda each: -each[1]))
+    return f"{', '.join(most)} and {last} not read by Pillow" if most else f"{last} not read by Pillow"
 
 
 def open_dataset_split(

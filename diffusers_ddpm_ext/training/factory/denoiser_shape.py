@@ -8,9 +8,10 @@ import torch
 
 from diffusers_ddpm_ext.diffusion.reverse_step import LEARNED_VARIANCES
 from diffusers_ddpm_ext.errors import ConfigError
-from diffusers_ddpm_ext.models.conditioning import COORDINATE_CHANNELS, REQUIRED_CONDITIONS, Conditioning, Conditions
+from diffusers_ddpm_ext.models.conditioning import COORDINATE_CHANNELS, Conditioning, Conditions
 from diffusers_ddpm_ext.training.config.options import ModelOptions
 from diffusers_ddpm_ext.training.data.image_set import ImageSet
+from diffusers_ddpm_ext.utils.vocabulary import REQUIRED_CONDITIONS
 
 
 @dataclass(frozen=True)

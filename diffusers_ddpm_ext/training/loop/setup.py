@@ -20,6 +20,7 @@ from diffusers_ddpm_ext.training.checkpoints.output_dir import check_output_dir
 from diffusers_ddpm_ext.training.config.checks import tracker_names
 from diffusers_ddpm_ext.training.config.options import LoopOptions, OptimOptions
 from diffusers_ddpm_ext.training.config.train_config import TrainConfig
+from diffusers_ddpm_ext.training.data.conditions import check_precision
 from diffusers_ddpm_ext.training.data.dataset import ImageData, load_data
 from diffusers_ddpm_ext.training.distributed import (
     any_rank,
@@ -144,6 +145,7 @@ def build_setup(config: TrainConfig) -> Setup:
             check_output_dir(config.output, config.resumes)
         check_hub_token(config.hub)
         data = load_data(config.data, config.model.conditioning_key, progress=accelerator.is_main_process)
+        check_precision(data.train.columns, accelerator.mixed_precision)
         parts = build_parts(config, data.train)
         data = replace(data, train=replace(data.train, dropout=parts.dropout))
         plan = make_plan(loop, len(data.train), accelerator.num_processes)
