@@ -21,10 +21,14 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
-from diffusers_ddpm_ext.diffusion.schedule import LARGEST_LOG_SNR
+from diffusers_ddpm_ext.diffusion.arguments import describe
+from diffusers_ddpm_ext.diffusion.schedule import LARGEST_LOG_SNR, MAX_TRAIN_TIMESTEPS
+from diffusers_ddpm_ext.errors import ConfigError, printable
+from diffusers_ddpm_ext.utils.array_files import read_tensors
+from diffusers_ddpm_ext.utils.input_files import JsonObject, check_folder, exists, file_name, read_json_object
 
 LOGVAR_FORMAT = 1
 LOGVAR_FOLDER = "logvar"
@@ -43,7 +47,10 @@ def make_logvar(num_train_timesteps: int, init: float | Tensor = 0.0) -> Tensor:
     ``init`` is one value for all steps, or a table (T,), which is copied; ValueError if it has another length, or is
     not finite.
     """
-    table = torch.as_tensor(init, dtype=torch.float32).detach()
+    try:
+        table = torch.as_tensor(init, dtype=torch.float32).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"logvar_init={describe(init)} must be a finite number; the usual value is 0.") from error
     if table.ndim == 0:
         table = table.expand(num_train_timesteps)
     if table.shape != (num_train_timesteps,):
@@ -51,7 +58,7 @@ def make_logvar(num_train_timesteps: int, init: float | Tensor = 0.0) -> Tensor:
             f"logvar_init must be one number or a table of {num_train_timesteps}, got shape {tuple(table.shape)}."
         )
     if not bool(torch.isfinite(table).all()):
-        raise ValueError(f"logvar_init={init!r} must be finite; the usual value is 0.")
+        raise ValueError(f"logvar_init={describe(init)} must be finite; the usual value is 0.")
     return table.clone()
 
 
@@ -81,7 +88,7 @@ class ContinuousLogvar(nn.Module):
     def __init__(self, log_snr: Tensor, init: float = 0.0, channels: int = CHANNELS, seed: int = 0) -> None:
         super().__init__()
         if not math.isfinite(init):
-            raise ValueError(f"logvar_init={init!r} must be finite; the usual value is 0.")
+            raise ValueError(f"logvar_init={describe(init)} must be finite; the usual value is 0.")
         levels = log_snr.detach().double().clamp(-LARGEST_LOG_SNR, LARGEST_LOG_SNR)
         spread = levels.std(correction=0) if len(levels) > 1 else torch.ones(())
         generator = torch.Generator().manual_seed(seed)
@@ -149,66 +156,87 @@ def load_logvar(folder: str | os.PathLike[str], num_train_timesteps: int | None 
         num_train_timesteps: T that the table must have; None for that of its ``config.json``.
 
     Returns:
-        float32, (T,), on the CPU; None if the folder has no ``logvar/``.
+        float32, (T,), on the CPU; None if the folder exists and has no ``logvar/``.
 
     Raises:
-        ValueError: a file is missing, damaged, of another format or of another length; the message names the file.
+        ValueError: the folder does not exist, or a file is missing, damaged, of another format or of another length;
+            the message names it.
     """
-    source = Path(folder) / LOGVAR_FOLDER
-    if not source.is_dir():
+    source = _logvar_folder(folder)
+    if source is None:
         return None
-    length = _read_length(source / LOGVAR_CONFIG_NAME)
+    config = _read_config(source)
+    length = config.integer("num_train_timesteps", low=1, high=MAX_TRAIN_TIMESTEPS)
     path = source / LOGVAR_WEIGHTS_NAME
-    try:
-        tensors = load(path.read_bytes())
-    except Exception as error:  # safetensors' error class differs between versions
-        raise ValueError(f"{path} cannot be read as a safetensors file: {error}") from error
+    tensors = read_tensors(path)
     table = tensors.get(LOGVAR_KEY)
     if table is None or table.ndim != 1 or not table.is_floating_point():
-        raise ValueError(
-            f"{path} must hold one floating tensor (T,) under the key {LOGVAR_KEY!r}, got {sorted(tensors)}."
+        names = printable(str(sorted(tensors)), 200)
+        raise ConfigError(
+            f"{file_name(path)} must hold one floating tensor (T,) under the key {LOGVAR_KEY!r}, got {names}."
         )
-    for owner, expected in ((source / LOGVAR_CONFIG_NAME, length), ("the scheduler", num_train_timesteps)):
+    for owner, expected in ((config.name, length), ("the scheduler", num_train_timesteps)):
         if expected is not None and len(table) != expected:
-            raise ValueError(f"{path} holds {len(table)} steps, but {owner} says {expected}.")
+            raise ConfigError(f"{file_name(path)} holds {len(table)} steps, but {owner} says {expected}.")
     table = table.to(torch.float32)
     if not bool(torch.isfinite(table).all()):
-        raise ValueError(f"{path} holds values that are not finite.")
+        raise ConfigError(f"{file_name(path)} holds values that are not finite.")
     return table
 
 
 def load_continuous(folder: str | os.PathLike[str], log_snr: Tensor) -> ContinuousLogvar | None:
     """Read the continuous log-variance that :func:`save_logvar` wrote, on the CPU.
 
-    ``folder`` is that of the pipeline, ``log_snr`` that of the steps of its table, (T,). None if the folder has no
-    log-variances, or only a table; a ValueError names a file that is missing or damaged.
+    Args:
+        folder: of the pipeline.
+        log_snr: of the steps of its table, (T,).
+
+    Returns:
+        None if the folder has no log-variances, or only a table.
+
+    Raises:
+        ValueError: the folder does not exist, or a file is missing or damaged; the message names it.
     """
-    source = Path(folder) / LOGVAR_FOLDER
-    if not source.is_dir() or _read_config(source / LOGVAR_CONFIG_NAME).get("kind") != "continuous":
+    source = _logvar_folder(folder)
+    if source is None:
         return None
+    kind = _read_config(source).string("kind", default="table")
+    if kind == "table":
+        return None
+    if kind != "continuous":
+        raise ConfigError(
+            f"{file_name(source / LOGVAR_CONFIG_NAME)}: kind is {printable(kind, 60)!r}; known are "
+            f"{', '.join(LOGVAR_KINDS)}."
+        )
     path = source / LOGVAR_WEIGHTS_NAME
+    tensors = read_tensors(path)
+    state = {name.removeprefix(CONTINUOUS): t for name, t in tensors.items() if name.startswith(CONTINUOUS)}
     try:
-        tensors = load(path.read_bytes())
-        state = {name.removeprefix(CONTINUOUS): t for name, t in tensors.items() if name.startswith(CONTINUOUS)}
         network = ContinuousLogvar(log_snr, channels=len(state["frequencies"]))
         network.load_state_dict(state)
-    except Exception as error:  # safetensors' error class differs between versions
-        raise ValueError(f"{path} does not hold a continuous log-variance: {error}") from error
+    except (KeyError, RuntimeError, TypeError) as error:
+        text = printable(" ".join(str(error).split()), 200)
+        raise ConfigError(f"{file_name(path)} does not hold a continuous log-variance: {text}") from None
+    for name, tensor in network.state_dict().items():
+        if not bool(torch.isfinite(tensor).all()) or (name == "spread" and tensor <= 0):
+            raise ConfigError(
+                f"{file_name(path)}: {CONTINUOUS}{name} holds values that are not finite, or not positive."
+            )
     return network
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(config, dict) or config.get("format") != LOGVAR_FORMAT:
-        raise ValueError(f'{path} must have "format": {LOGVAR_FORMAT}; a newer version of this package may read it.')
+def _logvar_folder(folder: str | os.PathLike[str]) -> Path | None:
+    """``logvar/`` of a pipeline's folder, which must exist; None if there is none in it."""
+    source = check_folder(folder) / LOGVAR_FOLDER
+    if exists(source):
+        return check_folder(source)
+    if source.parent.name == LOGVAR_FOLDER and exists(source.parent / LOGVAR_CONFIG_NAME):
+        raise ConfigError(f"{file_name(folder)} is the folder of the log-variances: give the pipeline's, its parent.")
+    return None
+
+
+def _read_config(source: Path) -> JsonObject:
+    config = read_json_object(source / LOGVAR_CONFIG_NAME)
+    if config.integer("format") != LOGVAR_FORMAT:
+        raise ConfigError(f'{config.name} must have "format": {LOGVAR_FORMAT}; a newer version may read it.')
     return config
-
-
-def _read_length(path: Path) -> int:
-    length = _read_config(path).get("num_train_timesteps")
-    if not isinstance(length, int):
-        raise ValueError(f"{path} must name num_train_timesteps, the number of steps, got {length!r}.")
-    return length

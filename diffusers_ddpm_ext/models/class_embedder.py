@@ -11,8 +11,12 @@ import os
 from pathlib import Path
 
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
+
+from diffusers_ddpm_ext.errors import ConfigError
+from diffusers_ddpm_ext.utils.array_files import read_tensors
+from diffusers_ddpm_ext.utils.input_files import check_folder, exists, file_name, read_json_object
 
 CLASS_EMBEDDER_FOLDER = "class_embedder"
 _CONFIG = "config.json"
@@ -27,7 +31,12 @@ def save_class_embedder(folder: str | os.PathLike[str], table: Tensor) -> None:
     Args:
         folder: of the pipeline.
         table: (num_classes, dim), floating.
+
+    Raises:
+        ValueError: ``table`` has another form.
     """
+    if table.ndim != 2 or not table.is_floating_point():
+        raise ValueError(f"class_embedder must be a floating tensor (num_classes, dim), got {tuple(table.shape)}.")
     place = Path(folder) / CLASS_EMBEDDER_FOLDER
     place.mkdir(parents=True, exist_ok=True)
     values = table.detach().to("cpu", torch.float32).contiguous()
@@ -46,19 +55,22 @@ def load_class_embedder(folder: str | os.PathLike[str]) -> Tensor | None:
         (num_classes, dim), float32, on the CPU; None if the folder has none.
 
     Raises:
-        ValueError: a file is missing or damaged; the message names it.
+        ValueError: the folder does not exist, or a file is missing or damaged; the message names it.
     """
-    place = Path(folder) / CLASS_EMBEDDER_FOLDER
-    if not (place / _CONFIG).is_file():
+    place = check_folder(folder) / CLASS_EMBEDDER_FOLDER
+    if not exists(place):
         return None
-    try:
-        config = json.loads((place / _CONFIG).read_text(encoding="utf-8"))
-        shape = (config["num_classes"], config["dim"])
-        if config["format"] != _FORMAT:
-            raise ValueError(f'it has "format": {config["format"]}, this version reads {_FORMAT}')
-        table = load((place / _WEIGHTS).read_bytes())[_KEY]
-    except Exception as error:  # safetensors' own error class differs between its versions
-        raise ValueError(f"{place} cannot be read: {error}") from error
+    config = read_json_object(check_folder(place) / _CONFIG)
+    if config.integer("format") != _FORMAT:
+        raise ConfigError(f'{config.name} must have "format": {_FORMAT}; a newer version may read it.')
+    shape = (config.integer("num_classes", low=1), config.integer("dim", low=1))
+    path = place / _WEIGHTS
+    table = read_tensors(path).get(_KEY)
+    if table is None or not table.is_floating_point():
+        raise ConfigError(f"{file_name(path)} has no floating tensor {_KEY!r}.")
     if tuple(table.shape) != shape:
-        raise ValueError(f"{place / _WEIGHTS} has shape {tuple(table.shape)}, its config has {shape}.")
-    return table.float()
+        raise ConfigError(f"{file_name(path)} has shape {tuple(table.shape)}, its config has {shape}.")
+    table = table.float()
+    if not bool(torch.isfinite(table).all()):
+        raise ConfigError(f"{file_name(path)} holds values that are not finite.")
+    return table

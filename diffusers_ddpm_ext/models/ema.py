@@ -20,8 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from diffusers_ddpm_ext.errors import ConfigError
 from diffusers_ddpm_ext.utils.dtensor import copy_into, distribute_like, full_tensor, is_sharded, local_tensor, reshard
+from diffusers_ddpm_ext.utils.input_files import check_folder, exists, read_json_object
 
+MAX_UPDATES = 2**53  # counters are integers in JSON and floats in the decay
 _NOT_SHARDED = (
     "parameter {name} is not sharded, but its shadow is: fully_shard keeps the weights unsharded after a forward pass "
     "without a backward pass. Call diffusers_ddpm_ext.utils.dtensor.reshard with the outermost sharded module "
@@ -233,22 +236,47 @@ class LitEMA:
         if missing:
             raise ValueError(f"not the state of a LitEMA: {_examples(missing)} missing.")
         loaded: Mapping[str, Tensor] = state_dict["shadow"]
-        if loaded.keys() != self.shadow.keys():
-            unknown, absent = set(loaded) - set(self.shadow), set(self.shadow) - set(loaded)
+        if not isinstance(loaded, Mapping) or loaded.keys() != self.shadow.keys():
+            names = {str(name) for name in loaded} if isinstance(loaded, Mapping) else set()
+            unknown, absent = names - set(self.shadow), set(self.shadow) - names
             raise ValueError(
                 "the state's parameters are not the tracked ones: "
                 f"unknown [{_examples(unknown)}], missing [{_examples(absent)}]."
             )
         for name, shadow in self.shadow.items():
-            if loaded[name].shape != shadow.shape:
-                raise ValueError(
-                    f"shadow {name} has shape {tuple(loaded[name].shape)} in the state, {tuple(shadow.shape)} here."
-                )
-        decay, num_updates = _checked_decay(state_dict["decay"]), int(state_dict["num_updates"])
+            _check_shadow(name, loaded[name], shadow)
+        decay, use_num_updates = _checked_decay(state_dict["decay"]), state_dict["use_num_updates"]
+        if not isinstance(use_num_updates, bool):
+            raise ValueError(f"use_num_updates={use_num_updates!r} must be True or False.")
+        num_updates = _checked_num_updates(state_dict["num_updates"])
+        if use_num_updates != (num_updates >= 0):
+            raise ValueError(
+                f"num_updates={num_updates} contradicts use_num_updates={use_num_updates}: it is -1 without a warm-up "
+                "of the decay, and 0 or more with it."
+            )
         for name, shadow in self.shadow.items():
             copy_into(shadow, loaded[name])
-        self.decay, self.use_num_updates = decay, bool(state_dict["use_num_updates"])
+        self.decay, self.use_num_updates = decay, use_num_updates
         self._num_updates = num_updates
+
+
+def _check_shadow(name: str, loaded: Any, shadow: Tensor) -> None:
+    if not isinstance(loaded, Tensor) or not loaded.is_floating_point():
+        got = loaded.dtype if isinstance(loaded, Tensor) else type(loaded).__name__
+        raise ValueError(f"shadow {name} must be a floating tensor, got {got}.")
+    if loaded.shape != shadow.shape:
+        raise ValueError(f"shadow {name} has shape {tuple(loaded.shape)} in the state, {tuple(shadow.shape)} here.")
+    if not bool(torch.isfinite(local_tensor(loaded)).all()):
+        raise ValueError(f"shadow {name} has values that are NaN or infinite.")
+
+
+def _checked_num_updates(num_updates: Any) -> int:
+    """A number of updates, or -1 for an average without a warm-up."""
+    if isinstance(num_updates, bool) or not isinstance(num_updates, (int, np.integer)):
+        raise ValueError(f"num_updates={num_updates!r} must be an integer.")
+    if not -1 <= num_updates <= MAX_UPDATES:
+        raise ValueError(f"num_updates={num_updates} must be -1 (no warm-up of the decay) or a number of updates.")
+    return int(num_updates)
 
 
 def _checked_decay(decay: Any) -> float:
@@ -297,15 +325,14 @@ def load_ema_metadata(folder: str | os.PathLike[str]) -> EmaMetadata | None:
         Its content; None without such a file.
 
     Raises:
-        ValueError: it is damaged or of another format.
+        ValueError: the folder does not exist, or the file is damaged or of another format.
     """
-    path = Path(folder, EMA_METADATA_NAME)
-    if not path.is_file():
+    path = check_folder(folder) / EMA_METADATA_NAME
+    if not exists(path):
         return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content["format"] != EMA_METADATA_FORMAT:
-            raise ValueError(f'it has "format": {content["format"]}, this version reads {EMA_METADATA_FORMAT}')
-        return EmaMetadata(_checked_decay(content["decay"]), int(content["num_updates"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} cannot be read: {error!r}") from error
+    content = read_json_object(path)
+    if content.integer("format") != EMA_METADATA_FORMAT:
+        raise ConfigError(f'{content.name} must have "format": {EMA_METADATA_FORMAT}; a newer version may read it.')
+    return EmaMetadata(
+        content.number("decay", low=0, high=1), content.integer("num_updates", low=-1, high=MAX_UPDATES)
+    )

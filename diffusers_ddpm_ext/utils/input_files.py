@@ -15,6 +15,8 @@ import stat
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from diffusers_ddpm_ext.errors import ConfigError, printable
@@ -367,3 +369,24 @@ def exists(path: str | os.PathLike[str]) -> bool:
     except (OSError, ValueError):
         return False
     return True
+
+
+def check_folder(path: str | os.PathLike[str], what: str = "") -> Path:
+    """An existing folder.
+
+    Raises:
+        ConfigError: there is none; the message names what is beside it.
+    """
+    folder = Path(path)
+    if exists(folder) and folder.is_dir():
+        return folder
+    if exists(folder):
+        raise ConfigError(f"{file_name(path, what)} is a file: give a folder.")
+    beside = folder.parent
+    names = sorted(entry.name for entry in os.scandir(beside) if entry.is_dir()) if exists(beside) else []
+    nearest = get_close_matches(folder.name, names, 1) or names[:5]
+    there = ", ".join(printable(name, 60) for name in nearest)
+    raise ConfigError(
+        f"{file_name(path, what)} does not exist"
+        + (f"; in {printable(os.fspath(beside))} there is {there}." if there else ".")
+    )

@@ -9,7 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from diffusers_ddpm_ext.errors import ConfigError
 from diffusers_ddpm_ext.losses.logvar import ContinuousLogvar, load_continuous, load_logvar, make_logvar, save_logvar
+from diffusers_ddpm_ext.models.class_embedder import load_class_embedder, save_class_embedder
+from diffusers_ddpm_ext.models.ema import load_ema_metadata
 
 WEIGHTS = "logvar/diffusion_pytorch_model.safetensors"
 
@@ -59,7 +62,6 @@ def test_file_format(tmp_path):
 
 def test_a_folder_without_one_gives_none(tmp_path):
     assert load_logvar(tmp_path) is None
-    assert load_logvar(tmp_path / "nowhere") is None
 
 
 def damage(folder, what):
@@ -145,3 +147,107 @@ def test_a_damaged_continuous_logvar_is_named(tmp_path):
     save_file({"logvar": torch.zeros(5)}, place / "diffusion_pytorch_model.safetensors")
     with pytest.raises(ValueError, match="does not hold a continuous log-variance"):
         load_continuous(tmp_path, levels)
+
+
+LOADERS = {
+    "logvar": load_logvar,
+    "continuous": lambda folder: load_continuous(folder, torch.zeros(3)),
+    "ema.json": load_ema_metadata,
+    "class_embedder": load_class_embedder,
+}
+
+
+@pytest.mark.parametrize("load", LOADERS.values(), ids=LOADERS)
+def test_a_folder_that_does_not_exist_is_refused(load, tmp_path):
+    (tmp_path / "ddpm-cats").mkdir()
+    (tmp_path / "a file").touch()
+    assert load(tmp_path / "ddpm-cats") is None
+    for name, message in (
+        ("ddpm-cat", "ddpm-cat does not exist; in .* there is ddpm-cats"),
+        ("nowhere/at/all", "does not exist"),
+        ("n" * 300, "does not exist"),
+        ("a file", "a file is a file: give a folder"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load(tmp_path / name)
+
+
+def test_the_inner_folder_is_not_the_pipelines(tmp_path):
+    place = save_logvar(tmp_path, torch.zeros(6))
+    with pytest.raises(ValueError, match="give the pipeline's, its parent"):
+        load_logvar(place)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "null", "true", "3", "[]", "\ufeff", "{}", '{"format": true}', '{"format": "1"}', '{"format": 1}',
+        '{"format": 1, "num_train_timesteps": true}', '{"format": 1, "num_train_timesteps": 6.0}',
+        '{"format": 1, "num_train_timesteps": -6}', '{"format": 1, "num_train_timesteps": 1e9}',
+        '{"format": 1, "num_train_timesteps": 1' + "0" * 4000 + "}", '{"format": 1, "num_train_timesteps": NaN}',
+        "[" * 10_000, b"\xff\xfe", '{"format": 1, "num_train_timesteps": 6, "num_train_timesteps": 7}',
+    ],
+)  # fmt: skip
+def test_any_other_config_is_one_sentence(tmp_path, text):
+    place = save_logvar(tmp_path, torch.zeros(6))
+    (place / "config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        load_logvar(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["spline", 3, None, []])
+def test_an_unknown_kind_is_not_taken_for_a_table(tmp_path, kind):
+    save_logvar(tmp_path, torch.zeros(6), kind=kind)
+    with pytest.raises(ConfigError, match="kind"):
+        load_continuous(tmp_path, torch.zeros(6))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("weights", "nan"), ("frequencies", "inf"), ("spread", 0), ("spread", -1)]
+)
+def test_a_continuous_logvar_of_wrong_values_is_refused(tmp_path, name, value):
+    levels = torch.linspace(1, -1, 5)
+    network = ContinuousLogvar(levels)
+    with torch.no_grad():
+        network.state_dict()[name].fill_(float(value))
+    save_logvar(tmp_path, torch.zeros(5), network)
+    with pytest.raises(ConfigError, match=f"continuous.{name}"):
+        load_continuous(tmp_path, levels)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "null", '{"format": 1}', '{"format": 1, "decay": NaN, "num_updates": 3}', '{"format": 9}',
+        '{"format": 1, "decay": 2, "num_updates": 3}', '{"format": 1, "decay": 0.9, "num_updates": -2}',
+        '{"format": 1, "decay": 0.9, "num_updates": 3.5}', '{"format": 1, "decay": "0.9", "num_updates": 3}',
+        '{"format": 1, "decay": true, "num_updates": 3}', '{"format": 1, "decay": 0.9, "num_updates": 1e400}',
+        '{"format": 1, "decay": 0.9, "num_updates": 99999999999999999999}',
+    ],
+)  # fmt: skip
+def test_ema_metadata_of_wrong_values_is_refused(tmp_path, text):
+    (tmp_path / "ema.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"ema\.json"):
+        load_ema_metadata(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("table", "config", "message"),
+    [
+        (torch.full((2, 3), float("nan")), None, "not finite"),
+        (torch.zeros(2, 4), None, "has shape"),
+        (torch.zeros(2, 3, dtype=torch.int64), None, "no floating tensor"),
+        (torch.zeros(2, 3), "[]", "not an object"),
+        (torch.zeros(2, 3), '{"format": 1, "num_classes": "2", "dim": 3}', "num_classes"),
+        (torch.zeros(2, 3), '{"format": 1, "num_classes": -2, "dim": 3}', "num_classes"),
+        (torch.zeros(2, 3), '{"format": 7, "num_classes": 2, "dim": 3}', "format"),
+    ],
+)
+def test_a_damaged_class_embedder_is_refused(tmp_path, table, config, message):
+    save_class_embedder(tmp_path, torch.zeros(2, 3))
+    place = tmp_path / "class_embedder"
+    save_file({"class_embedder": table}, place / "diffusion_pytorch_model.safetensors")
+    if config is not None:
+        (place / "config.json").write_text(config)
+    with pytest.raises(ConfigError, match=message):
+        load_class_embedder(tmp_path)

@@ -295,6 +295,18 @@ def broken(state: dict, what: str) -> dict:
         shadow["0.bias"] = torch.zeros(3)
     elif what == "decay":
         state["decay"] = 2.0
+    elif what in ("nan", "inf"):
+        shadow["0.bias"][1] = float(what)
+    elif what == "integers":
+        shadow["0.bias"] = torch.zeros(2, dtype=torch.int64)
+    elif what == "list":
+        shadow["0.bias"] = [0.0, 0.0]
+    elif what == "text":
+        state["shadow"] = "0.bias"
+    elif what == "warm-up":
+        state["use_num_updates"] = "no"
+    elif isinstance(what, (int, float)):
+        state["num_updates"] = what
     else:
         del state["num_updates"]
     return state
@@ -308,6 +320,17 @@ def broken(state: dict, what: str) -> dict:
         ("shape", r"0\.bias has shape"),
         ("decay", "decay"),
         ("entry", "num_updates missing"),
+        ("nan", r"shadow 0\.bias has values that are NaN"),
+        ("inf", r"shadow 0\.bias has values that are NaN"),
+        ("integers", r"shadow 0\.bias must be a floating tensor, got torch\.int64"),
+        ("list", r"shadow 0\.bias must be a floating tensor, got list"),
+        ("text", "not the tracked ones"),
+        ("warm-up", "use_num_updates='no'"),
+        (-1, "num_updates=-1 contradicts use_num_updates=True"),
+        (-2, "num_updates=-2"),
+        (10**400, "num_updates=1"),
+        (3.5, "num_updates=3.5"),
+        (True, "num_updates=True"),
     ],
 )
 def test_state_that_does_not_fit_changes_nothing(what, match):
