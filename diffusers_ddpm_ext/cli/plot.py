@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +12,9 @@ from diffusers_ddpm_ext.cli.arguments import LOCAL_FOLDER_HELP, check_pipeline_f
 from diffusers_ddpm_ext.cli.extras import TRAIN_MODULES, require_modules
 from diffusers_ddpm_ext.cli.fit_variance import FIT_RECORD
 from diffusers_ddpm_ext.cli.parser import parse_options
-from diffusers_ddpm_ext.errors import ConfigError, as_run_error
+from diffusers_ddpm_ext.errors import ConfigError, as_config_error, as_run_error, printable
 from diffusers_ddpm_ext.utils.files import CONFIG, EVALUATION
+from diffusers_ddpm_ext.utils.input_files import exists, file_name, read_csv_rows, read_json_object
 from diffusers_ddpm_ext.utils.option import option, positional
 
 if TYPE_CHECKING:
@@ -73,16 +73,29 @@ def plot(options: PlotOptions) -> str:
         ConfigError: the folder cannot be read.
         RunError: a plot cannot be written.
     """
+    folder, out = options.folder, options.output_folder
+    scheduler = read_scheduler(folder)
+    with as_run_error(out):
+        paths = [draw_plot(name, folder, scheduler, out / f"{name}.png") for name in PLOTS]
+    return f"{', '.join(path.name for path in paths if path is not None)} written to {out}"
+
+
+def draw_plot(name: str, folder: Path, scheduler: DDPMExtScheduler, path: Path) -> Path | None:
+    """Draw one of `PLOTS`; None if the folder has no data for it, ConfigError if they are wrong."""
+    with as_config_error(f"{name}.png"):
+        return PLOTS[name](folder, scheduler, path)
+
+
+def read_scheduler(folder: Path) -> DDPMExtScheduler:
+    """The scheduler of a pipeline's folder; ConfigError if it cannot be read."""
     from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
 
-    folder, out = options.folder, options.output_folder
+    read_json_object(folder / "scheduler" / "scheduler_config.json")
     try:
-        scheduler = DDPMExtScheduler.from_pretrained(folder, subfolder="scheduler")
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{folder}: its scheduler cannot be read: {error}") from None
-    with as_run_error(out):
-        paths = [draw(folder, scheduler, out / f"{name}.png") for name, draw in PLOTS.items()]
-    return f"{', '.join(path.name for path in paths if path is not None)} written to {out}"
+        return DDPMExtScheduler.from_pretrained(folder, subfolder="scheduler")
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, OverflowError) as error:
+        text = printable(" ".join(str(error).split()), 300)
+        raise ConfigError(f"{printable(str(folder))}: its scheduler cannot be read: {text}") from None
 
 
 def _plot_schedule(folder: Path, scheduler: DDPMExtScheduler, path: Path) -> Path | None:
@@ -123,13 +136,15 @@ def _plot_logvar(folder: Path, scheduler: DDPMExtScheduler, path: Path) -> Path 
         return None
     measured = np.full(len(table), np.nan)
     record = folder / FIT_RECORD
-    if record.is_file():
-        try:
-            fit = json.loads(record.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ConfigError(f"{record} cannot be read: {error}; write it again with ddpm-ext fit-variance") from None
-        if fit["source"] == "measured":
-            measured = log_loss_of_x0_error(scheduler.schedule, np.array(fit["x0_error"]))
+    if exists(record):
+        fit = read_json_object(record)
+        if fit.string("source") == "measured":
+            error = np.array(fit.numbers("x0_error"))
+            if error.shape != measured.shape:
+                raise ConfigError(
+                    f"{fit.name}: x0_error has {len(error):,} values, and the chain {len(table):,} steps"
+                )
+            measured = log_loss_of_x0_error(scheduler.schedule, error)
     return plot_logvar(path, table.numpy(), measured)
 
 
@@ -138,16 +153,26 @@ def _plot_steps(folder: Path, scheduler: DDPMExtScheduler, path: Path) -> Path |
 
     result = folder / EVALUATION
     table = result.with_name("steps.csv")
-    if not table.is_file():
+    if not exists(table):
         return None
-    try:
-        with table.open(newline="", encoding="utf-8") as file:
-            rows = [(int(row["timestep"]), float(row["bits_per_dim"])) for row in csv.DictReader(file)]
-        total = json.loads(result.read_text(encoding="utf-8"))["bits_per_dim"] if result.is_file() else None
-    except (ValueError, KeyError) as error:
-        raise ConfigError(f"{table} cannot be read: {error}; write it again with ddpm-ext evaluate") from None
-    steps, bits = zip(*rows, strict=True)
-    return plot_steps(path, steps, bits, total)
+    rows = read_csv_rows(table, columns=("timestep", "bits_per_dim"))
+    steps, bits = (_csv_numbers(table, rows, column) for column in ("timestep", "bits_per_dim"))
+    if not rows or any(step != int(step) for step in steps):
+        raise ConfigError(f"{file_name(table)} has no steps, or one that is not a whole number")
+    total = read_json_object(result).number("bits_per_dim") if exists(result) else None
+    return plot_steps(path, [int(step) for step in steps], bits, total)
+
+
+def _csv_numbers(table: Path, rows: list[dict[str, str]], column: str) -> list[float]:
+    """The finite numbers in a column; ConfigError if a cell holds something else."""
+    numbers = []
+    for index, row in enumerate(rows):
+        cell = row[column]
+        if not re.fullmatch(r"[-+]?[0-9]+(\.[0-9]*)?([eE][-+]?[0-9]{1,3})?", cell, re.ASCII) or len(cell) > 40:
+            where = f"{file_name(table)}, row {index + 1:,}: {column}"
+            raise ConfigError(f"{where} is {printable(cell, 40)!r}, not a number; write it with ddpm-ext evaluate")
+        numbers.append(float(cell))
+    return numbers
 
 
 def _plot_variance(folder: Path, scheduler: DDPMExtScheduler, path: Path) -> Path | None:

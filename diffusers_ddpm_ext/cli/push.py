@@ -8,7 +8,8 @@ from pathlib import Path
 from diffusers_ddpm_ext.cli.arguments import check_pipeline_folder
 from diffusers_ddpm_ext.cli.parser import parse_options
 from diffusers_ddpm_ext.errors import ConfigError
-from diffusers_ddpm_ext.hub.push import PushOptions, check_repo_id, push
+from diffusers_ddpm_ext.hub.push import PushOptions, push
+from diffusers_ddpm_ext.hub.upload import check_repo_id
 
 PUSH_DESCRIPTION = """Push a trained folder to the Hugging Face Hub: the pipeline, its images and metrics, a model
 card, and a proof that `ddpm-ext verify` checks. After the upload the commit's files are compared with the folder's."""

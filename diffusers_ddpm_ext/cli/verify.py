@@ -13,8 +13,14 @@ from typing import Any
 from diffusers_ddpm_ext.cli.arguments import check_pipeline_source
 from diffusers_ddpm_ext.cli.parser import parse_options
 from diffusers_ddpm_ext.errors import ConfigError, RunError, printable
-from diffusers_ddpm_ext.hub.push import check_repo_id
-from diffusers_ddpm_ext.hub.upload import HUB_TIMEOUT, PUSH_RECORD, describe_error, hub_timeout, last_pushed_commit
+from diffusers_ddpm_ext.hub.upload import (
+    HUB_TIMEOUT,
+    PUSH_RECORD,
+    check_repo_id,
+    describe_error,
+    hub_timeout,
+    last_pushed_commit,
+)
 from diffusers_ddpm_ext.pipelines.loading import load_pipeline, select_device
 from diffusers_ddpm_ext.utils.folder_scan import list_names
 from diffusers_ddpm_ext.utils.option import option, positional

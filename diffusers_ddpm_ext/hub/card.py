@@ -11,8 +11,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from diffusers_ddpm_ext.errors import ConfigError, printable, warn
+from diffusers_ddpm_ext.hub.card_facts import FolderFacts
+from diffusers_ddpm_ext.hub.markdown import code_span, inline_text, preformatted
 from diffusers_ddpm_ext.hub.proof import CARD_GRID
-from diffusers_ddpm_ext.utils.files import CONFIG, ENVIRONMENT, EVALUATION, METRICS, read_json, read_rows
+from diffusers_ddpm_ext.hub.upload import check_repo_id
+from diffusers_ddpm_ext.utils.files import CONFIG, ENVIRONMENT
+from diffusers_ddpm_ext.utils.input_files import JsonObject, read_bytes
 
 CARD_NAME = "README.md"
 CARD_MARKER = "<!-- made by ddpm-ext: without this line, your own text is kept -->"
@@ -29,12 +34,18 @@ CARD_FIGURES = (
     ("plots/timesteps.png", "The best few steps for the bound."),
     ("evaluation/steps.png", "What each step adds to the bound."),
 )
+MAX_CLASS_ROWS, MAX_PACKAGES, MAX_CONFIG_CHARACTERS = 200, 50, 2**16
 
 
 def may_replace_card(folder: Path) -> bool:
     """Whether a folder has no card, or one written by this package."""
     path = folder / CARD_NAME
-    return not path.is_file() or CARD_MARKER in path.read_text(encoding="utf-8")
+    if not path.is_file():
+        return True
+    try:
+        return CARD_MARKER.encode() in read_bytes(path)
+    except ConfigError:  # too large to be ours
+        return False
 
 
 def environment_versions() -> dict[str, Any]:
@@ -47,200 +58,211 @@ def environment_versions() -> dict[str, Any]:
 
 
 def make_card(folder: Path, repo_id: str, license_name: str | None = None) -> str:
-    """The text of the README.md, metadata first.
+    """The text of the README.md, metadata first. Names from outside are shown and never act as Markdown or YAML.
+
+    What of the run's records is unreadable is left out, with a warning.
 
     Args:
         folder: of the pipeline; its figures are included.
         repo_id: id of the repository.
         license_name: of the weights, as the Hub names licenses.
+
+    Raises:
+        ConfigError: a file of the pipeline cannot be read, or the id is not one of a repository.
     """
-    from huggingface_hub import EvalResult, ModelCardData
-
-    facts = _FolderFacts(folder)
-    results = []
-    bound = facts.bound
-    if bound:
-        results.append(
-            EvalResult(
-                task_type=CARD_TASK,
-                dataset_type=facts.dataset or "images",
-                dataset_name=facts.dataset_name,
-                dataset_split=str(bound.get("split", "validation")),
-                metric_type="bits_per_dim",
-                metric_name=bound_label(bound),
-                metric_value=round(bound["bits_per_dim"], 4),
-            )
-        )
-    data = ModelCardData(
-        library_name="diffusers",
-        pipeline_tag=CARD_TASK,
-        tags=["diffusers", CARD_TASK, "ddpm", "diffusers-ddpm-ext"],
-        license=license_name,
-        datasets=[facts.dataset] if facts.dataset else None,
-        model_name=repo_id.split("/")[-1] if results else None,
-        eval_results=results or None,
-    )
-    return f"---\n{data.to_yaml()}\n---\n\n{CARD_MARKER}\n{_body(folder, repo_id, facts)}"
+    check_repo_id(repo_id, "repo_id")
+    card = _Card(folder, repo_id)
+    text = f"---\n{card.metadata(license_name)}\n---\n\n{CARD_MARKER}\n{card.body()}"
+    for problem in card.facts.problems:
+        warn(f"left out of the card: {problem}")
+    return text
 
 
-class _FolderFacts:
-    """What the files of a folder state about the model."""
+class _Card:
+    """Facts of a folder, and the parts of its card."""
 
-    def __init__(self, folder: Path) -> None:
-        self.index = read_json(folder / "model_index.json")
-        self.unet = read_json(folder / "unet" / "config.json")
-        self.scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
-        self.environment = read_json(folder / ENVIRONMENT)
-        self.bound = read_json(folder / EVALUATION)
-        path = folder / CONFIG
-        self.config = path.read_text(encoding="utf-8") if path.is_file() else ""
-        self.last: dict[str, Any] = {}
-        for row in read_rows(folder / METRICS):
-            self.last |= row
+    def __init__(self, folder: Path, repo_id: str) -> None:
+        self.facts = facts = FolderFacts(folder)
+        self.repo_id, self.name = repo_id, repo_id.split("/")[-1]
+        self.index = facts.pipeline_file("model_index.json")
+        self.unet = facts.pipeline_file("unet/config.json")
+        self.scheduler = facts.pipeline_file("scheduler/scheduler_config.json")
+        self.class_names = facts.class_names(self.index)
+        self.key = "" if self.index.content.get("conditioning_key") is None else self.index.string("conditioning_key")
+        self.environment, self.images, self.bound = facts.record(ENVIRONMENT), facts.images(), facts.bound()
+        self.last = facts.metrics().last
 
     @property
     def dataset(self) -> str | None:
         """The data set's id on the Hub, if it has one."""
-        for line in self.config.splitlines():
-            key, _, value = line.strip().partition(": ")
-            if key == "dataset_name" and value not in ("null", "") and not value.startswith((".", "/", "~")):
-                return value.strip("'\"")
-        return None
+        name = self.facts.options().get("dataset_name")
+        try:
+            return check_repo_id(name) if isinstance(name, str) else None
+        except ConfigError:  # a path
+            return None
 
     @property
     def dataset_name(self) -> str:
         """The data set's name for a reader."""
-        return str(self.dataset or self.environment.get("data", {}).get("name") or "the author's images")
+        return self.dataset or (self.images.name if self.images else "the author's images")
 
     @property
     def size(self) -> str:
         """Height, width and channels of an image."""
-        size = self.unet.get("sample_size")
-        height, width = (size, size) if isinstance(size, int) else size or ("?", "?")
-        channels = self.unet.get("out_channels", 0)
-        if self.scheduler.get("variance_type") in ("learned", "learned_range"):
+        if isinstance(self.unet.content.get("sample_size"), list):
+            height, width = (*self.unet.numbers("sample_size"), 0, 0)[:2]
+        else:
+            height = width = self.unet.integer("sample_size", default=0)
+        channels = self.unet.integer("out_channels", default=0)
+        if self.scheduler.content.get("variance_type") in ("learned", "learned_range"):
             channels //= 2
-        return f"{height}x{width}x{channels}"
+        return f"{height:g}x{width:g}x{channels}" if height else f"?x?x{channels}"
 
     @property
     def opens_in_stock(self) -> bool:
         """Whether stock ``DDPMPipeline`` samples it."""
-        stock = self.index.get("_class_name") == "DDPMPipeline"
-        return stock and self.index.get("unet", ["", ""])[1] == "UNet2DModel"
+        unet = self.index.content.get("unet")
+        plain = isinstance(unet, list) and unet[1:] == ["UNet2DModel"]
+        return plain and self.index.content.get("_class_name") == "DDPMPipeline"
 
+    def metadata(self, license_name: str | None) -> str:
+        """YAML for the Hub."""
+        from huggingface_hub import EvalResult, ModelCardData
 
-def _body(folder: Path, repo_id: str, facts: _FolderFacts) -> str:
-    parts = [f"# {repo_id.split('/')[-1]}", _summary(facts)]
-    if (folder / CARD_GRID).is_file():
-        parts.append(
-            f"![images drawn from this model]({CARD_GRID})\n\nDrawn with seed 0; "
-            f"`ddpm-ext verify {repo_id}` draws them again and compares."
+        results = []
+        if self.bound:
+            results.append(
+                EvalResult(
+                    task_type=CARD_TASK,
+                    dataset_type=self.dataset or "images",
+                    dataset_name=printable(self.dataset_name),
+                    dataset_split=printable(self.bound.split),
+                    metric_type="bits_per_dim",
+                    metric_name=self.bound.label,
+                    metric_value=round(self.bound.bits_per_dim, 4),
+                )
+            )
+        data = ModelCardData(
+            library_name="diffusers",
+            pipeline_tag=CARD_TASK,
+            tags=["diffusers", CARD_TASK, "ddpm", "diffusers-ddpm-ext"],
+            license=None if license_name is None else printable(license_name),
+            datasets=[self.dataset] if self.dataset else None,
+            model_name=self.name if results else None,
+            eval_results=results or None,
         )
-    elif (folder / "samples.png").is_file():
-        parts.append("![images drawn from this model](samples.png)")
-    parts += [_snippets(repo_id, facts), _metrics(facts)]
-    figures = [f"![{text}]({name})\n\n{text}" for name, text in CARD_FIGURES if (folder / name).is_file()]
-    if figures:
-        parts.append("## Curves\n\n" + "\n\n".join(figures))
-    parts += [_training(facts), CARD_LIMITS]
-    return "\n\n".join(part for part in parts if part) + "\n"
+        return str(data.to_yaml())
 
+    def body(self) -> str:
+        """Markdown for the reader."""
+        parts = [f"# {inline_text(self.name)}", self._summary()]
+        if self.facts.file(CARD_GRID):
+            parts.append(
+                f"![images drawn from this model]({CARD_GRID})\n\nDrawn with seed 0; "
+                f"`ddpm-ext verify {self.repo_id}` draws them again and compares."
+            )
+        elif self.facts.file("samples.png"):
+            parts.append("![images drawn from this model](samples.png)")
+        parts += [self._classes(), self._snippets(), self._metrics()]
+        figures = [f"![{text}]({name})\n\n{text}" for name, text in CARD_FIGURES if self.facts.file(name)]
+        if figures:
+            parts.append("## Curves\n\n" + "\n\n".join(figures))
+        parts += [self._training(), CARD_LIMITS]
+        return "\n\n".join(part for part in parts if part) + "\n"
 
-def _summary(facts: _FolderFacts) -> str:
-    targets = {"epsilon": "the noise", "sample": "the clean image", "v_prediction": "the velocity v"}
-    predicts = targets.get(facts.scheduler.get("prediction_type", "epsilon"), "?")
-    steps = facts.scheduler.get("num_train_timesteps", 1000)
-    key = facts.index.get("conditioning_key")
-    conditioned = f" It is conditioned ({key})." if key else ""
-    return (
-        f"A diffusion model of {facts.size} images ({facts.dataset_name}), which predicts {predicts} on a chain of "
-        f"{steps} steps, trained with [diffusers-ddpm-ext](https://pypi.org/project/diffusers-ddpm-ext/).{conditioned}"
-    )
-
-
-def _snippets(repo_id: str, facts: _FolderFacts) -> str:
-    ours = (
-        "## Load it\n\n```python\nimport torch\nfrom diffusers_ddpm_ext import DDPMExtPipeline\n\n"
-        f'pipe = DDPMExtPipeline.from_pretrained("{repo_id}")\n'
-        "images = pipe(batch_size=4, num_inference_steps=50, generator=torch.Generator().manual_seed(0)).images\n```"
-    )
-    other = (
-        "Any other sampler of Diffusers:\n\n```python\nimport diffusers\nfrom diffusers_ddpm_ext import "
-        f'DDPMExtPipeline\n\npipe = DDPMExtPipeline.from_pretrained("{repo_id}")\n'
-        "pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)\n"
-        "images = pipe(batch_size=4, num_inference_steps=20).images\n```"
-    )
-    if facts.index.get("conditioning_key") and facts.index["conditioning_key"] != "adm":
-        ours, other = ours.replace("batch_size=4,", "batch_size=4, ..."), ""
-        return f"{ours}\n\nThis model needs conditions; see the arguments of the call."
-    if not facts.opens_in_stock:
-        return f"{ours}\n\n{other}\n\nStock Diffusers cannot sample this model, and refuses it."
-    stock = (
-        "Without diffusers-ddpm-ext, in stock Diffusers:\n\n```python\nfrom diffusers import DDPMPipeline\n\n"
-        f'pipe = DDPMPipeline.from_pretrained("{repo_id}")\n'
-        "images = pipe(batch_size=4, num_inference_steps=50).images\n```"
-    )
-    return f"{ours}\n\n{other}\n\n{stock}"
-
-
-def bound_label(bound: dict[str, Any]) -> str:
-    """The name of a number of bits per dimension, with its chain and bins: only equal ones can be compared.
-
-    Args:
-        bound: the JSON of `ddpm-ext evaluate`.
-    """
-    details = []
-    last = min(bound.get("chain_timesteps") or [0])
-    if "chain" in bound:
-        details.append(f"chain of {bound['chain']:,} steps{f' down to t = {last}' if last else ''}")
-    if bound.get("decoder_kind") == "continuous":
-        details.append("density")
-    elif "bin_width" in bound:
-        details.append(f"bins of {bound['bin_width']:.4g}")
-    if bound.get("decoder_kind") == "improved_diffusion":
-        details.append("improved-diffusion's decoder")
-    return f"bits per dimension ({', '.join(details)})" if details else "bits per dimension"
-
-
-def _metrics(facts: _FolderFacts) -> str:
-    rows = []
-    if facts.bound:
-        low, high = facts.bound["low"], facts.bound["high"]
-        confidence = facts.bound.get("confidence", 0.95)
-        rows.append(
-            f"| {bound_label(facts.bound)}, {facts.bound.get('num_images', '?')} images | "
-            f"{facts.bound['bits_per_dim']:.4f} ({confidence:.0%} interval {low:.4f} to {high:.4f}) |"
+    def _summary(self) -> str:
+        targets = {"epsilon": "the noise", "sample": "the clean image", "v_prediction": "the velocity v"}
+        predicts = targets.get(self.scheduler.string("prediction_type", "epsilon"), "?")
+        steps = self.scheduler.integer("num_train_timesteps", default=1000)
+        conditioned = f" It is conditioned ({inline_text(self.key)})." if self.key else ""
+        name = inline_text(self.dataset_name) if self.dataset or self.images else self.dataset_name
+        return (
+            f"A diffusion model of {self.size} images ({name}), which predicts {predicts} on a chain of {steps} steps,"
+            f" trained with [diffusers-ddpm-ext](https://pypi.org/project/diffusers-ddpm-ext/).{conditioned}"
         )
-    names = {
-        "val/loss_simple_ema": "validation loss, averaged weights",
-        "val/loss_simple": "validation loss, raw weights",
-        "val/bpd_ema": "bits per dimension of validation, averaged weights",
-    }
-    rows += [f"| {text} | {facts.last[name]:.4f} |" for name, text in names.items() if name in facts.last]
-    if "step" in facts.last:
-        rows.append(f"| optimizer steps | {int(facts.last['step']):,} |")
-    return "## Numbers\n\n| | |\n|---|---|\n" + "\n".join(rows) if rows else ""
 
+    def _classes(self) -> str:
+        counted = self.images.classes if self.images else []
+        classes = counted or [(name, None) for name in self.class_names.values()]
+        rows = [
+            f"| {inline_text(name, in_table=True)} | {'' if images is None else f'{images:,}'} |"
+            for name, images in classes[:MAX_CLASS_ROWS]
+        ]
+        more = len(classes) - MAX_CLASS_ROWS
+        rest = f"\n\n{more:,} more classes are in model_index.json." if more > 0 else ""
+        return "## Classes\n\n| class | images |\n|---|---|\n" + "\n".join(rows) + rest if rows else ""
 
-def _training(facts: _FolderFacts) -> str:
-    parts = []
-    data = facts.environment.get("data", {})
-    if data:
-        parts.append(
-            f"Data: {data['name']}, {data['train']:,} images for training and {data['validation']:,} held out; "
-            f"fingerprint of names and pixels, sha256 `{data['fingerprint']}`."
+    def _snippets(self) -> str:
+        ours = (
+            "## Load it\n\n```python\nimport torch\nfrom diffusers_ddpm_ext import DDPMExtPipeline\n\n"
+            f'pipe = DDPMExtPipeline.from_pretrained("{self.repo_id}")\n'
+            "images = pipe(batch_size=4, num_inference_steps=50, generator=torch.Generator().manual_seed(0)).images\n"
+            "```"
         )
-    environment = facts.environment or environment_versions()
-    versions = ", ".join(f"{name} {number}" for name, number in environment.get("packages", {}).items())
-    action = "Trained" if facts.environment else "This card was made"
-    device = f" on {environment['device']}" if environment.get("device") else ""
-    parts.append(f"{action}{device} with Python {environment['python']}, {versions}.")
-    if facts.config:
-        parts.append(
-            "<details><summary>Every option of the run: <code>ddpm-ext train --config config.yaml</code> repeats it"
-            f"</summary>\n\n```yaml\n{facts.config.rstrip()}\n```\n\n</details>"
+        other = (
+            "Any other sampler of Diffusers:\n\n```python\nimport diffusers\nfrom diffusers_ddpm_ext import "
+            f'DDPMExtPipeline\n\npipe = DDPMExtPipeline.from_pretrained("{self.repo_id}")\n'
+            "pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)\n"
+            "images = pipe(batch_size=4, num_inference_steps=20).images\n```"
         )
-    return "## Training\n\n" + "\n\n".join(parts)
+        if self.key not in ("", "adm"):
+            ours, other = ours.replace("batch_size=4,", "batch_size=4, ..."), ""
+            return f"{ours}\n\nThis model needs conditions; see the arguments of the call."
+        if not self.opens_in_stock:
+            return f"{ours}\n\n{other}\n\nStock Diffusers cannot sample this model, and refuses it."
+        stock = (
+            "Without diffusers-ddpm-ext, in stock Diffusers:\n\n```python\nfrom diffusers import DDPMPipeline\n\n"
+            f'pipe = DDPMPipeline.from_pretrained("{self.repo_id}")\n'
+            "images = pipe(batch_size=4, num_inference_steps=50).images\n```"
+        )
+        return f"{ours}\n\n{other}\n\n{stock}"
+
+    def _metrics(self) -> str:
+        rows, bound = [], self.bound
+        if bound:
+            interval = ""
+            if bound.low is not None and bound.high is not None:
+                interval = f" ({bound.confidence:.0%} interval {bound.low:.4f} to {bound.high:.4f})"
+            count = "?" if bound.num_images is None else bound.num_images
+            rows.append(f"| {bound.label}, {count} images | {bound.bits_per_dim:.4f}{interval} |")
+        names = {
+            "val/loss_simple_ema": "validation loss, averaged weights",
+            "val/loss_simple": "validation loss, raw weights",
+            "val/bpd_ema": "bits per dimension of validation, averaged weights",
+        }
+        rows += [f"| {text} | {self.last[name]:.4f} |" for name, text in names.items() if name in self.last]
+        if "step" in self.last:
+            rows.append(f"| optimizer steps | {int(self.last['step']):,} |")
+        return "## Numbers\n\n| | |\n|---|---|\n" + "\n".join(rows) if rows else ""
+
+    def _training(self) -> str:
+        parts = []
+        if self.images:
+            parts.append(
+                f"Data: {inline_text(self.images.name)}, {self.images.train:,} images for training and "
+                f"{self.images.validation:,} held out; fingerprint of names and pixels, sha256 "
+                f"{code_span(self.images.fingerprint)}."
+            )
+        parts += self.facts.attempt(self._environment, [])
+        text = self.facts.text(CONFIG)
+        if text and len(text) <= MAX_CONFIG_CHARACTERS:
+            parts.append(
+                "<details><summary>Every option of the run: <code>ddpm-ext train --config config.yaml</code> repeats "
+                f"it</summary>\n\n{preformatted(text)}\n\n</details>"
+            )
+        elif text:
+            parts.append("Every option of the run is in config.yaml.")
+        return "## Training\n\n" + "\n\n".join(parts)
+
+    def _environment(self) -> list[str]:
+        recorded = bool(self.environment.content)
+        environment = self.environment if recorded else JsonObject("this machine", environment_versions())
+        packages = environment.object("packages", {})
+        versions = [f"{inline_text(name)} {inline_text(packages.string(name))}" for name in packages.content]
+        action = "Trained" if recorded else "This card was made"
+        device = f" on {inline_text(environment.string('device'))}" if environment.content.get("device") else ""
+        python = inline_text(environment.string("python"))
+        return [f"{action}{device} with Python {python}, {', '.join(versions[:MAX_PACKAGES])}."]
 
 
 CARD_LIMITS = """## Limits

@@ -8,7 +8,7 @@ import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from diffusers_ddpm_ext.errors import ConfigError, RunError, warn
+from diffusers_ddpm_ext.errors import RunError, warn
 from diffusers_ddpm_ext.hub.upload import (
     HUB_TIMEOUT,
     HubTarget,
@@ -57,20 +57,6 @@ class PushOptions:
         parts += ["--hub_private_repo"] * self.hub_private_repo + ["--with_checkpoint"] * self.with_checkpoint
         parts += ["--license", self.license] if self.license else []
         return shlex.join(parts)
-
-
-def check_repo_id(name: str, option: str = "--hub_model_id") -> str:
-    """A repository's name, if the Hub allows it; else a ConfigError."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils._validators import validate_repo_id
-
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        raise ConfigError(
-            f"{option} {name!r} is not the name of a repository: letters, digits and . _ - in `name` or `user/name`"
-        ) from None
-    return name
 
 
 def push(options: PushOptions, checkpoint: Path | None = None) -> str:

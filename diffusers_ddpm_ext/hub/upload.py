@@ -64,6 +64,20 @@ class HubTarget:
     timeout: float = HUB_TIMEOUT
 
 
+def check_repo_id(name: str, option: str = "--hub_model_id") -> str:
+    """A repository's name, if the Hub allows it; else a ConfigError."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils._validators import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        raise ConfigError(
+            f"{option} {name!r} is not the name of a repository: letters, digits and . _ - in `name` or `user/name`"
+        ) from None
+    return name
+
+
 @dataclass(frozen=True)
 class UploadResult:
     """Result of an upload.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from diffusers_ddpm_ext.utils.files import write_atomically
+from diffusers_ddpm_ext.utils.run_metrics import MetricCurve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 INK = {"train": "#4c72b0", "raw": "#c44e52", "ema": "#2a7f3f"}
 DASH: dict[str, Any] = {"train": "-", "raw": (0, (4, 2)), "ema": "-"}
 MARKER = {"train": "", "raw": "o", "ema": "s"}
+MAX_PLOTTED = 20_000  # points of a curve
+MAX_DRAWN = 1e100  # matplotlib's axes overflow beyond
 RUN_LOSSES: tuple[tuple[str, str, Literal["train", "raw", "ema"]], ...] = (
     ("train/loss_simple", "training", "train"),
     ("val/loss_simple", "validation, raw weights", "raw"),
@@ -59,7 +62,7 @@ def plot_losses(
 
     Args:
         path: PNG to write.
-        curves: those without a finite value are left out; ValueError if all are.
+        curves: those without a finite value up to 1e100 are left out; ValueError if all are.
         title: of the plot.
         quantity: label of the loss axis, with its unit.
     """
@@ -68,8 +71,10 @@ def plot_losses(
     finite = []
     for curve in curves:
         steps, values = np.asarray(curve.steps, dtype=float), np.asarray(curve.values, dtype=float)
-        if (is_finite := np.isfinite(values)).any():
-            finite.append((curve, steps[is_finite], values[is_finite]))
+        if steps.shape != values.shape or steps.ndim != 1:
+            raise ValueError(f"{curve.label} has steps {steps.shape} and values {values.shape}; both must be (n,).")
+        if (known := is_drawable(values) & is_drawable(steps)).any():
+            finite.append((curve, *thin(steps[known], values[known])))
     if not finite:
         raise ValueError("plot_losses needs a curve with a finite value.")
 
@@ -77,7 +82,7 @@ def plot_losses(
         for curve, steps, values in finite:
             _draw_curve(axes, curve, steps, values)
         losses = np.concatenate([values for _, _, values in finite])
-        if losses.min() > 0 and losses.max() > 5 * losses.min():
+        if losses.min() > 1 / MAX_DRAWN and losses.max() / 5 > losses.min():
             log_axis(axes)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set(title=title, xlabel="optimizer step", ylabel=quantity)
@@ -85,14 +90,13 @@ def plot_losses(
     return save_figure(path, draw)
 
 
-def plot_run_losses(rows: list[dict[str, Any]], path: Path, loss_type: str) -> Path | None:
-    """Plot the losses in the rows of a run's ``metrics.jsonl``; None if there are none."""
-    curves = []
-    for name, label, kind in RUN_LOSSES:
-        points = [(row["step"], row[name]) for row in rows if name in row]
-        if points:
-            steps, values = zip(*points, strict=True)
-            curves.append(Curve(label, steps, values, kind))
+def plot_run_losses(metrics: Mapping[str, MetricCurve], path: Path, loss_type: str) -> Path | None:
+    """Plot the losses of a run, from `read_metrics` of its ``metrics.jsonl``; None if there are none."""
+    curves = [
+        Curve(label, metrics[name].steps, metrics[name].values, kind)
+        for name, label, kind in RUN_LOSSES
+        if name in metrics and is_drawable(np.asarray(metrics[name].values, dtype=float)).any()
+    ]
     return plot_losses(path, curves, quantity=f"loss_simple ({loss_type})") if curves else None
 
 
@@ -114,13 +118,22 @@ def plot_logvar(
     learned, measured = np.asarray(logvar, dtype=float), np.asarray(log_loss, dtype=float)
     if learned.shape != measured.shape or learned.ndim != 1:
         raise ValueError(f"logvar has shape {learned.shape} and log_loss {measured.shape}; both must be (T,).")
-    known = np.isfinite(measured)
+    if not is_drawable(learned).any():
+        raise ValueError("plot_logvar needs a finite learned log-variance.")
+    known = is_drawable(measured) & is_drawable(learned)
     distance = np.abs(learned - measured)[known].mean() if known.any() else math.nan
 
     def draw(axes: Axes) -> None:
         steps = np.arange(len(learned))
-        axes.plot(steps[known], measured[known], ".", color="0.55", markersize=3, label="measured: log of mean loss")
-        axes.plot(steps, learned, color=INK["raw"], linewidth=1.6, label="learned log-variance")
+        axes.plot(
+            *thin(steps[known], measured[known]), ".", color="0.55", markersize=3, label="measured: log of mean loss"
+        )
+        axes.plot(
+            *thin(steps, np.where(is_drawable(learned), learned, np.nan)),
+            color=INK["raw"],
+            linewidth=1.6,
+            label="learned log-variance",
+        )
         axes.set(
             title=f"{title}\nmean distance {distance:.3f}",
             xlabel="timestep t",
@@ -128,6 +141,30 @@ def plot_logvar(
         )
 
     return save_figure(path, draw)
+
+
+def is_drawable(values: NDArray[Any]) -> NDArray[np.bool_]:
+    """Which values an axis can show: finite, and not beyond 1e100."""
+    with np.errstate(invalid="ignore"):
+        return np.asarray(np.abs(values) <= MAX_DRAWN)
+
+
+def thin(steps: NDArray[Any], values: NDArray[Any], limit: int = MAX_PLOTTED) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Means of successive points, at most ``limit`` of them and each of equally many: (n,) to (m,).
+
+    A figure of some thousand pixels shows no more, and drawing millions of points takes minutes. Up to ``limit``
+    points stay as they are; NaN among the values of a mean is left out.
+    """
+    width = -(-len(values) // limit)
+    if width <= 1:
+        return steps, values
+    starts = np.arange(0, len(values), width)
+    known = np.isfinite(values)
+    counts = np.add.reduceat(known.astype(float), starts)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        means = np.add.reduceat(np.where(known, values, 0.0), starts) / counts
+    middles = np.add.reduceat(steps.astype(float), starts) / np.diff([*starts, len(values)])
+    return middles, means
 
 
 def running_mean(values: ArrayLike, width: int) -> NDArray[np.float64]:

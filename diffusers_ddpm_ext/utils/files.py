@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import shutil
@@ -16,28 +15,6 @@ CONFIG, ENVIRONMENT, METRICS = "config.yaml", "environment.json", "metrics.jsonl
 EVALUATION = "evaluation/evaluation.json"
 NO_FOLDER_FSYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
 """Errors of network file systems that cannot fsync a folder, and need not."""
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; an empty one where the file is missing or incomplete."""
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a ``.jsonl`` file up to the first incomplete one; none where the file is missing."""
-    rows: list[dict[str, Any]] = []
-    if path.is_file():
-        with path.open(encoding="utf-8") as file:
-            for line in file:
-                try:
-                    rows.append(json.loads(line))
-                except ValueError:
-                    break
-    return rows
 
 
 def write_atomically(

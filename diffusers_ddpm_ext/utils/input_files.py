@@ -146,7 +146,8 @@ def parse_json(text: str, name: str, allow_nan: bool = False) -> Any:
         raise ConfigError(f"{name} is not JSON: line {error.lineno}, column {error.colno}: {error.msg}.") from None
     except RecursionError:
         raise ConfigError(f"{name} is nested more than {MAX_DEPTH} levels deep.") from None
-    check_nesting(value, name)
+    if "\\u" in text or text.count("[") + text.count("{") > MAX_DEPTH:  # otherwise neither fault is possible
+        check_nesting(value, name)
     return value
 
 

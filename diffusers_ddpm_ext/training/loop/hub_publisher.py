@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from diffusers_ddpm_ext.errors import ConfigError, RunError, warn
-from diffusers_ddpm_ext.hub.upload import PUSH_RECORD, copy_snapshot, list_upload_files
+from diffusers_ddpm_ext.hub.upload import PUSH_RECORD, check_repo_id, copy_snapshot, list_upload_files
 from diffusers_ddpm_ext.training.checkpoints.folders import checkpoint_step, list_checkpoints, newest
 from diffusers_ddpm_ext.training.config.options import HubOptions
 from diffusers_ddpm_ext.training.config.train_config import TrainConfig
@@ -150,7 +150,7 @@ class Publisher:
         Raises:
             RunError: it could not be pushed; the message names the command that completes the push.
         """
-        from diffusers_ddpm_ext.hub.push import PushOptions, check_repo_id, push
+        from diffusers_ddpm_ext.hub.push import PushOptions, push
 
         self._finish_push(wait=True)
         if not (self.folder / "model_index.json").is_file():

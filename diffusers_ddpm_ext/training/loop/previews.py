@@ -18,7 +18,7 @@ from torch import Tensor
 
 from diffusers_ddpm_ext.errors import Interrupted
 from diffusers_ddpm_ext.pipelines.pipeline_ddpm_ext import DDPMExtPipeline, DDPMExtPipelineOutput
-from diffusers_ddpm_ext.plotting.curves import plot_logvar, plot_run_losses
+from diffusers_ddpm_ext.plotting.curves import RUN_LOSSES, plot_logvar, plot_run_losses
 from diffusers_ddpm_ext.plotting.sheets import save_grid
 from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
 from diffusers_ddpm_ext.training.data.image_set import ImageSet
@@ -27,7 +27,8 @@ from diffusers_ddpm_ext.training.loop.export import export_networks, gather_logv
 from diffusers_ddpm_ext.training.loop.run import Run
 from diffusers_ddpm_ext.training.loop.setup import Setup
 from diffusers_ddpm_ext.utils import random_keys as keys
-from diffusers_ddpm_ext.utils.files import METRICS, read_rows, write_atomically
+from diffusers_ddpm_ext.utils.files import METRICS, write_atomically
+from diffusers_ddpm_ext.utils.run_metrics import read_metrics
 
 IMAGE_FOLDER = "samples"
 FINAL_SAMPLES = "samples.png"
@@ -198,8 +199,10 @@ def draw_final(run: Run) -> None:
     network = sampling_network(run.setup)
     try:
         if network is not None:
-            rows = read_rows(run.folder / METRICS)
-            plot_run_losses(rows, run.folder / IMAGE_FOLDER / "loss.png", run.setup.config.objective.loss_type)
+            metrics = read_metrics(run.folder / METRICS, [name for name, _, _ in RUN_LOSSES])
+            plot_run_losses(
+                metrics.curves, run.folder / IMAGE_FOLDER / "loss.png", run.setup.config.objective.loss_type
+            )
             draw_final_samples(run, network)
     finally:
         run.setup.accelerator.wait_for_everyone()
