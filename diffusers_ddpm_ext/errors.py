@@ -30,6 +30,13 @@ def warn(text: str) -> None:
     tqdm.write(f"warning: {printable(text)}", file=sys.stderr)
 
 
+def print_lines(text: str) -> None:
+    """Write lines to standard output, at once; names from outside in them cannot control the terminal."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    sys.stdout.write(printable_lines(text).encode(encoding, "backslashreplace").decode(encoding))
+    sys.stdout.flush()  # here, where an error can be reported
+
+
 def print_error(error: object) -> None:
     """Print an ``error:`` line to stderr, on a line of its own below any progress bar."""
     tqdm = sys.modules.get("tqdm.std")

@@ -12,6 +12,7 @@ from typing import Literal
 
 from diffusers_ddpm_ext.errors import ConfigError, printable
 from diffusers_ddpm_ext.utils.folder_lock import FolderBusy, FolderLock
+from diffusers_ddpm_ext.utils.next_command import next_command
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 FOLDER_HELP = "Output folder of a run, folder of a saved pipeline, or Hub id."
@@ -19,8 +20,6 @@ LOCAL_FOLDER_HELP = "Output folder of a run, or folder of a saved pipeline."
 DEVICE_HELP = "Device: cpu, cuda, cuda:1, mps, ..."
 
 
-CHECKPOINT_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
-YAML_SUFFIXES = (".yaml", ".yml")
 MAX_HUB_ID = 96
 MAX_NAME_BYTES = 255 - 40
 """Of a file that is written: its temporary names are longer."""
@@ -38,26 +37,12 @@ def check_pipeline_source(name: str) -> None:
         if _mode(folder / "model_index.json", "", shown) is None:
             raise ConfigError(f"{shown} holds no pipeline (no model_index.json): give the output folder of a run")
         return
-    state = "does not exist" if mode is None else "is a file"
-    if mode is not None or folder.suffix.lower() in (*CHECKPOINT_SUFFIXES, *YAML_SUFFIXES):
-        raise ConfigError(f"{shown} {state}: give the folder of a pipeline{_next_command(folder, shown)}")
+    state, command = "does not exist" if mode is None else "is a file", next_command(folder)
+    if mode is not None or command:
+        raise ConfigError(f"{shown} {state}: give the folder of a pipeline{command}")
     is_hub_id = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name, re.ASCII) and len(name) <= MAX_HUB_ID
     if not is_hub_id or "--" in name or ".." in name:
         raise ConfigError(f"{shown} does not exist: give the folder of a pipeline, or a Hub id")
-
-
-def _next_command(path: Path, shown: str) -> str:
-    """The command for a file that is not a pipeline."""
-    if path.suffix.lower() in CHECKPOINT_SUFFIXES:
-        return (
-            f"; to make one of a checkpoint: ddpm-ext convert --from compvis --checkpoint {shown} "
-            "--config CONFIG.yaml --out FOLDER"
-        )
-    if path.suffix.lower() in YAML_SUFFIXES:
-        return (
-            f"; for a YAML file of CompVis: ddpm-ext convert-config {shown}, for one of ours: ddpm-ext train --config"
-        )
-    return ""
 
 
 def check_pipeline_folder(name: str) -> Path:

@@ -1,18 +1,22 @@
 """The command line `ddpm-ext`: the table of commands, and the exit status.
 
-A mistake in the input is one `error:` line and status 2; a run that could not continue is one line and status 1. Any
-other exception is a bug of this package and shows its traceback.
+A mistake in the input is one `error:` line and status 2; a run that could not continue is one line and status 1;
+`failures` has the others. Any other exception is a bug of this package and shows its traceback.
 """
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 
 from diffusers_ddpm_ext._version import __version__
-from diffusers_ddpm_ext.errors import ConfigError, RunError, print_error, printable_lines
+from diffusers_ddpm_ext.cli.failures import describe_failure
+from diffusers_ddpm_ext.errors import ConfigError, print_error, print_lines, printable
+from diffusers_ddpm_ext.utils.next_command import next_command
 
 # command -> its line in --help. `fit-variance` is the function `fit_variance_command(argv) -> str` of cli/fit_variance
 COMMANDS = {
@@ -28,6 +32,7 @@ COMMANDS = {
     "convert-config": "a CompVis YAML file to a configuration of `ddpm-ext train`",
     "doctor": "check this machine, this environment or a folder: what is wrong, and how to fix it",
 }
+SYNONYMS = {"generate": "sample", "inference": "sample", "upload": "push", "fit": "fit-variance", "check": "doctor"}
 USAGE = """usage: ddpm-ext COMMAND [options]
 
 commands:
@@ -35,6 +40,8 @@ commands:
 
   ddpm-ext COMMAND --help    every option of a command
   ddpm-ext --version
+
+exit status: 0; 2 for a mistake in the input; 1 for a run that could not continue; 130 after an interrupt
 """.format(commands="\n".join(f"  {name:<16} {summary}" for name, summary in COMMANDS.items()))
 
 
@@ -45,22 +52,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after the program's name; by default those of the process.
 
     Returns:
-        The exit status: 0; 2 for a mistake in the input; 1 for a run that could not continue; 130 after an interrupt.
+        The exit status: 0; 2 for a mistake in the input; 1 for a run that could not continue; 130 after an interrupt;
+        141 if the output was closed, as by ``| head``.
     """
     _set_wait_policy()
+    if sys.stdout is None:  # closed by the shell
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     try:
-        text = printable_lines(_dispatch(list(sys.argv[1:] if argv is None else argv)))
-        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-        sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
-    except ConfigError as error:
-        return _report_error(error, 2)
-    except RunError as error:
-        return _report_error(error, 1)
-    except KeyboardInterrupt:
-        return _report_error("interrupted", 130)
+        print_lines(_dispatch(list(sys.argv[1:] if argv is None else argv)))
     except SystemExit as exit_request:  # argparse, after --help
-        return exit_request.code if isinstance(exit_request.code, int) else 0
+        code = exit_request.code
+        return code if isinstance(code, int) else 0 if code is None else _report_error(code, 1)
+    except (Exception, KeyboardInterrupt) as error:
+        failure = describe_failure(error)
+        if failure is None:
+            raise
+        if isinstance(error, BrokenPipeError):
+            _discard_output()
+        return _report_error(*failure)
     return 0
+
+
+def _discard_output() -> None:
+    """Let what is still to be written go nowhere: Python flushes at its exit."""
+    with suppress(OSError, ValueError):  # not a file, in a test
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _set_wait_policy() -> None:
@@ -74,20 +90,38 @@ def _set_wait_policy() -> None:
 
 
 def _report_error(error: object, status: int) -> int:
-    print_error(error)
+    with suppress(OSError, AttributeError):  # standard error is closed, too
+        print_error(error)
     return status
 
 
 def _dispatch(argv: list[str]) -> str:
     """Run the command of a command line; its text for standard output."""
-    if argv and argv[0] in ("-h", "--help", "help"):
+    if not argv or argv[0] in ("-h", "--help") or argv == ["help"]:
         return USAGE
-    if argv and argv[0] == "--version":
+    if argv[0] in ("-V", "--version", "version"):
         return f"ddpm-ext {__version__}\n"
-    if not argv or argv[0] not in COMMANDS:
-        got = f"got {argv[0]!r}: " if argv else ""
-        raise ConfigError(f"{got}the commands are {', '.join(COMMANDS)}; see ddpm-ext --help")
+    if argv[0] == "help":
+        argv = [argv[1], "--help"]
+    if argv[0] not in COMMANDS:
+        raise _unknown_command(argv[0])
     name = argv[0].replace("-", "_")
     command = getattr(import_module(f"diffusers_ddpm_ext.cli.{name}"), f"{name}_command")
     text = command(argv[1:])
     return f"{text}\n" if text else ""
+
+
+def _unknown_command(word: str) -> ConfigError:
+    """The error for a word that is not a command: the nearest one, or the command that takes such a file."""
+    shown, known = printable(word, 100), "ddpm-ext --help lists the commands"
+    if word.startswith("-"):
+        return ConfigError(f"{shown} stands before the command: ddpm-ext COMMAND [options]; {known}")
+    if os.path.isdir(word):
+        return ConfigError(f"{shown} is a folder: ddpm-ext sample {shown}, or another command; {known}")
+    command = next_command(word)
+    if command:
+        return ConfigError(f"{shown} is not a command{command}")
+    name = word.lower().replace("_", "-")
+    near = [SYNONYMS[name]] if name in SYNONYMS else difflib.get_close_matches(name, COMMANDS, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
+    return ConfigError(f"{shown} is not a command: {hint}; {known}" if near else f"{shown} is not a command: {hint}")

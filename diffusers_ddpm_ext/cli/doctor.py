@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,8 @@ from diffusers_ddpm_ext._version import __version__
 from diffusers_ddpm_ext.cli.arguments import LOCAL_FOLDER_HELP
 from diffusers_ddpm_ext.cli.extras import INSTALL_EXTRA, TRAIN_MODULES
 from diffusers_ddpm_ext.cli.parser import parse_options
-from diffusers_ddpm_ext.errors import ConfigError, RunError
+from diffusers_ddpm_ext.errors import ConfigError, RunError, print_lines, printable
+from diffusers_ddpm_ext.utils.next_command import next_command
 from diffusers_ddpm_ext.utils.option import option, positional
 
 DOCTOR_EXAMPLES = """examples:
@@ -77,11 +77,10 @@ def doctor_command(argv: Sequence[str]) -> str:
     """
     wrong = 0
     for title, check in _checks(parse_doctor_args(argv)):
-        sys.stdout.write(f"{title}\n")
+        print_lines(f"{title}\n")
         for finding in _findings(check):
             wrong += finding.mark is Mark.WRONG
-            sys.stdout.write(f"  {finding.mark.value} {finding.text}\n")
-            sys.stdout.flush()
+            print_lines(f"  {finding.mark.value} {' '.join(finding.text.split())}\n")
     if wrong:
         raise RunError(f"{wrong} {'thing is' if wrong == 1 else 'things are'} wrong: see the lines marked !")
     return ""
@@ -91,7 +90,10 @@ def parse_doctor_args(argv: Sequence[str]) -> DoctorOptions:
     """The options of a command line, checked; errors are those of `parse_options`."""
     options = parse_options(DoctorOptions, argv, "doctor", DOCTOR_EXAMPLES)
     if options.folder is not None and not options.folder.is_dir():
-        raise ConfigError(f"{options.folder} is not a folder: give the output folder of a run, or leave it out")
+        command = next_command(options.folder)
+        raise ConfigError(
+            f"{options.folder} is not a folder: give the output folder of a run, or leave it out{command}"
+        )
     return options
 
 
@@ -107,7 +109,7 @@ def _checks(options: DoctorOptions) -> Iterator[tuple[str, Check]]:
     yield "Recorded values", _check_recorded_values
     if options.folder is not None:
         folder = options.folder
-        yield str(folder), lambda: _check_folder(folder)
+        yield printable(str(folder)), lambda: _check_folder(folder)
 
 
 def _findings(check: Check) -> Iterator[Finding]:
@@ -162,7 +164,7 @@ def _check_devices() -> Iterator[Finding]:
     threads = torch.get_num_threads()
     yield Finding(Mark.FINE, f"{cores} processor cores, {threads} thread{'s' if threads > 1 else ''}")
     limit = os.environ.get("OMP_NUM_THREADS")
-    if limit is not None and limit.isdigit() and int(limit) < cores:
+    if limit is not None and limit.isdecimal() and int(limit) < cores:
         text = f"OMP_NUM_THREADS={limit} leaves {cores - int(limit)} of {cores} cores idle in a run of one process"
         yield Finding(Mark.ADVICE, f"{text}: unset OMP_NUM_THREADS")
     if torch.cuda.is_available():

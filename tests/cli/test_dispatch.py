@@ -15,6 +15,7 @@ from PIL import Image
 
 from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtScheduler, __version__, cli
 from diffusers_ddpm_ext.cli import sample
+from diffusers_ddpm_ext.cli.dispatch import USAGE
 from diffusers_ddpm_ext.errors import RunError
 
 STEPS = 5
@@ -82,6 +83,28 @@ def test_module_runs(tmp_path):
         (RunError("the loss is not finite\nat step 5"), 1, "error: the loss is not finite at step 5\n"),
         (KeyboardInterrupt(), 130, "error: interrupted\n"),
         (SystemExit(7), 7, ""),
+        (SystemExit("no more"), 1, "error: no more\n"),
+        (BrokenPipeError(32, "Broken pipe"), 141, "error: the output was closed before all of it was written\n"),
+        (MemoryError(), 1, "error: the memory does not suffice: use smaller batches or images\n"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes. Error code 12"),
+            1,
+            "error: the memory does not suffice (DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 "
+            "bytes): use smaller batches or images\n",
+        ),
+        (
+            PermissionError(13, "Permission denied", "/root/a\x1b[31m"),
+            2,
+            "error: /root/a\\x1b[31m: Permission denied\n",
+        ),
+        (IsADirectoryError(21, "Is a directory", b"/a\xff"), 2, "error: /a\ufffd: Is a directory\n"),
+        (OSError(28, "No space left on device", "a.png"), 1, "error: cannot write a.png: No space left on device\n"),
+        (OSError(28, "No space left on device"), 1, "error: cannot write: No space left on device\n"),
+        (
+            ModuleNotFoundError("No module named 'torch'", name="torch"),
+            2,
+            "error: a package cannot be imported (No module named 'torch'): ddpm-ext doctor says what is missing\n",
+        ),
     ],
 )
 def test_how_a_run_ends(raised, status, line, monkeypatch, capsys):
@@ -93,13 +116,108 @@ def test_how_a_run_ends(raised, status, line, monkeypatch, capsys):
     assert capsys.readouterr().err == line
 
 
-def test_our_own_mistakes_show_their_traceback(monkeypatch):
+OWN_FILE = str(ROOT / "diffusers_ddpm_ext" / "recipes.yaml")
+
+
+@pytest.mark.parametrize(
+    "bug",
+    [
+        ZeroDivisionError(),
+        ValueError("of a library"),
+        RuntimeError("shapes do not fit"),
+        KeyError("x"),
+        OSError("without a file"),
+        FileNotFoundError(2, "No such file", OWN_FILE),
+        ImportError("cannot import name", name="diffusers_ddpm_ext.cli.gone"),
+    ],
+)
+def test_our_own_mistakes_show_their_traceback(bug, monkeypatch):
     def command(argv: list[str]) -> str:
-        raise ZeroDivisionError
+        raise bug
 
     monkeypatch.setattr(sample, "sample_command", command)
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(type(bug)):
         cli.main(["sample"])
+
+
+def test_a_recursion_of_a_library_is_the_input_and_of_ours_a_bug(monkeypatch, capsys):
+    import json
+
+    monkeypatch.setattr(sample, "sample_command", lambda argv: json.loads("[" * 200_000))
+    assert cli.main(["sample"]) == 2
+    assert capsys.readouterr().err == "error: an input is nested too deeply to be read\n"
+    source = "def recurse(argv):\n    return recurse(argv)\n"
+    names: dict = {}
+    exec(compile(source, str(ROOT / "diffusers_ddpm_ext" / "cli" / "sample.py"), "exec"), names)
+    monkeypatch.setattr(sample, "sample_command", names["recurse"])
+    with pytest.raises(RecursionError):
+        cli.main(["sample"])
+
+
+def test_without_a_command_help_is_printed(capsys):
+    assert cli.main([]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == USAGE
+    assert printed.err == ""
+    assert cli.main(["help", "fit-variance"]) == 0
+    assert "usage: ddpm-ext fit-variance" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("word", "answer"),
+    [
+        ("smaple", "did you mean sample?"),
+        ("Train", "did you mean train?"),
+        ("fit_variance", "did you mean fit-variance?"),
+        ("convertconfig", "did you mean convert-config?"),
+        ("eval", "did you mean evaluate?"),
+        ("upload", "did you mean push?"),
+        ("xyzzy", "the commands are train, sample, "),
+        ("--seed", "stands before the command"),
+        ("model.ckpt", "ddpm-ext convert --from compvis --checkpoint model.ckpt"),
+        ("model.YAML", "ddpm-ext convert-config model.YAML"),
+        (".", ". is a folder: ddpm-ext sample ."),
+        ("a\x1b[2J", "a\\x1b[2J is not a command"),
+        ("", "is not a command"),
+    ],
+)
+def test_an_unknown_command(word, answer, capsys):
+    assert cli.main([word]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert answer in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "command", ["sample", "evaluate", "fit-variance", "plot", "report", "push", "verify", "train", "doctor"]
+)
+@pytest.mark.parametrize("name", ["model.ckpt", "gone/last.CKPT", "unet.safetensors"])
+def test_a_checkpoint_names_convert(command, name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model.ckpt").write_bytes(b"PK")
+    assert cli.main([command, name]) == 2
+    assert f"ddpm-ext convert --from compvis --checkpoint {name}" in capsys.readouterr().err
+
+
+def test_an_output_that_is_closed_or_full():
+    """`ddpm-ext --help | head`, and a full disk."""
+    command = [sys.executable, "-m", "diffusers_ddpm_ext", "--help"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, env=environment, check=False)
+    os.close(writer)
+    assert done.returncode == 141
+    assert done.stderr == "error: the output was closed before all of it was written\n"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "error: cannot write: No space left on device\n"
+    done = subprocess.run(
+        ["/bin/sh", "-c", f"{sys.executable} -m diffusers_ddpm_ext --help >&- 2>&-"], env=environment, check=False
+    )
+    assert done.returncode == 0
 
 
 def test_grid_shows_single_pixels(folder, tmp_path, monkeypatch, capsys):

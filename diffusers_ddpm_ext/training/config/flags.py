@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from diffusers_ddpm_ext.errors import ConfigError
+from diffusers_ddpm_ext.utils.next_command import next_command
 from diffusers_ddpm_ext.utils.option import Option
 from diffusers_ddpm_ext.utils.option_values import convert_value, unknown_option
 
@@ -101,7 +102,7 @@ class Parser(argparse.ArgumentParser):
             ConfigError: always.
         """
         message = message.replace("unrecognized arguments:", "options begin with two dashes, got")
-        raise ConfigError(message.removeprefix("argument "))
+        raise ConfigError(f"{message.removeprefix('argument ')}{next_command(message.split()[-1])}")
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
