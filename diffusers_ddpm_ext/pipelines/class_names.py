@@ -48,6 +48,23 @@ def read_class_names(id2label: Any, where: str = "id2label") -> dict[int, str]:
     return dict(sorted(names.items()))
 
 
+def labels_of_names(labels: Any, names: Mapping[int, str]) -> Any:
+    """Class labels of a call with numbers in place of names.
+
+    Args:
+        labels: a name, a number, or several in a list or tuple; anything else is returned as it is.
+        names: from `read_class_names`.
+
+    Raises:
+        ConfigError: as `label_of_name`.
+    """
+    if isinstance(labels, str):
+        return label_of_name(labels, names)
+    if isinstance(labels, list | tuple) and any(isinstance(label, str) for label in labels):
+        return [label_of_name(label, names) if isinstance(label, str) else label for label in labels]
+    return labels
+
+
 def label_of_name(name: str, names: Mapping[int, str]) -> int:
     """The number of a class by its name, or, as in ImageNet's names, by a part of it between commas.
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from diffusers_ddpm_ext.models.conditioning import Conditioning, Conditions, classifier_free_guidance
 
-Labels = int | Sequence[int] | Tensor
+Labels = int | str | Sequence[int | str] | Tensor
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from torch import Tensor
 from diffusers_ddpm_ext.diffusion.reverse_step import LEARNED_VARIANCES
 from diffusers_ddpm_ext.models.conditioning import Conditioning
 from diffusers_ddpm_ext.models.unet_2d_ext import UNet2DExtModel
+from diffusers_ddpm_ext.pipelines.class_names import labels_of_names, read_class_names
 from diffusers_ddpm_ext.pipelines.guidance import ConditionArguments, ConditionedModel, Labels, prepare_guidance
 from diffusers_ddpm_ext.pipelines.serialization import SavedPipeline
 from diffusers_ddpm_ext.schedulers.adapter import SchedulerAdapter, adapt_scheduler, supports_temperature
@@ -67,6 +68,7 @@ class DDPMExtPipeline(SavedPipeline):
             unconditional model.
         use_positional_encodings: whether the network's last two input channels are the pixels' coordinates.
         null_class_label: the class that stands for no class, in guidance.
+        id2label: names of the classes by number, which ``class_labels`` of a call may be, as DiTPipeline has them.
     """
 
     model_cpu_offload_seq = "unet"
@@ -79,6 +81,7 @@ class DDPMExtPipeline(SavedPipeline):
         conditioning_key: str | None = None,
         use_positional_encodings: bool = False,
         null_class_label: int | None = None,
+        id2label: Mapping[int, str] | Mapping[str, str] | None = None,
     ) -> None:
         super().__init__()
         self._logvar: Tensor | None = None
@@ -96,6 +99,8 @@ class DDPMExtPipeline(SavedPipeline):
             "conditioning_key": conditioning_key,
             "use_positional_encodings": use_positional_encodings or None,
             "null_class_label": null_class_label,
+            # Keys are texts, as JSON has them: a pipeline and its saved folder have the same configuration.
+            "id2label": {str(number): name for number, name in read_class_names(id2label).items()} or None,
         }
         # Settings at their defaults are left out, so that the folder of an unconditional model is a stock one.
         self.register_to_config(**{name: value for name, value in settings.items() if value is not None})
@@ -157,6 +162,11 @@ class DDPMExtPipeline(SavedPipeline):
         """Number of classes, the null class included; None for a model without classes."""
         model = self._model(torch.device("cpu"))
         return model.num_classes if model.takes_labels else None
+
+    @property
+    def class_names(self) -> dict[int, str]:
+        """Names of the classes by number, from ``id2label``; empty where they have none."""
+        return read_class_names(self.config.get("id2label"))
 
     @property
     def trained_scheduler(self) -> DDPMExtScheduler:
@@ -230,7 +240,8 @@ class DDPMExtPipeline(SavedPipeline):
                 passed to ``step``), "model_input" (the sample as passed to the network).
             latents: the starting noise, (batch_size, C, H, W), standard normal; None draws it.
             timesteps: the timesteps to use, descending, instead of ``num_inference_steps``.
-            class_labels: one class for all images or one per image; floating, (B, width), for a projected embedding.
+            class_labels: one class for all images or one per image, by number, or by its name in ``id2label``;
+                floating, (B, width), for a projected embedding.
                 With a ``class_embedder`` they replace ``encoder_hidden_states``.
             concat_inputs: (B, c, H, W), in data units, concatenated to the network's input; a list is concatenated
                 along the channels.
@@ -253,7 +264,8 @@ class DDPMExtPipeline(SavedPipeline):
             ValueError: an argument is out of its range, the model does not fit, the scheduler cannot sample it, or
                 the samples are not finite.
         """
-        conditions = ConditionArguments(class_labels, concat_inputs, encoder_hidden_states)
+        names = self.class_names
+        conditions = ConditionArguments(labels_of_names(class_labels, names), concat_inputs, encoder_hidden_states)
         batch_size = conditions.batch_size if batch_size == 1 else batch_size
         self._check_call(batch_size, output_type, log_every_t, temperature)
         generator = _check_generators(generator, batch_size)
@@ -271,7 +283,9 @@ class DDPMExtPipeline(SavedPipeline):
         shape = self._sample_shape(batch_size, output_type)
 
         device = self._execution_device
-        negative = ConditionArguments(negative_class_labels, negative_concat_inputs, negative_encoder_hidden_states)
+        negative = ConditionArguments(
+            labels_of_names(negative_class_labels, names), negative_concat_inputs, negative_encoder_hidden_states
+        )
         denoise = prepare_guidance(
             self._model(device), conditions, negative, batch_size, float(guidance_scale), guidance_interval
         )

@@ -61,7 +61,7 @@ TABLE_FILES = {
     for folder in (LOGVAR_FOLDER, CLASS_EMBEDDER_FOLDER)
 }
 CARD = "README.md"
-CONDITIONING_ARGUMENTS = ("conditioning_key", "use_positional_encodings", "null_class_label")
+CONDITIONING_ARGUMENTS = ("conditioning_key", "use_positional_encodings", "null_class_label", "id2label")
 NAN_IN_STOCK = ("learned", "fixed_large_log")
 """Variance types of which stock DDPMScheduler takes the square root of a log-variance: every sample becomes NaN."""
 

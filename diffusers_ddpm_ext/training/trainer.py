@@ -21,6 +21,7 @@ from diffusers_ddpm_ext.hub.card import environment_versions
 from diffusers_ddpm_ext.training.checkpoints.output_dir import run_name
 from diffusers_ddpm_ext.training.config.train_config import TrainConfig
 from diffusers_ddpm_ext.training.data.batches import Batch, batch_stream
+from diffusers_ddpm_ext.training.data.class_table import count_classes
 from diffusers_ddpm_ext.training.loop.description import describe_run
 from diffusers_ddpm_ext.training.loop.hub_publisher import Publisher, move_token_to_environment
 from diffusers_ddpm_ext.training.loop.metrics_logging import log_losses, open_metrics_logger
@@ -179,6 +180,8 @@ def write_run_files(setup: Setup, folder: Path) -> None:
             "fingerprint": data.fingerprint,
         },
     }
+    if classes := count_classes(data):
+        facts["data"]["classes"] = [{"name": each.name, "images": each.train} for each in classes]
     setup.config.write_resolved(folder / CONFIG)
     write_text_atomically(folder / ENVIRONMENT, json.dumps(facts, indent=2) + "\n")
 

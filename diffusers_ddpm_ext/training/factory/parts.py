@@ -5,6 +5,7 @@ An option that a library rejects is reported as a ConfigError.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,6 +49,7 @@ class Parts:
         dropout: random dropout of conditions.
         null_class: label that stands for no class; None where there is none.
         num_classes: number of classes of the data; None where labels are not classes.
+        class_names: their names by number; empty where classes have only numbers.
         sampler: of the timesteps of a batch; None samples uniformly.
     """
 
@@ -58,6 +60,7 @@ class Parts:
     dropout: ConditionDropout | None = None
     null_class: int | None = None
     num_classes: int | None = None
+    class_names: Mapping[int, str] = field(default_factory=dict)
     sampler: TimestepSampler | None = None
 
     @property
@@ -67,6 +70,7 @@ class Parts:
             "conditioning_key": self.conditioning.conditioning_key,
             "use_positional_encodings": self.conditioning.use_positional_encodings,
             "null_class_label": self.null_class,
+            "id2label": dict(self.class_names) or None,
         }
 
 
@@ -82,11 +86,13 @@ def build_parts(config: TrainConfig, images: ImageSet) -> Parts:
     with as_config_error():
         sampler = make_sampler(options.timestep_sampler, objective.schedule, options.log_snr_mean, options.log_snr_std)
     classes = None if images.columns is None else len(images.columns.class_names) or None
+    labels = None if images.columns is None else images.columns.class_labels
+    names = dict(enumerate(labels.names)) if labels is not None and labels.are_named else {}
     conditioning_key = config.model.conditioning_key
     dropout, null_class = make_condition_dropout(config.data.conditioning_dropout, conditioning_key, classes)
     shape = denoiser_shape(config.model, images, null_class, config.schedule.variance_type)
     denoiser = build_denoiser(config.model, shape, config.loop.seed)
-    return Parts(denoiser, scheduler, objective, shape.conditioning, dropout, null_class, classes, sampler)
+    return Parts(denoiser, scheduler, objective, shape.conditioning, dropout, null_class, classes, names, sampler)
 
 
 def build_scheduler(options: ScheduleOptions) -> DDPMExtScheduler:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from diffusers_ddpm_ext.training.config.options import ObjectiveOptions
+from diffusers_ddpm_ext.training.data.class_table import count_classes, describe_classes
 from diffusers_ddpm_ext.training.loop.setup import Setup
 from diffusers_ddpm_ext.training.tracking.plan import (
     DiskUsage,
@@ -46,7 +47,10 @@ def describe_run(setup: Setup, folder: Path | None) -> str:
         ("output", place),
         ("checkpoints", describe_checkpoints(disk_usage(setup, sizes, folder))),
     ]
-    return f"{parameter_table(setup.denoiser)}\n{describe_plan(plan, rows)}"
+    tables = [parameter_table(setup.denoiser)]
+    if classes := count_classes(setup.data):
+        tables.append(describe_classes(classes))
+    return "\n".join([*tables, describe_plan(plan, rows)])
 
 
 def _describe_loss(options: ObjectiveOptions, weighting: str) -> str:

@@ -56,6 +56,7 @@ class Preview:
         pipeline_kwargs: how conditions reach the network: arguments of the pipeline.
         conditions: arguments of the pipeline's call for some of the images; none by default.
         guidance_scale: of the samples.
+        class_names: drawn under the samples, by number; empty where classes have none.
     """
 
     folder: Path
@@ -67,6 +68,7 @@ class Preview:
     pipeline_kwargs: Mapping[str, Any] = field(default_factory=dict)
     conditions: Callable[[range], dict[str, Any]] = lambda images: {}
     guidance_scale: float = 1.0
+    class_names: Mapping[int, str] = field(default_factory=dict)
 
     def draw_data(self, images: ImageSet, scheduler: DDPMExtScheduler) -> tuple[Path, Path]:
         """Draw ``inputs.png``, some images, and ``diffusion_row.png``, the diffusion of a few of them."""
@@ -85,9 +87,14 @@ class Preview:
         """
         samples, rows = self.sample(denoiser, scheduler)
         return (
-            save_grid(samples, self.folder / f"samples-{step}.png"),
+            save_grid(samples, self.folder / f"samples-{step}.png", captions=self._captions()),
             save_grid(rows.flatten(0, 1), self.folder / f"denoise_row-{step}.png", columns=rows.shape[1]),
         )
+
+    def _captions(self) -> list[str] | None:
+        """Names of the classes of the samples; None where classes have none."""
+        labels = self.conditions(range(self.num_images)).get("class_labels") if self.class_names else None
+        return None if labels is None else [self.class_names[int(label)] for label in labels]
 
     def _check_stop(self, *_: Any) -> dict[str, Any]:
         if self.stop_requested():
@@ -165,6 +172,7 @@ def make_preview(run: Run) -> Preview:
         pipeline_kwargs=setup.parts.pipeline_kwargs,
         conditions=lambda images: preview_conditions(setup, images),
         guidance_scale=output.preview_guidance_scale,
+        class_names=setup.parts.class_names,
     )
 
 

@@ -9,12 +9,17 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+import torch
+from helpers.runs import tiny_run
 from PIL import Image
 
+from diffusers_ddpm_ext import DDPMExtPipeline
 from diffusers_ddpm_ext.errors import ConfigError
 from diffusers_ddpm_ext.training.config.options import DataOptions
 from diffusers_ddpm_ext.training.data.class_labels import MAX_CLASSES
+from diffusers_ddpm_ext.training.data.class_table import ClassCount, count_classes, describe_classes
 from diffusers_ddpm_ext.training.data.dataset import load_data
+from diffusers_ddpm_ext.training.factory.parts import build_parts
 
 RNG = np.random.default_rng(0)
 
@@ -209,3 +214,45 @@ def test_validation_images_have_the_classes_of_the_training_images(train, valida
         return
     with pytest.raises(ConfigError, match=message):
         load(**places, class_column="kind")
+
+
+def test_the_table_of_classes_counts_the_images_of_each(tmp_path):
+    """A class that only validation images have, an empty one, and more classes than are shown."""
+    save_many = {"train": [3] * 5 + [0, 0, 7], "val": [5, 3]}
+    for part, values in save_many.items():
+        column(tmp_path / part, [str(value) for value in values])
+    data = load(train_data_dir=str(tmp_path / "train"), validation_data_dir=str(tmp_path / "val"), class_column="kind")
+    counts = count_classes(data)
+    assert [(each.name, each.train, each.validation) for each in counts if each.train or each.validation] == [
+        ("0", 2, 0), ("3", 5, 1), ("5", 0, 1), ("7", 1, 0),
+    ]  # fmt: skip
+    text = describe_classes(counts)
+    assert text.splitlines()[0] == "4 classes, and 4 without images"
+    assert text.splitlines()[-1] == "  no image to train on: 5"
+    many = [ClassCount(f"\x1b{number}", number, 0) for number in range(1, 31)]
+    lines = describe_classes(many).splitlines()
+    assert lines[-1] == "  and 10 more classes with 21 to 30 images to train on"
+    assert len({len(line) for line in lines[1:-1]}) == 1, "aligned"
+    assert "\x1b" not in "".join(lines)
+
+
+def test_names_of_classes_reach_the_pipeline_and_its_folder(tmp_path):
+    for number, name in enumerate(("Food", "a, b", "7")):
+        save(tmp_path / "images" / name / f"{number}.png")
+    images = load(train_data_dir=str(tmp_path / "images")).train
+    config = tiny_run(tmp_path / "run", train_data_dir=str(tmp_path / "images"), conditioning_key="adm")
+    parts = build_parts(config, images)
+    pipeline = DDPMExtPipeline(parts.denoiser, parts.scheduler, **parts.pipeline_kwargs)
+    pipeline.save_pretrained(tmp_path / "saved")
+    loaded = DDPMExtPipeline.from_pretrained(tmp_path / "saved")
+    assert loaded.class_names == pipeline.class_names == {0: "7", 1: "Food", 2: "a, b"}
+    for one in (pipeline, loaded):
+        one.set_progress_bar_config(disable=True)
+
+    def sample(labels):
+        generator = [torch.Generator().manual_seed(seed) for seed in range(3)]
+        return loaded(class_labels=labels, generator=generator, num_inference_steps=2, output_type="np").images
+
+    assert np.array_equal(sample(["Food", "a, b", 0]), sample([1, 2, 0]))
+    with pytest.raises(ValueError, match='did you mean "Food"'):
+        loaded(class_labels="food!", num_inference_steps=2)
