@@ -145,9 +145,13 @@ def _run_files(folder: Path) -> Iterator[Path]:
         if inside == Path("."):
             folders[:] = [name for name in folders if name in RUN_FOLDERS]
         for name in names:
-            path = (inside / name).as_posix()
-            if any(fnmatchcase(path, pattern) and path.count("/") == pattern.count("/") for pattern in RUN_FILES):
+            if is_run_file((inside / name).as_posix()):
                 yield Path(above) / name
+
+
+def is_run_file(name: str) -> bool:
+    """Whether `RUN_FILES` names a file, given by its path in the folder, with ``/`` between parts."""
+    return any(fnmatchcase(name, pattern) and name.count("/") == pattern.count("/") for pattern in RUN_FILES)
 
 
 def remove_drafts(folder: Path) -> None:

@@ -20,13 +20,12 @@ from pathlib import Path
 
 from diffusers_ddpm_ext.errors import ConfigError, RunError, warn
 from diffusers_ddpm_ext.hub.upload import PUSH_RECORD, check_repo_id, copy_snapshot, list_upload_files
-from diffusers_ddpm_ext.training.checkpoints.folders import checkpoint_step, list_checkpoints, newest
+from diffusers_ddpm_ext.training.checkpoints.folders import list_checkpoints, newest
 from diffusers_ddpm_ext.training.config.options import HubOptions
 from diffusers_ddpm_ext.training.config.train_config import TrainConfig
 
 STAGING_PREFIX = ".publishing-"
 PUSH_NICENESS = 15
-NOT_DOWNLOADED = ("README.md", "proof.json", "card/*", ".gitattributes")
 
 
 def move_token_to_environment(config: TrainConfig) -> TrainConfig:
@@ -177,45 +176,3 @@ def _environment() -> Mapping[str, str]:
     dropped = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
     own = {name: value for name, value in os.environ.items() if name not in dropped}
     return own | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-
-
-def download_run(repo_id: str, folder: Path) -> str:
-    """Download a pushed run into its folder, unless that is at the same or a later step; returns what was done.
-
-    Raises:
-        ConfigError: there is no checkpoint on the Hub, or it cannot be downloaded.
-    """
-    from huggingface_hub import HfApi
-
-    from diffusers_ddpm_ext.hub.upload import HUB_TIMEOUT, describe_error, hub_timeout
-
-    own = newest(folder).checkpoint if list_checkpoints(folder) else None
-    option = f"--resume_from_hub {repo_id}"
-    with tempfile.TemporaryDirectory(prefix=STAGING_PREFIX, dir=folder) as name, hub_timeout(HUB_TIMEOUT):
-        draft = Path(name)
-        try:
-            api = HfApi()
-            commit = api.model_info(repo_id).sha
-            files = api.list_repo_files(repo_id, revision=commit)
-            names = {file.split("/")[0] for file in files if file.startswith("checkpoint-")}
-            pushed = max((checkpoint_step(Path(each)) or 0 for each in names), default=None)
-            if pushed is None:
-                raise ConfigError(
-                    f"{option} holds no checkpoint: the run was not pushed with --hub_strategy checkpoint"
-                )
-            if own is not None and own.step >= pushed:
-                return f"{folder} is at step {own.step:,} already, {repo_id} at {pushed:,}: resuming from the folder"
-            api.snapshot_download(repo_id, revision=commit, local_dir=draft, ignore_patterns=list(NOT_DOWNLOADED))
-        except ConfigError:
-            raise
-        except Exception as error:  # of the client or the transport
-            raise ConfigError(f"{option} cannot be loaded: {describe_error(error, repo_id)}") from None
-        if newest(draft).checkpoint is None:
-            raise ConfigError(f"{option}: checkpoint-{pushed} there is not intact")
-        shutil.rmtree(draft / ".cache", ignore_errors=True)
-        for path in sorted(draft.rglob("*")):
-            if path.is_file():
-                target = folder / path.relative_to(draft)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(path, target)
-    return f"checkpoint-{pushed} of {repo_id} is in {folder}"

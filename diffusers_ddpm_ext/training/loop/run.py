@@ -13,7 +13,8 @@ from diffusers_ddpm_ext.training.checkpoints.output_dir import acquire_output_di
 from diffusers_ddpm_ext.training.config.train_config import TrainConfig
 from diffusers_ddpm_ext.training.distributed import fail_together
 from diffusers_ddpm_ext.training.evaluation.processes import Processes
-from diffusers_ddpm_ext.training.loop.hub_publisher import Publisher, download_run
+from diffusers_ddpm_ext.training.loop.hub_download import download_run
+from diffusers_ddpm_ext.training.loop.hub_publisher import Publisher
 from diffusers_ddpm_ext.training.loop.setup import Setup
 from diffusers_ddpm_ext.training.signals import SignalRequests
 from diffusers_ddpm_ext.training.tracking.metrics import MetricsLogger
