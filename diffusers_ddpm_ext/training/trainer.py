@@ -16,12 +16,13 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from diffusers_ddpm_ext.errors import warn
+from diffusers_ddpm_ext.errors import as_run_error, warn
 from diffusers_ddpm_ext.hub.card import environment_versions
 from diffusers_ddpm_ext.training.checkpoints.output_dir import run_name
 from diffusers_ddpm_ext.training.config.train_config import TrainConfig
 from diffusers_ddpm_ext.training.data.batches import Batch, batch_stream
 from diffusers_ddpm_ext.training.data.class_table import count_classes
+from diffusers_ddpm_ext.training.distributed import fail_together
 from diffusers_ddpm_ext.training.loop.description import describe_run
 from diffusers_ddpm_ext.training.loop.hub_publisher import Publisher, move_token_to_environment
 from diffusers_ddpm_ext.training.loop.metrics_logging import log_losses, open_metrics_logger
@@ -67,7 +68,8 @@ def train(config: TrainConfig) -> Path | None:
         progress = resume(setup, folder)
         if progress is not None:
             with handle_signals() as signals:
-                write_run_files(setup, folder)
+                with fail_together(accelerator):
+                    write_run_files(setup, folder)
                 accelerator.print(describe_run(setup, folder))
                 logger = open_metrics_logger(setup, folder, progress)
                 run = Run(setup, folder, lock, publisher, signals, LossMeter(), logger, progress)
@@ -103,8 +105,9 @@ def run_training(run: Run, start_time: float) -> None:
             raise SystemExit(128 + stop.signal) from None
         return
     run.logger.progress_bar.close()
-    if accelerator.is_main_process:
-        mark_finished(run.folder, progress.step, progress.stopped_early)
+    with fail_together(accelerator):
+        if accelerator.is_main_process:
+            mark_finished(run.folder, progress.step, progress.stopped_early)
     accelerator.print(
         f"The pipeline, its samples ({FINAL_SAMPLES}) and its metrics ({METRICS}) are in {run.folder}; "
         f"draw from it: ddpm-ext sample {shlex.quote(str(run.folder))}"
@@ -182,8 +185,9 @@ def write_run_files(setup: Setup, folder: Path) -> None:
     }
     if classes := count_classes(data):
         facts["data"]["classes"] = [{"name": each.name, "images": each.train} for each in classes]
-    setup.config.write_resolved(folder / CONFIG)
-    write_text_atomically(folder / ENVIRONMENT, json.dumps(facts, indent=2) + "\n")
+    with as_run_error(folder):
+        setup.config.write_resolved(folder / CONFIG)
+        write_text_atomically(folder / ENVIRONMENT, json.dumps(facts, indent=2) + "\n")
 
 
 def describe_stop(stop: StopTraining, step: int, steps: int) -> str:

@@ -36,6 +36,7 @@ from diffusers_ddpm_ext.training.config.options import (
     StartOptions,
     ValidationOptions,
 )
+from diffusers_ddpm_ext.utils.files import write_text_atomically
 from diffusers_ddpm_ext.utils.lr_lambdas import WITHOUT_WARMUP
 from diffusers_ddpm_ext.utils.option import option, options_of
 from diffusers_ddpm_ext.utils.yaml_io import dump_options
@@ -119,7 +120,7 @@ class TrainConfig:
         for section in SECTIONS:
             names = [name for name, o in OPTIONS.items() if o.section == section and name not in NOT_WRITTEN]
             lines.append(dump_options({section: {n: flat[n] for n in names}}))
-        Path(path).write_text("".join(lines), encoding="utf-8")
+        write_text_atomically(path, "".join(lines))
 
 
 def parse_train_args(argv: Sequence[str]) -> TrainConfig:

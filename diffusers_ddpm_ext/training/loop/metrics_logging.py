@@ -8,9 +8,9 @@ from pathlib import Path
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from diffusers_ddpm_ext.errors import warn
+from diffusers_ddpm_ext.errors import as_run_error, warn
 from diffusers_ddpm_ext.training.config.train_config import TrainConfig
-from diffusers_ddpm_ext.training.distributed import mean_over_ranks
+from diffusers_ddpm_ext.training.distributed import fail_together, mean_over_ranks
 from diffusers_ddpm_ext.training.loop.nonfinite import stop_nonfinite
 from diffusers_ddpm_ext.training.loop.previews import IMAGE_FOLDER
 from diffusers_ddpm_ext.training.loop.run import Run, RunProgress, Task
@@ -29,8 +29,10 @@ def open_metrics_logger(setup: Setup, folder: Path, progress: RunProgress) -> Me
     bar = tqdm(total=setup.plan.steps, initial=progress.step, unit="step", disable=not accelerator.is_main_process)
     logger = MetricsLogger(folder, accelerator.log, setup.learns_logvar, setup.plan.effective_batch, bar)
     logger.tracker_failed = tracker_failed
-    if accelerator.is_main_process:
-        logger.trim_files(progress.step, Task.VALIDATION in progress.pending)
+    with fail_together(accelerator):
+        if accelerator.is_main_process:
+            with as_run_error(folder):
+                logger.trim_files(progress.step, Task.VALIDATION in progress.pending)
     return logger
 
 

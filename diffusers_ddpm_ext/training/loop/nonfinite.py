@@ -11,6 +11,7 @@ The rules are functions of the run's steps: a run that is killed and restarted r
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 from collections.abc import Iterable
@@ -31,7 +32,7 @@ from diffusers_ddpm_ext.training.loop.resume import find_checkpoint, read_checkp
 from diffusers_ddpm_ext.training.loop.run import Run
 from diffusers_ddpm_ext.training.loop.setup import Setup
 from diffusers_ddpm_ext.training.tracking.step_losses import LossMeter, SampleLoss
-from diffusers_ddpm_ext.utils.files import CONFIG
+from diffusers_ddpm_ext.utils.files import CONFIG, write_text_atomically
 
 CRASH_FOLDER = "crash"
 MAX_CRASH_FOLDERS = 10  # later events are reported in one line, without a folder
@@ -170,7 +171,7 @@ def _write_event(
         "precision": setup.accelerator.mixed_precision,
         "versions": library_versions(),
     }
-    (folder / "event.json").write_text(json.dumps(event, indent=1) + "\n", encoding="utf-8")
+    write_text_atomically(folder / "event.json", json.dumps(event, indent=1) + "\n")
     setup.config.write_resolved(folder / CONFIG)
     # Samples with a non-finite loss come first, so that the image grid shows them.
     order = sorted(samples, key=lambda ranked: math.isfinite(ranked[1].loss))
@@ -180,7 +181,8 @@ def _write_event(
 
 
 def _write_csv(path: Path, header: tuple[str, ...], rows: Iterable[tuple[Any, ...]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(header)
-        writer.writerows(rows)
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(header)
+    writer.writerows(rows)
+    write_text_atomically(path, text.getvalue())

@@ -12,7 +12,7 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list
 
-from diffusers_ddpm_ext.errors import ConfigError, warn
+from diffusers_ddpm_ext.errors import ConfigError, as_run_error, warn
 from diffusers_ddpm_ext.training.checkpoints import snapshot as snapshots
 from diffusers_ddpm_ext.training.checkpoints.facts import check_facts
 from diffusers_ddpm_ext.training.checkpoints.folders import move_aside, move_newer_aside, newest, remove_leftovers
@@ -73,7 +73,8 @@ def resume(setup: Setup, folder: Path) -> RunProgress | None:
             snapshot = None if checkpoint is None else read_matching_snapshot(setup, folder, checkpoint)
             finished = is_finished(folder, setup.plan.steps, snapshot)
             if checkpoint is not None and not finished:
-                make_newest(folder, checkpoint)
+                with as_run_error(folder):
+                    make_newest(folder, checkpoint)
             status = [(checkpoint is not None, finished)]
     broadcast_object_list(status)
     exists, finished = status[0]
@@ -102,8 +103,8 @@ def find_checkpoint(folder: Path, requested: str) -> Checkpoint | None:
     Raises:
         ConfigError: there is none.
     """
-    remove_leftovers(folder)
     try:
+        remove_leftovers(folder)
         if requested in ("latest", "auto"):
             return _find_newest(folder, requested)
         return verify(_best_checkpoint(folder) if requested == BEST else Path(requested))

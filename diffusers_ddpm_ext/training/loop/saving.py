@@ -12,7 +12,7 @@ import shutil
 from functools import partial
 from pathlib import Path
 
-from diffusers_ddpm_ext.errors import RunError, warn
+from diffusers_ddpm_ext.errors import RunError, as_run_error, warn
 from diffusers_ddpm_ext.training.checkpoints import snapshot as snapshots
 from diffusers_ddpm_ext.training.checkpoints.folders import checkpoint_step, delete_checkpoint, prune_checkpoints
 from diffusers_ddpm_ext.training.checkpoints.state import capture_snapshot
@@ -113,7 +113,7 @@ def _write_best(folder: Path, step: int, networks: ExportedNetworks, parts: Part
     try:
         save_pipeline(draft, networks, parts.scheduler, parts.pipeline_kwargs)
         facts = {"format": 1, "monitor": monitor.name, "mode": monitor.mode, "step": step, "value": monitor.best.value}
-        (draft / MONITOR).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        write_text_atomically(draft / MONITOR, json.dumps(facts, indent=1) + "\n")
         carry_over(folder / BEST, draft, foreign_files(folder / BEST))
         replace_folder(draft, folder / BEST)
     finally:
@@ -121,6 +121,7 @@ def _write_best(folder: Path, step: int, networks: ExportedNetworks, parts: Part
 
 
 def mark_finished(folder: Path, step: int, stopped_early: bool) -> None:
-    """Record that a run is finished, so that the same command does not start it again."""
+    """Record that a run is finished, so that the same command does not start it again; a RunError on a full disk."""
     facts = {"format": 1, "step": step, "stopped_early": stopped_early}
-    write_text_atomically(folder / FINISHED, json.dumps(facts) + "\n")
+    with as_run_error(folder / FINISHED):
+        write_text_atomically(folder / FINISHED, json.dumps(facts) + "\n")
