@@ -36,6 +36,7 @@ from diffusers_ddpm_ext.training.loop.step import train_step
 from diffusers_ddpm_ext.training.loop.stop_requests import RequestPoller
 from diffusers_ddpm_ext.training.loop.tasks import StopTraining, draw_and_log, due_after, run_pending_tasks
 from diffusers_ddpm_ext.training.signals import handle_signals
+from diffusers_ddpm_ext.training.tracking.console import describe_end
 from diffusers_ddpm_ext.training.tracking.step_losses import LossMeter
 from diffusers_ddpm_ext.utils.files import CONFIG, ENVIRONMENT, METRICS, write_text_atomically
 
@@ -105,6 +106,7 @@ def run_training(run: Run, start_time: float) -> None:
             raise SystemExit(128 + stop.signal) from None
         return
     run.logger.progress_bar.close()
+    accelerator.print(describe_end(time.monotonic() - start_time, setup.monitor, progress.last_bound))
     with fail_together(accelerator):
         if accelerator.is_main_process:
             mark_finished(run.folder, progress.step, progress.stopped_early)

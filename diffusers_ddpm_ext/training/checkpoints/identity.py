@@ -56,6 +56,8 @@ def run_identity(config: TrainConfig, effective_batch: int, steps: int | None) -
 
 def changed_options(own: Mapping[str, Any], saved: Mapping[str, Any], ignored: Collection[str] = ()) -> list[str]:
     """One phrase per option that differs between this run and a checkpoint."""
+    if STEPS not in own or STEPS not in saved:  # only one of the two learning rates depends on the length of the run
+        ignored = {STEPS, *ignored}
     names = [*own, *(name for name in saved if name not in own)]
     # A checkpoint of an older version lacks an option that is new; its run used the default.
     was = {name: saved[name] if name in saved else _default(name) for name in names if name not in ignored}

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from accelerate import Accelerator
-from tqdm.auto import tqdm
 
 from diffusers_ddpm_ext.errors import as_run_error, warn
 from diffusers_ddpm_ext.training.config.train_config import TrainConfig
@@ -15,6 +14,7 @@ from diffusers_ddpm_ext.training.loop.nonfinite import stop_nonfinite
 from diffusers_ddpm_ext.training.loop.previews import IMAGE_FOLDER
 from diffusers_ddpm_ext.training.loop.run import Run, RunProgress, Task
 from diffusers_ddpm_ext.training.loop.setup import Setup
+from diffusers_ddpm_ext.training.tracking.console import ProgressDisplay
 from diffusers_ddpm_ext.training.tracking.metrics import MetricsLogger
 from diffusers_ddpm_ext.training.tracking.step_losses import first_nonfinite
 from diffusers_ddpm_ext.utils.files import METRICS
@@ -26,7 +26,7 @@ def open_metrics_logger(setup: Setup, folder: Path, progress: RunProgress) -> Me
     """Open files, tracker and progress bar; only the main process' logger writes."""
     accelerator = setup.accelerator
     tracker_failed = bool(accelerator.log_with) and not start_tracker(accelerator, setup.config, folder)
-    bar = tqdm(total=setup.plan.steps, initial=progress.step, unit="step", disable=not accelerator.is_main_process)
+    bar = ProgressDisplay(setup.plan.steps, progress.step, accelerator.is_main_process)
     logger = MetricsLogger(folder, accelerator.log, setup.learns_logvar, setup.plan.effective_batch, bar)
     logger.tracker_failed = tracker_failed
     with fail_together(accelerator):

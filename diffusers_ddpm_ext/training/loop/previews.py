@@ -16,12 +16,13 @@ import torch
 from diffusers import UNet2DModel
 from torch import Tensor
 
-from diffusers_ddpm_ext.errors import Interrupted
+from diffusers_ddpm_ext.errors import Interrupted, warn
 from diffusers_ddpm_ext.pipelines.pipeline_ddpm_ext import DDPMExtPipeline, DDPMExtPipelineOutput
 from diffusers_ddpm_ext.plotting.curves import RUN_LOSSES, plot_logvar, plot_run_losses
 from diffusers_ddpm_ext.plotting.sheets import save_grid
 from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
 from diffusers_ddpm_ext.training.data.image_set import ImageSet
+from diffusers_ddpm_ext.training.evaluation.logvar_distance import logvar_warning
 from diffusers_ddpm_ext.training.evaluation.validation_loss import log_loss_per_step
 from diffusers_ddpm_ext.training.loop.export import export_networks, gather_logvar
 from diffusers_ddpm_ext.training.loop.run import Run
@@ -229,7 +230,10 @@ def draw_final_samples(run: Run, network: UNet2DModel) -> None:
 
 
 def draw_logvar(run: Run) -> None:
-    """Draw ``logvar.png``: the learned log-variances, and the log loss of the raw weights that they estimate."""
+    """Draw ``logvar.png``: the learned log-variances, and the log loss of the raw weights that they estimate.
+
+    A large distance of the two is a warning.
+    """
     setup = run.setup
     if not setup.learns_logvar:
         return
@@ -246,4 +250,8 @@ def draw_logvar(run: Run) -> None:
     )
     logvar = gather_logvar(setup.parts.objective)
     if logvar is not None and setup.accelerator.is_main_process:
-        plot_logvar(run.folder / IMAGE_FOLDER / "logvar.png", logvar.float().cpu(), log_loss)
+        table = logvar.double().cpu().numpy()
+        warning = logvar_warning(table, log_loss, setup.config.objective.logvar_learning_rate)
+        if warning is not None:
+            warn(warning)
+        plot_logvar(run.folder / IMAGE_FOLDER / "logvar.png", table, log_loss)

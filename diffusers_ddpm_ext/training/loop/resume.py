@@ -12,7 +12,7 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list
 
-from diffusers_ddpm_ext.errors import ConfigError, as_run_error, warn
+from diffusers_ddpm_ext.errors import ConfigError, as_run_error, printable, warn
 from diffusers_ddpm_ext.training.checkpoints import snapshot as snapshots
 from diffusers_ddpm_ext.training.checkpoints.facts import check_facts
 from diffusers_ddpm_ext.training.checkpoints.folders import move_aside, move_newer_aside, newest, remove_leftovers
@@ -85,7 +85,10 @@ def resume(setup: Setup, folder: Path) -> RunProgress | None:
         with fail_together(accelerator):
             saved = restore_snapshot(snapshot, training_objects(setup), config.checkpoint.allow_config_change)
         progress = restore_progress(saved, setup.monitor)
-        accelerator.print(f"resuming from step {progress.step:,}")
+        source = requested if requested not in ("latest", "auto", BEST) else f"checkpoint-{progress.step}"
+        accelerator.print(
+            printable(f"{folder} resumes from {source}, resuming from step {progress.step:,} of {setup.plan.steps:,}")
+        )
         return progress
     if setup.ckpt_path_missing:
         raise ConfigError(

@@ -34,7 +34,7 @@ class Task(StrEnum):
 
 @dataclass
 class RunProgress:
-    """How far a run has come; all of it but the last metrics is in every checkpoint.
+    """How far a run has come; all of it but the last metrics and bound is in every checkpoint.
 
     Attributes:
         step: optimizer steps done.
@@ -42,6 +42,7 @@ class RunProgress:
         stopped_early: whether the monitor's patience is used up.
         recoveries: skipped steps in a row, or rollbacks to the same checkpoint.
         last_metrics: metrics of the step that was read last.
+        last_bound: bits per dimension at the last validation; None if they are not computed.
     """
 
     step: int = 0
@@ -49,6 +50,7 @@ class RunProgress:
     stopped_early: bool = False
     recoveries: int = 0
     last_metrics: dict[str, float] = field(default_factory=dict)
+    last_bound: float | None = None
 
 
 @dataclass(frozen=True)

@@ -23,14 +23,17 @@ from diffusers_ddpm_ext.training.loop.export import ExportedNetworks, export_net
 from diffusers_ddpm_ext.training.loop.resume import BEST, FINISHED, MONITOR, saved_progress, training_objects
 from diffusers_ddpm_ext.training.loop.run import Run, Task
 from diffusers_ddpm_ext.training.loop.setup import Setup
+from diffusers_ddpm_ext.training.tracking.console import print_line
 from diffusers_ddpm_ext.training.tracking.monitor import Monitor, MonitorDecision
 from diffusers_ddpm_ext.utils.files import replace_folder, write_text_atomically
 from diffusers_ddpm_ext.utils.folder_lock import FolderBusy, FolderLock
 from diffusers_ddpm_ext.utils.generations import carry_over, foreign_files
 
 
-def save_checkpoint(run: Run) -> bool:
+def save_checkpoint(run: Run, announce: bool = True) -> bool:
     """Write a checkpoint of this step, then delete those beyond the limit; False if not written. Collective call.
+
+    A line is printed unless ``announce`` is false.
 
     Raises:
         RunError: another run has acquired the folder; in the main process.
@@ -48,6 +51,8 @@ def save_checkpoint(run: Run) -> bool:
                 delete_old_checkpoints(
                     run.folder, step, setup.config.checkpoint.checkpoints_total_limit, setup.monitor
                 )
+                if announce:
+                    print_line(f"step {step:,}: checkpoint-{step} is written")
             except OSError as error:
                 warn(str(error))
                 written = False
@@ -81,7 +86,7 @@ def save_top_checkpoint(run: Run, decision: MonitorDecision) -> None:
         return
     if decision.best:
         run.progress.pending = [Task.BEST, *run.progress.pending]
-    save_checkpoint(run)
+    save_checkpoint(run, announce=False)  # the line of the validation says that it is among the best
     evicted = decision.evicted_step
     if evicted is None or not run.setup.accelerator.is_main_process:
         return

@@ -16,6 +16,7 @@ from diffusers_ddpm_ext.training.loop.run import Run, Task
 from diffusers_ddpm_ext.training.loop.saving import save_best_pipeline, save_checkpoint, save_top_checkpoint
 from diffusers_ddpm_ext.training.loop.stop_requests import RequestPoller, StopRequest
 from diffusers_ddpm_ext.training.loop.validation import validation_metrics
+from diffusers_ddpm_ext.training.tracking.console import describe_validation, print_line, validation_bound
 from diffusers_ddpm_ext.training.tracking.plan import Plan
 
 FINAL_TASKS = (Task.MODEL, Task.VALIDATION, Task.END)
@@ -109,15 +110,19 @@ def validate(run: Run) -> bool:
     if values and setup.accelerator.is_main_process:
         run.logger.log_validation(progress.step, values)
     progress.pending = [task for task in progress.pending if task != Task.VALIDATION]  # in the checkpoint below, too
+    progress.last_bound = validation_bound(values)
+    decision = None
     if setup.monitor is not None:
         value = (values | progress.last_metrics).get(setup.monitor.name, math.nan)
         decision = setup.monitor.update(progress.step, value)
+    if values and setup.accelerator.is_main_process:
+        print_line(describe_validation(progress.step, values | progress.last_metrics, setup.monitor, decision))
+    if setup.monitor is not None and decision is not None:
         if decision.stop and progress.step < setup.plan.steps:
             progress.stopped_early = True
             progress.pending = [task for task in FINAL_TASKS if task != Task.VALIDATION]
-            setup.accelerator.print(
-                f"step {progress.step:,}: {setup.monitor.name} has not improved lately; stopping early"
-            )
+            if setup.accelerator.is_main_process:
+                print_line(f"step {progress.step:,}: {setup.monitor.name} has not improved lately; stopping early")
         save_top_checkpoint(run, decision)
     return True
 

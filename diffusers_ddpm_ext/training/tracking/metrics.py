@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from diffusers_ddpm_ext.errors import warn
+from diffusers_ddpm_ext.training.tracking.console import ProgressDisplay
 from diffusers_ddpm_ext.training.tracking.row_files import trim_rows
 from diffusers_ddpm_ext.training.tracking.step_losses import StepRecord
 from diffusers_ddpm_ext.training.tracking.trackers import log_images_and_losses
@@ -71,7 +70,7 @@ class MetricsLogger:
     track: Callable[[Mapping[str, float], int], None]
     learned_logvar: bool
     images_per_step: int
-    progress_bar: tqdm
+    progress_bar: ProgressDisplay
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
     pending: dict[str, bytes] = field(default_factory=dict)
     tracker_failed: bool = False
@@ -129,8 +128,8 @@ class MetricsLogger:
         self.recent_losses += [record.loss_simple for record in records if record.applied]
         mean = _mean([row for row, record in zip(rows, records, strict=True) if record.applied])
         self.log_to_trackers(mean | {"lr": last.learning_rate, "images_per_second": speed}, last.step)
-        loss = f"loss {mean['train/loss']:.4g}, " if mean else ""
-        self.progress_bar.set_postfix_str(f"{loss}lr {last.learning_rate:.2e}, {speed:.0f} images/s")
+        loss = f"loss_simple {mean['train/loss_simple']:.4g}, " if mean else ""
+        self.progress_bar.show(last.step, f"{loss}lr {last.learning_rate:.2e}, {speed:.0f} images/s")
 
     def log_validation(self, step: int, values: Mapping[str, float]) -> None:
         """Log the metrics of a validation after ``step`` optimizer steps."""

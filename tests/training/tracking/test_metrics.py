@@ -7,8 +7,8 @@ import math
 from pathlib import Path
 
 import pytest
-from tqdm.auto import tqdm
 
+from diffusers_ddpm_ext.training.tracking.console import ProgressDisplay
 from diffusers_ddpm_ext.training.tracking.metrics import MetricsLogger, Stopwatch
 from diffusers_ddpm_ext.training.tracking.step_losses import StepRecord
 
@@ -16,7 +16,7 @@ from diffusers_ddpm_ext.training.tracking.step_losses import StepRecord
 def test_files_and_tracker(tmp_path: Path):
     """Every step has its row; the tracker gets the mean of a block; seconds stay out of metrics.jsonl."""
     tracked: list[tuple[dict[str, float], int]] = []
-    logger = MetricsLogger(tmp_path, lambda row, step: tracked.append((dict(row), step)), False, 8, tqdm(disable=True))
+    logger = MetricsLogger(tmp_path, lambda row, step: tracked.append((dict(row), step)), False, 8, ProgressDisplay(2))
     logger.trim_files(0)
     logger.log_training([StepRecord(n, 0.1 * n, n, n, n, 0, 0, math.nan) for n in (1, 2)])
     logger.log_validation(2, {"val/loss": 5.0})

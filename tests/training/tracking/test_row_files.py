@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tqdm.auto import tqdm
 
+from diffusers_ddpm_ext.training.tracking.console import ProgressDisplay
 from diffusers_ddpm_ext.training.tracking.metrics import MetricsLogger
 from diffusers_ddpm_ext.training.tracking.row_files import trim_rows
 
@@ -28,7 +28,7 @@ def written(folder: Path, validation: int = RESUMED) -> list[bytes]:
 
 
 def logger(folder: Path) -> MetricsLogger:
-    return MetricsLogger(folder, lambda row, step: None, False, 8, tqdm(disable=True))
+    return MetricsLogger(folder, lambda row, step: None, False, 8, ProgressDisplay(STEPS))
 
 
 def steps(folder: Path, name: str = "metrics.jsonl") -> list[int]:
