@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from diffusers_ddpm_ext.errors import ConfigError
 from diffusers_ddpm_ext.utils.dtensor import copy_into, distribute_like, full_tensor, is_sharded, local_tensor, reshard
 from diffusers_ddpm_ext.utils.input_files import check_folder, exists, read_json_object
+from diffusers_ddpm_ext.utils.wrappers import plain_name, unwrap
 
 MAX_UPDATES = 2**53  # counters are integers in JSON and floats in the decay
 _NOT_SHARDED = (
@@ -49,7 +50,8 @@ class LitEMA:
     :func:`diffusers_ddpm_ext.utils.dtensor.reshard` shards them again.
 
     Args:
-        module: the module to average, without wrappers (DDP, ``torch.compile``), whose prefixes would be in the names.
+        module: the module to average. Names are those of the module under its wrappers (DDP, ``torch.compile``), and
+            every method takes it with or without them.
         decay: in [0, 1]; 0.9999 averages over about the last 10,000 steps.
         use_num_updates: whether the decay warms up; without it every update uses ``decay``.
 
@@ -68,7 +70,7 @@ class LitEMA:
         self._num_updates = 0 if use_num_updates else -1
         self._in_scope = False
         self.shadow: dict[str, Tensor] = {}
-        for name, parameter in module.named_parameters():
+        for name, parameter in _named_parameters(module).items():
             if parameter.requires_grad:
                 dtype = torch.promote_types(parameter.dtype, torch.float32)
                 self.shadow[name] = parameter.detach().to(dtype, copy=True)
@@ -107,7 +109,7 @@ class LitEMA:
             raise ValueError(
                 "LitEMA.step() inside scope() would average the EMA weights with themselves; leave it first."
             )
-        parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        parameters = {name: p for name, p in _named_parameters(module).items() if p.requires_grad}
         if parameters.keys() != self.shadow.keys():
             self._refuse_other_names(set(parameters))
         self._follow(parameters)
@@ -126,7 +128,7 @@ class LitEMA:
         parts += [f"trainable but not tracked: {_examples(new)}"] if new else []
         raise ValueError(
             f"LitEMA tracks what was trainable when it was made, and that has changed ({'; '.join(parts)}). "
-            "Make a new LitEMA after freezing or unfreezing, and give it the module without wrappers."
+            "Make a new LitEMA after freezing or unfreezing."
         )
 
     def _follow(self, parameters: Mapping[str, Tensor]) -> None:
@@ -142,12 +144,12 @@ class LitEMA:
 
     def _targets(self, module: nn.Module) -> list[Tensor]:
         """The module's tracked parameters in the order of ``shadow``, frozen or not."""
-        parameters = dict(module.named_parameters())
+        parameters = _named_parameters(module)
         missing = self.shadow.keys() - parameters.keys()
         if missing:
             raise ValueError(
                 f"the module has no parameter {_examples(missing)}, which LitEMA tracks; "
-                "give it a module of the same architecture, without wrappers."
+                "give it a module of the same architecture."
             )
         for name, shadow in self.shadow.items():
             if parameters[name].shape != shadow.shape:
@@ -188,6 +190,7 @@ class LitEMA:
         """
         if self._in_scope:
             raise ValueError("LitEMA.scope() is already open and cannot be nested; leave it before entering it again.")
+        _named_parameters(module)
         reshard(module)
         targets = self._targets(module)
         for target, (name, shadow) in zip(targets, self.shadow.items(), strict=True):
@@ -258,6 +261,16 @@ class LitEMA:
             copy_into(shadow, loaded[name])
         self.decay, self.use_num_updates = decay, use_num_updates
         self._num_updates = num_updates
+
+
+def _named_parameters(module: Any) -> dict[str, Tensor]:
+    """Parameters of the module under its wrappers, by their plain names."""
+    if not isinstance(module, nn.Module):
+        way_out = (
+            "use ema.copy_to(network), or `with ema.scope(network):`" if isinstance(module, LitEMA) else "pass it"
+        )
+        raise ValueError(f"module={type(module).__name__} is not the network (a torch.nn.Module): {way_out}.")
+    return {plain_name(name): parameter for name, parameter in unwrap(module).named_parameters()}
 
 
 def _check_shadow(name: str, loaded: Any, shadow: Tensor) -> None:

@@ -375,3 +375,41 @@ def test_follows_the_module_to_another_device():
     ema.load_state_dict(state)
     ema.copy_to(module)
     assert values(module) == {0.5}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # of torch.compile's own imports
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        lambda module: torch.compile(module),
+        lambda module: torch.nn.DataParallel(module),
+        lambda module: torch.compile(torch.nn.DataParallel(module)),
+        lambda module: torch.optim.swa_utils.AveragedModel(module),
+    ],
+)
+def test_a_wrapped_module_is_the_module_under_it(wrapped):
+    module = linear(0.0)
+    other = wrapped(module)
+    inner = list(other.parameters())
+    ema, names = LitEMA(other, decay=0.5, use_num_updates=False), set(LitEMA(module).shadow)
+    assert set(ema.shadow) == names
+    with torch.no_grad():
+        for parameter in inner:
+            parameter.fill_(1.0)
+    ema.step(other)
+    assert {float(shadow.mean()) for shadow in ema.shadow.values()} == {0.5}
+    with ema.scope(other):
+        assert all((parameter == 0.5).all() for parameter in inner)
+    assert all((parameter == 1).all() for parameter in inner)
+    ema.copy_to(module)
+    assert values(module) == {0.5}
+
+
+@pytest.mark.parametrize("wrong", [None, "unet", {"0.bias": torch.zeros(2)}, LitEMA(nn.Linear(1, 1)), nn.Linear])
+def test_what_is_no_network_is_named(wrong):
+    ema = LitEMA(linear())
+    for call in (lambda: LitEMA(wrong), lambda: ema.step(wrong), lambda: ema.copy_to(wrong)):
+        with pytest.raises(ValueError, match="is not the network"):
+            call()
+    with pytest.raises(ValueError, match="is not the network"), ema.scope(wrong):
+        pass
