@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import inspect
 import json
 import pydoc
 import re
@@ -20,6 +22,7 @@ from helpers.paths import ROOT
 from helpers.runs import tiny_run
 from helpers.tiny import tiny_unet
 from PIL import Image
+from test_public_surface import FROZEN_PATHS, PUBLIC
 
 from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtScheduler, cli
 from diffusers_ddpm_ext.training import trainer
@@ -78,7 +81,7 @@ def workspace(tmp_path_factory):
 
 
 def run_commands(text: str) -> None:
-    for line in text.splitlines():
+    for line in text.replace("\\\n", " ").splitlines():
         line = line.replace("accelerate launch training/train.py", "ddpm-ext train")
         arguments = shlex.split(line, comments=True)
         if not arguments:
@@ -103,7 +106,7 @@ def run_commands(text: str) -> None:
 def test_every_block_runs_or_states_why_not(page, workspace, monkeypatch, capsys):
     monkeypatch.chdir(workspace)
     names: dict = {"DDPMExtPipeline": DDPMExtPipeline, "torch": torch}
-    shared = {"docs/conditioning.md": 1, "docs/likelihood.md": 1}
+    shared = {"docs/api.md": 1, "docs/conditioning.md": 1, "docs/likelihood.md": 1}
     for language, text, to_run in blocks(page):
         if not to_run:
             continue
@@ -141,6 +144,113 @@ def test_every_flag_of_train_unconditional_has_its_row(capsys, tmp_path, monkeyp
             assert flag in capsys.readouterr().err
         else:
             assert f"--{flag}" in help_text, flag
+
+
+def test_every_public_name_is_on_the_api_page_with_an_example():
+    """The name is documented from its module, and a block of code uses it after importing it."""
+    page = "docs/api.md"
+    trees = [ast.parse(text) for language, text, _ in blocks(page) if language == "python"]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    used = {node.id for node in nodes if isinstance(node, ast.Name)} | {
+        node.attr for node in nodes if isinstance(node, ast.Attribute)
+    }
+    imported = {
+        (str(node.module), alias.name) for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+    directives = re.findall(r"^::: (\S+)$", (ROOT / page).read_text(), re.M)
+    for module, names in {"": " ".join(PUBLIC - {"__version__"}), **FROZEN_PATHS}.items():
+        place = importlib.import_module(f"diffusers_ddpm_ext.{module}".rstrip("."))
+        for name in names.split():
+            assert (place.__name__, name) in imported, f"{name}: not imported from {place.__name__}"
+            assert name in used, f"{name}: no example"
+            documented = getattr(place, name)
+            path = f"{documented.__module__}.{name}"
+            assert {path, documented.__module__} & set(
+                directives
+            ) or f"diffusers_ddpm_ext.{module}.{name}" in directives, path
+
+
+@pytest.mark.parametrize("page", ["README.md", *PAGES])
+def test_no_line_of_code_is_cut(page):
+    """GitHub and the site show about 110 characters of a line of code; listings wrap on the site."""
+    for language, text, _ in blocks(page):
+        for line in text.splitlines():
+            assert len(line) <= 110, f"{page}, {language or 'shell'}: {line}"
+
+
+def test_the_site_loads_nothing_from_elsewhere():
+    """Formulas are drawn by the KaTeX in docs/assets: its files are complete and no page names an outside script."""
+    settings = (ROOT / "mkdocs.yml").read_text()
+    for files in re.findall(r"^extra_(?:css|javascript): \[(.*)\]$", settings, re.M):
+        for name in files.split(", "):
+            assert (ROOT / "docs" / name).is_file(), name
+    style = (ROOT / "docs/assets/katex/katex.min.css").read_text()
+    fonts = set(re.findall(r"url\(([^)]+)\)", style))
+    assert fonts
+    assert all((ROOT / "docs/assets/katex" / font).is_file() for font in fonts)
+    assert "http" not in settings
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_formulas_are_complete(page):
+    """Every formula has its closing dollar on the same line, balanced braces, and no line end that Markdown eats."""
+    text = re.sub(r"^```.*?^```$", "", (ROOT / page).read_text(), flags=re.M | re.S)
+    text = re.sub(r"`[^`\n]*`", "", text)
+    displayed = re.findall(r"^\$\$\n(.*?)\n\$\$$", text, re.M | re.S)
+    text = re.sub(r"^\$\$\n.*?\n\$\$$", "", text, flags=re.M | re.S)
+    for line in text.splitlines():
+        assert line.count("$") % 2 == 0, line
+        displayed += re.findall(r"\$([^$]+)\$", line)
+    for formula in displayed:
+        assert formula.count("{") == formula.count("}"), formula
+        assert formula == formula.strip(), formula
+        assert "|" not in formula, formula
+
+
+@pytest.mark.parametrize(
+    "module",
+    sorted(
+        {
+            *FROZEN_PATHS,
+            "schedulers.scheduling_ddpm_ext",
+            "losses.objective",
+            "models.ema",
+            "models.unet_2d_ext",
+            "diffusion.schedule",
+            "diffusion.weighting",
+            "diffusion.optimal_variance",
+            "pipelines.pipeline_ddpm_ext",
+            "utils.lr_lambdas",
+            "schedulers.adapter",
+        }
+    ),
+)
+def test_args_sections_list_the_parameters_in_order(module):
+    """What help() shows below the signature names the same parameters in the same order, and no other."""
+    place = importlib.import_module(f"diffusers_ddpm_ext.{module}")
+    names = [name for name in dir(place) if not name.startswith("_")]
+    for name in names:
+        value = getattr(place, name)
+        if not getattr(value, "__module__", "").startswith("diffusers_ddpm_ext."):
+            continue
+        members = [(name, value)]
+        if isinstance(value, type):
+            members += [(f"{name}.{key}", member) for key, member in vars(value).items() if inspect.isfunction(member)]
+        for label, member in members:
+            section = re.search(
+                r"^\s*Args:\n((?:\s+.*\n|\n)+?)(?=\s*(?:Returns|Raises|Yields|Attributes|Example):|\Z)",
+                f"{inspect.getdoc(member) or ''}\n",
+                re.M,
+            )
+            if section is None:
+                continue
+            documented = re.findall(r"^    (\*{0,2}\w+)[^:\n]*:", section[1], re.M)
+            signature = [
+                p.name for p in inspect.signature(member).parameters.values() if p.name not in ("self", "cls")
+            ]
+            plain = [d.lstrip("*") for d in documented]
+            assert plain == [p for p in signature if p in plain], label
+            assert set(plain) == set(signature), label
 
 
 def test_every_page_is_in_the_navigation():
