@@ -34,6 +34,7 @@ import numpy as np
 from diffusers_ddpm_ext.diffusion.schedule import LARGEST_LOG_SNR, NoiseSchedule, Table, log_snr
 
 SMOOTHING_REACH = 0.5  # half of the smoothing window, natural log of the SNR
+MAX_FITTED_TIMESTEPS = 5_000  # tables over pairs of steps have 25 million entries, 200 MB
 LEAST_V = 1e-6  # smallest fitted v; in v_decoder 0 means that v is not set
 
 
@@ -78,6 +79,15 @@ def log_loss_of_x0_error(schedule: NoiseSchedule, x0_error: Table) -> Table:
     return error if schedule.prediction_type == "sample" else error + np.log(schedule.snr)
 
 
+def check_fitted_length(schedule: NoiseSchedule) -> None:
+    """Raise ValueError if a chain is too long for tables over pairs of its steps."""
+    if len(schedule) > MAX_FITTED_TIMESTEPS:
+        raise ValueError(
+            f"num_train_timesteps={len(schedule)} is too long to fit variances and steps, which compares all pairs of "
+            f"steps: at most {MAX_FITTED_TIMESTEPS}."
+        )
+
+
 class Smoother:
     """Smooths per-step measurements by local linear regression in the log-SNR.
 
@@ -91,10 +101,11 @@ class Smoother:
         reach: half of the window, natural log.
 
     Raises:
-        ValueError: there is no draw at all.
+        ValueError: there is no draw at all, or the chain has over 5,000 steps.
     """
 
     def __init__(self, schedule: NoiseSchedule, counts: Table | np.ndarray, reach: float = SMOOTHING_REACH) -> None:
+        check_fitted_length(schedule)
         draws = np.asarray(counts, dtype=np.float64)
         if not draws.any():
             raise ValueError("log_error: no step was measured; take at least one draw.")
@@ -210,8 +221,10 @@ def best_timesteps(
         K -> int64, (K,), descending.
 
     Raises:
-        ValueError: a K is out of its range, or too large for chains that start at ``first``; a table is invalid.
+        ValueError: a K is out of its range, or too large for chains that start at ``first``; a table is invalid; the
+            chain has over 5,000 steps.
     """
+    check_fitted_length(schedule)
     requested = sorted(set(counts))
     total = len(schedule)
     longest = total - (first or 0)

@@ -267,6 +267,12 @@ class NoiseSchedule:
         if rescale_betas_zero_snr:
             betas = _checked_betas(rescale_zero_terminal_snr(betas))
         abar = np.cumprod(1 - betas, dtype=np.float64)
+        vanished = (abar < np.finfo(np.float64).tiny) & (betas != 1)
+        if vanished.any():
+            raise ValueError(
+                f"the betas leave no signal that float64 can hold after step {int(np.argmax(vanished))} "
+                f"of {len(betas)} (alphas_cumprod is 0): use smaller betas, or fewer steps."
+            )
         self._fill(betas, abar, np.arange(len(betas)), v_posterior, prediction_type, v_decoder)
 
     def _fill(

@@ -28,7 +28,13 @@ from diffusers_ddpm_ext.diffusion.likelihood import (
     normal_like,
     run_denoiser,
 )
-from diffusers_ddpm_ext.diffusion.optimal_variance import OptimalV, Smoother, best_timesteps, optimal_v
+from diffusers_ddpm_ext.diffusion.optimal_variance import (
+    OptimalV,
+    Smoother,
+    best_timesteps,
+    check_fitted_length,
+    optimal_v,
+)
 from diffusers_ddpm_ext.diffusion.reverse_step import LEARNED_VARIANCES
 from diffusers_ddpm_ext.diffusion.schedule import NoiseSchedule, Table
 from diffusers_ddpm_ext.utils.vocabulary import Decoder
@@ -70,6 +76,7 @@ class VarianceMeter:
 
     def __init__(self, schedule: NoiseSchedule, decoder: Decoder = "exact", bin_width: float = EIGHT_BITS) -> None:
         check_decoder(decoder, bin_width)
+        check_fitted_length(schedule)
         self.schedule, self.decoder, self.bin_width = schedule, decoder, bin_width
         steps = len(schedule)
         self.errors, self.counts = np.zeros(steps), np.zeros(steps, dtype=np.int64)

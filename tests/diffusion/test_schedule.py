@@ -7,6 +7,7 @@ import pytest
 from diffusers import DDPMScheduler
 
 from diffusers_ddpm_ext.diffusion.schedule import TABLE_NAMES, NoiseSchedule, make_betas
+from diffusers_ddpm_ext.diffusion.variance_fit import VarianceMeter
 from diffusers_ddpm_ext.utils.vocabulary import BETA_SCHEDULES
 
 
@@ -131,3 +132,39 @@ def test_what_is_not_allowed_is_named(arguments, name):
 def test_respacing_refuses_steps_that_are_not_there(steps):
     with pytest.raises(ValueError, match="timesteps"):
         NoiseSchedule(10).respaced(steps)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"num_train_timesteps": 100_000},
+        {"num_train_timesteps": 2000, "beta_start": 0.5, "beta_end": 0.5},
+        {"trained_betas": [0.999] * 200},
+        {"trained_betas": np.append(np.full(300, 0.999), 1.0)},
+    ],
+)
+def test_betas_that_leave_no_signal_are_refused(arguments):
+    """A product below the range of float64 is 0 or sticks at the smallest number: a shorter chain would be 0 / 0."""
+    with pytest.raises(ValueError, match="leave no signal that float64 can hold after step"):
+        NoiseSchedule(**arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"num_train_timesteps": 10**9},
+        {"num_train_timesteps": 100_001, "beta_schedule": "squaredcos_cap_v2"},
+        {"num_train_timesteps": 10**18, "beta_schedule": "laplace"},
+        {"trained_betas": np.broadcast_to(1e-4, 10**9)},
+    ],
+)
+def test_chains_of_absurd_length_are_refused_before_memory_is_spent(arguments):
+    with pytest.raises(ValueError, match="100000"):
+        NoiseSchedule(**arguments)
+
+
+def test_the_longest_chain_is_whole():
+    schedule = NoiseSchedule(100_000, 1e-6, 1e-4)
+    assert np.isfinite(schedule.lvlb_weights).all()
+    with pytest.raises(ValueError, match="at most 5000"):
+        VarianceMeter(schedule)
