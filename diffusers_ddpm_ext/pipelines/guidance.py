@@ -5,15 +5,19 @@ Source: [CFG] Ho & Salimans 2022; [interval] Kynkäänniemi et al. 2024 (guidanc
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from diffusers_ddpm_ext.diffusion.arguments import describe
 from diffusers_ddpm_ext.models.conditioning import Conditioning, Conditions, classifier_free_guidance
+from diffusers_ddpm_ext.pipelines.class_names import labels_of_names
+from diffusers_ddpm_ext.utils.wrappers import unwrap
 
 Labels = int | str | Sequence[int | str] | Tensor
 
@@ -30,17 +34,15 @@ class ConditionArguments:
     def batch_size(self) -> int:
         """Number of samples that they are for; 1 where they do not determine it."""
         sizes = [1]
-        for value in (_concatenated(self.concat_inputs), _concatenated(self.encoder_hidden_states)):
-            sizes += [len(value)] if isinstance(value, Tensor) else []
-        labels = self.class_labels
-        if isinstance(labels, Sequence) or (isinstance(labels, Tensor) and labels.ndim):
-            sizes.append(len(labels))
+        for value in (_concatenated(self.concat_inputs), _concatenated(self.encoder_hidden_states), self.class_labels):
+            if isinstance(value, (list, tuple)) or (isinstance(value, (Tensor, np.ndarray)) and value.ndim):
+                sizes.append(len(value))
         return max(sizes)
 
 
 def network_config(network: nn.Module) -> Mapping[str, Any]:
     """The configuration of a Diffusers network, which the type ``nn.Module`` lacks."""
-    config: Any = network.config
+    config: Any = unwrap(network).config
     return config
 
 
@@ -55,6 +57,8 @@ class ConditionedModel:
         null_class_label: the class that stands for no class.
         channels: of a sample.
         device: of the network.
+        dtype: of the network.
+        class_names: name of a class by its number, where classes have names.
     """
 
     unet: nn.Module
@@ -63,6 +67,8 @@ class ConditionedModel:
     null_class_label: int | None
     channels: int
     device: torch.device
+    dtype: torch.dtype = torch.float32
+    class_names: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def embeds_classes(self) -> bool:
@@ -88,22 +94,49 @@ class ConditionedModel:
         return self._labels_required or self.embeds_classes
 
 
-def prepare_conditions(arguments: ConditionArguments, model: ConditionedModel, batch_size: int) -> Conditions:
+def prepare_conditions(
+    arguments: ConditionArguments, model: ConditionedModel, batch_size: int, prefix: str = ""
+) -> Conditions:
     """Convert arguments to the tensors that a network takes, on its device; one for a single sample is used for all.
 
+    Args:
+        arguments: of the call.
+        model: that takes them.
+        batch_size: number of samples.
+        prefix: of the arguments' names in messages.
+
     Raises:
-        ValueError: a label is out of range, or a condition is of another batch.
+        ValueError: a label is unknown or out of range, a condition is of another batch or type, or not finite.
     """
-    labels = None if arguments.class_labels is None else _labels(arguments.class_labels, model, batch_size)
-    context = _concatenated(arguments.encoder_hidden_states)
+    name = f"{prefix}class_labels"
+    labels = None if arguments.class_labels is None else _labels(arguments.class_labels, model, batch_size, name)
+    context = _checked(f"{prefix}encoder_hidden_states", _concatenated(arguments.encoder_hidden_states), model.dtype)
+    concat = _checked(f"{prefix}concat_inputs", _concatenated(arguments.concat_inputs), model.dtype)
     if labels is not None and context is None and model.embeds_classes:
         assert model.class_embedder is not None
         context, labels = model.class_embedder.to(labels.device)[labels][:, None], None
     return Conditions(
         labels,
-        _expanded("concat_inputs", _concatenated(arguments.concat_inputs), batch_size),
-        _expanded("encoder_hidden_states", context, batch_size),
+        _expanded(f"{prefix}concat_inputs", concat, batch_size),
+        _expanded(f"{prefix}encoder_hidden_states", context, batch_size),
     ).to(model.device)
+
+
+def _checked(name: str, value: Any, dtype: torch.dtype) -> Any:
+    """A tensor of numbers that are finite also in the network's precision."""
+    if value is None:
+        return None
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} must be a tensor, or a list of tensors, got {describe(value)}.")
+    if value.is_complex() or value.dtype == torch.bool:
+        raise ValueError(f"{name} must hold real numbers, got {value.dtype}.")
+    if value.ndim == 0:
+        raise ValueError(f"{name} must have one entry per sample, got a single number.")
+    floating = value if value.is_floating_point() else value.float()
+    if not bool(torch.isfinite(floating.to(dtype)).all()):
+        largest = torch.finfo(dtype).max
+        raise ValueError(f"{name} has values that are NaN, infinite, or above {largest:.4g}, the largest of {dtype}.")
+    return floating
 
 
 def _concatenated(value: Any) -> Any:
@@ -113,17 +146,42 @@ def _concatenated(value: Any) -> Any:
     return value
 
 
-def _labels(labels: Labels, model: ConditionedModel, batch_size: int) -> Tensor:
-    tensor = labels if isinstance(labels, Tensor) else torch.tensor(labels)
+def _labels(labels: Any, model: ConditionedModel, batch_size: int, name: str) -> Tensor:
+    tensor = _labels_tensor(labels, model, name)
     tensor = tensor.reshape(1) if tensor.ndim == 0 else tensor
+    classes = model.num_classes
     if not tensor.is_floating_point():
-        classes = model.num_classes
+        if tensor.ndim > 1 and (classes is not None or model.embeds_classes):
+            raise ValueError(f"{name} must hold one class per sample, got shape {tuple(tensor.shape)}.")
         tensor = tensor.long()
         if classes is not None and not bool(((tensor >= 0) & (tensor < classes)).all()):
-            raise ValueError(f"class_labels must be in 0..{classes - 1}, got {tensor.flatten().tolist()[:10]}.")
-    expanded = _expanded("class_labels", tensor, batch_size)
+            raise ValueError(f"{name} must be in 0..{classes - 1}, got {tensor.flatten().tolist()[:10]}.")
+    elif model.embeds_classes or (classes is not None and tensor.ndim == 1):
+        raise ValueError(f"{name} must hold integers, the numbers of classes, got {tensor.dtype}.")
+    else:
+        tensor = _checked(name, tensor, model.dtype)
+    expanded = _expanded(name, tensor, batch_size)
     assert expanded is not None
     return expanded
+
+
+def _labels_tensor(labels: Any, model: ConditionedModel, name: str) -> Tensor:
+    """Class labels as a tensor; texts are names of classes."""
+    if isinstance(labels, Tensor):
+        if labels.dtype == torch.bool or labels.is_complex():
+            raise ValueError(f"{name} must hold integers, the numbers of classes, got {labels.dtype}.")
+        return labels
+    entries = labels.tolist() if isinstance(labels, np.ndarray) else labels
+    entries = labels_of_names(entries, model.class_names)
+    flat = entries if isinstance(entries, (list, tuple)) else [entries]
+    if not flat or any(isinstance(each, (bool, str)) or each is None for each in flat):
+        raise ValueError(f"{name} must be the number or name of a class, or one per sample, got {describe(labels)}.")
+    try:
+        return torch.as_tensor(entries)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise ValueError(
+            f"{name} must be the number or name of a class, or one per sample, got {describe(labels)}."
+        ) from None
 
 
 def _expanded(name: str, value: Tensor | None, batch_size: int) -> Tensor | None:
@@ -166,34 +224,46 @@ class Guidance:
     Attributes:
         model: the network and its conditioning.
         positive: the conditions.
-        negative: the conditions that stand for none; None without guidance.
-        scale: of guidance.
+        negative_arguments: those of the caller; what they leave out is completed by what stands for no condition.
+        batch_size: number of samples.
         interval: lowest and highest timestep of the training schedule at which there is guidance; None for all.
     """
 
     model: ConditionedModel
     positive: Conditions
-    negative: Conditions | None = None
-    scale: float = 1.0
+    negative_arguments: ConditionArguments
+    batch_size: int
     interval: tuple[float, float] | None = None
 
-    def __call__(self, xt: Tensor, t: Tensor) -> Tensor:
+    def __call__(self, xt: Tensor, t: Tensor, scale: float) -> Tensor:
         """Denoise.
 
         Args:
             xt: (B, C, H, W), in the network's dtype.
             t: a timestep of the training schedule.
+            scale: of guidance; 1 is none.
 
         Returns:
             (B, C or 2C, H, W).
+
+        Raises:
+            ValueError: there is guidance, but nothing that stands for no condition.
         """
-        if self.negative is None or not self._in_interval(float(t)):
+        if scale == 1 or not self._in_interval(float(t)):
             return self._call(xt, t, self.positive)
         negative = self.negative.as_dict()
         both = {name: torch.cat([value, negative[name]]) for name, value in self.positive.as_dict().items()}
         out = self._call(torch.cat([xt, xt]), t, Conditions(**both))
         conditional, unconditional = out.chunk(2)
-        return classifier_free_guidance(conditional, unconditional, self.scale, self.model.channels)
+        return classifier_free_guidance(conditional, unconditional, scale, self.model.channels)
+
+    @cached_property
+    def negative(self) -> Conditions:
+        """The conditions that stand for none."""
+        if not self.model.conditioning.required:
+            raise ValueError("guidance_scale is not 1, but this model is unconditional; leave it out.")
+        arguments = unconditional_arguments(self.negative_arguments, self.model, self.positive)
+        return prepare_conditions(arguments, self.model, self.batch_size, "negative_")
 
     def _in_interval(self, t: float) -> bool:
         return self.interval is None or self.interval[0] <= t <= self.interval[1]
@@ -219,15 +289,9 @@ def prepare_guidance(
     """
     positive = prepare_conditions(arguments, model, batch_size)
     model.conditioning.check(positive)
-    if not math.isfinite(scale):
-        raise ValueError(f"guidance_scale is {scale}; it must be a finite number.")
-    if interval is not None and not (len(interval) == 2 and interval[0] <= interval[1]):
-        raise ValueError(f"guidance_interval is {interval}; it must be two timesteps, the lower one first.")
     if any(value is not None for value in vars(negative).values()) and scale == 1:
         raise ValueError("negative conditions have no effect at guidance_scale 1: give a scale, or leave them out.")
-    if scale == 1:
-        return Guidance(model, positive)
-    if not model.conditioning.required:
-        raise ValueError(f"guidance_scale is {scale}, but this model is unconditional; leave it out.")
-    negative = unconditional_arguments(negative, model, positive)
-    return Guidance(model, positive, prepare_conditions(negative, model, batch_size), scale, interval)
+    guidance = Guidance(model, positive, negative, batch_size, interval)
+    if scale != 1:
+        model.conditioning.check(guidance.negative)
+    return guidance

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -22,18 +21,47 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from diffusers_ddpm_ext.diffusion.arguments import check_generators, checked_integer
 from diffusers_ddpm_ext.diffusion.reverse_step import LEARNED_VARIANCES
 from diffusers_ddpm_ext.models.conditioning import Conditioning
+from diffusers_ddpm_ext.models.evaluation_mode import evaluation_mode
 from diffusers_ddpm_ext.models.unet_2d_ext import UNet2DExtModel
-from diffusers_ddpm_ext.pipelines.class_names import labels_of_names, read_class_names
-from diffusers_ddpm_ext.pipelines.guidance import ConditionArguments, ConditionedModel, Labels, prepare_guidance
-from diffusers_ddpm_ext.pipelines.serialization import SavedPipeline
+from diffusers_ddpm_ext.pipelines.call_arguments import (
+    CALLBACK_TENSORS,
+    CallSettings,
+    StepCallback,
+    check_network,
+    check_scheduler,
+    checked_batch_size,
+    checked_latents,
+    checked_number,
+    checked_sample_shape,
+    checked_step_kwargs,
+    checked_timesteps,
+)
+from diffusers_ddpm_ext.pipelines.call_state import (
+    RUNNING_CALLS,
+    SHARED_SCHEDULER,
+    PipelineCall,
+    StepNoise,
+    running_call,
+    scheduler_of_call,
+)
+from diffusers_ddpm_ext.pipelines.class_names import read_class_names
+from diffusers_ddpm_ext.pipelines.guidance import (
+    ConditionArguments,
+    ConditionedModel,
+    Guidance,
+    Labels,
+    prepare_guidance,
+)
+from diffusers_ddpm_ext.pipelines.serialization import SavedPipeline, needs_guard
 from diffusers_ddpm_ext.schedulers.adapter import SchedulerAdapter, adapt_scheduler, supports_temperature
 from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
+from diffusers_ddpm_ext.utils.wrappers import has_inner_wrappers, network_class, unwrap
 
 logger = logging.getLogger(__name__)
 
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
@@ -64,15 +92,19 @@ class DDPMExtPipeline(SavedPipeline):
         scheduler: any Diffusers scheduler. A plain ``DDPMScheduler`` becomes a `DDPMExtScheduler` with its config,
             here and whenever one is assigned to ``pipeline.scheduler``; other classes are kept, and the network's
             output is converted for them (`diffusers_ddpm_ext.schedulers.adapter`).
-        conditioning_key: how conditions reach the network (`diffusers_ddpm_ext.models.conditioning`); None for an
-            unconditional model.
+        conditioning_key: how conditions reach the network (`diffusers_ddpm_ext.models.conditioning`). With None, a
+            network with class embeddings or cross attention gets these (``adm``, ``crossattn``, ``crossattn-adm``),
+            another is unconditional.
         use_positional_encodings: whether the network's last two input channels are the pixels' coordinates.
         null_class_label: the class that stands for no class, in guidance.
-        id2label: names of the classes by number, which ``class_labels`` of a call may be, as DiTPipeline has them.
+        id2label: names of classes by their numbers (in JSON the numbers are texts), for ``class_labels="Food"``.
+
+    Raises:
+        ValueError: an argument is of the wrong kind, or names classes that the network does not have.
     """
 
     model_cpu_offload_seq = "unet"
-    _callback_tensor_inputs: ClassVar[list[str]] = ["latents", "model_output", "model_input"]
+    _callback_tensor_inputs: ClassVar[list[str]] = list(CALLBACK_TENSORS)
 
     def __init__(
         self,
@@ -84,30 +116,34 @@ class DDPMExtPipeline(SavedPipeline):
         id2label: Mapping[int, str] | Mapping[str, str] | None = None,
     ) -> None:
         super().__init__()
+        check_network(unet)
+        check_scheduler(scheduler)
         self._logvar: Tensor | None = None
         self._class_embedder: Tensor | None = None
-        self._num_timesteps = 0
-        self._num_network_calls = 0
-        self._interrupt = False
+        self._last_call = PipelineCall()
+        conditioning_key = own_conditioning_key(unet) if conditioning_key is None else conditioning_key
         self._conditioning = Conditioning(conditioning_key, use_positional_encodings)
         scheduler = as_ours(scheduler)
-        log_variance = isinstance(scheduler, DDPMExtScheduler) and scheduler.config.variance_type == "learned"
-        if (self._conditioning.widens_input or log_variance) and type(unet) is UNet2DModel:
-            unet = UNet2DExtModel.from_unet(unet)
-        self.register_modules(unet=unet, scheduler=scheduler)
         settings = {
             "conditioning_key": conditioning_key,
             "use_positional_encodings": use_positional_encodings or None,
             "null_class_label": null_class_label,
-            # Keys are texts, as JSON has them: a pipeline and its saved folder have the same configuration.
             "id2label": {str(number): name for number, name in read_class_names(id2label).items()} or None,
         }
+        is_plain = type(unet) is UNet2DModel and not has_inner_wrappers(unet)  # others are guarded when they are saved
+        if is_plain and needs_guard(scheduler, settings):
+            unet = UNet2DExtModel.from_unet(unet)
+        self.register_modules(unet=unet, scheduler=scheduler)
         # Settings at their defaults are left out, so that the folder of an unconditional model is a stock one.
         self.register_to_config(**{name: value for name, value in settings.items() if value is not None})
+        _check_class_names(self.class_names, self.num_classes)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Assign an attribute; a stock scheduler becomes ours."""
+        if name == "unet":
+            check_network(value)
         if name == "scheduler":
+            check_scheduler(value)
             is_stock = type(value) is DDPMScheduler
             value = as_ours(value)
             # The config of a stock scheduler counts as the training schedule only if there is no other.
@@ -148,7 +184,7 @@ class DDPMExtPipeline(SavedPipeline):
     def class_embedder(self, table: Tensor | None) -> None:
         if table is not None:
             table = torch.as_tensor(table).detach().to(device="cpu", dtype=torch.float32, copy=True)
-            width = self.unet.config.get("cross_attention_dim")
+            width = self._network.config.get("cross_attention_dim")
             if table.ndim != 2 or table.shape[1] != width:
                 raise ValueError(
                     f"class_embedder has shape {tuple(table.shape)}; it must be (num_classes, {width}), as wide as "
@@ -164,11 +200,6 @@ class DDPMExtPipeline(SavedPipeline):
         return model.num_classes if model.takes_labels else None
 
     @property
-    def class_names(self) -> dict[int, str]:
-        """Names of the classes by number, from ``id2label``; empty where they have none."""
-        return read_class_names(self.config.get("id2label"))
-
-    @property
     def trained_scheduler(self) -> DDPMExtScheduler:
         """A `DDPMExtScheduler` with the training schedule and the prediction type of the network.
 
@@ -179,19 +210,72 @@ class DDPMExtPipeline(SavedPipeline):
         return DDPMExtScheduler.from_config(self.scheduler.config) if scheduler is None else scheduler
 
     @property
+    def class_names(self) -> dict[int, str]:
+        """Names of classes by their numbers, from ``id2label``; empty where they have none."""
+        return read_class_names(self.config.get("id2label"))
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the network."""
+        device: torch.device = self._network.device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the network."""
+        dtype: torch.dtype = self._network.dtype
+        return dtype
+
+    @property
+    def _network(self) -> Any:
+        """The network without wrappers, which lack its ``config``, ``dtype`` and ``device``."""
+        return unwrap(self.unet)
+
+    @property
+    def _call(self) -> PipelineCall:
+        """The call that runs in this thread, else the last one."""
+        return RUNNING_CALLS.get().get(id(self), self._last_call)
+
+    @property
     def num_timesteps(self) -> int:
-        """Number of steps of the last call."""
-        return self._num_timesteps
+        """Number of steps of this call, or of the last one."""
+        return self._call.num_timesteps
 
     @property
     def num_network_calls(self) -> int:
         """Network calls of the last pipeline call: with many samplers more than ``num_inference_steps``."""
-        return self._num_network_calls
+        return self._call.num_network_calls
+
+    @property
+    def guidance_scale(self) -> float:
+        """Scale of guidance of this call, or of the last one; a callback changes it by ``_guidance_scale``."""
+        return self._call.guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether this call, or the last one, has guidance."""
+        return self._call.guidance_scale != 1
 
     @property
     def interrupt(self) -> bool:
         """Whether a callback has stopped the call, by ``pipeline._interrupt = True``."""
-        return self._interrupt
+        return self._call.interrupt
+
+    @property
+    def _guidance_scale(self) -> float:
+        return self._call.guidance_scale
+
+    @_guidance_scale.setter
+    def _guidance_scale(self, scale: float) -> None:
+        self._call.guidance_scale = checked_number("guidance_scale", scale)
+
+    @property
+    def _interrupt(self) -> bool:
+        return self._call.interrupt
+
+    @_interrupt.setter
+    def _interrupt(self, stop: bool) -> None:
+        self._call.interrupt = bool(stop)
 
     # ------------------------------------------------------------------ sampling
 
@@ -208,7 +292,7 @@ class DDPMExtPipeline(SavedPipeline):
         callback_on_step_end: Callable[..., dict[str, Any]] | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         latents: Tensor | None = None,
-        timesteps: Sequence[int] | None = None,
+        timesteps: Sequence[int] | np.ndarray | Tensor | None = None,
         class_labels: Labels | None = None,
         concat_inputs: Tensor | Sequence[Tensor] | None = None,
         encoder_hidden_states: Tensor | Sequence[Tensor] | None = None,
@@ -240,8 +324,8 @@ class DDPMExtPipeline(SavedPipeline):
                 passed to ``step``), "model_input" (the sample as passed to the network).
             latents: the starting noise, (batch_size, C, H, W), standard normal; None draws it.
             timesteps: the timesteps to use, descending, instead of ``num_inference_steps``.
-            class_labels: one class for all images or one per image, by number, or by its name in ``id2label``;
-                floating, (B, width), for a projected embedding.
+            class_labels: one class for all images or one per image, each a number or a name of ``id2label``; floating,
+                (B, width), for a projected embedding.
                 With a ``class_embedder`` they replace ``encoder_hidden_states``.
             concat_inputs: (B, c, H, W), in data units, concatenated to the network's input; a list is concatenated
                 along the channels.
@@ -264,76 +348,81 @@ class DDPMExtPipeline(SavedPipeline):
             ValueError: an argument is out of its range, the model does not fit, the scheduler cannot sample it, or
                 the samples are not finite.
         """
-        names = self.class_names
-        conditions = ConditionArguments(labels_of_names(class_labels, names), concat_inputs, encoder_hidden_states)
+        settings = CallSettings.checked(output_type, log_every_t, temperature, guidance_scale, guidance_interval)
+        conditions = ConditionArguments(class_labels, concat_inputs, encoder_hidden_states)
+        batch_size = checked_batch_size(batch_size)
         batch_size = conditions.batch_size if batch_size == 1 else batch_size
-        self._check_call(batch_size, output_type, log_every_t, temperature)
-        generator = _check_generators(generator, batch_size)
-        step_kwargs = dict(step_kwargs or {}) | ({} if eta is None else {"eta": eta})
-        sampler = adapt_scheduler(self.scheduler, self.trained_scheduler, step_kwargs)
+        generators = _check_generators(generator, batch_size)
+        callback = StepCallback.checked(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        shape = self._sample_shape(batch_size, settings.output_type)
+        device = self._execution_device
+        step_arguments = checked_step_kwargs(step_kwargs, eta)
+        sampler = self._sampler(step_arguments, settings.temperature)
+        negative = ConditionArguments(negative_class_labels, negative_concat_inputs, negative_encoder_hidden_states)
+        denoise = prepare_guidance(
+            self._model(device), conditions, negative, batch_size, settings.guidance_scale, settings.guidance_interval
+        )
+        steps = self._set_timesteps(sampler, num_inference_steps, timesteps, device, optimal_timesteps)
+        warning = sampler.late_start_warning()
+        if warning:
+            logger.warning(warning)
+        sample = self._initial_sample(shape, generators, latents, sampler, device)
+        noise = StepNoise(generators, settings.temperature, step_arguments)
+        sampler = sampler.with_noise_seed(generators)
+        call = PipelineCall(settings.guidance_scale, len(steps))
+        with running_call(self, call), evaluation_mode(self.unet):
+            intermediates = _Intermediates(settings.log_every_t, len(steps), sample)
+            sample = self._sample(sampler, denoise, steps, sample, noise, callback, intermediates)
+        _check_finite(sample, "the samples")
+        output = DDPMExtPipelineOutput(
+            self._as_images(sample, settings.output_type), intermediates.samples, intermediates.pred_x0
+        )
+        self.maybe_free_model_hooks()
+        return output if return_dict else output.to_tuple()
+
+    def _sampler(self, step_kwargs: Mapping[str, Any], temperature: float) -> SchedulerAdapter:
+        """A copy of the scheduler, adapted to the network: its steps and its state belong to one call."""
+        sampler = adapt_scheduler(scheduler_of_call(self.scheduler), self.trained_scheduler, step_kwargs)
         if temperature != 1.0 and not sampler.is_ours and not supports_temperature(sampler.scheduler, step_kwargs):
             raise ValueError(
                 f"temperature is {temperature}, but {type(self.scheduler).__name__} takes no noise as an argument, "
                 "or adds none. Leave it at 1, or use pipeline.scheduler = "
                 "DDPMExtScheduler.from_config(pipeline.scheduler.config)."
             )
-        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        self._check_callback_inputs(callback_on_step_end_tensor_inputs)
-        shape = self._sample_shape(batch_size, output_type)
+        return sampler
 
-        device = self._execution_device
-        negative = ConditionArguments(
-            labels_of_names(negative_class_labels, names), negative_concat_inputs, negative_encoder_hidden_states
-        )
-        denoise = prepare_guidance(
-            self._model(device), conditions, negative, batch_size, float(guidance_scale), guidance_interval
-        )
-        steps = self._set_timesteps(sampler, num_inference_steps, timesteps, device, optimal_timesteps)
-        warning = sampler.late_start_warning()
-        if warning:
-            logger.warning(warning)
-        sample = self._initial_sample(shape, generator, latents, sampler, device)
-        sampler = sampler.with_noise_seed(generator)
-        intermediates = _Intermediates(log_every_t, len(steps), sample)
-        accepts_generator = "generator" in inspect.signature(sampler.scheduler.step).parameters
-        if accepts_generator and temperature == 1.0:
-            step_kwargs["generator"] = generator
-        self._num_timesteps, self._num_network_calls, self._interrupt = len(steps), 0, False
-        network_dtype = self.unet.dtype
+    def _sample(
+        self,
+        sampler: SchedulerAdapter,
+        denoise: Guidance,
+        steps: Tensor,
+        sample: Tensor,
+        noise: StepNoise,
+        callback: StepCallback,
+        intermediates: _Intermediates,
+    ) -> Tensor:
+        """The loop over the steps."""
+        call, network_dtype = self._call, self._network.dtype
         # As integers, the timesteps cost our scheduler no read from the device.
         step_arguments = steps.tolist() if sampler.is_ours else steps
-
         for i, t in enumerate(self.progress_bar(steps)):
             scale = sampler.input_scale(t)
             model_input = sampler.scheduler.scale_model_input(sample, t)
-            model_output = denoise(model_input.to(network_dtype), sampler.model_timestep(scale, t)).to(sample.dtype)
-            self._num_network_calls += 1
+            time = sampler.model_timestep(scale, t)
+            model_output = denoise(model_input.to(network_dtype), time, call.guidance_scale).to(sample.dtype)
+            call.num_network_calls += 1
             if i == 0:
                 _check_finite(model_output, "the model's first output")
                 self._check_channels(model_output, sample)
             model_output = sampler.convert_output(model_output, model_input, scale, t)
-            if temperature != 1.0:
-                step_kwargs["variance_noise"] = None
-                if step_arguments[i] != 0:  # at 0 the scheduler draws no noise either
-                    noise = randn_tensor(sample.shape, generator=generator, device=device, dtype=sample.dtype)
-                    step_kwargs["variance_noise"] = noise.mul_(temperature)
-            result = sampler.scheduler.step(model_output, step_arguments[i], sample, **step_kwargs)
-            sample = result.prev_sample
-            if callback_on_step_end is not None:
-                tensors = {"latents": sample, "model_output": model_output, "model_input": model_input}
-                chosen = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                sample = (callback_on_step_end(self, i, t, chosen) or {}).get("latents", sample)
+            arguments = noise.arguments(sampler, step_arguments[i], sample)
+            result = sampler.scheduler.step(model_output, step_arguments[i], sample, **arguments)
+            tensors = {"latents": result.prev_sample, "model_output": model_output, "model_input": model_input}
+            sample = callback(self, i, t, tensors)
             intermediates.add(i, sample, result)
-            if self._interrupt:
+            if call.interrupt:
                 break
-
-        _check_finite(sample, "the samples")
-        output = DDPMExtPipelineOutput(
-            self._as_images(sample, output_type), intermediates.samples, intermediates.pred_x0
-        )
-        self.maybe_free_model_hooks()
-        return output if return_dict else output.to_tuple()
+        return sample
 
     @property
     def conditioning(self) -> Conditioning:
@@ -343,7 +432,7 @@ class DDPMExtPipeline(SavedPipeline):
     @property
     def channels(self) -> int:
         """Channels C of a sample."""
-        config = self.unet.config
+        config = self._network.config
         if not self._conditioning.widens_input:
             return int(config.in_channels)
         learned = self.scheduler.config.get("variance_type") in LEARNED_VARIANCES
@@ -351,49 +440,33 @@ class DDPMExtPipeline(SavedPipeline):
 
     def _model(self, device: torch.device) -> ConditionedModel:
         null = self.config.get("null_class_label")
-        return ConditionedModel(self.unet, self._conditioning, self._class_embedder, null, self.channels, device)
-
-    def _check_call(
-        self, batch_size: int, output_type: str | None, log_every_t: int | None, temperature: float
-    ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; it must be 1 or more.")
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type is {output_type!r}; it must be one of {', '.join(OUTPUT_TYPES)}.")
-        if log_every_t is not None and log_every_t < 1:
-            raise ValueError(f"log_every_t is {log_every_t}; it must be 1 or more, or None for no intermediates.")
-        if not (math.isfinite(temperature) and temperature >= 0):
-            raise ValueError(f"temperature is {temperature}; it must be a finite number, 0 or more.")
-
-    def _check_callback_inputs(self, names: Iterable[str]) -> None:
-        unknown = [name for name in names if name not in self._callback_tensor_inputs]
-        if unknown:
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs has {', '.join(unknown)}; it may have "
-                f"{', '.join(self._callback_tensor_inputs)}."
-            )
+        return ConditionedModel(
+            self.unet,
+            self._conditioning,
+            self._class_embedder,
+            null,
+            self.channels,
+            device,
+            self._network.dtype,
+            self.class_names,
+        )
 
     def _sample_shape(self, batch_size: int, output_type: str | None) -> tuple[int, int, int, int]:
-        channels, size = self.channels, self.unet.config.sample_size
-        if size is None:
-            raise ValueError(
-                "The model's config has sample_size None, so the size of an image is unknown. Set it once: "
-                "pipeline.unet.register_to_config(sample_size=(height, width))."
-            )
+        channels = self.channels
+        shape = checked_sample_shape(batch_size, channels, self._network.config.sample_size)
         if output_type == "pil" and channels not in PIL_MODES:
             known = ", ".join(f"{count} ({mode})" for count, mode in PIL_MODES.items())
             raise ValueError(
                 f'output_type is "pil", but the images have {channels} channels; PIL images have {known}. '
                 'Use output_type="np" or output_type="pt".'
             )
-        height, width = (size, size) if isinstance(size, int) else size
-        return batch_size, channels, height, width
+        return shape
 
     def _set_timesteps(
         self,
         sampler: SchedulerAdapter,
         count: int | None,
-        timesteps: Sequence[int] | None,
+        timesteps: Sequence[int] | np.ndarray | Tensor | None,
         device: torch.device,
         optimal: bool,
     ) -> Tensor:
@@ -412,14 +485,17 @@ class DDPMExtPipeline(SavedPipeline):
             if "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
                 name = type(scheduler).__name__
                 raise ValueError(f"timesteps is given, but {name} takes only num_inference_steps.")
-            arguments = {"timesteps": [int(t) for t in timesteps]}
+            arguments = {"timesteps": checked_timesteps(timesteps)}
         else:
             count = scheduler.config.num_train_timesteps if count is None else count
+            count = checked_integer("num_inference_steps", count)
             if count < 1:
                 raise ValueError(f"num_inference_steps is {count}; it must be 1 or more, or None for all steps.")
             arguments["num_inference_steps"] = count
-        for each in dict.fromkeys((self.scheduler, scheduler)):  # a callback may read the pipeline's own scheduler
-            each.set_timesteps(**arguments, device=device)
+        scheduler.set_timesteps(**arguments, device=device)
+        with SHARED_SCHEDULER:
+            # Only for the eyes of callbacks and callers: the call steps with its copy.
+            self.scheduler.set_timesteps(**arguments, device=device)
         return scheduler.timesteps
 
     def _initial_sample(
@@ -431,11 +507,11 @@ class DDPMExtPipeline(SavedPipeline):
         device: torch.device,
     ) -> Tensor:
         """x_T, in float32 or more: only the network runs in half precision."""
-        dtype = torch.promote_types(torch.float32, self.unet.dtype)
+        dtype = torch.promote_types(torch.float32, self._network.dtype)
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-        elif latents.shape != shape:
-            raise ValueError(f"latents has shape {tuple(latents.shape)}; batch_size and the model require {shape}.")
+        else:
+            latents = checked_latents(latents, shape)
         return latents.to(device=device, dtype=dtype) * sampler.scheduler.init_noise_sigma
 
     def _check_channels(self, model_output: Tensor, sample: Tensor) -> None:
@@ -484,15 +560,27 @@ def as_ours(scheduler: Any) -> Any:
     return DDPMExtScheduler.from_config(scheduler.config) if type(scheduler) is DDPMScheduler else scheduler
 
 
+def own_conditioning_key(unet: Any) -> str | None:
+    """The conditions that a network takes by its configuration alone; None for an unconditional one."""
+    config: Any = unwrap(unet).config
+    classes = config.get("num_class_embeds") is not None or config.get("class_embed_type") is not None
+    if issubclass(network_class(unet), UNet2DConditionModel):
+        return "crossattn-adm" if classes else "crossattn"
+    return "adm" if classes else None
+
+
+def _check_class_names(names: Mapping[int, str], num_classes: int | None) -> None:
+    if names and num_classes is not None and max(names) >= num_classes:
+        raise ValueError(f"id2label names class {max(names)}; the model has the classes 0..{num_classes - 1}.")
+
+
 def _check_generators(generator: Any, batch_size: int) -> torch.Generator | list[torch.Generator] | None:
-    if not isinstance(generator, list | tuple):
-        return generator
-    if len(generator) != batch_size:
+    if isinstance(generator, list | tuple) and len(generator) != batch_size:
         raise ValueError(
             f"generator is a list of {len(generator)}, but batch_size is {batch_size}; give one generator per "
             "image, or a single generator for all."
         )
-    return list(generator)
+    return check_generators(generator, batch_size)
 
 
 def _check_finite(values: Tensor, what: str) -> None:

@@ -328,7 +328,7 @@ def test_samples_that_stop_being_finite():
     def spoil(pipe, i, t, tensors):
         return {"latents": tensors["latents"] * float("nan")}
 
-    with pytest.raises(ValueError, match=r"Non-finite values .* in the samples"):
+    with pytest.raises(ValueError, match="latents that callback_on_step_end returned"):
         ours()(1, seeded(), 2, callback_on_step_end=spoil)
 
 
