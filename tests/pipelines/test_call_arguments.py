@@ -292,6 +292,7 @@ def stop(*args: Any) -> None:
     raise RuntimeError("stop")
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Diffusers with NumPy 2
 @pytest.mark.parametrize("scheduler", [DDPMExtScheduler, DDIMScheduler, DPMSolverMultistepScheduler])
 def test_threads_on_one_pipeline_get_the_pictures_of_a_single_one(scheduler):
     """Each with its own number of steps, in a network left in train mode with dropout."""
