@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,7 @@ from diffusers_ddpm_ext.cli.extras import TRAIN_MODULES, require_modules
 from diffusers_ddpm_ext.cli.fit_variance import FIT_RECORD
 from diffusers_ddpm_ext.cli.parser import parse_options
 from diffusers_ddpm_ext.errors import ConfigError, as_config_error, as_run_error, printable
-from diffusers_ddpm_ext.utils.files import CONFIG, EVALUATION
+from diffusers_ddpm_ext.utils.files import CONFIG, EVALUATION, copy_atomically
 from diffusers_ddpm_ext.utils.input_files import exists, file_name, read_csv_rows, read_json_object
 from diffusers_ddpm_ext.utils.option import option, positional
 
@@ -75,9 +77,12 @@ def plot(options: PlotOptions) -> str:
     """
     folder, out = options.folder, options.output_folder
     scheduler = read_scheduler(folder)
-    with as_run_error(out):
-        paths = [draw_plot(name, folder, scheduler, out / f"{name}.png") for name in PLOTS]
-    return f"{', '.join(path.name for path in paths if path is not None)} written to {out}"
+    with as_run_error(out), tempfile.TemporaryDirectory() as temporary:
+        drafts = [draw_plot(name, folder, scheduler, Path(temporary) / f"{name}.png") for name in PLOTS]
+        paths = [path for path in drafts if path is not None]
+        for path in paths:  # all of them, or none
+            copy_atomically(path, out / path.name)
+    return f"{', '.join(path.name for path in paths)} written to {out}"
 
 
 def draw_plot(name: str, folder: Path, scheduler: DDPMExtScheduler, path: Path) -> Path | None:
@@ -90,12 +95,13 @@ def read_scheduler(folder: Path) -> DDPMExtScheduler:
     """The scheduler of a pipeline's folder; ConfigError if it cannot be read."""
     from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
 
-    read_json_object(folder / "scheduler" / "scheduler_config.json")
+    file = folder / "scheduler" / "scheduler_config.json"
+    read_json_object(file)
     try:
         return DDPMExtScheduler.from_pretrained(folder, subfolder="scheduler")
     except (OSError, ValueError, TypeError, AttributeError, KeyError, OverflowError) as error:
         text = printable(" ".join(str(error).split()), 300)
-        raise ConfigError(f"{printable(str(folder))}: its scheduler cannot be read: {text}") from None
+        raise ConfigError(f"{file_name(file)} cannot be used: {text}") from None
 
 
 def _plot_schedule(folder: Path, scheduler: DDPMExtScheduler, path: Path) -> Path | None:
@@ -168,7 +174,8 @@ def _csv_numbers(table: Path, rows: list[dict[str, str]], column: str) -> list[f
     numbers = []
     for index, row in enumerate(rows):
         cell = row[column]
-        if not re.fullmatch(r"[-+]?[0-9]+(\.[0-9]*)?([eE][-+]?[0-9]{1,3})?", cell, re.ASCII) or len(cell) > 40:
+        is_number = len(cell) < 40 and re.fullmatch(r"[-+]?[0-9]+(\.[0-9]*)?([eE][-+]?[0-9]+)?", cell)
+        if not is_number or not math.isfinite(float(cell)):
             where = f"{file_name(table)}, row {index + 1:,}: {column}"
             raise ConfigError(f"{where} is {printable(cell, 40)!r}, not a number; write it with ddpm-ext evaluate")
         numbers.append(float(cell))

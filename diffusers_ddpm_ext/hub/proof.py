@@ -21,6 +21,7 @@ from diffusers_ddpm_ext.hub.upload import belongs_on_hub, is_hidden
 from diffusers_ddpm_ext.utils.array_files import MAX_EXPANSION, read_array
 from diffusers_ddpm_ext.utils.files import write_text_atomically
 from diffusers_ddpm_ext.utils.folder_scan import list_names, scan_folder
+from diffusers_ddpm_ext.utils.generations import COMMITTED
 from diffusers_ddpm_ext.utils.input_files import JsonObject, decode_text, json_object, parse_json, read_bytes
 
 PROOF_NAME, CARD_IMAGES, CARD_GRID = "proof.json", "card/samples.npz", "card/samples.png"
@@ -146,6 +147,8 @@ def entries_beside_push(place: Path, proof: dict[str, Any]) -> list[str]:
 
 
 def _is_beside_push(parts: tuple[str, ...], files: dict[str, Any]) -> bool:
+    if parts[0] == COMMITTED:  # a pipeline that counts in place of the folder's own
+        return False
     if is_hidden(parts):
         return True
     pushed = {name.split("/")[0] for name in files}

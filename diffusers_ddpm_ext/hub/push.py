@@ -13,6 +13,7 @@ from diffusers_ddpm_ext.hub.upload import (
     HUB_TIMEOUT,
     HubTarget,
     PushError,
+    UploadList,
     copy_snapshot,
     create_repo,
     list_upload_files,
@@ -20,9 +21,11 @@ from diffusers_ddpm_ext.hub.upload import (
     redact_tokens,
     upload,
 )
-from diffusers_ddpm_ext.utils.files import write_atomically, write_text_atomically
-from diffusers_ddpm_ext.utils.folder_scan import is_below_link
+from diffusers_ddpm_ext.utils.files import copy_atomically, remove_path, write_atomically, write_text_atomically
+from diffusers_ddpm_ext.utils.folder_scan import is_below_link, scan_folder
+from diffusers_ddpm_ext.utils.generations import read_one_generation
 from diffusers_ddpm_ext.utils.option import option, positional
+from diffusers_ddpm_ext.utils.pipeline_files import owned_files
 
 
 @dataclass(frozen=True)
@@ -79,11 +82,9 @@ def push(options: PushOptions, checkpoint: Path | None = None) -> str:
     try:
         with tempfile.TemporaryDirectory(prefix=".pushing-", dir=options.folder) as name:
             place = Path(name)
-            uploads = list_upload_files(options.folder, checkpoint)
-            uploads.check_complete(checkpoint)
+            uploads = _copy_one_generation(options.folder, checkpoint, place)
             if uploads.warning:
                 warn(uploads.warning)
-            copy_snapshot(uploads.files, place)
             target = replace(target, repo_id=create_repo(target, warn))
             _add_card_and_proof(place, target.repo_id, options.license, not options.no_images)
             result = upload(place, target, options.commit_message, warn)
@@ -96,6 +97,24 @@ def push(options: PushOptions, checkpoint: Path | None = None) -> str:
         f"{result.files} files are in {result.url} (commit {result.commit[:12]}), each compared with the folder's; "
         f"to check them at any time: ddpm-ext verify {result.repo_id}"
     )
+
+
+def _copy_one_generation(folder: Path, checkpoint: Path | None, place: Path) -> UploadList:
+    """Copy what belongs on the Hub into an empty folder: all files of the pipeline from one save."""
+
+    def copy(pipeline: Path) -> UploadList:
+        for path in place.iterdir():
+            remove_path(path)
+        uploads = list_upload_files(folder, checkpoint)
+        if pipeline != folder:  # a save that is not finished, whose files count already
+            for name in owned_files(folder):
+                uploads.files.pop(name, None)
+            uploads.files.update(scan_folder(pipeline).files)
+        uploads.check_complete(checkpoint)
+        copy_snapshot(uploads.files, place)
+        return uploads
+
+    return read_one_generation(folder, copy)
 
 
 def _add_card_and_proof(place: Path, repo_id: str, license_name: str | None, draw: bool) -> None:
@@ -140,14 +159,9 @@ def _copy_card_and_proof(place: Path, folder: Path) -> None:
         if is_below_link(folder, name):
             continue
         if (place / name).is_file():
-            _copy_atomically(place / name, folder / name)
+            copy_atomically(place / name, folder / name)
         elif name != CARD_NAME:
             (folder / name).unlink(missing_ok=True)
     cards = folder / "card"
     if cards.is_dir() and not cards.is_symlink() and not any(cards.iterdir()):
         cards.rmdir()
-
-
-def _copy_atomically(source: Path, target: Path) -> None:
-    content = source.read_bytes()
-    write_atomically(target, lambda file: file.write(content))

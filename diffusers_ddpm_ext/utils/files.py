@@ -75,6 +75,12 @@ def apply_umask(folder: Path) -> None:
                     path.chmod(mode)
 
 
+def copy_atomically(source: Path, target: Path) -> Path:
+    """`write_atomically` for the content of another file."""
+    content = source.read_bytes()
+    return write_atomically(target, lambda file: file.write(content))
+
+
 def replace_folder(draft: Path, final: Path) -> None:
     """Give a finished folder its final name. A folder that had this name keeps the draft's name or is deleted.
 
