@@ -71,10 +71,15 @@ class Conditioning:
     use_positional_encodings: bool = False
 
     def __post_init__(self) -> None:
-        if self.conditioning_key not in REQUIRED_CONDITIONS:
+        key = self.conditioning_key
+        if not (key is None or isinstance(key, str)) or key not in REQUIRED_CONDITIONS:
             raise ValueError(
                 f"conditioning_key is {self.conditioning_key!r}; it must be None or one of "
                 f"{', '.join(CONDITIONING_KEYS)}."
+            )
+        if not isinstance(self.use_positional_encodings, bool):
+            raise ValueError(
+                f"use_positional_encodings is {self.use_positional_encodings!r}; it must be true or false."
             )
 
     @property

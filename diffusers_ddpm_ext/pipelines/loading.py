@@ -68,14 +68,14 @@ def load_pipeline(folder: str, variant: str | None, device: Any, dtype: str, var
     try:
         with quiet_diffusers():
             pipeline = DDPMExtPipeline.from_pretrained(folder, variant=variant)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
+    except (OSError, ValueError) as error:
         with_variant = f" with {variant_option}" if variant else ""
         if not Path(folder).is_dir():
             raise ConfigError(
                 f"{folder}{with_variant} is not a folder on this machine and cannot be loaded from the Hub: check the "
                 f"name, the network and, for a private repository, `hf auth whoami` ({_first_sentence(error)})"
             ) from None
-        raise ConfigError(f"cannot load the folder {folder}{with_variant}: {error}") from None
+        raise ConfigError(f"cannot load the folder {folder}{with_variant}: {' '.join(str(error).split())}") from None
     if not all(bool(torch.isfinite(weight).all()) for weight in pipeline.unet.parameters()):
         raise ConfigError(f"{folder}: its weights are not finite (NaN or infinity), so it cannot sample")
     pipeline.set_progress_bar_config(disable=True)

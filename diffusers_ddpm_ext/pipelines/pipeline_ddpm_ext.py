@@ -136,7 +136,7 @@ class DDPMExtPipeline(SavedPipeline):
         self.register_modules(unet=unet, scheduler=scheduler)
         # Settings at their defaults are left out, so that the folder of an unconditional model is a stock one.
         self.register_to_config(**{name: value for name, value in settings.items() if value is not None})
-        _check_class_names(self.class_names, self.num_classes)
+        _check_classes(null_class_label, self.class_names, self.num_classes)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Assign an attribute; a stock scheduler becomes ours."""
@@ -569,7 +569,12 @@ def own_conditioning_key(unet: Any) -> str | None:
     return "adm" if classes else None
 
 
-def _check_class_names(names: Mapping[int, str], num_classes: int | None) -> None:
+def _check_classes(null_class_label: Any, names: Mapping[int, str], num_classes: int | None) -> None:
+    if null_class_label is not None:
+        null = checked_integer("null_class_label", null_class_label)
+        if null < 0 or (num_classes is not None and null >= num_classes):
+            allowed = "0 or more" if num_classes is None else f"in 0..{num_classes - 1}"
+            raise ValueError(f"null_class_label is {null}; it must be {allowed}.")
     if names and num_classes is not None and max(names) >= num_classes:
         raise ValueError(f"id2label names class {max(names)}; the model has the classes 0..{num_classes - 1}.")
 
