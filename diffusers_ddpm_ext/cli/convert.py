@@ -29,6 +29,10 @@ The folder holds the EMA weights as its default files and the raw ones as varian
 conversion.json: the source of each tensor, what was left out, and why. Nothing that a checkpoint or a YAML file
 names is imported or executed."""
 CHECKPOINT_SUFFIXES = (".ckpt", ".pt", ".pth")
+BETAS_NOTE = (
+    "No beta_schedule of the original gives these betas: its classes take them from the checkpoint, and so does "
+    "ddpm-ext convert with --schedule checkpoint."
+)
 MODES = "--from compvis, --from openai, --to compvis FOLDER and --check FOLDER"
 
 
@@ -297,15 +301,16 @@ def _compare(folder: Path, converted: Converted) -> str:
 
 
 def _write_checkpoint(mode: CheckpointExport) -> str:
-    import yaml
+    from diffusers_ddpm_ext.compvis.save import compvis_config, has_named_betas, save_compvis
+    from diffusers_ddpm_ext.utils.files import write_text_atomically
+    from diffusers_ddpm_ext.utils.yaml_io import dump_options
 
-    from diffusers_ddpm_ext.compvis.save import compvis_config, save_compvis
-
+    config = None if mode.config_out is None else compvis_config(mode.folder, mode.use_ema)  # errors come first
     save_compvis(mode.folder, mode.out, base=mode.base, use_ema=mode.use_ema)
     size = mode.out.stat().st_size / 2**20
     report = f"{mode.out} written, {size:.1f} MiB: the original classes load its state_dict with strict=True"
-    if mode.config_out is None:
+    if config is None or mode.config_out is None:
         return report
-    text = yaml.safe_dump(compvis_config(mode.folder), sort_keys=False, default_flow_style=None)
-    mode.config_out.write_text(text, encoding="utf-8")
-    return f"{report}, with the configuration {mode.config_out}"
+    note = "" if has_named_betas(mode.folder) else BETAS_NOTE
+    write_text_atomically(mode.config_out, (f"# {note}\n" if note else "") + dump_options(config))
+    return f"{report}, with the configuration {mode.config_out}" + (f"\nnote: {note}" if note else "")

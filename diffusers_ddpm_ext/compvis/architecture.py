@@ -166,23 +166,34 @@ def head_counts(options: Mapping[str, Any]) -> tuple[list[int], int, list[int]]:
     """Attention heads of each level's down blocks, of the middle block, and of each level's up blocks.
 
     Raises:
-        ValueError: the heads do not divide the width of an attention block.
+        ValueError: the original fails for a width with these heads, or no Diffusers network has such heads.
     """
     size, count, cross = options["num_head_channels"], options["num_heads"], options["use_spatial_transformer"]
     # Without `legacy`, or with cross attention, the original ignores num_heads_upsample.
     up = options["num_heads_upsample"] if options["legacy"] and not cross else -1
-    up = count if up == -1 else up
-    levels = level_widths(options)
-    attends = [width for width, has in zip(levels, attention_levels(options), strict=True) if has] + levels[-1:]
-    divisors = {"num_head_channels": size} if size != -1 else {"num_heads": count, "num_heads_upsample": up}
-    for name, divisor in divisors.items():
-        for width in attends:
-            if divisor < 1 or width % divisor:
-                raise ValueError(f"{name} {divisor} does not divide {width}, the width of an attention block.")
-    if size != -1:
-        heads = [max(width // size, 1) for width in levels]
-        return heads, heads[-1], heads
-    return [count] * len(levels), count, [up] * len(levels)
+    levels, attends = level_widths(options), attention_levels(options)
+
+    def heads(name: str, value: int) -> list[int]:
+        counts = [_heads_of_width(width, name, value, options) for width in levels]
+        for width, number, has in zip(levels, counts, [*attends[:-1], True], strict=True):  # the middle attends
+            if has and not number:
+                raise ValueError(f"{name} {value} does not divide {width}, the width of an attention block.")
+        return [number or 1 for number in counts]
+
+    down = heads("num_heads", count) if size == -1 else heads("num_head_channels", size)
+    return down, down[-1], down if up == -1 or size != -1 else heads("num_heads_upsample", up)
+
+
+def _heads_of_width(width: int, name: str, value: int, options: Mapping[str, Any]) -> int:
+    """Heads of the original's attention at a width; 0 where it fails, or where Diffusers has no such attention."""
+    if options["use_spatial_transformer"]:
+        if name == "num_heads":  # width // heads channels each, as in Diffusers: not all channels need a head
+            return 0 if value > width else value
+        return 0 if width % value and not options["legacy"] else width // value
+    if options["legacy"] or name == "num_head_channels":
+        return 0 if width % value else width // value if name == "num_head_channels" else value
+    channels = width // value  # of a head, from which the original counts the heads again
+    return 0 if not channels or width % channels else width // channels
 
 
 def _head_config(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -191,15 +202,22 @@ def _head_config(options: Mapping[str, Any]) -> dict[str, Any]:
     if options["num_head_channels"] != -1:
         return {"attention_head_dim": options["num_head_channels"]}
     attends, levels = attention_levels(options), level_widths(options)
-    used = {(levels[-1], middle)}
-    for heads in (down, up):
+    lower: set[tuple[int, int]] = {(levels[-1], middle)}
+    upper: set[tuple[int, int]] = set()
+    for used, heads in ((lower, down), (upper, up)):
         used |= {(width, n) for width, n, has in zip(levels, heads, attends, strict=True) if has}
-    if all(n == 1 for _, n in used):
+    if all(n == 1 for _, n in lower | upper):
         return {"attention_head_dim": None}
-    sizes = {width // n for width, n in used}
+    sizes = {width // n for width, n in lower | upper}
     if len(sizes) == 1:
         return {"attention_head_dim": sizes.pop()}
-    return {"num_attention_heads": middle, "num_attention_heads_up": up[0]}
+    counts = [sorted({n for _, n in used}) for used in (lower, upper)]
+    if max(map(len, counts)) > 1:
+        raise ValueError(
+            f"num_heads {options['num_heads']} with legacy false cannot be expressed: the original makes {down} heads "
+            "of it at the levels, and Diffusers' networks have one number."
+        )
+    return {"num_attention_heads": middle, "num_attention_heads_up": counts[1][0] if upper else middle}
 
 
 def _label_config(options: Mapping[str, Any]) -> dict[str, Any]:

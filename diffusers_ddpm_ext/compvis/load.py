@@ -20,6 +20,7 @@ from diffusers_ddpm_ext.compvis.config.ddpm import CompVisConfig, read_compvis_c
 from diffusers_ddpm_ext.compvis.load_options import LoadOptions, ScheduleSource, WeightChoice, WeightSet
 from diffusers_ddpm_ext.compvis.reader.archive import PathLike, read_tensors
 from diffusers_ddpm_ext.compvis.report import Report
+from diffusers_ddpm_ext.compvis.schema import FIXED_LOGVAR
 from diffusers_ddpm_ext.compvis.state_dict import CheckpointContents, classify_tensors, describe_schedule_difference
 from diffusers_ddpm_ext.compvis.weights import ConvertedTensor, build_network
 from diffusers_ddpm_ext.models.ema import EmaMetadata
@@ -57,12 +58,26 @@ class CompVisCheckpoint:
     def pipeline(self, network: nn.Module) -> DDPMExtPipeline:
         """Make a pipeline of a network, with the checkpoint's scheduler, logvar, class embeddings and conditioning."""
         pipeline = DDPMExtPipeline(network, self.scheduler, conditioning_key=self.config.conditioning_key)
-        pipeline.compvis_params = dict(self.config.unet_params)  # save_compvis needs their order of attention heads
-        if self.contents.logvar is not None:
+        pipeline.compvis_facts = self.facts  # for save_compvis
+        if self.learns_logvar:
             pipeline.logvar = self.contents.logvar
         if self.contents.class_embedding is not None:
             pipeline.class_embedder = self.contents.class_embedding.float()
         return pipeline
+
+    @property
+    def learns_logvar(self) -> bool:
+        """Whether the file has a logvar that was learned; forks also save one that was not."""
+        return self.contents.logvar is not None and self.config.objective["learn_logvar"]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What going back to an original checkpoint needs, and the pipeline does not have."""
+        facts: dict[str, Any] = {"unet_params": dict(self.config.unet_params)}
+        if self.contents.logvar is not None and not self.learns_logvar:
+            values = self.contents.logvar.float().tolist()
+            facts[FIXED_LOGVAR] = values[0] if len(set(values)) == 1 else values
+        return facts
 
     @property
     def ema_metadata(self) -> EmaMetadata | None:
@@ -127,7 +142,7 @@ def read_compvis_checkpoint(
     path: PathLike, config: PathLike | Mapping[str, Any], options: LoadOptions
 ) -> CompVisCheckpoint:
     """Read a checkpoint and its configuration; see `load_compvis` for arguments and errors."""
-    translated = read_compvis_config(config)
+    translated = read_compvis_config(config, for_training=False)
     contents = classify_tensors(
         read_tensors(path),
         translated.unet_params,
@@ -142,11 +157,25 @@ def read_compvis_checkpoint(
             f"The checkpoint's logvar has {tuple(contents.logvar.shape)} entries, but the configuration's schedule "
             f'has {steps} steps. Use schedule_from="checkpoint", or leave it out with ignore_keys=["logvar"].'
         )
+    if not any(row.source == "logvar" for row in contents.left_out) and not options.load_only_unet:
+        notes += _logvar_notes(contents.logvar, translated.objective)
     if contents.ignored:
         notes.append(f"Re-initialized, because ignore_keys left them out: {', '.join(sorted(contents.ignored))}.")
     if contents.filled:
         notes.append(f"The EMA lacks {len(contents.filled)} frozen tensors; they are copied from the raw weights.")
     return CompVisCheckpoint(translated, contents, scheduler, notes)
+
+
+def _logvar_notes(logvar: Tensor | None, objective: Mapping[str, Any]) -> list[str]:
+    """Notes where the file has another logvar than the configuration tells."""
+    if objective["learn_logvar"]:
+        return [] if logvar is not None else ["The configuration learns a logvar, but the checkpoint has none."]
+    if logvar is None or bool((logvar == objective["logvar_init"]).all()):
+        return []
+    return [
+        f"The checkpoint's logvar (mean {float(logvar.float().mean()):.4f}) is not part of the pipeline, since the "
+        "configuration does not learn it: if it was learned, set learn_logvar: true."
+    ]
 
 
 def _make_scheduler(
@@ -178,7 +207,7 @@ def report_compvis(
     facts: dict[str, Any] = {}
     if checkpoint.ema_metadata is not None:
         facts |= {"ema_decay": checkpoint.ema_metadata.decay, "ema_num_updates": checkpoint.ema_metadata.num_updates}
-    if contents.logvar is not None:
+    if checkpoint.learns_logvar and contents.logvar is not None:
         facts["logvar"] = f"learned, mean {float(contents.logvar.mean()):.4f}"
     if contents.class_embedding is not None:
         facts["class_embedder"] = f"{len(contents.class_embedding)} classes"
@@ -186,7 +215,7 @@ def report_compvis(
     if scale is not None:
         facts["scale_factor"] = scale
     facts |= {f"scheduler.{name}": value for name, value in config.schedule.items()}
-    facts |= {"conditioning_key": config.conditioning_key, "unet_params": config.unet_params}
+    facts |= {"conditioning_key": config.conditioning_key, **checkpoint.facts}
     return Report.of_networks(
         "compvis",
         Path(source).name,

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from diffusers_ddpm_ext.compvis.architecture import complete_unet_params
 from diffusers_ddpm_ext.compvis.reader.archive import PathLike, read_tensors
-from diffusers_ddpm_ext.compvis.schema import COMPVIS_EMA_DECAY, REPORT_FILE
+from diffusers_ddpm_ext.compvis.schema import COMPVIS_EMA_DECAY, FIXED_LOGVAR, REPORT_FILE
 from diffusers_ddpm_ext.compvis.state_dict import CLASS_EMBEDDING_KEY, EMA_DECAY_KEY, EMA_NUM_UPDATES_KEY, SAVED_TABLES
-from diffusers_ddpm_ext.compvis.unet_params import unet_params_of
+from diffusers_ddpm_ext.compvis.unet_params import is_same_network, unet_params_of
 from diffusers_ddpm_ext.compvis.weights import (
     EMA_PREFIX,
     UNET_PREFIXES,
@@ -22,14 +23,25 @@ from diffusers_ddpm_ext.compvis.weights import (
     export_unet,
     resamples_without_weights,
 )
+from diffusers_ddpm_ext.diffusion.schedule import make_betas
+from diffusers_ddpm_ext.losses.logvar import make_logvar
 from diffusers_ddpm_ext.models.ema import EmaMetadata, load_ema_metadata
 from diffusers_ddpm_ext.pipelines.pipeline_ddpm_ext import DDPMExtPipeline
 from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
 from diffusers_ddpm_ext.utils.files import write_atomically
+from diffusers_ddpm_ext.utils.generations import read_one_generation
+from diffusers_ddpm_ext.utils.input_files import exists, read_json_object
 from diffusers_ddpm_ext.utils.vocabulary import TO_COMPVIS_BETA_SCHEDULE, TO_COMPVIS_PREDICTION_TYPE
+from diffusers_ddpm_ext.utils.wrappers import unwrap
 
 DDPM_TARGET = "ldm.models.diffusion.ddpm.DDPM"
 UNET_TARGET = "ldm.modules.diffusionmodules.openaimodel.UNetModel"
+# Options that only Stability's UNetModel takes.
+STABILITY_ONLY = (
+    "use_bf16", "disable_self_attentions", "num_attention_blocks", "disable_middle_self_attn",
+    "use_linear_in_transformer", "adm_in_channels",
+)  # fmt: skip
+HEAD_OPTIONS = ("num_heads", "num_head_channels", "num_heads_upsample", "legacy")
 RAW_WEIGHT_FILES = ("diffusion_pytorch_model.raw.safetensors", "diffusion_pytorch_model.safetensors.index.raw.json")
 
 
@@ -41,13 +53,13 @@ class ExportSource:
         pipeline: with the default weights.
         raw: the network with the raw weights; None if there is only one set.
         ema: decay and number of updates of the EMA, if known.
-        unet_params: arguments of the UNetModel that it was converted from, if known.
+        facts: what ``conversion.json`` tells of the checkpoint that it was converted from; empty without one.
     """
 
     pipeline: DDPMExtPipeline
     raw: nn.Module | None
     ema: EmaMetadata | None
-    unet_params: Mapping[str, Any] | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 def save_compvis(
@@ -78,36 +90,47 @@ def save_compvis(
 
 def _export_source(source: DDPMExtPipeline | PathLike) -> ExportSource:
     if isinstance(source, DDPMExtPipeline):
-        return ExportSource(source, None, None, getattr(source, "compvis_params", None))
-    folder = Path(source)
+        return ExportSource(source, None, None, getattr(source, "compvis_facts", None) or {})
+    return read_one_generation(Path(source), _read_source)
+
+
+def _read_source(folder: Path) -> ExportSource:
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"{folder} is not the folder of a pipeline: it has no model_index.json.")
     pipeline = DDPMExtPipeline.from_pretrained(folder)
     raw = None
     if any((folder / "unet" / name).is_file() for name in RAW_WEIGHT_FILES):
         raw = type(pipeline.unet).from_pretrained(folder, subfolder="unet", variant="raw")
-    return ExportSource(pipeline, raw, load_ema_metadata(folder), _params_in(folder))
+    return ExportSource(pipeline, raw, load_ema_metadata(folder), _read_facts(folder / REPORT_FILE))
 
 
-def _params_in(folder: Path) -> Mapping[str, Any] | None:
-    """UNetModel's arguments, if the folder is a converted checkpoint."""
-    try:
-        params = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))["facts"]["unet_params"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return params if isinstance(params, dict) else None
+def _read_facts(path: Path) -> dict[str, Any]:
+    """What a conversion recorded besides the tensors; empty if the folder is not a converted checkpoint."""
+    return read_json_object(path).object("facts").content if exists(path) else {}
 
 
 def _params(source: ExportSource) -> dict[str, Any]:
-    """Arguments of the UNetModel to export to, with its original order of attention heads if that is known."""
-    params = unet_params_of(source.pipeline.unet)
-    if resamples_without_weights(source.pipeline.unet):
+    """Arguments of the UNetModel to export to: its original ones, if it is the same network as then.
+
+    What only Stability's UNetModel takes is left out where it is the default, so that CompVis' own takes the rest.
+    """
+    network = unwrap(source.pipeline.unet)
+    if resamples_without_weights(network):
         raise ValueError(
             "conv_resample false cannot be exported: this network was converted from one that resamples without "
             "weights, and has convolutions in their place."
         )
-    new_order = bool((source.unet_params or {}).get("use_new_attention_order", False))
-    return params | {"use_new_attention_order": new_order}
+    params, original = unet_params_of(network), source.facts.get("unet_params")
+    if original is not None:
+        if not isinstance(original, Mapping):
+            raise ValueError(f"{REPORT_FILE} has unet_params that are not an object: convert the checkpoint again.")
+        complete = complete_unet_params(original)
+        params["use_new_attention_order"] = bool(complete["use_new_attention_order"])
+        if is_same_network(complete, network):
+            params |= {name: complete[name] for name in HEAD_OPTIONS}
+    options = complete_unet_params(params)
+    defaults = {name for name in STABILITY_ONLY if not np.any(options[name])}
+    return {name: value for name, value in params.items() if name not in defaults}
 
 
 def compvis_state_dict(source: ExportSource, use_ema: bool = True) -> dict[str, Tensor]:
@@ -136,8 +159,9 @@ def compvis_state_dict(source: ExportSource, use_ema: bool = True) -> dict[str, 
         state[EMA_NUM_UPDATES_KEY] = torch.tensor(facts.num_updates, dtype=torch.int)
         state |= {buffer: default[key] for buffer, key in ema_buffer_names(params).items()}
     state |= {name: getattr(scheduler, name) for name in SAVED_TABLES}
-    if pipeline.logvar is not None:
-        state["logvar"] = pipeline.logvar
+    logvar = source.facts.get(FIXED_LOGVAR) if pipeline.logvar is None else pipeline.logvar
+    if logvar is not None:
+        state["logvar"] = make_logvar(len(scheduler.schedule), torch.as_tensor(logvar))
     embedder = getattr(pipeline, "class_embedder", None)
     if embedder is not None:
         state[CLASS_EMBEDDING_KEY] = embedder
@@ -154,8 +178,15 @@ def _check_variance(scheduler: DDPMExtScheduler) -> None:
         )
 
 
-def compvis_config(pipeline_or_folder: DDPMExtPipeline | PathLike) -> dict[str, Any]:
+def compvis_config(pipeline_or_folder: DDPMExtPipeline | PathLike, use_ema: bool = True) -> dict[str, Any]:
     """The content of the YAML file, of the original's base class, that belongs to `save_compvis`' checkpoint.
+
+    Betas without a name there (see `has_named_betas`) are not in it, since a YAML file cannot give the class an array:
+    the class takes them from the checkpoint.
+
+    Args:
+        pipeline_or_folder: as in `save_compvis`.
+        use_ema: as in `save_compvis`.
 
     Raises:
         ValueError: as in `save_compvis`.
@@ -163,25 +194,47 @@ def compvis_config(pipeline_or_folder: DDPMExtPipeline | PathLike) -> dict[str, 
     source = _export_source(pipeline_or_folder)
     pipeline = source.pipeline
     _check_variance(pipeline.scheduler)
-    config = pipeline.scheduler.config
+    config, size = pipeline.scheduler.config, pipeline.unet.config.sample_size
+    fixed = source.facts.get(FIXED_LOGVAR, 0.0)
     params: dict[str, Any] = {
-        "timesteps": config.num_train_timesteps,
-        "beta_schedule": TO_COMPVIS_BETA_SCHEDULE.get(config.beta_schedule, config.beta_schedule),
-        "linear_start": config.beta_start,
-        "linear_end": config.beta_end,
-        "cosine_s": config.cosine_s,
+        **_schedule_params(pipeline.scheduler)[0],
         "v_posterior": pipeline.scheduler.schedule.v_posterior,
         "parameterization": TO_COMPVIS_PREDICTION_TYPE[config.prediction_type],
         "clip_denoised": config.clip_sample,
         "learn_logvar": pipeline.logvar is not None,
+        "logvar_init": float(fixed) if isinstance(fixed, int | float) else 0.0,
+        "use_ema": use_ema,
         "conditioning_key": pipeline.config.get("conditioning_key"),
-        "image_size": pipeline.unet.config.sample_size,
+        **({} if size is None else {"image_size": size}),
         "channels": pipeline.unet.config.out_channels,
         "unet_config": {"target": UNET_TARGET, "params": _params(source)},
     }
-    if config.trained_betas is not None or config.beta_schedule not in TO_COMPVIS_BETA_SCHEDULE:
-        params["given_betas"] = [float(beta) for beta in pipeline.scheduler.schedule.betas]
     return {"model": {"target": DDPM_TARGET, "params": params}}
+
+
+def has_named_betas(pipeline_or_folder: DDPMExtPipeline | PathLike) -> bool:
+    """Whether a ``beta_schedule`` of the original gives the pipeline's betas; else only the checkpoint has them."""
+    return _schedule_params(_export_source(pipeline_or_folder).pipeline.scheduler)[1]
+
+
+def _schedule_params(scheduler: DDPMExtScheduler) -> tuple[dict[str, Any], bool]:
+    """The original's parameters of the schedule, and whether they give its betas; else they give the same length."""
+    config, betas = scheduler.config, scheduler.schedule.betas
+    inside = np.clip(betas[[0, -1]], 1e-8, 1 - 1e-8).tolist()
+    names = [(config.beta_schedule, config.beta_start, config.beta_end, config.cosine_s)]
+    names += [("scaled_linear", *inside, 0.008), ("linear", *inside, 0.008), ("squaredcos_cap_v2", *inside, 0.008)]
+    names += [("sqrt", *np.square(inside).tolist(), 0.008)]
+    named = [each for each in names if each[0] in TO_COMPVIS_BETA_SCHEDULE]
+    same = (each for each in named if np.allclose(make_betas(each[0], len(betas), *each[1:]), betas, 1e-6, atol=0))
+    match = next(same, None)
+    name, start, end, cosine_s = match or named[0]
+    return {
+        "timesteps": len(betas),
+        "beta_schedule": TO_COMPVIS_BETA_SCHEDULE[name],
+        "linear_start": start,
+        "linear_end": end,
+        "cosine_s": cosine_s,
+    }, match is not None
 
 
 def _with_base(state: dict[str, Tensor], base: PathLike) -> dict[str, Tensor]:

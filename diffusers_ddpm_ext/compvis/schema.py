@@ -15,7 +15,10 @@ from diffusers_ddpm_ext.utils import lr_lambdas
 
 EXPONENT_FLOAT = re.compile(r"[-+]?\d+[eE][-+]?\d+")  # plain YAML reads 1e-6 as text
 REPORT_FILE = "conversion.json"
+FIXED_LOGVAR = "fixed_logvar"  # a fact in it: a logvar that a class saves without learning it
 COMPVIS_EMA_DECAY = 0.9999
+REFERENCE = "${"  # OmegaConf's reference to another key
+REFERENCE_ERROR = "refers to another key, whose value is not in this file: give the value itself."
 
 Fate = Literal["translated", "without effect", "refused"]
 
@@ -151,6 +154,11 @@ MODEL_PARAM_TYPES: dict[str, ValueType] = {
         BOOLEAN,
     ),
 }  # fmt: skip
+# Parameters that only concern training: not checked where a checkpoint is converted.
+TRAINING_PARAMS = (
+    "loss_type", "l_simple_weight", "original_elbo_weight", "ckpt_path", "ignore_keys", "load_only_unet",
+    "make_it_fit", "reset_ema", "reset_num_ema_updates",
+)  # fmt: skip
 LEARNING_RATE_TYPES = {"base_learning_rate": number(0, exclusive=True), "scale_lr": BOOLEAN}
 UCG_TYPES = {"p": number(0, 1), "val": number() | TEXT | NULL}
 
@@ -170,6 +178,8 @@ def check_values(values: Mapping[str, Any], types: Mapping[str, ValueType], pref
             checked[name] = float(value)
     for name, allowed in types.items():
         if name in checked and not allowed.allows(checked[name]):
+            if isinstance(checked[name], str) and REFERENCE in checked[name]:
+                raise ValueError(f"{prefix}{name} {one_line(checked[name])!r} {REFERENCE_ERROR}")
             raise ValueError(f"{prefix}{name} takes {allowed.description}, got {one_line(repr(checked[name]))}.")
     return checked
 

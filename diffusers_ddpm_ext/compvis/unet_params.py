@@ -11,6 +11,7 @@ from torch import nn
 from diffusers_ddpm_ext.compvis.architecture import NETWORK_CLASSES, NORM_GROUPS, as_list, translate_unet
 from diffusers_ddpm_ext.models.unet_2d_ext import stock_name
 from diffusers_ddpm_ext.pipelines.guidance import network_config
+from diffusers_ddpm_ext.utils.wrappers import network_class, unwrap
 
 # Settings of a Diffusers network that UNetModel has no option for -> the only values that it computes with.
 FIXED_SETTINGS: dict[str, tuple[Any, ...]] = {
@@ -31,9 +32,10 @@ def unet_params_of(network: nn.Module) -> dict[str, Any]:
     Raises:
         ValueError: UNetModel cannot express it; the message names the setting.
     """
-    class_name = next((name for name in reversed(NETWORK_CLASSES) if type(network) is NETWORK_CLASSES[name]), None)
+    kind, network = network_class(network), unwrap(network)
+    class_name = next((name for name in reversed(NETWORK_CLASSES) if kind is NETWORK_CLASSES[name]), None)
     if class_name is None:
-        raise ValueError(f"A {type(network).__name__} cannot be exported to UNetModel.")
+        raise ValueError(f"A {kind.__name__} cannot be exported to UNetModel.")
     config = network_config(network)
     for name, allowed in FIXED_SETTINGS.items():
         if name in config and config[name] not in allowed:
@@ -53,6 +55,15 @@ def unet_params_of(network: nn.Module) -> dict[str, Any]:
     return params
 
 
+def is_same_network(unet_params: Mapping[str, Any], network: nn.Module) -> bool:
+    """Whether a UNetModel of these arguments computes the same function as a Diffusers network with its weights."""
+    spec, config = translate_unet(unet_params), network_config(network)
+    class_name = network_class(network).__name__
+    if (class_name == "UNet2DConditionModel") != (spec.class_name == "UNet2DConditionModel"):
+        return False
+    return _functional_settings(spec.config, spec.class_name) == _functional_settings(config, class_name)
+
+
 def _find_params(config: Mapping[str, Any], class_name: str) -> dict[str, Any]:
     levels = list(config["block_out_channels"])
     down = [stock_name(block) for block in config["down_block_types"]]
@@ -68,7 +79,7 @@ def _find_params(config: Mapping[str, Any], class_name: str) -> dict[str, Any]:
         "in_channels": config["in_channels"],
         "model_channels": levels[0],
         "out_channels": config["out_channels"],
-        "num_res_blocks": as_list(config["layers_per_block"]),
+        "num_res_blocks": _one_value(config["layers_per_block"]),
         "attention_resolutions": attends,
         "dropout": config["dropout"],
         "channel_mult": mult,
@@ -101,19 +112,43 @@ def _head_params(config: Mapping[str, Any]) -> dict[str, Any]:
 def _cross_params(config: Mapping[str, Any]) -> dict[str, Any]:
     if config.get("num_attention_heads") is not None:
         raise ValueError("num_attention_heads cannot be exported: set attention_head_dim, as Diffusers' own files do.")
-    levels = list(config["block_out_channels"])
-    heads = as_list(config["attention_head_dim"])
-    heads = heads if isinstance(heads, list) else [heads] * len(levels)
-    sizes = {width // n for width, n in zip(levels, heads, strict=True)}
-    how = {"num_heads": heads[0]} if len(set(heads)) == 1 else {"num_head_channels": sizes.pop(), "num_heads": -1}
+    how = _cross_heads(config)
     return how | {
         "use_spatial_transformer": True,
-        "context_dim": as_list(config["cross_attention_dim"]),
-        "transformer_depth": as_list(config["transformer_layers_per_block"]),
+        "context_dim": _one_value(config["cross_attention_dim"]),
+        "transformer_depth": _one_value(config["transformer_layers_per_block"]),
         "use_linear_in_transformer": bool(config["use_linear_projection"]),
-        "legacy": False,
         "disable_self_attentions": _only_cross(config),
     }
+
+
+def _one_value(value: Any) -> Any:
+    """A list of equal values as this value, which every UNetModel takes; other values as they are."""
+    values = as_list(value)
+    return values[0] if isinstance(values, list) and len({str(each) for each in values}) == 1 else values
+
+
+def _cross_heads(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that give the blocks with cross attention their heads."""
+    used = {(width, n) for width, n in zip(config["block_out_channels"], _heads_of_levels(config), strict=True) if n}
+    if len({n for _, n in used}) == 1:
+        return {"num_heads": used.pop()[1], "legacy": False}
+    sizes = [size for size in range(1, max(width for width, _ in used) + 1) if all(w // size == n for w, n in used)]
+    if not sizes:
+        heads = as_list(config["attention_head_dim"])
+        raise ValueError(f"attention_head_dim {heads} cannot be exported: UNetModel has one num_head_channels.")
+    divides = [size for size in sizes if all(width % size == 0 for width, _ in used)]
+    # Under `legacy` the number of heads counts, as in Diffusers, and their channels follow from it.
+    return {"num_head_channels": (divides or sizes)[0], "num_heads": -1, "legacy": not divides}
+
+
+def _heads_of_levels(config: Mapping[str, Any]) -> list[int]:
+    """Heads of each level's blocks with cross attention; 0 on levels without."""
+    down = config["down_block_types"]
+    heads = as_list(config["attention_head_dim"])
+    heads = heads if isinstance(heads, list) else [heads] * len(down)
+    attends = ["Attn" in block for block in down[:-1]] + [True]  # the middle block has the last level's
+    return [int(n) if has else 0 for n, has in zip(heads, attends, strict=True)]
 
 
 def _only_cross(config: Mapping[str, Any]) -> list[bool]:
@@ -130,7 +165,7 @@ def _functional_settings(config: Mapping[str, Any], class_name: str) -> dict[str
     last = len(levels) - 1  # neither the last down block nor the last up block resamples
     settings = {
         "block_out_channels": levels,
-        "layers_per_block": as_list(config["layers_per_block"]),
+        "layers_per_block": _one_value(config["layers_per_block"]),
         "down_block_types": ["DownBlock2D" if i == last and "Resnet" in b else b for i, b in enumerate(down)],
         "up_block_types": ["UpBlock2D" if i == last and "Resnet" in b else b for i, b in enumerate(up)],
         "in_channels": config["in_channels"],
@@ -139,8 +174,7 @@ def _functional_settings(config: Mapping[str, Any], class_name: str) -> dict[str
         "time_embedding_dim": config.get("time_embedding_dim") or 4 * levels[0],
     }
     if class_name == "UNet2DConditionModel":
-        heads = as_list(config["attention_head_dim"])
-        heads = heads if isinstance(heads, list) else [heads] * len(levels)
+        heads = _heads_of_levels(config)
         return settings | {"attention_head_dim": heads, "only_cross_attention": _only_cross(config)}
     attends = any("Attn" in block for block in down[:last])
     settings["downsample_type"] = config["downsample_type"] if attends else None

@@ -19,6 +19,7 @@ from diffusers_ddpm_ext.compvis.architecture import complete_unet_params, transl
 from diffusers_ddpm_ext.compvis.key_map import TensorMapping, Transform, map_keys
 from diffusers_ddpm_ext.compvis.schema import listed
 from diffusers_ddpm_ext.compvis.unet_params import unet_params_of
+from diffusers_ddpm_ext.utils.wrappers import plain_state_dict
 
 UNET_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 EMA_PREFIX = "model_ema."
@@ -179,7 +180,7 @@ def resamples_without_weights(network: nn.Module) -> bool:
     matches = [
         not tensor.is_meta
         and torch.equal(tensor.detach().cpu().float(), _resampling_weight(transform, tuple(tensor.shape)))
-        for name, tensor in network.state_dict().items()
+        for name, tensor in plain_state_dict(network).items()
         for part, transform in transforms.items()
         if part in name
     ]
@@ -201,7 +202,7 @@ def export_unet(network: nn.Module, unet_params: Mapping[str, Any] | None = None
     """
     params = unet_params_of(network) if unet_params is None else unet_params
     new_order = complete_unet_params(params)["use_new_attention_order"]
-    weights, tensors = network.state_dict(), {}
+    weights, tensors = plain_state_dict(network), {}
     parts: dict[str, dict[str, Tensor]] = {}
     for mapping in map_keys(params):
         tensor = weights[mapping.target].detach()

@@ -1,7 +1,8 @@
 """Configurations of CompVis' classes, translated to our options, with a report row for every key.
 
 The last part of each ``target`` is looked up in a table; nothing is imported. Each key is translated, has no effect
-here, or is refused: `read_compvis_config` never drops one silently.
+here, or is refused: `read_compvis_config` never drops one silently. What only concerns training is refused where a run
+is made of the configuration, and has no effect where a checkpoint is converted.
 """
 
 from __future__ import annotations
@@ -14,11 +15,15 @@ from typing import Any
 
 from diffusers_ddpm_ext.compvis.architecture import UNET_DEFAULTS, UNET_PARAMS_WITHOUT_EFFECT
 from diffusers_ddpm_ext.compvis.config import targets
-from diffusers_ddpm_ext.compvis.config.run_keys import RunKeyReader, as_mapping, leaves
+from diffusers_ddpm_ext.compvis.config.references import resolve_references
+from diffusers_ddpm_ext.compvis.config.run_keys import RunKeyReader, as_mapping
 from diffusers_ddpm_ext.compvis.schema import (
     BOOLEAN,
     LEARNING_RATE_TYPES,
     MODEL_PARAM_TYPES,
+    REFERENCE,
+    REFERENCE_ERROR,
+    TRAINING_PARAMS,
     UCG_TYPES,
     ConfigRow,
     Fate,
@@ -33,6 +38,9 @@ from diffusers_ddpm_ext.utils.vocabulary import (
 )
 from diffusers_ddpm_ext.utils.yaml_io import load_compvis_yaml
 
+NO_KEY = ("none", "null", "~", "")  # a text in a file whose author meant nothing
+LOSS_PARAMS = ("loss_type", "l_simple_weight", "original_elbo_weight")
+IDENTITY_FIRST_STAGE = "IdentityFirstStage"
 UNCONDITIONAL_STAGE, FIRST_STAGE_AS_CONDITION = "__is_unconditional__", "__is_first_stage__"
 
 
@@ -84,25 +92,25 @@ class CompVisConfig:
     rows: tuple[ConfigRow, ...] = ()
 
 
-def read_compvis_config(source: str | os.PathLike[str] | Mapping[str, Any], *, strict: bool = True) -> CompVisConfig:
+def read_compvis_config(
+    source: str | os.PathLike[str] | Mapping[str, Any], *, strict: bool = True, for_training: bool = True
+) -> CompVisConfig:
     """Translate a CompVis configuration.
 
     Args:
         source: a YAML file, or its content.
         strict: raise an error for refused keys; otherwise they are only in ``rows``.
+        for_training: whether a run is made of it; otherwise keys that only concern training are neither checked nor
+            refused.
 
     Raises:
         ValueError: the file is not a configuration of a diffusion model, or (strict) a key is refused.
     """
     content = load_compvis_yaml(source) if not isinstance(source, Mapping) else source
-    try:
-        entries = list(leaves(content, ""))
-    except RecursionError:
-        raise ValueError("The configuration contains itself: replace the alias by its value.") from None
-    for key, value in entries:
-        if isinstance(value, str) and "${" in value:
-            raise ValueError(f"{key.lstrip('.')} {one_line(value)!r} refers to another key: give the value itself.")
-    config = _ConfigReader(content).read()
+    config = _ConfigReader(resolve_references(content), for_training).read()
+    for row in config.rows:
+        if row.fate == "translated" and not isinstance(row.value, Mapping) and REFERENCE in str(row.value):
+            raise ValueError(f"{one_line(row.key, 200)} {one_line(row.value)!r} {REFERENCE_ERROR}")
     refused = [row for row in config.rows if row.fate == "refused"]
     if strict and refused:
         raise ValueError(
@@ -121,19 +129,21 @@ class _ConfigReader(RunKeyReader):
         target = model["target"].rpartition(".")[2]
         if target not in targets.IS_LATENT:
             raise ValueError(targets.unknown_model(one_line(model["target"], 200), target))
-        model = check_values(model, LEARNING_RATE_TYPES, "model.")
         params = as_mapping(model.get("params"), "model.params")
-        self.params = check_values(params, MODEL_PARAM_TYPES, "model.params.")
+        types = MODEL_PARAM_TYPES
+        if not self.for_training:
+            types = {name: allowed for name, allowed in types.items() if name not in TRAINING_PARAMS}
+        self.params = check_values(params, types, "model.params.")
         self.note("model.target", model["target"], "translated", "the pipeline, its scheduler and objective")
         self.latent = targets.IS_LATENT[target]
         translated = self._read_params()
-        self.read_training_keys(model, self.params)
+        self.read_training_keys(model)
         for key in model:
             if key not in ("target", "params", *LEARNING_RATE_TYPES):
-                self.note(f"model.{key}", model[key], "refused", "not a known key of a model")
+                self.note_training(f"model.{key}", model[key], "not a known key of a model")
         for key in self.content:
             if key not in ("model", "data", "lightning"):
-                self.note(key, self.content[key], "refused", "sections are model, data and lightning")
+                self.note_training(str(key), self.content[key], "sections are model, data and lightning")
         self.read_run_sections()
         return CompVisConfig(target=target, **translated, training=self.training, rows=tuple(self.rows))
 
@@ -148,19 +158,22 @@ class _ConfigReader(RunKeyReader):
 
     def _read_params(self) -> dict[str, Any]:
         unet_params = self._unet(as_mapping(self.params.get("unet_config"), "model.params.unet_config"))
-        schedule, objective, key = self._schedule(), self._objective(), self._conditioning_key()
+        schedule, key = self._schedule(), self._conditioning_key()
+        objective = self.training_only(self._losses, {}, "model.params", LOSS_PARAMS, self.params) | self._logvar()
         use_ema = bool(self.param("use_ema", True, "--use_ema; ema_decay 0.9999"))
         self.training["use_ema"] = use_ema
         samples = SampleFormat(
-            self.latent,
+            self._has_first_stage(),
             self.param("scale_factor", 1.0 if self.latent else None, "kept in conversion.json"),
             self.param("image_size", 256, "sample_size; --resolution"),
             self.param("channels", 3, "channels of a sample; --channels"),
         )
         self._stage("first_stage_config", "decode latents with it")
         cond_stage = self._stage("cond_stage_config", "pass its output as a condition")
-        ucg = self._condition_dropout(key, cond_stage)
-        self._read_other_params()
+        ucg = self.training_only(
+            lambda: self._condition_dropout(key, cond_stage), {}, "model.params", ("ucg_training",), self.params
+        )
+        self._read_other_params(key)
         return {
             "unet_params": unet_params,
             "schedule": schedule,
@@ -172,14 +185,18 @@ class _ConfigReader(RunKeyReader):
             "ucg": ucg,
         }
 
-    def _read_other_params(self) -> None:
+    def _read_other_params(self, conditioning_key: str | None) -> None:
         """Add a row for each parameter that has none yet."""
         noted = {row.key.split(".")[2] for row in self.rows if row.key.startswith("model.params.")}
         for name, value in self.params.items():
             if name in noted or name in ("monitor", "scheduler_config", "ucg_training"):
                 continue
             fate: Fate = "without effect"
-            if name in targets.NEEDS_CKPT_PATH and not self.params.get("ckpt_path"):
+            if not self.for_training and name in TRAINING_PARAMS:
+                note = "only used in training"
+            elif name == "num_timesteps_cond":
+                fate, note = self._num_timesteps_cond(value, conditioning_key)
+            elif name in targets.NEEDS_CKPT_PATH and not self.params.get("ckpt_path"):
                 note = "there is no ckpt_path"
             elif name in targets.START_PARAMS:
                 self.training[name] = bool(value) if MODEL_PARAM_TYPES[name] is BOOLEAN else value
@@ -187,10 +204,19 @@ class _ConfigReader(RunKeyReader):
             elif name in targets.PARAMS_WITHOUT_EFFECT:
                 note = targets.PARAMS_WITHOUT_EFFECT[name]
             elif name in targets.PARAMS_REFUSED_UNLESS_EMPTY:
-                fate, note = "refused" if value else fate, targets.PARAMS_REFUSED_UNLESS_EMPTY[name]
+                fate = "refused" if value and self.for_training else fate
+                note = targets.PARAMS_REFUSED_UNLESS_EMPTY[name]
             else:
                 fate, note = "refused", suggestion(name, targets.KNOWN_PARAMS, "not a parameter of these classes")
             self.note(f"model.params.{name}", value, fate, note)
+
+    def _num_timesteps_cond(self, count: Any, conditioning_key: str | None) -> tuple[Fate, str]:
+        """Fate of the number of steps at which LatentDiffusion noises the condition, in training and sampling."""
+        if count in (None, 1):
+            return "without effect", "the condition is not noised"
+        if not self.latent or conditioning_key is None:
+            return "without effect", "there is no condition"
+        return "refused", "it noises the condition at each step, which nothing here does: only 1 is supported"
 
     def _unet(self, unet: Mapping[str, Any]) -> dict[str, Any]:
         target = str(unet.get("target", ""))
@@ -212,7 +238,7 @@ class _ConfigReader(RunKeyReader):
                 self.note(full, value, "refused", suggestion(key, UNET_DEFAULTS, "not an option of UNetModel"))
         for key in unet:
             if key not in ("target", "params"):
-                self.note(f"model.params.unet_config.{key}", unet[key], "refused", "not a key of a network")
+                self.note_training(f"model.params.unet_config.{key}", unet[key], "not a key of a network")
         return params
 
     def _schedule(self) -> dict[str, Any]:
@@ -239,7 +265,7 @@ class _ConfigReader(RunKeyReader):
             schedule |= {"trained_betas": betas, "num_train_timesteps": len(betas)}
         return schedule
 
-    def _objective(self) -> dict[str, Any]:
+    def _losses(self) -> dict[str, Any]:
         loss_type = self.param("loss_type", "l2", "loss_type")
         _check_choice("loss_type", loss_type, ("l1", "l2"))
         elbo_note = "original_elbo_weight, with elbo_weights compvis"
@@ -248,6 +274,10 @@ class _ConfigReader(RunKeyReader):
             "l_simple_weight": float(self.param("l_simple_weight", 1.0, "l_simple_weight")),
             "original_elbo_weight": float(self.param("original_elbo_weight", 0.0, elbo_note)),
             "elbo_weights": "compvis",
+        }
+
+    def _logvar(self) -> dict[str, Any]:
+        return {
             "learn_logvar": bool(self.param("learn_logvar", False, "learn_logvar" + self.unlike_base_class())),
             "logvar_init": float(self.param("logvar_init", 0.0, "logvar_init")),
         }
@@ -257,13 +287,15 @@ class _ConfigReader(RunKeyReader):
         key: str | None = self.param("conditioning_key", None, "conditioning_key")
         concat = self.param("concat_mode", True, "conditioning_key concat, if none is set")
         force = self.param("force_null_conditioning", False, "conditioning_key, even without a stage")
+        stage = self.params.get("cond_stage_config")
+        dropped = self.latent and stage == UNCONDITIONAL_STAGE and not force
+        if key is not None and key.lower() in NO_KEY and (dropped or not self.latent or stage is None):
+            key = None
         if key is not None:
             _check_choice("conditioning_key", key, CONDITIONING_KEYS)
-        if not self.latent:
+        if not self.latent or (stage is None and "cond_stage_config" in self.params):
             return key
-        if self.params.get("cond_stage_config") == UNCONDITIONAL_STAGE and not force:
-            return None
-        return key or ("concat" if concat else "crossattn")
+        return None if dropped else key or ("concat" if concat else "crossattn")
 
     def _condition_dropout(self, key: str | None, stage: str | None) -> dict[str, Any]:
         """Random dropout of conditions: ours drops a network's input, the original's the input of a stage."""
@@ -288,9 +320,18 @@ class _ConfigReader(RunKeyReader):
             self.training["conditioning_dropout"] = dropout
         return ucg
 
+    def _has_first_stage(self) -> bool:
+        """Whether the samples are latents of an autoencoder, not images."""
+        stage = self.params.get("first_stage_config")
+        target = str(stage.get("target")) if isinstance(stage, Mapping) else ""
+        empty = stage is None and "first_stage_config" in self.params
+        return self.latent and not empty and target.rpartition(".")[2] != IDENTITY_FIRST_STAGE
+
     def _stage(self, name: str, use: str) -> str | None:
         stage = self.params.get(name)
         if stage is None:
+            if name in self.params:
+                self.note(f"model.params.{name}", None, "translated", "there is no such stage")
             return None
         target = stage.get("target") if isinstance(stage, Mapping) else stage
         if not isinstance(target, str):

@@ -33,7 +33,6 @@ PARAMS_WITHOUT_EFFECT = {
     "log_every_t": "pipe(log_every_t=...)",
     "cond_stage_trainable": "conditioning stages are not trained here: store their outputs",
     "cond_stage_forward": "conditioning stages are not part of the pipeline",
-    "num_timesteps_cond": "the published classes only use 1",
     "scale_by_std": "the resulting factor is scale_factor in the checkpoint",
     "depth_stage_config": "pass the depth as concat_inputs",
     "low_scale_config": "pass the low-resolution input as concat_inputs, its noise level as class_labels",
@@ -68,7 +67,8 @@ KNOWN_PARAMS = (
     "clip_denoised", "linear_start", "linear_end", "cosine_s", "given_betas", "original_elbo_weight", "v_posterior",
     "l_simple_weight", "conditioning_key", "parameterization", "scheduler_config", "learn_logvar", "logvar_init",
     "ucg_training", "first_stage_config", "cond_stage_config", "concat_mode", "scale_factor",
-    "force_null_conditioning", *START_PARAMS, *PARAMS_WITHOUT_EFFECT, *PARAMS_REFUSED_UNLESS_EMPTY,
+    "force_null_conditioning", "num_timesteps_cond", *START_PARAMS, *PARAMS_WITHOUT_EFFECT,
+    *PARAMS_REFUSED_UNLESS_EMPTY,
 )  # fmt: skip
 
 PRECISIONS = {16: "fp16", "16": "fp16", "16-mixed": "fp16", "bf16": "bf16", "bf16-mixed": "bf16", 32: "no", "32": "no"}

@@ -156,7 +156,7 @@ def _read_checkpoint(path: Path, options: StartOptions, denoiser: nn.Module) -> 
         ) from error
     notes = []
     if options.ckpt_config is not None:
-        file_params = read_compvis_config(options.ckpt_config).unet_params
+        file_params = read_compvis_config(options.ckpt_config, for_training=False).unet_params
         params["use_new_attention_order"] = bool(file_params.get("use_new_attention_order", False))
         notes = _compare_settings(dict(translate_unet(file_params).config), denoiser)
     contents = classify_tensors(

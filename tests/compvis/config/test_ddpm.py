@@ -19,6 +19,7 @@ from diffusers_ddpm_ext.compvis.config.ddpm import read_compvis_config
 from diffusers_ddpm_ext.compvis.config.recipe import recipe, write_recipe
 from diffusers_ddpm_ext.compvis.config.run_keys import leaves
 from diffusers_ddpm_ext.training.config.train_config import TrainConfig, parse_train_args
+from diffusers_ddpm_ext.utils.vocabulary import REQUIRED_CONDITIONS
 from diffusers_ddpm_ext.utils.yaml_io import load_compvis_yaml
 
 DDPM = "ldm.models.diffusion.ddpm.DDPM"
@@ -196,6 +197,13 @@ def test_recorded_configurations(case):
     assert config.conditioning_key == CASES[case]["conditioning_key"]
 
 
+def columns(model: dict[str, Any]) -> dict[str, str]:
+    """Names of the columns that a run with these options of the network needs."""
+    options = {"concat_inputs": "concat_column", "encoder_hidden_states": "context_column"}
+    needed = REQUIRED_CONDITIONS[model.get("conditioning_key")]
+    return {option: "x" for condition, option in options.items() if condition in needed}
+
+
 @pytest.mark.parametrize("case", [FULL, *(FOLDER / f"{case}.yaml" for case in ("ema", "concat", "hybrid"))])
 def test_recipes_are_options_of_our_trainer(case, tmp_path, capsys, monkeypatch):
     """The written file is parsed, with every value at its option."""
@@ -209,7 +217,12 @@ def test_recipes_are_options_of_our_trainer(case, tmp_path, capsys, monkeypatch)
     images = tmp_path / "images"
     images.mkdir()
     (images / "metadata.csv").write_text("file_name\n")
-    ours = parse_train_args(["--config", "run.yaml", "--train_data_dir", str(images)])
+    columns = {
+        "concat": ["--concat_column", "mask"],
+        "hybrid": ["--concat_column", "mask", "--context_column", "text"],
+    }
+    line = ["--config", "run.yaml", "--train_data_dir", str(images), *columns.get(config.conditioning_key or "", [])]
+    ours = parse_train_args(line)
     assert ours.schedule.prediction_type == config.schedule["prediction_type"]
     assert ours.schedule.beta_end == config.schedule["beta_end"]
     assert ours.objective.elbo_weights == "compvis"
@@ -267,7 +280,7 @@ def test_any_value_of_any_key_is_translated_or_refused_in_one_line(tmp_path, mon
             except ValueError as error:
                 refused.append((last, odd, str(error)))
             else:
-                TrainConfig.from_flat(options)
+                TrainConfig.from_flat({**options, "data": options["data"] | columns(options["model"])})
                 accepted += 1
     assert not [case for case in refused if "\n" in case[2]]
     assert not [case for case in refused if case[0] not in case[2] and case[0] not in ("params", "unet_config")]
