@@ -68,7 +68,7 @@ class EvaluateOptions(MeasuringOptions):
     the run's own validation images, and all T steps of each.
     """
 
-    folder: str = positional("FOLDER", FOLDER_HELP)
+    folder: str = positional("FOLDER", FOLDER_HELP, path=True)
     num_timesteps: int | None = option(None, "Steps of each image.", low=1, none="all", metavar="all|K")
     num_inference_steps: int | None = option(
         None, "Evaluate the shorter chain that sampling with K steps takes.", low=1, metavar="K", unset="all T"

@@ -66,7 +66,7 @@ class FitVarianceOptions(MeasuringOptions):
     (optimal_timesteps).
     """
 
-    folder: str = positional("FOLDER", LOCAL_FOLDER_HELP)
+    folder: str = positional("FOLDER", LOCAL_FOLDER_HELP, path=True)
     source: Literal["measured", "logvar"] = option(
         "measured",
         "Source of the steps' errors: measured now, with the weights that sampling takes, or the learned"

@@ -45,7 +45,7 @@ The same command resumes where it was interrupted."""
 class SampleOptions:
     """Draw images from a trained pipeline: a folder of this package or of Diffusers' DDPMPipeline, or a Hub id."""
 
-    folder: str = positional("FOLDER", FOLDER_HELP)
+    folder: str = positional("FOLDER", FOLDER_HELP, path=True)
     num_images: int = option(16, "Number of images.", low=1, high=MAX_IMAGES)
     out: Path | None = option(
         None,

@@ -54,6 +54,9 @@ def _configure(argv: Sequence[str], main_process: bool) -> TrainConfig:
 
         check_output_dir(config.output, config.resumes)
         check_resume(config)
+        from diffusers_ddpm_ext.training.data.early_checks import check_input_files
+
+        check_input_files(config)
     require_modules({"sklearn": "scikit-learn"} if config.on_digits else {})
     require_modules({"datasets": "datasets"} if config.data.dataset_name else {}, "hub-datasets")
     perceptual = config.objective.loss_type == "perceptual"

@@ -43,7 +43,7 @@ class VerifyOptions:
     them.
     """
 
-    source: str = positional("ID", "user/name on the Hub, or a local folder.")
+    source: str = positional("ID", "user/name on the Hub, or a local folder.", path=True)
     revision: str | None = option(None, "Branch, tag or commit.", metavar="NAME", unset="main")
     folder: Path | None = option(
         None, "The folder that was pushed: is its last push the newest commit?", metavar="FOLDER"

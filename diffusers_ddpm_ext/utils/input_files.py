@@ -97,7 +97,7 @@ def decode_text(content: bytes, name: str) -> str:
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{name} is not a UTF-8 text: byte {error.start:,} cannot be decoded.") from None
+        raise ConfigError(f"{name} is not text: byte {error.start:,} is not UTF-8.") from None
     if "\0" in text:
         raise ConfigError(f"{name} is not a text file: it holds NUL bytes.")
     return text.replace("\r\n", "\n")

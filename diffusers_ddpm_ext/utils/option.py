@@ -10,6 +10,7 @@ from __future__ import annotations
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
@@ -29,6 +30,7 @@ def option(
     none: str = "",
     metavar: str = "",
     flag: str = "",
+    path: bool = False,
 ) -> T:
     """Declare an option as a dataclass field. Its type is the field's annotation; a `Literal` lists the choices.
 
@@ -46,6 +48,7 @@ def option(
         metavar: placeholder of the value in ``--help``; by default from the type. ``KEY=VALUE`` for a dict that takes
             several pairs instead of a JSON object.
         flag: name of the flag where it is not the field's, such as ``from``.
+        path: whether its text is, or may be, a path on this machine: ``~`` is the home folder.
 
     Returns:
         A `dataclasses.Field`, typed as its value.
@@ -60,6 +63,7 @@ def option(
         "none": none,
         "metavar": metavar,
         "flag": flag,
+        "path": path,
     }
     declared: Any = (
         field(default_factory=lambda: type(default)(default), metadata=metadata)
@@ -69,12 +73,12 @@ def option(
     return declared
 
 
-def positional(metavar: str, help: str, default: Any = MISSING) -> Any:
+def positional(metavar: str, help: str, default: Any = MISSING, *, path: bool = False) -> Any:
     """Declare a positional argument as a dataclass field; without a default it is required.
 
-    ``metavar`` is its name in ``--help`` and in messages, such as ``FOLDER``.
+    ``metavar`` is its name in ``--help`` and in messages, such as ``FOLDER``; ``path`` as in `option`.
     """
-    declared: Any = option(default, help, metavar=metavar)
+    declared: Any = option(default, help, metavar=metavar, path=path)
     declared.metadata = types.MappingProxyType({**declared.metadata, "positional": True})
     return declared
 
@@ -122,6 +126,11 @@ class Option:
     def has_default(self) -> bool:
         """Whether it may be left out."""
         return self.default is not MISSING
+
+    @property
+    def is_path(self) -> bool:
+        """Whether its text is, or may be, a path on this machine."""
+        return self.hint is Path or bool(self.metadata["path"])
 
     @property
     def choices(self) -> tuple[Any, ...]:

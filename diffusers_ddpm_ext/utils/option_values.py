@@ -5,16 +5,21 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from diffusers_ddpm_ext.errors import ConfigError
+from diffusers_ddpm_ext.errors import ConfigError, printable
+from diffusers_ddpm_ext.utils.input_files import check_nesting, parse_json, read_json
 from diffusers_ddpm_ext.utils.option import Option
 
 TRUE, FALSE = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
 NONE = {"none", "null"}
+MAX_INTEGER = 2**63 - 1
+MAX_ELEMENTS = 1_000_000
+MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4096
 LIMITS = {"low": "at least", "above": "above", "high": "at most", "below": "below"}
 
 
@@ -36,12 +41,12 @@ def convert_value(option: Option, value: Any, label: str) -> Any:
     read = _READERS.get(option.hint, _read_tuple if option.element else _read_dict)
     try:
         result = (_read_choice if option.choices else read)(option, value)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         if isinstance(error, ConfigError):
             colon = "" if str(error).startswith("'") else ":"
             raise ConfigError(f"{label}{colon} {error}") from None
         text = " ".join(value) if isinstance(value, list) and all(isinstance(v, str) for v in value) else value
-        raise ConfigError(f"{label} takes {expected_value(option)}, got {text!r}") from None
+        raise ConfigError(f"{label} takes {expected_value(option)}, got {_shown(text)}") from None
     _check_range(option, result, label)
     return result
 
@@ -85,9 +90,9 @@ def unknown_option(
     explanation = None if explain is None else explain(name)
     if explanation is not None:
         return ConfigError(explanation)
-    near = difflib.get_close_matches(name, list(known), n=1)
+    near = difflib.get_close_matches(name[:MAX_NAME_BYTES], list(known), n=1)
     hint = f"did you mean {dashes}{near[0]}?" if near else "--help lists those that exist"
-    return ConfigError(f"unknown {'option' if dashes else 'key'} {dashes}{name}: {hint}")
+    return ConfigError(f"unknown {'option' if dashes else 'key'} {dashes}{printable(name, 80)}: {hint}")
 
 
 def _check_range(option: Option, value: Any, label: str) -> None:
@@ -110,7 +115,7 @@ def _finite_number(kind: type, value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, (int, float, str)) or (kind is int and type(value) is float):
         raise ValueError
     number = kind(value)
-    if not math.isfinite(number):
+    if not math.isfinite(number) or (kind is int and abs(number) > MAX_INTEGER):
         raise ValueError
     return number
 
@@ -133,11 +138,35 @@ def _read_bool(option: Option, value: Any) -> bool:
 def _read_str(option: Option, value: Any) -> str:
     if not isinstance(value, str) or not value.strip():
         raise ValueError
+    if option.is_path:
+        return expand_path(value)
+    check_nesting(value, "the value")  # a lone surrogate, from bytes that are not UTF-8
     return value
 
 
 def _read_path(option: Option, value: Any) -> Path:
     return Path(_read_str(option, value))
+
+
+def expand_path(text: str) -> str:
+    """A path with the home folder of ``~`` or ``~user`` in full, as a shell would have written it.
+
+    Raises:
+        ConfigError: there is no such user, or no file can have this name.
+    """
+    expanded = os.path.expanduser(text)
+    if expanded.startswith("~"):
+        user = printable(expanded.split("/")[0], 80)
+        if expanded == text and not os.path.lexists(text):
+            raise ConfigError(
+                f"{printable(text, 200)} begins with {user}: there is no such user; ./{user} is a folder"
+            )
+    encoded = os.fsencode(expanded)
+    longest = max(map(len, encoded.split(b"/")))
+    if b"\0" in encoded or longest > MAX_NAME_BYTES or len(encoded) > MAX_PATH_BYTES:
+        what = "holds a NUL" if b"\0" in encoded else f"has a name of {longest:,} bytes"
+        raise ConfigError(f"{printable(text, 80)} {what}: no file can have that name")
+    return expanded
 
 
 def _read_choice(option: Option, value: Any) -> Any:
@@ -148,9 +177,18 @@ def _read_choice(option: Option, value: Any) -> Any:
             return choice
     if value in option.metadata["answers"]:
         raise ConfigError(option.metadata["answers"][value])
-    near = difflib.get_close_matches(str(value), map(str, option.choices), n=1)
+    near = difflib.get_close_matches(str(value)[:MAX_NAME_BYTES], map(str, option.choices), n=1)
     hint = f": did you mean {near[0]}?" if near else ""
-    raise ConfigError(f"{value!r} is not {expected_value(option)}{hint}")
+    raise ConfigError(f"{_shown(value)} is not {expected_value(option)}{hint}")
+
+
+def _shown(value: Any) -> str:
+    """A value in a message: its start and end, if it is long."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits
+        text = type(value).__name__
+    return printable(text, 200)
 
 
 def _read_texts(option: Option, value: Any) -> tuple[str, ...]:
@@ -172,6 +210,8 @@ def _read_tuple(option: Option, value: Any) -> tuple[Any, ...]:
     if all(isinstance(v, str) for v in value):
         value = [part for part in re.split(r"[\s,]+|(?<=\d)x(?=\d)", " ".join(value)) if part]
         value = [] if [part.lower() for part in value] in ([word] for word in NONE) else value
+    if len(value) > MAX_ELEMENTS:
+        raise ConfigError(f"{len(value):,} numbers are too many: at most {MAX_ELEMENTS:,}")
     numbers = tuple(_finite_number(option.element or float, v) for v in value)
     if option.length is not None:
         numbers = numbers * 2 if len(numbers) == 1 and option.hint == tuple[int, int] else numbers
@@ -183,30 +223,41 @@ def _read_tuple(option: Option, value: Any) -> tuple[Any, ...]:
 def _read_number_list(text: str) -> Any:
     """Numbers from a JSON list in place, or from a file that holds one."""
     if text.lstrip().startswith("["):
-        return json.loads(text)
-    path = Path(text)
+        return parse_json(text, "the list")
+    path = Path(expand_path(text))
     if path.suffix not in (".json", ".npy"):
         raise ValueError
-    try:
-        if path.suffix == ".json":
-            return json.loads(path.read_text())
-        import numpy as np
+    if path.suffix == ".npy":
+        from diffusers_ddpm_ext.utils.array_files import read_array  # not at the top: `--help` does not load NumPy
 
-        table = np.load(path, allow_pickle=False)
-        return table.tolist()
-    except OSError as error:
-        raise ConfigError(f"cannot read {text}: {error.strerror or error}") from None
-    except ValueError as error:
-        raise ConfigError(f"{text} does not hold a list of numbers: {error}") from None
+        numbers = read_array(path).tolist()
+    else:
+        numbers = read_json(path)
+    if not isinstance(numbers, list):
+        raise ConfigError(f"{printable(text, 200)} does not hold a list of numbers")
+    return numbers
 
 
 def _read_dict(option: Option, value: Any) -> dict[str, Any]:
     if option.takes_pairs and isinstance(value, list):
         return dict(map(_read_pair, value))
-    value = json.loads(value) if isinstance(value, str) else value
+    value = parse_json(value, "the JSON object") if isinstance(value, str) else value
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise ValueError
+    check_nesting(value, "the object")
+    _check_numbers(value)
     return dict(value)
+
+
+def _check_numbers(value: Any) -> None:
+    """Refuse numbers that are not finite, or integers that nobody means, anywhere in lists and objects."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{value} is not a finite number")
+    if isinstance(value, int) and abs(value) > MAX_INTEGER:
+        raise ConfigError(f"an integer of over {len(str(MAX_INTEGER))} digits is too large")
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    for item in inner:
+        _check_numbers(item)
 
 
 def _read_pair(text: str) -> tuple[str, Any]:
@@ -215,9 +266,13 @@ def _read_pair(text: str) -> tuple[str, Any]:
     if not (equals and key.isidentifier()):
         raise ConfigError(f"{text!r} is not KEY=VALUE, e.g. timestep_spacing=trailing")
     try:
-        return key, json.loads(value)
+        json.loads(value, parse_int=str)
+    except RecursionError:
+        pass  # the reader below says so
     except ValueError:
+        check_nesting(value, key)
         return key, value
+    return key, parse_json(value, key)
 
 
 _READERS: dict[Any, Callable[[Option, Any], Any]] = {

@@ -10,6 +10,7 @@ from typing import Any
 from diffusers_ddpm_ext.errors import ConfigError
 from diffusers_ddpm_ext.training.config.condition_checks import check_conditioning
 from diffusers_ddpm_ext.utils.lr_lambdas import check_lr_schedule
+from diffusers_ddpm_ext.utils.network_budget import check_network_config
 
 Flat = Mapping[str, Any]
 
@@ -208,6 +209,7 @@ def _check_model(flat: Flat) -> None:
             )
         return
     if flat["model_config"] is not None:
+        check_network_config(flat["model_config"], "--model_config")
         return
     missing = [name for name in MODEL_SIZES if flat[name] is None]
     if missing:
@@ -215,6 +217,7 @@ def _check_model(flat: Flat) -> None:
     widths, levels = flat["block_out_channels"], flat["attention_levels"]
     if not widths:
         raise ConfigError("--block_out_channels must have at least one width")
+    check_network_config({"block_out_channels": widths, "layers_per_block": flat["layers_per_block"]}, "the options")
     groups, head = flat["norm_num_groups"], flat["attention_head_dim"]
     for width in widths:
         if width % groups:

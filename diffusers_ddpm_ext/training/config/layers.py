@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from diffusers_ddpm_ext.errors import ConfigError
+from diffusers_ddpm_ext.errors import ConfigError, printable
 from diffusers_ddpm_ext.training.config.checks import MODEL_SIZES
 from diffusers_ddpm_ext.training.config.foreign_flags import explain_foreign_flag
 from diffusers_ddpm_ext.training.config.options import CANONICAL_NAMES, OPTIONS, SECTIONS
+from diffusers_ddpm_ext.utils.input_files import exists, read_text
 from diffusers_ddpm_ext.utils.option_values import convert_value, unknown_option
-from diffusers_ddpm_ext.utils.yaml_io import load_options
+from diffusers_ddpm_ext.utils.yaml_io import MAX_BYTES, load_options
 
 # Alternative options: a layer may set one alternative, which replaces the others of earlier layers.
 ALTERNATIVES: tuple[tuple[tuple[str, ...], ...], ...] = (
@@ -54,15 +56,18 @@ def read_config(name: str) -> OptionLayer:
     Raises:
         ConfigError: the file is missing, is not YAML, or an option in it is wrong.
     """
-    try:
-        if name in recipes() and not Path(name).is_file():
-            return read_recipe(name)
-        text = Path(name).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"--config {name} cannot be read: {error.strerror}; name a YAML file or a recipe") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"--config {name} is not text: name a YAML file") from None
-    return _read_text(text, name)
+    if name in recipes() and not Path(name).is_file():
+        return read_recipe(name)
+    if not exists(name):
+        raise ConfigError(
+            f"--config {printable(name, 200)} does not exist; name a YAML file or a recipe{_nearest(name)}"
+        )
+    return _read_text(read_text(name, "--config", MAX_BYTES), name)
+
+
+def _nearest(name: str) -> str:
+    near = difflib.get_close_matches(Path(name).stem, recipes(), n=1)
+    return f": did you mean {near[0]}?" if near else ""
 
 
 def replaced_options(layer: OptionLayer) -> dict[str, None]:

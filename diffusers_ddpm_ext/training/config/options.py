@@ -25,19 +25,23 @@ class DataOptions:
     """Images. With neither --train_data_dir nor --dataset_name: the digits that ship with scikit-learn."""
 
     train_data_dir: str | None = option(
-        None, "Folder of images of any type, including its subfolders.", unset="digits"
+        None, "Folder of images of any type, including its subfolders.", unset="digits", path=True
     )
-    dataset_name: str | None = option(None, "Dataset on the Hub, or the path of a local one; read by `datasets`.")
+    dataset_name: str | None = option(
+        None, "Dataset on the Hub, or the path of a local one; read by `datasets`.", path=True
+    )
     dataset_config_name: str | None = option(None, "Configuration of --dataset_name, if it has several.")
     image_column: str | None = option(None, "Column of --dataset_name that holds the images.", unset="the only one")
-    cache_dir: str | None = option(None, "Cache folder of downloaded datasets.", unset="that of `datasets`")
+    cache_dir: str | None = option(None, "Cache folder of downloaded datasets.", unset="that of `datasets`", path=True)
     validation_fraction: float | None = option(
         0.1, "Fraction of the images held out for validation. 0: no validation.", low=0, below=1
     )
     validation_split: str | None = option(None, "Split of --dataset_name to validate on, instead of a fraction.")
-    validation_data_dir: str | None = option(None, "Folder of images to validate on, instead of a fraction.")
+    validation_data_dir: str | None = option(
+        None, "Folder of images to validate on, instead of a fraction.", path=True
+    )
     resolution: tuple[int, int] = option(
-        (64, 64), "Size of the images in pixels: one number, or height and width.", low=1
+        (64, 64), "Size of the images in pixels: one number, or height and width.", low=1, high=16_384
     )
     center_crop: bool = option(False, "Crop the center of each resized image instead of a random position.")
     random_flip: bool = option(False, "Flip each image horizontally with probability 0.5.")
@@ -66,7 +70,7 @@ class DataOptions:
         unset="never",
     )
     dataloader_num_workers: int = option(
-        0, "Worker processes that load images. 0: the main process loads them.", low=0
+        0, "Worker processes that load images. 0: the main process loads them.", low=0, high=1024
     )
 
 
@@ -75,7 +79,9 @@ class ModelOptions:
     """The network: its JSON configuration, or its sizes; and how conditions enter it."""
 
     model_config_name_or_path: str | None = option(
-        None, "JSON configuration of a UNet2DModel: a file, a folder, or a Hub id. Replaces the sizes below."
+        None,
+        "JSON configuration of a UNet2DModel: a file, a folder, or a Hub id. Replaces the sizes below.",
+        path=True,
     )
     model_config: dict[str, Any] | None = option(
         None, "The same as a JSON object; its _class_name may also be UNet2DConditionModel.", unset="the sizes"
@@ -91,23 +97,30 @@ class ModelOptions:
         None,
         "Number of classes of the network.",
         low=1,
+        high=1_000_000,
         unset="those of the data, and a null class where one is needed",
     )
     use_positional_encodings: bool = option(
         False, "Give the network two more input channels, with the column and row of each pixel from -1 to 1."
     )
     block_out_channels: tuple[int, ...] | None = option(
-        (128, 128, 256, 256, 512, 512), "Width of each level. Every level but the last halves the image.", low=1
+        (128, 128, 256, 256, 512, 512),
+        "Width of each level. Every level but the last halves the image.",
+        low=1,
+        high=65_536,
     )
-    layers_per_block: int | None = option(2, "Residual blocks per level.", low=1)
+    layers_per_block: int | None = option(2, "Residual blocks per level.", low=1, high=64)
     attention_levels: tuple[int, ...] | None = option(
         None,
         "Levels with self-attention: 0 is the full resolution, 1 half of it, ... `none`: only the middle block.",
         low=0,
+        high=31,
         unset="the last but one",
     )
-    attention_head_dim: int | None = option(8, "Channels per attention head.", low=1)
-    norm_num_groups: int | None = option(32, "Groups of the group normalization. Must divide every width.", low=1)
+    attention_head_dim: int | None = option(8, "Channels per attention head.", low=1, high=65_536)
+    norm_num_groups: int | None = option(
+        32, "Groups of the group normalization. Must divide every width.", low=1, high=65_536
+    )
     dropout: float | None = option(0.0, "Dropout in the residual blocks.", low=0, below=1)
 
 
@@ -120,9 +133,10 @@ class StartOptions:
         "A CompVis checkpoint (.ckpt, .pt, .safetensors), or the folder of a pipeline or network. Read at the"
         " start of a run; a resumed run loads its own checkpoint instead.",
         unset="random weights",
+        path=True,
     )
     ckpt_config: str | None = option(
-        None, "YAML file of a CompVis --ckpt_path; needed if the checkpoint uses the new attention order."
+        None, "YAML file of a CompVis --ckpt_path; needed if the checkpoint uses the new attention order.", path=True
     )
     ignore_keys: tuple[str, ...] | None = option(
         None, "Prefixes of parameter names in the checkpoint that are skipped.", unset="none"
@@ -153,7 +167,9 @@ PREDICTION_TYPE_HINTS = {
 class ScheduleOptions:
     """The noise schedule, and the sampling settings of the saved pipeline, with Diffusers' names."""
 
-    num_train_timesteps: int = option(1000, "T, the number of noise steps.", alias=("ddpm_num_steps",), low=1)
+    num_train_timesteps: int = option(
+        1000, "T, the number of noise steps.", alias=("ddpm_num_steps",), low=1, high=1_000_000
+    )
     beta_schedule: BetaSchedule = option(
         "linear",
         "Shape of the betas. CompVis' `linear` is scaled_linear here, its `sqrt_linear` is linear, its `cosine` is"
@@ -195,7 +211,7 @@ class ScheduleOptions:
     timestep_spacing: Literal["leading", "trailing", "linspace"] = option(
         "leading", "How the timesteps are spaced when sampling takes fewer than T steps."
     )
-    steps_offset: int = option(0, "Offset added to the timesteps with `leading`.", low=0)
+    steps_offset: int = option(0, "Offset added to the timesteps with `leading`.", low=0, high=1_000_000)
 
 
 @dataclass(frozen=True)
@@ -255,7 +271,7 @@ class ObjectiveOptions:
         unset="that of the images",
     )
     perceptual_model: str | None = option(
-        None, "Backbone of the perceptual loss: folder or Hub id of a `transformers` vision model."
+        None, "Backbone of the perceptual loss: folder or Hub id of a `transformers` vision model.", path=True
     )
     perceptual_weight: float = option(
         0.5, "Weight of the feature distance in the perceptual loss; l2 has the remaining weight.", low=0, high=1
@@ -318,14 +334,14 @@ class EmaOptions:
 class LoopOptions:
     """Length of the run, batch size, precision, and random seed."""
 
-    train_batch_size: int = option(16, "Images per device and micro-batch.", low=1)
+    train_batch_size: int = option(16, "Images per device and micro-batch.", low=1, high=1_000_000)
     num_epochs: int | None = option(
-        100, "Epochs: passes over the training images. Replaced by --max_train_steps.", low=1
+        100, "Epochs: passes over the training images. Replaced by --max_train_steps.", low=1, high=10**9
     )
     max_train_steps: int | None = option(
-        None, "Total optimizer steps of the run.", low=1, unset="--num_epochs decides"
+        None, "Total optimizer steps of the run.", low=1, high=10**12, unset="--num_epochs decides"
     )
-    gradient_accumulation_steps: int = option(1, "Micro-batches per optimizer step.", low=1)
+    gradient_accumulation_steps: int = option(1, "Micro-batches per optimizer step.", low=1, high=1_000_000)
     mixed_precision: Literal["no", "fp16", "bf16"] | None = option(
         None, "Precision of the network; noise and loss stay float32.", unset="that of `accelerate launch`, else no"
     )
@@ -357,7 +373,7 @@ class ValidationOptions:
     )
     validation_bpd_steps: int = option(10, "Timesteps per image that --validation_bpd evaluates; at most T.", low=2)
     validation_max_images: int | None = option(1000, "Maximum number of validation images.", low=1)
-    eval_batch_size: int = option(16, "Batch size of validation and previews.", low=1)
+    eval_batch_size: int = option(16, "Batch size of validation and previews.", low=1, high=1_000_000)
 
 
 @dataclass(frozen=True)
@@ -365,7 +381,10 @@ class OutputOptions:
     """Output folder, trackers, logging, and previews."""
 
     output_dir: str | None = option(
-        None, "Folder of the run and of the trained pipeline.", unset="a new one: runs/digits, runs/digits-2, ..."
+        None,
+        "Folder of the run and of the trained pipeline.",
+        unset="a new one: runs/digits, runs/digits-2, ...",
+        path=True,
     )
     overwrite_output_dir: bool = option(
         False, "Use a folder that is not empty; files of an earlier run in it are deleted."
@@ -376,14 +395,16 @@ class OutputOptions:
         " are installed), or none. Images and histograms are logged, too. metrics.jsonl is always written.",
         alias=("logger",),
     )
-    logging_dir: str = option("logs", "Folder of the tracker, inside --output_dir.")
+    logging_dir: str = option("logs", "Folder of the tracker, inside --output_dir.", path=True)
     logging_steps: int = option(
         10, "Log the losses every N optimizer steps; metrics.jsonl has a row for each step.", low=1
     )
     save_images_epochs: int | None = option(10, "Sample a grid of preview images every N epochs.", low=1)
     save_images_steps: int | None = option(None, "The same, every N optimizer steps.", low=1)
-    num_preview_images: int = option(16, "Images per preview grid.", low=1)
-    ddpm_num_inference_steps: int = option(1000, "Sampling steps of the preview grids, at most T.", low=1)
+    num_preview_images: int = option(16, "Images per preview grid.", low=1, high=10_000)
+    ddpm_num_inference_steps: int = option(
+        1000, "Sampling steps of the preview grids, at most T.", low=1, high=1_000_000
+    )
     preview_guidance_scale: float = option(1.0, "Classifier-free guidance scale of the preview grids; 1: none.")
     save_model_epochs: int | None = option(10, "Save the pipeline every N epochs, and at the end.", low=1)
 
@@ -404,6 +425,7 @@ class CheckpointOptions:
         "Resume from a checkpoint: latest or best in --output_dir, or a path. auto: the latest if there is one, else"
         " start from scratch; for job queues and restarts.",
         unset="start from scratch",
+        path=True,
     )
     allow_config_change: bool = option(False, "Resume although options differ that change the results.")
     max_train_minutes: float | None = option(
@@ -421,7 +443,9 @@ class MonitorOptions:
         unset="val/loss_simple_ema, or val/loss_simple without EMA",
     )
     monitor_mode: Literal["auto", "min", "max"] = option("auto", "Whether smaller or larger is better.")
-    save_top_k: int = option(1, "Keep the k best checkpoints, and the best one as the folder `best`.", low=0)
+    save_top_k: int = option(
+        1, "Keep the k best checkpoints, and the best one as the folder `best`.", low=0, high=1_000_000
+    )
     early_stopping_patience: int | None = option(
         None, "Stop after N validations in a row without an improvement.", low=1, unset="never"
     )

@@ -168,7 +168,7 @@ def data_options(file: Path | None, typed: Mapping[str, Any], defaults: Mapping[
 
 @dataclass(frozen=True)
 class _ConfigFile:
-    config: str | None = option(None, "YAML file of options, or the name of a recipe.", metavar="FILE")
+    config: str | None = option(None, "YAML file of options, or the name of a recipe.", metavar="FILE", path=True)
 
 
 def _resolve(layers: Sequence[OptionLayer], typed: set[str]) -> TrainConfig:

@@ -6,10 +6,7 @@ Each condition is read once for all images, from the column of their source that
 from __future__ import annotations
 
 import hashlib
-import math
-import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +21,7 @@ from diffusers_ddpm_ext.training.data.embeddings import read_embedding
 from diffusers_ddpm_ext.training.data.image_files import Payload
 from diffusers_ddpm_ext.training.data.image_store import ImageStore, decode_source
 from diffusers_ddpm_ext.training.data.sources import Source, payload_of_cell
+from diffusers_ddpm_ext.utils.network_budget import physical_memory
 
 MEMORY_LIMIT_OF_JOINED_IMAGES = 2**31  # bytes
 
@@ -140,7 +138,7 @@ def read_embeddings(label: str, images: Sequence[str], cells: Sequence[Any]) -> 
                 f"{row} has an embedding of shape {context.shape} and {printable(images[0])} one of"
                 f" {contexts[0].shape}: all must have one shape (tokens, width)"
             )
-        if not contexts and context.nbytes * len(images) > (memory := _physical_memory()):
+        if not contexts and context.nbytes * len(images) > (memory := physical_memory()):
             raise ConfigError(
                 f"{label}: {len(images):,} embeddings of shape {context.shape} take"
                 f" {context.nbytes * len(images) / 1e9:,.1f} GB, more than this machine's {memory / 1e9:,.1f} GB"
@@ -182,10 +180,3 @@ def _check_same_shapes(own: ConditionColumns, train: ConditionColumns) -> None:
             f"--context_column: validation embeddings have shape {own.contexts[0].shape},"
             f" not {train.contexts[0].shape}"
         )
-
-
-def _physical_memory() -> float:
-    """Bytes of this machine's memory; infinite where that is unknown."""
-    with suppress(ValueError, OSError, AttributeError):
-        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    return math.inf

@@ -128,6 +128,14 @@ def find_files(root: Path, metadata_names: tuple[str, ...]) -> FolderFiles:
     return FolderFiles(sorted(images), sorted(metadata), dict(sorted(others.items())), count)
 
 
+def first_image(root: Path) -> Path | None:
+    """One of the images of a folder, the first that the system lists; None without images."""
+    extensions = image_extensions()
+    names = (name for name in _walk(root) if os.path.splitext(name)[1].lower() in extensions)
+    name = next(names, None)
+    return None if name is None else root / name
+
+
 def _walk(root: Path) -> Iterator[str]:
     """Yield the files below a folder, following each link to a folder once."""
     visited = set()

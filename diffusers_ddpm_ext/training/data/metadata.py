@@ -29,6 +29,15 @@ class Cell:
     folder: Path
 
 
+def require_metadata(label: str, files: Sequence[str]) -> None:
+    """Refuse a folder of images, which ``label`` names, without a metadata file."""
+    if not files:
+        raise ConfigError(
+            f"{label} has no {' or '.join(METADATA_FILES)}: add one with a column {FILE_NAME}, or use "
+            "--class_column folder for classes by folder"
+        )
+
+
 def read_metadata_column(root: Path, files: Sequence[str], images: Sequence[str], column: str) -> dict[str, Cell]:
     """Read a column of all metadata files of a folder.
 

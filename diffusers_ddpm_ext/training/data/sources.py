@@ -28,7 +28,7 @@ from diffusers_ddpm_ext.errors import ConfigError, printable
 from diffusers_ddpm_ext.training.config.checks import check_image_folder
 from diffusers_ddpm_ext.training.data.class_labels import Column
 from diffusers_ddpm_ext.training.data.image_files import Payload, RemoteFile, find_files, locate
-from diffusers_ddpm_ext.training.data.metadata import FILE_NAME, METADATA_FILES, Cell, read_metadata_column
+from diffusers_ddpm_ext.training.data.metadata import METADATA_FILES, Cell, read_metadata_column, require_metadata
 
 FOLDER_COLUMN = "folder"
 
@@ -78,11 +78,7 @@ class FolderSource:
         }
 
     def _cells(self, column: str) -> dict[str, Cell]:
-        if not self.metadata:
-            raise ConfigError(
-                f"{self.option} has no {' or '.join(METADATA_FILES)}: add one with a column {FILE_NAME}, or use "
-                f"--class_column {FOLDER_COLUMN} for classes by folder"
-            )
+        require_metadata(self.option, self.metadata)
         cells = read_metadata_column(self.folder, self.metadata, self.names, column)
         for name in self.names:
             if name not in cells or cells[name].value == "":

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,12 +11,13 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 
 from diffusers_ddpm_ext.errors import ConfigError, as_config_error
 from diffusers_ddpm_ext.models.unet_2d_ext import UNet2DExtModel
+from diffusers_ddpm_ext.training.config.model_file import MODEL_OPTION, read_model_file
 from diffusers_ddpm_ext.training.config.options import ModelOptions
 from diffusers_ddpm_ext.training.factory.denoiser_shape import DenoiserShape
 from diffusers_ddpm_ext.utils import random_keys as keys
+from diffusers_ddpm_ext.utils.network_budget import check_network_config
 
 WEIGHTS_STREAM = "weights"
-MODEL_OPTION = "--model_config_name_or_path"
 DENOISER_CLASSES: dict[str, type] = {cls.__name__: cls for cls in (UNet2DModel, UNet2DConditionModel, UNet2DExtModel)}
 
 
@@ -46,6 +45,7 @@ def build_denoiser(options: ModelOptions, shape: DenoiserShape, seed: int) -> UN
     config = {"in_channels": shape.in_channels, "out_channels": shape.out_channels} | config
     if shape.needs("class_labels") and not config.get("class_embed_type"):
         config = {"num_class_embeds": shape.num_classes} | config
+    check_network_config(config, option)
     _check_halvings(config, size, option)
     with torch.random.fork_rng(devices=[]), as_config_error(option):
         torch.manual_seed(keys.key(WEIGHTS_STREAM, seed))
@@ -89,17 +89,11 @@ def _config_from_sizes(options: ModelOptions, shape: DenoiserShape) -> dict[str,
 
 def _load_config(name_or_path: str) -> dict[str, Any]:
     """A network's configuration from a JSON file, the folder of a model or pipeline, or the Hub."""
-    path = Path(name_or_path).expanduser()
-    if path.is_dir():
-        files = [file for file in (path / "config.json", path / "unet" / "config.json") if file.is_file()]
-        if not files:
-            raise ConfigError(f"{MODEL_OPTION} {path}: neither config.json nor unet/config.json is in that folder.")
-        path = files[0]
+    local = read_model_file(name_or_path)
+    if local is not None:
+        return local
     try:
-        if path.is_file():
-            config = json.loads(path.read_text(encoding="utf-8"))
-        else:
-            config = UNet2DModel.load_config(name_or_path)
+        config = UNet2DModel.load_config(name_or_path)
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"{MODEL_OPTION} {name_or_path} cannot be read as a UNet2DModel's JSON: {' '.join(str(error).split())}"
