@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, TypeVar
 
+from diffusers_ddpm_ext.errors import ConfigError
 from diffusers_ddpm_ext.training.config.flags import Parser
 from diffusers_ddpm_ext.utils.option import options_of
 
@@ -48,6 +49,9 @@ def parse_options(
     for name, metadata in sections.items():
         parser.add_options(options_of(metadata["section"]).values(), name, metadata["help"], negatable=True)
     typed = parser.parse_values(argv)
+    for item in positionals:
+        if not item.has_default and typed.get(item.name) is None:
+            raise ConfigError(f"{item.metadata['metavar']} is empty: {item.metadata['help']}")
     embedded: dict[str, dict[str, Any]] = {
         name: {key: typed.pop(key) for key in options_of(metadata["section"]) if key in typed}
         for name, metadata in sections.items()

@@ -145,7 +145,9 @@ def _local_copy(options: VerifyOptions) -> Iterator[tuple[Path, list[str]]]:
 
 def _download(options: VerifyOptions, target: Path) -> list[str]:
     from huggingface_hub import HfApi
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
+    disable_progress_bars()  # they show names of the repository as they are
     api: Any = HfApi(token=options.hub_token)
     newest = api.model_info(options.source).sha
     revision = api.model_info(options.source, revision=options.revision).sha if options.revision else newest

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,10 @@ from pathlib import Path
 from diffusers_ddpm_ext.errors import ConfigError, printable
 
 MAX_ENTRIES = 100_000
-LINK, SPECIAL, NOT_UTF8 = "a link", "not a regular file", "its name is not UTF-8"
+LINK, SPECIAL, NOT_UTF8, CONTROLS = (
+    "a link", "not a regular file", "its name is not UTF-8", "its name has control characters",
+)  # fmt: skip
+_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 @dataclass(frozen=True)
@@ -20,7 +24,8 @@ class FolderScan:
 
     Attributes:
         files: regular files by name, in the order of the names.
-        left_out: name -> why it is no file to read: a link of any kind, a named pipe, a name that is not UTF-8.
+        left_out: name -> why it is no file to read: a link of any kind, a named pipe, a name that is not UTF-8
+            or has control characters.
         empty_folders: names of folders without an entry.
     """
 
@@ -62,6 +67,8 @@ def scan_folder(
                 scan.left_out[name] = LINK
             elif not _is_utf8(entry.name):
                 scan.left_out[name] = NOT_UTF8
+            elif _CONTROLS.search(entry.name):  # which act on the terminal of whoever shows them
+                scan.left_out[name] = CONTROLS
             elif entry.is_dir(follow_symlinks=False):
                 pending.append((*parts, entry.name))
             elif entry.is_file(follow_symlinks=False):

@@ -84,8 +84,11 @@ def test_a_link_is_named_and_left_out(folder, outside, name, tmp_path):
 def test_what_is_no_file_is_left_out_too(folder):
     os.mkfifo(folder / "pipe")
     (folder / os.fsdecode(b"caf\xe9.txt")).write_text("latin")
+    (folder / "unet" / "a\x1b[2J.png").write_text("the client's progress bar would print its name")
+    (folder / "猫\u3000é.png").write_text("uploaded")
     uploads = list_upload_files(folder)
-    assert sorted(uploads.left_out.values()) == ["its name is not UTF-8", "not a regular file"]
+    reasons = ["its name has control characters", "its name is not UTF-8", "not a regular file"]
+    assert sorted(uploads.left_out.values()) == reasons
     assert "caf\\udce9.txt" in uploads.warning
 
 

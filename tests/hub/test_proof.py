@@ -282,8 +282,10 @@ def test_images_that_are_none(content, pushed, capsys):
 
 def test_thousands_of_added_files_are_counted(pushed, capsys):
     for index in range(3000):
-        (pushed / f"{index:04}\x1b[31m.txt").touch()
+        (pushed / f"{index:04}.txt").touch()
+    (pushed / "red\x1b[31m.txt").touch()
     status, text = verify(pushed, capsys)
     assert status == 1
-    assert "0007\\x1b[31m.txt and 2,992 more" in text
+    assert "0007.txt and 2,992 more" in text
+    assert "its name has control characters: red\\x1b[31m.txt" in text
     assert len(text) < 1500

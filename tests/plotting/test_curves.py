@@ -10,7 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusers_ddpm_ext.plotting.curves import Curve, plot_logvar, plot_losses, running_mean
+from diffusers_ddpm_ext.diffusion.schedule import NoiseSchedule
+from diffusers_ddpm_ext.plotting.chain import plot_schedule, plot_steps, plot_timesteps, plot_variance, plot_weights
+from diffusers_ddpm_ext.plotting.curves import MAX_PLOTTED, Curve, plot_logvar, plot_losses, running_mean, thin
 from diffusers_ddpm_ext.plotting.sheets import image_grid, save_grid
 
 
@@ -108,7 +110,16 @@ def test_curves_are_drawn(tmp_path):
     assert ink(three) > ink(one) > 5000
 
 
-@pytest.mark.parametrize("values", [[0.5], [0.0, 1.0], [-2.0, 3.0], [1.0, float("inf")], [2.0, 2.0]])
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [0.5], [0.0, 1.0], [-2.0, 3.0], [1.0, INF], [2.0, 2.0], [0.0] * 60, [NAN, 1.0, -INF], [1.0, 1e308],
+        [5e-324, 1e-300, 1e99], [-1e99, 1e99],
+    ],
+)  # fmt: skip
 def test_odd_curves_are_drawn_too(tmp_path, values):
     assert ink(plot_losses(tmp_path / "odd.png", [Curve("training", range(len(values)), values)])) > 5000
 
@@ -117,6 +128,65 @@ def test_nothing_to_draw_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="finite"):
         plot_losses(tmp_path / "none.png", [Curve("training", [1], [float("nan")]), Curve("x", [], [])])
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("draw", "message"),
+    [
+        (lambda path: plot_losses(path, [Curve("a", [1, 2], [1])]), "a has steps"),
+        (lambda path: plot_losses(path, [Curve("a", [1], [1e308])]), "finite"),
+        (lambda path: plot_weights(path, {}, "epsilon"), "positive, finite"),
+        (lambda path: plot_weights(path, {"a": [0, NAN, INF, -1]}, "epsilon"), "positive, finite"),
+        (lambda path: plot_steps(path, [], []), "finite"),
+        (lambda path: plot_steps(path, [0, 1], [NAN, INF]), "finite"),
+        (lambda path: plot_steps(path, [0, 1], [1.0]), "as many steps"),
+        (lambda path: plot_timesteps(path, {}, 10), "at least one"),
+        (lambda path: plot_logvar(path, [], []), "finite"),
+        (lambda path: plot_logvar(path, [NAN], [1.0]), "finite"),
+    ],
+)
+def test_what_cannot_be_drawn_is_one_sentence(draw, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        draw(tmp_path / "none.png")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda path: plot_schedule(path, NoiseSchedule(trained_betas=[0.5])),
+        lambda path: plot_schedule(path, NoiseSchedule(trained_betas=[1e-20, 0.5, 1.0])),
+        lambda path: plot_weights(path, {"a": [0, NAN, INF], "b": [1e-9, 1, 1e9], "c": [3, 3, 3]}, "epsilon"),
+        lambda path: plot_steps(path, [7], [0.1]),
+        lambda path: plot_steps(path, [0, 1, 2], [0, 0, 0], 0.0),
+        lambda path: plot_steps(path, [0, 1, 2, 3], [NAN, 1e-9, 10, -1], 1.0),
+        lambda path: plot_steps(path, [0, 1], [1e308, 0.5]),
+        lambda path: plot_variance(path, {"v": [NAN, NAN]}),
+        lambda path: plot_variance(path, {"v": [0.5], "w": [INF]}),
+        lambda path: plot_timesteps(path, {1: [3], 2: [0, 9]}, 10),
+        lambda path: plot_logvar(path, [1.0, INF, 2.0], [NAN, 1.0, 2.0]),
+    ],
+)
+def test_odd_tables_are_drawn_without_a_warning(draw, tmp_path):
+    assert ink(draw(tmp_path / "odd.png")) > 3000
+
+
+def test_a_million_values_are_thinned_to_their_means(tmp_path):
+    steps = np.arange(1_000_000)
+    values = np.where(steps % 2, 3.0, 1.0)
+    values[::1000] = NAN
+    thinned, means = thin(steps, values)
+    assert len(thinned) == len(means) == MAX_PLOTTED
+    starts = range(0, 1_000_000, 50)
+    np.testing.assert_allclose(thinned[:100], [steps[i : i + 50].mean() for i in starts[:100]])
+    np.testing.assert_allclose(means[:100], [np.nanmean(values[i : i + 50]) for i in starts[:100]])
+    assert ink(plot_losses(tmp_path / "many.png", [Curve("training", steps, values)])) > 3000
+    same = thin(steps[:MAX_PLOTTED], values[:MAX_PLOTTED])
+    assert all(np.array_equal(a, b[:MAX_PLOTTED], equal_nan=True) for a, b in zip(same, (steps, values), strict=True))
+    uneven, last = thin(np.arange(7.0), np.array([1, 2, 3, 4, 5, 6, NAN]), 3)
+    assert uneven.tolist() == [1, 4, 6]
+    assert last.tolist()[:2] == [2, 5]
+    assert np.isnan(last[2])
 
 
 def test_logvar_is_drawn_where_it_was_measured(tmp_path):
