@@ -95,7 +95,9 @@ def read_proof(place: Path) -> dict[str, Any] | None:
             raise ValueError(f"{entry.name}: its sha256 is not 64 hexadecimal digits")
         if name.startswith("/") or "\0" in name or "\\" in name or {"", ".", ".."} & {*name.split("/")}:
             raise ValueError(f"{PROOF_NAME} names {printable(name)!r}, which is no file of the folder")
-    if proof.get("images") is not None:
+    if "images" not in proof:
+        raise ValueError(f"{PROOF_NAME} has no images")
+    if proof["images"] is not None:
         settings = checked.object("images")
         settings.integer("count", low=1, high=MAX_CARD_IMAGES)
         settings.integer("num_inference_steps", low=1, high=MAX_CARD_STEPS)

@@ -155,7 +155,7 @@ def test_what_cannot_be_drawn_is_one_sentence(draw, message, tmp_path):
     "draw",
     [
         lambda path: plot_schedule(path, NoiseSchedule(trained_betas=[0.5])),
-        lambda path: plot_schedule(path, NoiseSchedule(trained_betas=[1e-20, 0.5, 1.0])),
+        lambda path: plot_schedule(path, NoiseSchedule(trained_betas=[1e-6, 0.5, 1.0])),
         lambda path: plot_weights(path, {"a": [0, NAN, INF], "b": [1e-9, 1, 1e9], "c": [3, 3, 3]}, "epsilon"),
         lambda path: plot_steps(path, [7], [0.1]),
         lambda path: plot_steps(path, [0, 1, 2], [0, 0, 0], 0.0),
