@@ -12,7 +12,9 @@ from typing import Literal
 
 from diffusers_ddpm_ext.errors import ConfigError, printable
 from diffusers_ddpm_ext.utils.folder_lock import FolderBusy, FolderLock
+from diffusers_ddpm_ext.utils.generations import COMMITTED
 from diffusers_ddpm_ext.utils.next_command import next_command
+from diffusers_ddpm_ext.utils.pipeline_files import MODEL_INDEX
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 FOLDER_HELP = "Output folder of a run, folder of a saved pipeline, or Hub id."
@@ -34,7 +36,7 @@ def check_pipeline_source(name: str) -> None:
     folder, shown = Path(name), printable(name, 300)
     mode = _mode(folder, "", shown)
     if mode is not None and stat.S_ISDIR(mode):
-        if _mode(folder / "model_index.json", "", shown) is None:
+        if not any(_mode(place / MODEL_INDEX, "", shown) for place in (folder, folder / COMMITTED)):
             raise ConfigError(f"{shown} holds no pipeline (no model_index.json): give the output folder of a run")
         return
     state, command = "does not exist" if mode is None else "is a file", next_command(folder)

@@ -32,6 +32,7 @@ from diffusers_ddpm_ext.errors import ConfigError, as_config_error, as_run_error
 from diffusers_ddpm_ext.pipelines.loading import load_pipeline, select_device
 from diffusers_ddpm_ext.utils.files import CONFIG, write_text_atomically
 from diffusers_ddpm_ext.utils.folder_lock import FolderLock
+from diffusers_ddpm_ext.utils.generations import finish_replacement
 from diffusers_ddpm_ext.utils.input_files import MAX_TEXT_BYTES, read_json_object
 from diffusers_ddpm_ext.utils.option import option, positional
 
@@ -110,6 +111,8 @@ def fit_variance(options: FitVarianceOptions) -> str:
     """
     folder = Path(options.folder)
     with lock_output("FOLDER", FolderLock(folder)):
+        with as_run_error(folder):
+            finish_replacement(folder)
         return _undo(folder) if options.undo else _fit(folder, options)
 
 

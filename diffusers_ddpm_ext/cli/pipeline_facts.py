@@ -11,6 +11,7 @@ from typing import Any
 
 from diffusers_ddpm_ext.errors import ConfigError, printable
 from diffusers_ddpm_ext.pipelines.class_names import read_class_names
+from diffusers_ddpm_ext.utils.generations import read_one_generation
 from diffusers_ddpm_ext.utils.input_files import JsonObject, json_object, read_json_object
 from diffusers_ddpm_ext.utils.vocabulary import CONDITIONING_KEYS
 
@@ -130,9 +131,12 @@ def read_pipeline_facts(source: str, variant: str | None = None, variant_option:
     Raises:
         ConfigError: a file is missing or damaged, or the pipeline has no network ``unet`` and ``scheduler``.
     """
-    folder = Path(source)
-    if not folder.is_dir():
+    if not Path(source).is_dir():
         return None
+    return read_one_generation(source, lambda folder: _read_facts(source, folder, variant, variant_option))
+
+
+def _read_facts(source: str, folder: Path, variant: str | None, variant_option: str) -> PipelineFacts:
     index = read_json_object(folder / "model_index.json")
     for part in ("unet", "scheduler"):
         if not isinstance(index.content.get(part), list):

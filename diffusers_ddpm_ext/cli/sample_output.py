@@ -108,7 +108,8 @@ class PngFolder:
         if recorded.exists():
             settings = self._settings
             other = {"bit_depth": 8, **read_json_object(recorded, "--out:").content}
-            differing = [name for name in {*other, *settings} if other.get(name) != settings.get(name)]
+            names = {*other, *settings} - {"folder"}  # by another path, it is the same model
+            differing = [name for name in names if other.get(name) != settings.get(name)]
             if differing:
                 name = sorted(differing, key=lambda each: (each == "model", each))[0]
                 raise ConfigError(

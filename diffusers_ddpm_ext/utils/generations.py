@@ -165,6 +165,12 @@ def replace_pipeline(folder: Path, keep: Callable[[Path, Path], set[str]] | None
         shutil.rmtree(draft, ignore_errors=True)
 
 
+def finish_replacement(folder: Path) -> None:
+    """Finish what a killed writer had committed; for a command that then changes a file of the pipeline in place."""
+    with _locked(folder):
+        _finish_commit(folder)
+
+
 def carry_over(old: Path, draft: Path, names: set[str]) -> None:
     """Link files of a folder into a draft that will replace it; what the draft has already stays.
 

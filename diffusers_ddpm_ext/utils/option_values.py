@@ -31,7 +31,7 @@ def convert_value(option: Option, value: Any, label: str) -> Any:
             the option in the message.
     """
     is_none = isinstance(value, str) and value.lower() in NONE and option.hint not in (str, Path)
-    if isinstance(value, str) and option.metadata["none"] == value:
+    if value and isinstance(value, str) and option.metadata["none"] == value:
         return None
     if value is None or (is_none and option.optional and not option.choices):
         if option.optional and not (is_none and option.element is int):
