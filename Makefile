@@ -25,10 +25,11 @@ bench:  ## comparisons with other implementations; tables in benchmarks/README.m
 	$(PYTHON) benchmarks/bench_step.py
 	$(PYTHON) benchmarks/bench_checkpoint.py
 
-torture:  ## guarantees of checkpoints, tested for an hour
+torture:  ## guarantees of checkpoints and of hostile input, tested for hours
 	$(PYTHON) benchmarks/torture/faults.py
 	$(PYTHON) benchmarks/torture/kill.py
 	$(PYTHON) benchmarks/torture/signals.py
+	$(PYTHON) benchmarks/torture/hostile_inputs.py
 
 floors:  ## the test suite with the oldest supported versions, in a separate virtual environment
 	rm -rf .venv-floors
