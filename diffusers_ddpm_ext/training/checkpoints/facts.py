@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from diffusers_ddpm_ext.errors import printable
-from diffusers_ddpm_ext.training.checkpoints.restore import IMPLEMENTATION_OPTIONS
+from diffusers_ddpm_ext.training.checkpoints.restore import IMPLEMENTATION_OPTIONS, mismatch
 from diffusers_ddpm_ext.training.checkpoints.snapshot import Snapshot
 from diffusers_ddpm_ext.training.checkpoints.state import TrainingObjects
 from diffusers_ddpm_ext.training.checkpoints.state_file import (
@@ -29,7 +29,7 @@ SAMPLER_COUNTS, SAMPLER_LOSSES = "timestep_sampler.counts", "timestep_sampler.lo
 
 
 def check_facts(snapshot: Snapshot, objects: TrainingObjects, updates_per_step: int, options_changed: bool) -> None:
-    """Refuse a snapshot whose facts contradict each other, or the run that resumes from it.
+    """Refuse a snapshot that does not fit the run, or whose facts contradict each other or the run.
 
     Args:
         snapshot: as read.
@@ -41,6 +41,9 @@ def check_facts(snapshot: Snapshot, objects: TrainingObjects, updates_per_step: 
         ValueError: file, key and value of the first such fact.
     """
     step = snapshot.progress.step
+    problem = mismatch(snapshot, objects, options_changed)
+    if problem:
+        raise ValueError(problem)
     problem = (
         _tensor_problem(snapshot)
         or _optimizer_problem(snapshot, objects, step)
@@ -66,18 +69,26 @@ def _tensor_problem(snapshot: Snapshot) -> str:
 
 def _optimizer_problem(snapshot: Snapshot, objects: TrainingObjects, step: int) -> str:
     slots: dict[str, set[str]] = {}
+    is_adam = type(objects.unwrapped_optimizer) is torch.optim.AdamW
+    dtypes = {name: parameter.dtype for parameter, name in objects.parameter_names.items()}
     for key, tensor in snapshot.optimizer.items():
         name, _, slot = key.rpartition(".")
         slots.setdefault(name, set()).add(slot)
+        if is_adam and slot == "step" and tensor.ndim > 0:
+            return f"{OPTIMIZER_FILE}: {key} is not one number"
         if slot == "step" and tensor.ndim == 0 and not (0 <= tensor.item() <= step and tensor.item() % 1 == 0):
             return f"{OPTIMIZER_FILE}: {key} is {tensor.item():g}, not a number of steps up to {step}"
         if slot in ("exp_avg_sq", "max_exp_avg_sq") and not bool((tensor >= 0).all()):
             return f"{OPTIMIZER_FILE}: {key} has negative mean squares"
-    if type(objects.unwrapped_optimizer) is torch.optim.AdamW:
+        expected = torch.float32 if slot == "step" else dtypes[name]
+        if is_adam and tensor.dtype != expected:
+            return f"{OPTIMIZER_FILE}: {key} is of {tensor.dtype}, not {expected}"
+    if is_adam:
         for name, own in slots.items():
             complete = own | snapshot.scalars.slots.get(name, {}).keys()
-            if missing := ADAM_SLOTS - complete:
-                return f"{OPTIMIZER_FILE}: {name}.{min(missing)} is missing"
+            if differing := ADAM_SLOTS ^ complete:
+                kind = "missing" if differing & ADAM_SLOTS else "unexpected"
+                return f"{OPTIMIZER_FILE}: {name}.{printable(min(differing), 60)} is {kind}"
     return ""
 
 

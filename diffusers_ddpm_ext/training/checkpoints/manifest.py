@@ -31,6 +31,8 @@ from pathlib import Path
 from typing import Any
 
 from diffusers_ddpm_ext._version import __version__
+from diffusers_ddpm_ext.errors import ConfigError, printable
+from diffusers_ddpm_ext.utils.input_files import decode_text, parse_json
 
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
@@ -40,7 +42,7 @@ CHECKPOINT_NAME = re.compile(r"checkpoint-(0|[1-9][0-9]{0,17})", re.ASCII)
 CHECKSUM_LINE = re.compile(rb'\{\n"sha256": "([0-9a-f]{64})",\n')
 # Errors that mean a damaged file when it is opened or read. Any other (no permission, too many open files) is not
 # about the file, and the user has to fix it.
-DAMAGE_ERRNOS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO, errno.EIO)
+DAMAGE_ERRNOS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO, errno.EIO, errno.ENAMETOOLONG)
 
 
 class DamagedCheckpoint(ValueError):
@@ -116,9 +118,11 @@ def _read_content(folder: Path) -> dict[str, Any]:
     if match is None or hashlib.sha256(raw[match.end() :]).hexdigest().encode() != match[1]:
         raise DamagedCheckpoint(f"{folder}: {MANIFEST} does not match its own sha256")
     try:
-        content: dict[str, Any] = json.loads(raw)
-    except (ValueError, RecursionError):
-        raise DamagedCheckpoint(f"{folder}: {MANIFEST} is not JSON") from None
+        content: dict[str, Any] = parse_json(decode_text(raw, MANIFEST), MANIFEST)
+    except ConfigError as error:
+        raise DamagedCheckpoint(
+            f"{folder}: {MANIFEST} is not JSON: {str(error).removeprefix(MANIFEST).strip(' .')}"
+        ) from None
     number = content.get("format")
     if type(number) is not int or number < 1:
         raise DamagedCheckpoint(f"{folder}: {MANIFEST} has no format number")
@@ -134,7 +138,9 @@ def _parse_entry(folder: Path, name: str, entry: Any) -> FileDigest:
     """Check an entry of a manifest: a plain name below the folder, a size and a checksum."""
     plain = name.isprintable() and "\\" not in name and name != MANIFEST
     if not plain or any(part in ("", ".", "..") for part in name.split("/")):
-        raise DamagedCheckpoint(f"{folder}: {MANIFEST} lists {name!r}, which is not a name of a file in it")
+        raise DamagedCheckpoint(
+            f"{folder}: {MANIFEST} lists {printable(name, 100)!r}, which is not a name of a file in it"
+        )
     size, sha256 = (entry.get("size"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
     if type(size) is not int or size < 0 or not isinstance(sha256, str):
         raise DamagedCheckpoint(f"{folder}: {MANIFEST} has no size and sha256 for {name}")
@@ -165,7 +171,7 @@ def verify(folder: Path) -> Checkpoint:
 @contextmanager
 def _open_file(folder: Path, name: str, size_limit: int) -> Iterator[FileIO]:
     """Open a regular file of limited size, following no symbolic link below the folder."""
-    descriptor = None
+    descriptor, shown = None, printable(name, 100)
     try:
         for above in Path(name).parents[:-1]:
             if (folder / above).is_symlink():
@@ -174,7 +180,7 @@ def _open_file(folder: Path, name: str, size_limit: int) -> Iterator[FileIO]:
         descriptor = os.open(folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise DamagedCheckpoint(f"{folder}: {name} is not a regular file")
+            raise DamagedCheckpoint(f"{folder}: {shown} is not a regular file")
         if status.st_size > size_limit:
             raise DamagedCheckpoint(
                 f"{folder}: {name} has {status.st_size} bytes, more than the {size_limit} expected"
@@ -185,7 +191,7 @@ def _open_file(folder: Path, name: str, size_limit: int) -> Iterator[FileIO]:
             raise
         missing = error.errno in (errno.ENOENT, errno.ENOTDIR)
         reason = "is a symbolic link" if error.errno == errno.ELOOP else f"cannot be read ({error.strerror})"
-        raise DamagedCheckpoint(f"{folder}: {name} {'is missing' if missing else reason}") from None
+        raise DamagedCheckpoint(f"{folder}: {shown} {'is missing' if missing else reason}") from None
     finally:
         if descriptor is not None:
             os.close(descriptor)

@@ -113,19 +113,24 @@ def _make_header(
     """The header of a snapshot, or why it does not fit the run."""
     if snapshot is None:
         return "the main process has no snapshot to load."
-    try:
-        problem = (
-            _model_mismatch(snapshot, objects)
-            or _optimizer_mismatch(snapshot, objects)
-            or _ema_mismatch(snapshot, objects.ema, keep_current_options)
-        )
-    except (KeyError, TypeError, AttributeError) as error:  # a state.json that this package did not write
-        problem = f"{STATE_FILE} cannot be used: {type(error).__name__} {error}"
+    problem = mismatch(snapshot, objects, keep_current_options)
     if problem:
         return problem
     slots = tensor_specs({key: value for key, value in snapshot.optimizer.items() if value.ndim > 0})
     scalar_slots = {key: value.clone() for key, value in snapshot.optimizer.items() if value.ndim == 0}
     return BroadcastHeader(snapshot.progress, snapshot.scalars, tensor_specs(snapshot.ema or {}), slots, scalar_slots)
+
+
+def mismatch(snapshot: Snapshot, objects: TrainingObjects, keep_current_options: bool) -> str:
+    """Why a snapshot cannot be restored in a run, with file and key; empty if it can."""
+    try:
+        return (
+            _model_mismatch(snapshot, objects)
+            or _optimizer_mismatch(snapshot, objects)
+            or _ema_mismatch(snapshot, objects.ema, keep_current_options)
+        )
+    except (KeyError, TypeError, AttributeError) as error:  # a state.json that this package did not write
+        return f"{STATE_FILE} cannot be used: {type(error).__name__} {error}"
 
 
 def _model_mismatch(snapshot: Snapshot, objects: TrainingObjects) -> str:

@@ -17,6 +17,7 @@ from diffusers_ddpm_ext.training.checkpoints.folders import list_checkpoints, re
 from diffusers_ddpm_ext.training.config.options import SECTIONS
 from diffusers_ddpm_ext.utils.files import CONFIG, ENVIRONMENT, METRICS, remove_path
 from diffusers_ddpm_ext.utils.folder_lock import LOCK
+from diffusers_ddpm_ext.utils.generations import COMMITTED
 from diffusers_ddpm_ext.utils.yaml_io import load_options
 
 PIPELINE_FILES = (
@@ -36,7 +37,7 @@ RUN_FILES = (
 )  # fmt: skip
 """What a run and its push write, apart from checkpoints and the tracker's files; patterns of paths in its folder."""
 RUN_FOLDERS = ("unet", "scheduler", "logvar", "class_embedder", "samples", "best", "crash", "card")
-DRAFT_NAME = re.compile(r"\.(saving|publishing)-[a-z0-9_]{8}", re.ASCII)
+DRAFT_NAME = re.compile(r"\.(saving|publishing)-[a-z0-9_]{8}|\.writing-pipeline-[0-9a-f]{8}", re.ASCII)
 DOWNLOAD_NAME = re.compile(r"\.downloading-[0-9a-zA-Z]{1,40}", re.ASCII)
 PART_NAME = re.compile(r"\.(.+)\.[0-9]+\.part", re.ASCII)
 MAX_CONFIG_BYTES = 1 << 20
@@ -134,7 +135,7 @@ def remove_run_files(folder: Path) -> None:
             with suppress(OSError):  # a file of the user is in it
                 os.rmdir(below)
     for path in folder.iterdir():
-        if DOWNLOAD_NAME.fullmatch(path.name):
+        if path.name == COMMITTED or DOWNLOAD_NAME.fullmatch(path.name):
             remove_path(path)
 
 

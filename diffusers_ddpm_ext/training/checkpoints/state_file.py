@@ -169,6 +169,8 @@ def _progress_problem(progress: Progress) -> str:
     pending = records.get("todo", [])
     if not isinstance(pending, list) or not all(isinstance(name, str) for name in pending):
         return "progress.records.todo is not a list of names"
+    if len(set(pending)) < len(pending):
+        return "progress.records.todo names a task twice"
     return ""
 
 

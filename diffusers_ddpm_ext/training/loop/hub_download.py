@@ -19,6 +19,7 @@ from diffusers_ddpm_ext.training.checkpoints.manifest import Checkpoint, Damaged
 from diffusers_ddpm_ext.training.checkpoints.run_folder import DOWNLOAD_NAME, is_run_file, refuse_unusable_entries
 from diffusers_ddpm_ext.training.checkpoints.state_file import read_state
 from diffusers_ddpm_ext.utils.files import fsync_folder, remove_path
+from diffusers_ddpm_ext.utils.generations import COMMITTED
 
 NOT_DOWNLOADED = ("README.md", "proof.json", "card/samples.npz", "card/samples.png", ".hub.json")
 """Written again by the next push."""
@@ -131,6 +132,7 @@ def _move_files(draft: Path, folder: Path, step: int) -> None:
     """Move the downloaded files into the run's folder, each by a rename, the checkpoint last."""
     refuse_unusable_entries(folder, str(folder))
     remove_path(draft / ".cache")
+    remove_path(folder / COMMITTED)  # an export that was interrupted; the downloaded one replaces it
     checkpoint = draft / f"checkpoint-{step}"
     files = [path.relative_to(draft) for path in sorted(draft.rglob("*")) if path.is_file()]
     files = [file for file in files if file.parts[0] != checkpoint.name]

@@ -12,7 +12,7 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list
 
-from diffusers_ddpm_ext.errors import ConfigError, as_run_error, printable, warn
+from diffusers_ddpm_ext.errors import ConfigError, as_config_error, as_run_error, printable, warn
 from diffusers_ddpm_ext.training.checkpoints import snapshot as snapshots
 from diffusers_ddpm_ext.training.checkpoints.facts import check_facts
 from diffusers_ddpm_ext.training.checkpoints.folders import move_aside, move_newer_aside, newest, remove_leftovers
@@ -82,7 +82,7 @@ def resume(setup: Setup, folder: Path) -> RunProgress | None:
         accelerator.print(f"{folder} is finished: nothing is left to do. For more steps raise --max_train_steps.")
         return None
     if exists:
-        with fail_together(accelerator):
+        with fail_together(accelerator), as_config_error("--resume_from_checkpoint"):
             saved = restore_snapshot(snapshot, training_objects(setup), config.checkpoint.allow_config_change)
         progress = restore_progress(saved, setup.monitor)
         source = requested if requested not in ("latest", "auto", BEST) else f"checkpoint-{progress.step}"
@@ -144,10 +144,9 @@ def read_matching_snapshot(setup: Setup, folder: Path, checkpoint: Checkpoint) -
     """Read a checkpoint of this run; a ConfigError where it is unreadable or forged, or options have changed."""
     try:
         snapshot = read_checkpoint(setup, folder, checkpoint)
-    except ConfigError:
-        raise
     except ValueError as error:
-        raise ConfigError(f"--resume_from_checkpoint: {error}") from None
+        text = str(error).removeprefix("--resume_from_checkpoint: ")
+        raise ConfigError(f"--resume_from_checkpoint: {text}") from None
     if snapshot.progress.step > setup.plan.steps:
         raise ConfigError(
             f"--resume_from_checkpoint: {checkpoint.path.name} is beyond --max_train_steps {setup.plan.steps}: raise"
