@@ -97,7 +97,9 @@ def test_a_full_disk_leaves_whole_files_and_the_run_resumes(small_disk: Path, tm
     assert {1, 2} <= statuses
 
 
-@pytest.mark.parametrize("umask", [0o022, 0o027, 0o002])
+@pytest.mark.parametrize(
+    "umask", [0o027, pytest.param(0o022, marks=pytest.mark.slow), pytest.param(0o002, marks=pytest.mark.slow)]
+)
 def test_everything_that_a_run_writes_has_the_modes_of_new_files(umask: int, tmp_path: Path):
     done = train(tmp_path / "run", umask=umask)
     assert done.returncode == 0, done.stderr
