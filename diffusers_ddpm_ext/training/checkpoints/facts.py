@@ -25,16 +25,18 @@ from diffusers_ddpm_ext.training.checkpoints.state_file import (
 
 ADAM_SLOTS = {"step", "exp_avg", "exp_avg_sq"}
 LR_TOLERANCE = 1e-6
+MOST_EMA_UPDATES = 10**12
+"""The count does not follow from the step: a run that starts from another one's weights continues its count."""
+
 SAMPLER_COUNTS, SAMPLER_LOSSES = "timestep_sampler.counts", "timestep_sampler.losses"
 
 
-def check_facts(snapshot: Snapshot, objects: TrainingObjects, updates_per_step: int, options_changed: bool) -> None:
+def check_facts(snapshot: Snapshot, objects: TrainingObjects, options_changed: bool) -> None:
     """Refuse a snapshot that does not fit the run, or whose facts contradict each other or the run.
 
     Args:
         snapshot: as read.
         objects: of the run, before the snapshot is restored.
-        updates_per_step: most updates of the EMA in an optimizer step.
         options_changed: whether the run may have other options than the snapshot's.
 
     Raises:
@@ -48,7 +50,7 @@ def check_facts(snapshot: Snapshot, objects: TrainingObjects, updates_per_step: 
         _tensor_problem(snapshot)
         or _optimizer_problem(snapshot, objects, step)
         or _lr_problem(snapshot, objects, step, options_changed)
-        or _ema_problem(snapshot, objects, step * updates_per_step, options_changed)
+        or _ema_problem(snapshot, objects, options_changed)
     )
     if not problem and not options_changed:
         problem = _group_problem(snapshot, objects)
@@ -133,7 +135,7 @@ def _group_problem(snapshot: Snapshot, objects: TrainingObjects) -> str:
     return ""
 
 
-def _ema_problem(snapshot: Snapshot, objects: TrainingObjects, most_updates: int, options_changed: bool) -> str:
+def _ema_problem(snapshot: Snapshot, objects: TrainingObjects, options_changed: bool) -> str:
     state = snapshot.scalars.ema
     if state is None:
         return ""
@@ -141,8 +143,8 @@ def _ema_problem(snapshot: Snapshot, objects: TrainingObjects, most_updates: int
     counts = state.get("use_num_updates")
     if type(counts) is not bool or type(updates) is not int or (updates < 0 if counts else updates != -1):
         return f"{STATE_FILE}: numbers.ema.num_updates is {printable(str(updates), 60)}"
-    if updates > most_updates:
-        return f"{STATE_FILE}: numbers.ema.num_updates is {updates}, more than {most_updates}"
+    if updates > MOST_EMA_UPDATES:
+        return f"{STATE_FILE}: numbers.ema.num_updates is {updates}, more than {MOST_EMA_UPDATES}"
     if decay is None or not is_finite(decay) or not 0 <= decay <= 1:
         return f"{STATE_FILE}: numbers.ema.decay is {printable(str(decay), 60)}, outside 0 to 1"
     ema = objects.ema

@@ -177,7 +177,7 @@ def read_checkpoint(setup: Setup, folder: Path, checkpoint: Checkpoint) -> Snaps
     snapshot = snapshots.read_snapshot(checkpoint.path)
     try:
         restore_progress(progress, copy.deepcopy(setup.monitor))
-        check_facts(snapshot, training_objects(setup), setup.plan.accumulation, may_change)
+        check_facts(snapshot, training_objects(setup), may_change)
     except ValueError as error:
         raise ValueError(f"{checkpoint.path}: {error}") from None
     return snapshot

@@ -103,7 +103,7 @@ STATES = {
     "no parameters": (put("numbers", "groups", 0, "params", value=[]), "optimizer"),
     "a group is missing": (lambda state: state["numbers"]["groups"].pop(), "another optimizer"),
     "EMA updates below zero": (put("numbers", "ema", "num_updates", value=-3), "num_updates is -3"),
-    "EMA updates of the future": (put("numbers", "ema", "num_updates", value=10**6), "num_updates is 1000000"),
+    "EMA updates of a million years": (put("numbers", "ema", "num_updates", value=10**15), "num_updates is 10"),
     "EMA decay above 1": (put("numbers", "ema", "decay", value=1.5), "decay is 1.5"),
     "EMA decay of another run": (put("numbers", "ema", "decay", value=0.5), "decay is 0.5"),
     "a slot of a list": (put("numbers", "slots", value={BIAS: {"step": [1]}}), "slots"),
@@ -190,7 +190,7 @@ def check_mutations(count: int, seed: int, setup: Setup, original: Path, folder:
     An accepted one may differ in what no result depends on: sizes, versions, options of the implementation.
     """
     harmless = ("metrics_size", "world_size", "versions", "recoveries", "stopped_early", "todo", "slots", "monitor")
-    harmless += ("foreach", "fused", "capturable", "differentiable", "format", "manifest", "added", "lr_scheduler")
+    harmless += ("foreach", "fused", "capturable", "differentiable", "format", "manifest", "added", "num_updates")
     chance, refused, accepted = random.Random(seed), 0, 0
     for number in range(count):
         run = folder / str(number)
