@@ -6,8 +6,11 @@ once.
 
 from __future__ import annotations
 
+import difflib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +19,7 @@ from diffusers_ddpm_ext.cli.sample_options import SampleOptions
 from diffusers_ddpm_ext.errors import ConfigError, printable
 from diffusers_ddpm_ext.pipelines.class_names import label_of_name
 from diffusers_ddpm_ext.utils.array_files import read_array
+from diffusers_ddpm_ext.utils.input_files import read_text
 from diffusers_ddpm_ext.utils.memory import memory_bytes
 
 if TYPE_CHECKING:
@@ -46,6 +50,7 @@ def check_sample(options: SampleOptions, facts: PipelineFacts) -> SampleConditio
         ConfigError: a condition is missing, unknown, not finite, or not of the network's shape; or an option does not
             fit the model.
     """
+    _check_scheduler_name(options.scheduler)
     _check_presence(options, facts)
     labels = None if options.class_labels is None else read_labels(options.class_labels, facts)
     arrays = {
@@ -143,6 +148,18 @@ def _expected_shape(name: str, facts: PipelineFacts) -> tuple[int | None, ...]:
     if name == "encoder_hidden_states":
         return None, facts.token_width
     return facts.concat_channels, *(facts.image_size or (None, None))
+
+
+def _check_scheduler_name(name: str | None) -> None:
+    """Refuse a misspelled scheduler, by the names in Diffusers' sources: importing them takes seconds."""
+    spec = find_spec("diffusers")
+    if name is None or spec is None or spec.origin is None:
+        return
+    source = Path(spec.origin).with_name("schedulers") / "__init__.py"
+    known = {"DDPMExtScheduler", *re.findall(r'"(\w+Scheduler)"', read_text(source))} if source.is_file() else {name}
+    near = [] if name in known else difflib.get_close_matches(name, sorted(known), n=1)
+    if near:
+        raise ConfigError(f"--scheduler {name} is not a scheduler of Diffusers: did you mean {near[0]}?")
 
 
 def _check_presence(options: SampleOptions, facts: PipelineFacts) -> None:
