@@ -7,8 +7,7 @@ everything else is refused in a sentence, before a tensor operation fails or sil
 from __future__ import annotations
 
 import inspect
-import operator
-from collections.abc import Callable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any, TypeVar, cast
@@ -17,23 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from diffusers_ddpm_ext.utils.checks import describe
 from diffusers_ddpm_ext.utils.vocabulary import FROM_COMPVIS_ARGUMENT, FROM_COMPVIS_PREDICTION_TYPE
 
 Generators = torch.Generator | list[torch.Generator] | None
 Constructor = TypeVar("Constructor", bound=Callable[..., None])
-LONGEST = 60  # characters of a value in a message
-
-
-def describe(value: Any) -> str:
-    """A value in a message: short ones as Python writes them, long ones as their type and size."""
-    if isinstance(value, (Tensor, np.ndarray)):
-        return f"{type(value).__name__} of {value.dtype}, shape {tuple(value.shape)}"
-    if isinstance(value, (list, tuple, set, Mapping)) and len(value) > 4:
-        return f"{type(value).__name__} of {len(value)}"
-    if isinstance(value, Sized | int | float | complex | None):
-        text = repr(value)
-        return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
-    return type(value).__name__
 
 
 def steps_tensor(t: Any, name: str = "t") -> Tensor:
@@ -131,16 +118,6 @@ def check_generators(generator: Any, batch_size: int) -> Generators:
     if len(generator) not in (1, batch_size):
         raise ValueError(f"generator must hold one generator per sample ({batch_size}), got {len(generator)}.")
     return list(generator)
-
-
-def checked_integer(name: str, value: Any) -> int:
-    """An integer, also NumPy's or of a 0-dim tensor; ValueError for booleans and everything else."""
-    if not isinstance(value, (bool, np.bool_)):
-        try:
-            return operator.index(value)
-        except TypeError:
-            pass
-    raise ValueError(f"{name}={describe(value)} must be an integer.")
 
 
 def explain_compvis_names(init: Constructor) -> Constructor:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from diffusers_ddpm_ext.diffusion.arguments import as_steps, check_samples, network_output
 from diffusers_ddpm_ext.diffusion.schedule import NoiseSchedule, Table, check_prediction_type
+from diffusers_ddpm_ext.utils.checks import describe
 from diffusers_ddpm_ext.utils.vocabulary import PredictionType
 
 __all__ = [
@@ -82,6 +83,14 @@ def at_step(table: Table, t: Steps, like: Tensor) -> Tensor:
     return values.reshape(-1, *(1,) * (like.ndim - 1))
 
 
+def _tables(schedule: Any) -> NoiseSchedule:
+    """The schedule, or that of a scheduler."""
+    tables = getattr(schedule, "schedule", schedule)
+    if not isinstance(tables, NoiseSchedule):
+        raise ValueError(f"schedule={describe(schedule)} must be a NoiseSchedule: scheduler.schedule is one.")
+    return tables
+
+
 def q_sample(schedule: NoiseSchedule, x0: Tensor, eps: Tensor, t: Steps) -> Tensor:
     """Noise clean samples to step t in closed form ([DDPM] eq. 4).
 
@@ -99,8 +108,8 @@ def q_sample(schedule: NoiseSchedule, x0: Tensor, eps: Tensor, t: Steps) -> Tens
     """
     check_samples(x0=x0, eps=eps)
     return (
-        at_step(schedule.sqrt_alphas_cumprod, t, x0) * x0
-        + at_step(schedule.sqrt_one_minus_alphas_cumprod, t, x0) * eps
+        at_step(_tables(schedule).sqrt_alphas_cumprod, t, x0) * x0
+        + at_step(_tables(schedule).sqrt_one_minus_alphas_cumprod, t, x0) * eps
     )
 
 
@@ -108,9 +117,9 @@ def q_mean_variance(schedule: NoiseSchedule, x0: Tensor, t: Steps) -> Gaussian:
     """Distribution of xt given x0 ([DDPM] eq. 4); arguments and errors as in :func:`q_sample`."""
     check_samples(x0=x0)
     return Gaussian(
-        mean=at_step(schedule.sqrt_alphas_cumprod, t, x0) * x0,
-        variance=at_step(1 - schedule.alphas_cumprod, t, x0),
-        log_variance=at_step(schedule.log_one_minus_alphas_cumprod, t, x0),
+        mean=at_step(_tables(schedule).sqrt_alphas_cumprod, t, x0) * x0,
+        variance=at_step(1 - _tables(schedule).alphas_cumprod, t, x0),
+        log_variance=at_step(_tables(schedule).log_one_minus_alphas_cumprod, t, x0),
     )
 
 
@@ -122,16 +131,17 @@ def posterior(schedule: NoiseSchedule, x0: Tensor, xt: Tensor, t: Steps) -> Gaus
     """
     check_samples(x0=x0, xt=xt)
     return Gaussian(
-        mean=at_step(schedule.posterior_mean_coef1, t, xt) * x0 + at_step(schedule.posterior_mean_coef2, t, xt) * xt,
-        variance=at_step(schedule.posterior_variance, t, xt),
-        log_variance=at_step(schedule.posterior_log_variance_clipped, t, xt),
+        mean=at_step(_tables(schedule).posterior_mean_coef1, t, xt) * x0
+        + at_step(_tables(schedule).posterior_mean_coef2, t, xt) * xt,
+        variance=at_step(_tables(schedule).posterior_variance, t, xt),
+        log_variance=at_step(_tables(schedule).posterior_log_variance_clipped, t, xt),
     )
 
 
 def _rotate(schedule: NoiseSchedule, first: Tensor, second: Tensor, t: Steps, sign: float) -> Tensor:
     """``sqrt(A) first + sign * sqrt(1 - A) second``."""
-    signal = at_step(schedule.sqrt_alphas_cumprod, t, first) * first
-    return signal + sign * at_step(schedule.sqrt_one_minus_alphas_cumprod, t, first) * second
+    signal = at_step(_tables(schedule).sqrt_alphas_cumprod, t, first) * first
+    return signal + sign * at_step(_tables(schedule).sqrt_one_minus_alphas_cumprod, t, first) * second
 
 
 def velocity(schedule: NoiseSchedule, x0: Tensor, eps: Tensor, t: Steps) -> Tensor:
@@ -155,29 +165,29 @@ def eps_from_v(schedule: NoiseSchedule, xt: Tensor, v: Tensor, t: Steps) -> Tens
 def x0_from_eps(schedule: NoiseSchedule, xt: Tensor, eps: Tensor, t: Steps) -> Tensor:
     """Clean sample from noise ([DDPM] eq. 15): ``sqrt(1/A) xt - sqrt(1/A - 1) eps``; not finite where A is 0."""
     check_samples(xt=xt, eps=eps)
-    recip = at_step(schedule.sqrt_recip_alphas_cumprod, t, xt)
-    return recip * xt - at_step(schedule.sqrt_recipm1_alphas_cumprod, t, xt) * eps
+    recip = at_step(_tables(schedule).sqrt_recip_alphas_cumprod, t, xt)
+    return recip * xt - at_step(_tables(schedule).sqrt_recipm1_alphas_cumprod, t, xt) * eps
 
 
 def eps_from_x0(schedule: NoiseSchedule, xt: Tensor, x0: Tensor, t: Steps) -> Tensor:
     """Noise from a clean sample: ``(xt - sqrt(A) x0) / sqrt(1 - A)``."""
     check_samples(xt=xt, x0=x0)
-    signal = at_step(schedule.sqrt_alphas_cumprod, t, xt) * x0
-    return (xt - signal) / at_step(schedule.sqrt_one_minus_alphas_cumprod, t, xt)
+    signal = at_step(_tables(schedule).sqrt_alphas_cumprod, t, xt) * x0
+    return (xt - signal) / at_step(_tables(schedule).sqrt_one_minus_alphas_cumprod, t, xt)
 
 
 def v_from_x0(schedule: NoiseSchedule, xt: Tensor, x0: Tensor, t: Steps) -> Tensor:
     """Velocity from a clean sample: ``(sqrt(A) xt - x0) / sqrt(1 - A)``."""
     check_samples(xt=xt, x0=x0)
-    signal = at_step(schedule.sqrt_alphas_cumprod, t, xt) * xt
-    return (signal - x0) / at_step(schedule.sqrt_one_minus_alphas_cumprod, t, xt)
+    signal = at_step(_tables(schedule).sqrt_alphas_cumprod, t, xt) * xt
+    return (signal - x0) / at_step(_tables(schedule).sqrt_one_minus_alphas_cumprod, t, xt)
 
 
 def v_from_eps(schedule: NoiseSchedule, xt: Tensor, eps: Tensor, t: Steps) -> Tensor:
     """Velocity from noise: ``(eps - sqrt(1 - A) xt) / sqrt(A)``; not finite where A is 0."""
     check_samples(xt=xt, eps=eps)
-    noise = at_step(schedule.sqrt_one_minus_alphas_cumprod, t, xt) * xt
-    return (eps - noise) / at_step(schedule.sqrt_alphas_cumprod, t, xt)
+    noise = at_step(_tables(schedule).sqrt_one_minus_alphas_cumprod, t, xt) * xt
+    return (eps - noise) / at_step(_tables(schedule).sqrt_alphas_cumprod, t, xt)
 
 
 def predict_x0(

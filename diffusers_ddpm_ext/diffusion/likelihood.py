@@ -38,13 +38,13 @@ from diffusers_ddpm_ext.diffusion.arguments import (
     check_finite,
     check_generators,
     check_samples,
-    describe,
     evaluation_mode,
     network_output,
 )
 from diffusers_ddpm_ext.diffusion.gaussian import Steps, at_step, predict_x0, q_sample
 from diffusers_ddpm_ext.diffusion.reverse_step import LEARNED_VARIANCES, log_variance, small_variance, split_variance
 from diffusers_ddpm_ext.diffusion.schedule import NoiseSchedule, Table
+from diffusers_ddpm_ext.utils.checks import check_one_of, checked_flag, checked_integer, checked_number, describe
 from diffusers_ddpm_ext.utils.vocabulary import DECODERS, Decoder, VarianceType
 
 __all__ = [
@@ -180,13 +180,9 @@ def discretized_gaussian_log_likelihood(
 
 def check_decoder(decoder: str, bin_width: float) -> None:
     """Raise ValueError if the decoder is unknown or the bin width is out of its range."""
-    if decoder not in DECODERS:
-        raise ValueError(f"decoder={decoder!r} is unknown: choose one of {', '.join(DECODERS)}.")
-    number = isinstance(bin_width, (int, float, np.number)) and not isinstance(bin_width, bool)
-    if not number or not 0 < bin_width <= 2:
-        raise ValueError(
-            f"bin_width={bin_width!r} must be in (0, 2], data units: 2/255 for 8 bits; decoder='continuous' has none."
-        )
+    check_one_of("decoder", decoder, DECODERS)
+    allowed = "in (0, 2], data units: 2/255 for 8 bits; decoder='continuous' has none"
+    checked_number("bin_width", bin_width, allowed, lambda width: 0 < width <= 2)
 
 
 def exact_dtype(device: torch.device) -> torch.dtype:
@@ -364,8 +360,12 @@ def bound_terms(
 def prior_bits(scheduler: ChainScheduler, x0: Tensor) -> Tensor:
     """``KL(q(x_K | x0) || N(0, I))`` of the last step of a chain in use, bits per dimension.
 
-    ``x0`` is (B, ...), in data units; the result is (B,), in the precision of ``x0``, at least float32.
+    ``x0`` is (B, C, ...), in data units; the result is (B,), in the precision of ``x0``, at least float32.
     """
+    ReverseTransition.from_scheduler(scheduler)
+    check_samples(x0=x0)
+    if x0.ndim < 2:
+        raise ValueError(f"x0 must be (B, C, ...), got shape {tuple(x0.shape)}.")
     kept = scheduler.kept
     x = x0.to(exact_dtype(x0.device))
     mean = float(kept.sqrt_alphas_cumprod[-1]) * x
@@ -418,6 +418,10 @@ def bits_per_dim(
         raise ValueError(f"x0 must be floating, (B, C, ...), got {x0.dtype} of shape {tuple(x0.shape)}.")
     check_finite("x0", x0)
     count, batch = len(kept), len(x0)
+    rows = checked_integer("rows", rows, "an integer of 1 or more", low=1)
+    clip_denoised = checked_flag("clip_denoised", clip_denoised)
+    if noise is not None:
+        check_samples(noise=noise)
     if noise is not None and noise.shape != (count, *x0.shape):
         raise ValueError(f"noise must be {(count, *x0.shape)}, one sample per step, got {tuple(noise.shape)}.")
     steps = torch.from_numpy(kept.timesteps.copy()).to(x0.device)

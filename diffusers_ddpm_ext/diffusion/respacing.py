@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from diffusers_ddpm_ext.diffusion.arguments import checked_integer, describe
+from diffusers_ddpm_ext.utils.checks import check_one_of, checked_integer, describe
 
 Steps = npt.NDArray[np.int64]
 
@@ -54,17 +54,15 @@ def spaced_timesteps(
             f"num_inference_steps={count} must be in [1, {total}]: a chain cannot keep more steps than the "
             f"num_train_timesteps={total} it was trained with."
         )
+    check_one_of("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS)
     if timestep_spacing == "linspace":
         steps = np.linspace(0, total - 1, count).round()[::-1]
     elif timestep_spacing == "leading":
-        steps = np.arange(count)[::-1] * (total // count) + checked_integer("steps_offset", steps_offset)
-    elif timestep_spacing == "trailing":
+        first = checked_integer("steps_offset", steps_offset, "an integer of at most T", -total, total)
+        steps = np.arange(count)[::-1] * (total // count) + first
+    else:
         # Rounding errors of the division can add an element just above 0, which would become step -1: take K.
         steps = np.arange(total, 0, -(total / count))[:count].round() - 1
-    else:
-        raise ValueError(
-            f"timestep_spacing={timestep_spacing!r} is unknown: choose one of {', '.join(TIMESTEP_SPACINGS)}."
-        )
     if steps[-1] < 0 or steps[0] >= total:
         raise ValueError(
             f"steps_offset={steps_offset} with num_inference_steps={count} gives steps {int(steps[-1])} to "

@@ -19,15 +19,9 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from diffusers_ddpm_ext.diffusion.arguments import (
-    Generators,
-    as_steps,
-    check_generators,
-    check_samples,
-    checked_integer,
-    steps_tensor,
-)
+from diffusers_ddpm_ext.diffusion.arguments import Generators, as_steps, check_generators, check_samples, steps_tensor
 from diffusers_ddpm_ext.diffusion.schedule import MIN_VARIANCE, NoiseSchedule, Table
+from diffusers_ddpm_ext.utils.checks import checked_integer, describe
 
 LEARNED_VARIANCES = ("learned", "learned_range")
 Value = TypeVar("Value", float, Tensor)
@@ -73,7 +67,8 @@ class ReverseCoefficients:
         log_small, log_large = np.log(np.maximum(small_variance(kept), MIN_VARIANCE)), np.log(kept.betas)
         c0, ct = kept.posterior_mean_coef1, kept.posterior_mean_coef2
         columns = np.stack([xt_to_x0, output_to_x0, c0, ct, sigma, log_small, log_large], axis=1)
-        usable = np.isfinite(columns).all(axis=1)  # without the last step of epsilon at zero terminal SNR
+        # Without the last step of epsilon at zero terminal SNR, and those whose factors float32 cannot hold.
+        usable = (np.abs(columns) <= np.finfo(np.float32).max).all(axis=1)
         self.last = int(kept.timesteps[0])
         self.output_is_x0 = kept.prediction_type == "sample"
         self.by_step: dict[int, StepCoefficients[float]] = {
@@ -111,7 +106,7 @@ class ReverseCoefficients:
         kept = list(self.by_step)[::-1]
         in_use = ", ".join(map(str, kept if len(kept) < 8 else [*kept[:3], "...", *kept[-3:]]))
         return ValueError(
-            f"timestep {', '.join(map(str, steps[:4]))} is not a step of the chain in use ({in_use}): take steps "
+            f"timestep {', '.join(map(describe, steps[:4]))} is not a step of the chain in use ({in_use}): take steps "
             "from scheduler.timesteps, or call set_timesteps with those you want. (With zero terminal SNR and "
             "prediction_type='epsilon' the last step cannot be used.)"
         )

@@ -24,6 +24,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from diffusers_ddpm_ext.utils.checks import (
+    check_one_of,
+    checked_flag,
+    checked_integer,
+    checked_number,
+    describe,
+    is_number,
+)
 from diffusers_ddpm_ext.utils.vocabulary import BETA_SCHEDULES, PREDICTION_TYPES, BetaSchedule, PredictionType
 
 Table = npt.NDArray[np.float64]
@@ -83,23 +91,21 @@ def make_betas(
     Raises:
         ValueError: the name is unknown, or an argument is out of its range.
     """
-    if not isinstance(beta_schedule, str) or beta_schedule not in BETA_SCHEDULES:
-        raise ValueError(
-            f"beta_schedule={beta_schedule!r} is unknown: choose one of {', '.join(BETA_SCHEDULES)}, "
-            "or pass the betas themselves as trained_betas."
-        )
+    check_one_of("beta_schedule", beta_schedule, BETA_SCHEDULES, ", or pass the betas themselves as trained_betas")
     _check_num_train_timesteps(num_train_timesteps)
     if beta_schedule == "laplace":
         return _betas_from_alpha_bar(_laplace_alpha_bar, num_train_timesteps)
     if beta_schedule == "squaredcos_cap_v2":
-        if not _is_number(cosine_s) or not 0 < cosine_s < math.inf:
-            raise ValueError(f"cosine_s={cosine_s!r} must be a finite number above 0; the usual value is 0.008.")
+        checked_number(
+            "cosine_s", cosine_s, "a finite number above 0; the usual value is 0.008", lambda s: 0 < s < math.inf
+        )
         return _betas_from_alpha_bar(
             lambda u: math.cos((u + cosine_s) / (1 + cosine_s) * math.pi / 2) ** 2, num_train_timesteps
         )
     for name, value in (("beta_start", beta_start), ("beta_end", beta_end)):
-        if not _is_number(value) or not 0 < value < 1:
-            raise ValueError(f"{name}={value!r} must be strictly between 0 and 1; usual values are 0.0001 to 0.02.")
+        checked_number(
+            name, value, "strictly between 0 and 1; usual values are 0.0001 to 0.02", lambda beta: 0 < beta < 1
+        )
     if beta_schedule == "linear":
         return np.linspace(beta_start, beta_end, num_train_timesteps)
     if beta_schedule == "scaled_linear":
@@ -124,29 +130,32 @@ def rescale_zero_terminal_snr(betas: Table) -> Table:
 
 
 def _check_num_train_timesteps(num_train_timesteps: Any) -> None:
-    if isinstance(num_train_timesteps, bool) or not isinstance(num_train_timesteps, (int, np.integer)):
-        raise ValueError(f"num_train_timesteps={num_train_timesteps!r} must be an integer of at least 1.")
-    if num_train_timesteps < 1:
-        raise ValueError(f"num_train_timesteps={num_train_timesteps} must be at least 1; the usual value is 1000.")
-    if num_train_timesteps > MAX_TRAIN_TIMESTEPS:
-        raise ValueError(
-            f"num_train_timesteps={num_train_timesteps} must be at most {MAX_TRAIN_TIMESTEPS}; 1000 is usual."
-        )
+    name = "num_train_timesteps"
+    checked_integer(name, num_train_timesteps, "an integer of at least 1; the usual value is 1000", low=1, high=2**63)
+    limit = MAX_TRAIN_TIMESTEPS
+    checked_integer(name, num_train_timesteps, f"at most {limit}; the usual value is 1000", high=limit)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+def as_table(name: str, values: Any) -> Table:
+    """One number per step (list, array or tensor) as float64, (T,), exact also from float32; else ValueError."""
+    shape = getattr(values, "shape", None)
+    if isinstance(values, (list, tuple)):
+        shape = (len(values),)
+    if not isinstance(shape, tuple) or len(shape) != 1:
+        raise ValueError(f"{name}={describe(values)} must be a list of numbers.")
+    if shape[0] > MAX_TRAIN_TIMESTEPS:
+        raise ValueError(f"{name} has {shape[0]} entries; {MAX_TRAIN_TIMESTEPS} is the limit.")
+    try:
+        table = np.array(values.tolist() if hasattr(values, "tolist") else values, dtype=np.float64)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{name} must be a list of numbers.") from error
+    if table.ndim != 1 or len(table) == 0:
+        raise ValueError(f"{name} must be a list of numbers, at least one, got shape {table.shape}.")
+    return table
 
 
 def _checked_betas(betas: Any) -> Table:
-    if hasattr(betas, "__len__") and len(betas) > MAX_TRAIN_TIMESTEPS:
-        raise ValueError(f"trained_betas has {len(betas)} entries; {MAX_TRAIN_TIMESTEPS} is the limit.")
-    try:
-        table = np.array(betas, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise ValueError("trained_betas must be a list of numbers.") from error
-    if table.ndim != 1 or len(table) == 0:
-        raise ValueError(f"trained_betas must be a list of at least one number, got shape {table.shape}.")
+    table = as_table("trained_betas", betas)
     bad = ~((table > 0) & (table < 1))
     bad[-1] &= table[-1] != 1  # zero terminal SNR
     if bad.any():
@@ -169,13 +178,16 @@ def checked_v_posterior(v_posterior: Any, num_train_timesteps: int, name: str = 
     Returns:
         A float, or a read-only float64 table (T,).
     """
-    invalid = isinstance(v_posterior, (bool, str, np.bool_))
-    try:
-        values = np.array(v_posterior, dtype=np.float64)
-    except (TypeError, ValueError):
-        invalid, values = True, np.zeros(0)
-    if invalid or values.shape not in ((), (num_train_timesteps,)):
-        text = f"of shape {values.shape}" if values.ndim and not invalid else f"{v_posterior!r}"
+    scalar = getattr(v_posterior, "shape", None) == () or not hasattr(v_posterior, "__len__")
+    if scalar:
+        number = v_posterior.item() if hasattr(v_posterior, "item") else v_posterior
+        values = np.array(float(number) if is_number(number) else math.nan)
+        invalid = not is_number(number)
+    else:
+        values = as_table(name, v_posterior) if not isinstance(v_posterior, (str, bytes)) else np.zeros(0)
+        invalid = len(values) != num_train_timesteps
+    if invalid:
+        text = f"of shape {values.shape}" if not scalar and len(values) else describe(v_posterior)
         raise ValueError(
             f"{name}={text} must be a number in [0, 1], or one for each of the {num_train_timesteps} training steps."
         )
@@ -194,11 +206,7 @@ def checked_v_posterior(v_posterior: Any, num_train_timesteps: int, name: str = 
 
 def check_prediction_type(prediction_type: str) -> None:
     """Raise ValueError unless the prediction type is known."""
-    if not isinstance(prediction_type, str) or prediction_type not in PREDICTION_TYPES:
-        raise ValueError(
-            f"prediction_type={prediction_type!r:.80} is unknown: choose one of {', '.join(PREDICTION_TYPES)} "
-            "(CompVis' eps, x0 and v)."
-        )
+    check_one_of("prediction_type", prediction_type, PREDICTION_TYPES, " (CompVis' eps, x0 and v)")
 
 
 class NoiseSchedule:
@@ -264,14 +272,14 @@ class NoiseSchedule:
         if trained_betas is None:
             trained_betas = make_betas(beta_schedule, num_train_timesteps, beta_start, beta_end, cosine_s)
         betas = _checked_betas(trained_betas)
-        if rescale_betas_zero_snr:
+        if checked_flag("rescale_betas_zero_snr", rescale_betas_zero_snr):
             betas = _checked_betas(rescale_zero_terminal_snr(betas))
         abar = np.cumprod(1 - betas, dtype=np.float64)
         vanished = (abar < np.finfo(np.float64).tiny) & (betas != 1)
         if vanished.any():
             raise ValueError(
-                f"the betas leave no signal that float64 can hold after step {int(np.argmax(vanished))} "
-                f"of {len(betas)} (alphas_cumprod is 0): use smaller betas, or fewer steps."
+                f"num_train_timesteps={len(betas)} with these betas leaves no signal that float64 can hold after step "
+                f"{int(np.argmax(vanished))} (alphas_cumprod is 0): use smaller betas, or fewer steps."
             )
         self._fill(betas, abar, np.arange(len(betas)), v_posterior, prediction_type, v_decoder)
 
@@ -342,9 +350,12 @@ class NoiseSchedule:
         Raises:
             ValueError: no step, a duplicate, or one outside [0, T).
         """
-        steps = np.sort(np.asarray(timesteps).astype(np.int64))
-        if len(steps) == 0 or steps[0] < 0 or steps[-1] >= len(self) or (np.diff(steps) == 0).any():
+        steps = np.asarray(timesteps)
+        valid = steps.ndim == 1 and len(steps) > 0 and steps.dtype.kind in "iu"
+        steps = np.sort(steps)
+        if not valid or steps[0] < 0 or steps[-1] >= len(self) or (np.diff(steps) == 0).any():
             raise ValueError(f"timesteps must be distinct integers in [0, {len(self)}), at least one.")
+        steps = steps.astype(np.int64)
         v = self.v_posterior if isinstance(self.v_posterior, float) else self.v_posterior[steps]
         first = None if self.v_decoder is None else self.v_decoder[steps]
         return self._derived(v, self.prediction_type, first, steps)

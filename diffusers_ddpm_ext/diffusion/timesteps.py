@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusers_ddpm_ext.diffusion.schedule import LARGEST_LOG_SNR, NoiseSchedule, Table, log_snr
+from diffusers_ddpm_ext.utils.checks import check_one_of, checked_integer, checked_number, describe
 
 SamplerName = Literal["uniform", "stratified", "loss_second_moment", "log_snr_normal", "log_snr_uniform"]
 SAMPLERS: tuple[SamplerName, ...] = get_args(SamplerName)
@@ -103,8 +104,8 @@ class LossSecondMomentSampler(TimestepSampler):
 
     def __init__(self, num_train_timesteps: int, history: int = HISTORY, uniform_share: float = UNIFORM_SHARE) -> None:
         super().__init__(None, num_train_timesteps)
-        if history < 1 or not 0 < uniform_share <= 1:
-            raise ValueError(f"history={history} must be 1 or more, and uniform_share={uniform_share} be in (0, 1].")
+        checked_integer("history", history, "1 or more, and at most 1000", 1, 1000)
+        checked_number("uniform_share", uniform_share, "in (0, 1]", lambda share: 0 < share <= 1)
         self.uniform_share = uniform_share
         self.register_buffer("losses", torch.zeros(num_train_timesteps, history, dtype=torch.float64))
         self.register_buffer("counts", torch.zeros(num_train_timesteps, dtype=torch.int64))
@@ -169,17 +170,16 @@ def make_sampler(
     Raises:
         ValueError: the name is unknown, or a value is out of its range.
     """
+    if not isinstance(schedule, NoiseSchedule):
+        raise ValueError(f"schedule={describe(schedule)} must be a NoiseSchedule: scheduler.schedule has one.")
     steps = len(schedule)
-    if name not in SAMPLERS:
-        raise ValueError(f"timestep_sampler={name!r} is unknown: choose one of {', '.join(SAMPLERS)}.")
+    check_one_of("timestep_sampler", name, SAMPLERS)
     if name == "loss_second_moment":
         return LossSecondMomentSampler(steps)
     if not name.startswith("log_snr"):
         return TimestepSampler(None, steps, stratified=name == "stratified")
-    if not math.isfinite(log_snr_mean):
-        raise ValueError(f"log_snr_mean={log_snr_mean!r} must be finite; at 0 signal and noise are equal.")
-    if not 0 < log_snr_std < math.inf:
-        raise ValueError(f"log_snr_std={log_snr_std!r} must be finite and above 0; 2 is usual.")
+    checked_number("log_snr_mean", log_snr_mean, "finite; at 0 signal and noise are equal")
+    checked_number("log_snr_std", log_snr_std, "finite and above 0; 2 is usual", lambda std: 0 < std < math.inf)
     edges = log_snr_edges(schedule)
     if name == "log_snr_uniform":
         mass = np.diff(-edges)

@@ -24,6 +24,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from diffusers_ddpm_ext.diffusion.schedule import NoiseSchedule, Table
+from diffusers_ddpm_ext.utils.checks import check_one_of, checked_number
 
 ElboKind = Literal["exact", "compvis"]
 LossWeighting = Literal["simple", "min_snr", "soft_min_snr", "p2", "debiased", "elbo", "compvis_elbo"]
@@ -55,11 +56,7 @@ def elbo_weights(schedule: NoiseSchedule, kind: ElboKind = "exact") -> Table:
     Raises:
         ValueError: ``kind`` is unknown.
     """
-    if kind not in ELBO_KINDS:
-        raise ValueError(
-            f"elbo_weights={kind!r} is unknown: "
-            "choose exact (the bound's coefficients) or compvis (the published code's table)."
-        )
+    check_one_of("elbo_weights", kind, ELBO_KINDS, ": the bound's coefficients, or the published code's table")
     if kind == "compvis":
         return schedule.lvlb_weights.astype(np.float64)
     b, a, prev = schedule.betas, schedule.alphas, schedule.alphas_cumprod_prev
@@ -111,8 +108,7 @@ def loss_weights(
     Raises:
         ValueError: the name is unknown, or an argument out of its range.
     """
-    if weighting not in WEIGHTINGS:
-        raise ValueError(f"loss_weighting={weighting!r} is unknown: choose one of {', '.join(WEIGHTINGS)}.")
+    check_one_of("loss_weighting", weighting, WEIGHTINGS)
     check_gamma(gamma)
     _check_p2(p2_k, p2_gamma)
     if weighting == "simple":
@@ -143,6 +139,7 @@ def weight_table(
     """Name and weights (T,) of a weighting; None for ``simple``, which gamma alone turns into ``min_snr``."""
     if gamma is not None:
         check_gamma(gamma)
+        check_one_of("loss_weighting", weighting, WEIGHTINGS)
         if weighting == "simple":
             weighting = "min_snr"
         elif weighting not in ("min_snr", "soft_min_snr"):
@@ -160,10 +157,8 @@ def weight_table(
 
 
 def _check_p2(k: Any, gamma: Any) -> None:
-    for name, value, low in (("p2_k", k, "above 0"), ("p2_gamma", gamma, "0 or more")):
-        number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
-        if not number or not 0 <= value < math.inf or (name == "p2_k" and value == 0):
-            raise ValueError(f"{name}={value!r} must be a finite number, {low}; the usual value is 1.")
+    checked_number("p2_k", k, "a finite number, above 0; the usual value is 1", lambda k: 0 < k < math.inf)
+    checked_number("p2_gamma", gamma, "a finite number, 0 or more; the usual value is 1", lambda g: 0 <= g < math.inf)
 
 
 def min_snr_weights(schedule: NoiseSchedule, gamma: float = DEFAULT_GAMMA) -> Table:
@@ -185,6 +180,4 @@ def min_snr_weights(schedule: NoiseSchedule, gamma: float = DEFAULT_GAMMA) -> Ta
 
 def check_gamma(gamma: Any) -> None:
     """Raise ValueError unless ``gamma`` is a number above 0."""
-    number = isinstance(gamma, (int, float, np.number)) and not isinstance(gamma, bool)
-    if not number or math.isnan(gamma) or gamma <= 0:
-        raise ValueError(f"snr_gamma={gamma!r} must be above 0; the usual value is 5, and None turns min-SNR off.")
+    checked_number("snr_gamma", gamma, "above 0; the usual value is 5, and None turns min-SNR off", lambda g: g > 0)

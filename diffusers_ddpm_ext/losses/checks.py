@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any, Literal, get_args
 
-from diffusers_ddpm_ext.diffusion.arguments import describe
 from diffusers_ddpm_ext.diffusion.likelihood import SchedulerLike
 from diffusers_ddpm_ext.diffusion.reverse_step import LEARNED_VARIANCES
 from diffusers_ddpm_ext.diffusion.schedule import NoiseSchedule
 from diffusers_ddpm_ext.losses.distances import Distance
+from diffusers_ddpm_ext.utils.checks import checked_number, describe
 from diffusers_ddpm_ext.utils.vocabulary import (
     FROM_COMPVIS_PREDICTION_TYPE,
     PREDICTION_TYPES,
@@ -28,9 +28,7 @@ OBJECTIVE_LOSSES: tuple[LossType, ...] = get_args(LossType)
 
 def checked_weight(name: str, value: Any) -> float:
     """A finite number of 0 or more."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-        raise ValueError(f"{name}={value!r} must be a finite number of 0 or more.")
-    return float(value)
+    return float(checked_number(name, value, "a finite number of 0 or more", lambda number: 0 <= number < math.inf))
 
 
 def checked_schedule(scheduler: SchedulerLike, prediction_type: PredictionType | None) -> NoiseSchedule:
@@ -117,6 +115,4 @@ def checked_features(loss_type: str, features: Distance | None) -> Distance | No
 
 def checked_share(name: str, value: Any) -> float:
     """A number in [0, 1]."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-        raise ValueError(f"{name}={value!r} must be in [0, 1].")
-    return float(value)
+    return float(checked_number(name, value, "in [0, 1]", lambda number: 0 <= number <= 1))

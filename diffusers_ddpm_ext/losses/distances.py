@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffusers_ddpm_ext.utils.checks import checked_number, describe
+
 Distance = Callable[[Tensor, Tensor], Tensor]
 
 DISTANCES = ("l2", "l1", "huber")
@@ -70,12 +72,12 @@ def get_distance(loss_type: str | Distance, huber_c: float = 0.1, names: Sequenc
     if loss_type == "huber":
         return partial(huber, c=float(huber_c))
     way_out = f"choose one of {', '.join(names)}, or pass a callable distance(prediction, target) -> (B,)."
-    raise ValueError(f"loss_type={loss_type!r} is unknown: {way_out}")
+    raise ValueError(f"loss_type={describe(loss_type)} is unknown: {way_out}")
 
 
 def _check_huber_c(huber_c: Any) -> None:
-    if isinstance(huber_c, bool) or not isinstance(huber_c, (int, float)) or not 0 < huber_c < math.inf:
-        raise ValueError(f"huber_c={huber_c!r} must be a finite number above 0; the usual value is 0.1.")
+    allowed = "a finite number above 0; the usual value is 0.1"
+    checked_number("huber_c", huber_c, allowed, lambda c: 0 < c < math.inf)
 
 
 class PerceptualDistance:

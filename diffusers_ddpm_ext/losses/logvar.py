@@ -24,10 +24,10 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from diffusers_ddpm_ext.diffusion.arguments import describe
 from diffusers_ddpm_ext.diffusion.schedule import LARGEST_LOG_SNR, MAX_TRAIN_TIMESTEPS
 from diffusers_ddpm_ext.errors import ConfigError, printable
 from diffusers_ddpm_ext.utils.array_files import read_tensors
+from diffusers_ddpm_ext.utils.checks import describe
 from diffusers_ddpm_ext.utils.input_files import JsonObject, check_folder, exists, file_name, read_json_object
 
 LOGVAR_FORMAT = 1
@@ -49,7 +49,7 @@ def make_logvar(num_train_timesteps: int, init: float | Tensor = 0.0) -> Tensor:
     """
     try:
         table = torch.as_tensor(init, dtype=torch.float32).detach()
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(f"logvar_init={describe(init)} must be a finite number; the usual value is 0.") from error
     if table.ndim == 0:
         table = table.expand(num_train_timesteps)

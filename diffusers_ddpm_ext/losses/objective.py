@@ -54,6 +54,7 @@ from diffusers_ddpm_ext.losses.checks import (
 )
 from diffusers_ddpm_ext.losses.distances import Distance, get_distance, l2
 from diffusers_ddpm_ext.losses.logvar import LOGVAR_KINDS, ContinuousLogvar, LogvarKind, make_logvar
+from diffusers_ddpm_ext.utils.checks import check_one_of, checked_flag, checked_number
 from diffusers_ddpm_ext.utils.vocabulary import Decoder, PredictionType
 
 
@@ -148,6 +149,7 @@ class DDPMObjective(nn.Module):
         perceptual_weight: float = 1.0,
     ) -> None:
         super().__init__()
+        learn_logvar = checked_flag("learn_logvar", learn_logvar)
         self.schedule = checked_schedule(scheduler, prediction_type)
         self._observed = ObservedConfig(scheduler)
         self.prediction_type = self.schedule.prediction_type
@@ -175,12 +177,11 @@ class DDPMObjective(nn.Module):
         self.elbo_table = make_elbo_weights(self.schedule, elbo_weights)
         weights = weight_table(self.schedule, loss_weighting, snr_gamma, p2_k, p2_gamma)
         self.loss_weighting, self.weight_table = weights
-        self.learn_logvar = bool(learn_logvar)
+        self.learn_logvar = learn_logvar
         self._make_logvar(logvar_kind, logvar_init)
 
     def _make_logvar(self, kind: LogvarKind, init: float | Tensor) -> None:
-        if kind not in LOGVAR_KINDS:
-            raise ValueError(f"logvar_kind={kind!r} is unknown: choose one of {', '.join(LOGVAR_KINDS)}.")
+        check_one_of("logvar_kind", kind, LOGVAR_KINDS)
         self.logvar_network: ContinuousLogvar | None = None
         if kind == "table":
             table = make_logvar(len(self.schedule), init)
@@ -191,9 +192,9 @@ class DDPMObjective(nn.Module):
             return
         if not self.learn_logvar:
             raise ValueError("logvar_kind='continuous' needs learn_logvar=True: a fixed log-variance is a table.")
-        if isinstance(init, Tensor) and init.ndim:
-            raise ValueError("logvar_init must be one number with logvar_kind='continuous'.")
-        self.logvar_network = ContinuousLogvar(torch.from_numpy(log_snr(self.schedule)), float(init))
+        number = init.item() if isinstance(init, Tensor) and init.ndim == 0 else init
+        start = float(checked_number("logvar_init", number, "one number, finite, with logvar_kind='continuous'"))
+        self.logvar_network = ContinuousLogvar(torch.from_numpy(log_snr(self.schedule)), start)
 
     def log_variances(self) -> Tensor:
         """Current log-variance of every step, (T,), natural log, of either kind."""

@@ -8,7 +8,6 @@ number, as in the original: 1 - 0.9999 is then 1.0001659e-4, not 1e-4.
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusers_ddpm_ext.errors import ConfigError
+from diffusers_ddpm_ext.utils.checks import checked_flag, checked_integer, checked_number
 from diffusers_ddpm_ext.utils.dtensor import copy_into, distribute_like, full_tensor, is_sharded, local_tensor, reshard
 from diffusers_ddpm_ext.utils.input_files import check_folder, exists, read_json_object
 from diffusers_ddpm_ext.utils.wrappers import plain_name, unwrap
@@ -66,7 +66,7 @@ class LitEMA:
 
     def __init__(self, module: nn.Module, decay: float = 0.9999, use_num_updates: bool = True) -> None:
         self.decay = _checked_decay(decay)
-        self.use_num_updates = bool(use_num_updates)
+        self.use_num_updates = checked_flag("use_num_updates", use_num_updates)
         self._num_updates = 0 if use_num_updates else -1
         self._in_scope = False
         self.shadow: dict[str, Tensor] = {}
@@ -249,8 +249,7 @@ class LitEMA:
         for name, shadow in self.shadow.items():
             _check_shadow(name, loaded[name], shadow)
         decay, use_num_updates = _checked_decay(state_dict["decay"]), state_dict["use_num_updates"]
-        if not isinstance(use_num_updates, bool):
-            raise ValueError(f"use_num_updates={use_num_updates!r} must be True or False.")
+        use_num_updates = checked_flag("use_num_updates", use_num_updates)
         num_updates = _checked_num_updates(state_dict["num_updates"])
         if use_num_updates != (num_updates >= 0):
             raise ValueError(
@@ -285,19 +284,12 @@ def _check_shadow(name: str, loaded: Any, shadow: Tensor) -> None:
 
 def _checked_num_updates(num_updates: Any) -> int:
     """A number of updates, or -1 for an average without a warm-up."""
-    if isinstance(num_updates, bool) or not isinstance(num_updates, (int, np.integer)):
-        raise ValueError(f"num_updates={num_updates!r} must be an integer.")
-    if not -1 <= num_updates <= MAX_UPDATES:
-        raise ValueError(f"num_updates={num_updates} must be -1 (no warm-up of the decay) or a number of updates.")
-    return int(num_updates)
+    allowed = "an integer: -1 (no warm-up of the decay) or a number of updates"
+    return checked_integer("num_updates", num_updates, allowed, low=-1, high=MAX_UPDATES)
 
 
 def _checked_decay(decay: Any) -> float:
-    if isinstance(decay, bool) or not isinstance(decay, (int, float, np.number)) or math.isnan(decay):
-        raise ValueError(f"decay={decay!r} must be a number in [0, 1].")
-    if not 0 <= decay <= 1:
-        raise ValueError(f"decay={decay!r} must be in [0, 1]; the usual value is 0.9999.")
-    return float(decay)
+    return float(checked_number("decay", decay, "in [0, 1]; the usual value is 0.9999", lambda d: 0 <= d <= 1))
 
 
 EMA_METADATA_NAME = "ema.json"

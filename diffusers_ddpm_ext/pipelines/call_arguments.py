@@ -12,7 +12,8 @@ from diffusers import SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor, nn
 
-from diffusers_ddpm_ext.diffusion.arguments import check_finite, check_samples, checked_integer, describe
+from diffusers_ddpm_ext.diffusion.arguments import check_finite, check_samples
+from diffusers_ddpm_ext.utils.checks import checked_integer, describe
 from diffusers_ddpm_ext.utils.wrappers import unwrap
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffusers_ddpm_ext.diffusion.arguments import describe
 from diffusers_ddpm_ext.models.conditioning import Conditioning, Conditions, classifier_free_guidance
 from diffusers_ddpm_ext.pipelines.class_names import labels_of_names
+from diffusers_ddpm_ext.utils.checks import describe
 from diffusers_ddpm_ext.utils.wrappers import unwrap
 
 Labels = int | str | Sequence[int | str] | Tensor

@@ -21,7 +21,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from diffusers_ddpm_ext.diffusion.arguments import check_generators, checked_integer
+from diffusers_ddpm_ext.diffusion.arguments import check_generators
 from diffusers_ddpm_ext.diffusion.reverse_step import LEARNED_VARIANCES
 from diffusers_ddpm_ext.models.conditioning import Conditioning
 from diffusers_ddpm_ext.models.evaluation_mode import evaluation_mode
@@ -58,6 +58,7 @@ from diffusers_ddpm_ext.pipelines.guidance import (
 from diffusers_ddpm_ext.pipelines.serialization import SavedPipeline, needs_guard
 from diffusers_ddpm_ext.schedulers.adapter import SchedulerAdapter, adapt_scheduler, supports_temperature
 from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
+from diffusers_ddpm_ext.utils.checks import checked_integer
 from diffusers_ddpm_ext.utils.wrappers import has_inner_wrappers, network_class, unwrap
 
 logger = logging.getLogger(__name__)

@@ -10,15 +10,14 @@ Source: ``ConfigMixin.extract_init_dict`` of Diffusers, whose list of such keys 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from diffusers_ddpm_ext.diffusion.arguments import describe
 from diffusers_ddpm_ext.diffusion.respacing import custom_timesteps
-from diffusers_ddpm_ext.diffusion.schedule import MAX_TRAIN_TIMESTEPS, checked_v_posterior, make_betas
+from diffusers_ddpm_ext.diffusion.schedule import as_table, checked_v_posterior, make_betas
+from diffusers_ddpm_ext.utils.checks import describe
 from diffusers_ddpm_ext.utils.vocabulary import BetaSchedule
 
 DEFAULT_NUM_TRAIN_TIMESTEPS = 1000
@@ -61,7 +60,7 @@ def resolve_betas(
         ValueError: T is neither the default nor the number of ``trained_betas``, or an argument is out of its range.
     """
     if trained_betas is not None:
-        betas = as_float_list(trained_betas)
+        betas = as_table("trained_betas", trained_betas).tolist()
         if num_train_timesteps not in (DEFAULT_NUM_TRAIN_TIMESTEPS, len(betas)):
             raise ValueError(
                 f"num_train_timesteps={num_train_timesteps} contradicts the {len(betas)} trained_betas: leave "
@@ -72,21 +71,6 @@ def resolve_betas(
         named = make_betas(beta_schedule, num_train_timesteps, beta_start, beta_end, cosine_s)
         return num_train_timesteps, named.tolist()
     return num_train_timesteps, None
-
-
-def as_float_list(values: Any, name: str = "trained_betas") -> list[float]:
-    """One value per step (list, array or tensor) as a JSON list: float64, exact also from float32; else ValueError."""
-    if isinstance(values, (str, bytes)) or not isinstance(values, Sized):
-        raise ValueError(f"{name}={describe(values)} must be a list of numbers.")
-    if len(values) > MAX_TRAIN_TIMESTEPS:
-        raise ValueError(f"{name} has {len(values)} entries; {MAX_TRAIN_TIMESTEPS} is the limit.")
-    try:
-        table = np.asarray(values.tolist() if hasattr(values, "tolist") else values, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name} must be a list of numbers.") from error
-    if table.ndim != 1:
-        raise ValueError(f"{name} must be a list of numbers, got shape {table.shape}.")
-    return table.tolist()
 
 
 def normalize_config(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -120,32 +104,11 @@ def _betas_follow_from_name(config: Mapping[str, Any]) -> bool:
     return np.array_equal(named, np.asarray(betas, dtype=np.float64))
 
 
-def check_one_of(name: str, value: Any, allowed: Sequence[str]) -> None:
-    """Raise ValueError unless the value is one of the names."""
-    if not isinstance(value, str) or value not in allowed:
-        raise ValueError(f"{name}={describe(value)} is unknown: choose one of {', '.join(allowed)}.")
-
-
-def checked_flag(name: str, value: Any) -> bool:
-    """True or False, also NumPy's and 0 or 1; else ValueError."""
-    if isinstance(value, (bool, int, np.bool_, np.integer)) and value in (0, 1):
-        return bool(value)
-    raise ValueError(f"{name}={describe(value)} must be True or False.")
-
-
-def checked_number(name: str, value: Any, allowed: str = "a finite number", low: float = -math.inf) -> float:
-    """A finite number above ``low``, as JSON can hold it; ValueError with what is ``allowed``."""
-    number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-    if not number or not low < value < math.inf:
-        raise ValueError(f"{name}={describe(value)} must be {allowed}.")
-    return value if isinstance(value, (int, float)) and not isinstance(value, np.generic) else value.item()
-
-
 def interpolation_weight(name: str, value: Any) -> float | list[float]:
     """``v_posterior`` or ``v_decoder`` as a JSON value; the tables check its range and length."""
-    if isinstance(value, (bool, str)) or np.ndim(value) == 0:
-        return float(checked_v_posterior(value, 1, name))
-    return as_float_list(value, name)
+    if isinstance(value, (list, tuple)) or len(getattr(value, "shape", ())) > 0:
+        return as_table(name, value).tolist()
+    return float(checked_v_posterior(value, 1, name))
 
 
 def checked_optimal_timesteps(optimal_timesteps: Any, num_train_timesteps: int) -> dict[str, list[int]] | None:
@@ -159,10 +122,10 @@ def checked_optimal_timesteps(optimal_timesteps: Any, num_train_timesteps: int) 
     checked = {}
     for count, steps in optimal_timesteps.items():
         if not isinstance(steps, (list, tuple, np.ndarray)):
-            raise ValueError(f"optimal_timesteps[{count!r}]={describe(steps)} must be a list of steps.")
+            raise ValueError(f"optimal_timesteps[{describe(count)}]={describe(steps)} must be a list of steps.")
         kept = custom_timesteps(steps, num_train_timesteps).tolist()
         if str(count) != str(len(kept)):
-            raise ValueError(f"optimal_timesteps[{count!r}] holds {len(kept)} steps; it must hold {count}.")
+            raise ValueError(f"optimal_timesteps[{describe(count)}] holds {len(kept)} steps; it must hold {count}.")
         checked[str(count)] = kept
     return checked
 

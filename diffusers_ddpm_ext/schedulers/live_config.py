@@ -14,9 +14,9 @@ from typing import Any
 
 from diffusers.configuration_utils import FrozenDict
 
-from diffusers_ddpm_ext.diffusion.arguments import describe
 from diffusers_ddpm_ext.diffusion.schedule import MAX_TRAIN_TIMESTEPS
 from diffusers_ddpm_ext.schedulers.config import normalize_config
+from diffusers_ddpm_ext.utils.checks import describe
 
 _KEY = "_internal_dict"
 

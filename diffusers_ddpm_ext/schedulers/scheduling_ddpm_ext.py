@@ -27,14 +27,7 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, Sch
 from torch import Tensor
 
 from diffusers_ddpm_ext.diffusion import gaussian
-from diffusers_ddpm_ext.diffusion.arguments import (
-    Generators,
-    check_samples,
-    checked_integer,
-    describe,
-    explain_compvis_names,
-    network_output,
-)
+from diffusers_ddpm_ext.diffusion.arguments import Generators, check_samples, explain_compvis_names, network_output
 from diffusers_ddpm_ext.diffusion.respacing import (
     TIMESTEP_SPACINGS,
     TimestepSpacing,
@@ -51,21 +44,19 @@ from diffusers_ddpm_ext.diffusion.reverse_step import (
     small_variance,
     split_variance,
 )
-from diffusers_ddpm_ext.diffusion.schedule import MIN_VARIANCE, NoiseSchedule, check_prediction_type
+from diffusers_ddpm_ext.diffusion.schedule import MIN_VARIANCE, NoiseSchedule, as_table, check_prediction_type
+from diffusers_ddpm_ext.errors import printable
 from diffusers_ddpm_ext.schedulers.compvis_api import CompVisAPI
 from diffusers_ddpm_ext.schedulers.config import (
     DEFAULT_COSINE_S,
     DEFAULT_NUM_TRAIN_TIMESTEPS,
-    as_float_list,
-    check_one_of,
-    checked_flag,
-    checked_number,
     checked_optimal_timesteps,
     format_ranges,
     interpolation_weight,
     resolve_betas,
 )
 from diffusers_ddpm_ext.schedulers.live_config import LiveConfig
+from diffusers_ddpm_ext.utils.checks import check_one_of, checked_flag, checked_integer, checked_number, describe
 from diffusers_ddpm_ext.utils.vocabulary import (
     FROM_COMPVIS_BETA_SCHEDULE,
     VARIANCE_TYPES,
@@ -75,7 +66,7 @@ from diffusers_ddpm_ext.utils.vocabulary import (
 )
 
 Betas = Sequence[float] | npt.NDArray[Any] | Tensor
-POSITIVE = "a finite number above 0; the usual value is 1"
+MAX_RANGE = 1e30  # data units, within float32
 NoiseSource = tuple[Tensor, Generators, Tensor | None]  # the network's output, generators, the caller's noise
 
 
@@ -169,7 +160,8 @@ class DDPMExtScheduler(LiveConfig, CompVisAPI, SchedulerMixin, ConfigMixin):
         decoder: Any = None if v_decoder is None else interpolation_weight("v_decoder", v_decoder)
         self._learned = variance_type in LEARNED_VARIANCES
         self.init_noise_sigma = 1.0
-        beta_start, beta_end = checked_number("beta_start", beta_start), checked_number("beta_end", beta_end)
+        beta_start = checked_number("beta_start", beta_start, "a finite number")
+        beta_end = checked_number("beta_end", beta_end, "a finite number")
         rescale_betas_zero_snr = checked_flag("rescale_betas_zero_snr", rescale_betas_zero_snr)
         num_train_timesteps, trained_betas = resolve_betas(
             num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, cosine_s
@@ -195,12 +187,12 @@ class DDPMExtScheduler(LiveConfig, CompVisAPI, SchedulerMixin, ConfigMixin):
             clip_sample=checked_flag("clip_sample", clip_sample),
             thresholding=checked_flag("thresholding", thresholding),
             dynamic_thresholding_ratio=_checked_ratio(dynamic_thresholding_ratio),
-            clip_sample_range=checked_number("clip_sample_range", clip_sample_range, POSITIVE, low=0),
-            sample_max_value=checked_number("sample_max_value", sample_max_value, POSITIVE, low=0),
+            clip_sample_range=_checked_range("clip_sample_range", clip_sample_range),
+            sample_max_value=_checked_range("sample_max_value", sample_max_value),
             steps_offset=checked_integer("steps_offset", steps_offset),
             rescale_betas_zero_snr=rescale_betas_zero_snr,
             v_posterior=weight,
-            cosine_s=checked_number("cosine_s", cosine_s),
+            cosine_s=checked_number("cosine_s", cosine_s, "a finite number"),
             v_decoder=decoder,
             optimal_timesteps=checked_optimal_timesteps(optimal_timesteps, len(self.schedule)),
             # Keys in this list are dropped when another class reads the config, which would then use its own defaults:
@@ -217,10 +209,14 @@ class DDPMExtScheduler(LiveConfig, CompVisAPI, SchedulerMixin, ConfigMixin):
         self._use_steps(self.schedule.timesteps[::-1].copy())
 
     def _use_steps(self, timesteps: npt.NDArray[np.int64], device: str | torch.device | None = None) -> None:
+        try:
+            placed = torch.from_numpy(timesteps).to(device)
+        except (RuntimeError, TypeError, AssertionError) as error:  # AssertionError: torch without that device
+            raise ValueError(f"device={describe(device)} cannot be used: {printable(str(error), 200)}") from None
         full = len(timesteps) == len(self.schedule)
         self.kept = self.schedule if full else self.schedule.respaced(timesteps)
         self._coefficients = ReverseCoefficients(self.kept, len(self.schedule))
-        self.timesteps = torch.from_numpy(timesteps).to(device)
+        self.timesteps = placed
 
     def _replace_by(self, rebuilt: DDPMExtScheduler) -> None:
         """Take over the state of a scheduler of another config, on the steps that were set on this one."""
@@ -261,20 +257,18 @@ class DDPMExtScheduler(LiveConfig, CompVisAPI, SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: the name is not one of CompVis', or a value is out of its range.
         """
-        if not isinstance(beta_schedule, str) or beta_schedule not in FROM_COMPVIS_BETA_SCHEDULE:
-            raise ValueError(
-                f"beta_schedule={beta_schedule!r} is not one of CompVis' ({', '.join(FROM_COMPVIS_BETA_SCHEDULE)}); "
-                "Diffusers' names belong in the constructor."
-            )
+        names = list(FROM_COMPVIS_BETA_SCHEDULE)
+        check_one_of("beta_schedule", beta_schedule, names, ", CompVis' names; Diffusers' belong in the constructor")
+        betas = None if given_betas is None else as_table("given_betas", given_betas).tolist()
         before = self._chain_arguments
         self._chain_arguments = None
         try:
             self.register_to_config(
-                num_train_timesteps=timesteps if given_betas is None else len(as_float_list(given_betas)),
+                num_train_timesteps=timesteps if betas is None else len(betas),
                 beta_start=linear_start,
                 beta_end=linear_end,
                 beta_schedule=FROM_COMPVIS_BETA_SCHEDULE[beta_schedule],
-                trained_betas=None if given_betas is None else as_float_list(given_betas, "given_betas"),
+                trained_betas=betas,
                 cosine_s=cosine_s if beta_schedule == "cosine" else DEFAULT_COSINE_S,
                 rescale_betas_zero_snr=False,
                 v_decoder=None,
@@ -317,7 +311,7 @@ class DDPMExtScheduler(LiveConfig, CompVisAPI, SchedulerMixin, ConfigMixin):
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError("set_timesteps takes exactly one of num_inference_steps and timesteps.")
         _check_terminal_snr(self.schedule)
-        if optimal:
+        if checked_flag("optimal", optimal):
             steps = self._optimal_timesteps(num_inference_steps)
         elif timesteps is not None:
             timesteps = timesteps.tolist() if isinstance(timesteps, Tensor) else timesteps
@@ -326,6 +320,7 @@ class DDPMExtScheduler(LiveConfig, CompVisAPI, SchedulerMixin, ConfigMixin):
             steps = spaced_timesteps(
                 num_inference_steps, len(self), self.config.timestep_spacing, self.config.steps_offset
             )
+        self._use_steps(steps, device)
         self.num_inference_steps = len(steps)
         self.custom_timesteps = timesteps is not None
         self._chain_arguments = {
@@ -333,7 +328,6 @@ class DDPMExtScheduler(LiveConfig, CompVisAPI, SchedulerMixin, ConfigMixin):
             "timesteps": None if timesteps is None else steps.copy(),
             "optimal": optimal,
         }
-        self._use_steps(steps, device)
 
     def _optimal_timesteps(self, num_inference_steps: int | None) -> npt.NDArray[np.int64]:
         known = self.config.optimal_timesteps or {}
@@ -351,7 +345,8 @@ class DDPMExtScheduler(LiveConfig, CompVisAPI, SchedulerMixin, ConfigMixin):
 
     def previous_timestep(self, timestep: int | Tensor) -> Tensor:
         """The next lower step of the chain as a 0-dim tensor; -1 after the last; ValueError outside the chain."""
-        t = int(timestep)
+        t = normalize_timestep(timestep, self.timesteps[:1])
+        t = int(t) if isinstance(t, int) or t.numel() == 1 else checked_integer("timestep", t)
         index = int(np.searchsorted(self.kept.timesteps, t))
         if index == len(self.kept) or self.kept.timesteps[index] != t:
             self._coefficients.at(t)
@@ -435,6 +430,8 @@ class DDPMExtScheduler(LiveConfig, CompVisAPI, SchedulerMixin, ConfigMixin):
                 f"{tuple(shape)}; a network that also predicts variances needs variance_type='learned' or "
                 "'learned_range'."
             )
+        if variance_noise is not None:
+            check_samples(variance_noise=variance_noise)
         if variance_noise is not None and variance_noise.shape != shape:
             raise ValueError(
                 f"variance_noise must have sample's shape {tuple(shape)}, got {tuple(variance_noise.shape)}."
@@ -537,9 +534,13 @@ class DDPMExtScheduler(LiveConfig, CompVisAPI, SchedulerMixin, ConfigMixin):
 
 
 def _checked_ratio(ratio: Any) -> float:
-    if not 0 < (value := checked_number("dynamic_thresholding_ratio", ratio)) <= 1:
-        raise ValueError(f"dynamic_thresholding_ratio={ratio!r} must be in (0, 1]; the usual value is 0.995.")
-    return value
+    allowed = "in (0, 1]; the usual value is 0.995"
+    return checked_number("dynamic_thresholding_ratio", ratio, allowed, lambda number: 0 < number <= 1)
+
+
+def _checked_range(name: str, value: Any) -> float:
+    allowed = f"above 0 and at most {MAX_RANGE:g}; the usual value is 1"
+    return checked_number(name, value, allowed, lambda number: 0 < number <= MAX_RANGE)
 
 
 def _check_terminal_snr(schedule: NoiseSchedule) -> None:
