@@ -62,7 +62,7 @@ def _configure(argv: Sequence[str], main_process: bool) -> TrainConfig:
     perceptual = config.objective.loss_type == "perceptual"
     require_modules({"transformers": "transformers"} if perceptual else {}, "perceptual")
     report_to = config.output.report_to
-    for tracker in [] if config.loop.dry_run else tracker_names(report_to):
+    for tracker in tracker_names(report_to):
         if tracker != "all" and find_spec(tracker) is None:
             raise ConfigError(f"--report_to {report_to}: {tracker} is not installed: install it, or use none")
     return config

@@ -35,8 +35,10 @@ from diffusers_ddpm_ext.training.loop.setup import Setup, build_setup
 from diffusers_ddpm_ext.training.loop.step import train_step
 from diffusers_ddpm_ext.training.loop.stop_requests import RequestPoller
 from diffusers_ddpm_ext.training.loop.tasks import StopTraining, draw_and_log, due_after, run_pending_tasks
+from diffusers_ddpm_ext.training.loop.trial import run_trial
 from diffusers_ddpm_ext.training.signals import handle_signals
 from diffusers_ddpm_ext.training.tracking.console import describe_end
+from diffusers_ddpm_ext.training.tracking.plan import describe_trial
 from diffusers_ddpm_ext.training.tracking.step_losses import LossMeter
 from diffusers_ddpm_ext.utils.files import CONFIG, ENVIRONMENT, METRICS, write_text_atomically
 
@@ -61,6 +63,7 @@ def train(config: TrainConfig) -> Path | None:
     accelerator, pushes = setup.accelerator, config.hub.push_to_hub
     if config.loop.dry_run:
         accelerator.print(describe_run(setup, None))
+        accelerator.print(describe_trial(run_trial(setup), setup.plan))
         end_training(accelerator, config.output.report_to)
         return None
     folder, lock = acquire_folder(config, accelerator)

@@ -64,8 +64,13 @@ def changed_options(own: Mapping[str, Any], saved: Mapping[str, Any], ignored: C
     return [
         f"--{printable(name, 60)} is {_shown(own.get(name))} and was {_shown(was[name])}"
         for name in was
-        if own.get(name) != was[name]
+        if _expanded(own.get(name)) != _expanded(was[name])
     ]
+
+
+def _expanded(value: Any) -> Any:
+    """A path with its home folder in full: older versions stored ``~``."""
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
 
 
 def _shown(value: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 from pathlib import Path
 
 from diffusers_ddpm_ext.errors import ConfigError, printable
@@ -52,6 +53,14 @@ def check_output_dir(output: OutputOptions, resuming: bool = False) -> None:
         raise ConfigError(f"--output_dir {output.output_dir} is below {nearest}, which is a file: name another folder")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise ConfigError(f"--output_dir {output.output_dir} is not writable: name another folder")
+    try:  # file systems such as /proc let nobody create a file, whatever the permissions say
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ConfigError(
+            f"--output_dir {output.output_dir} cannot be written: {reason}; name another folder"
+        ) from None
 
 
 def _has_entries(folder: Path, name: str) -> bool:

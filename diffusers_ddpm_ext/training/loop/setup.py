@@ -42,7 +42,14 @@ from diffusers_ddpm_ext.training.factory.task import DenoisingTask
 from diffusers_ddpm_ext.training.factory.warm_start import initialize_ema, load_initial_weights
 from diffusers_ddpm_ext.training.loop.hub_publisher import check_hub_token
 from diffusers_ddpm_ext.training.tracking.monitor import Monitor
-from diffusers_ddpm_ext.training.tracking.plan import Plan, model_size_warning, schedule_warning, steps_for_epochs
+from diffusers_ddpm_ext.training.tracking.plan import (
+    Plan,
+    epochs_warning,
+    model_size_warning,
+    schedule_warning,
+    steps_for_epochs,
+    warmup_warning,
+)
 from diffusers_ddpm_ext.utils.dtensor import is_sharded
 
 
@@ -180,6 +187,8 @@ def setup_warnings(setup: Setup) -> list[str]:
         setup.data.warning,
         schedule_warning(setup.parts.objective.schedule),
         model_size_warning(size, device, setup.data.size),
+        warmup_warning(setup.config.optim, setup.plan.steps),
+        epochs_warning(setup.plan),
     ]
     if fsdp_requested() and not setup.is_sharded:
         warnings.insert(0, f"FSDP was requested, but Accelerate made {setup.engine} of it: it has no FSDP on {device}")

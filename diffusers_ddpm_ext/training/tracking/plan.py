@@ -13,6 +13,7 @@ from diffusers_ddpm_ext.training.factory.optimizer import scale_learning_rate
 from diffusers_ddpm_ext.utils.vocabulary import TO_COMPVIS_BETA_SCHEDULE, TO_COMPVIS_PREDICTION_TYPE
 
 SLOW_ON_CPU = 20_000_000  # parameters; they take seconds per step at 64x64
+MANY_EPOCHS = 1000
 MAX_TERMINAL_SIGNAL = 0.1  # of the amplitude after the last step; Stable Diffusion's schedule leaves 0.068
 
 
@@ -47,6 +48,31 @@ class Plan:
     def epoch(self, step: int) -> int:
         """Epochs that are complete after ``step`` optimizer steps."""
         return step * self.effective_batch // self.images
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a few steps took on this machine.
+
+    Attributes:
+        seconds: of one optimizer step; None where its memory was not enough.
+        image_bytes: of memory that each image of a batch needs; None where that was not measured.
+        free_bytes: of memory; 0 where that is unknown.
+        is_extrapolated: whether the time is that of one image, times their number.
+    """
+
+    seconds: float | None
+    image_bytes: int | None
+    free_bytes: int
+    is_extrapolated: bool
+
+    @property
+    def largest_batch(self) -> int | None:
+        """The largest power of two of images that fits; 0 where none does, None where that is unknown."""
+        if not self.image_bytes or not self.free_bytes:
+            return None
+        images = self.free_bytes // self.image_bytes
+        return 2 ** (images.bit_length() - 1) if images else 0
 
 
 def steps_for_epochs(epochs: int, images: int, effective_batch: int) -> int:
@@ -90,6 +116,28 @@ def model_size_warning(parameters: int, device: str, size: tuple[int, int]) -> s
     return (
         f"{parameters:,} parameters on a CPU take many seconds per step: use an accelerator, or a smaller network,"
         " e.g. --block_out_channels 32 64 64 --attention_levels 2 --norm_num_groups 8"
+    )
+
+
+def warmup_warning(options: OptimOptions, steps: int) -> str | None:
+    """Warn of a warm-up that ends after the run, so that the learning rate never reaches its value."""
+    warmup = options.lr_warmup_steps
+    if warmup < steps or not warmup:
+        return None
+    return (
+        f"the warm-up of {warmup:,} steps is not over when the run of {steps:,} steps ends, so that the learning rate"
+        f" never reaches {options.learning_rate:g}: use --lr_warmup_steps {steps // 10}, or a longer run"
+    )
+
+
+def epochs_warning(plan: Plan) -> str | None:
+    """Warn of a run that sees each image ``MANY_EPOCHS`` times or more, as one on a handful of images does."""
+    if plan.epochs < MANY_EPOCHS:
+        return None
+    steps = steps_for_epochs(MANY_EPOCHS // 10, plan.images, plan.effective_batch)
+    return (
+        f"{plan.epochs:,.0f} epochs of {plan.images:,} images: a network that sees each image so often memorizes them;"
+        f" use more images, or fewer steps (--max_train_steps {steps:,} are {MANY_EPOCHS // 10} epochs)"
     )
 
 
@@ -178,6 +226,31 @@ def parameter_table(module: nn.Module) -> str:
     width = len(f"{total:,}")
     rows = [(name, f"{count:>{width},}") for name, count in (*counts.items(), ("total", total)) if count]
     return "parameters\n" + format_table(rows)
+
+
+def describe_trial(trial: Trial, plan: Plan) -> str:
+    """The time and the memory of a run, from a trial, as lines to print."""
+    if trial.seconds is None:
+        smaller = f"--train_batch_size {max(plan.batch // 2, 1)} --gradient_accumulation_steps {plan.accumulation * 2}"
+        return "trial\n" + format_table([("memory", f"NOT ENOUGH for --train_batch_size {plan.batch}: try {smaller}")])
+    how = "from one image" if trial.is_extrapolated else "the fastest of three steps"
+    speed = f"{trial.seconds:.3g} s per step, {plan.effective_batch / trial.seconds:.3g} images/s ({how})"
+    total = f"{format_duration(plan.steps * trial.seconds)} for {plan.steps:,} steps, without validation and previews"
+    rows = [("time", speed), ("total", total)]
+    batch = trial.largest_batch
+    if batch is not None and trial.image_bytes is not None:
+        need = f"{format_bytes(trial.image_bytes)} per image of a batch, {format_bytes(trial.free_bytes)} free"
+        fits = f"up to --train_batch_size {batch} fits" if batch >= plan.batch else f"{plan.batch:,} images do NOT fit"
+        rows.append(("activations", f"about {need}: {fits}"))
+    return "trial\n" + format_table(rows)
+
+
+def format_duration(seconds: float) -> str:
+    """A duration in the unit that fits: ``40 seconds``, ``3.5 hours``, ``12 days``."""
+    for unit, length in (("days", 86_400), ("hours", 3_600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.2g} {unit}"
+    return f"{seconds:.2g} seconds" if seconds < 10 else f"{seconds:.0f} seconds"
 
 
 def describe_plan(plan: Plan, rows: Sequence[tuple[str, str]]) -> str:
