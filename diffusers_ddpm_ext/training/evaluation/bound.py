@@ -118,7 +118,7 @@ def evaluate_bound(
     for batch, is_own in processes.batches(evaluation.batches):
         start = batch * evaluation.batch_size
         rows = torch.arange(start, min(start + evaluation.batch_size, evaluation.rows))
-        values = None if cache is None or not is_own else cache.get(batch)
+        values = None if cache is None or not is_own else cache.get(batch, len(rows))
         if values is None:
             values = _evaluate_rows(network, evaluation, rows, processes.device)
             if cache is not None and is_own:

@@ -12,6 +12,7 @@ from torch import Tensor
 from diffusers_ddpm_ext.errors import warn
 from diffusers_ddpm_ext.training.evaluation.processes import Processes
 from diffusers_ddpm_ext.utils.files import write_atomically
+from diffusers_ddpm_ext.utils.input_files import open_input
 
 SECONDS_BETWEEN_SAVES = 30.0
 
@@ -31,15 +32,19 @@ class EvaluationCache:
         self.values: dict[str, Tensor] = {}
         self.saved = time.monotonic()
         try:
+            open_input(self.path).close()  # a named pipe would wait forever
             with safe_open(self.path, "pt") as file:
                 if (file.metadata() or {}).get("fingerprint") == fingerprint:
                     self.values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except Exception:  # missing or damaged: it is evaluated again
             self.values = {}
 
-    def get(self, batch: int) -> Tensor | None:
-        """The values of a batch, or None if it has not been evaluated."""
-        return self.values.get(str(batch))
+    def get(self, batch: int, rows: int) -> Tensor | None:
+        """The values of a batch of so many rows, (rows, 2); None if they are missing or damaged."""
+        values = self.values.get(str(batch))
+        if values is None or values.shape != (rows, 2) or not values.is_floating_point():
+            return None
+        return values if bool(values.isfinite().all()) else None
 
     def put(self, batch: int, values: Tensor) -> None:
         """Add the values of a batch, and save the file if the last save is long enough ago."""
