@@ -10,10 +10,11 @@ from typing import Any
 
 import diffusers
 from diffusers import ModelMixin, SchedulerMixin
+from torch import nn
 
 from diffusers_ddpm_ext.errors import ConfigError, printable
-from diffusers_ddpm_ext.models.network_config import check_network_config, least_parameters
 from diffusers_ddpm_ext.utils.input_files import JsonObject, file_name, read_json_object
+from diffusers_ddpm_ext.utils.network_budget import check_network_config, check_network_types, least_parameters
 from diffusers_ddpm_ext.utils.pipeline_files import MODEL_INDEX, is_weights, weights_variant
 
 UNREADABLE = (
@@ -34,9 +35,16 @@ UNREADABLE = (
 
 @contextmanager
 def as_folder_error(folder: Path) -> Iterator[None]:
-    """Re-raise what Diffusers raises about a folder's contents as a ConfigError of one sentence."""
+    """Re-raise what Diffusers raises about a folder's contents as a ConfigError of one line (an OSError stays one)."""
     try:
         yield
+    except ConfigError:
+        raise
+    except (ValueError, OSError) as error:
+        text = printable(" ".join(str(error).split()))
+        if isinstance(error, ValueError) or error.errno is None:
+            raise (ConfigError if isinstance(error, ValueError) else OSError)(text) from error
+        raise
     except UNREADABLE as error:
         text = printable(" ".join(str(error).split()), 300)
         raise ConfigError(f"{file_name(folder)} cannot be loaded: {type(error).__name__}: {text}") from error
@@ -63,11 +71,23 @@ def check_pipeline_folder(folder: Path, variant: str | None, replaced: frozenset
     config = folder / "unet" / "config.json"
     if "unet" not in replaced and config.is_file():
         content = read_json_object(config)
+        check_network_types(content.content, content.name)
         check_network_config(content.content, content.name)
         _check_weights(folder / "unet", content, variant)
     settings = folder / "scheduler" / "scheduler_config.json"
     if settings.is_file():
         read_json_object(settings)
+
+
+def check_complete(network: nn.Module, folder: Path) -> None:
+    """Raise ConfigError if a loaded network has tensors that its weights lack: Diffusers leaves them without values."""
+    tensors = [*network.named_parameters(), *network.named_buffers()]
+    missing = [name for name, tensor in tensors if tensor.is_meta]
+    if missing:
+        raise ConfigError(
+            f"{file_name(folder)}: the weights lack {len(missing)} of the network's {len(tensors)} tensors, e.g. "
+            f"{missing[0]}: they are damaged, or of another model."
+        )
 
 
 def _check_component(index: JsonObject, name: str, base: type) -> None:

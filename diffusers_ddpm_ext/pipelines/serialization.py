@@ -41,7 +41,7 @@ from diffusers_ddpm_ext.losses.logvar import (
 from diffusers_ddpm_ext.models.class_embedder import CLASS_EMBEDDER_FOLDER, load_class_embedder, save_class_embedder
 from diffusers_ddpm_ext.models.conditioning import Conditioning
 from diffusers_ddpm_ext.models.unet_2d_ext import UNet2DExtModel
-from diffusers_ddpm_ext.pipelines.folder_checks import as_folder_error, check_pipeline_folder
+from diffusers_ddpm_ext.pipelines.folder_checks import as_folder_error, check_complete, check_pipeline_folder
 from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
 from diffusers_ddpm_ext.utils.dtensor import full_tensor
 from diffusers_ddpm_ext.utils.generations import read_one_generation, replace_pipeline
@@ -209,6 +209,8 @@ class SavedPipeline(DiffusionPipeline):
         check_pipeline_folder(folder, kwargs.get("variant"), given)
         with as_folder_error(folder):
             pipeline = super().from_pretrained(os.fspath(folder), **kwargs)
+        if kwargs.get("device_map") is None:
+            check_complete(pipeline.unet, folder)
         if isinstance(kwargs.get("scheduler"), SchedulerMixin):  # then a download has none
             repo = hub.get("repo", folder)
             options = {name: value for name, value in hub.items() if name != "repo"}

@@ -8,12 +8,30 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from diffusers_ddpm_ext.errors import ConfigError
+from diffusers_ddpm_ext.errors import ConfigError, printable
+from diffusers_ddpm_ext.utils.input_files import JsonObject
 
 MAX_LEVELS = 16  # each halves the image: the last one of 65,536 pixels has 2
 MAX_LAYERS = 64
 MAX_WIDTH = 65_536
 MAX_CLASSES = 1_000_000
+COUNTS = dict.fromkeys(
+    (
+        *("block_out_channels", "in_channels", "out_channels", "time_embedding_dim", "cross_attention_dim"),
+        *("attention_head_dim", "num_attention_heads", "num_attention_heads_up"),
+        *("norm_num_groups", "attn_norm_num_groups", "projection_class_embeddings_input_dim", "encoder_hid_dim"),
+        *("addition_time_embed_dim", "addition_embed_type_num_heads", "time_cond_proj_dim"),
+    ),
+    MAX_WIDTH,
+) | {
+    "layers_per_block": MAX_LAYERS,
+    "transformer_layers_per_block": MAX_LAYERS,
+    "conv_in_kernel": 63,
+    "conv_out_kernel": 63,
+    "num_class_embeds": MAX_CLASSES,
+    "num_train_timesteps": 1_000_000,
+}
+"""Counts in a network's configuration (one, a list with one per level, or null) -> their largest values."""
 
 
 def check_network_config(config: Mapping[str, Any], name: str) -> None:
@@ -46,7 +64,7 @@ def check_network_config(config: Mapping[str, Any], name: str) -> None:
         if values and not 1 <= min(values) <= max(values) <= limit:
             wrong = max(values) if max(values) > limit else min(values)
             raise ConfigError(f"{name}: {key} is {wrong:,}; it must be from 1 to {limit:,}")
-    needed, memory = 4 * _least_parameters(widths, layers), physical_memory()
+    needed, memory = 4 * least_parameters(config), physical_memory()
     if needed > memory:
         raise ConfigError(
             f"{name}: the weights take at least {needed / 1e9:,.0f} GB, and this machine has {memory / 1e9:,.0f} GB:"
@@ -60,9 +78,51 @@ def _integers(value: Any) -> list[int]:
     return [entry for entry in values if isinstance(entry, int) and not isinstance(entry, bool)]
 
 
-def _least_parameters(widths: Sequence[int], layers: Sequence[int]) -> int:
-    """Lower bound of the number of weights: one 3x3 convolution for each layer of the way down and of the way up."""
-    return sum(2 * 9 * width * width * min(layers, default=1) for width in widths)
+def least_parameters(config: Mapping[str, Any]) -> int:
+    """A lower bound of a network's number of parameters.
+
+    It counts a 3x3 convolution for each layer of the way down and of the way up, and a table of classes.
+
+    Args:
+        config: as in `check_network_config`.
+    """
+    widths, layers = _integers(config.get("block_out_channels")), _integers(config.get("layers_per_block"))
+    convolutions = sum(2 * 9 * width * width * min(layers, default=1) for width in widths)
+    time_width = _integers(config.get("time_embedding_dim")) or [4 * (widths or [1])[0]]
+    classes = 0 if config.get("class_embed_type") else sum(_integers(config.get("num_class_embeds")))
+    return convolutions + classes * time_width[0]
+
+
+def check_network_types(config: Mapping[str, Any], name: str) -> None:
+    """Refuse the values that a network would fail on with an error about something else.
+
+    Args:
+        config: from a file of a saved network.
+        name: the file, for messages.
+
+    Raises:
+        ConfigError: a count is no integer of at least 1, or a number is not one.
+    """
+    for key, largest in COUNTS.items():
+        value = config.get(key)
+        level = [] if value is None else [value]
+        if value in ([], ()):
+            raise ConfigError(f"{name}: {key} is empty; it must be a list of integers.")
+        while level:
+            entry = level.pop()
+            if isinstance(entry, (list, tuple)):
+                level += entry
+            elif entry is not None and (type(entry) is not int or not 1 <= entry <= largest):
+                shown = printable(repr(entry), 60)
+                raise ConfigError(f"{name}: {key} has {shown}; allowed: integers from 1 to {largest:,}.")
+    for key in ("down_block_types", "up_block_types"):
+        value = config.get(key)
+        names = isinstance(value, (list, tuple)) and value and all(isinstance(entry, str) for entry in value)
+        if value is not None and not names:
+            raise ConfigError(f"{name}: {key} is {printable(repr(value), 60)}, not a list of names.")
+    for key in ("dropout", "norm_eps", "mid_block_scale_factor", "timestep_scale"):
+        if key in config:
+            JsonObject(name, dict(config)).number(key)
 
 
 def physical_memory() -> float:

@@ -7,7 +7,6 @@ starts from the loaded weights.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -31,6 +30,8 @@ from diffusers_ddpm_ext.pipelines.guidance import network_config
 from diffusers_ddpm_ext.training.checkpoints.folders import list_checkpoints
 from diffusers_ddpm_ext.training.config.options import StartOptions
 from diffusers_ddpm_ext.training.config.train_config import TrainConfig
+from diffusers_ddpm_ext.utils.generations import read_one_generation
+from diffusers_ddpm_ext.utils.input_files import read_json_object
 
 WEIGHTS_FILE = "diffusion_pytorch_model{}.safetensors"
 WEIGHTS_INDEX_FILE = "diffusion_pytorch_model.safetensors.index{}.json"
@@ -100,13 +101,18 @@ def load_initial_weights(config: TrainConfig, denoiser: nn.Module, objective: DD
             return None
         raise ConfigError(f"--ckpt_path {path} does not exist: give a checkpoint, or the folder of a pipeline")
     try:
-        weights = (_read_folder if path.is_dir() else _read_checkpoint)(path, options, denoiser)
+        if path.is_dir():
+            weights = read_one_generation(path, lambda folder: _read_folder(folder, options, denoiser))
+            weights = replace(weights, source=path)
+        else:
+            weights = _read_checkpoint(path, options, denoiser)
     except ConfigError:
         raise
     except (OSError, ValueError) as error:
         raise ConfigError(f"--ckpt_path {path}: {' '.join(str(error).split())}") from error
     if len(weights.missing) == len(weights.raw):
         raise ConfigError(f"--ckpt_path {path}: it holds no weights of this network under known names")
+    _check_finite(weights, path)
     denoiser.load_state_dict(weights.raw, strict=True)
     notes = list(weights.notes)
     if weights.logvar is not None:
@@ -115,6 +121,15 @@ def load_initial_weights(config: TrainConfig, denoiser: nn.Module, objective: DD
     if difference:
         notes.append(f"the run uses its own schedule, not the file's: {difference}")
     return replace(weights, notes=notes)
+
+
+def _check_finite(weights: InitialWeights, path: Path) -> None:
+    for tensors in (weights.raw, weights.average):
+        for name, tensor in tensors.items():
+            if not bool(torch.isfinite(tensor).all()):
+                raise ConfigError(
+                    f"--ckpt_path {path}: {name} has values that are NaN or infinite, so that no step could be taken"
+                )
 
 
 def initialize_ema(weights: InitialWeights, ema: LitEMA, options: StartOptions) -> str:
@@ -201,7 +216,7 @@ def _read_folder(path: Path, options: StartOptions, denoiser: nn.Module) -> Init
         left_out = raw_left_out + left_out
         raw = _complete(loaded, own, own, options.make_it_fit)
         average = _complete(default, own, raw.tensors, options.make_it_fit).tensors
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json_object(folder / "config.json").content
     return InitialWeights(
         source=path,
         raw=raw.tensors,
