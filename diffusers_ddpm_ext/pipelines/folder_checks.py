@@ -80,7 +80,7 @@ def check_pipeline_folder(folder: Path, variant: str | None, replaced: frozenset
 
 
 def check_complete(network: nn.Module, folder: Path) -> None:
-    """Raise ConfigError if a loaded network has tensors that its weights lack: Diffusers leaves them without values."""
+    """Raise ConfigError if the weights lack tensors of a loaded network: Diffusers leaves them without values."""
     tensors = [*network.named_parameters(), *network.named_buffers()]
     missing = [name for name, tensor in tensors if tensor.is_meta]
     if missing:
