@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from diffusers_ddpm_ext.errors import ConfigError, printable
-from diffusers_ddpm_ext.models.network_config import check_network_config
 from diffusers_ddpm_ext.pipelines.class_names import read_class_names
 from diffusers_ddpm_ext.utils.generations import read_one_generation
 from diffusers_ddpm_ext.utils.input_files import JsonObject, json_object, read_json_object
+from diffusers_ddpm_ext.utils.network_budget import check_network_config, check_network_types
 from diffusers_ddpm_ext.utils.vocabulary import CONDITIONING_KEYS
 
 LEARNED_VARIANCES = ("learned", "learned_range")
@@ -159,6 +159,7 @@ def _read_facts(source: str, folder: Path, variant: str | None, variant_option: 
         read_json_object(folder / "scheduler" / "scheduler_config.json"),
         (folder / "class_embedder" / "config.json").is_file(),
     )
+    check_network_types(facts.unet.content, facts.unet.name)
     check_network_config(facts.unet.content, facts.unet.name)
     _check_weights(folder / "unet", variant, variant_option)
     return facts
