@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusers_ddpm_ext.errors import ConfigError
-from diffusers_ddpm_ext.training.config.condition_checks import check_conditioning
+from diffusers_ddpm_ext.training.config.condition_checks import read_dropout
 from diffusers_ddpm_ext.utils.lr_lambdas import check_lr_schedule
 from diffusers_ddpm_ext.utils.network_budget import check_network_config
 
@@ -62,7 +62,7 @@ def check_options(flat: Flat, typed: Set[str]) -> None:
     """
     _check_dependencies(flat, typed)
     check_data_options(flat)
-    check_conditioning(flat)
+    read_dropout(flat["conditioning_dropout"], flat["conditioning_key"])
     _check_schedule(flat, typed)
     _check_objective(flat, typed)
     _check_model(flat)

@@ -27,17 +27,6 @@ class Dropped:
     null: float | None
 
 
-def check_conditioning(flat: Mapping[str, Any]) -> None:
-    """Check the columns and the dropout of conditions, as options by name.
-
-    Raises:
-        ConfigError: a column is missing or without effect, or a condition that the run does not have is dropped.
-    """
-    digits = flat["train_data_dir"] is None and flat["dataset_name"] is None
-    select_columns(flat["conditioning_key"], flat, "folder" if digits or flat["train_data_dir"] is not None else None)
-    read_dropout(flat["conditioning_dropout"], flat["conditioning_key"])
-
-
 def select_columns(
     conditioning_key: str | None, options: Mapping[str, Any], default_class_column: str | None
 ) -> dict[str, str]:

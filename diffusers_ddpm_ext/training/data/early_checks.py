@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from diffusers_ddpm_ext.errors import ConfigError
-from diffusers_ddpm_ext.training.config.condition_checks import COLUMN_OPTIONS
+from diffusers_ddpm_ext.training.config.condition_checks import select_columns
 from diffusers_ddpm_ext.training.config.model_file import MODEL_OPTION, read_model_file
 from diffusers_ddpm_ext.training.config.train_config import TrainConfig
 from diffusers_ddpm_ext.training.data.image_files import find_files, first_image, open_image
@@ -38,7 +38,9 @@ def check_input_files(config: TrainConfig) -> None:
         network, option = model.model_config, "--model_config"
     if network is not None:
         _check_channels(config, network, option)
-    _check_metadata(config)
+    data = config.data
+    default = None if data.dataset_name is not None else FOLDER_COLUMN
+    _check_metadata(config, select_columns(model.conditioning_key, vars(data), default).values())
 
 
 def _check_channels(config: TrainConfig, network: Mapping[str, Any], option: str) -> None:
@@ -66,15 +68,14 @@ def _channels_of(path: Path) -> int | None:
     return None
 
 
-def _check_metadata(config: TrainConfig) -> None:
+def _check_metadata(config: TrainConfig, columns: Iterable[str]) -> None:
     """Read the metadata columns of a folder of images; their values are checked with the images."""
     data = config.data
-    columns = [column for option in COLUMN_OPTIONS.values() if (column := getattr(data, option)) is not None]
+    wanted = [column for column in columns if column != FOLDER_COLUMN]
     for option, folder in (
         ("--train_data_dir", data.train_data_dir),
         ("--validation_data_dir", data.validation_data_dir),
     ):
-        wanted = [column for column in columns if column != FOLDER_COLUMN]
         if folder is None or not wanted:
             continue
         found = find_files(Path(folder), METADATA_FILES)
