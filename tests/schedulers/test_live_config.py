@@ -8,11 +8,12 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMPipeline, DDPMScheduler
 from diffusers.configuration_utils import FrozenDict
 from helpers.draws import draws, seeded
+from helpers.tiny import tiny_unet
 
-from diffusers_ddpm_ext import DDPMExtScheduler
+from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtScheduler
 
 T = 60
 CHANGES = {
@@ -210,3 +211,39 @@ def test_a_shallow_copy_has_its_own_steps():
     other.register_to_config(prediction_type="sample")
     for got, want in zip(behavior(scheduler), before, strict=True):
         assert torch.equal(got, want)
+
+
+def images(pipeline) -> torch.Tensor:
+    pipeline.set_progress_bar_config(disable=True)
+    return torch.tensor(pipeline(generator=seeded(), num_inference_steps=6, output_type="np").images)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "prediction_type",
+        "v_posterior",
+        "timestep_spacing",
+        "num_train_timesteps",
+        "explicit betas",
+        "zero terminal SNR",
+    ],
+)
+def test_a_loaded_pipeline_samples_as_its_config_says(case, tmp_path):
+    """Also after a first call, whose steps were set, and after saving and loading."""
+    unet = tiny_unet()
+    DDPMExtPipeline(unet, DDPMExtScheduler(T)).save_pretrained(tmp_path / "before")
+    pipeline = DDPMExtPipeline.from_pretrained(tmp_path / "before")
+    images(pipeline)
+    pipeline.scheduler.register_to_config(**CHANGES[case])
+    want = images(DDPMExtPipeline(unet, DDPMExtScheduler(**{"num_train_timesteps": T} | CHANGES[case])))
+    pipeline.save_pretrained(tmp_path / "after")
+    for changed in (pipeline, DDPMExtPipeline.from_pretrained(tmp_path / "after")):
+        torch.testing.assert_close(images(changed), want, rtol=0, atol=1e-5)
+
+
+def test_stock_pipelines_see_the_change():
+    unet, stock = tiny_unet(), DDPMScheduler(T, prediction_type="v_prediction")
+    pipeline = DDPMPipeline(unet, DDPMExtScheduler(T))
+    pipeline.scheduler.register_to_config(prediction_type="v_prediction")
+    torch.testing.assert_close(images(pipeline), images(DDPMPipeline(unet, stock)), rtol=0, atol=2e-5)
