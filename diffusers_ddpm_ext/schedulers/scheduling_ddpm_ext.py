@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.schedulers.scheduling_ddpm import DDPMSchedulerOutput
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler, DDPMSchedulerOutput
 
 # Diffusers looks for the name SchedulerMixin in the module that defines a scheduler before it loads one.
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
@@ -55,7 +55,8 @@ from diffusers_ddpm_ext.schedulers.config import (
     interpolation_weight,
     resolve_betas,
 )
-from diffusers_ddpm_ext.schedulers.live_config import LiveConfig
+from diffusers_ddpm_ext.schedulers.config_warnings import leave_out
+from diffusers_ddpm_ext.schedulers.live_config import LiveConfig, constructor_defaults
 from diffusers_ddpm_ext.utils.checks import check_one_of, checked_flag, checked_integer, checked_number, describe
 from diffusers_ddpm_ext.utils.vocabulary import (
     FROM_COMPVIS_BETA_SCHEDULE,
@@ -550,3 +551,6 @@ def _check_terminal_snr(schedule: NoiseSchedule) -> None:
             "to recover from the noise. Use prediction_type='v_prediction' or 'sample' trained that way, or "
             "rescale_betas_zero_snr=False."
         )
+
+
+leave_out(constructor_defaults(DDPMExtScheduler).keys() - constructor_defaults(DDPMScheduler).keys())
