@@ -274,9 +274,12 @@ def _draw_samples(pipeline: Any, path: Path, mode: FolderConversion) -> None:
     key = pipeline.config.get("conditioning_key")
     if key is not None and not (key == "adm" or pipeline.class_embedder is not None):
         raise ConfigError(f"--samples {mode.samples}: the model needs conditions ({key}), which are not in its folder")
-    channels = pipeline.unet.config.out_channels
-    if channels not in (1, 3, 6):
-        raise ConfigError(f"--samples {mode.samples}: the model generates latents of {channels} channels, not images")
+    if pipeline.is_latent or pipeline.channels not in (1, 3, 4):
+        what = "latents" if pipeline.is_latent else "samples"
+        raise ConfigError(
+            f"--samples {mode.samples}: the model generates {what} of {pipeline.channels} channels, not images: leave "
+            f"it out, and use ddpm-ext sample {mode.out} --out FILE.npy"
+        )
     conditions: dict[str, Any] = {}
     if key is not None:
         conditions["class_labels"] = [index % pipeline.num_classes for index in range(mode.samples)]

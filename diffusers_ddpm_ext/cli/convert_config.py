@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from diffusers_ddpm_ext.cli.arguments import check_output_path
 from diffusers_ddpm_ext.cli.parser import parse_options
 from diffusers_ddpm_ext.errors import ConfigError
 from diffusers_ddpm_ext.utils.option import option, positional
+from diffusers_ddpm_ext.utils.vocabulary import REQUIRED_CONDITIONS
+
+if TYPE_CHECKING:
+    from diffusers_ddpm_ext.compvis.config.ddpm import CompVisConfig
+
+IMAGE_CHANNELS = (1, 3, 4)
+COLUMN_FLAGS = {"concat_inputs": "--concat_column COLUMN", "encoder_hidden_states": "--context_column COLUMN"}
 
 CONVERT_CONFIG_EXAMPLES = """examples:
   ddpm-ext convert-config model.yaml                    print the counterpart of each key
@@ -61,7 +70,7 @@ def translate_config(options: ConvertConfigOptions) -> str:
         ConfigError: the file is not such a configuration, or a key is refused.
     """
     from diffusers_ddpm_ext.compvis.config.ddpm import read_compvis_config
-    from diffusers_ddpm_ext.compvis.config.recipe import LATENT_NOTE, recipe, write_recipe
+    from diffusers_ddpm_ext.compvis.config.recipe import recipe, write_recipe
     from diffusers_ddpm_ext.compvis.report import format_columns
 
     try:
@@ -78,8 +87,31 @@ def translate_config(options: ConvertConfigOptions) -> str:
         format_columns(("key", "value", "fate", "here"), [row.cells() for row in config.rows]),
         f"{config.target}: a {network}, conditioning_key {config.conditioning_key}",
     ]
-    if config.samples.latent:
-        lines.append(f"note: {LATENT_NOTE}")
+    note = _why_not_trained(config)
+    if note:
+        lines.append(f"note: {note}")
     if options.out is not None:
-        lines.append(f"written to {options.out}: ddpm-ext train --config {options.out} --train_data_dir FOLDER")
+        lines.append(f"written to {options.out}" + ("" if note else f": {_next_command(config, options.out)}"))
     return "\n".join(lines)
+
+
+def _why_not_trained(config: CompVisConfig) -> str:
+    """Why `ddpm-ext train` refuses the recipe of a configuration; empty if it does not."""
+    from diffusers_ddpm_ext.compvis.config.recipe import LATENT_NOTE
+
+    if config.samples.latent:
+        return LATENT_NOTE
+    channels = config.samples.channels
+    known = channels in IMAGE_CHANNELS
+    return (
+        ""
+        if known
+        else f"ddpm-ext train reads images of 1, 3 or 4 channels: it cannot train this model of {channels}."
+    )
+
+
+def _next_command(config: CompVisConfig, out: Path) -> str:
+    """The command that trains with a recipe; the words in capitals are to be replaced."""
+    needed = REQUIRED_CONDITIONS[config.conditioning_key]
+    columns = [f" {flag}" for condition, flag in COLUMN_FLAGS.items() if condition in needed]
+    return f"ddpm-ext train --config {shlex.quote(str(out))} --train_data_dir FOLDER{''.join(columns)}"

@@ -105,6 +105,8 @@ def load_images(folder: str, pipeline: Any, options: DataOptions, progress: bool
     """
     from diffusers_ddpm_ext.training.data.dataset import load_data
 
+    if pipeline.is_latent:
+        raise ConfigError(f"{folder} generates latents of an autoencoder, not images: it cannot be measured on images")
     data = load_data(options, pipeline.config.get("conditioning_key"), progress=progress)
     channels = pipeline.channels
     if data.channels != channels:

@@ -76,6 +76,11 @@ class PipelineFacts:
         """Names by class number; empty without names."""
         return read_class_names(self.index.content.get("id2label"), f"{self.index.name}: id2label")
 
+    @property
+    def is_latent(self) -> bool:
+        """Whether the samples are latents of an autoencoder, not images."""
+        return _present(self.index, "latent_scaling_factor") is not None
+
     @cached_property
     def channels(self) -> int:
         """Channels of an image."""

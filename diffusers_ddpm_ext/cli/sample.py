@@ -89,9 +89,10 @@ def _sample(
             return ""
         output.finish(options.num_images)
     height, width, channels = output.shape
+    what = "latents" if facts.is_latent else "images"
     individual = f" and, one by one, to {options.individual}" if options.individual else ""
     return (
-        f"{options.num_images} images of {height}x{width}x{channels} written to {options.output_path}"
+        f"{options.num_images} {what} of {height}x{width}x{channels} written to {options.output_path}"
         f"{individual} ({calls} calls of the network each)"
     )
 
@@ -193,7 +194,16 @@ def _make_output(
         captions = _in_turn(names)
     is_video = options.output_path.suffix.lower() == VIDEO_SUFFIX
     num_frames = len(_frame_steps(calls)) + 1 if is_video else None
-    return OneFile(options.output_path, settings, shape, num_frames, options.individual, options.bit_depth, captions)
+    return OneFile(
+        options.output_path,
+        settings,
+        shape,
+        num_frames,
+        options.individual,
+        options.bit_depth,
+        captions,
+        facts.is_latent,
+    )
 
 
 def _class_name(facts: PipelineFacts, label: int) -> str:

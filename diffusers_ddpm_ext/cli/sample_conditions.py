@@ -51,6 +51,11 @@ def check_sample(options: SampleOptions, facts: PipelineFacts) -> SampleConditio
             fit the model.
     """
     _check_scheduler_name(options.scheduler)
+    if facts.is_latent and (not options.writes_array or options.individual is not None or options.bit_depth != 8):
+        raise ConfigError(
+            f"--out {options.output_path}: the samples of {facts.source} are latents of an autoencoder, not images: "
+            "use --out FILE.npy or FILE.npz (without --individual or --bit_depth), and decode them"
+        )
     _check_presence(options, facts)
     labels = None if options.class_labels is None else read_labels(options.class_labels, facts)
     arrays = {

@@ -117,6 +117,11 @@ class SampleOptions:
         return folder / name if folder.is_dir() else Path(f"{folder.name}-{name}")
 
     @property
+    def writes_array(self) -> bool:
+        """Whether the images go to an array, which may hold any numbers."""
+        return self.output_path.suffix.lower() in (".npy", ".npz")
+
+    @property
     def is_folder(self) -> bool:
         """Whether the images go to a folder of PNG files."""
         return not self.output_path.suffix

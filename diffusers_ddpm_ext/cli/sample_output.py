@@ -168,6 +168,7 @@ class OneFile:
         individual: a folder that also receives every image, or None.
         bit_depth: of .npz arrays, and of the files in that folder.
         caption: the text under an image of the grid, by its index; None for none.
+        latents: whether the images are latents, float32 in .npz files too.
     """
 
     path: Path
@@ -177,6 +178,7 @@ class OneFile:
     individual: Path | None
     bit_depth: int = 8
     caption: Callable[[int], str] | None = None
+    latents: bool = False
 
     @property
     def parts_folder(self) -> Path:
@@ -278,8 +280,8 @@ class OneFile:
         if suffix == ".npy":
             write_atomically(self.path, lambda file: np.save(file, images))
         elif suffix == ".npz":
-            unsigned = _to_unsigned(images, self.bit_depth)
-            write_atomically(self.path, lambda file: np.savez_compressed(file, arr_0=unsigned))
+            values = images if self.latents else _to_unsigned(images, self.bit_depth)
+            write_atomically(self.path, lambda file: np.savez_compressed(file, arr_0=values))
         elif suffix == VIDEO_SUFFIX:
             frames = np.stack([self._load(index, "frames") for index in range(count)])
             save_video(frames, self.path, captions)

@@ -69,7 +69,7 @@ class Converted:
         for name, value in self.pipeline.scheduler.config.items():
             if not name.startswith("_") and name != "trained_betas" and other.scheduler.config.get(name) != value:
                 differences.append(f"the scheduler's {name} is {other.scheduler.config.get(name)}, not {value}")
-        for name in ("conditioning_key", "use_positional_encodings"):
+        for name in ("conditioning_key", "use_positional_encodings", "latent_scaling_factor"):
             if (other.config.get(name) or None) != (self.pipeline.config.get(name) or None):
                 differences.append(f"{name} is {other.config.get(name)}, not {self.pipeline.config.get(name)}")
         if self.ema is not None and load_ema_metadata(folder) != self.ema:

@@ -57,13 +57,24 @@ class CompVisCheckpoint:
 
     def pipeline(self, network: nn.Module) -> DDPMExtPipeline:
         """Make a pipeline of a network, with the checkpoint's scheduler, logvar, class embeddings and conditioning."""
-        pipeline = DDPMExtPipeline(network, self.scheduler, conditioning_key=self.config.conditioning_key)
+        pipeline = DDPMExtPipeline(
+            network,
+            self.scheduler,
+            conditioning_key=self.config.conditioning_key,
+            latent_scaling_factor=self.scale_factor if self.config.samples.latent else None,
+        )
         pipeline.compvis_facts = self.facts  # for save_compvis
         if self.learns_logvar:
             pipeline.logvar = self.contents.logvar
         if self.contents.class_embedding is not None:
             pipeline.class_embedder = self.contents.class_embedding.float()
         return pipeline
+
+    @property
+    def scale_factor(self) -> float | None:
+        """Factor of the latents: the file's, which may have been measured, else the configuration's."""
+        own = self.contents.scale_factor
+        return self.config.samples.scale_factor if own is None else own
 
     @property
     def learns_logvar(self) -> bool:
@@ -211,9 +222,8 @@ def report_compvis(
         facts["logvar"] = f"learned, mean {float(contents.logvar.mean()):.4f}"
     if contents.class_embedding is not None:
         facts["class_embedder"] = f"{len(contents.class_embedding)} classes"
-    scale = config.samples.scale_factor if contents.scale_factor is None else contents.scale_factor
-    if scale is not None:
-        facts["scale_factor"] = scale
+    if checkpoint.scale_factor is not None:
+        facts["scale_factor"] = checkpoint.scale_factor
     facts |= {f"scheduler.{name}": value for name, value in config.schedule.items()}
     facts |= {"conditioning_key": config.conditioning_key, **checkpoint.facts}
     return Report.of_networks(

@@ -173,7 +173,9 @@ def _swapped_weights(files: dict[str, Any], digests: dict[str, str]) -> list[str
 
 
 def card_draw_settings(pipeline: Any) -> dict[str, Any] | None:
-    """What a card's images are drawn with; None for a model that needs other conditions than classes."""
+    """What a card's images are drawn with; None for latents, and for other conditions than classes."""
+    if pipeline.is_latent:
+        return None
     needs = set(pipeline.conditioning.required) - {"class_labels"}
     if needs and not (needs == {"encoder_hidden_states"} and pipeline.class_embedder is not None):
         return None

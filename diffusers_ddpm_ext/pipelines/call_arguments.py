@@ -121,6 +121,17 @@ def checked_batch_size(value: Any) -> int:
     return size
 
 
+def checked_scaling_factor(value: Any) -> float | None:
+    """The factor of a model's latents; ValueError unless it is None or a finite number above 0."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(
+            f"latent_scaling_factor is {describe(value)}; it must be a number above 0, or None for images."
+        )
+    return float(value)
+
+
 def checked_sample_shape(batch_size: int, channels: int, sample_size: Any) -> tuple[int, int, int, int]:
     """Shape of the samples of a call.
 

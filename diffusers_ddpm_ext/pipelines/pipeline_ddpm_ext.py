@@ -36,6 +36,7 @@ from diffusers_ddpm_ext.pipelines.call_arguments import (
     checked_latents,
     checked_number,
     checked_sample_shape,
+    checked_scaling_factor,
     checked_step_kwargs,
     checked_timesteps,
 )
@@ -72,7 +73,8 @@ class DDPMExtPipelineOutput(ImagePipelineOutput):
 
     Args:
         images: list of PIL images, or an array (B, H, W, C) in [0, 1] for "np", a tensor (B, C, H, W) in [0, 1] for
-            "pt", the same in data units and unclipped for "latent".
+            "pt", the same in data units and unclipped for "latent". Latents of an autoencoder are in data units and
+            unclipped for "np" and "pt" too.
         intermediates: with ``log_every_t``, CompVis' list: x_T, then the sample after each logged step, each
             (B, C, H, W) in data units on the pipeline's device. None otherwise.
         pred_x0: with ``log_every_t``, the clean images predicted at the logged steps, so that ``pred_x0[k]`` belongs
@@ -99,6 +101,8 @@ class DDPMExtPipeline(SavedPipeline):
         use_positional_encodings: whether the network's last two input channels are the pixels' coordinates.
         null_class_label: the class that stands for no class, in guidance.
         id2label: names of classes by their numbers (in JSON the numbers are texts), for ``class_labels="Food"``.
+        latent_scaling_factor: for a model whose samples are latents of a first stage (an autoencoder), which is not
+            part of the pipeline: the factor that its latents were multiplied with. None: the samples are images.
 
     Raises:
         ValueError: an argument is of the wrong kind, or names classes that the network does not have.
@@ -115,6 +119,7 @@ class DDPMExtPipeline(SavedPipeline):
         use_positional_encodings: bool = False,
         null_class_label: int | None = None,
         id2label: Mapping[int, str] | Mapping[str, str] | None = None,
+        latent_scaling_factor: float | None = None,
     ) -> None:
         super().__init__()
         check_network(unet)
@@ -130,6 +135,7 @@ class DDPMExtPipeline(SavedPipeline):
             "use_positional_encodings": use_positional_encodings or None,
             "null_class_label": null_class_label,
             "id2label": {str(number): name for number, name in read_class_names(id2label).items()} or None,
+            "latent_scaling_factor": checked_scaling_factor(latent_scaling_factor),
         }
         is_plain = type(unet) is UNet2DModel and not has_inner_wrappers(unet)  # others are guarded when they are saved
         if is_plain and needs_guard(scheduler, settings):
@@ -199,6 +205,11 @@ class DDPMExtPipeline(SavedPipeline):
         """Number of classes, the null class included; None for a model without classes."""
         model = self._model(torch.device("cpu"))
         return model.num_classes if model.takes_labels else None
+
+    @property
+    def is_latent(self) -> bool:
+        """Whether the samples are latents of an autoencoder, not images."""
+        return self.config.get("latent_scaling_factor") is not None
 
     @property
     def trained_scheduler(self) -> DDPMExtScheduler:
@@ -455,6 +466,11 @@ class DDPMExtPipeline(SavedPipeline):
     def _sample_shape(self, batch_size: int, output_type: str | None) -> tuple[int, int, int, int]:
         channels = self.channels
         shape = checked_sample_shape(batch_size, channels, self._network.config.sample_size)
+        if output_type == "pil" and self.is_latent:
+            raise ValueError(
+                'output_type is "pil", but the samples of this model are latents of an autoencoder, not images. Use '
+                'output_type="pt" or "np", divide by the latent_scaling_factor of pipeline.config, and decode them.'
+            )
         if output_type == "pil" and channels not in PIL_MODES:
             known = ", ".join(f"{count} ({mode})" for count, mode in PIL_MODES.items())
             raise ValueError(
@@ -528,7 +544,7 @@ class DDPMExtPipeline(SavedPipeline):
     def _as_images(self, sample: Tensor, output_type: str | None) -> Any:
         if output_type == "latent":
             return sample
-        images = (sample / 2 + 0.5).clamp(0, 1)
+        images = sample if self.is_latent else (sample / 2 + 0.5).clamp(0, 1)
         if output_type == "pt":
             return images
         array: np.ndarray = images.cpu().permute(0, 2, 3, 1).float().numpy()

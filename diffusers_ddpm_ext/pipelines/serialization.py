@@ -62,7 +62,13 @@ TABLE_FILES = {
     for folder in (LOGVAR_FOLDER, CLASS_EMBEDDER_FOLDER)
 }
 CARD = "README.md"
-CONDITIONING_ARGUMENTS = ("conditioning_key", "use_positional_encodings", "null_class_label", "id2label")
+CONDITIONING_ARGUMENTS = (
+    "conditioning_key",
+    "use_positional_encodings",
+    "null_class_label",
+    "id2label",
+    "latent_scaling_factor",
+)
 NAN_IN_STOCK = ("learned", "fixed_large_log")
 """Variance types of which stock DDPMScheduler takes the square root of a log-variance: every sample becomes NaN."""
 
@@ -266,6 +272,8 @@ def reason_to_refuse_stock(unet: Any, scheduler: Any, config: Mapping[str, Any])
         return f"conditioning_key {config['conditioning_key']}"
     if config.get("use_positional_encodings"):
         return "use_positional_encodings"
+    if config.get("latent_scaling_factor") is not None:
+        return "its samples are latents"
     if isinstance(scheduler, DDPMExtScheduler) and variance_type in NAN_IN_STOCK:
         return f"variance_type {variance_type}"
     if network_class(unet) is not UNet2DModel:

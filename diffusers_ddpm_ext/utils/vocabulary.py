@@ -19,6 +19,9 @@ VARIANCE_TYPES: tuple[VarianceType, ...] = get_args(VarianceType)
 CONDITIONING_KEYS: tuple[ConditioningKey, ...] = get_args(ConditioningKey)
 DECODERS: tuple[Decoder, ...] = get_args(Decoder)
 
+LATENTS_KEY = "_latents"
+"""Key in ``model_config`` of a network whose samples are latents of an autoencoder: such a run is refused."""
+
 # conditioning key -> the conditions that it requires
 REQUIRED_CONDITIONS: dict[str | None, tuple[str, ...]] = {
     None: (),

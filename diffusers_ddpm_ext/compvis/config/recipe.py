@@ -10,11 +10,15 @@ from diffusers_ddpm_ext.compvis.architecture import translate_unet
 from diffusers_ddpm_ext.compvis.config.ddpm import CompVisConfig
 from diffusers_ddpm_ext.compvis.schema import COMPVIS_EMA_DECAY, one_line
 from diffusers_ddpm_ext.utils.files import write_text_atomically
+from diffusers_ddpm_ext.utils.vocabulary import LATENTS_KEY
 
 # Where the published classes differ from our defaults: PyTorch's AdamW, and no gradient clipping in Lightning.
 OPTIMIZER_DEFAULTS = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_weight_decay": 0.01}
 NO_CLIPPING = 1e12
-LATENT_NOTE = "The original trains on latents of its first stage; this run trains on the images themselves."
+LATENT_NOTE = (
+    "The original trains on latents of its first stage, which is not supported yet. To train the same network on "
+    f"images themselves, delete {LATENTS_KEY} from model_config."
+)
 RECIPE_SECTIONS: dict[str, tuple[str, ...]] = {
     "data": ("resolution", "channels", "dataloader_num_workers", "conditioning_dropout"),
     "model": ("model_config", "conditioning_key", "use_positional_encodings"),
@@ -41,10 +45,11 @@ def recipe(config: CompVisConfig) -> dict[str, dict[str, Any]]:
     """
     network = translate_unet(config.unet_params, conditioning_key=config.conditioning_key)
     size = config.samples.image_size
+    latents = {LATENTS_KEY: True} if config.samples.latent else {}
     options: dict[str, Any] = {
         "resolution": size if isinstance(size, int) else list(size),
         "channels": config.samples.channels if config.samples.channels in (1, 3, 4) else None,
-        "model_config": {"_class_name": network.class_name} | network.config,
+        "model_config": {"_class_name": network.class_name} | network.config | latents,
         "conditioning_key": config.conditioning_key,
         "lr_scheduler": "constant",
         "lr_warmup_steps": 0,

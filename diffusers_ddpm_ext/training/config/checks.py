@@ -11,6 +11,7 @@ from diffusers_ddpm_ext.errors import ConfigError
 from diffusers_ddpm_ext.training.config.condition_checks import read_dropout
 from diffusers_ddpm_ext.utils.lr_lambdas import check_lr_schedule
 from diffusers_ddpm_ext.utils.network_budget import check_network_config
+from diffusers_ddpm_ext.utils.vocabulary import LATENTS_KEY
 
 Flat = Mapping[str, Any]
 
@@ -210,6 +211,11 @@ def _check_model(flat: Flat) -> None:
         return
     if flat["model_config"] is not None:
         check_network_config(flat["model_config"], "--model_config")
+        if flat["model_config"].get(LATENTS_KEY):
+            raise ConfigError(
+                "--model_config is a network of latents, and this version trains on images only: delete "
+                f"{LATENTS_KEY} from it to train the same network on images themselves"
+            )
         return
     missing = [name for name in MODEL_SIZES if flat[name] is None]
     if missing:

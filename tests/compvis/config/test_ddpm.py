@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -217,11 +218,14 @@ def test_recipes_are_options_of_our_trainer(case, tmp_path, capsys, monkeypatch)
     images = tmp_path / "images"
     images.mkdir()
     (images / "metadata.csv").write_text("file_name\n")
-    columns = {
-        "concat": ["--concat_column", "mask"],
-        "hybrid": ["--concat_column", "mask", "--context_column", "text"],
-    }
-    line = ["--config", "run.yaml", "--train_data_dir", str(images), *columns.get(config.conditioning_key or "", [])]
+    written = yaml.safe_load(Path("run.yaml").read_text())
+    if config.samples.latent:
+        with pytest.raises(ValueError, match="_latents"):
+            parse_train_args(["--config", "run.yaml", "--train_data_dir", str(images)])
+        assert written["model"]["model_config"].pop("_latents") is True
+        Path("run.yaml").write_text(yaml.safe_dump(written))
+    named = [part for name, value in columns(written["model"]).items() for part in (f"--{name}", value)]
+    line = ["--config", "run.yaml", "--train_data_dir", str(images), *named]
     ours = parse_train_args(line)
     assert ours.schedule.prediction_type == config.schedule["prediction_type"]
     assert ours.schedule.beta_end == config.schedule["beta_end"]
@@ -280,6 +284,7 @@ def test_any_value_of_any_key_is_translated_or_refused_in_one_line(tmp_path, mon
             except ValueError as error:
                 refused.append((last, odd, str(error)))
             else:
+                options["model"]["model_config"].pop("_latents", None)
                 TrainConfig.from_flat({**options, "data": options["data"] | columns(options["model"])})
                 accepted += 1
     assert not [case for case in refused if "\n" in case[2]]
