@@ -105,10 +105,19 @@ def _dispatch(argv: list[str]) -> str:
         argv = [argv[1], "--help"]
     if argv[0] not in COMMANDS:
         raise _unknown_command(argv[0])
+    _check_current_folder()
     name = argv[0].replace("-", "_")
     command = getattr(import_module(f"diffusers_ddpm_ext.cli.{name}"), f"{name}_command")
     text = command(argv[1:])
     return f"{text}\n" if text else ""
+
+
+def _check_current_folder() -> None:
+    """Refuse to start in a folder that was deleted, where no relative path means anything."""
+    try:
+        os.getcwd()
+    except OSError:
+        raise ConfigError("the current folder does not exist any more: change to another one") from None
 
 
 def _unknown_command(word: str) -> ConfigError:

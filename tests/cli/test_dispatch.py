@@ -322,3 +322,13 @@ def test_train_door_and_dry_run(tmp_path, monkeypatch, capsys):
     for words in ("digits", "v_prediction", "4000"):
         assert words in told.replace(",", "")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_current_folder_that_was_deleted(tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    for command in ("sample", "doctor", "train"):
+        assert cli.main([command, "x"]) == 2
+        assert capsys.readouterr().err.startswith("error: the current folder does not exist any more")
+    assert cli.main([]) == 0

@@ -149,3 +149,35 @@ def test_the_wrong_folder(capsys, tmp_path):
 def test_no_folder(capsys):
     assert cli.main(["doctor", "missing"]) == 2
     assert "missing is not a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("home", ["/dev/null", "/etc/passwd/x", "/" + "a" * 400, "/proc/1/x", "a\x1b[31m"])
+def test_a_strange_cache_folder(home, capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", home)
+    monkeypatch.setenv("OMP_NUM_THREADS", "²")
+    monkeypatch.setenv("PATH", "")
+    assert cli.main(["doctor", "--offline"]) in (0, 1)
+    printed = capsys.readouterr()
+    assert "Traceback" not in printed.out + printed.err
+    assert printed.out.replace("\n", "").isprintable()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "bytes", "deep", "link", "text"])
+def test_unreadable_files_in_a_folder(kind, capsys, tmp_path):
+    folder = tmp_path / "odd\x1b[31m"
+    (folder / "checkpoint-old").mkdir(parents=True)
+    (folder / "checkpoint-5").mkdir()
+    (folder / "checkpoint-99999999999999999999999").mkdir()
+    for name in ("model_index.json", "proof.json", "checkpoint-5/manifest.json"):
+        path = folder / name
+        if kind == "pipe":
+            os.mkfifo(path)
+        elif kind == "link":
+            path.symlink_to("/dev/zero")
+        else:
+            path.write_bytes({"bytes": bytes(range(256)), "deep": b"[" * 100_000, "text": b"true"}[kind])
+    assert cli.main(["doctor", "--offline", str(folder)]) == 1
+    printed = capsys.readouterr()
+    assert "\x1b" not in printed.out + printed.err
+    assert len([line for line in printed.out.splitlines() if line.startswith("  ! ")]) >= 2
+    assert "could not be checked" not in printed.out
