@@ -27,9 +27,9 @@ def test_only_files_of_the_run_are_fetched():
     ]  # fmt: skip
     foreign = [
         "README.md", ".gitattributes", "notes.txt", "proof.json", "card/samples.png", "samples/mine.png", ".run.lock",
-        "checkpoint-10/../../x", "checkpoint-old/manifest.json", "checkpoint-/manifest.json",
-        "checkpoint-010/manifest.json", "checkpoint-1e3/manifest.json", "checkpoint-٣/manifest.json", "checkpoint-99/state.json", "checkpoint-11",
-        "unet/../evil.json", "unet/run.py", "logs/x", "config.yaml.bak",
+        "checkpoint-10/../../x", "checkpoint-old/manifest.json", "checkpoint-/manifest.json", "config.yaml.bak",
+        "checkpoint-010/manifest.json", "checkpoint-1e3/manifest.json", "checkpoint-٣/manifest.json", "logs/x",
+        "checkpoint-99/state.json", "checkpoint-11", "unet/../evil.json", "unet/run.py",
     ]  # fmt: skip
     step = hub_download._newest_step([*foreign, *names])
     assert step == 10
