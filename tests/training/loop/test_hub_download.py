@@ -48,7 +48,7 @@ def test_the_checkpoint_is_moved_last(tmp_path: Path, monkeypatch: pytest.Monkey
         "finished.json",
         "checkpoint-4/manifest.json",
     ]
-    for last in range(len(names) + 2):
+    for last in range(len(names) + 3):  # the damaged checkpoint is moved aside, with its reason
         draft, folder = tmp_path / f"{last}" / ".downloading-0123", tmp_path / f"{last}"
         for name in (*names, ".cache/huggingface/x"):
             (draft / name).parent.mkdir(parents=True, exist_ok=True)
