@@ -53,6 +53,7 @@ TABLE_NAMES = (
 )
 MAX_TRAIN_TIMESTEPS = 100_000  # published models have 4,000 at most; the tables of a chain take about 1 kB per step
 MAX_BETA = 0.999
+MIN_BETA = 1e-12  # of smaller ones float64 cannot hold 1 - beta, and the first step's noise 1 - A would be 0
 LARGEST_LOG_SNR = 20.0  # clamp of the log-SNR, which is minus infinity at zero terminal SNR
 MIN_VARIANCE = 1e-20  # floor of a variance whose logarithm is taken
 
@@ -154,15 +155,15 @@ def as_table(name: str, values: Any) -> Table:
     return table
 
 
-def _checked_betas(betas: Any) -> Table:
-    table = as_table("trained_betas", betas)
-    bad = ~((table > 0) & (table < 1))
+def _checked_betas(betas: Any, name: str = "trained_betas") -> Table:
+    table = as_table(name, betas)
+    bad = ~((table >= MIN_BETA) & (table < 1))
     bad[-1] &= table[-1] != 1  # zero terminal SNR
     if bad.any():
         t = int(np.argmax(bad))
         raise ValueError(
-            f"trained_betas: beta {table[t]} of step {t} must be strictly between 0 and 1 "
-            "(only the last may be 1, for zero terminal SNR)."
+            f"{name}: beta {table[t]} of step {t} must be between {MIN_BETA:g} and 1 (the last may be 1, for zero "
+            "terminal SNR)."
         )
     return table
 
@@ -269,9 +270,10 @@ class NoiseSchedule:
         prediction_type: PredictionType = "epsilon",
         v_decoder: Sequence[float] | npt.NDArray[Any] | None = None,
     ) -> None:
+        name = "beta_schedule" if trained_betas is None else "trained_betas"
         if trained_betas is None:
             trained_betas = make_betas(beta_schedule, num_train_timesteps, beta_start, beta_end, cosine_s)
-        betas = _checked_betas(trained_betas)
+        betas = _checked_betas(trained_betas, name)
         if checked_flag("rescale_betas_zero_snr", rescale_betas_zero_snr):
             betas = _checked_betas(rescale_zero_terminal_snr(betas))
         abar = np.cumprod(1 - betas, dtype=np.float64)

@@ -168,3 +168,21 @@ def test_the_longest_chain_is_whole():
     assert np.isfinite(schedule.lvlb_weights).all()
     with pytest.raises(ValueError, match="at most 5000"):
         VarianceMeter(schedule)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"trained_betas": [1e-20, 0.5]},
+        {"trained_betas": [1e-13, 1e-13]},
+        {"trained_betas": [0.1, 5e-324]},
+        {"num_train_timesteps": 5, "beta_start": 1e-30},
+        {"num_train_timesteps": 5, "beta_start": 1e-20, "beta_schedule": "sigmoid", "beta_end": 1e-19},
+    ],
+)
+def test_betas_that_add_no_noise_are_refused(arguments):
+    """1 - beta is 1 in float64: the first step would have no noise at all, and its tables 0 / 0."""
+    with pytest.raises(
+        ValueError, match=r"(trained_betas|beta_schedule): beta .* of step \d must be between 1e-12 and 1"
+    ):
+        NoiseSchedule(**arguments)
