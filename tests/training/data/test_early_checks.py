@@ -19,7 +19,7 @@ CASES = {
     "a network that is no JSON": (["--model_config_name_or_path", "gray/0.png"], "not text"),
     "missing weights": (["--ckpt_path", "nowhere.ckpt"], "does not exist"),
     "missing metadata": (["--train_data_dir", "gray", "--conditioning_key", "adm", "--class_column", "x"], "metadata"),
-    "a missing column": (["--train_data_dir", "color", "--conditioning_key", "adm", "--class_column", "x"], "is not in"),
+    "a wrong column": (["--train_data_dir", "color", "--conditioning_key", "adm", "--class_column", "x"], "is not in"),
     "no column": (["--train_data_dir", "gray", "--conditioning_key", "concat"], "--concat_column"),
     "a changed dropout": (["--conditioning_dropout", '{"class_labels": 0.1}'], "conditions of this run are none"),
     "no checkpoint": (["--output_dir", "new", "--resume_from_checkpoint", "latest"], "no checkpoint"),
