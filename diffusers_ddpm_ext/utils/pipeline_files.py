@@ -27,6 +27,7 @@ RESULTS = (
     "evaluation/evaluation.json",
     "evaluation/steps.csv",
     "evaluation/steps.png",
+    *(f"plots/{name}.png" for name in ("schedule", "weights", "logvar", "steps", "variance", "timesteps")),
 )
 """Results about the weights and the scheduler together."""
 TABLES = tuple(

@@ -33,9 +33,17 @@ FOREIGN = (
     "evaluation/mine.txt",
     ".git/HEAD",
     "card/photo.png",
+    "plots/mine.png",
     "my.safetensors",
 )
-RESULTS = ("variance_fit.json", "evaluation/evaluation.json", "evaluation/steps.csv", "conversion.json", "proof.json")
+RESULTS = (
+    "variance_fit.json",
+    "evaluation/evaluation.json",
+    "evaluation/steps.csv",
+    "conversion.json",
+    "proof.json",
+    "plots/steps.png",
+)
 
 
 def pipeline(value: float, **config: float) -> DDPMExtPipeline:
