@@ -91,10 +91,9 @@ class _Card:
         self.key = "" if self.index.content.get("conditioning_key") is None else self.index.string("conditioning_key")
         self.environment, self.images, self.bound = facts.record(ENVIRONMENT), facts.images(), facts.bound()
         self.last = facts.metrics().last
+        self.dataset = self._read_dataset()  # its id on the Hub, if it has one
 
-    @property
-    def dataset(self) -> str | None:
-        """The data set's id on the Hub, if it has one."""
+    def _read_dataset(self) -> str | None:
         name = self.facts.options().get("dataset_name")
         try:
             return check_repo_id(name) if isinstance(name, str) else None

@@ -183,6 +183,14 @@ def card_draw_settings(pipeline: Any) -> dict[str, Any] | None:
     return {"count": CARD_IMAGE_COUNT, "seed": CARD_SEED, "num_inference_steps": steps}
 
 
+def card_labels(pipeline: Any, count: int) -> list[int] | None:
+    """The classes of the card's images, in turn; None for a model without classes."""
+    if pipeline.num_classes is None:
+        return None
+    labels = [label for label in range(pipeline.num_classes) if label != pipeline.config.get("null_class_label")]
+    return [labels[index % len(labels)] for index in range(count)]
+
+
 def draw_card_images(pipeline: Any, settings: dict[str, Any]) -> NDArray[np.uint8]:
     """The images of the card, (N, height, width, C), 0 to 255.
 
@@ -192,10 +200,8 @@ def draw_card_images(pipeline: Any, settings: dict[str, Any]) -> NDArray[np.uint
     """
     from diffusers_ddpm_ext.utils.random_keys import generator
 
-    conditions: dict[str, Any] = {}
-    if pipeline.num_classes is not None:
-        labels = [label for label in range(pipeline.num_classes) if label != pipeline.config.get("null_class_label")]
-        conditions["class_labels"] = [labels[index % len(labels)] for index in range(settings["count"])]
+    labels = card_labels(pipeline, settings["count"])
+    conditions: dict[str, Any] = {} if labels is None else {"class_labels": labels}
     images = pipeline(
         batch_size=settings["count"],
         generator=[generator("card", settings["seed"], index) for index in range(settings["count"])],

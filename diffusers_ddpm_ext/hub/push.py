@@ -133,7 +133,7 @@ def _add_card_and_proof(place: Path, repo_id: str, license_name: str | None, dra
 def _draw_card(place: Path) -> dict[str, object] | None:
     import numpy as np
 
-    from diffusers_ddpm_ext.hub.proof import CARD_GRID, CARD_IMAGES, card_draw_settings, draw_card_images
+    from diffusers_ddpm_ext.hub.proof import CARD_GRID, CARD_IMAGES, card_draw_settings, card_labels, draw_card_images
     from diffusers_ddpm_ext.pipelines.loading import load_pipeline, select_device
     from diffusers_ddpm_ext.plotting.sheets import save_grid
 
@@ -143,7 +143,9 @@ def _draw_card(place: Path) -> dict[str, object] | None:
         return None
     images = draw_card_images(pipeline, settings)
     write_atomically(place / CARD_IMAGES, lambda file: np.savez_compressed(file, images=images))
-    save_grid(images.transpose(0, 3, 1, 2) / 127.5 - 1, place / CARD_GRID)
+    names, labels = pipeline.class_names, card_labels(pipeline, len(images))
+    captions = [names.get(label, str(label)) for label in labels] if names and labels else None
+    save_grid(images.transpose(0, 3, 1, 2) / 127.5 - 1, place / CARD_GRID, captions=captions)
     return settings
 
 

@@ -121,9 +121,9 @@ def plot_timesteps(
         raise ValueError("plot_timesteps needs the timesteps of at least one number of steps.")
 
     def draw(axes: Axes) -> None:
-        for count, steps in sorted(chosen.items()):
-            label = "chosen step" if count == min(chosen) else None
-            axes.plot(steps, [count] * len(steps), ".", color=STYLES[1][0], markersize=3, label=label)
+        steps = [step for chosen_steps in chosen.values() for step in chosen_steps]
+        counts = [count for count, chosen_steps in chosen.items() for _ in chosen_steps]
+        axes.plot(steps, counts, ".", color=STYLES[1][0], markersize=3, label="chosen step")
         axes.set(
             title="The steps that make the bound least",
             xlabel=f"{STEP} (of 0 to {num_train_timesteps - 1})",

@@ -8,14 +8,17 @@ from html.parser import HTMLParser
 
 import markdown
 import markdown_it
+import numpy as np
 import pytest
 import yaml
+from diffusers import UNet2DModel
 from helpers.tiny import tiny_unet
 
 from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtScheduler
 from diffusers_ddpm_ext.errors import ConfigError
 from diffusers_ddpm_ext.hub.card import CARD_MARKER, make_card, may_replace_card
 from diffusers_ddpm_ext.hub.markdown import code_span, inline_text, preformatted
+from diffusers_ddpm_ext.hub.push import _add_card_and_proof
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -173,6 +176,23 @@ def test_classes_and_their_images_are_listed(tmp_path):
     assert "| Great Dane | 1,000 |\n| dog | 234 |" in make_card(folder, "me/x")
     folder_named(tmp_path, "Great Dane", classes=False)
     assert "| Great Dane |  |\n| cat |  |" in make_card(folder, "me/x")
+
+
+def test_the_grid_of_a_card_names_its_classes(tmp_path):
+    """The images stay as they are, for `verify`; a line of text stands under each."""
+    grids, arrays = [], []
+    for names in (None, {0: "cat", 1: "<b>\x1b[31m"}):
+        unet = UNet2DModel(**tiny_unet(1).config | {"num_class_embeds": 3})
+        unet.load_state_dict({name: tensor.fill_(0.01) for name, tensor in unet.state_dict().items()})
+        folder = tmp_path / str(len(grids))
+        DDPMExtPipeline(unet, DDPMExtScheduler(4), "adm", null_class_label=2, id2label=names).save_pretrained(folder)
+        _add_card_and_proof(folder, "me/x", None, True)
+        grids.append((folder / "card" / "samples.png").read_bytes())
+        arrays.append(np.load(folder / "card" / "samples.npz")["images"])
+    assert np.array_equal(*arrays)
+    heights = [int.from_bytes(grid[20:24]) for grid in grids]
+    assert heights[1] > heights[0]
+    assert "| cat |  |" in (folder / "README.md").read_text()
 
 
 def test_thousands_of_classes_do_not_fill_the_card(tmp_path):

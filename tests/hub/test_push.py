@@ -398,6 +398,13 @@ def test_an_older_commit(call, hub, pushed, folder):
     found_wrong(call, f"the last push from {folder} is {new[:12]}", "--folder", str(folder))
 
 
+def test_a_file_that_someone_adds_on_the_hub(call, hub, pushed):
+    """Beside .gitattributes, which the Hub itself adds."""
+    assert call("verify", "alice/digits").returncode == 0
+    replaced(hub, pushed, "unet/diffusion_pytorch_model.safetensors.index.json", b"{}")
+    found_wrong(call, "added after the push: unet/diffusion_pytorch_model.safetensors.index.json")
+
+
 def test_a_repository_without_proof(call, hub, pushed):
     replaced(hub, pushed, "proof.json", None)
     done = call("verify", "alice/digits")
