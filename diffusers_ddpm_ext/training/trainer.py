@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from diffusers_ddpm_ext.errors import as_run_error, warn
+from diffusers_ddpm_ext.errors import as_run_error, printable_lines, warn
 from diffusers_ddpm_ext.hub.card import environment_versions
 from diffusers_ddpm_ext.training.checkpoints.output_dir import run_name
 from diffusers_ddpm_ext.training.config.train_config import TrainConfig
@@ -62,7 +62,7 @@ def train(config: TrainConfig) -> Path | None:
     setup = build_setup(config)
     accelerator, pushes = setup.accelerator, config.hub.push_to_hub
     if config.loop.dry_run:
-        accelerator.print(describe_run(setup, None))
+        accelerator.print(printable_lines(describe_run(setup, None)))
         accelerator.print(describe_trial(run_trial(setup), setup.plan))
         end_training(accelerator, config.output.report_to)
         return None
@@ -74,7 +74,7 @@ def train(config: TrainConfig) -> Path | None:
             with handle_signals() as signals:
                 with fail_together(accelerator):
                     write_run_files(setup, folder)
-                accelerator.print(describe_run(setup, folder))
+                accelerator.print(printable_lines(describe_run(setup, folder)))
                 logger = open_metrics_logger(setup, folder, progress)
                 run = Run(setup, folder, lock, publisher, signals, LossMeter(), logger, progress)
                 run_training(run, start_time)
@@ -113,10 +113,11 @@ def run_training(run: Run, start_time: float) -> None:
     with fail_together(accelerator):
         if accelerator.is_main_process:
             mark_finished(run.folder, progress.step, progress.stopped_early)
-    accelerator.print(
+    text = (
         f"The pipeline, its samples ({FINAL_SAMPLES}) and its metrics ({METRICS}) are in {run.folder}; "
         f"draw from it: ddpm-ext sample {shlex.quote(str(run.folder))}"
     )
+    accelerator.print(printable_lines(text))
 
 
 def fit(run: Run, poller: RequestPoller) -> None:

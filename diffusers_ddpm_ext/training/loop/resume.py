@@ -79,7 +79,8 @@ def resume(setup: Setup, folder: Path) -> RunProgress | None:
     broadcast_object_list(status)
     exists, finished = status[0]
     if finished:
-        accelerator.print(f"{folder} is finished: nothing is left to do. For more steps raise --max_train_steps.")
+        text = f"{folder} is finished: nothing is left to do. For more steps raise --max_train_steps."
+        accelerator.print(printable(text))
         return None
     if exists:
         with fail_together(accelerator), as_config_error("--resume_from_checkpoint"):
