@@ -74,7 +74,8 @@ class ConvertOptions:
     num_inference_steps: int | None = option(None, "Sampling steps of --samples.", low=1, metavar="K", unset="all T")
     seed: int = option(0, "Random seed of --samples.", low=0, metavar="N")
     overwrite: bool = option(False, "Replace what exists at --out.")
-    quiet: bool = option(False, "Print the summary only, not the table of all tensors.")
+    verbose: bool = option(False, "Also print the table of all tensors, which conversion.json contains.")
+    quiet: bool = option(False, "Print the result only.")
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,7 @@ class FolderConversion:
     num_inference_steps: int | None
     seed: int
     quiet: bool
+    verbose: bool
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,11 @@ def parse_convert_args(argv: Sequence[str]) -> FolderConversion | FolderCheck | 
         return check
     source = _source(options, f"--from {options.source}", options.source == "openai")
     out = _checked_out(options, "folder")
-    return FolderConversion(source, out, options.samples, options.num_inference_steps, options.seed, options.quiet)
+    if options.quiet and options.verbose:
+        raise ConfigError("--quiet and --verbose exclude each other: leave one of them out")
+    return FolderConversion(
+        source, out, options.samples, options.num_inference_steps, options.seed, options.quiet, options.verbose
+    )
 
 
 def _source(options: ConvertOptions, mode: str, is_openai: bool) -> CompVisSource | OpenAISource:
@@ -250,19 +256,20 @@ def _convert(source: CompVisSource | OpenAISource) -> Converted:
 
 def _write_folder(mode: FolderConversion, converted: Converted) -> str:
     from diffusers_ddpm_ext.compvis.schema import REPORT_FILE
-    from diffusers_ddpm_ext.utils.files import replace_folder
+    from diffusers_ddpm_ext.utils.files import apply_umask, replace_folder
 
     draft = mode.out.with_name(f".writing-{mode.out.name}-{secrets.token_hex(4)}")
     draft.mkdir()
     try:
         converted.save(draft)
+        apply_umask(draft)
         if mode.samples:
             _draw_samples(converted.pipeline, draft / "samples.png", mode)
         (draft / REPORT_FILE).write_text(json.dumps(converted.report.as_json(), indent=1) + "\n", encoding="utf-8")
         replace_folder(draft, mode.out)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    report = converted.report.summary() if mode.quiet else converted.report.table()
+    report = converted.report.summary() if mode.quiet else converted.report.table(tensors=mode.verbose)
     return f"{report}\nThe pipeline is in {mode.out}; {REPORT_FILE} contains this report."
 
 

@@ -136,15 +136,13 @@ def convert_openai(path: PathLike, flags: PathLike | Mapping[str, Any], ema_path
     Raises:
         ValueError: a flag cannot be expressed, a file cannot be read, or they do not belong together.
     """
-    config = read_flags(flags)
-    params, networks = dict(config.unet_params), {}
     files: dict[WeightSet, PathLike | None] = {"ema": ema_path, "raw": path}
-    for which, file in files.items():
-        if file is None:
-            continue
-        tensors = strip_prefixes(read_tensors(file))
+    weights = {which: strip_prefixes(read_tensors(file)) for which, file in files.items() if file is not None}
+    config = read_flags(flags, shapes={name: tuple(t.shape) for name, t in next(iter(weights.values())).items()})
+    params, networks = dict(config.unet_params), {}
+    for which, tensors in weights.items():
         labels = tensors.get("label_emb.weight")
-        if config.class_cond and labels is not None:
+        if config.class_cond and labels is not None and labels.ndim == 2:
             params["num_classes"] = len(labels)
         networks[which] = build_network(tensors, params, timestep_scale=config.timestep_scale)
     network, _ = next(iter(networks.values()))

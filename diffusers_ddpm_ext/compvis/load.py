@@ -20,7 +20,7 @@ from diffusers_ddpm_ext.compvis.config.ddpm import CompVisConfig, read_compvis_c
 from diffusers_ddpm_ext.compvis.load_options import LoadOptions, ScheduleSource, WeightChoice, WeightSet
 from diffusers_ddpm_ext.compvis.reader.archive import PathLike, read_tensors
 from diffusers_ddpm_ext.compvis.report import Report
-from diffusers_ddpm_ext.compvis.schema import FIXED_LOGVAR
+from diffusers_ddpm_ext.compvis.schema import FIXED_LOGVAR, one_line
 from diffusers_ddpm_ext.compvis.state_dict import CheckpointContents, classify_tensors, describe_schedule_difference
 from diffusers_ddpm_ext.compvis.weights import ConvertedTensor, build_network
 from diffusers_ddpm_ext.models.ema import EmaMetadata
@@ -172,6 +172,11 @@ def read_compvis_checkpoint(
         notes += _logvar_notes(contents.logvar, translated.objective)
     if contents.ignored:
         notes.append(f"Re-initialized, because ignore_keys left them out: {', '.join(sorted(contents.ignored))}.")
+    notes += [
+        f"{row.key} {one_line(row.value, 100)} is not a class of CompVis' ldm: it is read as ldm's class of that name."
+        for row in translated.rows
+        if row.key.endswith(".target") and row.fate == "translated" and not str(row.value).startswith("ldm.")
+    ]
     if contents.filled:
         notes.append(f"The EMA lacks {len(contents.filled)} frozen tensors; they are copied from the raw weights.")
     return CompVisCheckpoint(translated, contents, scheduler, notes)

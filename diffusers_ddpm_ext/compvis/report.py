@@ -5,6 +5,7 @@ conversion.json   {"format": 1, "from", "source", "network", "weights", "ema", "
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -12,7 +13,7 @@ from typing import Any, Literal
 from torch import nn
 
 from diffusers_ddpm_ext.compvis.load_options import WeightSet
-from diffusers_ddpm_ext.compvis.schema import ConfigRow
+from diffusers_ddpm_ext.compvis.schema import ConfigRow, one_line
 from diffusers_ddpm_ext.compvis.state_dict import LeftOut
 from diffusers_ddpm_ext.compvis.weights import ConvertedTensor
 
@@ -77,13 +78,21 @@ class Report:
         content = asdict(self)
         return {"format": REPORT_FORMAT, "from": content.pop("family"), **content}
 
-    def table(self) -> str:
-        """The complete report to print: each tensor's source and target, what was left out and why, and notes."""
+    def table(self, tensors: bool = True) -> str:
+        """The report to print: what was left out and why, what is converted in addition, and notes.
+
+        Args:
+            tensors: also list each tensor: its source and target, or why it was left out.
+        """
         parts = []
-        for which, rows in self.tensors.items():
+        for which, rows in self.tensors.items() if tensors else ():
             lines = [(row.source, row.target, _shape(row.shape), row.sha256[:12]) for row in rows]
             parts.append(f"{which} weights\n" + format_columns(("source", "target", "shape", "sha256"), lines))
-        if self.left_out:
+        if self.left_out and not tensors:
+            counts = Counter(row.why for row in self.left_out)
+            reasons = [(f"{count} tensors", why) for why, count in counts.items()]
+            parts.append("left out\n" + format_columns(("what", "why"), reasons))
+        if self.left_out and tensors:
             out = [(row.source, _shape(row.shape), row.why) for row in self.left_out]
             parts.append("left out\n" + format_columns(("source", "shape", "why"), out))
         untranslated = [row for row in self.configuration if row.fate != "translated"]
@@ -91,7 +100,7 @@ class Report:
             keys = format_columns(("key", "value", "fate", "why"), [row.cells() for row in untranslated])
             parts.append(f"configuration without effect\n{keys}")
         if self.facts:
-            facts = [(name, str(value)) for name, value in self.facts.items()]
+            facts = [(name, one_line(value, 200)) for name, value in self.facts.items()]
             parts.append("converted in addition\n" + format_columns(("what", "value"), facts))
         return "\n\n".join([*parts, self.summary()])
 

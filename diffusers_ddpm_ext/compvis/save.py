@@ -23,6 +23,7 @@ from diffusers_ddpm_ext.compvis.weights import (
     export_unet,
     resamples_without_weights,
 )
+from diffusers_ddpm_ext.compvis.wrapper_names import plain_keys
 from diffusers_ddpm_ext.diffusion.schedule import make_betas
 from diffusers_ddpm_ext.losses.logvar import make_logvar
 from diffusers_ddpm_ext.models.ema import EmaMetadata, load_ema_metadata
@@ -240,7 +241,8 @@ def _schedule_params(scheduler: DDPMExtScheduler) -> tuple[dict[str, Any], bool]
 def _with_base(state: dict[str, Tensor], base: PathLike) -> dict[str, Tensor]:
     """Add another checkpoint's tensors that do not belong to the network."""
     ours = (*UNET_PREFIXES, EMA_PREFIX, "logvar", *SAVED_TABLES)
-    other = read_tensors(base)
+    tensors = read_tensors(base)
+    other = {name: tensors[key] for name, key in plain_keys(tensors).items()}
     for name in state.keys() & other.keys():
         if state[name].shape != other[name].shape:
             raise ValueError(

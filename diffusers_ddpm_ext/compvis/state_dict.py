@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from diffusers_ddpm_ext.compvis.schema import COMPVIS_EMA_DECAY, listed
-from diffusers_ddpm_ext.compvis.weights import EMA_PREFIX, UNET_PREFIXES, ema_buffer_names, unet_keys
+from diffusers_ddpm_ext.compvis.weights import EMA_PREFIX, NETWORK_PREFIXES, UNET_PREFIXES, ema_buffer_names, unet_keys
+from diffusers_ddpm_ext.compvis.wrapper_names import plain_keys
 from diffusers_ddpm_ext.diffusion.schedule import TABLE_NAMES, NoiseSchedule
 from diffusers_ddpm_ext.models.ema import EmaMetadata
 
@@ -117,9 +118,10 @@ def classify_tensors(
     left_out: list[LeftOut] = []
     ignored: set[str] = set()
     unknown: list[str] = []
-    for key, tensor in tensors.items():
-        role, name = known.role(key)
-        if key.startswith(prefixes):
+    for plain, key in plain_keys(tensors).items():
+        tensor = tensors[key]
+        role, name = known.role(plain)
+        if plain.startswith(prefixes) or key.startswith(prefixes):
             left_out.append(LeftOut(key, tuple(tensor.shape), "in ignore_keys"))
             ignored |= {name} if role in ("raw", "ema") else set()
         elif load_only_unet and role in ("extra", "not converted", "unknown"):
@@ -158,8 +160,8 @@ class _KnownKeys:
 
     def role(self, key: str) -> tuple[Role, str]:
         """Role of a key, and its name in that role; for one that is not converted the reason."""
-        prefix = next((prefix for prefix in UNET_PREFIXES if key.startswith(prefix)), "")
-        if prefix or key in self.unet:
+        prefix = next((prefix for prefix in NETWORK_PREFIXES if key.startswith(prefix)), "")
+        if prefix in UNET_PREFIXES or key[len(prefix) :] in self.unet:
             name = key[len(prefix) :]
             return "raw" if name in self.unet else "other network", name
         if key in self.ema:

@@ -19,9 +19,11 @@ from diffusers_ddpm_ext.compvis.architecture import complete_unet_params, transl
 from diffusers_ddpm_ext.compvis.key_map import TensorMapping, Transform, map_keys
 from diffusers_ddpm_ext.compvis.schema import listed
 from diffusers_ddpm_ext.compvis.unet_params import unet_params_of
+from diffusers_ddpm_ext.compvis.wrapper_names import plain_keys
 from diffusers_ddpm_ext.utils.wrappers import plain_state_dict
 
 UNET_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
+NETWORK_PREFIXES = (*UNET_PREFIXES, "model.", "unet.")  # the last two: of a class with nothing but the network
 EMA_PREFIX = "model_ema."
 LITEMA_WRAPPER = "diffusion_model."  # LitEma's names start with this, before it removes their dots
 QKV = ("q", "k", "v")
@@ -99,11 +101,11 @@ def build_network(
 def strip_prefixes(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Remove the prefixes that CompVis' wrappers add to the network's keys; other keys stay as they are."""
     tensors = {}
-    for name, tensor in state_dict.items():
-        prefix = next((prefix for prefix in UNET_PREFIXES if name.startswith(prefix)), "")
+    for name, key in plain_keys(state_dict).items():
+        prefix = next((prefix for prefix in NETWORK_PREFIXES if name.startswith(prefix)), "")
         if name[len(prefix) :] in tensors:
             raise ValueError(f"The weights contain {name[len(prefix) :]} twice, under different prefixes.")
-        tensors[name[len(prefix) :]] = tensor
+        tensors[name[len(prefix) :]] = state_dict[key]
     return tensors
 
 

@@ -26,6 +26,10 @@ def test_convert_check_and_convert_back(tmp_path, capsys):
     folder = tmp_path / "folder"
     assert convert("--from", "compvis", *SOURCE, "--out", folder, "--samples", 4, "--num_inference_steps", 2) == 0
     message = capsys.readouterr().out
+    assert "input_blocks.0.0.weight" not in message, "a summary"
+    assert len(message.splitlines()) < 40
+    assert convert("--from", "compvis", *SOURCE, "--out", folder, "--overwrite", "--verbose", "--samples", 2) == 0
+    message = capsys.readouterr().out
     assert "model.diffusion_model" not in message, "UNetModel's own keys"
     assert "input_blocks.0.0.weight" in message
     assert "conv_in.weight" in message

@@ -7,14 +7,13 @@ theirs. The two differ in defaults: improved-diffusion passes ``1000 t / T`` to 
 from __future__ import annotations
 
 import difflib
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 from diffusers_ddpm_ext.compvis.schema import ConfigRow, Fate
+from diffusers_ddpm_ext.utils.input_files import read_json_object
 
 OpenAIFamily = Literal["improved", "guided"]
 OPENAI_FAMILIES: tuple[OpenAIFamily, ...] = get_args(OpenAIFamily)
@@ -98,20 +97,27 @@ class OpenAIConfig:
     rows: tuple[ConfigRow, ...]
 
 
-def read_flags(source: str | os.PathLike[str] | Mapping[str, Any], family: str = "auto") -> OpenAIConfig:
+def read_flags(
+    source: str | os.PathLike[str] | Mapping[str, Any],
+    family: str = "auto",
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+) -> OpenAIConfig:
     """Translate the flags of a model and its diffusion.
 
     Args:
         source: a JSON object of flags, or a file with one; missing flags have the family's defaults. ``"family"`` may
             be one of them.
         family: ``improved``, ``guided``, or ``auto``: identified by a flag that only one of them has.
+        shapes: of the checkpoint's tensors, by their keys: the channels, and ``learn_sigma`` where it is no flag, are
+            read off them. Without them there are 3 channels.
 
     Raises:
         ValueError: a flag is unknown or cannot be expressed, or the family is ambiguous; the message names the flag.
     """
-    given = dict(_load_json(source) if not isinstance(source, Mapping) else source)
+    given = dict(source if isinstance(source, Mapping) else read_json_object(source).content)
     family = _identify_family(given, given.pop("family", family))
     defaults = SHARED_DEFAULTS | FAMILY_DEFAULTS[family]
+    channels = _pop_channels(given)
     for name in given:
         why = REFUSED_FLAGS.get(name, REFUSED_FLAGS["classifier"] if name.startswith("classifier_") else None)
         if why is not None:
@@ -121,23 +127,48 @@ def read_flags(source: str | os.PathLike[str] | Mapping[str, Any], family: str =
             hint = f"did you mean {near[0]}?" if near else f"{family}-diffusion has no such flag."
             raise ValueError(f"{name} is not a flag of the model or its diffusion: {hint}")
     flags = defaults | {name: _parse_flag(name, value, defaults[name]) for name, value in given.items()}
+    channels = _read_channels(channels, flags, "learn_sigma" in given, shapes or {})
     rows = tuple(ConfigRow(name, value, *FLAG_NOTES[name]) for name, value in flags.items())
     steps = flags["diffusion_steps"]
     scale = 1000.0 / steps if flags["rescale_timesteps"] else 1.0
-    return OpenAIConfig(family, _unet_params(flags), scale, _schedule_config(flags), flags["class_cond"], rows)
+    return OpenAIConfig(
+        family, _unet_params(flags) | channels, scale, _schedule_config(flags), flags["class_cond"], rows
+    )
 
 
-def _load_json(path: str | os.PathLike[str]) -> dict[str, Any]:
-    file = Path(path)
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{file} cannot be read: {error.strerror}.") from None
-    except ValueError as error:
-        raise ValueError(f"{file.name} is not JSON: {error}.") from None
-    if not isinstance(content, dict):
-        raise ValueError(f'{file.name} must hold a JSON object of flags, such as {{"image_size": 64}}.')
-    return content
+def _pop_channels(given: dict[str, Any]) -> dict[str, int]:
+    """Take the channels, flags of forks, out of the flags."""
+    channels: dict[str, int] = {name: given.pop(name) for name in ("in_channels", "out_channels") if name in given}
+    for name, value in channels.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} {value!r} must be a whole number from 1.")
+    return channels
+
+
+def _read_channels(
+    given: Mapping[str, int], flags: dict[str, Any], told: bool, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, int]:
+    """Channels of the network, from its weights; sets ``learn_sigma`` in the flags unless it was told.
+
+    Raises:
+        ValueError: the weights have other channels than the flags, or the network's input is more than an image.
+    """
+    first, last = shapes.get("input_blocks.0.0.weight", ()), shapes.get("out.2.bias", ())
+    inputs = first[1] if len(first) == 4 else given.get("in_channels", 3)
+    learned = 2 * inputs if flags["learn_sigma"] else inputs
+    outputs = last[0] if len(last) == 1 else given.get("out_channels", learned)
+    for name, value in (("in_channels", inputs), ("out_channels", outputs)):
+        if given.get(name, value) != value:
+            raise ValueError(f"{name} is {given[name]}, but the weights have {value}: leave it out.")
+    if not told:
+        flags["learn_sigma"] = outputs == 2 * inputs
+        learned = 2 * inputs if flags["learn_sigma"] else inputs
+    if outputs != learned:
+        raise ValueError(
+            f"The network has {inputs} input and {outputs} output channels, which does not fit learn_sigma "
+            f"{str(flags['learn_sigma']).lower()}: a fork joins its condition to the image, or the flag is wrong."
+        )
+    return {"in_channels": inputs, "out_channels": outputs}
 
 
 def _identify_family(given: Mapping[str, Any], family: Any) -> OpenAIFamily:
@@ -197,9 +228,7 @@ def _unet_params(flags: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"attention_resolutions {flags['attention_resolutions']!r} must be 1 pixel or more.")
     return {
         "image_size": size,
-        "in_channels": 3,
         "model_channels": flags["num_channels"],
-        "out_channels": 6 if flags["learn_sigma"] else 3,
         "num_res_blocks": flags["num_res_blocks"],
         "attention_resolutions": sorted({size // int(number) for number in pixels}),
         "dropout": flags["dropout"],
