@@ -30,6 +30,8 @@ torture:  ## guarantees of checkpoints and of hostile input, tested for hours
 	$(PYTHON) benchmarks/torture/kill.py
 	$(PYTHON) benchmarks/torture/signals.py
 	$(PYTHON) benchmarks/torture/hostile_inputs.py
+	$(PYTHON) benchmarks/torture/mutations.py
+	$(PYTHON) benchmarks/torture/concurrency.py
 
 floors:  ## the test suite with the oldest supported versions, in a separate virtual environment
 	rm -rf .venv-floors

@@ -20,6 +20,8 @@ FOLDER = ROOT / "benchmarks" / "torture"
         ("kill.py", ["--kills", "8", "--inside_saves", "3"], "0 torn, 0 backward, 0 differ"),
         ("signals.py", ["--times", "2"], "SIGKILL: 2 of 2"),
         ("faults.py", ["--count", "200"], "silent   0"),
+        ("mutations.py", ["--count", "130"], "silent    0"),
+        ("concurrency.py", ["--opens", "60", "--pairs", "4"], "4 pairs of samplings"),
     ],
 )
 def test_short_run(script, options, summary, tmp_path):

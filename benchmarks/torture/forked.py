@@ -80,35 +80,47 @@ def _become_child(work: Callable[[], int], folder: Path, files: tuple[Path, Path
         os._exit(status & 255)
 
 
-def run_forked(work: Callable[[], int], folder: Path, logs: Path) -> Outcome:
-    """Run a function in a child process.
+class Forked:
+    """A function that runs in a child process.
 
     Args:
         work: returns the exit status.
         folder: working directory of the child.
         logs: folder for its output, outside of what the case may change.
     """
-    files = (logs / "stdout", logs / "stderr")
-    sys.stdout.flush()
-    pid = os.fork()
-    if pid == 0:
-        _become_child(work, folder, files)
-    descriptor = os.pidfd_open(pid)
-    try:
-        if not select.select([descriptor], [], [], KILL_SECONDS)[0]:
-            with suppress(ProcessLookupError):
-                os.killpg(pid, signal.SIGKILL)
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        _, code, usage = os.wait4(pid, 0)
-    finally:
-        os.close(descriptor)
-    seconds = usage.ru_utime + usage.ru_stime
-    with suppress(ProcessLookupError):
-        os.killpg(pid, signal.SIGKILL)  # workers that it left behind
-    base = int((logs / "base").read_text())
-    texts = [path.read_bytes().decode("utf-8", "replace") if path.exists() else "" for path in files]
-    return Outcome(os.waitstatus_to_exitcode(code), seconds, max(0, usage.ru_maxrss * 1024 - base), *texts)
+
+    def __init__(self, work: Callable[[], int], folder: Path, logs: Path) -> None:
+        self._logs, self._files = logs, (logs / "stdout", logs / "stderr")
+        sys.stdout.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            _become_child(work, folder, self._files)
+
+    def kill(self) -> None:
+        """Kill it, if it still runs."""
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+
+    def wait(self) -> Outcome:
+        """Wait for its end; it is killed after `KILL_SECONDS`."""
+        descriptor = os.pidfd_open(self.pid)
+        try:
+            if not select.select([descriptor], [], [], KILL_SECONDS)[0]:
+                self.kill()
+            _, code, usage = os.wait4(self.pid, 0)
+        finally:
+            os.close(descriptor)
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)  # workers that it left behind
+        base = int((self._logs / "base").read_text())
+        texts = [path.read_bytes().decode("utf-8", "replace") if path.exists() else "" for path in self._files]
+        seconds = usage.ru_utime + usage.ru_stime
+        return Outcome(os.waitstatus_to_exitcode(code), seconds, max(0, usage.ru_maxrss * 1024 - base), *texts)
+
+
+def run_forked(work: Callable[[], int], folder: Path, logs: Path) -> Outcome:
+    """Run a function in a child process to its end; arguments as `Forked`."""
+    return Forked(work, folder, logs).wait()
 
 
 def findings(outcome: Outcome) -> list[str]:

@@ -145,6 +145,7 @@ def _options(place: Path, rows: list[dict[str, str]]) -> None:
     (place / "betas.json").write_text(json.dumps([0.01 * (step + 1) for step in range(20)]))
     np.save(place / "states.npy", np.ones((1, 2, 6), dtype=np.float32))
     np.save(place / "inputs.npy", np.zeros((1, 3, 8, 8), dtype=np.float32))
+    (place / "hub.json").write_text(json.dumps({"format": 1, "repo_id": "me/run", "commit": "0" * 40}))
     save_file({"x": np.ones((2, 6), dtype=np.float32)}, place / "00.safetensors")
     (place / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
