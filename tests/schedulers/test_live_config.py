@@ -247,3 +247,31 @@ def test_stock_pipelines_see_the_change():
     pipeline = DDPMPipeline(unet, DDPMExtScheduler(T))
     pipeline.scheduler.register_to_config(prediction_type="v_prediction")
     torch.testing.assert_close(images(pipeline), images(DDPMPipeline(unet, stock)), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("parameterization", "prediction_type"),
+        ("linear_start", "beta_start"),
+        ("predction_type", "prediction_type"),
+        ("clip_samples", "clip_sample"),
+        ("vposterior", "v_posterior"),
+        ("beta_shedule", "beta_schedule"),
+    ],
+)
+def test_a_name_that_would_be_ignored_is_refused(name, meant):
+    scheduler = DDPMExtScheduler(T)
+    for way in (registered, lambda s, c: DDPMExtScheduler.from_config(s.config, **c)):
+        with pytest.raises(ValueError, match=f"{name} is no key .* use {meant}"):
+            way(scheduler, {name: "v"})
+    assert name not in scheduler.config
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of Diffusers' other classes
+def test_keys_of_every_other_scheduler_are_kept():
+    for other in DDPMExtScheduler(T).compatibles:
+        config = other.from_config(DDPMExtScheduler(T).config).config
+        scheduler = DDPMExtScheduler.from_config({**config, "_use_default_values": []})
+        scheduler.register_to_config(clip_sample=False)
+        assert config.keys() <= scheduler.config.keys()
