@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffusers_ddpm_ext.cli.arguments import DEVICE_HELP
 from diffusers_ddpm_ext.cli.pipeline_facts import PipelineFacts
-from diffusers_ddpm_ext.errors import ConfigError
+from diffusers_ddpm_ext.errors import ConfigError, printable
 from diffusers_ddpm_ext.training.config.options import DataOptions
 from diffusers_ddpm_ext.utils.files import CONFIG
 from diffusers_ddpm_ext.utils.option import embedded, option, options_of
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from diffusers_ddpm_ext.models.conditioning import Conditions
     from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
+    from diffusers_ddpm_ext.training.data.conditions import ConditionColumns
     from diffusers_ddpm_ext.training.data.dataset import ImageData
     from diffusers_ddpm_ext.training.data.image_set import ImageSet
 
@@ -114,7 +115,35 @@ def load_images(folder: str, pipeline: Any, options: DataOptions, progress: bool
             f"{folder} makes images of {channels} channel{'s' if channels > 1 else ''}, the data have {data.channels}:"
             f" see --channels"
         )
+    if data.train.columns is not None:
+        _check_conditions(folder, pipeline, data.train.columns)
     return data
+
+
+def _check_conditions(folder: str, pipeline: Any, columns: ConditionColumns) -> None:
+    """Refuse conditions of other classes or shapes than the network was trained with."""
+    labels, classes, read = columns.labels, pipeline.num_classes, columns.class_labels
+    names = dict(enumerate(read.names)) if read is not None and read.are_named else {}
+    for number, name in pipeline.class_names.items():
+        if names and names.get(number, name) != name:
+            raise ConfigError(
+                f"class {number} of the data is {printable(names[number], 60)!r}, and that of {folder} is "
+                f"{printable(name, 60)!r}: give images with the folders or names of all its classes"
+            )
+    is_number = labels is not None and not labels.is_floating_point()
+    if labels is not None and is_number and classes is not None and int(labels.max()) >= classes:
+        raise ConfigError(f"the data have a class {int(labels.max())}; the classes of {folder} are 0 to {classes - 1}")
+    config = pipeline.unet.config
+    if columns.concat is not None and pipeline.channels + columns.concat.channels > config.in_channels:
+        raise ConfigError(
+            f"the images joined to the input have {columns.concat.channels} channels: with {pipeline.channels} of the "
+            f"sample these are more than the {config.in_channels} that {folder} takes"
+        )
+    width = config.get("cross_attention_dim")
+    if columns.contexts is not None and isinstance(width, int) and columns.contexts[0].shape[-1] != width:
+        raise ConfigError(
+            f"the embeddings are {columns.contexts[0].shape[-1]} wide, and the cross attention of {folder} {width}"
+        )
 
 
 def images_of_split(data: ImageData, split: str) -> ImageSet:

@@ -260,3 +260,22 @@ def test_mistakes_that_files_show_are_told_before_torch_loads(folders, tmp_path)
         status, loaded, seconds = done.stdout.split()
         assert (status, loaded) == ("2", "False"), (line, done.stderr)
         assert float(seconds) < 1.5
+
+
+def test_images_of_other_classes_are_not_measured(folders, tmp_path, monkeypatch, capsys):
+    """Labels that the network has no class for, and folders whose names are other classes."""
+    monkeypatch.chdir(tmp_path)
+    for command in (["evaluate", "--num_timesteps", "2"], ["fit-variance", "--draws", "1"]):
+        line = [command[0], str(folders / "numbers"), *command[1:], "--device", "cpu", "--batch_size", "8"]
+        assert cli.main(line) == 2  # the digits have ten classes
+        assert "the data have a class 9; the classes of" in capsys.readouterr().err
+        for name in ("Bread", "Pasta"):
+            for index in range(2):
+                path = Path("photos", name, f"{index}.png")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("L", (8, 8), 60 * index).save(path)
+        line[1] = str(folders / "food")
+        assert cli.main([*line, "--train_data_dir", "photos", "--channels", "1"]) == 2
+        error = capsys.readouterr().err
+        assert "class 1 of the data is 'Pasta', and that of" in error
+        assert "'Dairy product'" in error
