@@ -268,7 +268,7 @@ def test_a_name_that_would_be_ignored_is_refused(name, meant):
     assert name not in scheduler.config
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of Diffusers' other classes
+@pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # of Diffusers' other classes
 def test_keys_of_every_other_scheduler_are_kept():
     for other in DDPMExtScheduler(T).compatibles:
         config = other.from_config(DDPMExtScheduler(T).config).config
