@@ -20,6 +20,7 @@ from torch import nn
 
 from diffusers_ddpm_ext.compvis.schema import UNET_PARAM_TYPES, check_values
 from diffusers_ddpm_ext.models.unet_2d_ext import UNet2DExtModel
+from diffusers_ddpm_ext.utils.network_budget import check_network_config
 
 NETWORK_CLASSES: dict[str, type[nn.Module]] = {
     "UNet2DModel": UNet2DModel,
@@ -136,7 +137,7 @@ def translate_unet(
     if options["use_spatial_transformer"] or options["context_dim"] is not None:
         if timestep_scale != 1:
             raise ValueError(f"timestep_scale {timestep_scale} with cross attention is not supported.")
-        return NetworkSpec("UNet2DConditionModel", _condition_config(options))
+        return _checked(NetworkSpec("UNet2DConditionModel", _condition_config(options)))
     config = _shared_config(options) | _block_types(options, "AttnDownBlock2D", "AttnUpBlock2D")
     config |= {
         "attn_norm_num_groups": NORM_GROUPS,
@@ -149,7 +150,13 @@ def translate_unet(
         special["timestep_scale"] = float(timestep_scale)
     concatenated = options["in_channels"] > options["out_channels"] or conditioning_key in ("concat", "hybrid")
     class_name = "UNet2DExtModel" if concatenated or set(special) - {"num_class_embeds"} else "UNet2DModel"
-    return NetworkSpec(class_name, config | special)
+    return _checked(NetworkSpec(class_name, config | special))
+
+
+def _checked(spec: NetworkSpec) -> NetworkSpec:
+    """Refuse a network that no machine should build."""
+    check_network_config(spec.config, "UNetModel")
+    return spec
 
 
 def attention_levels(options: Mapping[str, Any]) -> list[bool]:

@@ -203,6 +203,8 @@ def _make_scheduler(
         if "betas" not in tables:
             raise ValueError('schedule_from is "checkpoint", but the checkpoint has no betas: use "config".')
         other = {key: value for key, value in schedule.items() if not key.startswith(("beta", "cosine", "num_train"))}
+        if tables["betas"].ndim != 1 or not tables["betas"].is_floating_point():
+            raise ValueError(f"The checkpoint's betas have shape {tuple(tables['betas'].shape)}, not one per step.")
         return DDPMExtScheduler(**other | {"trained_betas": tables["betas"].double().tolist()}), []
     difference = describe_schedule_difference(tables, scheduler.schedule)
     if not difference:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from diffusers_ddpm_ext.utils import lr_lambdas
+from diffusers_ddpm_ext.utils.network_budget import MAX_CLASSES, MAX_LAYERS, MAX_LEVELS, MAX_WIDTH
 
 EXPONENT_FLOAT = re.compile(r"[-+]?\d+[eE][-+]?\d+")  # plain YAML reads 1e-6 as text
 REPORT_FILE = "conversion.json"
@@ -97,9 +98,25 @@ TEXT = ValueType("text", lambda value: isinstance(value, str))
 BOOLEAN = ValueType("true or false", lambda value: value is None or isinstance(value, bool) or value in (0, 1))
 POSITIVE_INT = ValueType("a whole number from 1", lambda value: _is_integer(value) and value >= 1)
 POSITIVE_INTS = list_of(POSITIVE_INT, "whole numbers")
+
+
+def whole(high: int) -> ValueType:
+    """Whole numbers from 1 to ``high``: a network of more takes too long, or more memory than any machine has."""
+    return ValueType(f"a whole number from 1 to {high:,}", lambda value: _is_integer(value) and 1 <= value <= high)
+
+
+def wholes(high: int, most: int = MAX_LEVELS) -> ValueType:
+    """Lists of up to ``most`` of them."""
+    entries = list_of(whole(high), "")
+    return ValueType(f"a list of up to {most} of them", lambda value: entries.allows(value) and len(value) <= most)
+
+
+WIDTH, LAYERS = whole(MAX_WIDTH), whole(MAX_LAYERS)
 HEAD_COUNT = ValueType("a whole number from 1, or -1", lambda value: _is_integer(value) and (value == -1 or value > 0))
-IMAGE_SIZE = POSITIVE_INT | ValueType(
-    "height and width", lambda value: POSITIVE_INTS.allows(value) and len(value) == 2
+IMAGE_SIZE = WIDTH | ValueType("height and width", lambda value: wholes(MAX_WIDTH).allows(value) and len(value) == 2)
+MULTIPLIERS = ValueType(
+    f"a list of up to {MAX_LEVELS} numbers above 0",
+    lambda value: list_of(number(0, exclusive=True), "").allows(value) and len(value) <= MAX_LEVELS,
 )
 BETA_RANGE = number(0, 1, exclusive=True)
 BETA_LIST = ValueType(
@@ -108,21 +125,21 @@ BETA_LIST = ValueType(
 
 UNET_PARAM_TYPES: dict[str, ValueType] = {
     "image_size": IMAGE_SIZE | NULL,
-    "in_channels": POSITIVE_INT,
-    "model_channels": POSITIVE_INT,
-    "out_channels": POSITIVE_INT,
-    "num_res_blocks": POSITIVE_INT | POSITIVE_INTS,
+    "in_channels": WIDTH,
+    "model_channels": WIDTH,
+    "out_channels": WIDTH,
+    "num_res_blocks": LAYERS | wholes(MAX_LAYERS),
     "attention_resolutions": list_of(POSITIVE_INT, "whole numbers", allow_empty=True),
     "dropout": number(0, 1),
-    "channel_mult": list_of(number(0, exclusive=True), "numbers above 0"),
-    "num_classes": POSITIVE_INT | TEXT | NULL,
+    "channel_mult": MULTIPLIERS,
+    "num_classes": whole(MAX_CLASSES) | TEXT | NULL,
     "num_heads": HEAD_COUNT,
     "num_head_channels": HEAD_COUNT,
     "num_heads_upsample": HEAD_COUNT,
-    "transformer_depth": POSITIVE_INT | POSITIVE_INTS,
-    "context_dim": POSITIVE_INT | POSITIVE_INTS | NULL,
+    "transformer_depth": LAYERS | wholes(MAX_LAYERS),
+    "context_dim": WIDTH | wholes(MAX_WIDTH) | NULL,
     "disable_self_attentions": list_of(BOOLEAN, "true and false") | NULL,
-    "adm_in_channels": POSITIVE_INT | NULL,
+    "adm_in_channels": WIDTH | NULL,
     **dict.fromkeys(
         ("conv_resample", "use_scale_shift_norm", "resblock_updown", "use_new_attention_order", "legacy",
          "use_spatial_transformer", "use_linear_in_transformer", "use_checkpoint", "use_fp16", "use_bf16"),

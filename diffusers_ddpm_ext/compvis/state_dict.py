@@ -204,20 +204,35 @@ def _contents(
                 f"The checkpoint lacks {len(missing)} tensors of the network that the configuration describes: "
                 f"{listed(sorted(missing))}. Give the configuration that belongs to it."
             )
-    decay = float(by_role["ema_metadata"].get(EMA_DECAY_KEY, COMPVIS_EMA_DECAY))
-    num_updates = int(by_role["ema_metadata"].get(EMA_NUM_UPDATES_KEY, 0))
+    metadata = by_role["ema_metadata"]
+    decay = _scalar(metadata, EMA_DECAY_KEY, 0.0, 1.0) if EMA_DECAY_KEY in metadata else COMPVIS_EMA_DECAY
+    # -1 in forks: an EMA with a constant decay
+    num_updates = _scalar(metadata, EMA_NUM_UPDATES_KEY, -1, 2**53) if EMA_NUM_UPDATES_KEY in metadata else 0
+    for name in ("logvar", CLASS_EMBEDDING_KEY):
+        if name in extra and not (extra[name].is_floating_point() and bool(torch.isfinite(extra[name]).all())):
+            raise ValueError(f"The checkpoint's {name} is not finite numbers: the file is damaged, or leave it out.")
     return CheckpointContents(
         raw=raw,
         ema=ema,
-        ema_metadata=EmaMetadata(decay, num_updates),
+        ema_metadata=EmaMetadata(decay, max(int(num_updates), 0)),
         tables={key: tensor for key, tensor in extra.items() if key in SAVED_TABLES},
         logvar=extra.get("logvar"),
-        scale_factor=float(extra["scale_factor"]) if "scale_factor" in extra else None,
+        scale_factor=_scalar(extra, "scale_factor", 1e-30, 1e30) if "scale_factor" in extra else None,
         class_embedding=extra.get(CLASS_EMBEDDING_KEY),
         left_out=left_out,
         ignored=ignored,
         filled=filled,
     )
+
+
+def _scalar(tensors: Mapping[str, Tensor], name: str, low: float, high: float) -> float:
+    """A number that a checkpoint stores as a tensor; ValueError if it is no number from ``low`` to ``high``."""
+    tensor = tensors[name]
+    value = float(tensor.double()) if tensor.numel() == 1 and not tensor.is_complex() else float("nan")
+    if not low <= value <= high:
+        shown = f"{value:g}" if tensor.numel() == 1 else f"a tensor of shape {tuple(tensor.shape)}"
+        raise ValueError(f"The checkpoint's {name} is {shown}; it must be a number from {low:g} to {high:g}.")
+    return value
 
 
 def describe_schedule_difference(tables: Mapping[str, Tensor], schedule: NoiseSchedule) -> str:

@@ -120,21 +120,22 @@ def convert_tensors(
     mappings, new_order = map_keys(unet_params), complete_unet_params(unet_params)["use_new_attention_order"]
     expected = {mapping.source for mapping in mappings if mapping.source}
     _check_keys(expected - set(tensors), set(tensors) - expected)
-    converted, rows, wrong = {}, [], []
+    own = {m.target: _transformed(m, tensors[m.source], new_order) for m in mappings if m.source}
+    wrong = [
+        f"{m.source} {tuple(tensors[m.source].shape)}"
+        for m in mappings
+        if m.source and getattr(own[m.target], "shape", None) != m.shape
+    ]
+    if wrong:
+        raise ValueError(f"{len(wrong)} weights have a different shape in this configuration: {listed(wrong, 12)}.")
+    converted, rows = {}, []
     for mapping in mappings:
-        tensor = (
-            _transformed(mapping, tensors[mapping.source], new_order)
-            if mapping.source
-            else _resampling_weight(mapping.transform, mapping.shape)
-        )
-        if tensor is None or tensor.shape != mapping.shape:
-            wrong.append(f"{mapping.source} {tuple(tensors[mapping.source].shape)}")
-            continue
+        tensor = own.pop(mapping.target, None)
+        if tensor is None:
+            tensor = _resampling_weight(mapping.transform, mapping.shape)
         converted[mapping.target] = tensor.float().contiguous()
         digest = hashlib.sha256(converted[mapping.target].numpy().data).hexdigest()
         rows.append(ConvertedTensor(mapping.source, mapping.target, mapping.shape, digest))
-    if wrong:
-        raise ValueError(f"{len(wrong)} weights have a different shape in this configuration: {listed(wrong, 12)}.")
     return converted, rows
 
 

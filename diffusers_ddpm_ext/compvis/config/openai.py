@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from diffusers_ddpm_ext.compvis.schema import ConfigRow, Fate
+from diffusers_ddpm_ext.compvis.schema import ConfigRow, Fate, one_line
 from diffusers_ddpm_ext.utils.input_files import read_json_object
 
 OpenAIFamily = Literal["improved", "guided"]
@@ -121,7 +121,7 @@ def read_flags(
     for name in given:
         why = REFUSED_FLAGS.get(name, REFUSED_FLAGS["classifier"] if name.startswith("classifier_") else None)
         if why is not None:
-            raise ValueError(f"{name} {given[name]} is not supported: {why}.")
+            raise ValueError(f"{name} {one_line(given[name])} is not supported: {why}.")
         if name not in defaults:
             near = difflib.get_close_matches(name, defaults, n=1)
             hint = f"did you mean {near[0]}?" if near else f"{family}-diffusion has no such flag."
@@ -130,6 +130,8 @@ def read_flags(
     channels = _read_channels(channels, flags, "learn_sigma" in given, shapes or {})
     rows = tuple(ConfigRow(name, value, *FLAG_NOTES[name]) for name, value in flags.items())
     steps = flags["diffusion_steps"]
+    if steps < 1:
+        raise ValueError(f"diffusion_steps {steps} must be 1 or more.")
     scale = 1000.0 / steps if flags["rescale_timesteps"] else 1.0
     return OpenAIConfig(
         family, _unet_params(flags) | channels, scale, _schedule_config(flags), flags["class_cond"], rows
@@ -196,25 +198,28 @@ def _parse_flag(name: str, value: Any, default: Any) -> Any:
     if isinstance(default, bool):
         word = str(value).lower()
         if word not in ("true", "false", "1", "0"):
-            raise ValueError(f"{name} {value!r} must be true or false.")
+            raise ValueError(f"{name} {one_line(repr(value))} must be true or false.")
         return word in ("true", "1")
     if name in ("attention_resolutions", "channel_mult", "timestep_respacing"):
         return ",".join(map(str, value)) if isinstance(value, list) else str(value)
     if name == "noise_schedule":
         if value not in ("linear", "cosine"):
-            raise ValueError(f"noise_schedule {value!r} is not one of linear, cosine.")
+            raise ValueError(f"noise_schedule {one_line(repr(value))} is not one of linear, cosine.")
         return value
     try:
         return type(default)(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name} {value!r} must be a number.") from None
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"{name} {one_line(repr(value))} must be a number.") from None
 
 
 def _parse_numbers(name: str, text: str) -> list[float]:
     try:
-        return [float(part) if "." in part else int(part) for part in text.split(",")]
+        numbers = [float(part) if "." in part else int(part) for part in text.split(",")]
+        if not all(0 < number < 2**31 for number in numbers):
+            raise ValueError
+        return numbers
     except ValueError:
-        raise ValueError(f"{name} {text!r} must be numbers separated by commas.") from None
+        raise ValueError(f"{name} {one_line(text)!r} must be numbers above 0, separated by commas.") from None
 
 
 def _unet_params(flags: Mapping[str, Any]) -> dict[str, Any]:
@@ -245,8 +250,6 @@ def _unet_params(flags: Mapping[str, Any]) -> dict[str, Any]:
 
 def _schedule_config(flags: Mapping[str, Any]) -> dict[str, Any]:
     steps = flags["diffusion_steps"]
-    if steps < 1:
-        raise ValueError(f"diffusion_steps {steps} must be 1 or more.")
     fixed = "fixed_small" if flags.get("sigma_small") else "fixed_large"
     schedule: dict[str, Any] = {
         "num_train_timesteps": steps,

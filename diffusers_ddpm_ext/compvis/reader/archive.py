@@ -11,7 +11,6 @@ loaded. Nothing is ever executed (:mod:`diffusers_ddpm_ext.compvis.reader.unpick
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
 from collections.abc import Mapping
@@ -31,6 +30,8 @@ from diffusers_ddpm_ext.compvis.reader.storages import (
 )
 from diffusers_ddpm_ext.compvis.reader.unpickle import unpickle
 from diffusers_ddpm_ext.compvis.reader.zip_file import ZipMember, check_member, read_members
+from diffusers_ddpm_ext.errors import ConfigError
+from diffusers_ddpm_ext.utils.input_files import open_input, read_json_object
 
 PathLike = str | os.PathLike[str]
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -81,7 +82,7 @@ def read_tensors(path: PathLike) -> dict[str, Tensor]:
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:
-    with path.open("rb") as file:
+    with open_input(path) as file:
         size = os.fstat(file.fileno()).st_size
         head = file.read(512)
         _refuse_other_formats(head, size)
@@ -260,12 +261,10 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
-    if index.stat().st_size > MAX_INDEX_BYTES:
-        raise UnreadableCheckpoint("It is too large for an index of shards.")
     try:
-        files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise UnreadableCheckpoint("The index of shards is not JSON with a weight_map.") from None
+        files = read_json_object(index, max_bytes=MAX_INDEX_BYTES).object("weight_map").content
+    except ConfigError as error:
+        raise UnreadableCheckpoint(f"The index of shards is not JSON with a weight_map: {error}") from None
     if not isinstance(files, dict) or not files or not all(isinstance(file, str) for file in files.values()):
         raise UnreadableCheckpoint("The index of shards has no weight_map from names to files.")
     tensors: dict[str, Tensor] = {}
