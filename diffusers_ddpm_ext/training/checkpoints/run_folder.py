@@ -50,7 +50,9 @@ def is_run_folder(folder: Path) -> bool:
     drafts = {name for name in entries if _is_draft(name) or DOWNLOAD_NAME.fullmatch(name)}
     if entries and entries - drafts <= {LOCK}:
         return True  # of a run that was killed before it wrote a file
-    return bool({LOCK, ENVIRONMENT, METRICS} & entries) and _is_run_config(folder / CONFIG)
+    # A run that the disk had no space for may have left its configuration alone.
+    has_records = bool({LOCK, ENVIRONMENT, METRICS} & entries) or entries - drafts == {CONFIG}
+    return has_records and _is_run_config(folder / CONFIG)
 
 
 def _is_run_config(path: Path) -> bool:

@@ -192,6 +192,14 @@ def test_a_run_does_not_resume_in_a_folder_that_is_not_a_run():
     assert [path.name for path in Path("photos").iterdir()] == ["config.yaml"]
 
 
+def test_a_start_that_ended_on_a_full_disk_can_be_repeated():
+    """Only the first file of a run is there."""
+    Path("D").mkdir()
+    TrainConfig.from_flat({}).write_resolved(Path("D") / "config.yaml")
+    acquire_output_dir(DataOptions(), OutputOptions("D"), resuming=True)[1].release()
+    assert overwrite("D") == set()
+
+
 def test_a_start_that_was_killed_at_once_can_be_repeated():
     """The lock, and a download or draft that was not finished, are all that such a start leaves."""
     folder = Path("D")
