@@ -13,7 +13,7 @@ from diffusers import ModelMixin, SchedulerMixin
 from torch import nn
 
 from diffusers_ddpm_ext.errors import ConfigError, printable
-from diffusers_ddpm_ext.utils.input_files import JsonObject, file_name, read_json_object
+from diffusers_ddpm_ext.utils.input_files import JsonObject, file_name, open_input, read_json_object
 from diffusers_ddpm_ext.utils.network_budget import check_network_config, check_network_types, least_parameters
 from diffusers_ddpm_ext.utils.pipeline_files import MODEL_INDEX, is_weights, weights_variant
 
@@ -111,6 +111,7 @@ def _check_weights(folder: Path, config: JsonObject, variant: str | None) -> Non
     """Check the indexes of shards, and that the files can hold the network that the configuration describes."""
     files = [path for path in folder.iterdir() if is_weights(path.name)]
     for path in files:
+        open_input(path).close()  # a named pipe would be waited for
         if path.name.endswith(".json") and weights_variant(path.name) in (None, variant):
             shards = read_json_object(path).object("weight_map")
             if not shards.content:

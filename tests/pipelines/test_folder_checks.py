@@ -55,8 +55,8 @@ def test_a_damaged_configuration_is_named(folder, name, content):
     assert Path(name).name in refusal(folder)
 
 
-@pytest.mark.parametrize("name", [INDEX, NETWORK, SCHEDULER])
-def test_a_pipe_in_place_of_a_configuration_is_not_waited_for(folder, name):
+@pytest.mark.parametrize("name", [INDEX, NETWORK, SCHEDULER, "unet/diffusion_pytorch_model.safetensors"])
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(folder, name):
     (folder / name).unlink()
     os.mkfifo(folder / name)
     refusal(folder)
