@@ -90,7 +90,7 @@ def custom_timesteps(timesteps: Sequence[int] | npt.NDArray[Any], num_train_time
         raise ValueError(f"timesteps must be a list of at least one step, got shape {values.shape}.")
     integers = values.dtype.kind in "iu" and not any(isinstance(step, (bool, np.bool_)) for step in timesteps)
     if not integers and not (values.dtype.kind == "f" and (values == np.round(values)).all()):
-        raise ValueError(f"timesteps must be integers, got {values.tolist()[:4]}.")
+        raise ValueError(f"timesteps must be integers (whole steps), got {values.tolist()[:4]}.")
     if values.min() < 0 or values.max() >= num_train_timesteps:
         raise ValueError(f"timesteps must be in [0, {num_train_timesteps}), got {values.min()} to {values.max()}.")
     steps = values.astype(np.int64)
