@@ -14,8 +14,8 @@ FLOORS = {  # of the package, of training/ and of compvis/: the lowest first
     "": "errors _version | utils | diffusion | models losses schedulers plotting metrics gaussian likelihood timesteps"
     " | pipelines | compvis hub | training | cli | __main__",
     "training": "signals | distributed | config | data checkpoints | factory | evaluation tracking | loop | trainer",
-    "compvis": "reader schema load_options wrapper_names | architecture | key_map unet_params config | weights | state_dict"
-    " | report save | load | convert",
+    "compvis": "reader schema load_options wrapper_names | architecture | key_map unet_params config | weights"
+    " | state_dict | report save | load | convert",
 }
 LIGHT = ("training/config", "cli/dispatch.py", "training/checkpoints/__init__.py")  # imported before torch
 
