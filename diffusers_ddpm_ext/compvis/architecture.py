@@ -18,7 +18,7 @@ from typing import Any
 from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import nn
 
-from diffusers_ddpm_ext.compvis.schema import UNET_PARAM_TYPES, check_values
+from diffusers_ddpm_ext.compvis.schema import UNET_PARAM_TYPES, check_values, one_line
 from diffusers_ddpm_ext.models.unet_2d_ext import UNet2DExtModel
 from diffusers_ddpm_ext.utils.network_budget import check_network_config
 
@@ -80,7 +80,7 @@ def complete_unet_params(unet_params: Mapping[str, Any]) -> dict[str, Any]:
         if name not in UNET_DEFAULTS:
             near = difflib.get_close_matches(str(name), UNET_DEFAULTS, n=1)
             hint = f"did you mean {near[0]}?" if near else "leave it out if it has no effect."
-            raise ValueError(f"{name} is not a known option of UNetModel: {hint}")
+            raise ValueError(f"{one_line(name)} is not a known option of UNetModel: {hint}")
     options = UNET_DEFAULTS | {name: as_list(value) for name, value in unet_params.items()}
     missing = [name for name in REQUIRED_UNET_PARAMS if options[name] is None]
     if missing:
@@ -88,14 +88,15 @@ def complete_unet_params(unet_params: Mapping[str, Any]) -> dict[str, Any]:
     options |= check_values({name: options[name] for name in unet_params}, UNET_PARAM_TYPES)
     for name, (value, why) in ONLY_SUPPORTED_VALUE.items():
         if options[name] != value:
-            raise ValueError(f"{name} {options[name]} cannot be expressed by a Diffusers network: {why}.")
+            raise ValueError(f"{name} {one_line(options[name])} cannot be expressed by a Diffusers network: {why}.")
     if not options["use_spatial_transformer"]:  # the original ignores them then
         options["disable_self_attentions"] = None
     blocks = options["num_res_blocks"]
     if isinstance(blocks, list):
         if len(set(blocks)) != 1 or len(blocks) != len(options["channel_mult"]):
             raise ValueError(
-                f"num_res_blocks {blocks} cannot be expressed by a Diffusers network: layers_per_block is one value."
+                f"num_res_blocks {one_line(blocks)} cannot be expressed by a Diffusers network: layers_per_block is "
+                "one value."
             )
         options["num_res_blocks"] = blocks[0]
     _check_widths(options)
@@ -106,14 +107,14 @@ def _check_widths(options: Mapping[str, Any]) -> None:
     channels, mult = options["model_channels"], options["channel_mult"]
     if not mult or mult[0] != 1:
         raise ValueError(
-            f"channel_mult {mult} cannot be expressed by a Diffusers network: it must start with 1, since the first "
-            "convolution outputs model_channels."
+            f"channel_mult {one_line(mult)} cannot be expressed by a Diffusers network: it must start with 1, since "
+            "the first convolution outputs model_channels."
         )
     for width in (channels * m for m in mult):
         if width != int(width) or width % NORM_GROUPS:
             raise ValueError(
-                f"model_channels {channels} times channel_mult {mult} gives a width of {width}; it must be a multiple "
-                f"of {NORM_GROUPS}, the number of norm groups."
+                f"model_channels {channels} times channel_mult {one_line(mult)} gives a width of {width}; it must be "
+                f"a multiple of {NORM_GROUPS}, the number of norm groups."
             )
     if options["num_heads"] == -1 and options["num_head_channels"] == -1:
         raise ValueError("UNetModel needs num_heads or num_head_channels: the configuration sets neither.")
@@ -240,7 +241,9 @@ def _label_config(options: Mapping[str, Any]) -> dict[str, Any]:
         return {"class_embed_type": "projection", "projection_class_embeddings_input_dim": width}
     if classes == "sequential":
         raise ValueError("num_classes sequential needs adm_in_channels, the width of a label vector.")
-    raise ValueError(f"num_classes {classes!r} cannot be expressed: it must be an integer, continuous or sequential.")
+    raise ValueError(
+        f"num_classes {one_line(repr(classes))} cannot be expressed: it must be an integer, continuous or sequential."
+    )
 
 
 def _shared_config(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -283,10 +286,10 @@ def _condition_config(options: Mapping[str, Any]) -> dict[str, Any]:
     contexts = context if isinstance(context, list) else [context]
     if len(set(contexts)) != 1:
         raise ValueError(
-            f"context_dim {contexts} cannot be expressed by a Diffusers network: it takes a single width."
+            f"context_dim {one_line(contexts)} cannot be expressed by a Diffusers network: it takes a single width."
         )
     if not isinstance(depth, int):
-        raise ValueError(f"transformer_depth {depth} cannot be expressed: UNetModel takes a single depth.")
+        raise ValueError(f"transformer_depth {one_line(depth)} cannot be expressed: UNetModel takes a single depth.")
     down, middle, _ = head_counts(options)
     assert middle == down[-1]
     config = (
@@ -297,7 +300,9 @@ def _condition_config(options: Mapping[str, Any]) -> dict[str, Any]:
     levels = len(options["channel_mult"])
     without_self = options["disable_self_attentions"] or [False] * levels
     if len(without_self) != levels:
-        raise ValueError(f"disable_self_attentions {without_self} must be true or false for each of {levels} levels.")
+        raise ValueError(
+            f"disable_self_attentions {one_line(without_self)} must be true or false for each of {levels} levels."
+        )
     return config | {
         "only_cross_attention": [bool(value) for value in without_self],
         "cross_attention_dim": contexts[0],

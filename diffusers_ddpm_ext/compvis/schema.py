@@ -68,6 +68,9 @@ def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+MAX_NUMBER = 1e300
+
+
 def number(low: float = -math.inf, high: float = math.inf, *, exclusive: bool = False) -> ValueType:
     """Finite numbers from ``low`` to ``high``, without the two if ``exclusive``."""
     description = "a finite number"
@@ -77,7 +80,9 @@ def number(low: float = -math.inf, high: float = math.inf, *, exclusive: bool = 
         description += f" {'and below' if exclusive else 'to'} {high:g}"
 
     def allows(value: Any) -> bool:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return False
+        if abs(value) > MAX_NUMBER or value != value:  # a huge integer has no float
             return False
         return low < value < high if exclusive else low <= value <= high
 

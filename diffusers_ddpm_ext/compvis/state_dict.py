@@ -214,7 +214,7 @@ def _contents(
     return CheckpointContents(
         raw=raw,
         ema=ema,
-        ema_metadata=EmaMetadata(decay, max(int(num_updates), 0)),
+        ema_metadata=EmaMetadata(decay, int(num_updates)),
         tables={key: tensor for key, tensor in extra.items() if key in SAVED_TABLES},
         logvar=extra.get("logvar"),
         scale_factor=_scalar(extra, "scale_factor", 1e-30, 1e30) if "scale_factor" in extra else None,

@@ -223,7 +223,7 @@ class _ConfigReader(RunKeyReader):
         name = target.rpartition(".")[2]
         if name != "UNetModel":
             raise ValueError(
-                f"model.params.unet_config.target {target!r} is not supported: "
+                f"model.params.unet_config.target {one_line(repr(target))} is not supported: "
                 + targets.OTHER_NETWORKS.get(name, "the network must be a UNetModel.")
             )
         self.note("model.params.unet_config.target", target, "translated", "a Diffusers UNet")
@@ -356,4 +356,4 @@ def suggestion(name: object, known: Mapping[str, Any] | tuple[str, ...], otherwi
 
 def _check_choice(name: str, value: Any, allowed: Mapping[str, Any] | tuple[str, ...]) -> None:
     if value not in allowed:
-        raise ValueError(f"{name} {value!r} is not one of {', '.join(allowed)}.")
+        raise ValueError(f"{name} {one_line(repr(value))} is not one of {', '.join(allowed)}.")

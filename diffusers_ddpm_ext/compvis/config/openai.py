@@ -125,7 +125,7 @@ def read_flags(
         if name not in defaults:
             near = difflib.get_close_matches(name, defaults, n=1)
             hint = f"did you mean {near[0]}?" if near else f"{family}-diffusion has no such flag."
-            raise ValueError(f"{name} is not a flag of the model or its diffusion: {hint}")
+            raise ValueError(f"{one_line(name)} is not a flag of the model or its diffusion: {hint}")
     flags = defaults | {name: _parse_flag(name, value, defaults[name]) for name, value in given.items()}
     channels = _read_channels(channels, flags, "learn_sigma" in given, shapes or {})
     rows = tuple(ConfigRow(name, value, *FLAG_NOTES[name]) for name, value in flags.items())
@@ -143,7 +143,7 @@ def _pop_channels(given: dict[str, Any]) -> dict[str, int]:
     channels: dict[str, int] = {name: given.pop(name) for name in ("in_channels", "out_channels") if name in given}
     for name, value in channels.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} {value!r} must be a whole number from 1.")
+            raise ValueError(f"{name} {one_line(repr(value))} must be a whole number from 1.")
     return channels
 
 
@@ -178,7 +178,7 @@ def _identify_family(given: Mapping[str, Any], family: Any) -> OpenAIFamily:
         if family == name:
             return name
     if family != "auto":
-        raise ValueError(f"family {family!r} is not one of {', '.join(OPENAI_FAMILIES)}, auto.")
+        raise ValueError(f"family {one_line(repr(family))} is not one of {', '.join(OPENAI_FAMILIES)}, auto.")
     matches = [name for name in OPENAI_FAMILIES if any(flag in given for flag in FAMILY_FLAGS[name])]
     if len(matches) == 1:
         return matches[0]
@@ -230,7 +230,9 @@ def _unet_params(flags: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"image_size {size} has no default channel_mult: set channel_mult.")
     pixels = _parse_numbers("attention_resolutions", flags["attention_resolutions"])
     if any(number < 1 for number in pixels):
-        raise ValueError(f"attention_resolutions {flags['attention_resolutions']!r} must be 1 pixel or more.")
+        raise ValueError(
+            f"attention_resolutions {one_line(flags['attention_resolutions'])!r} must be 1 pixel or more."
+        )
     return {
         "image_size": size,
         "model_channels": flags["num_channels"],
