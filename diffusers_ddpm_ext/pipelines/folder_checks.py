@@ -12,6 +12,7 @@ import diffusers
 from diffusers import ModelMixin, SchedulerMixin
 from torch import nn
 
+from diffusers_ddpm_ext.diffusion.schedule import MAX_TRAIN_TIMESTEPS
 from diffusers_ddpm_ext.errors import ConfigError, printable
 from diffusers_ddpm_ext.utils.input_files import JsonObject, file_name, open_input, read_json_object
 from diffusers_ddpm_ext.utils.network_budget import check_network_config, check_network_types, least_parameters
@@ -76,7 +77,9 @@ def check_pipeline_folder(folder: Path, variant: str | None, replaced: frozenset
         _check_weights(folder / "unet", content, variant)
     settings = folder / "scheduler" / "scheduler_config.json"
     if settings.is_file():
-        read_json_object(settings)
+        chain = read_json_object(settings)
+        if "scheduler" not in replaced:  # before stock Diffusers makes tables of this length
+            chain.integer("num_train_timesteps", 1, MAX_TRAIN_TIMESTEPS, 1000)
 
 
 def check_complete(network: nn.Module, folder: Path) -> None:

@@ -245,6 +245,17 @@ def test_a_proof_that_is_none(content, pushed, capsys):
     assert "proof.json" in text
 
 
+@pytest.mark.parametrize("steps", [10**9, 10**18, 0, -5, "many", 2.5])
+def test_a_chain_of_absurd_length_is_refused_before_its_tables_are_made(steps, pushed, capsys):
+    """Stock Diffusers would make them first: 20 GB."""
+    config = pushed / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_train_timesteps": steps}))
+    write_proof(pushed, read_proof(pushed)["images"])
+    status, text = verify(pushed, capsys)
+    assert status == 1, text
+    assert "num_train_timesteps is" in text
+
+
 def archive(array: np.ndarray | bytes, name: str = "images.npy", repeat: int = 1) -> bytes:
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as file, file.open(name, "w") as member:
