@@ -172,11 +172,6 @@ def read_compvis_checkpoint(
         notes += _logvar_notes(contents.logvar, translated.objective)
     if contents.ignored:
         notes.append(f"Re-initialized, because ignore_keys left them out: {', '.join(sorted(contents.ignored))}.")
-    notes += [
-        f"{row.key} {one_line(row.value, 100)} is not a class of CompVis' ldm: it is read as ldm's class of that name."
-        for row in translated.rows
-        if row.key.endswith(".target") and row.fate == "translated" and not str(row.value).startswith("ldm.")
-    ]
     if contents.filled:
         notes.append(f"The EMA lacks {len(contents.filled)} frozen tensors; they are copied from the raw weights.")
     return CompVisCheckpoint(translated, contents, scheduler, notes)
@@ -240,5 +235,14 @@ def report_compvis(
         left_out=contents.left_out,
         configuration=config.rows,
         facts=facts,
-        notes=checkpoint.notes,
+        notes=checkpoint.notes + _foreign_classes(config),
     )
+
+
+def _foreign_classes(config: CompVisConfig) -> list[str]:
+    """Notes on classes that are read as CompVis' classes of the same name."""
+    return [
+        f"{row.key} {one_line(row.value, 100)} is not a class of CompVis' ldm: it is read as ldm's class of that name."
+        for row in config.rows
+        if row.key.endswith(".target") and row.fate == "translated" and not str(row.value).startswith("ldm.")
+    ]
