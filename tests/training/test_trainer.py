@@ -348,3 +348,15 @@ def test_config_is_written_for_the_next_run(finished: Path):
     assert again.loop.seed == 3
     assert again.loop.max_train_steps == 6
     assert json.dumps(again.to_flat_dict()["block_out_channels"]) == "[8, 16]"
+
+
+def test_a_network_that_cannot_be_sampled_is_a_warning(tmp_path: Path, monkeypatch, capsys):
+    """Weights of the average may overflow in sampling although every loss is finite."""
+
+    def overflow(*arguments: Any) -> None:
+        raise ValueError("Non-finite values in the model's first output")
+
+    monkeypatch.setattr("diffusers_ddpm_ext.training.loop.previews.Preview.draw_samples", overflow)
+    train(tiny_run(tmp_path / "run", max_train_steps=2))
+    assert (tmp_path / "run" / "finished.json").is_file()
+    assert "the images of step 2 could not be drawn: Non-finite values" in capsys.readouterr().err

@@ -154,12 +154,14 @@ def save_model(run: Run) -> None:
 def draw_and_log(run: Run, draw: Callable[[Run], None], names: tuple[str, ...]) -> bool:
     """Draw images, and log those of the given names to the trackers; False where a signal interrupted it.
 
-    A full disk is a warning.
+    A full disk, or a network whose samples are not finite, is a warning.
     """
     try:
         draw(run)
     except OSError as error:
         warn(f"an image could not be written ({error.strerror or error})")
+    except ValueError as error:  # the network overflows in sampling, which the losses need not show
+        warn(f"the images of step {run.progress.step:,} could not be drawn: {error}")
     except Interrupted:
         return False
     log_images(run, names)
