@@ -409,21 +409,12 @@ def bits_per_dim(
         ValueError: shapes or options are invalid, or ``x0`` has NaN or infinity.
     """
     transition, kept = ReverseTransition.from_scheduler(scheduler), scheduler.kept
-    if not callable(denoiser):
-        scope = " (averaged weights: `with ema.scope(network): ...`)" if hasattr(denoiser, "scope") else ""
-        raise ValueError(f"denoiser={describe(denoiser)} is not a network: pass one that is called as (xt, t){scope}.")
+    count = len(kept)
     check_decoder(decoder, bin_width)
-    check_samples(x0=x0)
-    if x0.ndim < 2 or len(x0) == 0:
-        raise ValueError(f"x0 must be floating, (B, C, ...), got {x0.dtype} of shape {tuple(x0.shape)}.")
-    check_finite("x0", x0)
-    count, batch = len(kept), len(x0)
+    _check_bound_inputs(denoiser, x0, noise, count)
+    batch = len(x0)
     rows = checked_integer("rows", rows, "an integer of 1 or more", low=1)
     clip_denoised = checked_flag("clip_denoised", clip_denoised)
-    if noise is not None:
-        check_samples(noise=noise)
-    if noise is not None and noise.shape != (count, *x0.shape):
-        raise ValueError(f"noise must be {(count, *x0.shape)}, one sample per step, got {tuple(noise.shape)}.")
     steps = torch.from_numpy(kept.timesteps.copy()).to(x0.device)
     bits = torch.empty(count, batch, dtype=exact_dtype(x0.device), device=x0.device)
     steps_per_call = max(1, rows // batch)
@@ -449,6 +440,21 @@ def bits_per_dim(
     prior = prior_bits(scheduler, x0)
     total = bits.sum(0) + prior
     return BitsPerDim(total.to(prior.dtype), prior, bits.T.to(prior.dtype).contiguous())
+
+
+def _check_bound_inputs(denoiser: Any, x0: Any, noise: Any, count: int) -> None:
+    """Refuse what is not a network, clean samples, or noise for ``count`` steps of them."""
+    if not callable(denoiser):
+        scope = " (averaged weights: `with ema.scope(network): ...`)" if hasattr(denoiser, "scope") else ""
+        raise ValueError(f"denoiser={describe(denoiser)} is not a network: pass one that is called as (xt, t){scope}.")
+    check_samples(x0=x0)
+    if x0.ndim < 2 or len(x0) == 0:
+        raise ValueError(f"x0 must be floating, (B, C, ...), got {x0.dtype} of shape {tuple(x0.shape)}.")
+    check_finite("x0", x0)
+    if noise is not None:
+        check_samples(noise=noise)
+    if noise is not None and noise.shape != (count, *x0.shape):
+        raise ValueError(f"noise must be {(count, *x0.shape)}, one sample per step, got {tuple(noise.shape)}.")
 
 
 def run_denoiser(denoiser: Denoiser, xt: Tensor, t: Tensor) -> Tensor:

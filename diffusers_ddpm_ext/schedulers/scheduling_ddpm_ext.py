@@ -433,12 +433,10 @@ class DDPMExtScheduler(LiveConfig, CompVisAPI, SchedulerMixin, ConfigMixin):
             )
         if variance_noise is not None:
             check_samples(variance_noise=variance_noise)
-        if variance_noise is not None and variance_noise.shape != shape:
-            raise ValueError(
-                f"variance_noise must have sample's shape {tuple(shape)}, got {tuple(variance_noise.shape)}."
-            )
-        source = (model_output, generator, variance_noise)
-        dtype = sample.dtype
+            if variance_noise.shape != shape:
+                got = tuple(variance_noise.shape)
+                raise ValueError(f"variance_noise must have sample's shape {tuple(shape)}, got {got}.")
+        source, dtype = (model_output, generator, variance_noise), sample.dtype
         if dtype is not torch.float32 or model_output.dtype is not torch.float32:
             check_samples(sample=sample, model_output=model_output)
             exact = torch.promote_types(torch.promote_types(dtype, model_output.dtype), torch.float32)
