@@ -20,6 +20,7 @@ from diffusers_ddpm_ext.compvis.key_map import TensorMapping, Transform, map_key
 from diffusers_ddpm_ext.compvis.schema import listed
 from diffusers_ddpm_ext.compvis.unet_params import unet_params_of
 from diffusers_ddpm_ext.compvis.wrapper_names import plain_keys
+from diffusers_ddpm_ext.errors import printable
 from diffusers_ddpm_ext.utils.wrappers import plain_state_dict
 
 UNET_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
@@ -83,8 +84,15 @@ def build_network(
         The network, float32, in eval mode, and one row per tensor.
 
     Raises:
-        ValueError: keys are missing or unexpected, shapes differ, or no Diffusers network can express it.
+        ValueError: keys are missing or unexpected, shapes differ, values are not finite, or no Diffusers network can
+            express it.
     """
+    damaged = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+    if damaged:
+        raise ValueError(
+            f"The weights hold NaN or infinity ({len(damaged)} tensors, the first is {printable(damaged[0], 100)}): "
+            "the run that wrote them had diverged. Take an earlier checkpoint, or the file's other weights."
+        )
     spec = translate_unet(unet_params, conditioning_key=conditioning_key, timestep_scale=timestep_scale)
     if set(reinitialized) - set(tensors):
         with torch.random.fork_rng(devices=[]):

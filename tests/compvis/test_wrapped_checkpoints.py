@@ -15,7 +15,7 @@ from diffusers_ddpm_ext.compvis import load_compvis, save_compvis
 from diffusers_ddpm_ext.compvis.architecture import translate_unet
 from diffusers_ddpm_ext.compvis.convert import convert_compvis, convert_openai
 from diffusers_ddpm_ext.compvis.reader.archive import read_tensors
-from diffusers_ddpm_ext.compvis.weights import export_unet
+from diffusers_ddpm_ext.compvis.weights import convert_unet, export_unet
 from diffusers_ddpm_ext.compvis.wrapper_names import plain_keys
 
 
@@ -147,3 +147,16 @@ def test_a_class_outside_of_ldm_is_named(tmp_path):
     notes = json.loads((tmp_path / "folder" / "conversion.json").read_text())["notes"]
     assert [note for note in notes if "my_fork.models.DDPM" in note]
     assert [note for note in notes if "guided.unet.UNetModel" in note]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_refused(value):
+    """A run that diverged leaves such files; their pipeline would draw nothing."""
+    params = {
+        "image_size": 8, "in_channels": 1, "out_channels": 1, "model_channels": 32, "attention_resolutions": [],
+        "num_res_blocks": 1, "channel_mult": [1], "num_heads": 1,
+    }  # fmt: skip
+    weights = export_unet(translate_unet(params).build(), params)
+    next(iter(weights.values())).view(-1)[0] = value
+    with pytest.raises(ValueError, match=r"NaN or infinity \(1 tensors"):
+        convert_unet(weights, params)
