@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from diffusers_ddpm_ext.cli.arguments import check_output_path
 from diffusers_ddpm_ext.cli.parser import parse_options
-from diffusers_ddpm_ext.errors import ConfigError
+from diffusers_ddpm_ext.errors import ConfigError, printable
 from diffusers_ddpm_ext.utils.option import option, positional
 from diffusers_ddpm_ext.utils.vocabulary import REQUIRED_CONDITIONS
 
@@ -79,7 +79,8 @@ def translate_config(options: ConvertConfigOptions) -> str:
         if options.out is not None:
             write_recipe(config, options.out, options.config.name)
     except ValueError as error:
-        raise ConfigError(f"{options.config}: {error}") from error
+        named = str(error).startswith(printable(options.config.name))
+        raise ConfigError(str(error) if named else f"{options.config}: {error}") from error
     except OSError as error:
         raise ConfigError(f"--out {options.out} cannot be written: {error.strerror or error}") from error
     network = content["model"]["model_config"]["_class_name"]

@@ -43,7 +43,8 @@ def load_compvis_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         content = _load(text, _compvis_loader())
     except ConfigError as error:
-        raise ConfigError(f"{printable(file.name)} cannot be read as YAML: {error}.") from None
+        reason = str(error).removeprefix("not YAML: ")
+        raise ConfigError(f"{printable(file.name)} cannot be read as YAML: {reason}.") from None
     if not isinstance(content, dict):
         raise ConfigError(
             f"{printable(file.name)} holds no configuration: it must have a section model with target and params."
