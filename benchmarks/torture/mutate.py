@@ -29,6 +29,8 @@ RAW: dict[str, str] = {
     "list of itself": "",  # in brackets; see `_replacement`
 }
 """What is written in place of a value, in JSON's (and YAML's flow) syntax."""
+TEXTS = ("list of itself", "control characters")
+"""Of these, what a list or a text could be: a name may have control characters."""
 OPEN_VALUES = ("null", "-1", "0", "true", '""', '"text"', "[]", "{}", "1.5", "7", '"' + "n" * 300 + '"')
 
 
@@ -79,7 +81,8 @@ def _replacement(value: Any, draw: random.Random) -> tuple[str, str, bool]:
     if draw.random() < 0.6:
         name = draw.choice(list(RAW))
         text = RAW[name] if name != "list of itself" else f"[{json.dumps(value)}]"
-        return name, text, not (name == "list of itself" and isinstance(value, list))
+        plausible = name in TEXTS and isinstance(value, list if name == "list of itself" else str)
+        return name, text, not plausible
     text = draw.choice(OPEN_VALUES)
     name = text if len(text) < 20 else "300 characters"
     wrong_type = {int: ('"text"', "{}", '""'), float: ('"text"', "{}", "[]", '""'), dict: ("7", "1.5"), list: ("{}",)}
