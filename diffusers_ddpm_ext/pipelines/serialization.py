@@ -100,6 +100,7 @@ class SavedPipeline(DiffusionPipeline):
         arguments = inspect.signature(super().save_pretrained).bind(folder, *args, **kwargs).arguments
         if arguments.get("push_to_hub"):
             kwargs.setdefault("repo_id", folder.resolve().name)  # Diffusers would take the draft's
+        self.warn_if_stock_fails()
         failure: BaseException | None = None
         with replace_pipeline(folder, partial(files_to_keep, variant=arguments.get("variant"))) as draft:
             try:
@@ -113,13 +114,8 @@ class SavedPipeline(DiffusionPipeline):
         if failure is not None:
             raise failure
 
-    def write_files(self, folder: Path, *args: Any, **kwargs: Any) -> None:
-        """Write the files of `save_pretrained` into an empty folder; same arguments."""
-        if self.logvar is not None:
-            self.logvar = self.logvar  # checked again: the scheduler may have been replaced by one of another length
-            save_logvar(folder, self.logvar, self.logvar_network)
-        if self.class_embedder is not None:
-            save_class_embedder(folder, self.class_embedder)
+    def warn_if_stock_fails(self) -> None:
+        """Log why the folder of this pipeline does not name a stock class, if it does not."""
         reason = reason_to_refuse_stock(self.unet, self.scheduler, self.config)
         if reason:
             logger.warning(
@@ -127,6 +123,14 @@ class SavedPipeline(DiffusionPipeline):
                 "need diffusers-ddpm-ext.",
                 reason,
             )
+
+    def write_files(self, folder: Path, *args: Any, **kwargs: Any) -> None:
+        """Write the files of `save_pretrained` into an empty folder; same arguments."""
+        if self.logvar is not None:
+            self.logvar = self.logvar  # checked again: the scheduler may have been replaced by one of another length
+            save_logvar(folder, self.logvar, self.logvar_network)
+        if self.class_embedder is not None:
+            save_class_embedder(folder, self.class_embedder)
         plain = copy.copy(self)
         plain.unet = plain_network(self.unet, needs_guard(self.scheduler, self.config))
         super(SavedPipeline, plain).save_pretrained(os.fspath(folder), *args, **kwargs)

@@ -11,6 +11,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 from diffusers.configuration_utils import FrozenDict
@@ -18,9 +19,11 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers_ddpm_ext.diffusion.schedule import MAX_TRAIN_TIMESTEPS
 from diffusers_ddpm_ext.schedulers.config import normalize_config
 from diffusers_ddpm_ext.utils.checks import describe
+from diffusers_ddpm_ext.utils.input_files import exists, read_json_object
 from diffusers_ddpm_ext.utils.vocabulary import FROM_COMPVIS_ARGUMENT
 
 _KEY = "_internal_dict"
+SCHEDULER_CONFIG = "scheduler_config.json"
 SIMILAR = 0.88  # of a misspelled key; the nearest key of another scheduler (timestep_scaling) has 0.875
 
 
@@ -131,6 +134,10 @@ class LiveConfig:
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """As ``SchedulerMixin.from_pretrained``, with the same arguments."""
+        source = args[0] if args else kwargs.get("pretrained_model_name_or_path", "")
+        file = Path(source, kwargs.get("subfolder") or "", SCHEDULER_CONFIG)
+        if exists(file):
+            read_json_object(file)  # Diffusers' own reader knows no limits
         loaded = super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
         scheduler = loaded[0] if isinstance(loaded, tuple) else loaded
         scheduler._internal_dict = {

@@ -97,7 +97,7 @@ def _network(like: UNet2DModel, tensors: dict[str, Tensor]) -> UNet2DModel:
 @torch.no_grad()
 def save_pipeline(
     folder: Path, networks: ExportedNetworks, scheduler: DDPMExtScheduler, pipeline_kwargs: Mapping[str, Any]
-) -> None:
+) -> DDPMExtPipeline:
     """Save a pipeline into a folder that loads at every moment: all files replace the old pipeline's at once.
 
     The EMA weights are the default files and the raw ones ``variant="raw"``; without EMA the raw ones are the default.
@@ -108,6 +108,9 @@ def save_pipeline(
         networks: from `export_networks`.
         scheduler: of the run.
         pipeline_kwargs: how conditions reach the network: arguments of the pipeline.
+
+    Returns:
+        The pipeline.
 
     Raises:
         OSError: the disk is full, or the folder cannot be written; the existing files stay.
@@ -121,3 +124,4 @@ def save_pipeline(
             networks.raw.save_pretrained(draft / "unet", variant="raw")
         if networks.ema_metadata is not None:
             save_ema_metadata(draft, networks.ema_metadata)
+    return pipeline

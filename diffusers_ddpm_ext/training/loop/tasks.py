@@ -138,7 +138,9 @@ def save_model(run: Run) -> None:
     networks = export_networks(setup.denoiser, setup.ema, setup.parts.objective)
     if networks is not None:
         try:
-            save_pipeline(run.folder, networks, setup.parts.scheduler, setup.parts.pipeline_kwargs)
+            pipeline = save_pipeline(run.folder, networks, setup.parts.scheduler, setup.parts.pipeline_kwargs)
+            if is_final:
+                pipeline.warn_if_stock_fails()
         except OSError as error:
             failure = f"the pipeline could not be saved in {run.folder} ({error.strerror or error})"
     setup.accelerator.wait_for_everyone()
