@@ -8,11 +8,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 from helpers.tiny import tiny_unet
 from safetensors.torch import load_file, save_file
 
 from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtScheduler
+from diffusers_ddpm_ext.cli import main
 from diffusers_ddpm_ext.errors import ConfigError
 from diffusers_ddpm_ext.utils.network_budget import check_network_config, check_network_types, least_parameters
 
@@ -184,3 +186,14 @@ def test_released_networks_pass():
 def test_the_least_number_of_parameters_is_one():
     network = tiny_unet(1)
     assert 0 < least_parameters(network.config) < network.num_parameters()
+
+
+@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"])
+def test_an_infinite_setting_of_a_stock_scheduler_is_read(name, tmp_path):
+    """Their ``lambda_min_clipped`` is -Infinity, which is in the saved configuration and right."""
+    pipeline = DDPMExtPipeline(tiny_unet(1), getattr(diffusers, name)())
+    pipeline.save_pretrained(tmp_path)
+    assert "-Infinity" in (tmp_path / "scheduler" / "scheduler_config.json").read_text()
+    loaded = DDPMExtPipeline.from_pretrained(tmp_path)
+    assert loaded.scheduler.config.lambda_min_clipped == -float("inf")
+    assert main(["sample", str(tmp_path), "--num_inference_steps", "2", "--out", str(tmp_path / "x.png")]) == 0

@@ -221,5 +221,5 @@ def test_sampling_from_the_command_line(tmp_path, capsys):
     assert not np.array_equal(guided, turn)
     capsys.readouterr()
     assert sample("x", "--class_labels", "11") == 2
-    assert "0..10" in capsys.readouterr().err
+    assert "0 to 10" in capsys.readouterr().err
     assert json.loads((tmp_path / "run" / "model_index.json").read_text())["null_class_label"] == 10

@@ -113,7 +113,7 @@ TYPED: dict[str, tuple[list[str], list[str]]] = {
     "no noise steps": (["--num_train_timesteps", "0"], ["--num_train_timesteps", "at least 1", "0"]),
     "beta of 0": (["--beta_start", "0"], ["--beta_start", "above 0"]),
     "beta of 2": (["--beta_end", "2"], ["--beta_end", "below 1", "2"]),
-    "given beta of 2": (["--trained_betas", "[0.1, 2, 0.3]"], ["--trained_betas", "2.0", "between 0 and 1"]),
+    "given beta of 2": (["--trained_betas", "[0.1, 2, 0.3]"], ["--trained_betas", "2.0", "between 1e-12 and 1"]),
     "no betas": (["--trained_betas", "[]"], ["--trained_betas"]),
     "betas from nowhere": (["--trained_betas", "no.json"], ["--trained_betas", "no.json"]),
     "betas and their number": (
@@ -297,10 +297,7 @@ SAMPLE: dict[str, tuple[list[str], list[str]]] = {
         ["--optimal_timesteps needs DDPMExtScheduler", "DDIMScheduler"],
     ),
 }
-COMMANDS: dict[str, tuple[list[str], list[str]]] = {
-    "no command": ([], ["train", "sample"]),
-    "unknown command": (["trian"], ["'trian'", "train"]),
-}
+COMMANDS: dict[str, tuple[list[str], list[str]]] = {"unknown command": (["trian"], ["trian", "train"])}
 CASES = [
     pytest.param([*command, *argv], told, id=f"{' '.join(command) or 'ddpm-ext'}: {title}")
     for command, table in ((["train"], TYPED), (["train"], LOOKED_AT), (["sample"], SAMPLE), ([], COMMANDS))
