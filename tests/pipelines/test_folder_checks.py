@@ -188,6 +188,8 @@ def test_the_least_number_of_parameters_is_one():
     assert 0 < least_parameters(network.config) < network.num_parameters()
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning")
 @pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"])
 def test_an_infinite_setting_of_a_stock_scheduler_is_read(name, tmp_path):
     """Their ``lambda_min_clipped`` is -Infinity, which is in the saved configuration and right."""
