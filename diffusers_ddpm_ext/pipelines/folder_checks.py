@@ -23,7 +23,8 @@ UNREADABLE = (
     TypeError,
     AttributeError,
     IndexError,
-    ZeroDivisionError,
+    ArithmeticError,
+    NameError,  # UnboundLocalError: an unknown name that a constructor has no branch for
     RecursionError,
     RuntimeError,
     AssertionError,

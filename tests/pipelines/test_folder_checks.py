@@ -199,3 +199,12 @@ def test_an_infinite_setting_of_a_stock_scheduler_is_read(name, tmp_path):
     loaded = DDPMExtPipeline.from_pretrained(tmp_path)
     assert loaded.scheduler.config.lambda_min_clipped == -float("inf")
     assert main(["sample", str(tmp_path), "--num_inference_steps", "2", "--out", str(tmp_path / "x.png")]) == 0
+
+
+@pytest.mark.parametrize(
+    "change_to", [{"time_embedding_type": "nnnn"}, {"act_fn": "nnnn"}, {"down_block_types": ["Nope", "DownBlock2D"]}]
+)
+def test_names_that_the_network_does_not_know(change_to, folder):
+    """Some of Diffusers' constructors answer an unknown name with an UnboundLocalError."""
+    change(folder / NETWORK, **change_to)
+    assert "\n" not in refusal(folder)
