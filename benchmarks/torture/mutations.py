@@ -60,7 +60,7 @@ from hostile_cases import (
     unfinish,
 )
 from mutate import Mutation
-from subjects import command
+from subjects import SIZE, command
 
 Mutate = Callable[[bytes, random.Random], Mutation]
 Oracle = Literal["computes", "shows", "proves", "mends"]
@@ -69,6 +69,8 @@ CLASSES = [*TABLE, "--conditioning_key", "adm", "--class_column", "class"]
 TOKENS = [*TABLE, "--conditioning_key", "crossattn", "--context_column", "embedding"]
 STATES = ["sample", "tokens", *OUT[2:], "--encoder_hidden_states", "states.npy"]
 INPUTS = ["sample", "joined", *OUT[2:], "--concat_inputs", "inputs.npy"]
+SMALL = ["train", "--config", "options.yaml", *SIZE, "--max_train_steps", "2", "--output_dir", "new"]
+"""Small even where the changed file has lost the size."""
 TRANSLATE = ["convert-config", "compvis/model.yaml", "--out", "run.yaml"]
 LATEST = [*RESUME, "--resume_from_checkpoint", "latest"]
 UNREADABLE = ("NaN", "Infinity", "-Infinity", "1e999", "4000 digits", "10^30", "deep", "lone surrogate", "twice")
@@ -132,7 +134,7 @@ def targets() -> list[Target]:
         Target("run/checkpoint-4/optimizer.safetensors", header, LATEST, run, prepare=seal),
         Target("run/checkpoint-4/state.json", any_bytes, LATEST, run, "mends", unfinish),
         Target("run/metrics.jsonl", rows, LATEST, run[:-1], "mends", unfinish),
-        Target("options.yaml", yaml_, ["train", "--config", "options.yaml", "--output_dir", "new"], new,
+        Target("options.yaml", yaml_, SMALL, new,
                intact="run/config.yaml"),
         Target("table/metadata.csv", table, CLASSES, new),
         Target("table/metadata.csv", table, TOKENS, new),
