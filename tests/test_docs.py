@@ -172,10 +172,10 @@ def test_every_public_name_is_on_the_api_page_with_an_example():
 
 @pytest.mark.parametrize("page", ["README.md", *PAGES])
 def test_no_line_of_code_is_cut(page):
-    """GitHub and the site show about 110 characters of a line of code; listings wrap on the site."""
+    """GitHub shows about 120 characters of a line of code, the site wraps longer lines."""
     for language, text, _ in blocks(page):
         for line in text.splitlines():
-            assert len(line) <= 110, f"{page}, {language or 'shell'}: {line}"
+            assert len(line) <= 119, f"{page}, {language or 'shell'}: {line}"
 
 
 def test_the_site_loads_nothing_from_elsewhere():

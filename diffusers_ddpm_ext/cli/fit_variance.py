@@ -230,7 +230,7 @@ def _original_settings(folder: Path) -> dict[str, Any]:
     Raises:
         ConfigError: the scheduler was fitted, and the record of its original settings is damaged.
     """
-    config = read_json_object(folder / SCHEDULER_CONFIG, allow_nan=True).content
+    config = read_json_object(folder / SCHEDULER_CONFIG, allow_infinity=True).content
     if not config.get("optimal_timesteps") or not os.path.lexists(folder / FIT_RECORD):
         return config
     return _recorded_settings(folder)
@@ -242,7 +242,7 @@ def _recorded_settings(folder: Path) -> dict[str, Any]:
     Raises:
         ConfigError: the record is damaged, or of a chain of another length.
     """
-    config = read_json_object(folder / SCHEDULER_CONFIG, allow_nan=True)
+    config = read_json_object(folder / SCHEDULER_CONFIG, allow_infinity=True)
     settings = read_json_object(folder / FIT_RECORD, max_bytes=MAX_RECORD_BYTES).object("before")
     steps = settings.integer("num_train_timesteps", 1, default=DEFAULT_TIMESTEPS)
     trained = config.integer("num_train_timesteps", 1, default=DEFAULT_TIMESTEPS)

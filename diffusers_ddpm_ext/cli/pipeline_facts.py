@@ -161,7 +161,7 @@ def _read_facts(source: str, folder: Path, variant: str | None, variant_option: 
         source,
         index,
         read_json_object(folder / "unet" / "config.json"),
-        read_json_object(folder / "scheduler" / "scheduler_config.json", allow_nan=True),
+        read_json_object(folder / "scheduler" / "scheduler_config.json", allow_infinity=True),
         (folder / "class_embedder" / "config.json").is_file(),
     )
     check_network_types(facts.unet.content, facts.unet.name)

@@ -96,7 +96,7 @@ def read_scheduler(folder: Path) -> DDPMExtScheduler:
     from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
 
     file = folder / "scheduler" / "scheduler_config.json"
-    read_json_object(file, allow_nan=True)
+    read_json_object(file, allow_infinity=True)
     try:
         return DDPMExtScheduler.from_pretrained(folder, subfolder="scheduler")
     except (OSError, ValueError, TypeError, AttributeError, KeyError, OverflowError) as error:

@@ -102,7 +102,9 @@ class FolderFacts:
         path = self.file(name)
         if path is None:
             return JsonObject(name, {})
-        return read_json_object(path, max_bytes=MAX_FACTS_BYTES, allow_nan=True)  # -Infinity is in DPMSolver's config
+        return read_json_object(
+            path, max_bytes=MAX_FACTS_BYTES, allow_infinity=True
+        )  # -Infinity is in DPMSolver's config
 
     def record(self, name: str) -> JsonObject:
         """A JSON file of the run's records; empty where it is missing or unreadable."""

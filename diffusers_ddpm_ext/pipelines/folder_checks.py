@@ -78,7 +78,7 @@ def check_pipeline_folder(folder: Path, variant: str | None, replaced: frozenset
         _check_weights(folder / "unet", content, variant)
     settings = folder / "scheduler" / "scheduler_config.json"
     if settings.is_file():
-        chain = read_json_object(settings, allow_nan=True)  # DPMSolver's lambda_min_clipped is -Infinity
+        chain = read_json_object(settings, allow_infinity=True)  # DPMSolver's lambda_min_clipped is -Infinity
         if "scheduler" not in replaced:  # before stock Diffusers makes tables of this length
             chain.integer("num_train_timesteps", 1, MAX_TRAIN_TIMESTEPS, 1000)
 

@@ -137,7 +137,7 @@ class LiveConfig:
         source = args[0] if args else kwargs.get("pretrained_model_name_or_path", "")
         file = Path(source, kwargs.get("subfolder") or "", SCHEDULER_CONFIG)
         if exists(file):
-            read_json_object(file, allow_nan=True)  # Diffusers' own reader knows no limits
+            read_json_object(file, allow_infinity=True)  # Diffusers' own reader knows no limits
         loaded = super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
         scheduler = loaded[0] if isinstance(loaded, tuple) else loaded
         scheduler._internal_dict = {

@@ -103,13 +103,14 @@ def decode_text(content: bytes, name: str) -> str:
     return text.replace("\r\n", "\n")
 
 
-def parse_json(text: str, name: str, allow_nan: bool = False) -> Any:
+def parse_json(text: str, name: str, allow_nan: bool = False, allow_infinity: bool = False) -> Any:
     """A JSON value whose strings are valid Unicode, whose numbers are finite and whose keys are unique.
 
     Args:
         text: JSON.
         name: how messages call it, e.g. `file_name` of its file.
         allow_nan: accept the words NaN, Infinity and -Infinity, which Python writes for such floats.
+        allow_infinity: accept Infinity and -Infinity.
 
     Raises:
         ConfigError: it is not JSON, nested over 64 levels, or has a number of over 20 digits.
@@ -127,7 +128,7 @@ def parse_json(text: str, name: str, allow_nan: bool = False) -> Any:
         return number
 
     def parse_constant(word: str) -> float:
-        if not allow_nan:
+        if not (allow_nan or (allow_infinity and word != "NaN")):
             raise ConfigError(f"{name} has {word} where a finite number is expected.")
         return float(word.lower().replace("infinity", "inf"))
 
@@ -268,14 +269,15 @@ def read_json(
 
 
 def read_json_object(
-    path: str | os.PathLike[str], what: str = "", max_bytes: int = MAX_TEXT_BYTES, allow_nan: bool = False
+    path: str | os.PathLike[str], what: str = "", max_bytes: int = MAX_TEXT_BYTES, allow_infinity: bool = False
 ) -> JsonObject:
     """The JSON object in a file, with typed access.
 
     Raises:
         ConfigError: as `read_json`, or its top level is not an object.
     """
-    return json_object(read_json(path, what, max_bytes, allow_nan), file_name(path, what))
+    name = file_name(path, what)
+    return json_object(parse_json(read_text(path, what, max_bytes), name, allow_infinity=allow_infinity), name)
 
 
 def json_object(value: Any, name: str) -> JsonObject:

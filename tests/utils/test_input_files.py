@@ -75,6 +75,8 @@ def test_json_that_no_program_writes_is_refused(text: str, fault: str) -> None:
 def test_nan_is_allowed_on_request() -> None:
     values = parse_json("[NaN, Infinity, -Infinity]", "metrics", allow_nan=True)
     assert np.array_equal(values, [np.nan, np.inf, -np.inf], equal_nan=True)
+    assert parse_json("[-Infinity, 1]", "config", allow_infinity=True) == [-np.inf, 1]
+    assert "NaN" in refuse(parse_json, "[NaN]", "config", allow_infinity=True)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from diffusers_ddpm_ext._version import __version__
 from diffusers_ddpm_ext.errors import printable
-from diffusers_ddpm_ext.utils.input_files import read_json_object
+from diffusers_ddpm_ext.utils.input_files import file_name, json_object, read_json
 
 STATE_FORMAT = 1
 STATE_FILE = "state.json"
@@ -124,7 +124,7 @@ def read_state(folder: Path) -> StateFile:
         ValueError: it is missing, damaged, of another format, or has values that no run writes; the key is named.
     """
     path = folder / STATE_FILE
-    content = read_json_object(path, max_bytes=MAX_STATE_BYTES, allow_nan=True).content
+    content = json_object(read_json(path, max_bytes=MAX_STATE_BYTES, allow_nan=True), file_name(path)).content
     number = content.get("format")
     if type(number) is int and number > STATE_FORMAT:
         raise ValueError(f"{path}: format {number} is newer than {STATE_FORMAT}, which this version reads; update it.")
