@@ -33,7 +33,7 @@ from diffusers_ddpm_ext.pipelines.loading import load_pipeline, select_device
 from diffusers_ddpm_ext.utils.files import CONFIG, write_text_atomically
 from diffusers_ddpm_ext.utils.folder_lock import FolderLock
 from diffusers_ddpm_ext.utils.generations import finish_replacement
-from diffusers_ddpm_ext.utils.input_files import MAX_TEXT_BYTES, read_json_object
+from diffusers_ddpm_ext.utils.input_files import MAX_TEXT_BYTES, file_name, read_json_object
 from diffusers_ddpm_ext.utils.option import option, positional
 
 if TYPE_CHECKING:
@@ -266,6 +266,10 @@ def _undo(folder: Path) -> str:
     if not os.path.lexists(folder / FIT_RECORD):
         raise ConfigError(f"--undo: {folder} has no {FIT_RECORD} of a fit")
     original = _recorded_settings(folder)
+    from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
+
+    with as_config_error(file_name(folder / FIT_RECORD)):
+        DDPMExtScheduler.from_config(original)  # settings that no scheduler takes are not written
     with as_run_error(folder):
         write_text_atomically(folder / SCHEDULER_CONFIG, json.dumps(original, indent=2, sort_keys=True) + "\n")
         (folder / FIT_RECORD).unlink()

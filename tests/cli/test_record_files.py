@@ -66,6 +66,15 @@ def test_the_record_of_a_fit(run, kind, capsys):
         assert (run / "scheduler/scheduler_config.json").read_bytes() == before
 
 
+@pytest.mark.parametrize("wrong", [{"sample_max_value": {}}, {"beta_end": "x"}, {"prediction_type": 3}])
+def test_settings_that_no_scheduler_takes_are_not_restored(run, wrong, capsys):
+    before = (run / "scheduler/scheduler_config.json").read_bytes()
+    record = json.loads((run / "variance_fit.json").read_text())
+    (run / "variance_fit.json").write_text(json.dumps(record | {"before": record["before"] | wrong}))
+    assert next(iter(wrong)) in refused(capsys, "fit-variance", "run", "--undo")
+    assert (run / "scheduler/scheduler_config.json").read_bytes() == before
+
+
 def test_undo_restores(run, capsys):
     config = json.loads((run / "scheduler/scheduler_config.json").read_text())
     assert config["optimal_timesteps"]

@@ -91,12 +91,20 @@ def read_class_labels(
     return _numbered(rows, numbers, train)
 
 
+def _overflows(text: str) -> bool:
+    """Whether a text is a number that no float can hold."""
+    try:
+        return not text.strip().lstrip("+-").isdigit() and math.isinf(float(text))
+    except ValueError:
+        return False
+
+
 def _check_value(row: str, value: Any, is_name: bool) -> None:
     """Refuse a value that is neither a name nor a class number."""
     if isinstance(value, str):
         if not value.strip():
             raise ConfigError(f"{row} has no class: its value is empty")
-        if not is_name and _NOT_A_NUMBER.fullmatch(value.strip()):
+        if not is_name and (_NOT_A_NUMBER.fullmatch(value.strip()) or _overflows(value)):
             raise ConfigError(f"{row} has the class {value.strip()}, which stands for no value: give it a class")
         if len(value) > MAX_NAME_LENGTH:
             raise ConfigError(

@@ -116,6 +116,8 @@ def test_a_column_has_plain_decimal_integers_or_names(kind, values, labels, name
     [
         ("csv", "nan", "nan"),
         ("csv", "-Infinity", "-Infinity"),
+        ("csv", "1e400", "1e400"),
+        ("csv", "-2.5E+999", "-2.5E"),
         ("csv", "  ", "empty"),
         ("csv", "-3", "begin at 0"),
         ("csv", str(MAX_CLASSES), "below 100,000"),
