@@ -610,6 +610,13 @@ def _yaml_slots(run: tuple[str, ...]) -> Iterator[Slot]:
     )
 
 
+def _network_files(subjects: Path) -> dict[str, Write]:
+    valid = (subjects / "compvis/converted/unet/config.json").read_bytes()
+    made = files.json_files(valid) | changed_json(valid, UNET_CHANGES)
+    del made["empty object"]  # the default network of 274 million weights, which is what it asks for
+    return made
+
+
 def _data_slots(run: tuple[str, ...]) -> Iterator[Slot]:
     classes = [*TABLE, "--conditioning_key", "adm", "--class_column", "class"]
     hints = [*TABLE, "--conditioning_key", "concat", "--concat_column", "hint"]
@@ -723,10 +730,7 @@ def _data_slots(run: tuple[str, ...]) -> Iterator[Slot]:
         "option JSON",
         ("images",),
         "network.json",
-        lambda subjects: (
-            files.json_files((subjects / "tokens/unet/config.json").read_bytes())
-            | changed_json((subjects / "joined/unet/config.json").read_bytes(), UNET_CHANGES)
-        ),
+        _network_files,
         (
             [
                 "train",
