@@ -69,6 +69,7 @@ class LiveConfig:
 
     _is_built = False
     register_to_config: Callable[..., None]
+    _replace_by: Callable[[Any], None]  # takes over the state of another scheduler of the class
 
     @property
     def _internal_dict(self) -> FrozenConfig:
@@ -101,10 +102,6 @@ class LiveConfig:
             self.register_to_config(**{name: value})
         else:
             super().__setattr__(name, value)
-
-    def _replace_by(self, rebuilt: Any) -> None:
-        """Take over the state of another scheduler of this class."""
-        raise NotImplementedError
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:

@@ -57,7 +57,8 @@ def test_steps_in_every_form(function):
 )
 def test_steps_that_mean_nothing_are_refused(function, t):
     if t == [5] and function in (FUNCTIONS[name] for name in FUNCTIONS if name.startswith("scheduler")):
-        pytest.skip("one step for all, as in Diffusers")
+        function(t)  # one step for all, as in Diffusers
+        return
     with pytest.raises(ValueError, match=r"^(t|timesteps?)\b.*(integer|one step per sample|must be in|not a step)"):
         function(t)
 

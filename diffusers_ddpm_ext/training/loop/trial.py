@@ -37,21 +37,25 @@ def run_trial(setup: Setup) -> Trial:
         accelerator.num_processes, device=accelerator.device,
     )  # fmt: skip
     times: list[float] = []
+    records = not setup.config.loop.torch_compile
     try:
+        if records and not is_slow:
+            # One micro-batch: the next one gets the freed memory of this one, at the same addresses.
+            with kept.recording():
+                forward_backward(setup, 0, 0, next(islice(stream, 1)))
         for step in range(1 if is_slow else STEPS):
             start = time.perf_counter()
-            with kept.recording() if step == 0 and not setup.config.loop.torch_compile else nullcontext():
-                if is_slow:
+            if is_slow:
+                with kept.recording() if records else nullcontext():
                     forward_backward(setup, step, 0, next(islice(stream, 1)))
-                else:
-                    train_step(setup, step, stream)
+            else:
+                train_step(setup, step, stream)
             _wait_for(accelerator.device)
             times.append(time.perf_counter() - start)
     except torch.OutOfMemoryError:
         return Trial(None, None, 0, is_extrapolated=False)
     seconds = min(times) * (plan.batch * plan.accumulation if is_slow else 1)
-    images = batch * (1 if is_slow else plan.accumulation)
-    per_image = int(PEAK * kept.bytes / images) or None
+    per_image = int(PEAK * kept.bytes / batch) or None
     return Trial(seconds, per_image, _free_memory(accelerator.device), is_extrapolated=is_slow)
 
 
