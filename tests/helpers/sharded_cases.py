@@ -37,7 +37,7 @@ from helpers.state_cases import (
     through_files,
 )
 
-SECONDS_PER_CASE = 60
+SECONDS_PER_CASE = 180
 """A case that takes longer ends the process with a traceback."""
 
 CASES: dict[str, Callable[[Path], None]] = {}
