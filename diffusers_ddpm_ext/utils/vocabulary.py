@@ -1,4 +1,4 @@
-"""Names of noise schedules, prediction types, variance types, conditioning keys and decoders: Diffusers' and CompVis'.
+"""Names of noise schedules, prediction and variance types, conditions and decoders: Diffusers' and CompVis'.
 
 The one place where each set of names is listed. Nothing heavy is imported, so that ``--help`` can use it.
 """
@@ -11,12 +11,15 @@ BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"
 PredictionType = Literal["epsilon", "sample", "v_prediction"]
 VarianceType = Literal["fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range"]
 ConditioningKey = Literal["concat", "crossattn", "hybrid", "adm", "hybrid-adm", "crossattn-adm"]
+ConcatThroughVae = Literal["mode", "sample"]
+"""How pictures that are conditions become latents: the posterior's mode, not scaled; or a sample of it, scaled."""
 Decoder = Literal["exact", "improved_diffusion", "continuous"]
 
 BETA_SCHEDULES: tuple[BetaSchedule, ...] = get_args(BetaSchedule)
 PREDICTION_TYPES: tuple[PredictionType, ...] = get_args(PredictionType)
 VARIANCE_TYPES: tuple[VarianceType, ...] = get_args(VarianceType)
 CONDITIONING_KEYS: tuple[ConditioningKey, ...] = get_args(ConditioningKey)
+CONCAT_THROUGH_VAE: tuple[ConcatThroughVae, ...] = get_args(ConcatThroughVae)
 DECODERS: tuple[Decoder, ...] = get_args(Decoder)
 
 LATENTS_KEY = "_latents"
