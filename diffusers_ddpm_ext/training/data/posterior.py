@@ -1,8 +1,8 @@
 """Posteriors of images under a first stage: computed image by image, or read from a store of them.
 
 The last bits of a convolution depend on the batch size, and on a CPU on the number of threads (measured: up to 1.6e-6
-in the mean of a small autoencoder). A latent must not depend on either: a stored posterior equals the one that training
-computes, and a run on two processes equals the run on one. Hence one image per forward pass, on one thread of a CPU.
+in the mean of a small autoencoder). A latent must depend on neither: a stored posterior equals the one that training
+computes, and a run on two processes equals the run on one. Hence one image per forward pass, on one CPU thread.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ T = TypeVar("T")
 
 
 class Posterior(NamedTuple):
-    """Distribution of the latents of images, before they are scaled: mean and standard deviation, (b, c, h, w), float32.
+    """Distribution of the latents of images before they are scaled.
 
-    ``std`` is None where the first stage is deterministic.
+    Mean and standard deviation are (b, c, h, w), float32; ``std`` is None where the first stage is deterministic.
     """
 
     mean: Tensor

@@ -51,7 +51,8 @@ def test_an_image_has_the_same_posterior_in_every_batch_and_for_any_number_of_th
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(parallel.mean.flip(0), first.mean) and torch.equal(parallel.std.flip(0), first.std)
+    assert torch.equal(parallel.mean.flip(0), first.mean)
+    assert torch.equal(parallel.std.flip(0), first.std)
     alone = encode_posterior(stage, pixels[3:4])
     assert torch.equal(alone.mean, first.mean[3:4])
 
