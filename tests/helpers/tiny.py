@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from diffusers import UNet2DModel
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, ModelMixin, UNet2DModel, VQModel
 
 
 def tiny_unet(
@@ -23,3 +25,45 @@ def tiny_unet(
             down_block_types=("DownBlock2D", "AttnDownBlock2D"),
             up_block_types=("AttnUpBlock2D", "UpBlock2D"),
         ).eval()
+
+
+def tiny_autoencoder(kind: str = "kl", channels: int = 3, latent_channels: int = 4, **config: Any) -> ModelMixin:
+    """An autoencoder that halves both sides: "kl", "vq", "tiny" or "dc"; random, but the same in every test."""
+    blocks = {
+        "down_block_types": ("DownEncoderBlock2D", "DownEncoderBlock2D"),
+        "up_block_types": ("UpDecoderBlock2D", "UpDecoderBlock2D"),
+        "block_out_channels": (8, 8),
+        "norm_num_groups": 4,
+        "out_channels": channels,
+        "sample_size": 16,
+    }
+    arguments = {
+        "kl": blocks,
+        "vq": blocks | {"num_vq_embeddings": 32, "scaling_factor": 1.0},
+        "tiny": {
+            "out_channels": channels,
+            "encoder_block_out_channels": (8, 8),
+            "decoder_block_out_channels": (8, 8),
+            "num_encoder_blocks": (1, 1),
+            "num_decoder_blocks": (1, 1),
+        },
+        "dc": {
+            "encoder_block_out_channels": (8, 8),
+            "decoder_block_out_channels": (8, 8),
+            "encoder_layers_per_block": (1, 1),
+            "decoder_layers_per_block": (1, 1),
+            "encoder_qkv_multiscales": ((), ()),
+            "decoder_qkv_multiscales": ((), ()),
+            "encoder_block_types": "ResBlock",
+            "decoder_block_types": "ResBlock",
+        },
+    }
+    classes = {"kl": AutoencoderKL, "vq": VQModel, "tiny": AutoencoderTiny, "dc": AutoencoderDC}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = classes[kind](
+            **arguments[kind] | {"in_channels": channels, "latent_channels": latent_channels} | config
+        )
+        if kind == "vq":  # codes that random latents choose among, not all of them nearly zero
+            torch.nn.init.normal_(model.quantize.embedding.weight)
+    return model.eval().requires_grad_(False)
