@@ -41,10 +41,11 @@ from diffusers_ddpm_ext.losses.logvar import (
 from diffusers_ddpm_ext.models.class_embedder import CLASS_EMBEDDER_FOLDER, load_class_embedder, save_class_embedder
 from diffusers_ddpm_ext.models.conditioning import Conditioning
 from diffusers_ddpm_ext.models.unet_2d_ext import UNet2DExtModel
-from diffusers_ddpm_ext.pipelines.folder_checks import as_folder_error, check_complete, check_pipeline_folder
+from diffusers_ddpm_ext.pipelines.folder_checks import check_pipeline_folder
 from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
 from diffusers_ddpm_ext.utils.dtensor import full_tensor
 from diffusers_ddpm_ext.utils.generations import read_one_generation, replace_pipeline
+from diffusers_ddpm_ext.utils.network_folder import as_folder_error, check_complete
 from diffusers_ddpm_ext.utils.pipeline_files import (
     MODEL_INDEX,
     NETWORK_RECORDS,

@@ -21,6 +21,7 @@ COUNTS = dict.fromkeys(
         *("attention_head_dim", "num_attention_heads", "num_attention_heads_up"),
         *("norm_num_groups", "attn_norm_num_groups", "projection_class_embeddings_input_dim", "encoder_hid_dim"),
         *("addition_time_embed_dim", "addition_embed_type_num_heads", "time_cond_proj_dim"),
+        *("latent_channels", "vq_embed_dim", "encoder_block_out_channels", "decoder_block_out_channels"),
     ),
     MAX_WIDTH,
 ) | {
@@ -28,6 +29,11 @@ COUNTS = dict.fromkeys(
     "transformer_layers_per_block": MAX_LAYERS,
     "conv_in_kernel": 63,
     "conv_out_kernel": 63,
+    "encoder_layers_per_block": MAX_LAYERS,
+    "decoder_layers_per_block": MAX_LAYERS,
+    "num_encoder_blocks": MAX_LAYERS,
+    "num_decoder_blocks": MAX_LAYERS,
+    "num_vq_embeddings": MAX_CLASSES,
     "num_class_embeds": MAX_CLASSES,
     "num_train_timesteps": 1_000_000,
 }
@@ -40,14 +46,15 @@ def check_network_config(config: Mapping[str, Any], name: str) -> None:
     Values of another type than expected are left to the network's own checks.
 
     Args:
-        config: of a `UNet2DModel` or `UNet2DConditionModel`.
+        config: of a `UNet2DModel`, a `UNet2DConditionModel`, or an autoencoder.
         name: the option or file, for messages.
 
     Raises:
         ConfigError: a count is out of range, or the weights alone do not fit into this machine's memory.
     """
     widths, layers = _integers(config.get("block_out_channels")), _integers(config.get("layers_per_block"))
-    for key in ("block_out_channels", "down_block_types", "up_block_types"):
+    lists = ("block_out_channels", "encoder_block_out_channels", "decoder_block_out_channels")
+    for key in (*lists, "down_block_types", "up_block_types"):
         value = config.get(key)
         if isinstance(value, Sequence) and len(value) > MAX_LEVELS:
             raise ConfigError(f"{name}: {key} has {len(value):,} levels; at most {MAX_LEVELS} are possible")
@@ -81,7 +88,7 @@ def _integers(value: Any) -> list[int]:
 def least_parameters(config: Mapping[str, Any]) -> int:
     """A lower bound of a network's number of parameters.
 
-    It counts a 3x3 convolution for each layer of the way down and of the way up, and a table of classes.
+    It counts a 3x3 convolution for each layer of the way down and of the way up, and a table of classes or codes.
 
     Args:
         config: as in `check_network_config`.
@@ -90,7 +97,9 @@ def least_parameters(config: Mapping[str, Any]) -> int:
     convolutions = sum(2 * 9 * width * width * min(layers, default=1) for width in widths)
     time_width = _integers(config.get("time_embedding_dim")) or [4 * (widths or [1])[0]]
     classes = 0 if config.get("class_embed_type") else sum(_integers(config.get("num_class_embeds")))
-    return convolutions + classes * time_width[0]
+    codes = sum(_integers(config.get("num_vq_embeddings")))
+    code_width = _integers(config.get("vq_embed_dim")) or _integers(config.get("latent_channels")) or [1]
+    return convolutions + classes * time_width[0] + codes * code_width[0]
 
 
 def check_network_types(config: Mapping[str, Any], name: str) -> None:

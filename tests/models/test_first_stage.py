@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import UNet2DModel
 from helpers.tiny import tiny_autoencoder
 
-from diffusers_ddpm_ext.models.first_stage import FirstStage
+from diffusers_ddpm_ext.models.first_stage import FirstStage, load_first_stage
 
 KINDS = ("kl", "vq", "tiny", "dc")
 MEAN, STD = [0.25, -1.5, 0.0, 0.75], [0.5, 2.0, 1.25, 0.125]
@@ -152,7 +156,7 @@ def test_refused_scales(config, message):
 
 
 def test_other_classes_are_refused():
-    with pytest.raises(ValueError, match="UNet2DModel; it must be one of AutoencoderKL, VQModel"):
+    with pytest.raises(ValueError, match="UNet2DModel; it must be an AutoencoderKL, VQModel"):
         FirstStage(
             UNet2DModel(block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",))
         )
@@ -283,3 +287,75 @@ def test_the_hash_is_of_what_is_computed(tmp_path):
         loaded.decoder.conv_out.bias[0] += 1e-6
     assert FirstStage(loaded).content_hash() != known
     assert FirstStage(tiny_autoencoder("kl", norm_num_groups=2)).content_hash() != known
+
+
+# ------------------------------------------------------------------ loading
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_folder_is_loaded_frozen_and_in_float32(kind, tmp_path, pixels):
+    model = tiny_autoencoder(kind, scaling_factor=0.4)
+    model.half().save_pretrained(tmp_path / "fp16")
+    loaded = load_first_stage(tmp_path / "fp16")
+    assert type(loaded) is type(model)
+    assert {weight.dtype for weight in loaded.parameters()} == {torch.float32}
+    assert not loaded.training
+    assert not any(weight.requires_grad for weight in loaded.parameters())
+    assert FirstStage(loaded).content_hash() == FirstStage(model).content_hash()
+
+
+@pytest.mark.parametrize("slot", ["vae", "vqvae"])
+def test_the_autoencoder_of_a_pipelines_folder(slot, tmp_path):
+    model = tiny_autoencoder("kl")
+    model.save_pretrained(tmp_path / slot)
+    index = {"_class_name": "LDMPipeline", "vae": [None, None]} | {slot: ["diffusers", "AutoencoderKL"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    known = FirstStage(model).content_hash()
+    assert FirstStage(load_first_stage(tmp_path)).content_hash() == known
+    assert FirstStage(load_first_stage(tmp_path, slot)).content_hash() == known
+
+
+def wrong_folders(folder: Path) -> dict[str, tuple[Callable[[], Any], str]]:
+    """Damage -> what the message says."""
+    config = folder / "config.json"
+    weights = folder / "diffusion_pytorch_model.safetensors"
+
+    def change(**values) -> None:
+        config.write_text(json.dumps(json.loads(config.read_text()) | values))
+
+    return {
+        "no config": (config.unlink, "neither config.json nor model_index.json"),
+        "no weights": (weights.unlink, "diffusion_pytorch_model"),
+        "half of the weights": (lambda: weights.write_bytes(weights.read_bytes()[: 2 * 10**4]), "."),
+        "no JSON": (lambda: config.write_text("{"), "config.json"),
+        "another class": (lambda: change(_class_name="UNet2DModel"), "UNet2DModel; a first stage is an AutoencoderKL"),
+        "no scale": (lambda: change(scaling_factor=0), "scaling_factor"),
+        "another scale": (lambda: change(latents_mean=[0.0] * 4), "latents_mean without latents_std"),
+        "too wide": (lambda: change(block_out_channels=[8, 10**6]), "block_out_channels"),
+        "other widths": (lambda: change(block_out_channels=[8, 16]), "."),
+        "a layer more": (lambda: change(layers_per_block=2), "lack|missing"),
+        "unknown blocks": (lambda: change(down_block_types=["A", "B"]), "."),
+        "no file": (lambda: (weights.unlink(), weights.mkdir()), "."),
+    }
+
+
+@pytest.mark.parametrize("damage", list(wrong_folders(Path("."))))
+def test_damaged_folders_are_refused_in_one_line(damage, tmp_path):
+    tiny_autoencoder("kl").save_pretrained(tmp_path)
+    action, message = wrong_folders(tmp_path)[damage]
+    action()
+    with pytest.raises((ValueError, OSError), match=message) as error:
+        load_first_stage(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_other_folders_are_refused(tmp_path):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "DDPMPipeline", "vae": [null, null]}')
+    with pytest.raises(ValueError, match="a pipeline without a first stage"):
+        load_first_stage(tmp_path)
+    with pytest.raises(ValueError, match="no folder vae"):
+        load_first_stage(tmp_path, "vae")
+    with pytest.raises(ValueError, match="inside"):
+        load_first_stage(tmp_path, "../x")
+    with pytest.raises(ValueError, match="is not a folder on this machine and cannot be loaded from the Hub"):
+        load_first_stage("nobody/nothing")
