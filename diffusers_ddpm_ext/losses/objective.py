@@ -27,6 +27,7 @@ Salimans & Ho 2022, appendix D; [LDM] Rombach et al. 2022, code.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -82,6 +83,18 @@ class ObjectiveOutput:
     per_sample_simple: Tensor
     per_sample_loss: Tensor
     loss_bound: Tensor | None = None
+
+    def scalars(self) -> dict[str, Tensor]:
+        """The scalars under their names in a run's metrics; ``loss_bound`` is NaN where the loss has none."""
+        bound = torch.full_like(self.loss, math.nan) if self.loss_bound is None else self.loss_bound.to(self.loss)
+        return {
+            "loss": self.loss,
+            "loss_simple": self.loss_simple,
+            "loss_vlb": self.loss_vlb,
+            "loss_gamma": self.loss_gamma,
+            "logvar": self.logvar_mean,
+            "loss_bound": bound,
+        }
 
 
 class DDPMObjective(nn.Module):

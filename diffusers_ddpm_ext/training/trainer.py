@@ -7,7 +7,6 @@ and everything random is a function of the seed and the step.
 from __future__ import annotations
 
 import json
-import shlex
 import signal
 import time
 from collections.abc import Iterator
@@ -27,7 +26,6 @@ from diffusers_ddpm_ext.training.loop.description import describe_run
 from diffusers_ddpm_ext.training.loop.hub_publisher import Publisher, move_token_to_environment
 from diffusers_ddpm_ext.training.loop.metrics_logging import log_losses, open_metrics_logger
 from diffusers_ddpm_ext.training.loop.nonfinite import recover
-from diffusers_ddpm_ext.training.loop.previews import FINAL_SAMPLES, draw_data
 from diffusers_ddpm_ext.training.loop.resume import resume
 from diffusers_ddpm_ext.training.loop.run import Run, acquire_folder
 from diffusers_ddpm_ext.training.loop.saving import mark_finished, save_checkpoint
@@ -36,11 +34,12 @@ from diffusers_ddpm_ext.training.loop.step import train_step
 from diffusers_ddpm_ext.training.loop.stop_requests import RequestPoller
 from diffusers_ddpm_ext.training.loop.tasks import StopTraining, draw_and_log, due_after, run_pending_tasks
 from diffusers_ddpm_ext.training.loop.trial import run_trial
+from diffusers_ddpm_ext.training.loop.workload import workload_of
 from diffusers_ddpm_ext.training.signals import handle_signals
 from diffusers_ddpm_ext.training.tracking.console import describe_end
 from diffusers_ddpm_ext.training.tracking.plan import describe_trial
 from diffusers_ddpm_ext.training.tracking.step_losses import LossMeter
-from diffusers_ddpm_ext.utils.files import CONFIG, ENVIRONMENT, METRICS, write_text_atomically
+from diffusers_ddpm_ext.utils.files import CONFIG, ENVIRONMENT, write_text_atomically
 
 
 def train(config: TrainConfig) -> Path | None:
@@ -95,8 +94,9 @@ def run_training(run: Run, start_time: float) -> None:
     A RunError ends it where it cannot continue; SystemExit where a signal requested the end.
     """
     setup, accelerator, progress = run.setup, run.setup.accelerator, run.progress
+    workload = workload_of(setup)
     if progress.step == 0:
-        draw_and_log(run, draw_data, ("inputs", "diffusion_row"))
+        draw_and_log(run, workload.draw_data, workload.data_images)
         if setup.config.loop.on_nonfinite == "rollback":
             save_checkpoint(run)  # for a rollback before the first regular checkpoint
     try:
@@ -113,11 +113,7 @@ def run_training(run: Run, start_time: float) -> None:
     with fail_together(accelerator):
         if accelerator.is_main_process:
             mark_finished(run.folder, progress.step, progress.stopped_early)
-    text = (
-        f"The pipeline, its samples ({FINAL_SAMPLES}) and its metrics ({METRICS}) are in {run.folder}; "
-        f"draw from it: ddpm-ext sample {shlex.quote(str(run.folder))}"
-    )
-    accelerator.print(printable_lines(text))
+    accelerator.print(printable_lines(workload.describe_end(run.folder)))
 
 
 def fit(run: Run, poller: RequestPoller) -> None:

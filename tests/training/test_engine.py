@@ -142,9 +142,9 @@ def test_ema_every(every, updates, tmp_path, monkeypatch):
     real = step.train_step
 
     def watched(setup: Any, *arguments: Any) -> Any:
-        seen.append([p.detach().clone() for p in setup.denoiser_parameters])
+        seen.append([p.detach().clone() for p in setup.network_parameters])
         trace = real(setup, *arguments)
-        seen.append([p.detach().clone() for p in setup.denoiser_parameters])
+        seen.append([p.detach().clone() for p in setup.network_parameters])
         return trace
 
     monkeypatch.setattr(trainer, "train_step", watched)

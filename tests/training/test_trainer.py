@@ -278,7 +278,7 @@ def test_logvar_is_clipped_separately(tmp_path: Path):
     step = setup.optimizer.step
 
     def spy() -> None:
-        network = torch.nn.utils.get_total_norm([p.grad for p in setup.denoiser_parameters])
+        network = torch.nn.utils.get_total_norm([p.grad for p in setup.network_parameters])
         seen.append(torch.stack([setup.parts.objective.logvar.grad.norm(), network]))
         step()
 

@@ -5,15 +5,17 @@ An option that a library rejects is reported as a ConfigError.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from diffusers import UNet2DModel
+from torch import nn
 
 from diffusers_ddpm_ext.diffusion.timesteps import TimestepSampler, make_sampler
 from diffusers_ddpm_ext.errors import as_config_error
+from diffusers_ddpm_ext.losses.checks import BOUND_LOSSES
 from diffusers_ddpm_ext.losses.distances import PerceptualDistance
 from diffusers_ddpm_ext.losses.objective import DDPMObjective
 from diffusers_ddpm_ext.models.conditioning import Conditioning
@@ -25,6 +27,7 @@ from diffusers_ddpm_ext.training.data.condition_dropout import ConditionDropout,
 from diffusers_ddpm_ext.training.data.image_set import ImageSet
 from diffusers_ddpm_ext.training.factory.denoiser import build_denoiser
 from diffusers_ddpm_ext.training.factory.denoiser_shape import denoiser_shape
+from diffusers_ddpm_ext.training.factory.task import DenoisingTask
 
 NOT_OF_THE_OBJECTIVE = (
     "logvar_learning_rate",
@@ -62,6 +65,46 @@ class Parts:
     num_classes: int | None = None
     class_names: Mapping[int, str] = field(default_factory=dict)
     sampler: TimestepSampler | None = None
+
+    @property
+    def network(self) -> UNet2DModel:
+        """The network."""
+        return self.denoiser
+
+    @property
+    def logvar_parameters(self) -> list[nn.Parameter]:
+        """Parameters of the log-variances; empty where they are not learned."""
+        return list(self.objective.parameters())
+
+    @property
+    def num_train_timesteps(self) -> int:
+        """Length T of the chain."""
+        return self.objective.schedule.num_train_timesteps
+
+    def noise_shape(self, image_shape: Sequence[int]) -> Sequence[int]:
+        """The shape of the image."""
+        return image_shape
+
+    @property
+    def compiled_modules(self) -> list[nn.Module]:
+        """The network alone."""
+        return [self.denoiser]
+
+    @property
+    def train_metrics(self) -> list[str]:
+        """Names of the metrics of each step."""
+        names = ["train/loss", "train/loss_simple", "train/loss_vlb"]
+        if self.objective.loss_type in BOUND_LOSSES:
+            names.append("train/loss_bound")
+        return names + (["train/loss_gamma", "logvar"] if self.objective.learn_logvar else [])
+
+    def validation_kinds(self, with_bound: bool) -> list[str]:
+        """Losses of a validation, and the bound."""
+        return ["loss_simple", "loss", "loss_vlb", *(["bpd"] if with_bound else [])]
+
+    def make_task(self) -> DenoisingTask:
+        """Network and objective in one module."""
+        return DenoisingTask(self.denoiser, self.objective, self.conditioning, self.sampler)
 
     @property
     def pipeline_kwargs(self) -> dict[str, Any]:

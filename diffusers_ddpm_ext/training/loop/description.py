@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from diffusers_ddpm_ext.training.config.options import ObjectiveOptions
 from diffusers_ddpm_ext.training.data.class_table import count_classes, describe_classes
 from diffusers_ddpm_ext.training.loop.setup import Setup
+from diffusers_ddpm_ext.training.loop.workload import workload_of
 from diffusers_ddpm_ext.training.tracking.plan import (
     DiskUsage,
     StateSizes,
@@ -17,7 +17,6 @@ from diffusers_ddpm_ext.training.tracking.plan import (
     describe_learning_rate,
     describe_memory,
     describe_plan,
-    describe_schedule,
     parameter_table,
 )
 
@@ -25,10 +24,9 @@ from diffusers_ddpm_ext.training.tracking.plan import (
 def describe_run(setup: Setup, folder: Path | None) -> str:
     """The table of parameters and the plan, to be printed before the first step; without a folder in a dry run."""
     config, plan = setup.config, setup.plan
-    objective, ema, loop = config.objective, config.ema, config.loop
-    rate = describe_learning_rate(
-        config.optim, plan.effective_batch, objective.logvar_learning_rate if objective.learn_logvar else None
-    )
+    ema, loop = config.ema, config.loop
+    logvar_rate = config.objective.logvar_learning_rate if setup.learns_logvar else None
+    rate = describe_learning_rate(config.optim, plan.effective_batch, logvar_rate)
     threads = torch.get_num_threads()
     device = f"{setup.accelerator.device.type}, {setup.engine}, precision {setup.accelerator.mixed_precision}"
     computing = [name for name in ("gradient_checkpointing", "torch_compile") if getattr(loop, name)]
@@ -37,37 +35,24 @@ def describe_run(setup: Setup, folder: Path | None) -> str:
     place = str(folder or config.output.output_dir or "a new folder")
     rows = [
         ("data", setup.data.description),
-        ("schedule", describe_schedule(config.schedule)),
-        ("loss", _describe_loss(objective, setup.parts.objective.loss_weighting)),
+        *workload_of(setup).describe(setup),
         ("learning rate", rate),
         ("EMA", average),
-        ("parameters", f"{sum(parameter.numel() for parameter in setup.denoiser_parameters):,}"),
+        ("parameters", f"{sum(parameter.numel() for parameter in setup.network_parameters):,}"),
         ("memory", describe_memory(sizes, plan.processes if setup.is_sharded else 1)),
         ("device", ", ".join([f"{device}, {threads} thread{'s' if threads > 1 else ''}", *computing])),
         ("output", place),
         ("checkpoints", describe_checkpoints(disk_usage(setup, sizes, folder))),
     ]
-    tables = [parameter_table(setup.denoiser)]
+    tables = [parameter_table(setup.trained.network)]
     if classes := count_classes(setup.data):
         tables.append(describe_classes(classes))
     return "\n".join([*tables, describe_plan(plan, rows)])
 
 
-def _describe_loss(options: ObjectiveOptions, weighting: str) -> str:
-    text = f"{options.loss_type}, logvar {'learned' if options.learn_logvar else options.logvar_init}"
-    if weighting != "simple":
-        gamma = "" if options.snr_gamma is None else f" {options.snr_gamma:g}"
-        text += f", weights {weighting}{gamma}"
-    if options.timestep_sampler != "uniform":
-        text += f", steps {options.timestep_sampler}"
-    if options.original_elbo_weight:
-        text += f", {options.original_elbo_weight:g} x {options.elbo_weights} ELBO"
-    return text
-
-
 def state_sizes(setup: Setup) -> StateSizes:
     """Bytes of a run's state, without activations, which depend on the batch."""
-    parameters = [*setup.denoiser_parameters, *setup.logvar_parameters]
+    parameters = [*setup.network_parameters, *setup.logvar_parameters]
     weights = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
     eight_bit = setup.config.optim.use_8bit_adam
     moments = 2 * sum(parameter.numel() for parameter in parameters) if eight_bit else 2 * weights

@@ -111,7 +111,7 @@ def report_nonfinite(setup: Setup, folder: Path, meter: LossMeter, step: int) ->
     accelerator = setup.accelerator
     own = [(accelerator.process_index, sample) for sample in meter.samples(step)]
     samples: list[RankedSample] = gather_object(own)
-    norms = norm_of_modules(setup.denoiser, meter.norms(step))
+    norms = norm_of_modules(setup.trained.network, meter.norms(step))
     line = f"step {step}: {_describe_samples(samples, norms)}"
     if accelerator.is_main_process:
         try:
@@ -141,10 +141,10 @@ def advice(options: OptimOptions, precision: str) -> str:
     return text
 
 
-def norm_of_modules(denoiser: nn.Module, norms: Iterable[float]) -> dict[str, float]:
+def norm_of_modules(network: nn.Module, norms: Iterable[float]) -> dict[str, float]:
     """The gradient's norm in each module that directly holds parameters, from the norms of those, in their order."""
     squares: dict[str, float] = {}
-    for (name, _), norm in zip(denoiser.named_parameters(), norms, strict=True):
+    for (name, _), norm in zip(network.named_parameters(), norms, strict=True):
         module = name.rpartition(".")[0]
         squares[module] = squares.get(module, 0.0) + norm * norm
     return {name: math.sqrt(square) if square >= 0 else square for name, square in squares.items()}

@@ -18,11 +18,11 @@ from diffusers_ddpm_ext.training.checkpoints.folders import checkpoint_step, del
 from diffusers_ddpm_ext.training.checkpoints.state import capture_snapshot
 from diffusers_ddpm_ext.training.checkpoints.writer import write_checkpoint
 from diffusers_ddpm_ext.training.distributed import any_rank, fail_together
-from diffusers_ddpm_ext.training.factory.parts import Parts
-from diffusers_ddpm_ext.training.loop.export import ExportedNetworks, export_networks, save_pipeline
+from diffusers_ddpm_ext.training.loop.export import ExportedNetworks
 from diffusers_ddpm_ext.training.loop.resume import BEST, FINISHED, MONITOR, saved_progress, training_objects
 from diffusers_ddpm_ext.training.loop.run import Run, Task
 from diffusers_ddpm_ext.training.loop.setup import Setup
+from diffusers_ddpm_ext.training.loop.workload import workload_of
 from diffusers_ddpm_ext.training.tracking.console import print_line
 from diffusers_ddpm_ext.training.tracking.monitor import Monitor, MonitorDecision
 from diffusers_ddpm_ext.utils.files import replace_folder, write_text_atomically
@@ -101,22 +101,22 @@ def save_top_checkpoint(run: Run, decision: MonitorDecision) -> None:
 
 def save_best_pipeline(setup: Setup, folder: Path, step: int) -> None:
     """Save the pipeline of the present weights, the best so far, in the folder ``best``. Collective call."""
-    networks = export_networks(setup.denoiser, setup.ema, setup.parts.objective)
+    networks = workload_of(setup).export(setup)
     if networks is not None and setup.monitor is not None:
         try:
-            _write_best(folder, step, networks, setup.parts, setup.monitor)
+            _write_best(setup, folder, step, networks, setup.monitor)
         except OSError as error:
             warn(f"{folder / BEST} could not be written ({error.strerror or error}); the previous one stays")
     setup.accelerator.wait_for_everyone()
 
 
-def _write_best(folder: Path, step: int, networks: ExportedNetworks, parts: Parts, monitor: Monitor) -> None:
+def _write_best(setup: Setup, folder: Path, step: int, networks: ExportedNetworks, monitor: Monitor) -> None:
     if monitor.best is None:
         return
     draft = folder / f".writing-{step}-{secrets.token_hex(4)}"
     draft.mkdir()
     try:
-        save_pipeline(draft, networks, parts.scheduler, parts.pipeline_kwargs)
+        workload_of(setup).save(setup, draft, networks, warn=False)
         facts = {"format": 1, "monitor": monitor.name, "mode": monitor.mode, "step": step, "value": monitor.best.value}
         write_text_atomically(draft / MONITOR, json.dumps(facts, indent=1) + "\n")
         carry_over(folder / BEST, draft, foreign_files(folder / BEST))

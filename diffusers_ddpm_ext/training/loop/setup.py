@@ -14,7 +14,6 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from diffusers_ddpm_ext.errors import ConfigError, as_config_error, warn
-from diffusers_ddpm_ext.losses.checks import BOUND_LOSSES
 from diffusers_ddpm_ext.models.ema import LitEMA
 from diffusers_ddpm_ext.training.checkpoints.output_dir import check_output_dir
 from diffusers_ddpm_ext.training.config.checks import tracker_names
@@ -38,7 +37,7 @@ from diffusers_ddpm_ext.training.factory.optimizer import (
     scale_learning_rate,
 )
 from diffusers_ddpm_ext.training.factory.parts import Parts, build_ema, build_parts
-from diffusers_ddpm_ext.training.factory.task import DenoisingTask
+from diffusers_ddpm_ext.training.factory.trainable import Trainable
 from diffusers_ddpm_ext.training.factory.warm_start import initialize_ema, load_initial_weights
 from diffusers_ddpm_ext.training.loop.hub_publisher import check_hub_token
 from diffusers_ddpm_ext.training.tracking.monitor import Monitor
@@ -61,9 +60,9 @@ class Setup:
         config: as parsed.
         accelerator: device, precision and processes.
         data: the images.
-        parts: network, scheduler and objective, without wrappers.
+        trained: network and loss, without wrappers.
         plan: length of the run and sizes of its batches.
-        task: network and objective as prepared by Accelerate.
+        task: network and loss as prepared by Accelerate.
         optimizer: as prepared by Accelerate.
         lr_scheduler: stepped once per optimizer step, for any number of processes and micro-batches.
         ema: the moving average; None without one.
@@ -74,7 +73,7 @@ class Setup:
     config: TrainConfig
     accelerator: Accelerator
     data: ImageData
-    parts: Parts
+    trained: Trainable
     plan: Plan
     task: nn.Module
     optimizer: torch.optim.Optimizer
@@ -89,34 +88,40 @@ class Setup:
         return self.config.loop.seed
 
     @property
+    def parts(self) -> Parts:
+        """What is trained, in the run of a diffusion model."""
+        assert isinstance(self.trained, Parts)
+        return self.trained
+
+    @property
     def denoiser(self) -> UNet2DModel:
-        """The network with its raw weights, without wrappers."""
+        """The network of a diffusion model with its raw weights, without wrappers."""
         return self.parts.denoiser
 
     @cached_property
-    def denoiser_parameters(self) -> list[nn.Parameter]:
+    def network_parameters(self) -> list[nn.Parameter]:
         """The network's parameters; cached, since walking the modules takes time."""
-        return list(self.parts.denoiser.parameters())
+        return list(self.trained.network.parameters())
 
     @cached_property
     def logvar_parameters(self) -> list[nn.Parameter]:
         """Parameters of the log-variances; empty where they are not learned."""
-        return list(self.parts.objective.parameters())
+        return self.trained.logvar_parameters
 
     @property
     def num_train_timesteps(self) -> int:
         """Length T of the chain."""
-        return self.parts.objective.schedule.num_train_timesteps
+        return self.trained.num_train_timesteps
 
     @property
     def learns_logvar(self) -> bool:
         """Whether log-variances are learned."""
-        return self.parts.objective.learn_logvar
+        return bool(self.logvar_parameters)
 
     @property
     def is_sharded(self) -> bool:
         """Whether the network is sharded over the processes, so that a forward pass is a collective call."""
-        return any(map(is_sharded, self.denoiser_parameters))
+        return any(map(is_sharded, self.network_parameters))
 
     @property
     def engine(self) -> str:
@@ -153,26 +158,28 @@ def build_setup(config: TrainConfig) -> Setup:
         check_hub_token(config.hub)
         data = load_data(config.data, config.model.conditioning_key, progress=accelerator.is_main_process)
         check_precision(data.train.columns, accelerator.mixed_precision)
-        parts = build_parts(config, data.train)
-        data = replace(data, train=replace(data.train, dropout=parts.dropout))
+        trained: Trainable = build_parts(config, data.train)
+        data = replace(data, train=replace(data.train, dropout=trained.dropout))
         plan = make_plan(loop, len(data.train), accelerator.num_processes)
-        initial = load_initial_weights(config, parts.denoiser, parts.objective)
-        task = DenoisingTask(parts.denoiser, parts.objective, parts.conditioning, parts.sampler).to(accelerator.device)
-        ema = build_ema(config.ema, parts.denoiser)
+        initial = None
+        if isinstance(trained, Parts):
+            initial = load_initial_weights(config, trained.denoiser, trained.objective)
+        task = trained.make_task().to(accelerator.device)
+        ema = build_ema(config.ema, trained.network)
         if initial is not None:
             accelerator.print(initial.describe(None if ema is None else initialize_ema(initial, ema, config.start)))
-        prepare_denoiser(parts.denoiser, loop, accelerator.state.dynamo_plugin)
-        optimizer = make_optimizer(config.optim, config.objective.logvar_learning_rate, parts, plan.effective_batch)
+        prepare_network(trained, loop, accelerator.state.dynamo_plugin)
+        optimizer = make_optimizer(config.optim, config.objective.logvar_learning_rate, trained, plan.effective_batch)
         with as_config_error("--lr_scheduler"):
             optim = config.optim
             lr_scheduler = lr_schedule(
                 optim.lr_scheduler, optimizer, plan.steps, optim.lr_warmup_steps, optim.lr_scheduler_args
             )
-        monitor = make_monitor(config, has_validation=data.validation is not None)
+        monitor = make_monitor(config, trained, has_validation=data.validation is not None)
     # Accelerate does not get the scheduler: its wrapper steps once per process and step.
     wrapped, optimizer = accelerator.prepare(task, optimizer)
     missing = initial is None and config.start.ckpt_path is not None
-    setup = Setup(config, accelerator, data, parts, plan, wrapped, optimizer, lr_scheduler, ema, monitor, missing)
+    setup = Setup(config, accelerator, data, trained, plan, wrapped, optimizer, lr_scheduler, ema, monitor, missing)
     if accelerator.is_main_process:
         for warning in setup_warnings(setup):
             warn(warning)
@@ -182,10 +189,10 @@ def build_setup(config: TrainConfig) -> Setup:
 def setup_warnings(setup: Setup) -> list[str]:
     """Sentences on choices that are probably mistakes."""
     device = setup.accelerator.device.type
-    size = sum(parameter.numel() for parameter in setup.denoiser_parameters)
+    size = sum(parameter.numel() for parameter in setup.network_parameters)
     warnings = [
         setup.data.warning,
-        schedule_warning(setup.parts.objective.schedule),
+        schedule_warning(setup.parts.objective.schedule) if isinstance(setup.trained, Parts) else None,
         model_size_warning(size, device, setup.data.size),
         warmup_warning(setup.config.optim, setup.plan.steps),
         epochs_warning(setup.plan),
@@ -195,22 +202,23 @@ def setup_warnings(setup: Setup) -> list[str]:
     return [warning for warning in warnings if warning is not None]
 
 
-def prepare_denoiser(denoiser: UNet2DModel, options: LoopOptions, plugin: TorchDynamoPlugin) -> None:
+def prepare_network(trained: Trainable, options: LoopOptions, plugin: TorchDynamoPlugin) -> None:
     """Enable gradient checkpointing and compilation, in place; a ConfigError where that is not possible.
 
     A compiler that Accelerate's configuration requests is applied to the network only, and removed from the plugin.
     """
     if options.gradient_checkpointing:
         with as_config_error("--gradient_checkpointing"):
-            denoiser.enable_gradient_checkpointing()
+            trained.network.enable_gradient_checkpointing()
     requested = plugin.backend not in (None, DynamoBackend.NO)
     if requested or options.torch_compile:
         kwargs = plugin.to_kwargs() if requested else {}
         kwargs.pop("use_regional_compilation", None)
         plugin.backend = DynamoBackend.NO
         with as_config_error("--torch_compile"):  # a missing compiler fails here, not in the first step
-            torch.compile(torch.nn.Identity(), **kwargs)(torch.zeros(2, device=denoiser.device))
-        denoiser.compile(**kwargs)  # in place: a wrapper's name would be in every checkpoint
+            torch.compile(torch.nn.Identity(), **kwargs)(torch.zeros(2, device=trained.network.device))
+        for module in trained.compiled_modules:
+            module.compile(**kwargs)  # in place: a wrapper's name would be in every checkpoint
 
 
 def make_plan(options: LoopOptions, images: int, processes: int) -> Plan:
@@ -226,33 +234,18 @@ def make_plan(options: LoopOptions, images: int, processes: int) -> Plan:
 
 
 def make_optimizer(
-    options: OptimOptions, logvar_learning_rate: float, parts: Parts, effective_batch: int
+    options: OptimOptions, logvar_learning_rate: float, trained: Trainable, effective_batch: int
 ) -> torch.optim.Optimizer:
     """AdamW over the network and, in a separate group, the log-variances; a ConfigError where it is not available."""
-    denoiser, objective = parts.denoiser.parameters(), parts.objective.parameters()
-    groups = parameter_groups(denoiser, objective, options.adam_weight_decay, logvar_learning_rate)
+    network, logvar = trained.network.parameters(), trained.logvar_parameters
+    groups = parameter_groups(network, logvar, options.adam_weight_decay, logvar_learning_rate)
     rate = scale_learning_rate(options.learning_rate, options.lr_scaling, effective_batch)
     make = adamw_8bit if options.use_8bit_adam else adamw
     with as_config_error("--use_8bit_adam" if options.use_8bit_adam else ""):
         return make(groups, rate, (options.adam_beta1, options.adam_beta2), options.adam_epsilon)
 
 
-def metric_names(config: TrainConfig, has_validation: bool) -> list[str]:
-    """Names of the metrics that are logged by the time of a validation, and can be monitored."""
-    kinds = ["loss", "loss_simple", "loss_vlb"]
-    names = [f"train/{kind}" for kind in kinds]
-    if config.objective.loss_type in BOUND_LOSSES:
-        names.append("train/loss_bound")
-    if config.objective.learn_logvar:
-        names += ["train/loss_gamma", "logvar"]
-    if config.validation.validation_bpd:
-        kinds.append("bpd")
-    if has_validation:
-        names += [f"val/{kind}{suffix}" for suffix in ("", "_ema")[: 1 + config.ema.use_ema] for kind in kinds]
-    return names
-
-
-def make_monitor(config: TrainConfig, has_validation: bool) -> Monitor | None:
+def make_monitor(config: TrainConfig, trained: Trainable, has_validation: bool) -> Monitor | None:
     """The monitor of the best checkpoints; None without a metric. A metric that is not logged is a ConfigError."""
     options = config.monitoring
     name = options.monitor
@@ -262,8 +255,13 @@ def make_monitor(config: TrainConfig, has_validation: bool) -> Monitor | None:
                 "--early_stopping_patience needs a metric: hold out images for validation, or name a --monitor"
             )
         return None
-    name = name or ("val/loss_simple_ema" if config.ema.use_ema else "val/loss_simple")
-    names = metric_names(config, has_validation)
+    kinds, suffixes = (
+        trained.validation_kinds(config.validation.validation_bpd),
+        ("", "_ema")[: 1 + config.ema.use_ema],
+    )
+    name = name or f"val/{kinds[0]}{suffixes[-1]}"
+    validated = [f"val/{kind}{suffix}" for suffix in suffixes for kind in kinds]
+    names = [*trained.train_metrics, *(validated if has_validation else [])]
     if name not in names:
         raise ConfigError(f"--monitor {name} is not logged in this run: choose one of {', '.join(names)}")
     return Monitor(

@@ -10,12 +10,11 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from diffusers_ddpm_ext.diffusion.timesteps import TimestepSampler, stratify
-from diffusers_ddpm_ext.losses.objective import ObjectiveOutput
 from diffusers_ddpm_ext.training.data.batches import Batch
 from diffusers_ddpm_ext.training.distributed import any_rank, gather_rows
 from diffusers_ddpm_ext.training.factory.optimizer import clip_gradients, gradient_norms
 from diffusers_ddpm_ext.training.loop.setup import Setup
-from diffusers_ddpm_ext.training.tracking.step_losses import StepTrace
+from diffusers_ddpm_ext.training.tracking.step_losses import StepOutput, StepTrace
 from diffusers_ddpm_ext.utils import random_keys as keys
 
 
@@ -30,7 +29,7 @@ class MicroBatchResult:
         timesteps: (b,), int64, on the CPU.
     """
 
-    output: ObjectiveOutput
+    output: StepOutput
     images: Tensor
     positions: Tensor
     timesteps: Tensor
@@ -69,12 +68,12 @@ def train_step(setup: Setup, step: int, batches: Iterator[Batch]) -> StepTrace:
                     setup.accelerator.scaler.update()  # or it would mistake the next step for this one
             optimizer.zero_grad()
         if ema is not None and every_micro_batch and applied:
-            ema.step(setup.denoiser)
-    if applied and setup.parts.sampler is not None and setup.parts.sampler.learns:
-        update_sampler(setup.parts.sampler, setup.accelerator, results)
+            ema.step(setup.trained.network)
+    if applied and setup.trained.sampler is not None and setup.trained.sampler.learns:
+        update_sampler(setup.trained.sampler, setup.accelerator, results)
     setup.lr_scheduler.step()
     if ema is not None and not every_micro_batch and applied:
-        ema.step(setup.denoiser)
+        ema.step(setup.trained.network)
     return StepTrace(
         step + 1,
         learning_rate,
@@ -89,11 +88,12 @@ def train_step(setup: Setup, step: int, batches: Iterator[Batch]) -> StepTrace:
 def forward_backward(setup: Setup, step: int, micro: int, batch: Batch) -> MicroBatchResult:
     """Forward and backward pass of a micro-batch, number ``micro`` of its step."""
     device = setup.accelerator.device
-    t, noise = keys.sample_draws(setup.seed, step, batch.positions, batch.pixels.shape[1:], setup.num_train_timesteps)
+    shape = setup.trained.noise_shape(batch.pixels.shape[1:])
+    t, noise = keys.sample_draws(setup.seed, step, batch.positions, shape, setup.num_train_timesteps)
     t, weights = draw_timesteps(setup, step, batch.positions, t)
     seed_dropout(setup.accelerator, setup.seed, step, micro)
     draws = (noise.to(device, non_blocking=True), t.to(device, non_blocking=True))
-    conditions = () if setup.parts.conditioning.conditioning_key is None else (batch.conditions,)
+    conditions = () if setup.trained.conditioning.conditioning_key is None else (batch.conditions,)
     kwargs = {} if weights is None else {"weights": weights.to(device, non_blocking=True)}
     output = setup.task(batch.pixels, *draws, *conditions, **kwargs)
     setup.accelerator.backward(output.loss)
@@ -105,7 +105,7 @@ def draw_timesteps(setup: Setup, step: int, positions: Tensor, uniform: Tensor) 
 
     ``uniform`` are the timesteps that were drawn uniformly together with the noise.
     """
-    sampler = setup.parts.sampler
+    sampler = setup.trained.sampler
     if sampler is None or (sampler.probabilities() is None and not sampler.stratified):
         return uniform, None
     u = keys.uniform_draws(setup.seed, step, positions)
@@ -146,12 +146,12 @@ def clip(setup: Setup) -> Tensor:
     max_norm = setup.config.optim.max_grad_norm
     if setup.learns_logvar:
         clip_gradients(setup.logvar_parameters, max_norm)
-    norms = gradient_norms(setup.denoiser_parameters)
-    clip_gradients(setup.denoiser_parameters, max_norm, norms)
+    norms = gradient_norms(setup.network_parameters)
+    clip_gradients(setup.network_parameters, max_norm, norms)
     return norms
 
 
-def is_finite(accelerator: Accelerator, outputs: Sequence[ObjectiveOutput], norms: Tensor) -> bool:
+def is_finite(accelerator: Accelerator, outputs: Sequence[StepOutput], norms: Tensor) -> bool:
     """Whether every loss and gradient of a step is finite in all processes. Collective call.
 
     ``norms``, from `clip`, are ignored under a loss scaler, which skips steps with non-finite gradients itself.

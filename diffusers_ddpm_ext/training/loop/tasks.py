@@ -9,13 +9,11 @@ from dataclasses import dataclass
 from diffusers_ddpm_ext.errors import Interrupted, RunError, warn
 from diffusers_ddpm_ext.training.config.train_config import TrainConfig
 from diffusers_ddpm_ext.training.distributed import any_rank
-from diffusers_ddpm_ext.training.loop.export import export_networks, save_pipeline
 from diffusers_ddpm_ext.training.loop.metrics_logging import log_images
-from diffusers_ddpm_ext.training.loop.previews import draw_final, draw_samples
 from diffusers_ddpm_ext.training.loop.run import Run, Task
 from diffusers_ddpm_ext.training.loop.saving import save_best_pipeline, save_checkpoint, save_top_checkpoint
 from diffusers_ddpm_ext.training.loop.stop_requests import RequestPoller, StopRequest
-from diffusers_ddpm_ext.training.loop.validation import validation_metrics
+from diffusers_ddpm_ext.training.loop.workload import workload_of
 from diffusers_ddpm_ext.training.tracking.console import describe_validation, print_line, validation_bound
 from diffusers_ddpm_ext.training.tracking.plan import Plan
 
@@ -86,6 +84,7 @@ def run_pending_tasks(run: Run, poller: RequestPoller) -> None:
 
 def run_task(task: Task, run: Run) -> bool:
     """Do one task; False where a signal interrupted it. Collective call: every process must make it."""
+    workload = workload_of(run.setup)
     match task:
         case Task.VALIDATION:
             return validate(run)
@@ -94,17 +93,17 @@ def run_task(task: Task, run: Run) -> bool:
         case Task.MODEL:
             save_model(run)
         case Task.IMAGES:
-            return draw_and_log(run, draw_samples, _sample_images(run.progress.step))
+            return draw_and_log(run, workload.draw_samples, workload.sample_images(run.progress.step))
         case Task.END:
-            curves = ("loss", "logvar") if run.progress.step == run.setup.plan.steps else ()
-            return draw_and_log(run, draw_final, (*_sample_images(run.progress.step), *curves))
+            curves = workload.final_images if run.progress.step == run.setup.plan.steps else ()
+            return draw_and_log(run, workload.draw_final, (*workload.sample_images(run.progress.step), *curves))
     return True
 
 
 def validate(run: Run) -> bool:
     """Evaluate raw and EMA weights on the same draws, and update the monitor; False where a signal interrupted it."""
     setup, progress = run.setup, run.progress
-    values = validation_metrics(setup, run.processes)
+    values = workload_of(setup).validation_metrics(setup, run.processes)
     if any_rank(setup.accelerator, bool(run.signals.stopped_by)):
         return False
     if values and setup.accelerator.is_main_process:
@@ -134,13 +133,11 @@ def save_model(run: Run) -> None:
         RunError: the final one could not be written; an earlier failure is a warning.
     """
     setup, is_final = run.setup, Task.END in run.progress.pending
-    failure = ""
-    networks = export_networks(setup.denoiser, setup.ema, setup.parts.objective)
+    failure, workload = "", workload_of(setup)
+    networks = workload.export(setup)
     if networks is not None:
         try:
-            pipeline = save_pipeline(run.folder, networks, setup.parts.scheduler, setup.parts.pipeline_kwargs)
-            if is_final:
-                pipeline.warn_if_stock_fails()
+            workload.save(setup, run.folder, networks, warn=is_final)
         except OSError as error:
             failure = f"the pipeline could not be saved in {run.folder} ({error.strerror or error})"
     setup.accelerator.wait_for_everyone()
@@ -168,7 +165,3 @@ def draw_and_log(run: Run, draw: Callable[[Run], None], names: tuple[str, ...]) 
         return False
     log_images(run, names)
     return True
-
-
-def _sample_images(step: int) -> tuple[str, str]:
-    return f"samples-{step}", f"denoise_row-{step}"

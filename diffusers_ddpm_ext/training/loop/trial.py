@@ -27,7 +27,7 @@ def run_trial(setup: Setup) -> Trial:
     Weights, optimizer and average change: the caller ends afterwards. Collective call.
     """
     accelerator, plan = setup.accelerator, setup.plan
-    size = sum(parameter.numel() for parameter in setup.denoiser_parameters)
+    size = sum(parameter.numel() for parameter in setup.network_parameters)
     is_slow = accelerator.device.type == "cpu" and size >= SLOW_ON_CPU
     setup.task.train()
     kept = _KeptTensors(setup)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from diffusers_ddpm_ext.diffusion.schedule import NoiseSchedule
-from diffusers_ddpm_ext.training.config.options import OptimOptions, ScheduleOptions
+from diffusers_ddpm_ext.training.config.options import ObjectiveOptions, OptimOptions, ScheduleOptions
 from diffusers_ddpm_ext.training.factory.optimizer import scale_learning_rate
 from diffusers_ddpm_ext.utils.vocabulary import TO_COMPVIS_BETA_SCHEDULE, TO_COMPVIS_PREDICTION_TYPE
 
@@ -95,6 +95,19 @@ def describe_schedule(options: ScheduleOptions) -> str:
         betas, compvis = f"{betas}, zero terminal SNR", "given_betas"
     prediction = options.prediction_type
     return f"{betas}, predicts {prediction} (CompVis: {compvis}, {TO_COMPVIS_PREDICTION_TYPE[prediction]})"
+
+
+def describe_loss(options: ObjectiveOptions, weighting: str) -> str:
+    """The loss, its log-variances and its weights."""
+    text = f"{options.loss_type}, logvar {'learned' if options.learn_logvar else options.logvar_init}"
+    if weighting != "simple":
+        gamma = "" if options.snr_gamma is None else f" {options.snr_gamma:g}"
+        text += f", weights {weighting}{gamma}"
+    if options.timestep_sampler != "uniform":
+        text += f", steps {options.timestep_sampler}"
+    if options.original_elbo_weight:
+        text += f", {options.original_elbo_weight:g} x {options.elbo_weights} ELBO"
+    return text
 
 
 def schedule_warning(schedule: NoiseSchedule) -> str | None:

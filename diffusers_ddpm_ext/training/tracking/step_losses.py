@@ -6,15 +6,34 @@ A step therefore never waits for its own loss.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from diffusers_ddpm_ext.losses.objective import ObjectiveOutput
+GRAD_NORM = "grad_norm"
 
-MEANS = ("loss", "loss_simple", "loss_vlb", "loss_gamma", "logvar", "loss_bound", "grad_norm")
+
+class StepOutput(Protocol):
+    """Losses of a micro-batch, on the device.
+
+    Attributes:
+        loss: scalar to minimize.
+        per_sample_loss: (B,), its part of each sample.
+    """
+
+    @property
+    def loss(self) -> Tensor:
+        """See the class."""
+
+    @property
+    def per_sample_loss(self) -> Tensor:
+        """See the class."""
+
+    def scalars(self) -> dict[str, Tensor]:
+        """The scalars to log, by name; ``loss`` and ``loss_simple`` are among them."""
 
 
 @dataclass(frozen=True)
@@ -26,35 +45,35 @@ class StepRecord:
         learning_rate: of the network, in this step.
         loss: the minimized loss.
         loss_simple: the unweighted distance.
-        loss_vlb: the distance under the weights of the variational bound.
+        loss_vlb: the distance under the weights of the variational bound; None where nothing is denoised.
         loss_gamma: the distance under the log-variances, ``mean(loss / exp(logvar) + logvar)``.
         logvar: mean of the table of log-variances.
         grad_norm: 2-norm of the network's gradient before clipping.
         loss_bound: bits per dimension, an estimate of the bound without its prior; None where the loss has no bound.
         applied: whether the step updated the weights; False if it was skipped because it was not finite.
+        terms: further terms of the loss, by name.
     """
 
     step: int
     learning_rate: float
     loss: float
     loss_simple: float
-    loss_vlb: float
+    loss_vlb: float | None
     loss_gamma: float
     logvar: float
     grad_norm: float
     loss_bound: float | None = None
     applied: bool = True
+    terms: Mapping[str, float] = field(default_factory=dict)
 
     def row(self, learned_logvar: bool) -> dict[str, float]:
         """A row for ``metrics.jsonl`` and trackers, under CompVis' names, with log-variances if learned."""
         if not self.applied:
             return {"step": self.step, "train/skipped": 1, "lr": self.learning_rate}
-        row = {
-            "step": self.step,
-            "train/loss": self.loss,
-            "train/loss_simple": self.loss_simple,
-            "train/loss_vlb": self.loss_vlb,
-        }
+        row = {"step": self.step, "train/loss": self.loss, "train/loss_simple": self.loss_simple}
+        row |= {f"train/{name}": value for name, value in self.terms.items()}
+        if self.loss_vlb is not None:
+            row["train/loss_vlb"] = self.loss_vlb
         if self.loss_bound is not None:
             row["train/loss_bound"] = self.loss_bound
         if learned_logvar:
@@ -93,7 +112,7 @@ class StepTrace:
 
     step: int
     learning_rate: float
-    outputs: list[ObjectiveOutput]
+    outputs: Sequence[StepOutput]
     images: list[Tensor]
     timesteps: list[Tensor]
     norms: Tensor
@@ -103,7 +122,8 @@ class StepTrace:
 @dataclass(frozen=True)
 class _Pending:
     trace: StepTrace  # without its outputs, whose graph is freed
-    means: Tensor  # of `MEANS`
+    names: tuple[str, ...]
+    means: Tensor  # of these names
     losses: list[Tensor]  # per sample, one tensor per micro-batch
 
 
@@ -117,14 +137,12 @@ class LossMeter:
     def add(self, trace: StepTrace) -> None:
         """Add one optimizer step, without reading anything back from the device."""
         with torch.no_grad():
-            terms = [
-                torch.stack([out.loss, out.loss_simple, out.loss_vlb, out.loss_gamma, out.logvar_mean, _bound(out)])
-                for out in trace.outputs
-            ]
-            mean = torch.stack(terms).mean(0)
+            scalars = [output.scalars() for output in trace.outputs]
+            mean = torch.stack([torch.stack(list(each.values())) for each in scalars]).mean(0)
             norm = torch.linalg.vector_norm(trace.norms).to(mean).reshape(1)
         losses = [out.per_sample_loss.detach() for out in trace.outputs]
-        self._pending.append(_Pending(replace(trace, outputs=[]), torch.cat([mean, norm]), losses))
+        names = (*scalars[0], GRAD_NORM)
+        self._pending.append(_Pending(replace(trace, outputs=[]), names, torch.cat([mean, norm]), losses))
 
     def read(self, mean_over_ranks: Callable[[Tensor], Tensor]) -> list[StepRecord]:
         """One record per step added since the last call, oldest first: the one place where the host waits.
@@ -136,15 +154,7 @@ class LossMeter:
         if not self._last_read:
             return []
         rows = mean_over_ranks(torch.stack([pending.means for pending in self._last_read])).tolist()
-        records = []
-        for pending, row in zip(self._last_read, rows, strict=True):
-            means, trace = dict(zip(MEANS, row, strict=True)), pending.trace
-            bound = means.pop("loss_bound")
-            loss_bound = None if math.isnan(bound) else bound
-            records.append(
-                StepRecord(trace.step, trace.learning_rate, loss_bound=loss_bound, applied=trace.applied, **means)
-            )
-        return records
+        return [_record(pending, row) for pending, row in zip(self._last_read, rows, strict=True)]
 
     def samples(self, step: int) -> list[SampleLoss]:
         """This process's samples of a step that was not read yet or was in the block read last."""
@@ -162,8 +172,16 @@ class LossMeter:
         return next(pending for pending in (*self._pending, *self._last_read) if pending.trace.step == step)
 
 
-def _bound(output: ObjectiveOutput) -> Tensor:
-    return torch.full_like(output.loss, math.nan) if output.loss_bound is None else output.loss_bound.to(output.loss)
+def _record(pending: _Pending, row: list[float]) -> StepRecord:
+    """The record of a step from the means of its scalars."""
+    means: dict[str, Any] = {"loss_vlb": None, "loss_gamma": 0.0, "logvar": 0.0}
+    means |= dict(zip(pending.names, row, strict=True))
+    if math.isnan(means.get("loss_bound", math.nan)):
+        means["loss_bound"] = None
+    own = {each.name for each in fields(StepRecord)}
+    terms = {name: means.pop(name) for name in list(means) if name not in own}
+    trace = pending.trace
+    return StepRecord(trace.step, trace.learning_rate, applied=trace.applied, terms=terms, **means)
 
 
 def first_nonfinite(records: list[StepRecord], check_gradients: bool) -> StepRecord | None:

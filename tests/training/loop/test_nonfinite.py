@@ -146,7 +146,7 @@ def test_rollback_loads_the_checkpoint_and_continues_with_the_next_batch(tmp_pat
     real = trainer.train_step
 
     def recording(setup: Any, number: int, batches: Any) -> Any:
-        weights = [p.detach().clone() for p in setup.denoiser_parameters]
+        weights = [p.detach().clone() for p in setup.network_parameters]
         seen[number + 1] = weights + [s.clone() for s in setup.ema.shadow.values()]
         return real(setup, number, batches)
 

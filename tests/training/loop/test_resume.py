@@ -22,7 +22,7 @@ from diffusers_ddpm_ext.training import trainer
 from diffusers_ddpm_ext.training.checkpoints.folders import checkpoint_step, list_checkpoints
 from diffusers_ddpm_ext.training.checkpoints.manifest import verify
 from diffusers_ddpm_ext.training.checkpoints.writer import CheckpointNotWritten
-from diffusers_ddpm_ext.training.loop import previews, saving, tasks
+from diffusers_ddpm_ext.training.loop import previews, saving, tasks, workload
 from diffusers_ddpm_ext.utils.folder_lock import FolderLock
 
 EVERY = {"checkpointing_steps": 2, "max_train_steps": 7, "validation_steps": 3, "save_images_steps": 4, "seed": 5}
@@ -101,13 +101,13 @@ MOMENTS: dict[str, tuple[Any, str, int, bool]] = {
     "while a checkpoint is written": (saving.snapshots, "write_snapshot", 2, True),
     "just after a checkpoint": (trainer, "save_checkpoint", 2, False),
     "before the old checkpoint goes": (saving, "delete_old_checkpoints", 2, True),
-    "in a validation": (tasks, "validation_metrics", 2, True),
-    "between validation and its row": (tasks, "validation_metrics", 1, False),
+    "in a validation": (workload, "validation_metrics", 2, True),
+    "between validation and its row": (workload, "validation_metrics", 1, False),
     "while images are drawn": (previews, "make_preview", 2, True),
     "while the best is written": (saving, "_write_best", 1, True),
     "while the best of all is written": (saving, "_write_best", 3, True),  # each of the three is better
     "just before the best of all is written": (tasks, "save_best_pipeline", 3, True),
-    "at the end, before the pipeline": (tasks, "save_pipeline", 1, True),
+    "at the end, before the pipeline": (workload, "save_pipeline", 1, True),
     "at the end, while the last images are drawn": (previews, "draw_final_samples", 1, True),
     "just before the end is noted": (trainer, "mark_finished", 1, True),
 }
@@ -157,7 +157,7 @@ def test_every_option_resumes(options, tmp_path):
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 @pytest.mark.parametrize("place", ["train_step", "validation_metrics", "make_preview"])
 def test_a_signal_writes_a_checkpoint_and_stops(number, status, place, straight, tmp_path, monkeypatch, capsys):
-    owner = {"train_step": trainer, "validation_metrics": tasks, "make_preview": previews}[place]
+    owner = {"train_step": trainer, "validation_metrics": workload, "make_preview": previews}[place]
     real, count = getattr(owner, place), itertools.count(1)
 
     def interrupted(*arguments: Any) -> Any:
@@ -308,7 +308,7 @@ def planted(monkeypatch: pytest.MonkeyPatch, values: list[float]) -> None:
     def planted_metrics(setup: Any, processes: Any) -> dict[str, float]:
         return {"val/loss_simple_ema": values[setup.lr_scheduler.last_epoch - 1]}  # optimizer steps done
 
-    monkeypatch.setattr(tasks, "validation_metrics", planted_metrics)
+    monkeypatch.setattr(workload, "validation_metrics", planted_metrics)
 
 
 @pytest.mark.parametrize("killed_at", [None, 3, 5])
@@ -394,7 +394,7 @@ def test_a_final_pipeline_that_cannot_be_saved_is_an_error(tmp_path, monkeypatch
 
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(tasks, "save_pipeline", full)
+        patch.setattr(workload, "save_pipeline", full)
         with pytest.raises(RunError, match="No space left"):
             run_once(folder)
     run_once(folder)
