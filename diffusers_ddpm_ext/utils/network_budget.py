@@ -39,6 +39,17 @@ COUNTS = dict.fromkeys(
 }
 """Counts in a network's configuration (one, a list with one per level, or null) -> their largest values."""
 
+WORDS = {
+    "time_embedding_type": ("positional", "fourier", "learned"),
+    "class_embed_type": ("timestep", "identity", "projection", "simple_projection"),
+    "downsample_type": ("conv", "resnet"),
+    "upsample_type": ("conv", "resnet"),
+    "resnet_time_scale_shift": ("default", "scale_shift", "ada_group", "spatial"),
+    "mid_block_type": ("UNetMidBlock2D", "UNetMidBlock2DCrossAttn", "UNetMidBlock2DSimpleCrossAttn"),
+    "attention_type": ("default", "gated", "gated-text-image"),
+}
+"""Settings that are one of a few words, or null; Diffusers builds another network for many unknown words."""
+
 
 def check_network_config(config: Mapping[str, Any], name: str) -> None:
     """Refuse a network's configuration that asks for more than any machine should build.
@@ -110,7 +121,7 @@ def check_network_types(config: Mapping[str, Any], name: str) -> None:
         name: the file, for messages.
 
     Raises:
-        ConfigError: a count is no integer of at least 1, or a number is not one.
+        ConfigError: a count is no integer of at least 1, a word is unknown, or a number is not one.
     """
     for key, largest in COUNTS.items():
         value = config.get(key)
@@ -129,6 +140,10 @@ def check_network_types(config: Mapping[str, Any], name: str) -> None:
         names = isinstance(value, (list, tuple)) and value and all(isinstance(entry, str) for entry in value)
         if value is not None and not names:
             raise ConfigError(f"{name}: {key} is {printable(repr(value), 60)}, not a list of names.")
+    for key, words in WORDS.items():
+        if config.get(key) is not None and config[key] not in words:
+            shown = printable(repr(config[key]), 60)
+            raise ConfigError(f"{name}: {key} is {shown}; allowed: {', '.join(words)}, or null.")
     for key in ("dropout", "norm_eps", "mid_block_scale_factor", "timestep_scale"):
         if key in config:
             JsonObject(name, dict(config)).number(key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import time
@@ -10,13 +11,14 @@ from typing import Any
 
 import diffusers
 import pytest
+from diffusers import UNet2DConditionModel, UNet2DModel
 from helpers.tiny import tiny_unet
 from safetensors.torch import load_file, save_file
 
 from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtScheduler
 from diffusers_ddpm_ext.cli import main
 from diffusers_ddpm_ext.errors import ConfigError
-from diffusers_ddpm_ext.utils.network_budget import check_network_config, check_network_types, least_parameters
+from diffusers_ddpm_ext.utils.network_budget import WORDS, check_network_config, check_network_types, least_parameters
 
 INDEX, NETWORK, SCHEDULER = "model_index.json", "unet/config.json", "scheduler/scheduler_config.json"
 
@@ -181,6 +183,32 @@ def test_released_networks_pass():
     assert 40e6 < least_parameters(adm) < 554e6
     with pytest.raises(ConfigError, match="config: in_channels"):
         check_network_types({"in_channels": -1}, "config")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("upsample_type", "conv\x1b[2J"),
+        ("upsample_type", "deconv"),
+        ("downsample_type", ["conv"]),
+        ("time_embedding_type", "sinusoidal"),
+        ("class_embed_type", "label"),
+        ("resnet_time_scale_shift", "shift"),
+        ("mid_block_type", "none"),
+        ("attention_type", 1),
+    ],
+)
+def test_unknown_words(key, value):
+    """For most of them Diffusers builds another network without a word, which fails, or is wrong, when it runs."""
+    with pytest.raises(ConfigError, match=f"config: {key} is .*; allowed: ") as caught:
+        check_network_types({key: value}, "config")
+    assert caught.value.args[0].isprintable()
+
+
+def test_words_of_defaults_are_known():
+    for network in (UNet2DModel, UNet2DConditionModel):
+        defaults = inspect.signature(network.__init__).parameters
+        check_network_types({key: defaults[key].default for key in WORDS if key in defaults}, "config")
 
 
 def test_the_least_number_of_parameters_is_one():

@@ -7,7 +7,7 @@ from typing import Any
 
 from diffusers_ddpm_ext.errors import ConfigError
 from diffusers_ddpm_ext.utils.input_files import exists, read_json_object
-from diffusers_ddpm_ext.utils.network_budget import check_network_config
+from diffusers_ddpm_ext.utils.network_budget import check_network_config, check_network_types
 
 MODEL_OPTION = "--model_config_name_or_path"
 
@@ -32,5 +32,11 @@ def read_model_file(source: str) -> dict[str, Any] | None:
             raise ConfigError(f"{MODEL_OPTION} {path}: neither config.json nor unet/config.json is in that folder.")
         path = files[0]
     config = read_json_object(path, MODEL_OPTION).content
+    if all(key.startswith("_") for key in config):
+        raise ConfigError(
+            f"{MODEL_OPTION} {source} describes no network: it has no key such as block_out_channels. Leave the "
+            "option out to use sizes such as --block_out_channels."
+        )
+    check_network_types(config, f"{MODEL_OPTION} {source}")
     check_network_config(config, f"{MODEL_OPTION} {source}")
     return config

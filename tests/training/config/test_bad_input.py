@@ -245,6 +245,8 @@ LOOKED_AT: dict[str, tuple[list[str], list[str]]] = {
         ["--train_data_dir", "photos", "--resolution", "15", "--model_config_name_or_path", "rgb.json"],
         ["--resolution", "15"],
     ),
+    "empty model": (["--model_config_name_or_path", "empty.json"], ["empty.json", "block_out_channels"]),
+    "model of comments": (["--model_config_name_or_path", "version.json"], ["version.json", "block_out_channels"]),
     "model with a learned variance": (
         ["--model_config_name_or_path", "two.json"],
         ["out_channels", "--variance_type learned_range"],
@@ -336,6 +338,8 @@ def place(tmp_path_factory):
     (root / "plain").touch()
     (root / "unet.json").write_text(json.dumps(UNET))
     (root / "rgb.json").write_text(json.dumps({**UNET, "in_channels": 3, "out_channels": 3}))
+    (root / "empty.json").write_text("{}")
+    (root / "version.json").write_text(json.dumps({"_class_name": "UNet2DModel", "_diffusers_version": "0.38.0"}))
     (root / "two.json").write_text(json.dumps({**UNET, "out_channels": 2}))
     (root / "unknown.yaml").write_text("learnin_rate: 1\n")
     (root / "twice.yaml").write_text("seed: 1\nseed: 2\n")
