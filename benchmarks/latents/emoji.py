@@ -3,12 +3,12 @@
     python benchmarks/latents/emoji.py FOLDER [--font NotoColorEmoji.ttf --list emoji-test.txt]
 
 Writes ``FOLDER/train`` and ``FOLDER/held_out``, image folders with one subfolder per group (nine classes), and
-``FOLDER/emoji.json`` with the counts and the sources' sha256. Without ``--font`` and ``--list`` the two files come from
+``FOLDER/emoji.json`` with counts and the sources' sha256. Without ``--font`` and ``--list`` the two files come from
 Debian's packages ``fonts-noto-color-emoji`` (SIL Open Font License 1.1) and ``unicode-data`` (Unicode License), which
 ``apt-get download`` fetches and nothing installs.
 
-Skin tones are left out, and pictures that look the same as an earlier one. The held-out tenth is chosen by a hash of the
-name without its gender ("man running", "woman running"), so that variants stay on one side.
+Skin tones are left out, and pictures that equal an earlier one. The held-out tenth is chosen by a hash of the name
+without its gender ("man running", "woman running"), so that variants stay on one side.
 """
 
 from __future__ import annotations

@@ -166,6 +166,9 @@ class ConditionedUNet:
 
     def __call__(self, xt: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
         """Map noisy samples (R, C, H, W), steps (R,) and conditions to the network's output."""
+        table = self.pipeline.class_embedder
+        if table is not None and conditions.class_labels is not None:
+            conditions = conditions.with_class_tokens(table)
         inputs, named = self.pipeline.conditioning(xt, conditions)
         output: Tensor = self.pipeline.unet(inputs, t, **named).sample
         return output

@@ -6,9 +6,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from diffusers import UNet2DConditionModel
 from torch import nn
 
 from diffusers_ddpm_ext.compvis.architecture import NETWORK_CLASSES, NORM_GROUPS, as_list, translate_unet
+from diffusers_ddpm_ext.models.class_token_unet import ClassTokenUNet
 from diffusers_ddpm_ext.models.unet_2d_ext import stock_name
 from diffusers_ddpm_ext.pipelines.guidance import network_config
 from diffusers_ddpm_ext.utils.wrappers import network_class, unwrap
@@ -33,6 +35,8 @@ def unet_params_of(network: nn.Module) -> dict[str, Any]:
         ValueError: UNetModel cannot express it; the message names the setting.
     """
     kind, network = network_class(network), unwrap(network)
+    if kind is ClassTokenUNet:
+        kind = UNet2DConditionModel  # its table belongs to the original's conditioning stage
     class_name = next((name for name in reversed(NETWORK_CLASSES) if kind is NETWORK_CLASSES[name]), None)
     if class_name is None:
         raise ValueError(f"A {kind.__name__} cannot be exported to UNetModel.")

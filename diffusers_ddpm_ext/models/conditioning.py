@@ -22,7 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusers_ddpm_ext.utils.vocabulary import CONDITIONING_KEYS, REQUIRED_CONDITIONS
+from diffusers_ddpm_ext.utils.vocabulary import (
+    CLASS_TOKEN_KEYS,
+    CONDITIONING_KEYS,
+    REQUIRED_CONDITIONS,
+    required_conditions,
+)
 
 COORDINATE_CHANNELS = 2
 
@@ -49,6 +54,12 @@ class Conditions:
         """The same conditions on a device."""
         return replace(self, **{name: value.to(device, non_blocking=True) for name, value in self.as_dict().items()})
 
+    def with_class_tokens(self, table: Tensor) -> Conditions:
+        """The same with tokens in place of class labels: rows of ``table``, (num_classes, dim), one token a sample."""
+        assert self.class_labels is not None
+        tokens = table.to(self.class_labels.device)[self.class_labels][:, None]
+        return replace(self, class_labels=None, encoder_hidden_states=tokens)
+
     def __getitem__(self, index: Any) -> Conditions:
         """The conditions of a part of the batch."""
         return replace(self, **{name: value[index] for name, value in self.as_dict().items()})
@@ -62,13 +73,16 @@ class Conditioning:
         conditioning_key: which conditions it requires, and where they go.
         use_positional_encodings: whether two channels of coordinates come last: the column and the row of each pixel,
             from -1 (left, top) to 1.
+        embeds_classes: whether the network itself makes its tokens of cross attention from class labels
+            (`ClassTokenUNet`), which it requires in their place.
 
     Raises:
-        ValueError: the key is unknown.
+        ValueError: the key is unknown, or has no tokens that could come from classes.
     """
 
     conditioning_key: str | None = None
     use_positional_encodings: bool = False
+    embeds_classes: bool = False
 
     def __post_init__(self) -> None:
         key = self.conditioning_key
@@ -81,11 +95,13 @@ class Conditioning:
             raise ValueError(
                 f"use_positional_encodings is {self.use_positional_encodings!r}; it must be true or false."
             )
+        if self.embeds_classes and key not in CLASS_TOKEN_KEYS:
+            raise ValueError(f"embeds_classes needs conditioning_key {' or '.join(CLASS_TOKEN_KEYS)}, got {key!r}.")
 
     @property
     def required(self) -> tuple[str, ...]:
         """Names of the conditions that the network requires."""
-        return REQUIRED_CONDITIONS[self.conditioning_key]
+        return required_conditions(self.conditioning_key, self.embeds_classes)
 
     @property
     def widens_input(self) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,24 +54,29 @@ class LitEMA:
             every method takes it with or without them.
         decay: in [0, 1]; 0.9999 averages over about the last 10,000 steps.
         use_num_updates: whether the decay warms up; without it every update uses ``decay``.
+        untracked: names of trainable parameters that are not averaged.
 
     Attributes:
         decay: the limit of the decay.
         use_num_updates: whether the decay warms up.
+        untracked: names of trainable parameters that are not averaged.
         shadow: averaged values by parameter name; not copies.
 
     Raises:
         ValueError: ``decay`` is outside [0, 1], or no parameter requires a gradient.
     """
 
-    def __init__(self, module: nn.Module, decay: float = 0.9999, use_num_updates: bool = True) -> None:
+    def __init__(
+        self, module: nn.Module, decay: float = 0.9999, use_num_updates: bool = True, untracked: Collection[str] = ()
+    ) -> None:
         self.decay = _checked_decay(decay)
         self.use_num_updates = checked_flag("use_num_updates", use_num_updates)
         self._num_updates = 0 if use_num_updates else -1
         self._in_scope = False
+        self.untracked = frozenset(untracked)
         self.shadow: dict[str, Tensor] = {}
         for name, parameter in _named_parameters(module).items():
-            if parameter.requires_grad:
+            if parameter.requires_grad and name not in self.untracked:
                 dtype = torch.promote_types(parameter.dtype, torch.float32)
                 self.shadow[name] = parameter.detach().to(dtype, copy=True)
         if not self.shadow:
@@ -109,7 +114,8 @@ class LitEMA:
             raise ValueError(
                 "LitEMA.step() inside scope() would average the EMA weights with themselves; leave it first."
             )
-        parameters = {name: p for name, p in _named_parameters(module).items() if p.requires_grad}
+        named = _named_parameters(module).items()
+        parameters = {name: p for name, p in named if p.requires_grad and name not in self.untracked}
         if parameters.keys() != self.shadow.keys():
             self._refuse_other_names(set(parameters))
         self._follow(parameters)

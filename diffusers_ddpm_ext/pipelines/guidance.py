@@ -114,7 +114,7 @@ def prepare_conditions(
     concat = _checked(f"{prefix}concat_inputs", _concatenated(arguments.concat_inputs), model.dtype)
     if labels is not None and context is None and model.embeds_classes:
         assert model.class_embedder is not None
-        context, labels = model.class_embedder.to(labels.device)[labels][:, None], None
+        context, labels = Conditions(labels).with_class_tokens(model.class_embedder).encoder_hidden_states, None
     return Conditions(
         labels,
         _expanded(f"{prefix}concat_inputs", concat, batch_size),

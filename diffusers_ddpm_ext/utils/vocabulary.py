@@ -35,6 +35,17 @@ REQUIRED_CONDITIONS: dict[str | None, tuple[str, ...]] = {
     "hybrid-adm": ("concat_inputs", "encoder_hidden_states", "class_labels"),
     "crossattn-adm": ("encoder_hidden_states", "class_labels"),
 }
+CLASS_TOKEN_KEYS = ("crossattn", "hybrid")
+"""Keys whose tokens of cross attention may be made from classes."""
+
+
+def required_conditions(conditioning_key: str | None, embeds_classes: bool = False) -> tuple[str, ...]:
+    """Names of the conditions that a key requires; class labels in place of tokens where classes become tokens."""
+    names = REQUIRED_CONDITIONS[conditioning_key]
+    if not embeds_classes:
+        return names
+    return tuple("class_labels" if name == "encoder_hidden_states" else name for name in names)
+
 
 # CompVis' name -> Diffusers' name of the same betas. CompVis' linear is linear in the square root of beta.
 FROM_COMPVIS_BETA_SCHEDULE: dict[str, BetaSchedule] = {

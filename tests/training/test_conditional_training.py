@@ -11,13 +11,16 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from diffusers import UNet2DConditionModel
 from helpers.runs import TINY, losses, rows, tiny_run
 from PIL import Image
 from safetensors.torch import load_file
 
 from diffusers_ddpm_ext import DDPMExtPipeline, UNet2DExtModel
 from diffusers_ddpm_ext.cli import main
+from diffusers_ddpm_ext.compvis import save_compvis
 from diffusers_ddpm_ext.errors import ConfigError
+from diffusers_ddpm_ext.models.class_embedder import load_class_embedder
 from diffusers_ddpm_ext.models.conditioning import CONDITIONING_KEYS, REQUIRED_CONDITIONS, Conditions
 from diffusers_ddpm_ext.training import trainer
 from diffusers_ddpm_ext.training.config.options import DataOptions
@@ -96,6 +99,63 @@ def test_the_digits_need_one_option(tmp_path):
     assert pipeline(class_labels=[1, 2], num_inference_steps=2, output_type="np").images.shape == (2, 8, 8, 1)
 
 
+FROZEN = {"learning_rate": 1e-30, "adam_weight_decay": 0.0}
+CLASS_TOKENS = {"class_column": "kind", "context_column": None, "conditioning_dropout": {"class_labels": 0.2}}
+
+
+@pytest.mark.parametrize("key", ["crossattn", "hybrid"])
+def test_classes_become_trained_tokens(key, images, tmp_path):
+    """A stock network and a table: by class or by the table's row, the same picture; training moved every row."""
+    train(tmp_path / "long", **options(key, images, max_train_steps=4) | CLASS_TOKENS)
+    train(tmp_path / "short", **options(key, images, max_train_steps=1, **FROZEN) | CLASS_TOKENS)
+    pipeline, start = (DDPMExtPipeline.from_pretrained(tmp_path / name) for name in ("long", "short"))
+    assert type(pipeline.unet) is UNet2DConditionModel
+    assert pipeline.config.null_class_label == 3
+    assert pipeline.class_names == {0: "cat", 1: "dog", 2: "emu"}
+    assert pipeline.class_embedder.shape == (4, 512)
+    assert bool(((pipeline.class_embedder - start.class_embedder).abs().amax(1) > 0).all())
+    pipeline.set_progress_bar_config(disable=True)
+    concat = {} if key == "crossattn" else {"concat_inputs": torch.zeros(1, 1, 8, 8)}
+    drawn = [pipeline(num_inference_steps=3, output_type="pt", generator=torch.Generator().manual_seed(0), **condition,
+                      **concat).images
+             for condition in ({"class_labels": ["emu"]},
+                               {"encoder_hidden_states": pipeline.class_embedder[2][None, None]},
+                               {"class_labels": [0]})]  # fmt: skip
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+
+
+def test_a_run_with_class_tokens_resumes_to_the_bit_and_starts_another(images, tmp_path):
+    run_options = options("crossattn", images, checkpointing_steps=2) | CLASS_TOKENS
+    train(tmp_path / "straight", **run_options)
+    broken = tmp_path / "broken"
+    train(broken, **run_options, resume_from_checkpoint="auto", max_train_minutes=1e-9)
+    train(broken, **run_options, resume_from_checkpoint="auto")
+    table, again = (load_class_embedder(folder) for folder in (tmp_path / "straight", broken))
+    assert torch.equal(table, again)
+    train(tmp_path / "next", **run_options | FROZEN, ckpt_path=str(broken))
+    assert torch.equal(load_class_embedder(tmp_path / "next"), table)
+
+
+def test_class_tokens_go_to_an_original_checkpoint_and_on(images, tmp_path):
+    sizes = {"norm_num_groups": 32, "block_out_channels": (32, 32), "layers_per_block": 1}
+    run_options = options("crossattn", images) | CLASS_TOKENS | sizes
+    folder = tmp_path / "run"
+    train(folder, **run_options)
+    save_compvis(folder, tmp_path / "model.ckpt")
+    train(tmp_path / "next", **run_options | FROZEN, ckpt_path=str(tmp_path / "model.ckpt"))
+    assert torch.equal(load_class_embedder(tmp_path / "next"), load_class_embedder(folder))
+    raw = "unet/diffusion_pytorch_model.raw.safetensors"
+    ours, theirs = load_file(tmp_path / "next" / raw), load_file(folder / raw)
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_the_digits_become_tokens_with_one_option(tmp_path):
+    train(tmp_path, conditioning_key="crossattn", validation_bpd=True, validation_fraction=0.01)
+    assert load_class_embedder(tmp_path).shape == (10, 512)
+    assert main(["evaluate", str(tmp_path), "--max_images", "2", "--num_timesteps", "2"]) == 0
+
+
 def test_conditions_are_prepared_like_their_image(images):
     """Cropped, mirrored and shuffled alike: the second image is the first one in gray."""
     data = load_data(
@@ -130,7 +190,7 @@ DROPOUT = {"class_labels": 0.5, "concat_inputs": {"p": 0.25, "val": -1}}
 
 
 def test_dropout_is_a_function_of_seed_step_and_position():
-    dropout, null = make_condition_dropout(DROPOUT, "hybrid-adm", 3)
+    dropout, null = make_condition_dropout(DROPOUT, REQUIRED_CONDITIONS["hybrid-adm"], 3)
     assert null == 3
     labels, inputs = torch.zeros(4000, dtype=torch.long), torch.zeros(4000, 1, 1, 1)
     conditions = Conditions(labels, inputs, torch.ones(4000, 1, 1))
@@ -179,6 +239,13 @@ def test_accumulated_batches_are_the_batch(images, tmp_path):
         ({"conditioning_key": "adm", "class_column": "size"}, "size"),
         ({"conditioning_key": "concat"}, "--concat_column"),
         ({"conditioning_key": "crossattn", "context_column": "kind"}, "--context_column"),
+        ({"conditioning_key": "crossattn"}, "--class_column: a token"),
+        ({"conditioning_key": "crossattn", "class_column": "kind", "context_column": "words"}, "no effect"),
+        ({"conditioning_key": "crossattn", "class_column": "kind", "num_class_embeds": 2}, "--num_class_embeds 2"),
+        ({"conditioning_key": "crossattn", "class_column": "kind",
+          "model_config": {"_class_name": "UNet2DConditionModel", "num_class_embeds": 3}}, "--conditioning_key adm"),
+        ({"conditioning_key": "crossattn", "class_column": "kind", "conditioning_dropout": {"concat_inputs": 0.1}},
+         "the conditions of this run are class_labels"),
         ({"class_column": "kind"}, "no effect"),
         ({"conditioning_key": "adm", "conditioning_dropout": {"concat_inputs": 0.1}}, "concat_inputs"),
         ({"conditioning_key": "adm", "conditioning_dropout": {"class_labels": 2}}, "probability"),

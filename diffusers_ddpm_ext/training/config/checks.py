@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from diffusers_ddpm_ext.errors import ConfigError
-from diffusers_ddpm_ext.training.config.condition_checks import read_dropout
+from diffusers_ddpm_ext.training.config.condition_checks import embeds_classes, read_dropout
 from diffusers_ddpm_ext.utils.lr_lambdas import check_lr_schedule
 from diffusers_ddpm_ext.utils.network_budget import check_network_config
-from diffusers_ddpm_ext.utils.vocabulary import LATENTS_KEY
+from diffusers_ddpm_ext.utils.vocabulary import LATENTS_KEY, required_conditions
 
 Flat = Mapping[str, Any]
 
@@ -63,7 +63,8 @@ def check_options(flat: Flat, typed: Set[str]) -> None:
     """
     _check_dependencies(flat, typed)
     check_data_options(flat)
-    read_dropout(flat["conditioning_dropout"], flat["conditioning_key"])
+    key = flat["conditioning_key"]
+    read_dropout(flat["conditioning_dropout"], required_conditions(key, embeds_classes(key, flat)))
     _check_schedule(flat, typed)
     _check_objective(flat, typed)
     _check_model(flat)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from diffusers_ddpm_ext.errors import ConfigError, printable
-from diffusers_ddpm_ext.utils.vocabulary import REQUIRED_CONDITIONS
+from diffusers_ddpm_ext.utils.vocabulary import CLASS_TOKEN_KEYS, required_conditions
 
 COLUMN_OPTIONS = {
     "class_labels": "class_column",
@@ -27,6 +27,19 @@ class Dropped:
     null: float | None
 
 
+def embeds_classes(conditioning_key: str | None, options: Mapping[str, Any]) -> bool:
+    """Whether classes become tokens of cross attention: there is a class column, or the digits, and no embeddings.
+
+    Args:
+        conditioning_key: of the run.
+        options: of section ``data``, by name.
+    """
+    if conditioning_key not in CLASS_TOKEN_KEYS or options["context_column"] is not None:
+        return False
+    on_digits = options["train_data_dir"] is None and options["dataset_name"] is None
+    return on_digits or options["class_column"] is not None
+
+
 def select_columns(
     conditioning_key: str | None, options: Mapping[str, Any], default_class_column: str | None
 ) -> dict[str, str]:
@@ -34,20 +47,23 @@ def select_columns(
 
     Args:
         conditioning_key: of the run.
-        options: names of the columns, by option.
+        options: of section ``data``, by name.
         default_class_column: of the images' source.
 
     Raises:
         ConfigError: a column is missing, or named without effect.
     """
     columns: dict[str, str] = {}
+    required = required_conditions(conditioning_key, embeds_classes(conditioning_key, options))
     for condition, option in COLUMN_OPTIONS.items():
         column = options[option]
-        if condition in REQUIRED_CONDITIONS[conditioning_key]:
+        if condition in required:
             column = default_class_column if column is None and condition == "class_labels" else column
             if column is None:
+                tokens = condition == "encoder_hidden_states" and conditioning_key in CLASS_TOKEN_KEYS
                 raise ConfigError(
                     f"--conditioning_key {conditioning_key} needs --{option}: the column with its {condition}"
+                    + (", or --class_column: a token is then trained for each class" if tokens else "")
                 )
             columns[condition] = column
         elif column is not None:
@@ -57,12 +73,12 @@ def select_columns(
     return columns
 
 
-def read_dropout(option: Mapping[str, Any] | None, conditioning_key: str | None) -> dict[str, Dropped]:
+def read_dropout(option: Mapping[str, Any] | None, required: Sequence[str]) -> dict[str, Dropped]:
     """The conditions that are dropped, from ``--conditioning_dropout``.
 
     Args:
         option: condition to probability, or to ``{"p": probability, "val": null value}``.
-        conditioning_key: of the run.
+        required: conditions of the run.
 
     Raises:
         ConfigError: the run has no such condition, or a number is out of range.
@@ -70,8 +86,8 @@ def read_dropout(option: Mapping[str, Any] | None, conditioning_key: str | None)
     dropped = {}
     for name, value in (option or {}).items():
         label = f"--conditioning_dropout {printable(name, 60)!r}"
-        if name not in REQUIRED_CONDITIONS[conditioning_key]:
-            allowed = ", ".join(REQUIRED_CONDITIONS[conditioning_key]) or "none, without --conditioning_key"
+        if name not in required:
+            allowed = ", ".join(required) or "none, without --conditioning_key"
             raise ConfigError(f"{label}: the conditions of this run are {allowed}")
         entry = value if isinstance(value, Mapping) else {"p": value}
         if set(entry) - {"p", "val"} or not _is_number(entry.get("p")) or not 0 <= entry["p"] <= 1:

@@ -55,7 +55,7 @@ class DataOptions:
         None,
         "Column with the class of each image: of --dataset_name, or of metadata.csv or metadata.jsonl in the folder;"
         " `folder`: the name of the folder that an image is in.",
-        unset="with --conditioning_key adm: the digit, or `folder`",
+        unset="the digit; with --conditioning_key adm also `folder`",
     )
     concat_column: str | None = option(
         None, "Column with images, or paths of images, that are concatenated to the input."
@@ -89,7 +89,8 @@ class ModelOptions:
     conditioning_key: ConditioningKey | None = option(
         None,
         "How conditions enter the network: concatenated to its input (concat), as cross-attention tokens (crossattn),"
-        " as class labels (adm), or combined. For the digits, --conditioning_key adm is enough.",
+        " as class labels (adm), or combined. For the digits, adm is enough, and so is crossattn: a trained token per"
+        " class.",
         unset="unconditional",
         answers={"none": "leave it out for an unconditional network"},
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,19 +46,19 @@ class ConditionDropout:
 
 
 def make_condition_dropout(
-    option: Mapping[str, Any] | None, conditioning_key: str | None, num_classes: int | None
+    option: Mapping[str, Any] | None, required: Sequence[str], num_classes: int | None
 ) -> tuple[ConditionDropout | None, int | None]:
     """Check the option; return the dropout, None without the option, and the null class, None if there is none.
 
     Args:
         option: condition to probability, or to ``{"p": probability, "val": null value}``.
-        conditioning_key: of the run.
+        required: conditions of the run.
         num_classes: of the data; the default null class is the one after them.
 
     Raises:
         ConfigError: the run has no such condition, or a number is out of range.
     """
-    dropped = read_dropout(option, conditioning_key)
+    dropped = read_dropout(option, required)
     if not dropped:
         return None, None
     null = {}

@@ -10,6 +10,7 @@ import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 
 from diffusers_ddpm_ext.errors import ConfigError, as_config_error
+from diffusers_ddpm_ext.models.class_token_unet import ClassTokenUNet
 from diffusers_ddpm_ext.models.unet_2d_ext import UNet2DExtModel
 from diffusers_ddpm_ext.training.config.model_file import MODEL_OPTION, read_model_file
 from diffusers_ddpm_ext.training.config.options import ModelOptions
@@ -18,6 +19,8 @@ from diffusers_ddpm_ext.utils import random_keys as keys
 from diffusers_ddpm_ext.utils.network_budget import check_network_config
 
 WEIGHTS_STREAM = "weights"
+TOKEN_WIDTH = 512
+"""Width of the tokens of classes where the network's configuration has none: that of CompVis' ``ClassEmbedder``."""
 DENOISER_CLASSES: dict[str, type] = {cls.__name__: cls for cls in (UNet2DModel, UNet2DConditionModel, UNet2DExtModel)}
 
 
@@ -43,13 +46,18 @@ def build_denoiser(options: ModelOptions, shape: DenoiserShape, seed: int) -> UN
     size = shape.size
     config = config | {"sample_size": size[0] if size[0] == size[1] else list(size)}
     config = {"in_channels": shape.in_channels, "out_channels": shape.out_channels} | config
+    if shape.class_tokens is not None:
+        config = {"cross_attention_dim": TOKEN_WIDTH} | config
     if shape.needs("class_labels") and not config.get("class_embed_type"):
         config = {"num_class_embeds": shape.num_classes} | config
     check_network_config(config, option)
     _check_halvings(config, size, option)
     with torch.random.fork_rng(devices=[]), as_config_error(option):
         torch.manual_seed(keys.key(WEIGHTS_STREAM, seed))
-        denoiser: UNet2DModel = DENOISER_CLASSES[class_name].from_config(config)  # type: ignore[attr-defined]
+        cls = DENOISER_CLASSES[class_name] if shape.class_tokens is None else ClassTokenUNet
+        denoiser: UNet2DModel = cls.from_config(config)  # type: ignore[attr-defined]
+        if isinstance(denoiser, ClassTokenUNet) and shape.class_tokens is not None:
+            denoiser.add_class_embedder(shape.class_tokens)
     _try_forward(denoiser, shape, option)
     return denoiser
 
@@ -67,8 +75,8 @@ def _config_from_sizes(options: ModelOptions, shape: DenoiserShape) -> dict[str,
     """The configuration from the size options, whose consistency was checked with the options."""
     widths = list(options.block_out_channels or ())
     attention = [level in (options.attention_levels or ()) for level in range(len(widths))]
-    context = shape.context_shape
-    down, up = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D") if context else ("AttnDownBlock2D", "AttnUpBlock2D")
+    crosses = shape.needs("encoder_hidden_states")
+    down, up = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D") if crosses else ("AttnDownBlock2D", "AttnUpBlock2D")
     config: dict[str, Any] = {
         "block_out_channels": widths,
         "layers_per_block": options.layers_per_block,
@@ -81,9 +89,10 @@ def _config_from_sizes(options: ModelOptions, shape: DenoiserShape) -> dict[str,
     if shape.label_width is not None:
         width = shape.label_width
         config |= {"class_embed_type": "projection", "projection_class_embeddings_input_dim": width}
-    if context:  # UNet2DConditionModel reads attention_head_dim as the number of heads
-        heads = [max(1, width // (options.attention_head_dim or width)) for width in widths]
-        config |= {"cross_attention_dim": context[1], "attention_head_dim": heads}
+    if crosses:  # UNet2DConditionModel reads attention_head_dim as the number of heads
+        config |= {"attention_head_dim": [max(1, width // (options.attention_head_dim or width)) for width in widths]}
+    if shape.context_shape is not None:
+        config |= {"cross_attention_dim": shape.context_shape[1]}
     return config
 
 

@@ -49,13 +49,18 @@ class DenoiserShape:
         return self.channels + self.concat_channels + COORDINATE_CHANNELS * self.conditioning.use_positional_encodings
 
     def needs(self, condition: str) -> bool:
-        """Whether the network is conditioned on this."""
+        """Whether the network is conditioned on this, however the condition is made."""
         return condition in REQUIRED_CONDITIONS[self.conditioning.conditioning_key]
+
+    @property
+    def class_tokens(self) -> int | None:
+        """Number of classes that become tokens of cross attention; None where none do."""
+        return self.num_classes if self.conditioning.embeds_classes else None
 
     def zeros(self) -> tuple[torch.Tensor, Conditions]:
         """A batch of one image of zeros and its conditions, for a trial forward pass."""
         labels = None
-        if self.needs("class_labels"):
+        if "class_labels" in self.conditioning.required:
             width = self.label_width
             labels = torch.zeros(1, dtype=torch.long) if width is None else torch.zeros(1, width)
         concat = torch.zeros(1, self.concat_channels, *self.size) if self.concat_channels else None
@@ -64,15 +69,15 @@ class DenoiserShape:
 
 
 def denoiser_shape(
-    options: ModelOptions, images: ImageSet, null_class: int | None, variance_type: str
+    options: ModelOptions, conditioning: Conditioning, images: ImageSet, null_class: int | None, variance_type: str
 ) -> DenoiserShape:
-    """The shape of a run's network for its training images, null class (if any) and variance type.
+    """The shape of a run's network for its conditions, training images, null class (if any) and variance type.
 
     Raises:
-        ConfigError: ``num_class_embeds`` is smaller than the number of classes.
+        ConfigError: ``num_class_embeds`` is smaller than the number of classes; labels that are vectors where classes
+            become tokens.
     """
     channels, columns = images.shape[0], images.columns
-    conditioning = Conditioning(options.conditioning_key, options.use_positional_encodings)
     variance = variance_type if variance_type in LEARNED_VARIANCES else None
     if columns is None:
         return DenoiserShape(images.size, channels, conditioning, learned_variance=variance)
@@ -82,6 +87,11 @@ def denoiser_shape(
         classes = least if options.num_class_embeds is None else options.num_class_embeds
         if classes < least:
             raise ConfigError(f"--num_class_embeds {classes} is too few: the data and the null class need {least}")
+    if conditioning.embeds_classes and classes is None:
+        raise ConfigError(
+            f"--conditioning_key {options.conditioning_key}: only classes become tokens, the labels are vectors; use"
+            " --context_column for embeddings, or --conditioning_key adm"
+        )
     contexts = columns.contexts
     return DenoiserShape(
         size=images.size,

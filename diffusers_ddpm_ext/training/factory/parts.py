@@ -18,9 +18,11 @@ from diffusers_ddpm_ext.errors import as_config_error
 from diffusers_ddpm_ext.losses.checks import BOUND_LOSSES
 from diffusers_ddpm_ext.losses.distances import PerceptualDistance
 from diffusers_ddpm_ext.losses.objective import DDPMObjective
+from diffusers_ddpm_ext.models.class_token_unet import CLASS_TABLE, ClassTokenUNet
 from diffusers_ddpm_ext.models.conditioning import Conditioning
 from diffusers_ddpm_ext.models.ema import LitEMA
 from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
+from diffusers_ddpm_ext.training.config.condition_checks import embeds_classes
 from diffusers_ddpm_ext.training.config.options import EmaOptions, ObjectiveOptions, ScheduleOptions
 from diffusers_ddpm_ext.training.config.train_config import TrainConfig
 from diffusers_ddpm_ext.training.data.condition_dropout import ConditionDropout, make_condition_dropout
@@ -132,8 +134,13 @@ def build_parts(config: TrainConfig, images: ImageSet) -> Parts:
     labels = None if images.columns is None else images.columns.class_labels
     names = dict(enumerate(labels.names)) if labels is not None and labels.are_named else {}
     conditioning_key = config.model.conditioning_key
-    dropout, null_class = make_condition_dropout(config.data.conditioning_dropout, conditioning_key, classes)
-    shape = denoiser_shape(config.model, images, null_class, config.schedule.variance_type)
+    conditioning = Conditioning(
+        conditioning_key,
+        config.model.use_positional_encodings,
+        embeds_classes=embeds_classes(conditioning_key, vars(config.data)),
+    )
+    dropout, null_class = make_condition_dropout(config.data.conditioning_dropout, conditioning.required, classes)
+    shape = denoiser_shape(config.model, conditioning, images, null_class, config.schedule.variance_type)
     denoiser = build_denoiser(config.model, shape, config.loop.seed)
     return Parts(denoiser, scheduler, objective, shape.conditioning, dropout, null_class, classes, names, sampler)
 
@@ -174,10 +181,13 @@ def build_objective(options: ObjectiveOptions, scheduler: DDPMExtScheduler, leve
 def build_ema(options: EmaOptions, denoiser: torch.nn.Module) -> LitEMA | None:
     """The moving average of a network on its final device, free of wrappers; None without ``use_ema``.
 
+    A table of class tokens is not averaged, as in the original: a pipeline has one, for both kinds of weights.
+
     Raises:
         ConfigError: the decay is out of range.
     """
     if not options.use_ema:
         return None
     with as_config_error("--ema_decay"):
-        return LitEMA(denoiser, options.ema_decay, options.ema_use_num_updates)
+        untracked = [CLASS_TABLE] if isinstance(denoiser, ClassTokenUNet) else []
+        return LitEMA(denoiser, options.ema_decay, options.ema_use_num_updates, untracked)

@@ -25,6 +25,8 @@ from diffusers_ddpm_ext.compvis.weights import convert_tensors, export_unet
 from diffusers_ddpm_ext.errors import ConfigError
 from diffusers_ddpm_ext.losses.logvar import load_logvar
 from diffusers_ddpm_ext.losses.objective import DDPMObjective
+from diffusers_ddpm_ext.models.class_embedder import load_class_embedder
+from diffusers_ddpm_ext.models.class_token_unet import CLASS_TABLE, ClassTokenUNet
 from diffusers_ddpm_ext.models.ema import EmaMetadata, LitEMA, load_ema_metadata
 from diffusers_ddpm_ext.pipelines.guidance import network_config
 from diffusers_ddpm_ext.training.checkpoints.folders import list_checkpoints
@@ -174,11 +176,22 @@ def _read_checkpoint(path: Path, options: StartOptions, denoiser: nn.Module) -> 
         file_params = read_compvis_config(options.ckpt_config, for_training=False).unet_params
         params["use_new_attention_order"] = bool(file_params.get("use_new_attention_order", False))
         notes = _compare_settings(dict(translate_unet(file_params).config), denoiser)
+    has_table = isinstance(denoiser, ClassTokenUNet)
     contents = classify_tensors(
-        read_tensors(path), params, ignore_keys=options.ignore_keys or (), load_only_unet=False, strict=False
+        read_tensors(path),
+        params,
+        ignore_keys=options.ignore_keys or (),
+        load_only_unet=False,
+        strict=False,
+        class_embedder=has_table,
     )
     own = export_unet(denoiser, params)
     raw = _complete(contents.raw or contents.ema, own, own, options.make_it_fit)
+    table = _Completed({}, [], [])
+    if has_table:
+        loaded = {} if contents.class_embedding is None else {CLASS_TABLE: contents.class_embedding}
+        own_table = {CLASS_TABLE: denoiser.state_dict()[CLASS_TABLE]}
+        table = _complete(loaded, own_table, own_table, options.make_it_fit)
     average = {}
     if contents.ema:
         average = _complete(contents.ema, own, raw.tensors, options.make_it_fit).tensors
@@ -186,12 +199,12 @@ def _read_checkpoint(path: Path, options: StartOptions, denoiser: nn.Module) -> 
         notes.append("the file holds EMA weights only: training starts from these")
     return InitialWeights(
         source=path,
-        raw=convert_tensors(raw.tensors, params)[0],
+        raw=convert_tensors(raw.tensors, params)[0] | table.tensors,
         average=convert_tensors(average, params)[0] if average else {},
         ema_metadata=contents.ema_metadata if average else None,
         logvar=contents.logvar,
-        missing=raw.missing,
-        resized=raw.resized,
+        missing=raw.missing + table.missing,
+        resized=raw.resized + table.resized,
         left_out=contents.left_out,
         notes=notes,
         tables=contents.tables,
@@ -208,11 +221,13 @@ def _read_folder(path: Path, options: StartOptions, denoiser: nn.Module) -> Init
         )
     own = {name: tensor.detach() for name, tensor in denoiser.state_dict().items()}
     prefixes = tuple(options.ignore_keys or ())
-    default, left_out = _select(read_tensors(default_file), own, prefixes)
+    embedder = load_class_embedder(path)
+    table = {} if embedder is None else {CLASS_TABLE: embedder}
+    default, left_out = _select(read_tensors(default_file) | table, own, prefixes)
     if raw_file is None:
         raw, average = _complete(default, own, own, options.make_it_fit), {}
     else:
-        loaded, raw_left_out = _select(read_tensors(raw_file), own, prefixes)
+        loaded, raw_left_out = _select(read_tensors(raw_file) | table, own, prefixes)
         left_out = raw_left_out + left_out
         raw = _complete(loaded, own, own, options.make_it_fit)
         average = _complete(default, own, raw.tensors, options.make_it_fit).tensors

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from diffusers import UNet2DModel
+from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import Tensor
 
 from diffusers_ddpm_ext.losses.logvar import ContinuousLogvar
 from diffusers_ddpm_ext.losses.objective import DDPMObjective
+from diffusers_ddpm_ext.models.class_token_unet import CLASS_TABLE, ClassTokenUNet
 from diffusers_ddpm_ext.models.ema import EmaMetadata, LitEMA, save_ema_metadata
 from diffusers_ddpm_ext.pipelines.pipeline_ddpm_ext import DDPMExtPipeline
 from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
@@ -32,6 +33,7 @@ class ExportedNetworks:
         ema_metadata: decay and updates of the average; None where there is none.
         logvar: the learned log-variances, (T,); None where they are not learned.
         logvar_network: the function that computes them, of the continuous kind; None where it is sharded.
+        class_embedder: the tokens of the classes, (num_classes, dim); None where classes do not become tokens.
     """
 
     default: UNet2DModel
@@ -39,6 +41,7 @@ class ExportedNetworks:
     ema_metadata: EmaMetadata | None
     logvar: Tensor | None
     logvar_network: ContinuousLogvar | None
+    class_embedder: Tensor | None = None
 
 
 @torch.no_grad()
@@ -56,12 +59,13 @@ def export_networks(denoiser: UNet2DModel, ema: LitEMA | None, objective: DDPMOb
         return None
     sharded = any(map(is_sharded, denoiser.parameters()))
     logvar_network = None if sharded else objective.logvar_network
+    table = raw.pop(CLASS_TABLE, None)
     if ema is None:
-        return ExportedNetworks(_network(denoiser, raw), None, None, logvar, logvar_network)
+        return ExportedNetworks(_network(denoiser, raw), None, None, logvar, logvar_network, table)
     average = {name: tensor.to(raw[name].dtype) for name, tensor in average.items()}
     metadata = EmaMetadata(ema.decay, ema.num_updates)
     default = _network(denoiser, raw | average)
-    return ExportedNetworks(default, _network(denoiser, raw), metadata, logvar, logvar_network)
+    return ExportedNetworks(default, _network(denoiser, raw), metadata, logvar, logvar_network, table)
 
 
 @torch.no_grad()
@@ -87,8 +91,9 @@ def _unshard(tensor: Tensor) -> Tensor:
 
 def _network(like: UNet2DModel, tensors: dict[str, Tensor]) -> UNet2DModel:
     """A network of the same class and configuration that uses the given tensors without a copy."""
+    cls = UNet2DConditionModel if isinstance(like, ClassTokenUNet) else type(like)
     with init_empty_weights(include_buffers=False):
-        network: UNet2DModel = type(like).from_config(like.config)
+        network: UNet2DModel = cls.from_config(like.config)
     network.load_state_dict(tensors, assign=True)
     network.eval()
     return network
@@ -118,6 +123,7 @@ def save_pipeline(
     pipeline = DDPMExtPipeline(unet=networks.default, scheduler=scheduler, **pipeline_kwargs)
     pipeline.logvar = None if networks.logvar is None else networks.logvar.detach().float().cpu()
     pipeline.logvar_network = networks.logvar_network
+    pipeline.class_embedder = networks.class_embedder
     with replace_pipeline(folder) as draft, os_errors():
         pipeline.write_files(draft)
         if networks.raw is not None:

@@ -24,7 +24,7 @@ from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
 from diffusers_ddpm_ext.training.data.image_set import ImageSet
 from diffusers_ddpm_ext.training.evaluation.logvar_distance import logvar_warning
 from diffusers_ddpm_ext.training.evaluation.validation_loss import log_loss_per_step
-from diffusers_ddpm_ext.training.loop.export import export_networks, gather_logvar
+from diffusers_ddpm_ext.training.loop.export import ExportedNetworks, export_networks, gather_logvar
 from diffusers_ddpm_ext.training.loop.run import Run
 from diffusers_ddpm_ext.training.loop.setup import Setup
 from diffusers_ddpm_ext.utils import random_keys as keys
@@ -81,12 +81,14 @@ class Preview:
             save_grid(rows.flatten(0, 1), self.folder / "diffusion_row.png", columns=rows.shape[1]),
         )
 
-    def draw_samples(self, denoiser: UNet2DModel, scheduler: DDPMExtScheduler, step: int) -> tuple[Path, Path]:
+    def draw_samples(
+        self, denoiser: UNet2DModel, scheduler: DDPMExtScheduler, step: int, class_embedder: Tensor | None = None
+    ) -> tuple[Path, Path]:
         """Draw ``samples-<step>.png`` and ``denoise_row-<step>.png``, the denoising of the first samples.
 
         The mode of the network and the timesteps of the scheduler stay as they are.
         """
-        samples, rows = self.sample(denoiser, scheduler)
+        samples, rows = self.sample(denoiser, scheduler, class_embedder)
         return (
             save_grid(samples, self.folder / f"samples-{step}.png", captions=self._captions()),
             save_grid(rows.flatten(0, 1), self.folder / f"denoise_row-{step}.png", columns=rows.shape[1]),
@@ -102,13 +104,16 @@ class Preview:
             raise Interrupted
         return {}
 
-    def sample(self, denoiser: UNet2DModel, scheduler: DDPMExtScheduler) -> tuple[Tensor, Tensor]:
-        """Sample the images of a grid.
+    def sample(
+        self, denoiser: UNet2DModel, scheduler: DDPMExtScheduler, class_embedder: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Sample the images of a grid; ``class_embedder`` has the tokens of classes where the network takes tokens.
 
         Returns samples (N, C, H, W), and the denoising of the first ones (rows, columns, C, H, W), x_T first; in data
         units, on the CPU.
         """
         pipeline = DDPMExtPipeline(denoiser, DDPMExtScheduler.from_config(scheduler.config), **self.pipeline_kwargs)
+        pipeline.class_embedder = class_embedder
         pipeline.set_progress_bar_config(disable=True)
         chain = int(scheduler.config.num_train_timesteps)
         steps = min(self.num_inference_steps or chain, chain)
@@ -194,10 +199,10 @@ def draw_data(run: Run) -> None:
 
 def draw_samples(run: Run) -> None:
     """Draw ``samples-<step>.png`` and ``denoise_row-<step>.png``. Collective call; it changes no weight."""
-    network = sampling_network(run.setup)
+    networks = sampling_networks(run.setup)
     try:
-        if network is not None:
-            make_preview(run).draw_samples(network, run.setup.parts.scheduler, run.progress.step)
+        if networks is not None:
+            draw_grid(run, networks)
     finally:
         run.setup.accelerator.wait_for_everyone()
 
@@ -205,27 +210,36 @@ def draw_samples(run: Run) -> None:
 def draw_final(run: Run) -> None:
     """Draw the last grid of samples, also as ``samples.png``, and the curves. Collective call."""
     draw_logvar(run)  # first, since it is evaluated in all processes
-    network = sampling_network(run.setup)
+    networks = sampling_networks(run.setup)
     try:
-        if network is not None:
+        if networks is not None:
             metrics = read_metrics(run.folder / METRICS, [name for name, _, _ in RUN_LOSSES])
             plot_run_losses(
                 metrics.curves, run.folder / IMAGE_FOLDER / "loss.png", run.setup.config.objective.loss_type
             )
-            draw_final_samples(run, network)
+            draw_final_samples(run, networks)
     finally:
         run.setup.accelerator.wait_for_everyone()
 
 
-def sampling_network(setup: Setup) -> UNet2DModel | None:
-    """The network that the saved pipeline samples with, on the run's device; None outside the main process."""
+def sampling_networks(setup: Setup) -> ExportedNetworks | None:
+    """What the saved pipeline samples with, its network on the run's device; None outside the main process."""
     networks = export_networks(setup.denoiser, setup.ema, setup.parts.objective)
-    return None if networks is None else networks.default.to(setup.accelerator.device)
+    if networks is not None:
+        networks.default.to(setup.accelerator.device)
+    return networks
 
 
-def draw_final_samples(run: Run, network: UNet2DModel) -> None:
+def draw_grid(run: Run, networks: ExportedNetworks) -> Path:
+    """Draw the samples of the present step; return the file."""
+    scheduler, step = run.setup.parts.scheduler, run.progress.step
+    samples, _ = make_preview(run).draw_samples(networks.default, scheduler, step, networks.class_embedder)
+    return samples
+
+
+def draw_final_samples(run: Run, networks: ExportedNetworks) -> None:
     """Draw the last grid of samples, and copy it to the top of the run's folder."""
-    samples, _ = make_preview(run).draw_samples(network, run.setup.parts.scheduler, run.progress.step)
+    samples = draw_grid(run, networks)
     write_atomically(run.folder / FINAL_SAMPLES, lambda file: file.write(samples.read_bytes()))
 
 
