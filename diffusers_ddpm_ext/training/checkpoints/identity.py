@@ -21,7 +21,7 @@ from diffusers_ddpm_ext.training.config.train_config import TrainConfig
 from diffusers_ddpm_ext.utils.files import CONFIG
 
 # Sections and options that determine the weights. The others determine when something is written, drawn or read.
-MODEL_SECTIONS = ("model", "start", "schedule", "objective", "optim", "ema")
+MODEL_SECTIONS = ("autoencoder", "model", "start", "schedule", "objective", "optim", "ema")
 MODEL_OPTIONS = (
     "resolution", "center_crop", "random_flip", "channels", "mixed_precision", "seed",
     "class_column", "concat_column", "context_column", "conditioning_dropout",
@@ -45,7 +45,8 @@ def run_identity(config: TrainConfig, effective_batch: int, steps: int | None) -
         effective_batch: samples per optimizer step, over all processes.
         steps: length of the run; None if it depends on the images, which were not read yet.
     """
-    chosen = {name: value for section in MODEL_SECTIONS for name, value in vars(getattr(config, section)).items()}
+    sections = [section for section in MODEL_SECTIONS if section in config.table.sections]
+    chosen = {name: value for section in sections for name, value in vars(getattr(config, section)).items()}
     chosen |= {name: value for name, value in config.to_flat_dict().items() if name in MODEL_OPTIONS}
     chosen["effective_batch"] = effective_batch
     if config.optim.lr_scheduler not in SCHEDULES_WITHOUT_END:

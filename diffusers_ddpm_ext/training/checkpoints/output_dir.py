@@ -91,13 +91,16 @@ def _check_entries(folder: Path, output: OutputOptions, resuming: bool) -> None:
         raise ConfigError(f"--output_dir {printable(name)} is not empty: name another folder{way_out}")
 
 
-def acquire_output_dir(data: DataOptions, output: OutputOptions, resuming: bool = False) -> tuple[Path, FolderLock]:
+def acquire_output_dir(
+    data: DataOptions, output: OutputOptions, resuming: bool = False, suffix: str = ""
+) -> tuple[Path, FolderLock]:
     """Create the run's folder and lock it. Only the main process calls this.
 
     Args:
         data: section ``data``; a new folder is named after the images.
         output: section ``output``; without ``output_dir`` a new folder below `runs` is created.
         resuming: as in `check_output_dir`.
+        suffix: of the name of a new folder.
 
     Raises:
         ConfigError: as `check_output_dir`, or another run uses the folder, or the system cannot create or write it.
@@ -105,7 +108,7 @@ def acquire_output_dir(data: DataOptions, output: OutputOptions, resuming: bool 
     check_output_dir(output, resuming)
     try:
         if output.output_dir is None:
-            folder = _create_default(run_name(data))
+            folder = _create_default(run_name(data) + suffix)
             return folder, FolderLock(folder).acquire()
         folder = Path(output.output_dir)
         folder.mkdir(parents=True, exist_ok=True)

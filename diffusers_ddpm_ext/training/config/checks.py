@@ -61,7 +61,7 @@ def check_options(flat: Flat, typed: Set[str]) -> None:
     Raises:
         ConfigError: the first contradiction, with the option, its value and the way out.
     """
-    _check_dependencies(flat, typed)
+    check_dependencies(flat, typed, DEPENDENCIES)
     check_data_options(flat)
     key = flat["conditioning_key"]
     read_dropout(flat["conditioning_dropout"], required_conditions(key, embeds_classes(key, flat)))
@@ -69,13 +69,14 @@ def check_options(flat: Flat, typed: Set[str]) -> None:
     _check_objective(flat, typed)
     _check_model(flat)
     _check_initial_weights(flat, typed)
-    _check_run_length(flat)
-    _check_resume(flat, typed)
-    _check_output(flat)
+    check_run_length(flat)
+    check_resume(flat, typed)
+    check_output(flat)
 
 
-def _check_dependencies(flat: Flat, typed: Set[str]) -> None:
-    for name, (parent, required) in DEPENDENCIES.items():
+def check_dependencies(flat: Flat, typed: Set[str], dependencies: Mapping[str, tuple[str, Any]]) -> None:
+    """Check that no option on the command line needs another one to have an effect; see `check_options`."""
+    for name, (parent, required) in dependencies.items():
         allowed = required if isinstance(required, tuple) else (required,)
         if name in typed and flat[parent] not in allowed:
             other = f"--{parent}" if required is True else f"--{parent} {' or '.join(map(str, allowed))}"
@@ -250,7 +251,8 @@ def _check_model(flat: Flat) -> None:
             )
 
 
-def _check_run_length(flat: Flat) -> None:
+def check_run_length(flat: Flat) -> None:
+    """Check the length of the run and its learning rates; see `check_options`."""
     if flat["num_epochs"] is None and flat["max_train_steps"] is None:
         raise ConfigError("the run has no end: set --max_train_steps or --num_epochs")
     try:
@@ -259,7 +261,8 @@ def _check_run_length(flat: Flat) -> None:
         raise ConfigError(f"--{error}") from None
 
 
-def _check_resume(flat: Flat, typed: Set[str]) -> None:
+def check_resume(flat: Flat, typed: Set[str]) -> None:
+    """Check what the run resumes from; see `check_options`."""
     source = flat["resume_from_checkpoint"]
     if source is None:
         if "allow_config_change" in typed and flat["allow_config_change"]:
@@ -283,7 +286,8 @@ def tracker_names(report_to: str) -> list[str]:
     return [{"comet": "comet_ml"}.get(name, name) for name in names if name != "none"]
 
 
-def _check_output(flat: Flat) -> None:
+def check_output(flat: Flat) -> None:
+    """Check trackers and output folder; see `check_options`."""
     report_to = flat["report_to"]
     names = tracker_names(report_to)
     if not {*names} <= {*TRACKERS}:
@@ -298,7 +302,7 @@ def _check_output(flat: Flat) -> None:
         folder = Path(flat["output_dir"]).resolve()
         for name in ("train_data_dir", "validation_data_dir", "ckpt_path", "model_config_name_or_path"):
             if (
-                flat[name] is not None
+                flat.get(name) is not None
                 and Path(flat[name]).exists()
                 and Path(flat[name]).resolve().is_relative_to(folder)
             ):

@@ -12,7 +12,7 @@ from typing import Any
 from diffusers_ddpm_ext.errors import ConfigError, printable
 from diffusers_ddpm_ext.training.config.checks import MODEL_SIZES
 from diffusers_ddpm_ext.training.config.foreign_flags import explain_foreign_flag
-from diffusers_ddpm_ext.training.config.options import CANONICAL_NAMES, OPTIONS, SECTIONS
+from diffusers_ddpm_ext.training.config.option_table import TRAIN, OptionTable
 from diffusers_ddpm_ext.utils.input_files import exists, read_text
 from diffusers_ddpm_ext.utils.option_values import convert_value, unknown_option
 from diffusers_ddpm_ext.utils.yaml_io import MAX_BYTES, load_options
@@ -47,22 +47,21 @@ def recipes() -> list[str]:
 def read_recipe(name: str) -> OptionLayer:
     """Read the options of a recipe."""
     path = resources.files("diffusers_ddpm_ext.training").joinpath("recipes", f"{name}.yaml")
-    return _read_text(path.read_text(encoding="utf-8"), name)
+    return _read_text(path.read_text(encoding="utf-8"), name, TRAIN)
 
 
-def read_config(name: str) -> OptionLayer:
-    """Read the options of a YAML file, flat or by section; ``name`` is its path, or the name of a recipe.
+def read_config(name: str, table: OptionTable = TRAIN) -> OptionLayer:
+    """Read the options of a YAML file, flat or by section; ``name`` is its path, or the name of a recipe of ``train``.
 
     Raises:
         ConfigError: the file is missing, is not YAML, or an option in it is wrong.
     """
-    if name in recipes() and not Path(name).is_file():
+    if table is TRAIN and name in recipes() and not Path(name).is_file():
         return read_recipe(name)
     if not exists(name):
-        raise ConfigError(
-            f"--config {printable(name, 200)} does not exist; name a YAML file or a recipe{_nearest(name)}"
-        )
-    return _read_text(read_text(name, "--config", MAX_BYTES), name)
+        recipe = f" or a recipe{_nearest(name)}" if table is TRAIN else ""
+        raise ConfigError(f"--config {printable(name, 200)} does not exist; name a YAML file{recipe}")
+    return _read_text(read_text(name, "--config", MAX_BYTES), name, table)
 
 
 def _nearest(name: str) -> str:
@@ -86,50 +85,51 @@ def replaced_options(layer: OptionLayer) -> dict[str, None]:
     return replaced
 
 
-def _read_text(text: str, name: str) -> OptionLayer:
+def _read_text(text: str, name: str, table: OptionTable) -> OptionLayer:
     try:
         options = load_options(text)
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from None
-    return convert_options(options, name)
+    return convert_options(options, name, table)
 
 
-def convert_options(options: Mapping[str, Any], source: str = "") -> OptionLayer:
-    """Convert options from a YAML file, ``source``, or from Python.
+def convert_options(options: Mapping[str, Any], source: str = "", table: OptionTable = TRAIN) -> OptionLayer:
+    """Convert options of a command from a YAML file, ``source``, or from Python.
 
     Raises:
         ConfigError: a name is unknown or repeated, or a value is not allowed.
     """
     converted: dict[str, Any] = {}
-    for key, value in _flatten(options, source):
-        name = CANONICAL_NAMES.get(key)
+    for key, value in _flatten(options, source, table):
+        name = table.canonical_names.get(key)
         label = f"{key} (in {source})" if source else key
         if name is None:
-            error = unknown_option(key, [*CANONICAL_NAMES, *SECTIONS], dashes="", explain=explain_foreign_flag)
+            error = unknown_option(
+                key, [*table.canonical_names, *table.sections], dashes="", explain=explain_foreign_flag
+            )
             raise ConfigError(f"{error} (in {source})" if source else str(error))
         if name == "hub_token" and source:
             raise ConfigError(f"{label}: a token must not be in a file; set HF_TOKEN, or run `hf auth login`")
         if name in converted:
             raise ConfigError(f"{label} is set twice: leave one out")
-        converted[name] = convert_value(OPTIONS[name], value, label)
+        converted[name] = convert_value(table.options[name], value, label)
     return OptionLayer(source or "the options", converted)
 
 
-def _flatten(options: Mapping[str, Any], source: str) -> Iterator[tuple[str, Any]]:
+def _flatten(options: Mapping[str, Any], source: str, table: OptionTable) -> Iterator[tuple[str, Any]]:
     where = f" (in {source})" if source else ""
     for key, value in options.items():
         if not isinstance(key, str):
             raise ConfigError(f"key {key!r}{where} is not the name of an option")
-        if key not in SECTIONS:
+        if key not in table.sections:
             yield key, value
             continue
         if not isinstance(value, dict):
             raise ConfigError(f"{key}{where} is a section: write its options below it, indented")
         for name, inner in value.items():
-            if name in CANONICAL_NAMES and OPTIONS[CANONICAL_NAMES[name]].section != key:
-                raise ConfigError(
-                    f"{name}{where} belongs to section {OPTIONS[CANONICAL_NAMES[name]].section}, not {key}"
-                )
+            option = table.options.get(table.canonical_names.get(name, ""))
+            if option is not None and option.section != key:
+                raise ConfigError(f"{name}{where} belongs to section {option.section}, not {key}")
             if not isinstance(name, str):
                 raise ConfigError(f"key {name!r}{where} is not the name of an option")
             yield name, inner

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self, TypeVar
 
 from diffusers_ddpm_ext.training.config.checks import check_data_options, check_options
 from diffusers_ddpm_ext.training.config.flags import Parser
@@ -19,9 +19,9 @@ from diffusers_ddpm_ext.training.config.layers import (
     recipes,
     replaced_options,
 )
+from diffusers_ddpm_ext.training.config.option_table import TRAIN, OptionTable
 from diffusers_ddpm_ext.training.config.options import (
     OPTIONS,
-    SECTIONS,
     CheckpointOptions,
     DataOptions,
     EmaOptions,
@@ -40,6 +40,8 @@ from diffusers_ddpm_ext.utils.files import write_text_atomically
 from diffusers_ddpm_ext.utils.lr_lambdas import WITHOUT_WARMUP
 from diffusers_ddpm_ext.utils.option import option, options_of
 from diffusers_ddpm_ext.utils.yaml_io import dump_options
+
+ConfigType = TypeVar("ConfigType", bound="TrainConfig")
 
 # Not part of a written configuration: a run that repeats it must not overwrite the first one.
 NOT_WRITTEN = (
@@ -71,6 +73,8 @@ class TrainConfig:
     `parse_train_args` and `TrainConfig.from_flat` return checked configurations.
     """
 
+    table: ClassVar[OptionTable] = TRAIN
+    folder_suffix: ClassVar[str] = ""
     data: DataOptions = field(default_factory=DataOptions)
     model: ModelOptions = field(default_factory=ModelOptions)
     start: StartOptions = field(default_factory=StartOptions)
@@ -95,7 +99,48 @@ class TrainConfig:
         Raises:
             ConfigError: an unknown name, a wrong type, a value out of range, or a contradiction.
         """
-        return _resolve([convert_options(options)], typed=set())
+        return cls.resolve([convert_options(options, table=cls.table)], typed=set())
+
+    @classmethod
+    def resolve(cls, layers: Sequence[OptionLayer], typed: set[str]) -> Self:
+        """Merge and check the layers of options, the last of which counts; ``typed`` are those on the command line.
+
+        Raises:
+            ConfigError: a contradiction.
+        """
+        explicit = {name: value for layer in layers for name, value in layer.options.items()}
+        if explicit.get("train_data_dir") is None and explicit.get("dataset_name") is None:
+            layers = [cls.digits_layer(), *layers]
+        flat = {name: option.default for name, option in cls.table.options.items()}
+        for layer in layers:
+            flat |= replaced_options(layer) | layer.options
+        flat |= cls.derived_defaults(flat, explicit)
+        cls.check(flat, typed)
+        by_section: dict[str, dict[str, Any]] = {section: {} for section in cls.table.sections}
+        for name, declared in cls.table.options.items():
+            by_section[declared.section][name] = flat[name]
+        sections: dict[str, Any] = {name: cls.table.sections[name](**values) for name, values in by_section.items()}
+        return cls(**sections)
+
+    @classmethod
+    def digits_layer(cls) -> OptionLayer:
+        """The options of a run without a data option."""
+        return read_recipe("digits")
+
+    @classmethod
+    def derived_defaults(cls, flat: Mapping[str, Any], explicit: Mapping[str, Any]) -> dict[str, Any]:
+        """Defaults that depend on other options, for options that are not set explicitly."""
+        return _derived_defaults(flat, explicit)
+
+    @classmethod
+    def check(cls, flat: Mapping[str, Any], typed: set[str]) -> None:
+        """Check all options against each other; a ConfigError for the first contradiction."""
+        check_options(flat, typed)
+
+    @property
+    def perceptual_model(self) -> str | None:
+        """Backbone of the perceptual loss; None for another loss."""
+        return self.objective.perceptual_model if self.objective.loss_type == "perceptual" else None
 
     @property
     def resumes(self) -> bool:
@@ -109,16 +154,18 @@ class TrainConfig:
 
     def to_flat_dict(self) -> dict[str, Any]:
         """Return every option by name, for trackers and YAML: tuples as lists."""
-        named = [(name, option) for name, option in OPTIONS.items() if name != "hub_token"]
+        named = [(name, option) for name, option in self.table.options.items() if name != "hub_token"]
         flat = {name: getattr(getattr(self, option.section), name) for name, option in named}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in flat.items()}
 
     def write_resolved(self, path: str | os.PathLike[str]) -> None:
         """Write every option, by section, to a YAML file for `--config`; the output folder is left out."""
         flat = self.to_flat_dict()
-        lines = ["# Every option of this run. To repeat it: ddpm-ext train --config THIS_FILE [--output_dir FOLDER]\n"]
-        for section in SECTIONS:
-            names = [name for name, o in OPTIONS.items() if o.section == section and name not in NOT_WRITTEN]
+        command = f"ddpm-ext {self.table.command} --config THIS_FILE [--output_dir FOLDER]"
+        lines = [f"# Every option of this run. To repeat it: {command}\n"]
+        for section in self.table.sections:
+            declared = self.table.options.items()
+            names = [name for name, o in declared if o.section == section and name not in NOT_WRITTEN]
             lines.append(dump_options({section: {n: flat[n] for n in names}}))
         write_text_atomically(path, "".join(lines))
 
@@ -133,16 +180,33 @@ def parse_train_args(argv: Sequence[str]) -> TrainConfig:
         ConfigError: an option is invalid; one sentence with the way out.
         SystemExit: `--help` was requested.
     """
-    epilog = f"{TRAIN_EXAMPLES}\n\nrecipes for --config: {', '.join(recipes())}"
-    parser = Parser(usage="ddpm-ext train [options]", description=TRAIN_DESCRIPTION, epilog=epilog)
-    file_option = options_of(_ConfigFile)["config"]
-    parser.add_options([file_option])
-    for section, cls in SECTIONS.items():
-        parser.add_options([o for o in OPTIONS.values() if o.section == section], section, cls.__doc__, negatable=True)
+    examples = f"{TRAIN_EXAMPLES}\n\nrecipes for --config: {', '.join(recipes())}"
+    return parse_run_args(TrainConfig, argv, TRAIN_DESCRIPTION, examples)
+
+
+def parse_run_args(cls: type[ConfigType], argv: Sequence[str], description: str, examples: str) -> ConfigType:
+    """Parse the arguments of a command that trains into a checked configuration.
+
+    Args:
+        cls: whose table has the options.
+        argv: the arguments after the command.
+        description: text above the options in ``--help``.
+        examples: text under them.
+
+    Raises:
+        ConfigError: an option is invalid; one sentence with the way out.
+        SystemExit: `--help` was requested.
+    """
+    table = cls.table
+    parser = Parser(usage=f"ddpm-ext {table.command} [options]", description=description, epilog=examples)
+    parser.add_options([options_of(_ConfigFile)["config"]])
+    for section, declared in table.sections.items():
+        options = [each for each in table.options.values() if each.section == section]
+        parser.add_options(options, section, declared.__doc__, negatable=True)
     typed = parser.parse_values(argv, explain=explain_foreign_flag)
     file = typed.pop("config", None)
-    layers = [] if file is None else [read_config(file)]
-    return _resolve([*layers, OptionLayer("the command line", typed)], typed=set(typed))
+    layers = [] if file is None else [read_config(file, table)]
+    return cls.resolve([*layers, OptionLayer("the command line", typed)], typed=set(typed))
 
 
 def data_options(file: Path | None, typed: Mapping[str, Any], defaults: Mapping[str, Any]) -> DataOptions:
@@ -169,22 +233,6 @@ def data_options(file: Path | None, typed: Mapping[str, Any], defaults: Mapping[
 @dataclass(frozen=True)
 class _ConfigFile:
     config: str | None = option(None, "YAML file of options, or the name of a recipe.", metavar="FILE", path=True)
-
-
-def _resolve(layers: Sequence[OptionLayer], typed: set[str]) -> TrainConfig:
-    explicit = {name: value for layer in layers for name, value in layer.options.items()}
-    if explicit.get("train_data_dir") is None and explicit.get("dataset_name") is None:
-        layers = [read_recipe("digits"), *layers]
-    flat = {name: option.default for name, option in OPTIONS.items()}
-    for layer in layers:
-        flat |= replaced_options(layer) | layer.options
-    flat |= _derived_defaults(flat, explicit)
-    check_options(flat, typed)
-    sections: dict[str, Any] = {
-        section: cls(**{name: flat[name] for name, option in OPTIONS.items() if option.section == section})
-        for section, cls in SECTIONS.items()
-    }
-    return TrainConfig(**sections)
 
 
 def _derived_defaults(flat: Mapping[str, Any], explicit: Mapping[str, Any]) -> dict[str, Any]:

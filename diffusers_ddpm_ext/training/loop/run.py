@@ -93,7 +93,7 @@ def acquire_folder(config: TrainConfig, accelerator: Accelerator) -> tuple[Path,
     lock: FolderLock | None = None
     with fail_together(accelerator):
         if accelerator.is_main_process:
-            folder, lock = acquire_output_dir(config.data, config.output, config.resumes)
+            folder, lock = acquire_output_dir(config.data, config.output, config.resumes, config.folder_suffix)
             if config.hub.resume_from_hub is not None:
                 accelerator.print(download_run(config.hub.resume_from_hub, folder))
             names = [str(folder)]
