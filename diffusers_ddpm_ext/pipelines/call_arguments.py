@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from diffusers import SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor, nn
@@ -167,6 +168,15 @@ def checked_latents(latents: Any, shape: Sequence[int]) -> Tensor:
         raise ValueError(f"latents has shape {tuple(tensor.shape)}; batch_size and the model require {tuple(shape)}.")
     check_finite("latents", tensor)
     return tensor
+
+
+def check_finite_samples(values: Tensor, what: str) -> None:
+    """Raise ValueError with a way out unless all values are finite."""
+    if not bool(torch.isfinite(values).all()):
+        raise ValueError(
+            f"Non-finite values (NaN or infinity) in {what}. The weights contain such values, or the network "
+            "overflows in half precision: check the checkpoint, or load it with torch_dtype=torch.float32."
+        )
 
 
 def checked_timesteps(timesteps: Any) -> list[int]:

@@ -16,7 +16,17 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler, ImagePipelineOutput, SchedulerMixin, UNet2DConditionModel, UNet2DModel
+from diffusers import (
+    AutoencoderDC,
+    AutoencoderKL,
+    AutoencoderTiny,
+    DDPMScheduler,
+    ImagePipelineOutput,
+    SchedulerMixin,
+    UNet2DConditionModel,
+    UNet2DModel,
+    VQModel,
+)
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
@@ -25,23 +35,23 @@ from diffusers_ddpm_ext.diffusion.arguments import check_generators
 from diffusers_ddpm_ext.diffusion.reverse_step import LEARNED_VARIANCES
 from diffusers_ddpm_ext.models.conditioning import Conditioning
 from diffusers_ddpm_ext.models.evaluation_mode import evaluation_mode
+from diffusers_ddpm_ext.models.first_stage import SLOTS, FirstStage
 from diffusers_ddpm_ext.models.unet_2d_ext import UNet2DExtModel
 from diffusers_ddpm_ext.pipelines.call_arguments import (
     CALLBACK_TENSORS,
     CallSettings,
     StepCallback,
+    check_finite_samples,
     check_network,
     check_scheduler,
     checked_batch_size,
     checked_latents,
-    checked_number,
     checked_sample_shape,
     checked_scaling_factor,
     checked_step_kwargs,
     checked_timesteps,
 )
 from diffusers_ddpm_ext.pipelines.call_state import (
-    RUNNING_CALLS,
     SHARED_SCHEDULER,
     PipelineCall,
     StepNoise,
@@ -49,22 +59,21 @@ from diffusers_ddpm_ext.pipelines.call_state import (
     scheduler_of_call,
 )
 from diffusers_ddpm_ext.pipelines.class_names import read_class_names
-from diffusers_ddpm_ext.pipelines.guidance import (
-    ConditionArguments,
-    ConditionedModel,
-    Guidance,
-    Labels,
-    prepare_guidance,
+from diffusers_ddpm_ext.pipelines.first_stage_mixin import (
+    FirstStageMixin,
+    check_concat_through_vae,
+    check_same_scale,
+    checked_vae,
 )
+from diffusers_ddpm_ext.pipelines.guidance import ConditionArguments, Guidance, Labels, prepare_guidance
 from diffusers_ddpm_ext.pipelines.serialization import SavedPipeline, needs_guard
 from diffusers_ddpm_ext.schedulers.adapter import SchedulerAdapter, adapt_scheduler, supports_temperature
 from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
 from diffusers_ddpm_ext.utils.checks import checked_integer
+from diffusers_ddpm_ext.utils.vocabulary import ConcatThroughVae
 from diffusers_ddpm_ext.utils.wrappers import has_inner_wrappers, network_class, unwrap
 
 logger = logging.getLogger(__name__)
-
-PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
 @dataclass
@@ -73,10 +82,11 @@ class DDPMExtPipelineOutput(ImagePipelineOutput):
 
     Args:
         images: list of PIL images, or an array (B, H, W, C) in [0, 1] for "np", a tensor (B, C, H, W) in [0, 1] for
-            "pt", the same in data units and unclipped for "latent". Latents of an autoencoder are in data units and
-            unclipped for "np" and "pt" too.
+            "pt". For "latent" what the network denoises: the first stage's latents, in its scale, or images in data
+            units, unclipped. Of a model of latents without its first stage these are returned for "np" and "pt" too.
         intermediates: with ``log_every_t``, CompVis' list: x_T, then the sample after each logged step, each
-            (B, C, H, W) in data units on the pipeline's device. None otherwise.
+            (B, C, H, W) in data units on the pipeline's device. None otherwise. With a first stage they are latents
+            (``decode_latents``), and so is ``pred_x0``.
         pred_x0: with ``log_every_t``, the clean images predicted at the logged steps, so that ``pred_x0[k]`` belongs
             to ``intermediates[k + 1]``. None also where the scheduler does not report its prediction.
     """
@@ -85,7 +95,7 @@ class DDPMExtPipelineOutput(ImagePipelineOutput):
     pred_x0: list[Tensor] | None = None
 
 
-class DDPMExtPipeline(SavedPipeline):
+class DDPMExtPipeline(FirstStageMixin, SavedPipeline):
     """Samples images from a diffusion model ([DDPM] algorithm 2), with the steps of CompVis' ``DDPM``.
 
     Args:
@@ -102,13 +112,22 @@ class DDPMExtPipeline(SavedPipeline):
         null_class_label: the class that stands for no class, in guidance.
         id2label: names of classes by their numbers (in JSON the numbers are texts), for ``class_labels="Food"``.
         latent_scaling_factor: for a model whose samples are latents of a first stage (an autoencoder), which is not
-            part of the pipeline: the factor that its latents were multiplied with. None: the samples are images.
+            part of the pipeline: the factor that its latents were multiplied with. With ``vae`` the scale is that of
+            its configuration, and this one must be the same. None: the samples are images, or those of ``vae``.
+        concat_through_vae: for a model that takes a concatenated picture through its first stage: "mode" is
+            `FirstStage.encode_condition`, not scaled, "sample" is ``encode_images``. It says how ``concat_inputs`` are
+            to be made, which a call takes as the network does.
+        vae: the first stage: an ``AutoencoderKL``, ``VQModel``, ``AutoencoderTiny`` or ``AutoencoderDC`` whose
+            latents the network denoises. It computes in float32.
+        vqvae: another name of ``vae``, that of ``LDMPipeline``; afterwards the component is ``vae``.
 
     Raises:
-        ValueError: an argument is of the wrong kind, or names classes that the network does not have.
+        ValueError: an argument is of the wrong kind, names classes that the network does not have, or is a first stage
+            of other latents.
     """
 
-    model_cpu_offload_seq = "unet"
+    model_cpu_offload_seq = "unet->vae"
+    _optional_components: ClassVar[list[str]] = list(SLOTS)
     _callback_tensor_inputs: ClassVar[list[str]] = list(CALLBACK_TENSORS)
 
     def __init__(
@@ -120,6 +139,10 @@ class DDPMExtPipeline(SavedPipeline):
         null_class_label: int | None = None,
         id2label: Mapping[int, str] | Mapping[str, str] | None = None,
         latent_scaling_factor: float | None = None,
+        concat_through_vae: ConcatThroughVae | None = None,
+        # Each class by name: Diffusers' from_pipe takes over no other.
+        vae: AutoencoderKL | VQModel | AutoencoderTiny | AutoencoderDC | None = None,
+        vqvae: AutoencoderKL | VQModel | AutoencoderTiny | AutoencoderDC | None = None,
     ) -> None:
         super().__init__()
         check_network(unet)
@@ -136,17 +159,28 @@ class DDPMExtPipeline(SavedPipeline):
             "null_class_label": null_class_label,
             "id2label": {str(number): name for number, name in read_class_names(id2label).items()} or None,
             "latent_scaling_factor": checked_scaling_factor(latent_scaling_factor),
+            "concat_through_vae": concat_through_vae,
         }
+        vae = checked_vae(vae, vqvae)
+        check_same_scale(settings["latent_scaling_factor"], vae)
+        if vae is not None:
+            settings["latent_scaling_factor"] = None
+        check_concat_through_vae(concat_through_vae, self._conditioning, settings["latent_scaling_factor"], vae)
         is_plain = type(unet) is UNet2DModel and not has_inner_wrappers(unet)  # others are guarded when they are saved
         if is_plain and needs_guard(scheduler, settings):
             unet = UNet2DExtModel.from_unet(unet)
-        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_modules(unet=unet, scheduler=scheduler, vae=vae, vqvae=None)
         # Settings at their defaults are left out, so that the folder of an unconditional model is a stock one.
         self.register_to_config(**{name: value for name, value in settings.items() if value is not None})
         _check_classes(null_class_label, self.class_names, self.num_classes)
+        self._check_first_stage()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Assign an attribute; a stock scheduler becomes ours."""
+        """Assign an attribute; a stock scheduler becomes ours, and ``vqvae`` is ``vae``."""
+        if name == "vqvae" and value is not None:
+            name = "vae"
+        if name == "vae" and value is not None:
+            FirstStage(value)
         if name == "unet":
             check_network(value)
         if name == "scheduler":
@@ -158,136 +192,10 @@ class DDPMExtPipeline(SavedPipeline):
             if is_trained and isinstance(value, DDPMExtScheduler):
                 self._trained_scheduler = value
         super().__setattr__(name, value)
-
-    # ------------------------------------------------------------------ attributes
-
-    @property
-    def logvar(self) -> Tensor | None:
-        """The learned log-variance of the training loss, one per timestep: (T,), float32, CPU. None if not learned.
-
-        `from_pretrained` of this class reads it; that of the generic ``DiffusionPipeline`` only from a local folder.
-        """
-        return self._logvar
-
-    @logvar.setter
-    def logvar(self, table: Tensor | None) -> None:
-        steps = self.scheduler.config.num_train_timesteps
-        if table is not None:
-            table = torch.as_tensor(table).detach().to(device="cpu", dtype=torch.float32, copy=True)
-            if table.shape != (steps,):
-                raise ValueError(
-                    f"logvar has shape {tuple(table.shape)}; this pipeline's scheduler has {steps} steps, so it must "
-                    f"be ({steps},). Take the table of the objective that trained with this schedule."
-                )
-            _check_finite(table, "logvar")
-        self._logvar = table
-
-    @property
-    def class_embedder(self) -> Tensor | None:
-        """Embedding of class labels as ``encoder_hidden_states``: (num_classes, dim), float32, CPU, or None."""
-        return self._class_embedder
-
-    @class_embedder.setter
-    def class_embedder(self, table: Tensor | None) -> None:
-        if table is not None:
-            table = torch.as_tensor(table).detach().to(device="cpu", dtype=torch.float32, copy=True)
-            width = self._network.config.get("cross_attention_dim")
-            if table.ndim != 2 or table.shape[1] != width:
-                raise ValueError(
-                    f"class_embedder has shape {tuple(table.shape)}; it must be (num_classes, {width}), as wide as "
-                    "the network's cross attention."
-                )
-            _check_finite(table, "class_embedder")
-        self._class_embedder = table
-
-    @property
-    def num_classes(self) -> int | None:
-        """Number of classes, the null class included; None for a model without classes."""
-        model = self._model(torch.device("cpu"))
-        return model.num_classes if model.takes_labels else None
-
-    @property
-    def is_latent(self) -> bool:
-        """Whether the samples are latents of an autoencoder, not images."""
-        return self.config.get("latent_scaling_factor") is not None
-
-    @property
-    def trained_scheduler(self) -> DDPMExtScheduler:
-        """A `DDPMExtScheduler` with the training schedule and the prediction type of the network.
-
-        It is the last one assigned to ``scheduler`` (the folder's, when ``from_pretrained`` gets another scheduler);
-        without one it is made from ``scheduler``'s config.
-        """
-        scheduler: DDPMExtScheduler | None = self.__dict__.get("_trained_scheduler")
-        return DDPMExtScheduler.from_config(self.scheduler.config) if scheduler is None else scheduler
-
-    @property
-    def class_names(self) -> dict[int, str]:
-        """Names of classes by their numbers, from ``id2label``; empty where they have none."""
-        return read_class_names(self.config.get("id2label"))
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the network."""
-        device: torch.device = self._network.device
-        return device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Precision of the network."""
-        dtype: torch.dtype = self._network.dtype
-        return dtype
-
-    @property
-    def _network(self) -> Any:
-        """The network without wrappers, which lack its ``config``, ``dtype`` and ``device``."""
-        return unwrap(self.unet)
-
-    @property
-    def _call(self) -> PipelineCall:
-        """The call that runs in this thread, else the last one."""
-        return RUNNING_CALLS.get().get(id(self), self._last_call)
-
-    @property
-    def num_timesteps(self) -> int:
-        """Number of steps of this call, or of the last one."""
-        return self._call.num_timesteps
-
-    @property
-    def num_network_calls(self) -> int:
-        """Network calls of the last pipeline call: with many samplers more than ``num_inference_steps``."""
-        return self._call.num_network_calls
-
-    @property
-    def guidance_scale(self) -> float:
-        """Scale of guidance of this call, or of the last one; a callback changes it by ``_guidance_scale``."""
-        return self._call.guidance_scale
-
-    @property
-    def do_classifier_free_guidance(self) -> bool:
-        """Whether this call, or the last one, has guidance."""
-        return self._call.guidance_scale != 1
-
-    @property
-    def interrupt(self) -> bool:
-        """Whether a callback has stopped the call, by ``pipeline._interrupt = True``."""
-        return self._call.interrupt
-
-    @property
-    def _guidance_scale(self) -> float:
-        return self._call.guidance_scale
-
-    @_guidance_scale.setter
-    def _guidance_scale(self, scale: float) -> None:
-        self._call.guidance_scale = checked_number("guidance_scale", scale)
-
-    @property
-    def _interrupt(self) -> bool:
-        return self._call.interrupt
-
-    @_interrupt.setter
-    def _interrupt(self, stop: bool) -> None:
-        self._call.interrupt = bool(stop)
+        if name == "vae" and "vae" in self.config:  # Diffusers keeps the entry of a component that was None
+            entry = (None, None) if value is None else ("diffusers", network_class(value).__name__)
+            self.register_to_config(vae=entry)
+            self._check_first_stage()
 
     # ------------------------------------------------------------------ sampling
 
@@ -366,7 +274,8 @@ class DDPMExtPipeline(SavedPipeline):
         batch_size = conditions.batch_size if batch_size == 1 else batch_size
         generators = _check_generators(generator, batch_size)
         callback = StepCallback.checked(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        shape = self._sample_shape(batch_size, settings.output_type)
+        shape = checked_sample_shape(batch_size, self.channels, self._network.config.sample_size)
+        self._check_pictures(settings.output_type)
         device = self._execution_device
         step_arguments = checked_step_kwargs(step_kwargs, eta)
         sampler = self._sampler(step_arguments, settings.temperature)
@@ -385,7 +294,7 @@ class DDPMExtPipeline(SavedPipeline):
         with running_call(self, call), evaluation_mode(self.unet):
             intermediates = _Intermediates(settings.log_every_t, len(steps), sample)
             sample = self._sample(sampler, denoise, steps, sample, noise, callback, intermediates)
-        _check_finite(sample, "the samples")
+        check_finite_samples(sample, "the samples")
         output = DDPMExtPipelineOutput(
             self._as_images(sample, settings.output_type), intermediates.samples, intermediates.pred_x0
         )
@@ -424,7 +333,7 @@ class DDPMExtPipeline(SavedPipeline):
             model_output = denoise(model_input.to(network_dtype), time, call.guidance_scale).to(sample.dtype)
             call.num_network_calls += 1
             if i == 0:
-                _check_finite(model_output, "the model's first output")
+                check_finite_samples(model_output, "the model's first output")
                 self._check_channels(model_output, sample)
             model_output = sampler.convert_output(model_output, model_input, scale, t)
             arguments = noise.arguments(sampler, step_arguments[i], sample)
@@ -435,49 +344,6 @@ class DDPMExtPipeline(SavedPipeline):
             if call.interrupt:
                 break
         return sample
-
-    @property
-    def conditioning(self) -> Conditioning:
-        """How the network receives its conditions."""
-        return self._conditioning
-
-    @property
-    def channels(self) -> int:
-        """Channels C of a sample."""
-        config = self._network.config
-        if not self._conditioning.widens_input:
-            return int(config.in_channels)
-        learned = self.scheduler.config.get("variance_type") in LEARNED_VARIANCES
-        return int(config.out_channels) // (2 if learned else 1)
-
-    def _model(self, device: torch.device) -> ConditionedModel:
-        null = self.config.get("null_class_label")
-        return ConditionedModel(
-            self.unet,
-            self._conditioning,
-            self._class_embedder,
-            null,
-            self.channels,
-            device,
-            self._network.dtype,
-            self.class_names,
-        )
-
-    def _sample_shape(self, batch_size: int, output_type: str | None) -> tuple[int, int, int, int]:
-        channels = self.channels
-        shape = checked_sample_shape(batch_size, channels, self._network.config.sample_size)
-        if output_type == "pil" and self.is_latent:
-            raise ValueError(
-                'output_type is "pil", but the samples of this model are latents of an autoencoder, not images. Use '
-                'output_type="pt" or "np", divide by the latent_scaling_factor of pipeline.config, and decode them.'
-            )
-        if output_type == "pil" and channels not in PIL_MODES:
-            known = ", ".join(f"{count} ({mode})" for count, mode in PIL_MODES.items())
-            raise ValueError(
-                f'output_type is "pil", but the images have {channels} channels; PIL images have {known}. '
-                'Use output_type="np" or output_type="pt".'
-            )
-        return shape
 
     def _set_timesteps(
         self,
@@ -541,15 +407,6 @@ class DDPMExtPipeline(SavedPipeline):
                 f"{self.scheduler.config.get('variance_type')})."
             )
 
-    def _as_images(self, sample: Tensor, output_type: str | None) -> Any:
-        if output_type == "latent":
-            return sample
-        images = sample if self.is_latent else (sample / 2 + 0.5).clamp(0, 1)
-        if output_type == "pt":
-            return images
-        array: np.ndarray = images.cpu().permute(0, 2, 3, 1).float().numpy()
-        return self.numpy_to_pil(array) if output_type == "pil" else array
-
 
 class _Intermediates:
     """CompVis' intermediate results of one call."""
@@ -603,11 +460,3 @@ def _check_generators(generator: Any, batch_size: int) -> torch.Generator | list
             "image, or a single generator for all."
         )
     return check_generators(generator, batch_size)
-
-
-def _check_finite(values: Tensor, what: str) -> None:
-    if not bool(torch.isfinite(values).all()):
-        raise ValueError(
-            f"Non-finite values (NaN or infinity) in {what}. The weights contain such values, or the network "
-            "overflows in half precision: check the checkpoint, or load it with torch_dtype=torch.float32."
-        )

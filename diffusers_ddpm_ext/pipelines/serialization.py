@@ -40,6 +40,7 @@ from diffusers_ddpm_ext.losses.logvar import (
 )
 from diffusers_ddpm_ext.models.class_embedder import CLASS_EMBEDDER_FOLDER, load_class_embedder, save_class_embedder
 from diffusers_ddpm_ext.models.conditioning import Conditioning
+from diffusers_ddpm_ext.models.first_stage import SLOTS
 from diffusers_ddpm_ext.models.unet_2d_ext import UNet2DExtModel
 from diffusers_ddpm_ext.pipelines.folder_checks import check_pipeline_folder
 from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
@@ -69,6 +70,7 @@ CONDITIONING_ARGUMENTS = (
     "null_class_label",
     "id2label",
     "latent_scaling_factor",
+    "concat_through_vae",
 )
 NAN_IN_STOCK = ("learned", "fixed_large_log")
 """Variance types of which stock DDPMScheduler takes the square root of a log-variance: every sample becomes NaN."""
@@ -277,7 +279,7 @@ def reason_to_refuse_stock(unet: Any, scheduler: Any, config: Mapping[str, Any])
         return f"conditioning_key {config['conditioning_key']}"
     if config.get("use_positional_encodings"):
         return "use_positional_encodings"
-    if config.get("latent_scaling_factor") is not None:
+    if config.get("latent_scaling_factor") is not None or any(config.get("vae") or ()):
         return "its samples are latents"
     if isinstance(scheduler, DDPMExtScheduler) and variance_type in NAN_IN_STOCK:
         return f"variance_type {variance_type}"
@@ -323,7 +325,7 @@ def stock_model_index(index: dict[str, Any], unet: Any, scheduler: Any, config: 
 
     Diffusers names our classes by their modules. Subclasses of ours, and other schedulers, keep their own names.
     """
-    index = dict(index)
+    index = {key: value for key, value in index.items() if key not in SLOTS or any(value)}
     index.pop("_name_or_path", None)  # where this copy was loaded from, maybe a private path
     ours = bool(reason_to_refuse_stock(unet, scheduler, config))
     # By a module path, a Hub id would not load: Diffusers looks for that file in the repository.

@@ -1,0 +1,196 @@
+"""The first stage of a `DDPMExtPipeline`: its slot, encoding and decoding, and the pictures of a call."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from diffusers_ddpm_ext.diffusion.arguments import check_generators
+from diffusers_ddpm_ext.models.conditioning import Conditioning
+from diffusers_ddpm_ext.models.first_stage import FirstStage
+from diffusers_ddpm_ext.pipelines.call_arguments import check_finite_samples
+from diffusers_ddpm_ext.pipelines.pipeline_attributes import PipelineAttributes
+from diffusers_ddpm_ext.utils.checks import check_one_of
+from diffusers_ddpm_ext.utils.vocabulary import CONCAT_THROUGH_VAE
+from diffusers_ddpm_ext.utils.wrappers import unwrap
+
+PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+
+class FirstStageMixin(PipelineAttributes, DiffusionPipeline):
+    """What a pipeline does with its first stage, the component ``vae``."""
+
+    @property
+    def first_stage(self) -> FirstStage | None:
+        """The first stage around ``vae``; None for a pipeline without one.
+
+        Raises:
+            ValueError: the configuration of ``vae`` was changed to one that has no valid scale.
+        """
+        vae = self.__dict__.get("vae")
+        if vae is None:
+            return None
+        stage: FirstStage | None = self.__dict__.get("_first_stage")
+        if stage is None or stage.autoencoder is not unwrap(vae):
+            stage = FirstStage(vae)
+            self.__dict__["_first_stage"] = stage
+        return stage
+
+    def encode_images(
+        self, pixels: Tensor, generator: torch.Generator | list[torch.Generator] | None = None
+    ) -> Tensor:
+        """Images as latents of the diffusion model.
+
+        Args:
+            pixels: (B, C, H, W), floating, in [-1, 1].
+            generator: of the posterior's noise (`AutoencoderKL` only), one or one per image; the global one without.
+
+        Returns:
+            (B, c, h, w), float32, on the pipeline's device: what ``output_type="latent"`` returns.
+
+        Raises:
+            ValueError: the pipeline has no first stage, or the images do not fit it.
+        """
+        stage = self._required_first_stage("encode_images")
+        if isinstance(pixels, Tensor) and pixels.ndim == 4:
+            check_generators(generator, len(pixels))
+            pixels = pixels.to(self._execution_device)
+        return stage.encode(pixels, generator)
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Latents of the diffusion model as images.
+
+        Args:
+            latents: (B, c, h, w), floating, as ``output_type="latent"``, ``intermediates`` and ``pred_x0`` hold them.
+
+        Returns:
+            (B, C, H, W), float32, in about [-1, 1], not clipped.
+
+        Raises:
+            ValueError: the pipeline has no first stage, or the latents do not fit it.
+        """
+        stage = self._required_first_stage("decode_latents")
+        return stage.decode(latents.to(self._execution_device) if isinstance(latents, Tensor) else latents)
+
+    def enable_vae_slicing(self) -> None:
+        """Decode and encode one image at a time, which takes less memory; see the autoencoder's ``enable_slicing``."""
+        self._required_first_stage("enable_vae_slicing").autoencoder.enable_slicing()
+
+    def disable_vae_slicing(self) -> None:
+        """Undo `enable_vae_slicing`."""
+        self._required_first_stage("disable_vae_slicing").autoencoder.disable_slicing()
+
+    def enable_vae_tiling(self) -> None:
+        """Decode and encode large images in overlapping tiles; see the autoencoder's ``enable_tiling``."""
+        self._required_first_stage("enable_vae_tiling").autoencoder.enable_tiling()
+
+    def disable_vae_tiling(self) -> None:
+        """Undo `enable_vae_tiling`."""
+        self._required_first_stage("disable_vae_tiling").autoencoder.disable_tiling()
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """Diffusers' method; a dtype is that of the network, the first stage keeps its own and computes in float32."""
+        dtype = kwargs.get("dtype") or next((value for value in args if isinstance(value, torch.dtype)), None)
+        if dtype is None or self.__dict__.get("vae") is None:
+            return super().to(*args, **kwargs)
+        without = copy.copy(self)
+        without.__dict__["vae"] = None
+        DiffusionPipeline.to(without, *args, **kwargs)
+        device = kwargs.get("device") or next((value for value in args if not isinstance(value, torch.dtype)), None)
+        return self if device is None else super().to(device)
+
+    def _required_first_stage(self, method: str) -> FirstStage:
+        stage = self.first_stage
+        if stage is None:
+            way = "; pass vae= to the pipeline" if self.is_latent else ": its samples are images"
+            raise ValueError(f"{method} needs a first stage, and this pipeline has none{way}.")
+        return stage
+
+    def _check_first_stage(self) -> None:
+        """Raise ValueError unless the first stage, if there is one, makes latents that the network takes."""
+        stage = self.first_stage
+        if stage is not None and stage.latent_channels != self.channels:
+            raise ValueError(
+                f"vae has latents of {stage.latent_channels} channels, but the network denoises {self.channels}; they "
+                "are of different models."
+            )
+
+    def _check_pictures(self, output_type: str | None) -> None:
+        """Raise ValueError for PIL images that the samples cannot be."""
+        if output_type != "pil":
+            return
+        if self.is_latent:
+            raise ValueError(
+                'output_type is "pil", but the samples of this model are latents of an autoencoder, not images, and '
+                "the pipeline has no first stage to decode them. Pass it as vae=, or use "
+                'output_type="latent" and decode them yourself.'
+            )
+        stage = self.first_stage
+        channels = self.channels if stage is None else stage.pixel_channels
+        if channels not in PIL_MODES:
+            known = ", ".join(f"{count} ({mode})" for count, mode in PIL_MODES.items())
+            raise ValueError(
+                f'output_type is "pil", but the images have {channels} channels; PIL images have {known}. '
+                'Use output_type="np" or output_type="pt".'
+            )
+
+    def _as_images(self, sample: Tensor, output_type: str | None) -> Any:
+        """Samples as a call returns them."""
+        if output_type == "latent":
+            return sample
+        if self.first_stage is not None:
+            sample = self.decode_latents(sample)
+            check_finite_samples(sample, "the decoded images")
+        images = sample if self.is_latent else (sample / 2 + 0.5).clamp(0, 1)
+        if output_type == "pt":
+            return images
+        array: np.ndarray = images.cpu().permute(0, 2, 3, 1).float().numpy()
+        return self.numpy_to_pil(array) if output_type == "pil" else array
+
+
+def checked_vae(vae: Any, vqvae: Any) -> Any:
+    """The one of two components that is not None.
+
+    Raises:
+        ValueError: both are given.
+    """
+    if vae is not None and vqvae is not None:
+        raise ValueError("vae and vqvae are both given; they are two names of the one first stage: give one.")
+    return vqvae if vae is None else vae
+
+
+def check_same_scale(latent_scaling_factor: Any, vae: Any) -> None:
+    """Raise ValueError if a model was trained with latents of another scale than a first stage makes."""
+    if latent_scaling_factor is None or vae is None:
+        return
+    stage = FirstStage(vae)
+    factors = (1 / stage.scale).flatten().tolist()
+    if bool(stage.shift.any()) or not all(math.isclose(f, latent_scaling_factor, rel_tol=1e-6) for f in factors):
+        raise ValueError(
+            f"latent_scaling_factor is {latent_scaling_factor}, but the configuration of vae has another scale: pass "
+            f"FirstStage(vae).with_scale({latent_scaling_factor}).autoencoder as vae, or leave "
+            "latent_scaling_factor out."
+        )
+
+
+def check_concat_through_vae(value: Any, conditioning: Conditioning, latent_scaling_factor: Any, vae: Any) -> None:
+    """Raise ValueError unless it is None, or a known word for a model of latents with concatenated inputs."""
+    if value is None:
+        return
+    check_one_of("concat_through_vae", value, CONCAT_THROUGH_VAE)
+    if "concat_inputs" not in conditioning.required:
+        raise ValueError(
+            f"concat_through_vae is {value!r}, but conditioning_key {conditioning.conditioning_key} has no "
+            "concatenated inputs; leave it out."
+        )
+    if vae is None and latent_scaling_factor is None:
+        raise ValueError(
+            f"concat_through_vae is {value!r}, but the samples of this model are images; pass vae=, or leave it out."
+        )
