@@ -24,6 +24,7 @@ from diffusers_ddpm_ext.training.data.class_table import count_classes
 from diffusers_ddpm_ext.training.distributed import fail_together
 from diffusers_ddpm_ext.training.loop.description import describe_run
 from diffusers_ddpm_ext.training.loop.hub_publisher import Publisher, move_token_to_environment
+from diffusers_ddpm_ext.training.loop.latents import settle_scale
 from diffusers_ddpm_ext.training.loop.metrics_logging import log_losses, open_metrics_logger
 from diffusers_ddpm_ext.training.loop.nonfinite import recover
 from diffusers_ddpm_ext.training.loop.resume import resume
@@ -61,6 +62,7 @@ def train(config: TrainConfig) -> Path | None:
     setup = build_setup(config)
     accelerator, pushes = setup.accelerator, config.hub.push_to_hub
     if config.loop.dry_run:
+        settle_scale(setup, None)
         accelerator.print(printable_lines(describe_run(setup, None)))
         accelerator.print(describe_trial(run_trial(setup), setup.plan))
         end_training(accelerator, config.output.report_to)
@@ -70,6 +72,7 @@ def train(config: TrainConfig) -> Path | None:
     try:
         progress = resume(setup, folder)
         if progress is not None:
+            settle_scale(setup, progress.latent_scale)
             with handle_signals() as signals:
                 with fail_together(accelerator):
                     write_run_files(setup, folder)
@@ -109,7 +112,8 @@ def run_training(run: Run, start_time: float) -> None:
             raise SystemExit(128 + stop.signal) from None
         return
     run.logger.progress_bar.close()
-    accelerator.print(describe_end(time.monotonic() - start_time, setup.monitor, progress.last_bound))
+    in_latents = setup.latents is not None
+    accelerator.print(describe_end(time.monotonic() - start_time, setup.monitor, progress.last_bound, in_latents))
     with fail_together(accelerator):
         if accelerator.is_main_process:
             mark_finished(run.folder, progress.step, progress.stopped_early)

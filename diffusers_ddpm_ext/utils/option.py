@@ -101,6 +101,7 @@ class Option:
         section: name of the section that holds it, in a training configuration.
         hint: its type without None.
         optional: whether None is allowed.
+        words: texts that it takes besides values of its type, declared as ``float | Literal[...]``.
         default: value where it is not set.
         metadata: the remaining arguments of `option`.
     """
@@ -109,6 +110,7 @@ class Option:
     section: str
     hint: Any
     optional: bool
+    words: tuple[str, ...]
     default: Any
     metadata: Mapping[str, Any]
 
@@ -159,9 +161,11 @@ def options_of(cls: type, section: str = "") -> dict[str, Option]:
     for item in fields(cls):
         if "section" in item.metadata:
             continue
-        hint, optional = hints[item.name], False
+        hint, optional, words = hints[item.name], False, ()
         if get_origin(hint) in (Union, types.UnionType):
-            hint, optional = next(part for part in get_args(hint) if part is not type(None)), True
+            parts = get_args(hint)
+            hint, optional = next(part for part in parts if part is not type(None)), type(None) in parts
+            words = next((get_args(part) for part in parts if get_origin(part) is Literal and part is not hint), ())
         default = item.default if item.default_factory is MISSING else item.default_factory()
-        options[item.name] = Option(item.name, section, hint, optional, default, item.metadata)
+        options[item.name] = Option(item.name, section, hint, optional, words, default, item.metadata)
     return options

@@ -33,6 +33,8 @@ def convert_value(option: Option, value: Any, label: str) -> Any:
     is_none = isinstance(value, str) and value.lower() in NONE and option.hint not in (str, Path)
     if value and isinstance(value, str) and option.metadata["none"] == value:
         return None
+    if isinstance(value, str) and value in option.words:
+        return value
     if value is None or (is_none and option.optional and not option.choices):
         if option.optional and not (is_none and option.element is int):
             return None
@@ -55,6 +57,8 @@ def expected_value(option: Option) -> str:
     """What an option takes, for messages."""
     if option.choices:
         return f"one of {', '.join(map(str, option.choices))}"
+    if option.words:
+        return f"a number, or {' or '.join(option.words)}"
     if option.hint == tuple[int, int]:
         return "one or two whole numbers"
     if option.metadata["none"]:

@@ -17,6 +17,9 @@ Streams and their coordinates (the name goes first, so that two streams never sh
 ``BOUND``               seed, image, timestep; or ``"steps"``
 ``FIT``                 seed, image, timestep
 ``TIMESTEP``            seed, optimizer step, position in the effective batch; or ``"order"``
+``LATENT``              seed, optimizer step, position in the effective batch
+``LATENT_SET``          seed, 0, image
+``LATENT_SCALE``        number of images (no seed: all runs on the same images measure the same scale)
 ``SPLIT``               name of the image (no seed: all runs are validated on the same images)
 ======================  ================================================
 """
@@ -42,6 +45,9 @@ CONDITION = "condition"
 BOUND = "bound"
 FIT = "fit"
 TIMESTEP = "timestep"
+LATENT = "latent"
+LATENT_SET = "latent/set"
+LATENT_SCALE = "latent/scale"
 SPLIT = "split"
 
 

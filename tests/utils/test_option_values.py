@@ -39,7 +39,7 @@ def test_every_option_that_names_a_file_or_folder_is_a_path():
     assert texts <= {
         "class_column", "commit_message", "concat_column", "context_column", "dataset_config_name", "device",
         "hub_model_id", "hub_token", "image_column", "license", "monitor", "report_to", "resume_from_hub", "revision",
-        "scheduler", "validation_split", "variant",
+        "scheduler", "vae_subfolder", "validation_split", "variant",
     }  # fmt: skip
 
 

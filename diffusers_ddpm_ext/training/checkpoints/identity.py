@@ -26,6 +26,10 @@ MODEL_OPTIONS = (
     "resolution", "center_crop", "random_flip", "channels", "mixed_precision", "seed",
     "class_column", "concat_column", "context_column", "conditioning_dropout",
 )  # fmt: skip
+FIRST_STAGE = "vae"
+SCALE_IDENTITY = (FIRST_STAGE, "scale_factor", "latent_stats")
+"""What the scale of latents follows from, besides the images."""
+LATENT_OPTIONS = ("scale_factor", "latent_stats", "latent_mode", "concat_through_vae")
 SCHEDULES_WITHOUT_END = (
     "constant",
     "constant_with_warmup",
@@ -37,18 +41,23 @@ SCHEDULES_WITHOUT_END = (
 STEPS = "max_train_steps"
 
 
-def run_identity(config: TrainConfig, effective_batch: int, steps: int | None) -> dict[str, Any]:
+def run_identity(
+    config: TrainConfig, effective_batch: int, steps: int | None, first_stage: str | None
+) -> dict[str, Any]:
     """Every option that determines a run's results, as JSON: stored in a checkpoint, and compared with it.
 
     Args:
         config: of the run.
         effective_batch: samples per optimizer step, over all processes.
         steps: length of the run; None if it depends on the images, which were not read yet.
+        first_stage: hash of the first stage, which may be anywhere; None for a run on pixels.
     """
     sections = [section for section in MODEL_SECTIONS if section in config.table.sections]
     chosen = {name: value for section in sections for name, value in vars(getattr(config, section)).items()}
     chosen |= {name: value for name, value in config.to_flat_dict().items() if name in MODEL_OPTIONS}
     chosen["effective_batch"] = effective_batch
+    if first_stage is not None:
+        chosen |= {name: getattr(config.latents, name) for name in LATENT_OPTIONS} | {FIRST_STAGE: first_stage}
     if config.optim.lr_scheduler not in SCHEDULES_WITHOUT_END:
         chosen[STEPS] = steps
     plain: dict[str, Any] = json.loads(json.dumps(chosen))
@@ -118,10 +127,13 @@ def check_resume(config: TrainConfig) -> None:
     except (ValueError, OSError):
         return
     loop, processes = config.loop, _processes()
-    own = run_identity(
-        config, loop.train_batch_size * loop.gradient_accumulation_steps * processes, loop.max_train_steps
-    )
-    refuse_changes(changed_options(own, saved, (STEPS,) if loop.max_train_steps is None else ()), folder)
+    vae = config.latents.vae
+    effective_batch = loop.train_batch_size * loop.gradient_accumulation_steps * processes
+    own = run_identity(config, effective_batch, loop.max_train_steps, vae)
+    ignored = {STEPS} if loop.max_train_steps is None else set()
+    if vae is not None and saved.get(FIRST_STAGE) is not None:
+        ignored.add(FIRST_STAGE)  # the hash is compared once the first stage is loaded
+    refuse_changes(changed_options(own, saved, ignored), folder)
 
 
 def _processes() -> int:

@@ -11,7 +11,7 @@ from diffusers_ddpm_ext.errors import ConfigError
 from diffusers_ddpm_ext.training.config.condition_checks import embeds_classes, read_dropout
 from diffusers_ddpm_ext.utils.lr_lambdas import check_lr_schedule
 from diffusers_ddpm_ext.utils.network_budget import check_network_config
-from diffusers_ddpm_ext.utils.vocabulary import LATENTS_KEY, required_conditions
+from diffusers_ddpm_ext.utils.vocabulary import required_conditions
 
 Flat = Mapping[str, Any]
 
@@ -213,11 +213,6 @@ def _check_model(flat: Flat) -> None:
         return
     if flat["model_config"] is not None:
         check_network_config(flat["model_config"], "--model_config")
-        if flat["model_config"].get(LATENTS_KEY):
-            raise ConfigError(
-                "--model_config is a network of latents, and this version trains on images only: delete "
-                f"{LATENTS_KEY} from it to train the same network on images themselves"
-            )
         return
     missing = [name for name in MODEL_SIZES if flat[name] is None]
     if missing:
@@ -241,6 +236,8 @@ def _check_model(flat: Flat) -> None:
             raise ConfigError(
                 f"--attention_head_dim {head} does not divide the width {width}: use {math.gcd(width, head)}"
             )
+    if flat["vae"] is not None:
+        return  # the size of the latents is known once the first stage is loaded
     factor = 2 ** (len(widths) - 1)
     for size in flat["resolution"]:
         if size % factor:
@@ -300,7 +297,7 @@ def check_output(flat: Flat) -> None:
         raise ConfigError("--overwrite_output_dir needs --output_dir: without it the run has a new folder")
     if flat["overwrite_output_dir"]:
         folder = Path(flat["output_dir"]).resolve()
-        for name in ("train_data_dir", "validation_data_dir", "ckpt_path", "model_config_name_or_path"):
+        for name in ("train_data_dir", "validation_data_dir", "ckpt_path", "vae", "model_config_name_or_path"):
             if (
                 flat.get(name) is not None
                 and Path(flat[name]).exists()

@@ -131,7 +131,7 @@ class _Store(argparse.Action):
 def _settings(option: Option, negatable: bool) -> dict[str, Any]:
     """Return the arguments of ``add_argument`` for an option, except its names."""
     default_metavar = "NAME" if str in map(type, option.choices) else _METAVARS.get(option.hint, "N")
-    metavar: Any = option.metadata["metavar"] or default_metavar
+    metavar: Any = option.metadata["metavar"] or "|".join([default_metavar, *option.words])
     if option.is_positional:
         return {"metavar": metavar, "help": option.metadata["help"]} | (
             {} if not option.has_default else {"nargs": "?"}

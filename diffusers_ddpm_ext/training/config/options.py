@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from diffusers_ddpm_ext.training.config.latent_options import LatentOptions
 from diffusers_ddpm_ext.utils.option import option, options_of
 from diffusers_ddpm_ext.utils.vocabulary import (
     FROM_COMPVIS_PREDICTION_TYPE,
@@ -482,6 +483,7 @@ class HubOptions:
 
 SECTIONS: dict[str, type] = {
     "data": DataOptions,
+    "latents": LatentOptions,
     "model": ModelOptions,
     "start": StartOptions,
     "schedule": ScheduleOptions,

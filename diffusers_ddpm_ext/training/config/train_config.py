@@ -11,6 +11,12 @@ from typing import Any, ClassVar, Self, TypeVar
 from diffusers_ddpm_ext.training.config.checks import check_data_options, check_options
 from diffusers_ddpm_ext.training.config.flags import Parser
 from diffusers_ddpm_ext.training.config.foreign_flags import explain_foreign_flag
+from diffusers_ddpm_ext.training.config.latent_options import (
+    LATENT_WIDTHS,
+    LatentOptions,
+    check_latent_options,
+    latent_defaults,
+)
 from diffusers_ddpm_ext.training.config.layers import (
     OptionLayer,
     convert_options,
@@ -76,6 +82,7 @@ class TrainConfig:
     table: ClassVar[OptionTable] = TRAIN
     folder_suffix: ClassVar[str] = ""
     data: DataOptions = field(default_factory=DataOptions)
+    latents: LatentOptions = field(default_factory=LatentOptions)
     model: ModelOptions = field(default_factory=ModelOptions)
     start: StartOptions = field(default_factory=StartOptions)
     schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
@@ -130,12 +137,14 @@ class TrainConfig:
     @classmethod
     def derived_defaults(cls, flat: Mapping[str, Any], explicit: Mapping[str, Any]) -> dict[str, Any]:
         """Defaults that depend on other options, for options that are not set explicitly."""
-        return _derived_defaults(flat, explicit)
+        latent = latent_defaults(flat, explicit)
+        return latent | _derived_defaults({**flat, **latent}, explicit)
 
     @classmethod
     def check(cls, flat: Mapping[str, Any], typed: set[str]) -> None:
         """Check all options against each other; a ConfigError for the first contradiction."""
         check_options(flat, typed)
+        check_latent_options(flat, typed)
 
     @property
     def perceptual_model(self) -> str | None:
@@ -248,6 +257,12 @@ def _derived_defaults(flat: Mapping[str, Any], explicit: Mapping[str, Any]) -> d
     if "lr_warmup_steps" not in explicit and flat["lr_scheduler"] in WITHOUT_WARMUP:
         derived["lr_warmup_steps"] = 0
     widths, levels = flat["block_out_channels"], flat["attention_levels"]
+    if (
+        flat["vae"] is not None
+        and widths == OPTIONS["block_out_channels"].default
+        and not explicit.get("block_out_channels")
+    ):
+        derived["block_out_channels"] = widths = LATENT_WIDTHS
     stale = levels is None or (widths and max(levels, default=0) >= len(widths))
     if widths and stale and explicit.get("attention_levels") is None:
         derived["attention_levels"] = (max(len(widths) - 2, 0),)

@@ -21,10 +21,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from diffusers_ddpm_ext.errors import RunError, warn
 from diffusers_ddpm_ext.models.conditioning import Conditions
-from diffusers_ddpm_ext.training.data.image_set import ImageSet, levels_to_pixels
+from diffusers_ddpm_ext.training.data.image_set import ImageSet, Levels, levels_to_pixels
+from diffusers_ddpm_ext.training.data.posterior import Posterior
 from diffusers_ddpm_ext.utils import random_keys as keys
 
 NO_CONDITIONS = Conditions()
+NO_LEVELS = Levels(torch.empty(0), [])
 MAX_WORKER_FAILURES = 3
 """Data workers that may fail one after the other before one of them has returned a batch."""
 
@@ -34,11 +36,13 @@ class Batch:
     """Input of one forward pass.
 
     Attributes:
-        pixels: images (b, C, H, W), float32 in [-1, 1], on the requested device.
+        pixels: images (b, C, H, W), float32 in [-1, 1], on the requested device; empty where posteriors are stored.
         positions: in the effective batch, (b,), int64, on the CPU.
         indices: of the images in the set, (b,), int64, on the CPU.
         step: the batch's optimizer step.
         conditions: on the same device as the pixels.
+        posterior: of the images under the first stage, on the CPU, where it is stored; None otherwise.
+        concat_is_encoded: whether the concatenated inputs are stored ones, as the network takes them.
     """
 
     pixels: Tensor
@@ -46,6 +50,8 @@ class Batch:
     indices: Tensor
     step: int
     conditions: Conditions = NO_CONDITIONS
+    posterior: Posterior | None = None
+    concat_is_encoded: bool = False
 
 
 class WorkerBatch(NamedTuple):
@@ -61,6 +67,7 @@ class WorkerBatch(NamedTuple):
     micro: int
     replacements: list[str]
     conditions: Conditions = NO_CONDITIONS
+    posterior: Posterior | None = None
 
 
 @dataclass(frozen=True)
@@ -90,13 +97,17 @@ class MicroBatches(Dataset[WorkerBatch | RunError]):
             in_epoch = epochs == epoch
             indices[in_epoch] = self.order(epoch)[places[in_epoch]]
         try:
-            levels = self.images.load_levels(indices, self.seed, epochs.tolist())
+            levels, posterior = NO_LEVELS, None
+            if self.images.posteriors is None:
+                levels = self.images.load_levels(indices, self.seed, epochs.tolist())
+            else:
+                posterior = self.images.load_posteriors(indices, self.seed, epochs.tolist())
             conditions = self.images.conditions(indices, self.seed, epochs.tolist())
         except RunError as error:
             return error
         if self.images.dropout is not None:
             conditions = self.images.dropout.apply(conditions, self.seed, step, positions)
-        return WorkerBatch(levels.values, positions, indices, step, micro, levels.replacements, conditions)
+        return WorkerBatch(levels.values, positions, indices, step, micro, levels.replacements, conditions, posterior)
 
     def order(self, epoch: int) -> Tensor:
         """Return the shuffle of an epoch, (n,): a function of the seed and the epoch alone."""
@@ -148,7 +159,7 @@ def batch_stream(
         raise ValueError("a stream needs at least one image.")
     target = torch.device(device)
     micro_batches = MicroBatches(images, seed, batch, accumulation, rank, world)
-    return _to_device(_fetch(micro_batches, start_step, num_workers, target), images.levels, target)
+    return _to_device(_fetch(micro_batches, start_step, num_workers, target), images, target)
 
 
 def _fetch(
@@ -212,13 +223,15 @@ def _sigchld_handler_restored() -> Iterator[None]:
         signal.signal(signal.SIGCHLD, before if before is not None else signal.SIG_DFL)
 
 
-def _to_device(worker_batches: Iterator[WorkerBatch], levels: int, device: torch.device) -> Iterator[Batch]:
+def _to_device(worker_batches: Iterator[WorkerBatch], images: ImageSet, device: torch.device) -> Iterator[Batch]:
     """Transfer integers, not floats, to the device and convert them there; print each replacement once."""
     printed: set[str] = set()
+    is_encoded = images.concat_latents is not None
     for item in worker_batches:
         for sentence in item.replacements:
             if sentence not in printed:
                 printed.add(sentence)
                 warn(sentence)
-        pixels = levels_to_pixels(item.levels.to(device, non_blocking=True), levels)
-        yield Batch(pixels, item.positions, item.indices, item.step, item.conditions.to(device))
+        pixels = levels_to_pixels(item.levels.to(device, non_blocking=True), images.levels)
+        conditions = item.conditions.to(device)
+        yield Batch(pixels, item.positions, item.indices, item.step, conditions, item.posterior, is_encoded)

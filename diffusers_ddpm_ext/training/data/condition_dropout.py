@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -43,6 +43,11 @@ class ConditionDropout:
                     value[index] = self.null[name]
             result[name] = value
         return Conditions(**result)
+
+    def only(self, *names: str) -> ConditionDropout | None:
+        """The dropout of these conditions alone; None if none of them is dropped."""
+        chosen = {name: value for name, value in self.probability.items() if name in names}
+        return replace(self, probability=chosen) if chosen else None
 
 
 def make_condition_dropout(

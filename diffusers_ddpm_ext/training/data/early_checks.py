@@ -36,7 +36,7 @@ def check_input_files(config: TrainConfig) -> None:
         network, option = read_model_file(model.model_config_name_or_path), MODEL_OPTION
     else:
         network, option = model.model_config, "--model_config"
-    if network is not None:
+    if network is not None and config.latents.vae is None:
         _check_channels(config, network, option)
     data = config.data
     default = None if data.dataset_name is not None else FOLDER_COLUMN

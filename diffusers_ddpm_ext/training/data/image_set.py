@@ -16,6 +16,7 @@ from diffusers_ddpm_ext.training.data.condition_dropout import ConditionDropout
 from diffusers_ddpm_ext.training.data.conditions import ConditionColumns
 from diffusers_ddpm_ext.training.data.decoding import Size
 from diffusers_ddpm_ext.training.data.image_store import ImageStore
+from diffusers_ddpm_ext.training.data.posterior import Posterior, PosteriorStore
 from diffusers_ddpm_ext.utils import random_keys as keys
 
 
@@ -41,6 +42,8 @@ class ImageSet:
         replace_unreadable: replace an image that became unreadable by the next one.
         columns: what the images are conditioned on, by row.
         dropout: of conditions, during training.
+        posteriors: of all loaded images under the first stage, where they were computed before.
+        concat_latents: the network's concatenated inputs, in place of the pictures, where they were computed before.
     """
 
     images: ImageStore
@@ -52,6 +55,8 @@ class ImageSet:
     replace_unreadable: bool = False
     columns: ConditionColumns | None = None
     dropout: ConditionDropout | None = None
+    posteriors: PosteriorStore | None = None
+    concat_latents: PosteriorStore | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -74,6 +79,31 @@ class ImageSet:
         """
         return levels_to_pixels(self.load_levels(indices).values, self.levels)
 
+    def samples(self, indices: Sequence[int] | Tensor) -> Tensor:
+        """Return what a pixel model denoises, as `pixels`."""
+        return self.pixels(indices)
+
+    def load_posteriors(
+        self, indices: Sequence[int] | Tensor, seed: int = 0, epochs: Sequence[int] | None = None
+    ) -> Posterior:
+        """Return stored posteriors of images, on the CPU, flipped like the images; arguments as in `load_levels`."""
+        assert self.posteriors is not None
+        return self._load(self.posteriors, indices, seed, epochs)
+
+    def _load(
+        self, store: PosteriorStore, indices: Sequence[int] | Tensor, seed: int, epochs: Sequence[int] | None
+    ) -> Posterior:
+        requested = torch.as_tensor(indices, dtype=torch.int64)
+        return store.load(self.rows[requested], self.is_flipped(requested, seed, epochs))
+
+    def is_flipped(self, indices: Tensor, seed: int, epochs: Sequence[int] | None) -> Tensor:
+        """Return whether each image is mirrored in its epoch, (b,), bool; arguments as in `load_levels`."""
+        flipped = torch.zeros(len(indices), dtype=torch.bool)
+        if self.random_flip and epochs is not None:
+            for position, (index, epoch) in enumerate(zip(indices.tolist(), epochs, strict=True)):
+                flipped[position] = bool(keys.key(keys.FLIP, seed, epoch, index) & 1)
+        return flipped
+
     def conditions(
         self, indices: Sequence[int] | Tensor, seed: int = 0, epochs: Sequence[int] | None = None
     ) -> Conditions:
@@ -92,7 +122,9 @@ class ImageSet:
             return Conditions()
         rows = self.rows[torch.as_tensor(indices, dtype=torch.int64)]
         concat = None
-        if columns.concat is not None:
+        if self.concat_latents is not None:
+            concat = self._load(self.concat_latents, indices, seed, epochs).mean
+        elif columns.concat is not None:
             joined = replace(self, images=columns.concat, columns=None, replace_unreadable=False)
             concat = levels_to_pixels(joined.load_levels(indices, seed, epochs).values, columns.concat.levels)
         contexts = columns.contexts
@@ -128,12 +160,8 @@ class ImageSet:
                 image, errors = self._readable_image(index, seed, None if epochs is None else epochs[position])
                 values[position] = image
                 replacements += errors
-        if self.random_flip and epochs is not None:
-            flipped = [
-                position
-                for position, (index, epoch) in enumerate(zip(requested.tolist(), epochs, strict=True))
-                if keys.key(keys.FLIP, seed, epoch, index) & 1
-            ]
+        flipped = self.is_flipped(requested, seed, epochs)
+        if flipped.any():
             view = values.view(torch.int16) if values.dtype == torch.uint16 else values  # torch cannot flip uint16
             view[flipped] = view[flipped].flip(-1)
         return Levels(values, replacements)

@@ -19,7 +19,7 @@ from diffusers_ddpm_ext.diffusion.gaussian import q_sample
 from diffusers_ddpm_ext.diffusion.likelihood import EIGHT_BITS, ChainScheduler, bound_terms, exact_dtype, prior_bits
 from diffusers_ddpm_ext.diffusion.likelihood_estimate import Strata
 from diffusers_ddpm_ext.models.conditioning import Conditions
-from diffusers_ddpm_ext.training.data.image_set import ImageSet
+from diffusers_ddpm_ext.training.data.latents import SampleSet
 from diffusers_ddpm_ext.training.evaluation.cache import EvaluationCache
 from diffusers_ddpm_ext.training.evaluation.processes import Processes
 from diffusers_ddpm_ext.training.evaluation.validation_loss import evenly_spaced
@@ -49,7 +49,7 @@ class BoundEvaluation:
     """
 
     scheduler: ChainScheduler
-    images: ImageSet
+    images: SampleSet
     strata: Strata
     max_images: int | None = None
     seed: int = 0
@@ -141,7 +141,7 @@ def _evaluate_rows(
     indices = evaluation.indices[rows // count]
     distinct, inverse = torch.unique_consecutive(indices, return_inverse=True)
     exact = exact_dtype(device)
-    x0 = images.pixels(distinct).to(device, exact)
+    x0 = images.samples(distinct).to(device, exact)
     noise = keys.noise_of_steps(keys.BOUND, evaluation.seed, indices.tolist(), t.tolist(), x0.shape[1:])
     conditions = images.conditions(indices).to(device)
     inverse, place, t = inverse.to(device), place.to(device), t.to(device)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from diffusers_ddpm_ext.losses.objective import ObjectiveOutput
-from diffusers_ddpm_ext.training.data.image_set import ImageSet
+from diffusers_ddpm_ext.training.data.latents import SampleSet
 from diffusers_ddpm_ext.training.evaluation.processes import Processes
 from diffusers_ddpm_ext.training.factory.task import DenoisingTask
 from diffusers_ddpm_ext.utils import random_keys as keys
@@ -86,7 +86,7 @@ def stratified_timesteps(generator: torch.Generator, count: int, num_train_times
 
 @torch.no_grad()
 def compute_validation_losses(
-    task: DenoisingTask, images: ImageSet, draws: Draws, batch_size: int, processes: Processes
+    task: DenoisingTask, images: SampleSet, draws: Draws, batch_size: int, processes: Processes
 ) -> ValidationLosses:
     """Mean losses of a task over all draws, the same on every process.
 
@@ -110,7 +110,7 @@ def compute_validation_losses(
 
 @torch.no_grad()
 def log_loss_per_step(
-    task: DenoisingTask, images: ImageSet, seed: int, timesteps: Tensor, batch_size: int, processes: Processes
+    task: DenoisingTask, images: SampleSet, seed: int, timesteps: Tensor, batch_size: int, processes: Processes
 ) -> np.ndarray:
     """The log of the mean unweighted loss at every step, which learned log-variances estimate.
 
@@ -143,7 +143,7 @@ def log_loss_per_step(
 
 def _sum_batches(
     task: DenoisingTask,
-    images: ImageSet,
+    images: SampleSet,
     draws: Draws,
     batch_size: int,
     processes: Processes,
@@ -157,7 +157,7 @@ def _sum_batches(
     for batch, is_own in processes.batches(-(-len(draws) // batch_size)):
         positions = range(batch * batch_size, min((batch + 1) * batch_size, len(draws)))
         indices, t = (part[positions.start : positions.stop] for part in (draws.images, draws.timesteps))
-        x0 = images.pixels(indices)
+        x0 = images.samples(indices)
         _, noise = keys.sample_draws(draws.seed, 0, positions, x0.shape[1:], 1, draws.stream)
         conditions = images.conditions(indices).to(processes.device)
         x0, noise, t = (tensor.to(processes.device) for tensor in (x0, noise, t))

@@ -17,6 +17,7 @@ from diffusers_ddpm_ext.training.config.options import ModelOptions
 from diffusers_ddpm_ext.training.factory.denoiser_shape import DenoiserShape
 from diffusers_ddpm_ext.utils import random_keys as keys
 from diffusers_ddpm_ext.utils.network_budget import check_network_config
+from diffusers_ddpm_ext.utils.vocabulary import LATENTS_KEY
 
 WEIGHTS_STREAM = "weights"
 TOKEN_WIDTH = 512
@@ -44,6 +45,7 @@ def build_denoiser(options: ModelOptions, shape: DenoiserShape, seed: int) -> UN
         option, config = "--block_out_channels", _config_from_sizes(options, shape)
         class_name = _denoiser_class(shape)
     size = shape.size
+    config = {key: value for key, value in config.items() if key != LATENTS_KEY}
     config = config | {"sample_size": size[0] if size[0] == size[1] else list(size)}
     config = {"in_channels": shape.in_channels, "out_channels": shape.out_channels} | config
     if shape.class_tokens is not None:
@@ -51,7 +53,7 @@ def build_denoiser(options: ModelOptions, shape: DenoiserShape, seed: int) -> UN
     if shape.needs("class_labels") and not config.get("class_embed_type"):
         config = {"num_class_embeds": shape.num_classes} | config
     check_network_config(config, option)
-    _check_halvings(config, size, option)
+    _check_halvings(config, shape, option)
     with torch.random.fork_rng(devices=[]), as_config_error(option):
         torch.manual_seed(keys.key(WEIGHTS_STREAM, seed))
         cls = DENOISER_CLASSES[class_name] if shape.class_tokens is None else ClassTokenUNet
@@ -136,9 +138,8 @@ def _check_config(config: dict[str, Any], shape: DenoiserShape, option: str) -> 
             if shape.in_channels == shape.channels
             else f" and {shape.in_channels - shape.channels} concatenated to them"
         )
-        raise ConfigError(
-            f"{option}: in_channels is {inputs}, the images have {shape.channels}{extra}; see --channels."
-        )
+        have = "the images have" if shape.factor is None else "the latents have"
+        raise ConfigError(f"{option}: in_channels is {inputs}, {have} {shape.channels}{extra}; see {shape.option}.")
     if outputs == 2 * shape.channels and shape.learned_variance is None:
         raise ConfigError(
             f"{option}: out_channels {outputs} is a learned variance: use --variance_type learned_range and"
@@ -166,22 +167,25 @@ def _check_labels(config: Mapping[str, Any], shape: DenoiserShape, option: str) 
         raise ConfigError(f"{option}: the labels are vectors, which need class_embed_type projection.")
 
 
-def _check_halvings(config: dict[str, Any], size: tuple[int, int], option: str) -> None:
-    """Check that every level but the last can halve the images."""
+def _check_halvings(config: dict[str, Any], shape: DenoiserShape, option: str) -> None:
+    """Check that every level but the last can halve the images, or their latents."""
     default = inspect.signature(UNet2DModel.__init__).parameters["block_out_channels"].default
     widths = config.get("block_out_channels", default)
     halvings = len(widths) - 1
-    factor = 2**halvings
+    pixels = shape.factor or 1
+    factor = pixels * 2**halvings
+    size = [pixels * side for side in shape.size]
+    halved = "an image" if shape.factor is None else f"its latents, of {shape.size[0]}x{shape.size[1]},"
     if min(size) < factor:
         raise ConfigError(
-            f"--resolution {size[0]} {size[1]} is too small: the {len(widths)} levels of {option} halve an image "
+            f"--resolution {size[0]} {size[1]} is too small: the {len(widths)} levels of {option} halve {halved} "
             f"{halvings} times, so each side needs at least {factor} pixels; or use fewer levels."
         )
     if any(side % factor for side in size):
         higher = [-(-side // factor) * factor for side in size]
         raise ConfigError(
             f"--resolution {size[0]} {size[1]} is not divisible by {factor}: the {len(widths)} levels of {option} "
-            f"halve an image {halvings} times. Use --resolution {higher[0]} {higher[1]}, or fewer levels."
+            f"halve {halved} {halvings} times. Use --resolution {higher[0]} {higher[1]}, or fewer levels."
         )
 
 

@@ -27,6 +27,7 @@ from diffusers_ddpm_ext.training.config.options import EmaOptions, ObjectiveOpti
 from diffusers_ddpm_ext.training.config.train_config import TrainConfig
 from diffusers_ddpm_ext.training.data.condition_dropout import ConditionDropout, make_condition_dropout
 from diffusers_ddpm_ext.training.data.image_set import ImageSet
+from diffusers_ddpm_ext.training.data.latents import LatentEncoder
 from diffusers_ddpm_ext.training.factory.denoiser import build_denoiser
 from diffusers_ddpm_ext.training.factory.denoiser_shape import denoiser_shape
 from diffusers_ddpm_ext.training.factory.task import DenoisingTask
@@ -51,11 +52,12 @@ class Parts:
         scheduler: the noise scheduler.
         objective: the loss.
         conditioning: how conditions reach the network.
-        dropout: random dropout of conditions.
+        dropout: random dropout of conditions, applied where batches are made.
         null_class: label that stands for no class; None where there is none.
         num_classes: number of classes of the data; None where labels are not classes.
         class_names: their names by number; empty where classes have only numbers.
         sampler: of the timesteps of a batch; None samples uniformly.
+        latents: the first stage, which is not trained; None for a run on pixels.
     """
 
     denoiser: UNet2DModel
@@ -67,6 +69,7 @@ class Parts:
     num_classes: int | None = None
     class_names: Mapping[int, str] = field(default_factory=dict)
     sampler: TimestepSampler | None = None
+    latents: LatentEncoder | None = None
 
     @property
     def network(self) -> UNet2DModel:
@@ -100,9 +103,14 @@ class Parts:
             names.append("train/loss_bound")
         return names + (["train/loss_gamma", "logvar"] if self.objective.learn_logvar else [])
 
+    @property
+    def bound_metric(self) -> str:
+        """Name of the bound among the metrics: bits per dimension of pixels and of latents cannot be compared."""
+        return "bpd" if self.latents is None else "latent_bpd"
+
     def validation_kinds(self, with_bound: bool) -> list[str]:
         """Losses of a validation, and the bound."""
-        return ["loss_simple", "loss", "loss_vlb", *(["bpd"] if with_bound else [])]
+        return ["loss_simple", "loss", "loss_vlb", *([self.bound_metric] if with_bound else [])]
 
     def make_task(self) -> DenoisingTask:
         """Network and objective in one module."""
@@ -111,7 +119,11 @@ class Parts:
     @property
     def pipeline_kwargs(self) -> dict[str, Any]:
         """Arguments of the pipeline that state how conditions reach the network."""
-        return {
+        first_stage: dict[str, Any] = {}
+        if self.latents is not None:
+            through = "mode" if self.latents.concat_through_vae else None
+            first_stage = {"vae": self.latents.stage.autoencoder, "concat_through_vae": through}
+        return first_stage | {
             "conditioning_key": self.conditioning.conditioning_key,
             "use_positional_encodings": self.conditioning.use_positional_encodings,
             "null_class_label": self.null_class,
@@ -119,8 +131,8 @@ class Parts:
         }
 
 
-def build_parts(config: TrainConfig, images: ImageSet) -> Parts:
-    """Build everything that is trained on these images; the network, which takes longest, last.
+def build_parts(config: TrainConfig, images: ImageSet, latents: LatentEncoder | None = None) -> Parts:
+    """Build everything that is trained on these images, or their latents; the network, which takes longest, last.
 
     Raises:
         ConfigError: an option cannot be satisfied; the message names it.
@@ -140,9 +152,14 @@ def build_parts(config: TrainConfig, images: ImageSet) -> Parts:
         embeds_classes=embeds_classes(conditioning_key, vars(config.data)),
     )
     dropout, null_class = make_condition_dropout(config.data.conditioning_dropout, conditioning.required, classes)
-    shape = denoiser_shape(config.model, conditioning, images, null_class, config.schedule.variance_type)
+    if latents is not None and dropout is not None:
+        latents.concat_dropout = dropout.only("concat_inputs")
+        dropout = dropout.only("class_labels", "encoder_hidden_states")
+    shape = denoiser_shape(config.model, conditioning, images, null_class, config.schedule.variance_type, latents)
     denoiser = build_denoiser(config.model, shape, config.loop.seed)
-    return Parts(denoiser, scheduler, objective, shape.conditioning, dropout, null_class, classes, names, sampler)
+    return Parts(
+        denoiser, scheduler, objective, shape.conditioning, dropout, null_class, classes, names, sampler, latents
+    )
 
 
 def build_scheduler(options: ScheduleOptions) -> DDPMExtScheduler:

@@ -22,6 +22,7 @@ from diffusers_ddpm_ext.plotting.curves import RUN_LOSSES, plot_logvar, plot_run
 from diffusers_ddpm_ext.plotting.sheets import save_grid
 from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
 from diffusers_ddpm_ext.training.data.image_set import ImageSet
+from diffusers_ddpm_ext.training.data.latents import LatentEncoder, sample_set
 from diffusers_ddpm_ext.training.evaluation.logvar_distance import logvar_warning
 from diffusers_ddpm_ext.training.evaluation.validation_loss import log_loss_per_step
 from diffusers_ddpm_ext.training.loop.export import ExportedNetworks, export_networks, gather_logvar
@@ -58,6 +59,7 @@ class Preview:
         conditions: arguments of the pipeline's call for some of the images; none by default.
         guidance_scale: of the samples.
         class_names: drawn under the samples, by number; empty where classes have none.
+        latents: decodes samples that are latents; None for those of a pixel model.
     """
 
     folder: Path
@@ -70,14 +72,16 @@ class Preview:
     conditions: Callable[[range], dict[str, Any]] = lambda images: {}
     guidance_scale: float = 1.0
     class_names: Mapping[int, str] = field(default_factory=dict)
+    latents: LatentEncoder | None = None
 
     def draw_data(self, images: ImageSet, scheduler: DDPMExtScheduler) -> tuple[Path, Path]:
         """Draw ``inputs.png``, some images, and ``diffusion_row.png``, the diffusion of a few of them."""
         # Evenly spaced: the first images of a folder of folders would all be of one class.
-        chosen = images.pixels(torch.linspace(0, len(images) - 1, min(NUM_INPUTS, len(images))).long())
-        rows = diffusion_rows(chosen[:NUM_ROWS], scheduler, self.seed)
+        chosen = torch.linspace(0, len(images) - 1, min(NUM_INPUTS, len(images))).long()
+        x0 = sample_set(images, self.latents).samples(chosen[:NUM_ROWS]).cpu()
+        rows = self._decoded(diffusion_rows(x0, scheduler, self.seed))
         return (
-            save_grid(chosen, self.folder / "inputs.png", columns=NUM_INPUTS),
+            save_grid(images.pixels(chosen), self.folder / "inputs.png", columns=NUM_INPUTS),
             save_grid(rows.flatten(0, 1), self.folder / "diffusion_row.png", columns=rows.shape[1]),
         )
 
@@ -94,6 +98,13 @@ class Preview:
             save_grid(rows.flatten(0, 1), self.folder / f"denoise_row-{step}.png", columns=rows.shape[1]),
         )
 
+    def _decoded(self, samples: Tensor) -> Tensor:
+        """Images of samples, (..., C, H, W) on the CPU: of a pixel model they are the samples."""
+        if self.latents is None or not samples.numel():
+            return samples
+        images = self.latents.decode(samples.flatten(0, -4), self.batch_size)
+        return images.unflatten(0, samples.shape[:-3])
+
     def _captions(self) -> list[str] | None:
         """Names of the classes of the samples; None where classes have none."""
         labels = self.conditions(range(self.num_images)).get("class_labels") if self.class_names else None
@@ -109,8 +120,8 @@ class Preview:
     ) -> tuple[Tensor, Tensor]:
         """Sample the images of a grid; ``class_embedder`` has the tokens of classes where the network takes tokens.
 
-        Returns samples (N, C, H, W), and the denoising of the first ones (rows, columns, C, H, W), x_T first; in data
-        units, on the CPU.
+        Returns samples (N, C, H, W), and the denoising of the first ones (rows, columns, C, H, W), x_T first; pixels
+        in [-1, 1], on the CPU.
         """
         pipeline = DDPMExtPipeline(denoiser, DDPMExtScheduler.from_config(scheduler.config), **self.pipeline_kwargs)
         pipeline.class_embedder = class_embedder
@@ -140,7 +151,7 @@ class Preview:
                     rows = torch.stack([state[:NUM_ROWS].float().cpu() for state in output.intermediates], dim=1)
         finally:
             denoiser.train(training)
-        return torch.cat(samples), rows
+        return self._decoded(torch.cat(samples)), self._decoded(rows)
 
 
 def column_interval(steps: int) -> int:
@@ -179,13 +190,15 @@ def make_preview(run: Run) -> Preview:
         conditions=lambda images: preview_conditions(setup, images),
         guidance_scale=output.preview_guidance_scale,
         class_names=setup.parts.class_names,
+        latents=setup.latents,
     )
 
 
 def preview_conditions(setup: Setup, images: range) -> dict[str, Any]:
     """Arguments of the pipeline's call for preview images: the classes in turn, conditions of held-out images."""
     data = setup.data.validation if setup.data.validation is not None else setup.data.train
-    conditions = data.conditions([image % len(data) for image in images]).to(setup.accelerator.device).as_dict()
+    samples = setup.samples(data)
+    conditions = samples.conditions([image % len(data) for image in images]).to(setup.accelerator.device).as_dict()
     if setup.parts.num_classes is not None and "class_labels" in conditions:
         conditions["class_labels"] = torch.tensor([image % setup.parts.num_classes for image in images])
     return conditions
@@ -256,7 +269,7 @@ def draw_logvar(run: Run) -> None:
     stride = -(-chain // budget)
     log_loss = log_loss_per_step(
         setup.accelerator.unwrap_model(setup.task),
-        setup.data.train,
+        setup.samples(setup.data.train),
         setup.seed,
         torch.arange(0, chain, stride).repeat(max(1, min(DRAWS_PER_STEP, budget // chain))),
         setup.config.validation.eval_batch_size,

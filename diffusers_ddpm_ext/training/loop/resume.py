@@ -16,7 +16,12 @@ from diffusers_ddpm_ext.errors import ConfigError, as_config_error, as_run_error
 from diffusers_ddpm_ext.training.checkpoints import snapshot as snapshots
 from diffusers_ddpm_ext.training.checkpoints.facts import check_facts
 from diffusers_ddpm_ext.training.checkpoints.folders import move_aside, move_newer_aside, newest, remove_leftovers
-from diffusers_ddpm_ext.training.checkpoints.identity import changed_options, refuse_changes, run_identity
+from diffusers_ddpm_ext.training.checkpoints.identity import (
+    SCALE_IDENTITY,
+    changed_options,
+    refuse_changes,
+    run_identity,
+)
 from diffusers_ddpm_ext.training.checkpoints.manifest import (
     Checkpoint,
     DamagedCheckpoint,
@@ -27,6 +32,7 @@ from diffusers_ddpm_ext.training.checkpoints.restore import restore_snapshot
 from diffusers_ddpm_ext.training.checkpoints.snapshot import Snapshot
 from diffusers_ddpm_ext.training.checkpoints.state import TrainingObjects
 from diffusers_ddpm_ext.training.checkpoints.state_file import STATE_FILE, Progress, read_state
+from diffusers_ddpm_ext.training.data.latent_scale import restored_stage, scale_settings
 from diffusers_ddpm_ext.training.distributed import fail_together
 from diffusers_ddpm_ext.training.loop.run import RunProgress, Task
 from diffusers_ddpm_ext.training.loop.setup import Setup
@@ -46,7 +52,8 @@ def training_objects(setup: Setup) -> TrainingObjects:
 
 def own_identity(setup: Setup) -> dict[str, Any]:
     """`run_identity` of this run."""
-    return run_identity(setup.config, setup.plan.effective_batch, setup.plan.steps)
+    first_stage = None if setup.latents is None else setup.latents.content_hash
+    return run_identity(setup.config, setup.plan.effective_batch, setup.plan.steps, first_stage)
 
 
 def resume(setup: Setup, folder: Path) -> RunProgress | None:
@@ -86,6 +93,7 @@ def resume(setup: Setup, folder: Path) -> RunProgress | None:
         with fail_together(accelerator), as_config_error("--resume_from_checkpoint"):
             saved = restore_snapshot(snapshot, training_objects(setup), config.checkpoint.allow_config_change)
         progress = restore_progress(saved, setup.monitor)
+        progress.latent_scale = own_scale(setup, saved)
         source = requested if requested not in ("latest", "auto", BEST) else f"checkpoint-{progress.step}"
         accelerator.print(
             printable(f"{folder} resumes from {source}, resuming from step {progress.step:,} of {setup.plan.steps:,}")
@@ -178,6 +186,9 @@ def read_checkpoint(setup: Setup, folder: Path, checkpoint: Checkpoint) -> Snaps
     snapshot = snapshots.read_snapshot(checkpoint.path)
     try:
         restore_progress(progress, copy.deepcopy(setup.monitor))
+        scale = own_scale(setup, progress)
+        if setup.latents is not None and scale is not None:
+            restored_stage(setup.latents.stage, scale)
         check_facts(snapshot, training_objects(setup), may_change)
     except ValueError as error:
         raise ValueError(f"{checkpoint.path}: {error}") from None
@@ -206,6 +217,21 @@ def make_newest(folder: Path, checkpoint: Checkpoint) -> None:
             write_atomically(folder / METRICS, lambda file: shutil.copyfileobj(rows, file))
 
 
+def own_scale(setup: Setup, saved: Progress) -> dict[str, Any] | None:
+    """The scale of a checkpoint's latents, if this run's are scaled alike; None where it must be settled anew.
+
+    Raises:
+        ValueError: the checkpoint has no scale, or one that no run writes.
+    """
+    own = own_identity(setup)
+    if setup.latents is None or any(own[name] != saved.config.get(name) for name in SCALE_IDENTITY):
+        return None
+    scale = saved.records.get("latent_scale")
+    if not isinstance(scale, dict):
+        raise ValueError("progress.records.latent_scale is missing")
+    return scale
+
+
 def saved_progress(setup: Setup, progress: RunProgress, metrics_size: int) -> Progress:
     """The progress of a run in the form of a checkpoint; ``metrics_size`` is in bytes."""
     samples = progress.step * setup.plan.effective_batch
@@ -222,7 +248,8 @@ def saved_progress(setup: Setup, progress: RunProgress, metrics_size: int) -> Pr
             "todo": [task.value for task in progress.pending],
             "stopped_early": progress.stopped_early,
             "recoveries": progress.recoveries,
-        },
+        }
+        | ({} if setup.latents is None else {"latent_scale": scale_settings(setup.latents.stage)}),
         monitor=None if setup.monitor is None else setup.monitor.state_dict(),
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -43,6 +44,7 @@ class RunProgress:
         recoveries: skipped steps in a row, or rollbacks to the same checkpoint.
         last_metrics: metrics of the step that was read last.
         last_bound: bits per dimension at the last validation; None if they are not computed.
+        latent_scale: scale of the latents in the checkpoint that the run resumed from; None where it must be settled.
     """
 
     step: int = 0
@@ -51,6 +53,7 @@ class RunProgress:
     recoveries: int = 0
     last_metrics: dict[str, float] = field(default_factory=dict)
     last_bound: float | None = None
+    latent_scale: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)

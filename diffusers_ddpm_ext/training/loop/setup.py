@@ -21,6 +21,8 @@ from diffusers_ddpm_ext.training.config.options import LoopOptions, OptimOptions
 from diffusers_ddpm_ext.training.config.train_config import TrainConfig
 from diffusers_ddpm_ext.training.data.conditions import check_precision
 from diffusers_ddpm_ext.training.data.dataset import ImageData, load_data
+from diffusers_ddpm_ext.training.data.image_set import ImageSet
+from diffusers_ddpm_ext.training.data.latents import LatentEncoder, SampleSet, sample_set
 from diffusers_ddpm_ext.training.distributed import (
     any_rank,
     fail_together,
@@ -29,6 +31,7 @@ from diffusers_ddpm_ext.training.distributed import (
     sum_over_ranks,
 )
 from diffusers_ddpm_ext.training.evaluation.processes import Processes
+from diffusers_ddpm_ext.training.factory.first_stage import build_latent_encoder, data_options
 from diffusers_ddpm_ext.training.factory.optimizer import (
     adamw,
     adamw_8bit,
@@ -94,6 +97,15 @@ class Setup:
         return self.trained
 
     @property
+    def latents(self) -> LatentEncoder | None:
+        """The first stage, which makes latents of images; None for a run on pixels."""
+        return self.trained.latents if isinstance(self.trained, Parts) else None
+
+    def samples(self, images: ImageSet) -> SampleSet:
+        """What the network denoises for a set of images."""
+        return sample_set(images, self.latents)
+
+    @property
     def denoiser(self) -> UNet2DModel:
         """The network of a diffusion model with its raw weights, without wrappers."""
         return self.parts.denoiser
@@ -156,9 +168,12 @@ def build_setup(config: TrainConfig) -> Setup:
         if accelerator.is_main_process:
             check_output_dir(config.output, config.resumes)
         check_hub_token(config.hub)
-        data = load_data(config.data, config.model.conditioning_key, progress=accelerator.is_main_process)
+        latents = build_latent_encoder(config, accelerator.device)
+        data = load_data(
+            data_options(config.data, latents), config.model.conditioning_key, progress=accelerator.is_main_process
+        )
         check_precision(data.train.columns, accelerator.mixed_precision)
-        trained: Trainable = build_parts(config, data.train)
+        trained: Trainable = build_parts(config, data.train, latents)
         data = replace(data, train=replace(data.train, dropout=trained.dropout))
         plan = make_plan(loop, len(data.train), accelerator.num_processes)
         initial = None
@@ -193,7 +208,7 @@ def setup_warnings(setup: Setup) -> list[str]:
     warnings = [
         setup.data.warning,
         schedule_warning(setup.parts.objective.schedule) if isinstance(setup.trained, Parts) else None,
-        model_size_warning(size, device, setup.data.size),
+        model_size_warning(size, device, setup.samples(setup.data.train).shape[1:]),
         warmup_warning(setup.config.optim, setup.plan.steps),
         epochs_warning(setup.plan),
     ]

@@ -88,6 +88,8 @@ def train_step(setup: Setup, step: int, batches: Iterator[Batch]) -> StepTrace:
 def forward_backward(setup: Setup, step: int, micro: int, batch: Batch) -> MicroBatchResult:
     """Forward and backward pass of a micro-batch, number ``micro`` of its step."""
     device = setup.accelerator.device
+    if setup.latents is not None:
+        batch = setup.latents.encode_batch(batch)
     shape = setup.trained.noise_shape(batch.pixels.shape[1:])
     t, noise = keys.sample_draws(setup.seed, step, batch.positions, shape, setup.num_train_timesteps)
     t, weights = draw_timesteps(setup, step, batch.positions, t)

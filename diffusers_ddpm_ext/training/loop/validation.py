@@ -6,7 +6,7 @@ from torch import Tensor
 
 from diffusers_ddpm_ext.diffusion.likelihood_estimate import Strata, estimate
 from diffusers_ddpm_ext.models.conditioning import Conditions
-from diffusers_ddpm_ext.training.data.image_set import ImageSet
+from diffusers_ddpm_ext.training.data.latents import SampleSet
 from diffusers_ddpm_ext.training.evaluation.bound import BoundEvaluation, evaluate_bound
 from diffusers_ddpm_ext.training.evaluation.processes import Processes
 from diffusers_ddpm_ext.training.evaluation.validation_loss import compute_validation_losses, validation_draws
@@ -16,9 +16,10 @@ from diffusers_ddpm_ext.utils.dtensor import reshard
 
 def validation_metrics(setup: Setup, processes: Processes) -> dict[str, float]:
     """The validation metrics by name, empty without validation images. Collective call: every process must make it."""
-    images, options = setup.data.validation, setup.config.validation
-    if images is None:
+    options = setup.config.validation
+    if setup.data.validation is None:
         return {}
+    images, bound = setup.samples(setup.data.validation), setup.parts.bound_metric
     draws = validation_draws(setup.seed, len(images), setup.num_train_timesteps, options.validation_max_images)
     task = setup.accelerator.unwrap_model(setup.task)
 
@@ -26,7 +27,7 @@ def validation_metrics(setup: Setup, processes: Processes) -> dict[str, float]:
         losses = compute_validation_losses(task, images, draws, options.eval_batch_size, processes)
         values = losses.metrics(suffix)
         if options.validation_bpd:
-            values[f"val/bpd{suffix}"] = validation_bpd(setup, images, processes)
+            values[f"val/{bound}{suffix}"] = validation_bpd(setup, images, processes)
         return values
 
     values = metrics()
@@ -36,7 +37,7 @@ def validation_metrics(setup: Setup, processes: Processes) -> dict[str, float]:
     return values
 
 
-def validation_bpd(setup: Setup, images: ImageSet, processes: Processes) -> float:
+def validation_bpd(setup: Setup, images: SampleSet, processes: Processes) -> float:
     """The bound of the validation images under the network's present weights, in bits per dimension.
 
     It is the mean over the images that validation uses, with the same timesteps and noise every time.

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from diffusers_ddpm_ext.training.evaluation.processes import Processes
 from diffusers_ddpm_ext.training.loop.export import ExportedNetworks, export_networks, save_pipeline
+from diffusers_ddpm_ext.training.loop.latents import describe_first_stage
 from diffusers_ddpm_ext.training.loop.previews import FINAL_SAMPLES, draw_data, draw_final, draw_samples
 from diffusers_ddpm_ext.training.loop.run import Run
 from diffusers_ddpm_ext.training.loop.setup import Setup
@@ -92,10 +93,10 @@ class Diffusion:
             pipeline.warn_if_stock_fails()
 
     def describe(self, setup: Setup) -> list[tuple[str, str]]:
-        """Noise schedule and loss."""
+        """First stage, noise schedule and loss."""
         config = setup.config
         loss = describe_loss(config.objective, setup.parts.objective.loss_weighting)
-        return [("schedule", describe_schedule(config.schedule)), ("loss", loss)]
+        return [*describe_first_stage(setup), ("schedule", describe_schedule(config.schedule)), ("loss", loss)]
 
     def describe_end(self, folder: Path) -> str:
         """The command that samples."""

@@ -88,16 +88,22 @@ def describe_validation(
         parts.append("best" if decision.best else "among the best")
     bound = validation_bound(values)
     if bound is not None:
-        parts.append(f"bpd {bound:.2f}")
+        parts.append(describe_bound(bound, in_latents="val/latent_bpd" in values))
     return f"step {step:,}: {', '.join(parts)}"
 
 
 def validation_bound(values: Mapping[str, float]) -> float | None:
     """The bound in bits per dimension among the metrics of a validation, of the average if there is one."""
-    return values.get("val/bpd_ema", values.get("val/bpd"))
+    names = ("val/bpd_ema", "val/bpd", "val/latent_bpd_ema", "val/latent_bpd")
+    return next((values[name] for name in names if name in values), None)
 
 
-def describe_end(seconds: float, monitor: Monitor | None, bound: float | None) -> str:
+def describe_bound(bits: float, in_latents: bool) -> str:
+    """A bound with its unit: of pixels, or of latents, which depends on their first stage and scale."""
+    return f"{bits:.2f} bits per latent dimension" if in_latents else f"bpd {bits:.2f}"
+
+
+def describe_end(seconds: float, monitor: Monitor | None, bound: float | None, in_latents: bool = False) -> str:
     """The closing line of a run: its time in this process, its best validation, and its last bound."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
@@ -105,5 +111,5 @@ def describe_end(seconds: float, monitor: Monitor | None, bound: float | None) -
     if monitor is not None and monitor.best is not None:
         parts.append(f"best {monitor.name} {monitor.best.value:.4g} at step {monitor.best.step:,}")
     if bound is not None:
-        parts.append(f"bpd {bound:.2f}")
+        parts.append(describe_bound(bound, in_latents))
     return ", ".join(parts)

@@ -21,7 +21,7 @@ from diffusers_ddpm_ext.training.checkpoints.writer import write_checkpoint
 def make_checkpoint(folder: Path, **options: object) -> Path:
     """A checkpoint at step 2 with the facts of a run, without its tensors."""
     config = tiny_run(folder, **options)
-    identity = run_identity(config, 8, config.loop.max_train_steps)
+    identity = run_identity(config, 8, config.loop.max_train_steps, None)
     progress = Progress(2, 0, 16, 0, 1, identity, "fingerprint")
     tables: dict = {"model.safetensors": {}, "optimizer.safetensors": {}}
     state = StateFile(progress, ScalarState([], {}, {}, None, None), tables)

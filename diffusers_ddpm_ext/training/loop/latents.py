@@ -1,0 +1,79 @@
+"""First stage of a run: the scale of its latents, and its part of the printed plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from diffusers_ddpm_ext.errors import as_config_error, printable, warn
+from diffusers_ddpm_ext.training.data.latent_scale import (
+    IMAGES_FOR_SCALE,
+    IMAGES_FOR_WARNING,
+    is_measured,
+    measure_latents,
+    restored_stage,
+    scale_settings,
+    scale_warning,
+    scaled_stage,
+)
+from diffusers_ddpm_ext.training.loop.setup import Setup
+from diffusers_ddpm_ext.training.tracking.plan import format_bytes
+
+
+def settle_scale(setup: Setup, saved: Mapping[str, Any] | None) -> None:
+    """Give the run's first stage its scale: that of the checkpoint, or a new one. Collective call.
+
+    Args:
+        setup: of the run; without a first stage nothing is done.
+        saved: the scale in the checkpoint that the run resumes from; None at its start.
+
+    Raises:
+        ConfigError: the images have latents that no scale fits.
+    """
+    encoder, options = setup.latents, setup.config.latents
+    if encoder is None:
+        return
+    if saved is not None:
+        with as_config_error("--resume_from_checkpoint"):
+            encoder.stage = restored_stage(encoder.stage, saved)
+        return
+    limit = IMAGES_FOR_SCALE if is_measured(options) else IMAGES_FOR_WARNING
+    statistics = measure_latents(setup.data.train, encoder, setup.accelerator, limit)
+    encoder.stage = scaled_stage(encoder.stage, options, statistics)
+    encoder.measured_std = statistics.scaled_std(encoder.stage)
+    warning = scale_warning(encoder.measured_std)
+    if warning is not None and setup.accelerator.is_main_process:
+        warn(warning)
+
+
+def describe_first_stage(setup: Setup) -> list[tuple[str, str]]:
+    """Rows of the printed plan on the first stage; none for a run on pixels."""
+    encoder, options = setup.latents, setup.config.latents
+    if encoder is None:
+        return []
+    stage = encoder.stage
+    weights = list(stage.autoencoder.parameters())
+    count, size = sum(w.numel() for w in weights), sum(w.numel() * w.element_size() for w in weights)
+    channels, height, width = encoder.shape(*setup.data.size)
+    source = printable(str(options.vae), 200) + (f"/{options.vae_subfolder}" if options.vae_subfolder else "")
+    name = type(stage.autoencoder).__name__
+    draws = "sampled" if stage.is_stochastic and not options.latent_mode else "mode" if stage.is_stochastic else ""
+    latents = [f"{channels} x {height} x {width}, 1/{stage.factor} of the images", draws, _describe_scale(setup)]
+    return [
+        ("first stage", f"{name} of {source}, {count:,} parameters ({format_bytes(size)}), frozen"),
+        ("latents", ", ".join(part for part in latents if part)),
+    ]
+
+
+def _describe_scale(setup: Setup) -> str:
+    """The scale of the latents, where it is from, and the standard deviation that it makes."""
+    assert setup.latents is not None
+    options, settings = setup.config.latents, scale_settings(setup.latents.stage)
+    origin = "measured" if options.scale_factor == "data" else "the autoencoder's"
+    if not isinstance(options.scale_factor, str) or options.latent_stats:
+        origin = ""
+    text = f"scaling factor {settings['scaling_factor']:.5g}" + (f" ({origin})" if origin else "")
+    if settings.get("latents_std") is not None:
+        text += ", each channel by its mean and standard deviation"
+    std = setup.latents.measured_std
+    return text + (", as in the checkpoint" if std is None else f", standard deviation {std:.3g}")
