@@ -70,7 +70,6 @@ from diffusers_ddpm_ext.pipelines.serialization import SavedPipeline, needs_guar
 from diffusers_ddpm_ext.schedulers.adapter import SchedulerAdapter, adapt_scheduler, supports_temperature
 from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
 from diffusers_ddpm_ext.utils.checks import checked_integer
-from diffusers_ddpm_ext.utils.vocabulary import ConcatThroughVae
 from diffusers_ddpm_ext.utils.wrappers import has_inner_wrappers, network_class, unwrap
 
 logger = logging.getLogger(__name__)
@@ -139,7 +138,7 @@ class DDPMExtPipeline(FirstStageMixin, SavedPipeline):
         null_class_label: int | None = None,
         id2label: Mapping[int, str] | Mapping[str, str] | None = None,
         latent_scaling_factor: float | None = None,
-        concat_through_vae: ConcatThroughVae | None = None,
+        concat_through_vae: str | None = None,  # Diffusers checks values against this, and fails on a Literal
         # Each class by name: Diffusers' from_pipe takes over no other.
         vae: AutoencoderKL | VQModel | AutoencoderTiny | AutoencoderDC | None = None,
         vqvae: AutoencoderKL | VQModel | AutoencoderTiny | AutoencoderDC | None = None,
