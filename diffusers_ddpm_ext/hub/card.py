@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from diffusers_ddpm_ext.errors import ConfigError, printable, warn
-from diffusers_ddpm_ext.hub.card_facts import FolderFacts
+from diffusers_ddpm_ext.hub.card_code import conditions_code, images_code, latents_code
+from diffusers_ddpm_ext.hub.card_facts import BITS_PER_DIM, BITS_PER_LATENT, FolderFacts
 from diffusers_ddpm_ext.hub.markdown import code_span, inline_text, preformatted
 from diffusers_ddpm_ext.hub.proof import CARD_GRID
 from diffusers_ddpm_ext.hub.upload import check_repo_id
@@ -34,6 +35,7 @@ CARD_FIGURES = (
     ("plots/timesteps.png", "The best few steps for the bound."),
     ("evaluation/steps.png", "What each step adds to the bound."),
 )
+STOCK_PIPELINES = ("DDPMPipeline", "LDMPipeline")
 MAX_CLASS_ROWS, MAX_PACKAGES, MAX_CONFIG_CHARACTERS = 200, 50, 2**16
 
 
@@ -87,6 +89,7 @@ class _Card:
         self.index = facts.pipeline_file("model_index.json")
         self.unet = facts.pipeline_file("unet/config.json")
         self.scheduler = facts.pipeline_file("scheduler/scheduler_config.json")
+        self.first_stage = facts.first_stage(self.index)
         self.class_names = facts.class_names(self.index)
         self.key = "" if self.index.content.get("conditioning_key") is None else self.index.string("conditioning_key")
         self.environment, self.images, self.bound = facts.record(ENVIRONMENT), facts.images(), facts.bound()
@@ -106,8 +109,8 @@ class _Card:
         return self.dataset or (self.images.name if self.images else "the author's images")
 
     @property
-    def size(self) -> str:
-        """Height, width and channels of an image."""
+    def sample_shape(self) -> tuple[float, float, int]:
+        """Height, width and channels of a sample, which is an image or its latents; 0 where the size is open."""
         if isinstance(self.unet.content.get("sample_size"), list):
             height, width = (*self.unet.numbers("sample_size"), 0, 0)[:2]
         else:
@@ -115,14 +118,28 @@ class _Card:
         channels = self.unet.integer("out_channels", default=0)
         if self.scheduler.content.get("variance_type") in ("learned", "learned_range"):
             channels //= 2
-        return f"{height:g}x{width:g}x{channels}" if height else f"?x?x{channels}"
+        return height, width, channels
 
     @property
-    def opens_in_stock(self) -> bool:
-        """Whether stock ``DDPMPipeline`` samples it."""
-        unet = self.index.content.get("unet")
+    def size(self) -> str:
+        """Height, width and channels of an image."""
+        height, width, channels = self.sample_shape
+        stage = self.first_stage
+        if stage is not None:
+            height, width, channels = height * stage.factor, width * stage.factor, stage.pixel_channels
+        return _size_text(height, width, channels)
+
+    @property
+    def lacks_first_stage(self) -> bool:
+        """Whether its samples are latents of an autoencoder that is not in the folder."""
+        return self.first_stage is None and self.index.content.get("latent_scaling_factor") is not None
+
+    @property
+    def stock_pipeline(self) -> str | None:
+        """The class of stock Diffusers that samples it; None where none does."""
+        unet, name = self.index.content.get("unet"), self.index.content.get("_class_name")
         plain = isinstance(unet, list) and unet[1:] == ["UNet2DModel"]
-        return plain and self.index.content.get("_class_name") == "DDPMPipeline"
+        return str(name) if plain and name in STOCK_PIPELINES else None
 
     def metadata(self, license_name: str | None) -> str:
         """YAML for the Hub."""
@@ -162,7 +179,7 @@ class _Card:
             )
         elif self.facts.file("samples.png"):
             parts.append("![images drawn from this model](samples.png)")
-        parts += [self._classes(), self._snippets(), self._metrics()]
+        parts += [self._classes(), self._loading(), self._first_stage(), self._metrics()]
         figures = [f"![{text}]({name})\n\n{text}" for name, text in CARD_FIGURES if self.facts.file(name)]
         if figures:
             parts.append("## Curves\n\n" + "\n\n".join(figures))
@@ -175,8 +192,11 @@ class _Card:
         steps = self.scheduler.integer("num_train_timesteps", default=1000)
         conditioned = f" It is conditioned ({inline_text(self.key)})." if self.key else ""
         name = inline_text(self.dataset_name) if self.dataset or self.images else self.dataset_name
+        size, stage = self.size, self.first_stage
+        images = f"{size} latents of images" if self.lacks_first_stage else f"{size} images"
+        latents = "" if stage is None else f", drawn as {_size_text(*self.sample_shape)} latents"
         return (
-            f"A diffusion model of {self.size} images ({name}), which predicts {predicts} on a chain of {steps} steps,"
+            f"A diffusion model of {images} ({name}){latents}, which predicts {predicts} on a chain of {steps} steps,"
             f" trained with [diffusers-ddpm-ext](https://pypi.org/project/diffusers-ddpm-ext/).{conditioned}"
         )
 
@@ -191,30 +211,35 @@ class _Card:
         rest = f"\n\n{more:,} more classes are in model_index.json." if more > 0 else ""
         return "## Classes\n\n| class | images |\n|---|---|\n" + "\n".join(rows) + rest if rows else ""
 
-    def _snippets(self) -> str:
-        ours = (
-            "## Load it\n\n```python\nimport torch\nfrom diffusers_ddpm_ext import DDPMExtPipeline\n\n"
-            f'pipe = DDPMExtPipeline.from_pretrained("{self.repo_id}")\n'
-            "images = pipe(batch_size=4, num_inference_steps=50, generator=torch.Generator().manual_seed(0)).images\n"
-            "```"
-        )
-        other = (
-            "Any other sampler of Diffusers:\n\n```python\nimport diffusers\nfrom diffusers_ddpm_ext import "
-            f'DDPMExtPipeline\n\npipe = DDPMExtPipeline.from_pretrained("{self.repo_id}")\n'
-            "pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)\n"
-            "images = pipe(batch_size=4, num_inference_steps=20).images\n```"
-        )
+    def _loading(self) -> str:
+        if self.lacks_first_stage:
+            return latents_code(self.repo_id)
         if self.key not in ("", "adm"):
-            ours, other = ours.replace("batch_size=4,", "batch_size=4, ..."), ""
-            return f"{ours}\n\nThis model needs conditions; see the arguments of the call."
-        if not self.opens_in_stock:
-            return f"{ours}\n\n{other}\n\nStock Diffusers cannot sample this model, and refuses it."
-        stock = (
-            "Without diffusers-ddpm-ext, in stock Diffusers:\n\n```python\nfrom diffusers import DDPMPipeline\n\n"
-            f'pipe = DDPMPipeline.from_pretrained("{self.repo_id}")\n'
-            "images = pipe(batch_size=4, num_inference_steps=50).images\n```"
+            return conditions_code(self.repo_id)
+        return images_code(self.repo_id, self.stock_pipeline)
+
+    def _first_stage(self) -> str:
+        """The section about the autoencoder; empty for a model of pixels."""
+        stage = self.first_stage
+        if stage is None:
+            return ""
+        class_name = stage.class_name.rpartition(".")[2]
+        rows = [
+            ("class", f"{inline_text(class_name, in_table=True)}, in `{stage.slot}/`"),
+            ("pixels per latent", f"{stage.factor} x {stage.factor}"),
+            ("latents of an image", _size_text(*self.sample_shape)),
+            ("scale factor", f"{stage.scaling_factor:.6g}"),
+        ]
+        if stage.has_channel_statistics:
+            rows.append(("mean and standard deviation", "of each channel, in its config.json"))
+        table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+        origin = self.facts.options().get("vae")
+        source = f"It was given to the run as {inline_text(origin)}. " if isinstance(origin, str) else ""
+        return (
+            "## First stage\n\nThe network draws latents, which this autoencoder decodes to images.\n\n"
+            f"| | |\n|---|---|\n{table}\n\n{source}The license of the autoencoder, where it is not yours, applies "
+            "to its weights here too."
         )
-        return f"{ours}\n\n{other}\n\n{stock}"
 
     def _metrics(self) -> str:
         rows, bound = [], self.bound
@@ -227,7 +252,8 @@ class _Card:
         names = {
             "val/loss_simple_ema": "validation loss, averaged weights",
             "val/loss_simple": "validation loss, raw weights",
-            "val/bpd_ema": "bits per dimension of validation, averaged weights",
+            "val/bpd_ema": f"{BITS_PER_DIM} of validation, averaged weights",
+            "val/latent_bpd_ema": f"{BITS_PER_LATENT} of validation, averaged weights",
         }
         rows += [f"| {text} | {self.last[name]:.4f} |" for name, text in names.items() if name in self.last]
         if "step" in self.last:
@@ -262,6 +288,10 @@ class _Card:
         device = f" on {inline_text(environment.string('device'))}" if environment.content.get("device") else ""
         python = inline_text(environment.string("python"))
         return [f"{action}{device} with Python {python}, {', '.join(versions[:MAX_PACKAGES])}."]
+
+
+def _size_text(height: float, width: float, channels: int) -> str:
+    return f"{height:g}x{width:g}x{channels}" if height else f"?x?x{channels}"
 
 
 CARD_LIMITS = """## Limits

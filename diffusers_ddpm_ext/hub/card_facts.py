@@ -6,7 +6,7 @@ and named: a card or a page shows the rest.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,16 +14,21 @@ from typing import Any, TypeVar
 from diffusers_ddpm_ext.errors import ConfigError
 from diffusers_ddpm_ext.pipelines.class_names import read_class_names
 from diffusers_ddpm_ext.utils.files import CONFIG, ENVIRONMENT, EVALUATION, METRICS
+from diffusers_ddpm_ext.utils.first_stage_config import FirstStageConfig, read_first_stage_config
 from diffusers_ddpm_ext.utils.folder_scan import is_below_link
 from diffusers_ddpm_ext.utils.input_files import JsonObject, exists, read_json_object, read_text
 from diffusers_ddpm_ext.utils.run_metrics import RunMetrics, read_metrics
 from diffusers_ddpm_ext.utils.yaml_io import load_options
 
 METRIC_NAMES = (
-    "train/loss_simple", "val/loss_simple", "val/loss_simple_ema", "val/bpd", "val/bpd_ema",
+    "train/loss_simple", "val/loss_simple", "val/loss_simple_ema", "val/bpd", "val/bpd_ema", "val/latent_bpd",
+    "val/latent_bpd_ema",
 )  # fmt: skip
 MAX_CONFIG_BYTES = 2**20
 MAX_FACTS_BYTES = 4 * 2**20
+
+BITS_PER_DIM, BITS_PER_LATENT = "bits per dimension", "bits per latent dimension"
+"""Names of a bound: the second is of the density of latents, and comparable only for one first stage and scale."""
 
 Result = TypeVar("Result")
 
@@ -135,6 +140,11 @@ class FolderFacts:
             flat |= value if isinstance(value, dict) else {key: value}
         return flat
 
+    def first_stage(self, index: JsonObject) -> FirstStageConfig | None:
+        """The first stage of the pipeline; ConfigError where its files cannot be read, as those of the network."""
+        stage = read_first_stage_config(self.folder, index)
+        return None if stage is None or self.file(f"{stage.slot}/config.json") is None else stage
+
     def images(self) -> ImageCounts | None:
         """The images that the run trained on."""
         environment = self.record(ENVIRONMENT)
@@ -193,6 +203,9 @@ def bound_label(record: JsonObject) -> str:
     last = min(record.numbers("chain_timesteps"), default=0) if isinstance(steps, list) else 0
     if "chain" in record:
         details.append(f"chain of {record.integer('chain'):,} steps{f' down to t = {last:g}' if last else ''}")
+    if "first_stage" in record:
+        stage = record.object("first_stage")
+        details.append(f"first stage {stage.string('sha256')[:8]}, scale {_scale_text(stage.numbers('scale'))}")
     kind = record.string("decoder_kind", "")
     if kind == "continuous":
         details.append("density")
@@ -200,4 +213,11 @@ def bound_label(record: JsonObject) -> str:
         details.append(f"bins of {record.number('bin_width'):.4g}")
     if kind == "improved_diffusion":
         details.append("improved-diffusion's decoder")
-    return f"bits per dimension ({', '.join(details)})" if details else "bits per dimension"
+    unit = BITS_PER_LATENT if "first_stage" in record else BITS_PER_DIM
+    return f"{unit} ({', '.join(details)})" if details else unit
+
+
+def _scale_text(scale: Sequence[float]) -> str:
+    """What latents are multiplied with: one number, or the smallest and the largest of the channels."""
+    factors = sorted({float(f"{1 / value:.5g}") for value in scale if value > 0})
+    return " to ".join(f"{factor:g}" for factor in dict.fromkeys((factors[0], factors[-1]))) if factors else "?"

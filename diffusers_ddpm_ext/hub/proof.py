@@ -224,7 +224,8 @@ def compare_card_images(place: Path, pipeline: Any, settings: dict[str, Any]) ->
     path = place / CARD_IMAGES
     saved, packed = read_array(path, key="images"), path.stat().st_size
     size = pipeline.unet.config.sample_size
-    expected = (settings["count"], *((size, size) if isinstance(size, int) else size))
+    factor = 1 if pipeline.first_stage is None else pipeline.first_stage.factor
+    expected = (settings["count"], *(side * factor for side in ((size, size) if isinstance(size, int) else size)))
     if saved.dtype != np.uint8 or saved.ndim != 4 or saved.shape[:3] != expected:
         return f"{CARD_IMAGES} holds {saved.dtype} of shape {saved.shape}, not images of this model", 0.0
     if saved.nbytes > max(MAX_UNIFORM_BYTES, MAX_EXPANSION * packed):

@@ -30,8 +30,8 @@ IGNORE_PATTERNS = (
 )  # fmt: skip
 """At the top of a run's folder: locks, incomplete files, what the run resumes from, and trackers' files."""
 DELETE_PATTERNS = (
-    "unet/*", "scheduler/*", "logvar/*", "class_embedder/*", "samples/*", "card/*", "plots/*", "evaluation/*",
-    "checkpoint-*/*", "best/*",
+    "unet/*", "scheduler/*", "vae/*", "vqvae/*", "logvar/*", "class_embedder/*", "samples/*", "card/*", "plots/*",
+    "evaluation/*", "checkpoint-*/*", "best/*",
 )  # fmt: skip
 """Files that a push deletes from the repository if the folder no longer has them."""
 NEEDED_FILES = ("model_index.json", "config.json", "scheduler_config.json", "diffusion_pytorch_model.safetensors")

@@ -1,0 +1,61 @@
+"""The section of a model card with the code that loads the model, here and in stock Diffusers."""
+
+from __future__ import annotations
+
+OURS = """## Load it
+
+```python
+import torch
+from diffusers_ddpm_ext import DDPMExtPipeline
+
+pipe = DDPMExtPipeline.from_pretrained("{repo_id}")
+{call}
+```"""
+IMAGES = "images = pipe(batch_size=4, num_inference_steps=50, generator=torch.Generator().manual_seed(0)).images"
+CONDITIONS = IMAGES.replace("batch_size=4,", "batch_size=4, ...,")
+LATENTS = """noise = torch.Generator().manual_seed(0)
+latents = pipe(batch_size=4, num_inference_steps=50, generator=noise, output_type="latent").images"""
+OTHER_SCHEDULER = """Any other sampler of Diffusers:
+
+```python
+import diffusers
+from diffusers_ddpm_ext import DDPMExtPipeline
+
+pipe = DDPMExtPipeline.from_pretrained("{repo_id}")
+pipe.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+images = pipe(batch_size=4, num_inference_steps=20).images
+```"""
+STOCK = """Without diffusers-ddpm-ext, in stock Diffusers:
+
+```python
+from diffusers import {stock}
+
+pipe = {stock}.from_pretrained("{repo_id}")
+images = pipe(batch_size=4, num_inference_steps=50).images
+```"""
+
+
+def images_code(repo_id: str, stock: str | None) -> str:
+    """Of a model that draws images, unconditionally or by class.
+
+    Args:
+        repo_id: of the repository.
+        stock: the class of stock Diffusers that samples it; None where none does.
+    """
+    last = "Stock Diffusers cannot sample this model, and refuses it."
+    if stock is not None:
+        last = STOCK.format(repo_id=repo_id, stock=stock)
+    ours = OURS.format(repo_id=repo_id, call=IMAGES)
+    return f"{ours}\n\n{OTHER_SCHEDULER.format(repo_id=repo_id)}\n\n{last}"
+
+
+def conditions_code(repo_id: str) -> str:
+    """Of a model with other conditions than classes."""
+    note = "This model needs conditions; see the arguments of the call."
+    return f"{OURS.format(repo_id=repo_id, call=CONDITIONS)}\n\n{note}"
+
+
+def latents_code(repo_id: str) -> str:
+    """Of a model of latents without its first stage."""
+    note = "Its samples are latents of an autoencoder that is not part of this repository."
+    return f"{OURS.format(repo_id=repo_id, call=LATENTS)}\n\n{note}"
