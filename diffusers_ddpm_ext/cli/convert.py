@@ -281,11 +281,14 @@ def _draw_samples(pipeline: Any, path: Path, mode: FolderConversion) -> None:
     key = pipeline.config.get("conditioning_key")
     if key is not None and not (key == "adm" or pipeline.class_embedder is not None):
         raise ConfigError(f"--samples {mode.samples}: the model needs conditions ({key}), which are not in its folder")
-    if pipeline.is_latent or pipeline.channels not in (1, 3, 4):
-        what = "latents" if pipeline.is_latent else "samples"
+    stage = pipeline.first_stage
+    channels = pipeline.channels if stage is None else stage.pixel_channels
+    lacks_stage = stage is None and pipeline.config.get("latent_scaling_factor") is not None
+    if lacks_stage or channels not in (1, 3, 4):
+        what = "latents" if lacks_stage else "samples"
         raise ConfigError(
-            f"--samples {mode.samples}: the model generates {what} of {pipeline.channels} channels, not images: leave "
-            f"it out, and use ddpm-ext sample {mode.out} --out FILE.npy"
+            f"--samples {mode.samples}: the model generates {what} of {channels} channels, not images: leave it out, "
+            f"and use ddpm-ext sample {mode.out} --out FILE.npy"
         )
     conditions: dict[str, Any] = {}
     if key is not None:

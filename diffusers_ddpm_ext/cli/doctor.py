@@ -12,6 +12,7 @@ from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from diffusers_ddpm_ext._version import __version__
 from diffusers_ddpm_ext.cli.arguments import LOCAL_FOLDER_HELP
@@ -279,6 +280,29 @@ def _compare_value(name: str, value: float, recorded: float, tolerance: float) -
 # ---------------------------------------------------------------------- a folder
 
 
+def _check_first_stage(pipeline: Any) -> Iterator[Finding]:
+    """Whether a pipeline of latents has its first stage, and whether that decodes."""
+    import torch
+
+    stage = pipeline.first_stage
+    if stage is None:
+        if pipeline.config.get("latent_scaling_factor") is not None:
+            text = "its samples are latents of an autoencoder that is not in the folder"
+            yield Finding(Mark.ADVICE, f"{text}: sample with --out FILE.npy, or add the autoencoder as its vae")
+        return
+    size, name = sum(weight.numel() for weight in stage.autoencoder.parameters()) / 1e6, type(pipeline.vae).__name__
+    side, scale = stage.factor, " to ".join(f"{value:g}" for value in _extremes((1 / stage.scale).flatten().tolist()))
+    latents = f"latents of {stage.latent_channels} channels, {side}x{side} pixels each, scale {scale}"
+    yield Finding(Mark.FINE, f"its first stage is a {name}: {size:.1f} M parameters, {latents}")
+    decoded = pipeline.decode_latents(torch.zeros(1, stage.latent_channels, 2, 2))
+    if not bool(torch.isfinite(decoded).all()):
+        yield Finding(Mark.WRONG, "its first stage decodes to NaN or infinity: copy its folder again")
+
+
+def _extremes(values: list[float]) -> list[float]:
+    return sorted({min(values), max(values)})
+
+
 def _check_folder(folder: Path) -> Iterator[Finding]:
     from diffusers_ddpm_ext.hub.proof import differences_from_proof, read_proof
     from diffusers_ddpm_ext.pipelines.loading import load_pipeline
@@ -292,6 +316,7 @@ def _check_folder(folder: Path) -> Iterator[Finding]:
             size = sum(weight.numel() for weight in pipeline.unet.parameters()) / 1e6
             scheduler = type(pipeline.scheduler).__name__
             yield Finding(Mark.FINE, f"its pipeline can be opened: {size:.1f} M parameters, {scheduler}")
+            yield from _check_first_stage(pipeline)
         except ConfigError as error:
             remedy = (
                 "restore it from a checkpoint (--resume_from_checkpoint latest)" if checkpoints else "copy it again"

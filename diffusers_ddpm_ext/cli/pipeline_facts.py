@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,10 +12,16 @@ from typing import Any
 
 from diffusers_ddpm_ext.errors import ConfigError, printable
 from diffusers_ddpm_ext.pipelines.class_names import read_class_names
+from diffusers_ddpm_ext.utils.first_stage_config import (
+    FIRST_STAGE_SLOTS,
+    FirstStageConfig,
+    names_class,
+    read_first_stage_config,
+)
 from diffusers_ddpm_ext.utils.generations import read_one_generation
 from diffusers_ddpm_ext.utils.input_files import JsonObject, json_object, read_json_object
 from diffusers_ddpm_ext.utils.network_budget import check_network_config, check_network_types
-from diffusers_ddpm_ext.utils.vocabulary import CONDITIONING_KEYS
+from diffusers_ddpm_ext.utils.vocabulary import CONCAT_THROUGH_VAE, CONDITIONING_KEYS
 
 LEARNED_VARIANCES = ("learned", "learned_range")
 MAX_SIZE = 2**20
@@ -24,7 +31,7 @@ DEFAULT_CHANNELS, DEFAULT_TIMESTEPS = 3, 1000
 
 @dataclass(frozen=True)
 class PipelineFacts:
-    """The configurations of a pipeline with a network and a scheduler.
+    """The configurations of a pipeline with a network, a scheduler and perhaps a first stage.
 
     Attributes:
         source: the folder or Hub id, for messages.
@@ -32,6 +39,7 @@ class PipelineFacts:
         unet: of the network.
         scheduler: of the scheduler.
         has_class_embedder: whether classes become tokens of cross attention.
+        first_stage: of the autoencoder that decodes the samples; None for a model of pixels, or of latents alone.
     """
 
     source: str
@@ -39,6 +47,7 @@ class PipelineFacts:
     unet: JsonObject
     scheduler: JsonObject
     has_class_embedder: bool
+    first_stage: FirstStageConfig | None = None
 
     @cached_property
     def conditioning_key(self) -> str | None:
@@ -77,13 +86,35 @@ class PipelineFacts:
         return read_class_names(self.index.content.get("id2label"), f"{self.index.name}: id2label")
 
     @property
-    def is_latent(self) -> bool:
-        """Whether the samples are latents of an autoencoder, not images."""
-        return _present(self.index, "latent_scaling_factor") is not None
+    def lacks_first_stage(self) -> bool:
+        """Whether the samples are latents of an autoencoder that is not part of the pipeline."""
+        return self.first_stage is None and _present(self.index, "latent_scaling_factor") is not None
+
+    @cached_property
+    def concat_through_vae(self) -> str | None:
+        """How pictures that are conditions become latents: "mode", "sample", or None where they stay pictures."""
+        way = _present(self.index, "concat_through_vae")
+        if way is not None and way not in CONCAT_THROUGH_VAE:
+            raise ConfigError(
+                f"{self.index.name}: concat_through_vae is {printable(repr(way), 60)}; it must be one of "
+                f"{', '.join(CONCAT_THROUGH_VAE)}, or left out"
+            )
+        return way
+
+    @cached_property
+    def picture_channels(self) -> int:
+        """Channels of a decoded picture; of a sample where there is no first stage."""
+        return self.channels if self.first_stage is None else self.first_stage.pixel_channels
+
+    @cached_property
+    def picture_size(self) -> tuple[int, int] | None:
+        """Height and width of a decoded picture, or of a sample without a first stage; None where they are open."""
+        size, factor = self.image_size, 1 if self.first_stage is None else self.first_stage.factor
+        return None if size is None else (size[0] * factor, size[1] * factor)
 
     @cached_property
     def channels(self) -> int:
-        """Channels of an image."""
+        """Channels of a sample."""
         inputs = self.unet.integer("in_channels", 1, MAX_SIZE, DEFAULT_CHANNELS)
         if not (self.takes_concat_inputs or _present(self.index, "use_positional_encodings")):
             return inputs
@@ -98,7 +129,7 @@ class PipelineFacts:
 
     @cached_property
     def image_size(self) -> tuple[int, int] | None:
-        """Height and width of an image; None where the config leaves them open."""
+        """Height and width of a sample; None where the config leaves them open."""
         size = _present(self.unet, "sample_size")
         if size is None:
             return None
@@ -111,6 +142,12 @@ class PipelineFacts:
     def num_train_timesteps(self) -> int:
         """Steps of the training chain."""
         return self.scheduler.integer("num_train_timesteps", 1, default=DEFAULT_TIMESTEPS)
+
+    @property
+    def has_own_variances(self) -> bool:
+        """Whether the reverse variances were fitted to the model, or are predicted by it."""
+        fitted = isinstance(_present(self.scheduler, "v_decoder"), list)
+        return fitted or _present(self.scheduler, "variance_type") in LEARNED_VARIANCES
 
     @cached_property
     def token_width(self) -> int | None:
@@ -149,20 +186,23 @@ def _read_facts(source: str, folder: Path, variant: str | None, variant_option: 
             raise ConfigError(
                 f"{index.name} names no {part}: this is no pipeline of a network and a scheduler, such as DDPMPipeline"
             )
-    others = [
-        name for name, value in index.content.items() if name not in ("unet", "scheduler") and _is_component(value)
-    ]
+    components = [name for name, value in index.content.items() if names_class(value)]
+    others = [name for name in components if name not in ("unet", "scheduler", *FIRST_STAGE_SLOTS)]
     if others:
         raise ConfigError(
-            f"{index.name} has a component {printable(others[0], 60)!r}: its samples are no images, and "
-            "ddpm-ext runs pipelines of a network and a scheduler alone; use the pipeline's own class in Diffusers"
+            f"{index.name} has a component {printable(others[0], 60)!r}, and ddpm-ext runs pipelines of a network, a "
+            "scheduler and a first stage alone; use the pipeline's own class in Diffusers"
         )
+    first_stage = read_first_stage_config(folder, index)
+    if first_stage is not None:
+        _check_weights(folder / first_stage.slot, None, "")
     facts = PipelineFacts(
         source,
         index,
         read_json_object(folder / "unet" / "config.json"),
         read_json_object(folder / "scheduler" / "scheduler_config.json", allow_infinity=True),
         (folder / "class_embedder" / "config.json").is_file(),
+        first_stage,
     )
     check_network_types(facts.unet.content, facts.unet.name)
     check_network_config(facts.unet.content, facts.unet.name)
@@ -174,14 +214,21 @@ def facts_of_pipeline(source: str, pipeline: Any) -> PipelineFacts:
     """The facts of a loaded pipeline, for one that came from the Hub."""
 
     def named(part: str, config: Mapping[str, Any]) -> JsonObject:
-        return json_object(dict(config), f"{part} of {source}")
+        as_saved = json.loads(json.dumps(dict(config), default=str))  # tuples as lists
+        return json_object(as_saved, f"{part} of {source}")
 
+    first_stage = None
+    if pipeline.first_stage is not None:
+        first_stage = FirstStageConfig(
+            "vae", type(pipeline.vae).__name__, named("vae/config.json", pipeline.vae.config)
+        )
     return PipelineFacts(
         source,
         named("model_index.json", pipeline.config),
         named("unet/config.json", pipeline.unet.config),
         named("scheduler_config.json", pipeline.trained_scheduler.config),
         pipeline.class_embedder is not None,
+        first_stage,
     )
 
 
@@ -195,11 +242,6 @@ def _check_weights(folder: Path, variant: str | None, variant_option: str) -> No
         raise ConfigError(f"{variant_option}: {folder} has no such weights: leave it out for the default ones")
     if not names:
         raise ConfigError(f"{folder} has no weights (diffusion_pytorch_model.safetensors): copy the folder again")
-
-
-def _is_component(value: Any) -> bool:
-    """Whether a value of ``model_index.json`` names a library and a class."""
-    return isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value)
 
 
 def _present(config: JsonObject, key: str) -> Any:

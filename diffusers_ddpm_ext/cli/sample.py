@@ -15,6 +15,7 @@ from contextlib import nullcontext
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from diffusers_ddpm_ext.cli.concat_pictures import ConcatInputs
 from diffusers_ddpm_ext.cli.pipeline_facts import PipelineFacts, facts_of_pipeline, read_pipeline_facts
 from diffusers_ddpm_ext.cli.sample_conditions import SampleConditions, check_sample
 from diffusers_ddpm_ext.cli.sample_options import SampleOptions, parse_sample_args
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from diffusers_ddpm_ext.cli.sample_output import OneFile, PngFolder
 
 # options that change neither the images nor how they are drawn
-NOT_IN_SETTINGS = ("out", "individual", "num_images", "batch_size", "device", "bit_depth")
+NOT_IN_SETTINGS = ("out", "individual", "num_images", "batch_size", "device", "bit_depth", "concat")
 
 
 class _Processes(NamedTuple):
@@ -76,24 +77,29 @@ def _sample(
 ) -> str:
     """Draw and write the images; the line that says so."""
     conditions = _condition_tensors(pipeline, read)
+    if read.pictures is not None and facts.image_size is not None:
+        conditions["concat_inputs"] = ConcatInputs(
+            read.pictures, pipeline, facts.concat_channels, facts.image_size, options.seed
+        )
     calls = _count_network_calls(pipeline, options)
-    output = _make_output(pipeline, options, facts, conditions.get("class_labels"), calls)
+    output = _make_output(pipeline, options, facts, read, conditions.get("class_labels"), calls)
     is_main = processes.rank == 0
     if is_main:
-        output.check_room(options.num_images)
+        output.check_room(read.num_images)
     with output.locked() if is_main else nullcontext():
         if is_main:
             output.check()
-        _draw_missing(pipeline, options, conditions, output, calls, processes)
+        _draw_missing(pipeline, options, conditions, output, read.num_images, calls, processes)
         if not is_main:
             return ""
-        output.finish(options.num_images)
+        output.finish(read.num_images)
     height, width, channels = output.shape
-    what = "latents" if facts.is_latent else "images"
+    what = "latents" if facts.lacks_first_stage else "images"
     individual = f" and, one by one, to {options.individual}" if options.individual else ""
+    note = "; they are latents of an autoencoder that is not in the folder, not images" if what == "latents" else ""
     return (
-        f"{options.num_images} {what} of {height}x{width}x{channels} written to {options.output_path}"
-        f"{individual} ({calls} calls of the network each)"
+        f"{read.num_images} {what} of {height}x{width}x{channels} written to {options.output_path}"
+        f"{individual} ({calls} calls of the network each){note}"
     )
 
 
@@ -165,29 +171,20 @@ def _count_network_calls(pipeline: Any, options: SampleOptions) -> int:
 
 
 def _make_output(
-    pipeline: Any, options: SampleOptions, facts: PipelineFacts, labels: Any, calls: int
+    pipeline: Any, options: SampleOptions, facts: PipelineFacts, read: SampleConditions, labels: Any, calls: int
 ) -> OneFile | PngFolder:
     """Where the images are written, with the settings that they depend on."""
-    from diffusers_ddpm_ext.cli.sample_output import VIDEO_SUFFIX, OneFile, PngFolder
+    from diffusers_ddpm_ext.cli.sample_output import VIDEO_SUFFIX, OneFile, PngFolder, number_of
 
-    settings = {name: value for name, value in vars(options).items() if name not in NOT_IN_SETTINGS}
-    if options.class_labels is not None:
-        settings["class_labels"] = labels.tolist()
-        if facts.class_names:
-            settings["class_names"] = [_class_name(facts, label) for label in settings["class_labels"]]
-    settings["scheduler"] = type(pipeline.scheduler).__name__
-    for name in ("concat_inputs", "encoder_hidden_states"):
-        path = getattr(options, name)
-        settings[name] = None if path is None else hashlib.sha256(path.read_bytes()).hexdigest()
-    settings["model"] = _model_fingerprint(pipeline)
-    settings = json.loads(json.dumps(settings))
+    settings = _settings(pipeline, options, facts, read, labels)
     if facts.image_size is None:
         raise ConfigError(
             f"{options.folder}: sample_size of the network is not set, so the size of an image is unknown"
         )
-    shape = (*facts.image_size, pipeline.channels)
+    shape = _picture_shape(pipeline, facts.image_size)
+    stem = number_of if read.pictures is None else read.pictures.stem
     if options.is_folder:
-        return PngFolder(options.output_path, settings, shape, options.bit_depth)
+        return PngFolder(options.output_path, settings, shape, options.bit_depth, stem)
     captions = None
     if labels is not None and facts.class_names:
         names = [_class_name(facts, label) for label in labels.tolist()]
@@ -202,8 +199,37 @@ def _make_output(
         options.individual,
         options.bit_depth,
         captions,
-        facts.is_latent,
+        facts.lacks_first_stage,
+        stem,
     )
+
+
+def _picture_shape(pipeline: Any, size: tuple[int, int]) -> tuple[int, int, int]:
+    """Height, width and channels of an image, decoded if there is a first stage."""
+    first_stage = pipeline.first_stage
+    if first_stage is None:
+        return (*size, pipeline.channels)
+    return size[0] * first_stage.factor, size[1] * first_stage.factor, first_stage.pixel_channels
+
+
+def _settings(
+    pipeline: Any, options: SampleOptions, facts: PipelineFacts, read: SampleConditions, labels: Any
+) -> dict[str, Any]:
+    """Everything that the images depend on, as JSON."""
+    settings = {name: value for name, value in vars(options).items() if name not in NOT_IN_SETTINGS}
+    if options.class_labels is not None:
+        settings["class_labels"] = labels.tolist()
+        if facts.class_names:
+            settings["class_names"] = [_class_name(facts, label) for label in settings["class_labels"]]
+    settings["scheduler"] = type(pipeline.scheduler).__name__
+    for name in ("concat_inputs", "encoder_hidden_states"):
+        path = getattr(options, name)
+        settings[name] = None if path is None else hashlib.sha256(path.read_bytes()).hexdigest()
+    if read.pictures is not None:
+        settings["concat"] = read.pictures.fingerprint()
+    settings["model"] = _model_fingerprint(pipeline)
+    loaded: dict[str, Any] = json.loads(json.dumps(settings))
+    return loaded
 
 
 def _class_name(facts: PipelineFacts, label: int) -> str:
@@ -215,12 +241,16 @@ def _in_turn(names: Sequence[str]) -> Callable[[int], str]:
 
 
 def _model_fingerprint(pipeline: Any) -> str:
-    """Hash of both configurations and of a few values of every weight."""
+    """Hash of both configurations and of a few values of every weight, and of a first stage as a whole."""
     digest = hashlib.sha256(
         repr([sorted(pipeline.unet.config.items()), sorted(pipeline.trained_scheduler.config.items())]).encode()
     )
     for name, weight in pipeline.unet.state_dict().items():
         digest.update(f"{name}{weight.flatten()[:8].float().tolist()}".encode())
+    first_stage = pipeline.first_stage
+    if first_stage is not None:
+        scaling = [first_stage.shift.flatten().tolist(), first_stage.scale.flatten().tolist()]
+        digest.update(f"{first_stage.content_hash()}{scaling}".encode())
     return digest.hexdigest()[:16]
 
 
@@ -229,6 +259,7 @@ def _draw_missing(
     options: SampleOptions,
     conditions: Mapping[str, Any],
     output: OneFile | PngFolder,
+    num_images: int,
     calls: int,
     processes: _Processes,
 ) -> None:
@@ -237,12 +268,12 @@ def _draw_missing(
 
     is_main = processes.rank == 0
     processes.wait()
-    existing = output.existing(options.num_images)
+    existing = output.existing(num_images)
     if is_main and existing:
-        sys.stderr.write(f"{len(existing)} of {options.num_images} images exist already; resuming\n")
+        sys.stderr.write(f"{len(existing)} of {num_images} images exist already; resuming\n")
     processes.wait()
-    count = options.num_images - len(existing)
-    missing = (index for index in range(options.num_images) if index not in existing)
+    count = num_images - len(existing)
+    missing = (index for index in range(num_images) if index not in existing)
     share = itertools.islice(missing, processes.rank, None, processes.world_size)
     num_batches = math.ceil(len(range(processes.rank, count, processes.world_size)) / options.batch_size)
     hidden = None if is_main else True
@@ -294,7 +325,9 @@ def _draw_batch(
     def on_step_end(pipe: Any, i: int, t: int, tensors: dict[str, Any]) -> dict[str, Any]:
         on_step()
         if is_video and i in frame_steps:
-            frames.append(tensors["model_input"].float().cpu().permute(0, 2, 3, 1).numpy() / 2 + 0.5)
+            sample = tensors["model_input"].float()
+            pixels = sample if pipe.first_stage is None else pipe.decode_latents(sample)
+            frames.append(pixels.cpu().permute(0, 2, 3, 1).numpy() / 2 + 0.5)
         return {}
 
     images = pipeline(

@@ -1,4 +1,4 @@
-"""Conditions of `ddpm-ext sample`: class labels and arrays, checked against the pipeline's configuration.
+"""Conditions of `ddpm-ext sample`: class labels, arrays and pictures, checked against the pipeline's configuration.
 
 Everything here runs before torch is imported where the pipeline is a folder: a wrong label, file or option is told at
 once.
@@ -14,8 +14,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from diffusers_ddpm_ext.cli.concat_pictures import PictureFolder, check_channels, check_turns, find_pictures
 from diffusers_ddpm_ext.cli.pipeline_facts import PipelineFacts
-from diffusers_ddpm_ext.cli.sample_options import SampleOptions
+from diffusers_ddpm_ext.cli.sample_options import DEFAULT_IMAGES, SampleOptions
 from diffusers_ddpm_ext.errors import ConfigError, printable
 from diffusers_ddpm_ext.pipelines.class_names import label_of_name
 from diffusers_ddpm_ext.utils.array_files import read_array
@@ -37,10 +38,14 @@ class SampleConditions:
     Attributes:
         labels: class numbers, as typed; None without ``--class_labels``.
         arrays: concat_inputs (N, C, height, width) and encoder_hidden_states (N, tokens, width), float32, by name.
+        pictures: of ``--concat``; None without it.
+        num_images: to draw: ``--num_images``, or one for each picture, or 16.
     """
 
     labels: tuple[int, ...] | None
     arrays: dict[str, NDArray[Any]]
+    pictures: PictureFolder | None
+    num_images: int
 
 
 def check_sample(options: SampleOptions, facts: PipelineFacts) -> SampleConditions:
@@ -51,12 +56,20 @@ def check_sample(options: SampleOptions, facts: PipelineFacts) -> SampleConditio
             fit the model.
     """
     _check_scheduler_name(options.scheduler)
-    if facts.is_latent and (not options.writes_array or options.individual is not None or options.bit_depth != 8):
+    plain_array = options.writes_array and options.individual is None and options.bit_depth == 8
+    if facts.lacks_first_stage and not plain_array:
         raise ConfigError(
-            f"--out {options.output_path}: the samples of {facts.source} are latents of an autoencoder, not images: "
-            "use --out FILE.npy or FILE.npz (without --individual or --bit_depth), and decode them"
+            f"--out {options.output_path}: the samples of {facts.source} are latents of an autoencoder that is not in "
+            "its folder, not images: use --out FILE.npy or FILE.npz (without --individual or --bit_depth), and decode "
+            "them"
         )
     _check_presence(options, facts)
+    pictures, num_images = None, options.num_images or DEFAULT_IMAGES
+    if options.concat is not None:
+        check_channels(facts)
+        pictures = find_pictures(options.concat)
+        num_images = options.num_images or len(pictures.names)
+        check_turns(pictures, num_images)
     labels = None if options.class_labels is None else read_labels(options.class_labels, facts)
     arrays = {
         name: read_condition(f"--{name}", path, _expected_shape(name, facts), options.dtype)
@@ -66,14 +79,14 @@ def check_sample(options: SampleOptions, facts: PipelineFacts) -> SampleConditio
     steps, trained = options.num_inference_steps, facts.num_train_timesteps
     if steps is not None and options.scheduler is None and not options.scheduler_args and steps > trained:
         raise ConfigError(f"--num_inference_steps {steps}: {facts.source} was trained with {trained} steps")
-    channels, has_png = facts.channels, options.is_folder or options.individual is not None
+    channels, has_png = facts.picture_channels, options.is_folder or options.individual is not None
     if options.bit_depth == 16 and channels != 1 and has_png:
         raise ConfigError(
             f"--bit_depth 16 writes PNG files of one channel, and the images have {channels}: "
             "use --out FILE.npz without --individual"
         )
-    _check_memory(options, facts)
-    return SampleConditions(labels, arrays)
+    _check_memory(options, facts, num_images)
+    return SampleConditions(labels, arrays, pictures, num_images)
 
 
 def read_labels(texts: Sequence[str], facts: PipelineFacts) -> tuple[int, ...]:
@@ -172,6 +185,7 @@ def _check_presence(options: SampleOptions, facts: PipelineFacts) -> None:
     key = facts.conditioning_key
     wanted = {
         "class_labels": facts.takes_labels,
+        "concat": facts.takes_concat_inputs,
         "concat_inputs": facts.takes_concat_inputs,
         "encoder_hidden_states": facts.takes_hidden_states,
     }
@@ -182,22 +196,27 @@ def _check_presence(options: SampleOptions, facts: PipelineFacts) -> None:
             raise ConfigError(
                 f"--{name} {shown}: {facts.source} takes none (its conditioning_key is {key}); leave it out"
             )
-    needs_states = facts.takes_hidden_states and not facts.has_class_embedder
-    for name, needed in (("concat_inputs", facts.takes_concat_inputs), ("encoder_hidden_states", needs_states)):
-        if needed and getattr(options, name) is None:
-            raise ConfigError(f"{facts.source} needs --{name} FILE.npy: its conditioning_key is {key}")
+    if facts.takes_concat_inputs and options.concat is None and options.concat_inputs is None:
+        raise ConfigError(
+            f"{facts.source} needs --concat DIR or --concat_inputs FILE.npy: its conditioning_key is {key}"
+        )
+    if facts.takes_hidden_states and not facts.has_class_embedder and options.encoder_hidden_states is None:
+        raise ConfigError(
+            f"{facts.source} needs --encoder_hidden_states FILE.npy: its conditioning_key is {key}; for a model of "
+            "text these are embeddings of the prompts, since text encoders are not supported yet"
+        )
     if options.guidance_scale != 1 and not any(wanted.values()):
         raise ConfigError(
             f"--guidance_scale {options.guidance_scale:g}: {facts.source} is unconditional; leave it out"
         )
 
 
-def _check_memory(options: SampleOptions, facts: PipelineFacts) -> None:
-    """Refuse a batch whose images alone (on the CPU with the first layer's output) exceed the machine's memory."""
+def _check_memory(options: SampleOptions, facts: PipelineFacts, num_images: int) -> None:
+    """Refuse a batch whose samples alone (on the CPU with the first layer's output) exceed the machine's memory."""
     if facts.image_size is None:
         return
     height, width = facts.image_size
-    batch, limit = min(options.batch_size, options.num_images), memory_bytes()
+    batch, limit = min(options.batch_size, num_images), memory_bytes()
     values = 2 * facts.channels + (facts.first_width if options.device == "cpu" else 0)
     needed = 4 * batch * height * width * values
     if limit is not None and needed > limit:

@@ -23,7 +23,7 @@ from diffusers_ddpm_ext.utils.option import option, positional
 
 FILE_TYPES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".npy", ".npz")
 OTHER_SCHEDULER_STEPS = 50
-MAX_IMAGES = 10**9
+DEFAULT_IMAGES, MAX_IMAGES = 16, 10**9
 SAMPLE_EXAMPLES = """examples:
   ddpm-ext sample runs/digits
   ddpm-ext sample runs/digits --scheduler DPMSolverMultistepScheduler --num_inference_steps 25 --num_images 64
@@ -35,10 +35,12 @@ SAMPLE_EXAMPLES = """examples:
   ddpm-ext sample google/ddpm-cifar10-32 --device cuda --dtype bfloat16
   ddpm-ext sample runs/classes --class_labels 3 --guidance_scale 2     one class for all images; several: in turn
   ddpm-ext sample runs/food --class_labels Bread "Dairy product" 7     by name, where the classes have names
+  ddpm-ext sample runs/sharp --concat small --out large                large/cat.png from small/cat.jpg, and so on
   accelerate launch -m diffusers_ddpm_ext sample runs/digits --num_images 50000 --out samples     on all devices
 
 Image i depends on the seed and on i only: it is the same for any --num_images, --batch_size and number of processes.
-The same command resumes where it was interrupted."""
+The same command resumes where it was interrupted. Samples of a model of latents are decoded by the first stage in its
+folder; without one they are written as they are, to .npy or .npz."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,14 @@ class SampleOptions:
     """Draw images from a trained pipeline: a folder of this package or of Diffusers' DDPMPipeline, or a Hub id."""
 
     folder: str = positional("FOLDER", FOLDER_HELP, path=True)
-    num_images: int = option(16, "Number of images.", low=1, high=MAX_IMAGES)
+    num_images: int | None = option(
+        None,
+        "Number of images.",
+        low=1,
+        high=MAX_IMAGES,
+        metavar="N",
+        unset=f"{DEFAULT_IMAGES}, or one for each picture of --concat",
+    )
     out: Path | None = option(
         None,
         "A grid (.png, .jpg, .webp), a video from noise to images (.gif), an array (.npy, .npz), or, without a suffix,"
@@ -81,8 +90,18 @@ class SampleOptions:
         "Images that are concatenated to the input: .npy (N, C, height, width) in [-1, 1], in turn over the images.",
         metavar="FILE",
     )
+    concat: Path | None = option(
+        None,
+        "Pictures to concatenate to the input, in turn over the images, which are named after them: resized, cropped,"
+        " and sent through the first stage where the model was trained so. Where it also takes a mask (inpainting),"
+        " the transparent part of a picture is painted.",
+        metavar="DIR",
+    )
     encoder_hidden_states: Path | None = option(
-        None, "Embeddings for cross attention: .npy (N, tokens, width), in turn over the images.", metavar="FILE"
+        None,
+        "Embeddings for cross attention: .npy (N, tokens, width), in turn over the images. Models of text take the"
+        " embeddings of their prompts: text encoders are not supported yet.",
+        metavar="FILE",
     )
     guidance_scale: float = option(1.0, "Classifier-free guidance: u + S (c - u); 1: no guidance.", metavar="S")
     guidance_interval: tuple[float, float] | None = option(
@@ -145,6 +164,8 @@ def _check_sample_options(options: SampleOptions) -> None:
         path = getattr(options, name)
         if path is not None and path.suffix != ".npy":
             raise ConfigError(f"--{name} {path} is not a .npy file: give an array")
+    if options.concat is not None and options.concat_inputs is not None:
+        raise ConfigError("--concat and --concat_inputs are both what is concatenated to the input: give one of them")
     out = options.output_path
     takes_depth = options.is_folder or options.individual is not None or out.suffix.lower() == ".npz"
     if options.bit_depth == 16 and not takes_depth:
@@ -156,7 +177,7 @@ def _check_sample_paths(options: SampleOptions) -> None:
     if out.suffix.lower() not in ("", *FILE_TYPES):
         raise ConfigError(f"--out {out} must end in one of {', '.join(FILE_TYPES)}, or in nothing for a folder")
     check_output_path("--out", out, "folder" if options.is_folder else "file")
-    inputs = {f"--{name}": getattr(options, name) for name in ("concat_inputs", "encoder_hidden_states")}
+    inputs = {f"--{name}": getattr(options, name) for name in ("concat", "concat_inputs", "encoder_hidden_states")}
     check_no_input("--out", out, inputs)
     if options.is_folder and individual is not None:
         raise ConfigError("--individual has no effect where --out is a folder: leave it out")

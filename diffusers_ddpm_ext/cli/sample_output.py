@@ -41,10 +41,19 @@ LARGEST_SIDE = {".jpg": 65_500, ".jpeg": 65_500, ".webp": 16_383, ".gif": 65_535
 """Pixels per side that a format can have."""
 PARTIAL = re.compile(rf"\.({re.escape(SETTINGS_NAME)}|\d+\.(png|npz))\.\d+\.part")
 """Temporary files of a sampler that was killed while it wrote."""
+NAMED_PARTIAL = re.compile(r"\..+\.png\.\d+\.part", re.DOTALL)
+"""The same of images that are named after others."""
 PART = re.compile(rf"{re.escape(SETTINGS_NAME)}|\d{{6,}}\.npz|{PARTIAL.pattern}")
 """What a parts folder holds."""
 INDIVIDUAL = re.compile(rf"\d{{5,}}\.png|{PARTIAL.pattern}")
 """What the folder of --individual holds while it is written."""
+NAMED = re.compile(rf".+\.png|(.+/)?{NAMED_PARTIAL.pattern}", re.DOTALL)
+"""The same of images that are named after others."""
+
+
+def number_of(index: int) -> str:
+    """Name of an image in a folder, without its ending."""
+    return f"{index:05d}"
 
 
 def save_png(path: Path, image: Pixels, bit_depth: int = 8) -> None:
@@ -69,19 +78,21 @@ def _to_unsigned(images: Pixels, bit_depth: int) -> NDArray[np.unsignedinteger[A
 
 @dataclass(frozen=True)
 class PngFolder:
-    """A folder of PNG files: ``00000.png``, ``00001.png``, ...
+    """A folder of PNG files: ``00000.png``, ``00001.png``, ..., or with names of their own.
 
     Attributes:
         path: the folder; created when it is locked.
         settings: what the images depend on.
         shape: of an image: (height, width, C).
         bit_depth: of the files.
+        stem: name of an image by its index, without ``.png``; slashes are folders.
     """
 
     path: Path
     settings: Mapping[str, Any]
     shape: tuple[int, int, int]
     bit_depth: int = 8
+    stem: Callable[[int], str] = number_of
 
     def check_room(self, count: int) -> None:
         """Raise ConfigError if the disk cannot hold that many files, however small."""
@@ -126,13 +137,21 @@ class PngFolder:
         for name in os.listdir(self.path):
             if PARTIAL.fullmatch(name):
                 (self.path / name).unlink()
+        if self.stem is not number_of:
+            for path in self.path.rglob(".*.part"):
+                if NAMED_PARTIAL.fullmatch(path.name):
+                    path.unlink()
         if not (self.path / SETTINGS_NAME).exists():
             write_text_atomically(self.path / SETTINGS_NAME, json.dumps(self._settings, indent=2) + "\n")
 
     def existing(self, count: int) -> set[int]:
         """Indices below ``count`` of the images that exist and are intact."""
-        indices = _indices(self.path, ".png", "05d", count)
-        return {index for index in indices if self._is_intact(self.path / f"{index:05d}.png")}
+        named = self.stem is not number_of
+        indices = range(count) if named else _indices(self.path, ".png", "05d", count)
+        return {index for index in indices if self._is_intact(self._file(index))}
+
+    def _file(self, index: int) -> Path:
+        return self.path / f"{self.stem(index)}.png"
 
     def _is_intact(self, path: Path) -> bool:
         if not path.is_file():
@@ -150,7 +169,7 @@ class PngFolder:
 
     def put(self, index: int, image: Pixels, frames: NDArray[np.uint8] | None) -> None:
         """Write an image, (height, width, C) in [0, 1]."""
-        save_png(self.path / f"{index:05d}.png", image, self.bit_depth)
+        save_png(self._file(index), image, self.bit_depth)
 
     def finish(self, count: int) -> None:
         """Do nothing: every image is already written."""
@@ -169,6 +188,7 @@ class OneFile:
         bit_depth: of .npz arrays, and of the files in that folder.
         caption: the text under an image of the grid, by its index; None for none.
         latents: whether the images are latents, float32 in .npz files too.
+        stem: as that of `PngFolder`, for the files in the folder of individual images.
     """
 
     path: Path
@@ -179,6 +199,7 @@ class OneFile:
     bit_depth: int = 8
     caption: Callable[[int], str] | None = None
     latents: bool = False
+    stem: Callable[[int], str] = number_of
 
     @property
     def parts_folder(self) -> Path:
@@ -231,7 +252,7 @@ class OneFile:
         """
         _check_ours(self.parts_folder, PART)
         if self.individual is not None:
-            _check_ours(_draft(self.individual.resolve()), INDIVIDUAL)
+            _check_ours(_draft(self.individual.resolve()), INDIVIDUAL if self.stem is number_of else NAMED)
 
     @property
     def _settings_text(self) -> str:
@@ -295,7 +316,7 @@ class OneFile:
         if draft.is_dir():
             shutil.rmtree(draft)
         for index, image in enumerate(images):
-            save_png(draft / f"{index:05d}.png", image, self.bit_depth)
+            save_png(draft / f"{self.stem(index)}.png", image, self.bit_depth)
         os.rename(draft, folder)  # also over an empty one
 
     def _delete_parts(self) -> None:
@@ -331,7 +352,9 @@ def _check_ours(folder: Path, pattern: re.Pattern[str]) -> None:
     """Raise ConfigError if a folder that is to be deleted holds a file that this command did not write."""
     if not os.path.lexists(folder):
         return
-    names = os.listdir(folder) if folder.is_dir() and not folder.is_symlink() else [folder.name]
+    is_folder = folder.is_dir() and not folder.is_symlink()
+    paths = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()] if is_folder else [folder]
+    names = [path.relative_to(folder if is_folder else folder.parent).as_posix() for path in paths]
     foreign = [name for name in names if not pattern.fullmatch(name)]
     if foreign:
         raise ConfigError(

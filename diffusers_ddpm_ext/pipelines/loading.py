@@ -76,7 +76,8 @@ def load_pipeline(folder: str, variant: str | None, device: Any, dtype: str, var
                 f"name, the network and, for a private repository, `hf auth whoami` ({_first_sentence(error)})"
             ) from None
         raise ConfigError(f"cannot load the folder {folder}{with_variant}: {' '.join(str(error).split())}") from None
-    if not all(bool(torch.isfinite(weight).all()) for weight in pipeline.unet.parameters()):
+    networks = [pipeline.unet] if pipeline.first_stage is None else [pipeline.unet, pipeline.first_stage.autoencoder]
+    if not all(bool(torch.isfinite(weight).all()) for network in networks for weight in network.parameters()):
         raise ConfigError(f"{folder}: its weights are not finite (NaN or infinity), so it cannot sample")
     pipeline.set_progress_bar_config(disable=True)
     with quiet_diffusers():

@@ -201,7 +201,7 @@ def test_damaged_condition_files(sample, kind):
         ("plain", ["--guidance_scale", "2"], "is unconditional"),
         ("plain", ["--bit_depth", "16"], "the images have 3"),
         ("plain", ["--variant", "raw"], "has no such weights"),
-        ("concat", [], "needs --concat_inputs FILE.npy"),
+        ("concat", [], "needs --concat DIR or --concat_inputs FILE.npy"),
         ("context", ["--class_labels", "1"], "takes none"),
     ],
 )

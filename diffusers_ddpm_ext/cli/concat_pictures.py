@@ -1,0 +1,213 @@
+"""Pictures of a folder as conditions of `ddpm-ext sample --concat`: found, named, decoded, and made into inputs.
+
+A picture is resized and cropped to what the model draws, as in training. Where the model was trained so, it goes
+through the first stage: its latents, not its pixels, are concatenated to the network's input.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from diffusers_ddpm_ext.cli.pipeline_facts import PipelineFacts
+from diffusers_ddpm_ext.errors import ConfigError, printable
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from diffusers_ddpm_ext.training.data.decoding import Preprocessing
+
+OPTION = "--concat"
+PICTURE_CHANNELS = (1, 3, 4)
+COLOR = 3
+
+
+@dataclass(frozen=True)
+class PictureFolder:
+    """The pictures of a folder, one condition each.
+
+    Attributes:
+        folder: their folder.
+        names: of the files, paths inside the folder with forward slashes, sorted.
+        stems: of the outputs, in the same order: the names without their endings.
+    """
+
+    folder: Path
+    names: tuple[str, ...]
+    stems: tuple[str, ...]
+
+    def stem(self, index: int) -> str:
+        """Name of the image with an index, without its ending; a number is added once every picture was used."""
+        turn, position = divmod(index, len(self.stems))
+        return self.stems[position] if turn == 0 else f"{self.stems[position]}-{turn + 1}"
+
+    def fingerprint(self) -> str:
+        """The sha256 of all names and contents."""
+        digest = hashlib.sha256()
+        for name in self.names:
+            digest.update(name.encode("utf-8", "surrogateescape") + b"\0")
+            digest.update(hashlib.sha256((self.folder / name).read_bytes()).digest())
+        return digest.hexdigest()
+
+
+def find_pictures(folder: Path) -> PictureFolder:
+    """The pictures of a folder and its subfolders. Imports no torch.
+
+    Raises:
+        ConfigError: the folder cannot be read or has none, or two pictures would have one output.
+    """
+    from diffusers_ddpm_ext.training.config.checks import check_image_folder
+    from diffusers_ddpm_ext.training.data.image_files import find_files
+
+    names = find_files(check_image_folder(OPTION, str(folder)), ()).images
+    if not names:
+        raise ConfigError(f"{OPTION} {printable(str(folder), 300)} has no picture that Pillow reads (.png, .jpg, ...)")
+    stems = [str(PurePosixPath(name).with_suffix("")) for name in names]
+    taken: dict[str, str] = {}
+    for name, stem in zip(names, stems, strict=True):
+        if stem in taken:
+            both = f"{printable(taken[stem], 120)} and {printable(name, 120)}"
+            raise ConfigError(f"{OPTION}: {both} would both become {printable(stem, 120)}.png: rename one of them")
+        taken[stem] = name
+    return PictureFolder(folder, tuple(names), tuple(stems))
+
+
+def check_turns(pictures: PictureFolder, num_images: int) -> None:
+    """Refuse a number of images whose numbered outputs would have the name of another picture's."""
+    turns = -(-num_images // len(pictures.stems))
+    known = set(pictures.stems)
+    for stem in pictures.stems:
+        base, _, number = stem.rpartition("-")
+        if base in known and number.isascii() and number.isdigit() and 2 <= int(number[:18]) <= turns:
+            raise ConfigError(
+                f"{OPTION}: with --num_images {num_images}, the {number}. image of {printable(base, 120)} would be "
+                f"called {printable(stem, 120)}, as another picture is: rename it, or draw {len(known)}"
+            )
+
+
+def check_channels(facts: PipelineFacts) -> None:
+    """Refuse a model whose concatenated inputs are no pictures; raised before torch is imported.
+
+    Raises:
+        ConfigError: the network takes another number of channels than a picture, or its latents, have.
+    """
+    channels = facts.concat_channels
+    if facts.concat_through_vae is None:
+        if channels not in PICTURE_CHANNELS:
+            raise ConfigError(
+                f"{OPTION}: {facts.source} takes {channels} channels, and a picture has 1, 3 or 4: use "
+                "--concat_inputs FILE.npy"
+            )
+        return
+    if facts.first_stage is None:
+        raise ConfigError(
+            f"{OPTION}: pictures go through the first stage of {facts.source}, which is not in its folder: encode "
+            "them and use --concat_inputs FILE.npy"
+        )
+    if channels not in (facts.channels, facts.channels + 1):
+        raise ConfigError(
+            f"{OPTION}: {facts.source} takes {channels} channels, and the latents of a picture have {facts.channels} "
+            f"({facts.channels + 1} with a mask): use --concat_inputs FILE.npy"
+        )
+
+
+@dataclass(frozen=True)
+class ConcatInputs:
+    """The conditions of a folder's pictures, decoded and encoded as they are used.
+
+    Attributes:
+        pictures: the folder.
+        pipeline: the loaded pipeline.
+        channels: that the network takes.
+        size: height and width of a sample.
+        seed: of the samples of the posterior.
+    """
+
+    pictures: PictureFolder
+    pipeline: Any
+    channels: int
+    size: tuple[int, int]
+    seed: int
+
+    def __len__(self) -> int:
+        return len(self.pictures.names)
+
+    def __getitem__(self, indices: Sequence[int]) -> Tensor:
+        """Concatenated inputs of pictures, (B, c, height, width), float32.
+
+        Args:
+            indices: of the pictures, (B,).
+
+        Raises:
+            ConfigError: a picture cannot be read.
+        """
+        import torch
+
+        return torch.cat([self._condition(index) for index in indices])
+
+    def _condition(self, index: int) -> Tensor:
+        way = self.pipeline.config.get("concat_through_vae")
+        if way is None:
+            return self._decode(index, self.size, self.channels)
+        first_stage = self.pipeline.first_stage
+        size = (self.size[0] * first_stage.factor, self.size[1] * first_stage.factor)
+        has_mask = self.channels > first_stage.latent_channels
+        if not has_mask:
+            return self._encode(self._decode(index, size, first_stage.pixel_channels), way, index)
+        return self._masked(index, size, way)
+
+    def _masked(self, index: int, size: tuple[int, int], way: str) -> Tensor:
+        """Latents of a picture without what is to be painted, and the mask: its transparent part.
+
+        As in latent-diffusion's ``scripts/inpaint.py`` ("mode": what is painted is black; the mask comes last, -1 or
+        1) and in stablediffusion's ``LatentInpaintDiffusion`` ("sample": gray; it comes first, 0 or 1).
+        """
+        import torch
+        from torch.nn.functional import interpolate
+
+        picture = self._decode(index, size, COLOR + 1)
+        mask = (picture[:, COLOR:] < 0).to(picture.dtype)  # 1 where it is to be painted
+        if not mask.any():
+            raise ConfigError(
+                f"{OPTION}: {self._name(index)} has no transparent pixel, and the transparent part is what "
+                "the model paints: erase it there"
+            )
+        color = picture[:, :COLOR]
+        small = interpolate(mask, size=self.size)
+        if way == "sample":
+            return torch.cat([small, self._encode(color * (1 - mask), way, index)], dim=1)
+        black = torch.where(mask > 0, -1.0, color)
+        return torch.cat([self._encode(black, way, index), small * 2 - 1], dim=1)
+
+    def _encode(self, pixels: Tensor, way: str, index: int) -> Tensor:
+        from diffusers_ddpm_ext.utils.random_keys import generator
+
+        first_stage = self.pipeline.first_stage
+        pixels = pixels.to(self.pipeline.device)
+        if way == "mode":
+            encoded: Tensor = first_stage.encode_condition(pixels)
+        else:
+            encoded = first_stage.encode(pixels, generator=generator("sample/concat", self.seed, index))
+        return encoded.float().cpu()
+
+    def _decode(self, index: int, size: tuple[int, int], channels: int) -> Tensor:
+        """A picture, (1, channels, height, width), in [-1, 1]; ConfigError if it cannot be read."""
+        import torch
+
+        from diffusers_ddpm_ext.training.data.decoding import Preprocessing, UnreadableImage, decode_image, levels_of
+        from diffusers_ddpm_ext.training.data.image_set import levels_to_pixels
+
+        preprocessing: Preprocessing = Preprocessing(size, channels, center_crop=True)
+        try:
+            pixels = decode_image(self.pictures.folder / self.pictures.names[index], preprocessing).pixels
+        except (UnreadableImage, ConfigError) as error:
+            raise ConfigError(f"{OPTION}: {self._name(index)} cannot be read: {error}") from None
+        if len(pixels) != channels:
+            raise ConfigError(f"{OPTION}: {self._name(index)} has {len(pixels)} channels; the model takes {channels}")
+        return levels_to_pixels(torch.from_numpy(pixels)[None], levels_of(pixels))
+
+    def _name(self, index: int) -> str:
+        return printable(self.pictures.names[index], 200)
