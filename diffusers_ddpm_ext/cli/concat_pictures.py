@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 OPTION = "--concat"
 PICTURE_CHANNELS = (1, 3, 4)
-COLOR = 3
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,9 @@ def check_channels(facts: PipelineFacts) -> None:
             f"{OPTION}: pictures go through the first stage of {facts.source}, which is not in its folder: encode "
             "them and use --concat_inputs FILE.npy"
         )
-    if channels not in (facts.channels, facts.channels + 1):
+    stage = facts.first_stage
+    has_mask = channels == facts.channels + 1 and stage.pixel_channels + 1 in PICTURE_CHANNELS
+    if channels != facts.channels and not has_mask:
         raise ConfigError(
             f"{OPTION}: {facts.source} takes {channels} channels, and the latents of a picture have {facts.channels} "
             f"({facts.channels + 1} with a mask): use --concat_inputs FILE.npy"
@@ -149,49 +150,32 @@ class ConcatInputs:
         return torch.cat([self._condition(index) for index in indices])
 
     def _condition(self, index: int) -> Tensor:
-        way = self.pipeline.config.get("concat_through_vae")
-        if way is None:
-            return self._decode(index, self.size, self.channels)
-        first_stage = self.pipeline.first_stage
-        size = (self.size[0] * first_stage.factor, self.size[1] * first_stage.factor)
-        has_mask = self.channels > first_stage.latent_channels
-        if not has_mask:
-            return self._encode(self._decode(index, size, first_stage.pixel_channels), way, index)
-        return self._masked(index, size, way)
-
-    def _masked(self, index: int, size: tuple[int, int], way: str) -> Tensor:
-        """Latents of a picture without what is to be painted, and the mask: its transparent part.
-
-        As in latent-diffusion's ``scripts/inpaint.py`` ("mode": what is painted is black; the mask comes last, -1 or
-        1) and in stablediffusion's ``LatentInpaintDiffusion`` ("sample": gray; it comes first, 0 or 1).
-        """
-        import torch
-        from torch.nn.functional import interpolate
-
-        picture = self._decode(index, size, COLOR + 1)
-        mask = (picture[:, COLOR:] < 0).to(picture.dtype)  # 1 where it is to be painted
-        if not mask.any():
-            raise ConfigError(
-                f"{OPTION}: {self._name(index)} has no transparent pixel, and the transparent part is what "
-                "the model paints: erase it there"
-            )
-        color = picture[:, :COLOR]
-        small = interpolate(mask, size=self.size)
-        if way == "sample":
-            return torch.cat([small, self._encode(color * (1 - mask), way, index)], dim=1)
-        black = torch.where(mask > 0, -1.0, color)
-        return torch.cat([self._encode(black, way, index), small * 2 - 1], dim=1)
-
-    def _encode(self, pixels: Tensor, way: str, index: int) -> Tensor:
+        from diffusers_ddpm_ext.models.concat_condition import concat_condition
         from diffusers_ddpm_ext.utils.random_keys import generator
 
-        first_stage = self.pipeline.first_stage
-        pixels = pixels.to(self.pipeline.device)
-        if way == "mode":
-            encoded: Tensor = first_stage.encode_condition(pixels)
-        else:
-            encoded = first_stage.encode(pixels, generator=generator("sample/concat", self.seed, index))
-        return encoded.float().cpu()
+        stage, through = self.pipeline.first_stage, self.pipeline.config.get("concat_through_vae")
+        if stage is None or (through is None and self._size_of(index) == self.size):
+            return self._decode(index, self.size, self.channels)
+        height, width = self.size
+        channels = self.channels if through is None else stage.pixel_channels + self.channels - stage.latent_channels
+        picture = self._decode(index, (height * stage.factor, width * stage.factor), channels)
+        if channels > stage.pixel_channels and through is not None and not bool((picture[:, -1] < 0).any()):
+            raise ConfigError(
+                f"{OPTION}: {self._name(index)} has no transparent part, and that is what the model paints: erase it "
+                "there"
+            )
+        noise = generator("sample/concat", self.seed, index)
+        return concat_condition(stage, picture.to(self.pipeline.device), through, noise).cpu()
+
+    def _size_of(self, index: int) -> tuple[int, int] | None:
+        """Height and width of a picture's file; None if it is no picture."""
+        from diffusers_ddpm_ext.training.data.image_files import open_image
+
+        try:
+            with open_image(self.pictures.folder / self.pictures.names[index]) as (image, _):
+                return image.height, image.width
+        except (ConfigError, OSError, SyntaxError, ValueError):
+            return None
 
     def _decode(self, index: int, size: tuple[int, int], channels: int) -> Tensor:
         """A picture, (1, channels, height, width), in [-1, 1]; ConfigError if it cannot be read."""

@@ -40,8 +40,9 @@ def concat_condition(
         pictures: (B, c, H, W), in [-1, 1]. Gray ones stand for pictures of any number of channels.
         through: None: pictures are averaged to the size of the latents. "mode":
             encoded, unscaled, as CompVis' ``LatentDiffusion`` does; "sample": a scaled sample, as its
-            ``LatentInpaintDiffusion`` does. A channel more than the first stage takes is an opacity, 1 opaque: its
-            negative, the mask, 1 where to paint, follows the encoded channels at the nearest pixels.
+            ``LatentInpaintDiffusion`` does. A channel more than the first stage takes is an opacity, 1 opaque: what is
+            below 0 is to be painted. With "mode" it is black, and the mask, -1 or 1, follows the encoded channels
+            (latent-diffusion's ``scripts/inpaint.py``); with "sample" it is gray, and the mask, 0 or 1, precedes them.
         generator: of "sample".
 
     Returns:
@@ -57,8 +58,11 @@ def concat_condition(
     concat_channels(stage, pictures.shape[1], through)
     own = stage.pixel_channels
     image = pictures[:, :own] if pictures.shape[1] >= own else pictures.expand(-1, own, -1, -1)
+    painted = pictures[:, own:] < 0  # (B, 1, H, W) with a mask, else (B, 0, H, W)
+    if painted.shape[1]:  # files keep the colors under their transparent part
+        image = torch.where(painted, -1.0 if through == "mode" else 0.0, image)
     encoded = stage.encode_condition(image) if through == "mode" else stage.encode(image, generator)
-    if pictures.shape[1] <= own:
+    if not painted.shape[1]:
         return encoded
-    mask = functional.interpolate(-pictures[:, own:], size=encoded.shape[-2:], mode="nearest")
-    return torch.cat([encoded, mask], dim=1)
+    mask = functional.interpolate(painted.float(), size=encoded.shape[-2:], mode="nearest")
+    return torch.cat([encoded, 2 * mask - 1] if through == "mode" else [mask, encoded], dim=1)

@@ -154,7 +154,7 @@ def test_what_is_transparent_is_painted(folders, sample):
     expected = decoded(folders / "holes", draw(folders / "holes", 1, concat_inputs=conditions))
     np.testing.assert_allclose(np.load("a.npy"), expected, atol=5e-6)
     write_pictures(Path("opaque"), ["a.png"])
-    assert "has no transparent pixel" in sample("holes", "--concat", "opaque", "--out", "b.npy")[1]
+    assert "has no transparent part" in sample("holes", "--concat", "opaque", "--out", "b.npy")[1]
 
 
 @pytest.mark.parametrize(("name", "channels"), [("sharp", 3), ("gray", 1)])
