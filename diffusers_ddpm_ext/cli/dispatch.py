@@ -21,6 +21,7 @@ from diffusers_ddpm_ext.utils.next_command import next_command
 # command -> its line in --help. `fit-variance` is the function `fit_variance_command(argv) -> str` of cli/fit_variance
 COMMANDS = {
     "train": "train a diffusion model on images (with no option: on handwritten digits), save it as a pipeline",
+    "train-vae": "train a first stage on images: the autoencoder whose latents `train --vae` learns to draw",
     "sample": "draw images from a saved pipeline",
     "evaluate": "bits per dimension of held-out images, with an interval",
     "fit-variance": "the best reverse variance and the best few steps of a trained network",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 
 from diffusers_ddpm_ext.cli.extras import TRAIN_MODULES, require_modules
@@ -25,13 +25,18 @@ def train_command(argv: Sequence[str]) -> str:
         ConfigError: an option, the data or a missing package; raised on the main process alone.
         RunError: the run could not continue.
     """
+    return run_training_command(argv, parse_train_args)
+
+
+def run_training_command(argv: Sequence[str], parse: Callable[[Sequence[str]], TrainConfig]) -> str:
+    """`train_command` for any command that trains, by the function that parses its options."""
     from diffusers_ddpm_ext.training.signals import die_with_parent, was_launched
 
     if was_launched():
         die_with_parent()  # before the imports, which take seconds
     main_process = os.environ.get("RANK", "0") == "0"
     try:
-        config = _configure(argv, main_process)
+        config = _configure(argv, parse, main_process)
     except ConfigError:
         if main_process:
             raise
@@ -43,11 +48,11 @@ def train_command(argv: Sequence[str]) -> str:
     return ""
 
 
-def _configure(argv: Sequence[str], main_process: bool) -> TrainConfig:
+def _configure(argv: Sequence[str], parse: Callable[[Sequence[str]], TrainConfig], main_process: bool) -> TrainConfig:
     """The checked configuration, its packages installed and its output folder free."""
     if not {"-h", "--help"} & {*argv}:
         require_modules(TRAIN_MODULES)
-    config = parse_train_args(argv)
+    config = parse(argv)
     if main_process:  # it creates the folder; a process that looks later may see it in use
         from diffusers_ddpm_ext.training.checkpoints.identity import check_resume
         from diffusers_ddpm_ext.training.checkpoints.output_dir import check_output_dir
@@ -59,8 +64,7 @@ def _configure(argv: Sequence[str], main_process: bool) -> TrainConfig:
         check_input_files(config)
     require_modules({"sklearn": "scikit-learn"} if config.on_digits else {})
     require_modules({"datasets": "datasets"} if config.data.dataset_name else {}, "hub-datasets")
-    perceptual = config.objective.loss_type == "perceptual"
-    require_modules({"transformers": "transformers"} if perceptual else {}, "perceptual")
+    require_modules({"transformers": "transformers"} if config.perceptual_model else {}, "perceptual")
     report_to = config.output.report_to
     for tracker in tracker_names(report_to):
         if tracker != "all" and find_spec(tracker) is None:

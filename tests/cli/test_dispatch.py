@@ -172,7 +172,7 @@ def test_without_a_command_help_is_printed(capsys):
         ("convertconfig", "did you mean convert-config?"),
         ("eval", "did you mean evaluate?"),
         ("upload", "did you mean push?"),
-        ("xyzzy", "the commands are train, sample, "),
+        ("xyzzy", "the commands are train, train-vae, sample, "),
         ("--seed", "stands before the command"),
         ("model.ckpt", "ddpm-ext convert --from compvis --checkpoint model.ckpt"),
         ("model.YAML", "ddpm-ext convert-config model.YAML"),

@@ -26,12 +26,14 @@ PIPELINE_FILES = (
     "unet/diffusion_pytorch_model*.safetensors.index*.json", "scheduler/scheduler_config.json", "logvar/config.json",
     "logvar/diffusion_pytorch_model.safetensors", "class_embedder/config.json",
     "class_embedder/diffusion_pytorch_model.safetensors",
+    "config.json", "diffusion_pytorch_model*.safetensors", "diffusion_pytorch_model*.safetensors.index*.json",
 )  # fmt: skip
-RECORD_FILES = (CONFIG, ENVIRONMENT, METRICS, "timing.jsonl", "finished.json", "samples.png")
+RECORD_FILES = (CONFIG, ENVIRONMENT, METRICS, "timing.jsonl", "finished.json", "samples.png", "reconstructions.png")
 """Files at the top of a run's folder, apart from its pipeline."""
 RUN_FILES = (
     *PIPELINE_FILES, *RECORD_FILES, *(f"best/{name}" for name in (*PIPELINE_FILES, "monitor.json")),
     "samples/inputs.png", "samples/diffusion_row.png", "samples/samples-[0-9]*.png", "samples/denoise_row-[0-9]*.png",
+    "samples/reconstructions-[0-9]*.png",
     "samples/loss.png", "samples/logvar.png", "loss.png", "logvar.png",
     *(f"crash/step-[0-9]*/{name}" for name in (CONFIG, "event.json", "samples.csv", "gradients.csv", "inputs.png")),
     ".hub.json", "proof.json", "card/samples.npz", "card/samples.png",

@@ -117,6 +117,7 @@ TRAIN_VAE = _vae_table()
 DIGITS: dict[str, Any] = {
     "resolution": (8, 8),
     "compression": 2,
+    "latent_channels": 2,
     "train_batch_size": 64,
     "max_train_steps": 2000,
     "num_epochs": None,

@@ -28,7 +28,7 @@ class ExportedNetworks:
     """A run's networks, unsharded and without wrappers. They share the run's memory unless it is sharded.
 
     Attributes:
-        default: what the pipeline samples with: the EMA weights, or the raw ones where there is no average.
+        default: the Diffusers model that is saved: with the EMA weights, or the raw ones where there is no average.
         raw: the raw weights; None where they are the default.
         ema_metadata: decay and updates of the average; None where there is none.
         logvar: the learned log-variances, (T,); None where they are not learned.
@@ -36,8 +36,8 @@ class ExportedNetworks:
         class_embedder: the tokens of the classes, (num_classes, dim); None where classes do not become tokens.
     """
 
-    default: UNet2DModel
-    raw: UNet2DModel | None
+    default: Any
+    raw: Any
     ema_metadata: EmaMetadata | None
     logvar: Tensor | None
     logvar_network: ContinuousLogvar | None
@@ -45,8 +45,13 @@ class ExportedNetworks:
 
 
 @torch.no_grad()
-def export_networks(denoiser: UNet2DModel, ema: LitEMA | None, objective: DDPMObjective) -> ExportedNetworks | None:
+def export_networks(denoiser: Any, ema: LitEMA | None, objective: DDPMObjective | None) -> ExportedNetworks | None:
     """Gather a run's networks and log-variances between two steps. Collective call: every process must make it.
+
+    Args:
+        denoiser: a Diffusers model, without wrappers.
+        ema: its average; None without one.
+        objective: with the log-variances; None for a model without them.
 
     Returns:
         The networks in the main process, on the run's device, or on the CPU where the weights were sharded; None in
@@ -54,11 +59,11 @@ def export_networks(denoiser: UNet2DModel, ema: LitEMA | None, objective: DDPMOb
     """
     raw = {name: _unshard(tensor) for name, tensor in denoiser.state_dict().items()}
     average = {} if ema is None else {name: _unshard(tensor) for name, tensor in ema.shadow.items()}
-    logvar = gather_logvar(objective)
+    logvar = None if objective is None else gather_logvar(objective)
     if not is_main_process():
         return None
     sharded = any(map(is_sharded, denoiser.parameters()))
-    logvar_network = None if sharded else objective.logvar_network
+    logvar_network = None if sharded or objective is None else objective.logvar_network
     table = raw.pop(CLASS_TABLE, None)
     if ema is None:
         return ExportedNetworks(_network(denoiser, raw), None, None, logvar, logvar_network, table)

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from diffusers_ddpm_ext.errors import ConfigError, as_config_error, warn
 from diffusers_ddpm_ext.models.ema import LitEMA
 from diffusers_ddpm_ext.training.checkpoints.output_dir import check_output_dir
+from diffusers_ddpm_ext.training.config.autoencoder_config import AutoencoderConfig
 from diffusers_ddpm_ext.training.config.checks import tracker_names
 from diffusers_ddpm_ext.training.config.options import LoopOptions, OptimOptions
 from diffusers_ddpm_ext.training.config.train_config import TrainConfig
@@ -31,6 +32,7 @@ from diffusers_ddpm_ext.training.distributed import (
     sum_over_ranks,
 )
 from diffusers_ddpm_ext.training.evaluation.processes import Processes
+from diffusers_ddpm_ext.training.factory.autoencoder import AutoencoderParts, build_autoencoder_parts
 from diffusers_ddpm_ext.training.factory.first_stage import build_latent_encoder, data_options
 from diffusers_ddpm_ext.training.factory.optimizer import (
     adamw,
@@ -106,6 +108,12 @@ class Setup:
         return sample_set(images, self.latents)
 
     @property
+    def autoencoder(self) -> AutoencoderParts:
+        """What is trained, in the run of a first stage."""
+        assert isinstance(self.trained, AutoencoderParts)
+        return self.trained
+
+    @property
     def denoiser(self) -> UNet2DModel:
         """The network of a diffusion model with its raw weights, without wrappers."""
         return self.parts.denoiser
@@ -173,7 +181,11 @@ def build_setup(config: TrainConfig) -> Setup:
             data_options(config.data, latents), config.model.conditioning_key, progress=accelerator.is_main_process
         )
         check_precision(data.train.columns, accelerator.mixed_precision)
-        trained: Trainable = build_parts(config, data.train, latents)
+        trained: Trainable
+        if isinstance(config, AutoencoderConfig):
+            trained = build_autoencoder_parts(config, data.train)
+        else:
+            trained = build_parts(config, data.train, latents)
         data = replace(data, train=replace(data.train, dropout=trained.dropout))
         plan = make_plan(loop, len(data.train), accelerator.num_processes)
         initial = None

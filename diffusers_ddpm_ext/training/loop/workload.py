@@ -7,9 +7,20 @@ from pathlib import Path
 from typing import Protocol
 
 from diffusers_ddpm_ext.training.evaluation.processes import Processes
+from diffusers_ddpm_ext.training.factory.parts import Parts
 from diffusers_ddpm_ext.training.loop.export import ExportedNetworks, export_networks, save_pipeline
 from diffusers_ddpm_ext.training.loop.latents import describe_first_stage
 from diffusers_ddpm_ext.training.loop.previews import FINAL_SAMPLES, draw_data, draw_final, draw_samples
+from diffusers_ddpm_ext.training.loop.reconstruction import (
+    FINAL_RECONSTRUCTIONS,
+    describe_autoencoder,
+    draw_inputs,
+    draw_last,
+    draw_reconstructions,
+    export_autoencoder,
+    reconstruction_metrics,
+    save_autoencoder,
+)
 from diffusers_ddpm_ext.training.loop.run import Run
 from diffusers_ddpm_ext.training.loop.setup import Setup
 from diffusers_ddpm_ext.training.loop.validation import validation_metrics
@@ -106,6 +117,53 @@ class Diffusion:
         )
 
 
+class Reconstruction:
+    """The workload of a run that trains a first stage; see `Workload`."""
+
+    data_images: tuple[str, ...] = ("inputs",)
+    final_images: tuple[str, ...] = ("loss",)
+
+    def validation_metrics(self, setup: Setup, processes: Processes) -> dict[str, float]:
+        """PSNR and losses."""
+        return reconstruction_metrics(setup, processes)
+
+    def draw_data(self, run: Run) -> None:
+        """Draw some images."""
+        draw_inputs(run)
+
+    def draw_samples(self, run: Run) -> None:
+        """Draw images above their reconstructions."""
+        draw_reconstructions(run)
+
+    def draw_final(self, run: Run) -> None:
+        """Draw images above their reconstructions, and the curve of the loss."""
+        draw_last(run)
+
+    def sample_images(self, step: int) -> tuple[str, ...]:
+        """The reconstructions."""
+        return (f"reconstructions-{step}",)
+
+    def export(self, setup: Setup) -> ExportedNetworks | None:
+        """The first stage with raw and averaged weights."""
+        return export_autoencoder(setup)
+
+    def save(self, setup: Setup, folder: Path, networks: ExportedNetworks, warn: bool) -> None:
+        """Save the first stage, which stock Diffusers loads."""
+        save_autoencoder(setup, folder, networks)
+
+    def describe(self, setup: Setup) -> list[tuple[str, str]]:
+        """Latents and loss."""
+        return describe_autoencoder(setup)
+
+    def describe_end(self, folder: Path) -> str:
+        """The command that trains in its latents."""
+        return (
+            f"The first stage, its reconstructions ({FINAL_RECONSTRUCTIONS}) and its metrics ({METRICS}) are in"
+            f" {folder}; "
+            f"train in its latents: ddpm-ext train --vae {shlex.quote(str(folder))}"
+        )
+
+
 def workload_of(setup: Setup) -> Workload:
     """The workload of a run."""
-    return Diffusion()
+    return Diffusion() if isinstance(setup.trained, Parts) else Reconstruction()
