@@ -72,10 +72,15 @@ def changed_options(own: Mapping[str, Any], saved: Mapping[str, Any], ignored: C
     # A checkpoint of an older version lacks an option that is new; its run used the default.
     was = {name: saved[name] if name in saved else _default(name) for name in names if name not in ignored}
     return [
-        f"--{printable(name, 60)} is {_shown(own.get(name))} and was {_shown(was[name])}"
-        for name in was
-        if _expanded(own.get(name)) != _expanded(was[name])
+        _changed(name, own.get(name), was[name]) for name in was if _expanded(own.get(name)) != _expanded(was[name])
     ]
+
+
+def _changed(name: str, value: Any, was: Any) -> str:
+    """What has changed, in a phrase; of a first stage the hash."""
+    if name == FIRST_STAGE and isinstance(value, str) and isinstance(was, str):
+        return f"--{name} is another first stage (sha256 {value[:12]}, was {_shown(was)[:12]})"
+    return f"--{printable(name, 60)} is {_shown(value)} and was {_shown(was)}"
 
 
 def _expanded(value: Any) -> Any:

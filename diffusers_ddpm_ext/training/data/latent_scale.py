@@ -28,6 +28,7 @@ IMAGES_FOR_SCALE = 512
 IMAGES_FOR_WARNING = 64
 """A scale that is not measured is only compared with the images."""
 GOOD_STD = (0.5, 2.0)
+SMALLEST_VARIANCE = 1e-12
 BATCH = 16
 
 
@@ -67,7 +68,7 @@ def measure_latents(
     """Measure latents of at most ``limit`` images, center-cropped, not flipped. Collective call.
 
     Raises:
-        ConfigError: the first stage makes latents that are not finite, or all alike.
+        ConfigError: the first stage makes latents that are not finite.
     """
     count = len(images)
     chosen = torch.arange(count)
@@ -82,11 +83,6 @@ def measure_latents(
     variance = square - mean.square()
     if not bool(torch.isfinite(rows).all()):
         raise ConfigError("--vae: the first stage makes latents of the training images that are NaN or infinite")
-    if not bool((variance > 1e-12 * square.clamp(min=1e-30)).all()):
-        raise ConfigError(
-            "--vae: a channel of the first stage's latents has the same value in all training images, which no network"
-            " can learn from: use another first stage"
-        )
     return LatentStatistics(mean, variance, len(chosen))
 
 
@@ -102,9 +98,16 @@ def scaled_stage(stage: FirstStage, options: LatentOptions, statistics: LatentSt
     """The first stage with the scale that the options request; the saved copy has it in its configuration.
 
     Raises:
-        ConfigError: the scale is out of range.
+        ConfigError: the scale is out of range, or the latents that it is measured on are all alike.
     """
     factor = options.scale_factor
+    measured = statistics.variance if options.latent_stats else torch.tensor([statistics.std**2])
+    if is_measured(options) and not bool((measured > SMALLEST_VARIANCE).all()):
+        which = "a channel of the latents has" if options.latent_stats else "the latents have"
+        option = "--latent_stats" if options.latent_stats else "--scale_factor data"
+        raise ConfigError(
+            f"{option}: {which} one value in all training images: use another --vae, or a --scale_factor"
+        )
     with as_config_error("--scale_factor"):
         if options.latent_stats:
             std = statistics.variance.sqrt()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -17,6 +18,9 @@ from diffusers_ddpm_ext.training.data.condition_dropout import ConditionDropout
 from diffusers_ddpm_ext.training.data.image_set import ImageSet
 from diffusers_ddpm_ext.training.data.posterior import Posterior, encode_posterior, one_by_one
 from diffusers_ddpm_ext.utils import random_keys as keys
+
+KEPT_BYTES = 2**28
+"""Latents of a validation set that are kept in memory."""
 
 
 @dataclass
@@ -103,11 +107,19 @@ class LatentEncoder:
 class LatentSet:
     """The latents of a set of images for validation, previews and measurements, in the order of the set.
 
-    The noise of an image's posterior depends on the encoder's seed and the image alone: the same at every call.
+    The noise of an image's posterior depends on the encoder's seed and the image alone: the same at every call, so
+    that latents are kept once they are encoded, up to a limit.
+
+    Attributes:
+        images: the set.
+        encoder: whose scale no longer changes.
+        keeps_latents: whether latents are kept in memory.
     """
 
     images: ImageSet
     encoder: LatentEncoder
+    keeps_latents: bool = False
+    _kept: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -123,12 +135,19 @@ class LatentSet:
         Args:
             indices: which images of the set, (b,).
         """
+        numbers = torch.as_tensor(indices).tolist()
+        new = [number for number in dict.fromkeys(numbers) if number not in self._kept]
+        latents = dict(zip(new, self._encoded(new).unbind() if new else (), strict=True))
+        if self.keeps_latents and 4 * math.prod(self.shape) * (len(self._kept) + len(new)) <= KEPT_BYTES:
+            self._kept.update(latents)
+        return torch.stack([latents[number] if number in latents else self._kept[number] for number in numbers])
+
+    def _encoded(self, indices: Sequence[int]) -> Tensor:
         encoder = self.encoder
         posterior = image_posterior(self.images, indices, encoder.stage, encoder.device)
         noise = None
         if posterior.std is not None and not encoder.mode:
-            numbers = torch.as_tensor(indices).tolist()
-            _, noise = keys.sample_draws(encoder.seed, 0, numbers, posterior.mean.shape[1:], 1, keys.LATENT_SET)
+            _, noise = keys.sample_draws(encoder.seed, 0, indices, posterior.mean.shape[1:], 1, keys.LATENT_SET)
         return encoder.scaled(posterior, noise)
 
     def conditions(self, indices: Sequence[int] | Tensor) -> Conditions:
@@ -154,6 +173,6 @@ SampleSet = ImageSet | LatentSet
 """What a network is evaluated on: images, or their latents."""
 
 
-def sample_set(images: ImageSet, encoder: LatentEncoder | None) -> SampleSet:
+def sample_set(images: ImageSet, encoder: LatentEncoder | None, keeps_latents: bool = False) -> SampleSet:
     """The samples that a network denoises for a set of images."""
-    return images if encoder is None else LatentSet(images, encoder)
+    return images if encoder is None else LatentSet(images, encoder, keeps_latents)

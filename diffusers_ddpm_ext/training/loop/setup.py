@@ -107,6 +107,12 @@ class Setup:
         """What the network denoises for a set of images."""
         return sample_set(images, self.latents)
 
+    @cached_property
+    def validation_samples(self) -> SampleSet | None:
+        """What the network denoises for the validation images; None without them."""
+        images = self.data.validation
+        return None if images is None else sample_set(images, self.latents, keeps_latents=True)
+
     @property
     def autoencoder(self) -> AutoencoderParts:
         """What is trained, in the run of a first stage."""

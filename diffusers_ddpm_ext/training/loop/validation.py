@@ -17,9 +17,9 @@ from diffusers_ddpm_ext.utils.dtensor import reshard
 def validation_metrics(setup: Setup, processes: Processes) -> dict[str, float]:
     """The validation metrics by name, empty without validation images. Collective call: every process must make it."""
     options = setup.config.validation
-    if setup.data.validation is None:
+    images, bound = setup.validation_samples, setup.parts.bound_metric
+    if images is None:
         return {}
-    images, bound = setup.samples(setup.data.validation), setup.parts.bound_metric
     draws = validation_draws(setup.seed, len(images), setup.num_train_timesteps, options.validation_max_images)
     task = setup.accelerator.unwrap_model(setup.task)
 
