@@ -26,6 +26,7 @@ from diffusers_ddpm_ext.cli.measuring import (
     ConditionedUNet,
     MeasuringOptions,
     check_bin_width,
+    choose_decoder,
     data_inputs,
     ddpm_scheduler,
     image_options,
@@ -139,6 +140,7 @@ def evaluate(options: EvaluateOptions) -> str:
     image_data = None if facts is None else check_evaluation(options, facts)  # before torch is imported
     import torch
 
+    from diffusers_ddpm_ext.cli.measured_latents import as_samples, describe_first_stage
     from diffusers_ddpm_ext.diffusion.likelihood_estimate import step_table
     from diffusers_ddpm_ext.training.distributed import leave_process_group
     from diffusers_ddpm_ext.training.evaluation.bound import BoundEvaluation
@@ -147,20 +149,21 @@ def evaluate(options: EvaluateOptions) -> str:
     processes = _processes(options.device)
     pipeline = load_pipeline(options.folder, _variant(options), processes.device, options.dtype, weights_option)
     scheduler = ddpm_scheduler(pipeline, options.folder, "chain to evaluate")
-    if image_data is None:
-        image_data = check_evaluation(options, facts_of_pipeline(options.folder, pipeline))
+    if facts is None or image_data is None:
+        facts = facts_of_pipeline(options.folder, pipeline)
+        image_data = check_evaluation(options, facts)
     data = load_images(options.folder, pipeline, image_data, processes.rank == 0)
     images = images_of_split(data, options.split)
     evaluation = BoundEvaluation(
         scheduler,
-        images,
+        as_samples(pipeline, images, options.seed, options.folder),
         _choose_strata(options, scheduler),
         options.max_images,
         options.seed,
         batch_size=options.batch_size,
         dtype=getattr(torch, options.dtype),
         clip_denoised=options.clip_denoised,
-        decoder=options.decoder,
+        decoder=choose_decoder(options, facts),
         bin_width=2 / (images.levels - 1) if options.bin_width is None else options.bin_width,
     )
     folder, is_main = options.output_folder, processes.rank == 0
@@ -170,7 +173,7 @@ def evaluate(options: EvaluateOptions) -> str:
         leave_process_group()
         if not is_main:
             return ""
-        result = _result(options, evaluation, values, scheduler, data.description)
+        result = _result(options, evaluation, values, scheduler, data.description) | describe_first_stage(pipeline)
         with as_run_error(folder):
             _write(options, result, step_table(values.bits, values.places, scheduler.kept.timesteps))
         cache.delete()
@@ -190,6 +193,12 @@ def check_evaluation(options: EvaluateOptions, facts: PipelineFacts) -> DataOpti
     count = options.num_timesteps
     if count is not None and not 2 <= count <= chain:
         raise ConfigError(f"--num_timesteps {count} must be in [2, {chain}], or 'all'")
+    choose_decoder(options, facts)
+    if facts.first_stage is not None and chain < trained and not facts.has_own_variances:
+        raise ConfigError(
+            f"--num_inference_steps {steps}: without fitted variances the density of latents in few steps says "
+            f"nothing about the model: first ddpm-ext fit-variance {facts.source}"
+        )
     return image_options(facts, options.data)
 
 
@@ -244,8 +253,8 @@ def _result(
         "weights": options.weights or ("ema" if has_ema else "default"),
         "split": options.split,
         "seed": options.seed,
-        "decoder_kind": options.decoder,
-        "bin_width": None if options.decoder == "continuous" else evaluation.bin_width,
+        "decoder_kind": evaluation.decoder,
+        "bin_width": None if evaluation.decoder == "continuous" else evaluation.bin_width,
         "clip_denoised": options.clip_denoised,
         "unit": "bits per dimension",
         "data": data_description,
@@ -284,6 +293,8 @@ def _fingerprint(options: EvaluateOptions, data_fingerprint: str, pipeline: Any)
     """Hash of everything that the rows depend on."""
     import torch
 
+    from diffusers_ddpm_ext.cli.measured_latents import describe_first_stage
+
     unused = ("json", "out", "data", "confidence")
     relevant = {name: value for name, value in vars(options).items() if name not in unused}
     weights = hashlib.sha256()
@@ -292,6 +303,7 @@ def _fingerprint(options: EvaluateOptions, data_fingerprint: str, pipeline: Any)
         weights.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     parts = [json.dumps(relevant, sort_keys=True, default=str), data_fingerprint, weights.hexdigest()]
     parts.append(json.dumps(dict(pipeline.scheduler.config), sort_keys=True, default=str))
+    parts.append(json.dumps(describe_first_stage(pipeline)))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
@@ -305,7 +317,7 @@ def _write(options: EvaluateOptions, result: dict[str, Any], table: list[StepBit
     writer.writerows([t, f"{mean:.9g}", "" if error is None else f"{error:.3g}", n] for t, mean, error, n in table)
     write_text_atomically(folder / "steps.csv", rows.getvalue())
     steps, means = [row.timestep for row in table], [row.mean for row in table]
-    plot_steps(folder / "steps.png", steps, means, result["bits_per_dim"])
+    plot_steps(folder / "steps.png", steps, means, result["bits_per_dim"], result["unit"])
     for path in (folder / f"{EVALUATION_NAME}.json", options.json):
         if path is not None:
             write_text_atomically(path, json.dumps(result, indent=1) + "\n")
@@ -315,12 +327,15 @@ def _summary(result: dict[str, Any], options: EvaluateOptions) -> str:
     interval = "  (a single image has no interval)"
     if result["low"] is not None:
         interval = f"  {100 * result['confidence']:g} % interval {result['low']:.4f} to {result['high']:.4f}"
-    kind = "" if options.decoder != "continuous" else " (of the density: no levels are counted)"
+    kind = "" if result["decoder_kind"] != "continuous" else " (of the density: no levels are counted)"
+    stage = result.get("first_stage")
+    note = [] if stage is None else [f"comparable only for the same first stage ({stage['sha256'][:8]}) and scale"]
     return "\n".join(
         [
-            f"bits per dimension{kind}  {result['bits_per_dim']:.4f}{interval}",
+            f"{result['unit']}{kind}  {result['bits_per_dim']:.4f}{interval}",
             *(f"  {name:<7}  {result[name]:.4f}" for name in ("prior", "steps", "decoder")),
             f"{result['num_images']:,} images, {result['num_timesteps']:,} of the {result['chain']:,} steps of the"
             f" chain each; written to {options.output_folder}",
+            *note,
         ]
     )

@@ -22,6 +22,7 @@ from diffusers_ddpm_ext.cli.measuring import (
     ConditionedUNet,
     MeasuringOptions,
     check_bin_width,
+    choose_decoder,
     ddpm_scheduler,
     image_options,
     load_images,
@@ -29,6 +30,7 @@ from diffusers_ddpm_ext.cli.measuring import (
 from diffusers_ddpm_ext.cli.parser import parse_options
 from diffusers_ddpm_ext.cli.pipeline_facts import DEFAULT_TIMESTEPS, read_pipeline_facts
 from diffusers_ddpm_ext.errors import ConfigError, as_config_error, as_run_error
+from diffusers_ddpm_ext.hub.card_facts import BITS_PER_DIM, BITS_PER_LATENT
 from diffusers_ddpm_ext.pipelines.loading import load_pipeline, select_device
 from diffusers_ddpm_ext.utils.files import CONFIG, write_text_atomically
 from diffusers_ddpm_ext.utils.folder_lock import FolderLock
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 
     from diffusers_ddpm_ext.diffusion.variance_fit import VarianceFit, VarianceMeter
     from diffusers_ddpm_ext.training.data.image_set import ImageSet
+    from diffusers_ddpm_ext.utils.vocabulary import Decoder
 
 FIT_RECORD = "variance_fit.json"
 MAX_RECORD_BYTES = 4 * MAX_TEXT_BYTES
@@ -121,6 +124,7 @@ def _fit(folder: Path, options: FitVarianceOptions) -> str:
     assert facts is not None, "parse_fit_variance_args has checked that it is a folder"
     if options.first_step is not None and options.first_step >= facts.num_train_timesteps:
         raise ConfigError(f"--first_step must be below T, {facts.num_train_timesteps}, got {options.first_step}")
+    decoder = choose_decoder(options, facts)
     image_data, original = image_options(facts, options.data), _original_settings(folder)
     from diffusers_ddpm_ext.diffusion.optimal_variance import x0_error_of_logvar
 
@@ -129,7 +133,7 @@ def _fit(folder: Path, options: FitVarianceOptions) -> str:
     images = load_images(options.folder, pipeline, image_data, progress=True).train
     scheduler = pipeline.scheduler
     schedule = scheduler.schedule
-    meter = _measure(options, pipeline, images)
+    meter = _measure(options, pipeline, images, decoder)
     try:
         error = None
         if options.source == "logvar":
@@ -146,7 +150,7 @@ def _fit(folder: Path, options: FitVarianceOptions) -> str:
     }
     fitted = type(scheduler).from_config({**scheduler.config, **changes})
     _write(folder, fitted, _record(options, meter, fit, original))
-    return _summary(folder, fit, timesteps)
+    return _summary(folder, fit, timesteps, BITS_PER_DIM if facts.first_stage is None else BITS_PER_LATENT)
 
 
 def _check_pipeline(options: FitVarianceOptions, pipeline: Any) -> None:
@@ -170,23 +174,25 @@ def _check_pipeline(options: FitVarianceOptions, pipeline: Any) -> None:
         )
 
 
-def _measure(options: FitVarianceOptions, pipeline: Any, images: ImageSet) -> VarianceMeter:
+def _measure(options: FitVarianceOptions, pipeline: Any, images: ImageSet, decoder: Decoder) -> VarianceMeter:
     """Measure with noise from the random keys of this command."""
     import torch
     from tqdm import tqdm
 
+    from diffusers_ddpm_ext.cli.measured_latents import as_samples
     from diffusers_ddpm_ext.diffusion.variance_fit import measure_errors
     from diffusers_ddpm_ext.utils import random_keys as keys
 
     network, device, dtype = ConditionedUNet(pipeline), pipeline.device, getattr(torch, options.dtype)
+    samples = as_samples(pipeline, images, options.seed, options.folder)
 
     def draw(indices: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        x0 = images.pixels(indices)
+        x0 = samples.samples(indices)
         noise = keys.noise_of_steps(keys.FIT, options.seed, indices.tolist(), t.tolist(), x0.shape[1:])
         return x0.to(device), noise.to(device)
 
     def denoise(xt: Tensor, t: Tensor, indices: Tensor) -> Tensor:
-        return network(xt.to(dtype), t, images.conditions(indices).to(device)).float()
+        return network(xt.to(dtype), t, samples.conditions(indices).to(device)).float()
 
     pipeline.unet.eval()
     total = len(pipeline.scheduler.schedule) * options.draws
@@ -197,7 +203,7 @@ def _measure(options: FitVarianceOptions, pipeline: Any, images: ImageSet) -> Va
             draw,
             denoise,
             draws=options.draws,
-            decoder=options.decoder,
+            decoder=decoder,
             bin_width=2 / (images.levels - 1) if options.bin_width is None else options.bin_width,
             rows=options.batch_size,
             progress=bar.update,
@@ -213,8 +219,8 @@ def _record(
         "source": options.source,
         "draws": options.draws,
         "seed": options.seed,
-        "decoder": options.decoder,
-        "bin_width": None if options.decoder == "continuous" else meter.bin_width,
+        "decoder": meter.decoder,
+        "bin_width": None if meter.decoder == "continuous" else meter.bin_width,
         "second_moment": fit.second_moment,
         "clipped": fit.optimal.clipped.tolist(),
         "clipping_costs": fit.optimal.loss,
@@ -276,7 +282,7 @@ def _undo(folder: Path) -> str:
     return f"{folder / SCHEDULER_CONFIG} has the settings from before the fit"
 
 
-def _summary(folder: Path, fit: VarianceFit, timesteps: dict[int, Any]) -> str:
+def _summary(folder: Path, fit: VarianceFit, timesteps: dict[int, Any], unit: str) -> str:
     v = fit.optimal.v
     lines = [
         f"v from {v[1:].min() if len(v) > 1 else v[0]:.3f} to {v.max():.3f}, mean {v.mean():.3f}: written to"
@@ -286,7 +292,7 @@ def _summary(folder: Path, fit: VarianceFit, timesteps: dict[int, Any]) -> str:
         steps = fit.optimal.clipped
         lines.append(
             f"{len(steps)} step{'s' if len(steps) > 1 else ''} would need v above 1 (the first: {steps[0]}): clipped,"
-            f" which costs {fit.optimal.loss:.2g} bits per dimension"
+            f" which costs {fit.optimal.loss:.2g} {unit}"
         )
     for count in (1, 10, 50):
         if count in timesteps:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffusers_ddpm_ext.cli.arguments import DEVICE_HELP
 from diffusers_ddpm_ext.cli.pipeline_facts import PipelineFacts
-from diffusers_ddpm_ext.errors import ConfigError, printable
+from diffusers_ddpm_ext.errors import ConfigError, as_config_error, printable
 from diffusers_ddpm_ext.training.config.options import DataOptions
 from diffusers_ddpm_ext.utils.files import CONFIG
 from diffusers_ddpm_ext.utils.option import embedded, option, options_of
@@ -34,10 +34,11 @@ class MeasuringOptions:
 
     seed: int = option(0, "Random seed.", low=0)
     batch_size: int = option(256, "Network inputs per forward pass; one is an image at a step.", low=1)
-    decoder: Decoder = option(
-        "exact",
+    decoder: Decoder | None = option(
+        None,
         "exact: probability of a level's bin; improved_diffusion: its tanh approximation; continuous: density, for"
         " data without levels.",
+        unset="exact, or continuous for a model of latents",
     )
     bin_width: float | None = option(
         None, "Distance of two levels, data units; 2/255 for 8 bits.", above=0, high=2, unset="from the data"
@@ -52,6 +53,28 @@ def check_bin_width(options: MeasuringOptions) -> None:
         raise ConfigError(
             f"--bin_width {options.bin_width} has no effect with --decoder continuous: leave one of them out"
         )
+
+
+def choose_decoder(options: MeasuringOptions, facts: PipelineFacts) -> Decoder:
+    """The decoder of a measurement: ``--decoder``, or the one that fits the model's samples.
+
+    Raises:
+        ConfigError: bins for latents, which have no levels; or a model of latents without its first stage.
+    """
+    if facts.lacks_first_stage:
+        raise ConfigError(
+            f"{facts.source} generates latents of an autoencoder that is not in its folder: it cannot be measured on "
+            "images"
+        )
+    if facts.first_stage is None:
+        return "exact" if options.decoder is None else options.decoder
+    for name, value in (("decoder", options.decoder), ("bin_width", options.bin_width)):
+        if value not in (None, "continuous"):
+            raise ConfigError(
+                f"--{name} {value}: the samples of {facts.source} are latents, without levels and bins: leave "
+                "it out for their density"
+            )
+    return "continuous"
 
 
 def data_inputs(typed: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,9 +105,9 @@ def image_options(facts: PipelineFacts, typed: Mapping[str, Any]) -> DataOptions
     """
     from diffusers_ddpm_ext.training.config.train_config import data_options
 
-    file, size = Path(facts.source) / CONFIG, facts.image_size
+    file, size = Path(facts.source) / CONFIG, facts.picture_size
     is_specified = any(typed.get(name) is not None for name in ("train_data_dir", "dataset_name"))
-    if not file.is_file() and not is_specified and (size, facts.channels) != ((8, 8), 1):
+    if not file.is_file() and not is_specified and (size, facts.picture_channels) != ((8, 8), 1):
         raise ConfigError(
             f"{facts.source} does not name the images that it was trained on (no {CONFIG}): give --train_data_dir or"
             " --dataset_name"
@@ -106,10 +129,12 @@ def load_images(folder: str, pipeline: Any, options: DataOptions, progress: bool
     """
     from diffusers_ddpm_ext.training.data.dataset import load_data
 
-    if pipeline.is_latent:
-        raise ConfigError(f"{folder} generates latents of an autoencoder, not images: it cannot be measured on images")
+    stage = pipeline.first_stage
+    if stage is not None:
+        with as_config_error("--resolution"):
+            stage.latent_size(*options.resolution)
     data = load_data(options, pipeline.config.get("conditioning_key"), progress=progress)
-    channels = pipeline.channels
+    channels = pipeline.channels if stage is None else stage.pixel_channels
     if data.channels != channels:
         raise ConfigError(
             f"{folder} makes images of {channels} channel{'s' if channels > 1 else ''}, the data have {data.channels}:"
@@ -134,7 +159,7 @@ def _check_conditions(folder: str, pipeline: Any, columns: ConditionColumns) -> 
     if labels is not None and is_number and classes is not None and int(labels.max()) >= classes:
         raise ConfigError(f"the data have a class {int(labels.max())}; the classes of {folder} are 0 to {classes - 1}")
     config = pipeline.unet.config
-    if columns.concat is not None and pipeline.channels + columns.concat.channels > config.in_channels:
+    if columns.concat is not None and pipeline.channels + _joined_channels(pipeline, columns) > config.in_channels:
         raise ConfigError(
             f"the images joined to the input have {columns.concat.channels} channels: with {pipeline.channels} of the "
             f"sample these are more than the {config.in_channels} that {folder} takes"
@@ -144,6 +169,17 @@ def _check_conditions(folder: str, pipeline: Any, columns: ConditionColumns) -> 
         raise ConfigError(
             f"the embeddings are {columns.contexts[0].shape[-1]} wide, and the cross attention of {folder} {width}"
         )
+
+
+def _joined_channels(pipeline: Any, columns: ConditionColumns) -> int:
+    """Channels that images joined to the input have there: those of their latents if these are joined."""
+    channels = 0 if columns.concat is None else columns.concat.channels
+    if pipeline.first_stage is None:
+        return channels
+    from diffusers_ddpm_ext.models.concat_condition import concat_channels
+
+    with as_config_error("--concat_column"):
+        return concat_channels(pipeline.first_stage, channels, pipeline.config.get("concat_through_vae"))
 
 
 def images_of_split(data: ImageData, split: str) -> ImageSet:

@@ -15,6 +15,7 @@ from diffusers_ddpm_ext.cli.extras import TRAIN_MODULES, require_modules
 from diffusers_ddpm_ext.cli.fit_variance import FIT_RECORD
 from diffusers_ddpm_ext.cli.parser import parse_options
 from diffusers_ddpm_ext.errors import ConfigError, as_config_error, as_run_error, printable
+from diffusers_ddpm_ext.hub.card_facts import BITS_PER_DIM, BITS_PER_LATENT
 from diffusers_ddpm_ext.utils.files import CONFIG, EVALUATION, copy_atomically
 from diffusers_ddpm_ext.utils.input_files import exists, file_name, read_csv_rows, read_json_object
 from diffusers_ddpm_ext.utils.option import option, positional
@@ -165,8 +166,13 @@ def _plot_steps(folder: Path, scheduler: DDPMExtScheduler, path: Path) -> Path |
     steps, bits = (_csv_numbers(table, rows, column) for column in ("timestep", "bits_per_dim"))
     if not rows or any(step != int(step) for step in steps):
         raise ConfigError(f"{file_name(table)} has no steps, or one that is not a whole number")
-    total = read_json_object(result).number("bits_per_dim") if exists(result) else None
-    return plot_steps(path, [int(step) for step in steps], bits, total)
+    total, unit = None, BITS_PER_DIM
+    if exists(result):
+        record = read_json_object(result)
+        total, unit = record.number("bits_per_dim"), record.string("unit", unit)
+        if unit not in (BITS_PER_DIM, BITS_PER_LATENT):
+            raise ConfigError(f"{record.name}: unit is {printable(unit, 60)!r}; write it with ddpm-ext evaluate")
+    return plot_steps(path, [int(step) for step in steps], bits, total, unit)
 
 
 def _csv_numbers(table: Path, rows: list[dict[str, str]], column: str) -> list[float]:

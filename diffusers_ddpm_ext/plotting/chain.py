@@ -67,10 +67,13 @@ def plot_weights(path: str | os.PathLike[str], weights: Mapping[str, ArrayLike],
     return save_figure(path, draw)
 
 
-def plot_steps(path: str | os.PathLike[str], steps: ArrayLike, bits: ArrayLike, total: float | None = None) -> Path:
-    """Plot the terms of the bound, (K,), bits per dimension, at the steps of a chain; the first is the decoder's.
+def plot_steps(
+    path: str | os.PathLike[str], steps: ArrayLike, bits: ArrayLike, total: float | None = None, unit: str = BITS
+) -> Path:
+    """Plot the terms of the bound, (K,), at the steps of a chain; the first is the decoder's.
 
-    ``total`` is the bound, for the title. Terms that are not finite are left out; ValueError if there is no other.
+    ``total`` is the bound, for the title, and ``unit`` the name of its unit. Terms that are not finite are left out;
+    ValueError if there is no other.
     """
     timesteps, values = np.asarray(steps), np.asarray(bits, dtype=float)
     if timesteps.shape != values.shape or values.ndim != 1 or not is_drawable(values).any():
@@ -89,8 +92,8 @@ def plot_steps(path: str | os.PathLike[str], steps: ArrayLike, bits: ArrayLike, 
                 axes.set_yscale("symlog", linthresh=max(positive.min(), 1 / MAX_DRAWN))
             else:
                 axes.set_yscale("log")
-        text = "" if total is None else f": {total:.3f} {BITS} with the prior"
-        axes.set(title=f"The bound, step by step{text}", xlabel=STEP, ylabel=f"{BITS}, of one step")
+        text = "" if total is None else f": {total:.3f} {unit} with the prior"
+        axes.set(title=f"The bound, step by step{text}", xlabel=STEP, ylabel=f"{unit}, of one step")
 
     return save_figure(path, draw)
 
