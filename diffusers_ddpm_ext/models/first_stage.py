@@ -1,12 +1,6 @@
-"""First stages of latent diffusion: Diffusers' autoencoders behind one rule for the scale of latents.
+"""First stages of latent diffusion: Diffusers' autoencoders with the scale of latents in their configuration.
 
-    z    latents as the autoencoder has them: a sample of the posterior (KL), before quantization (VQ), or its output
-    x    latents as the diffusion model has them
-    m, s shift and scale, one per channel or one for all:  x = (z - m) / s,  z = s x + m
-
-``m`` is ``latents_mean`` of the autoencoder's configuration, else ``shift_factor``, else 0. ``s`` is
-``latents_std / scaling_factor``, or ``1 / scaling_factor``. These are the formulas of Diffusers' pipelines for SDXL,
-Stable Diffusion 3 and Flux, and CompVis' ``scale_factor`` is ``1 / s``.
+Symbols of `latent_scale`: z are the autoencoder's latents, x those of the diffusion model, ``x = (z - m) / s``.
 """
 
 from __future__ import annotations
@@ -14,34 +8,30 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, VQModel
 from diffusers.utils.torch_utils import randn_tensor
-from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
-from diffusers_ddpm_ext.errors import ConfigError, printable
 from diffusers_ddpm_ext.models.evaluation_mode import evaluation_mode
-from diffusers_ddpm_ext.utils.checks import checked_number, describe
+from diffusers_ddpm_ext.models.first_stage_loading import load_first_stage
+from diffusers_ddpm_ext.models.latent_scale import (
+    SCALE_KEYS,
+    kind_of,
+    latent_channels,
+    latent_rule,
+    per_channel_tensor,
+)
+from diffusers_ddpm_ext.utils.checks import describe
 from diffusers_ddpm_ext.utils.dtensor import full_tensor
-from diffusers_ddpm_ext.utils.generations import read_one_generation
-from diffusers_ddpm_ext.utils.input_files import file_name, read_json_object
-from diffusers_ddpm_ext.utils.network_folder import as_folder_error, check_complete, check_network_folder
-from diffusers_ddpm_ext.utils.pipeline_files import MODEL_INDEX
 from diffusers_ddpm_ext.utils.wrappers import network_class, plain_state_dict, unwrap
 
-KINDS = {AutoencoderKL: "kl", VQModel: "vq", AutoencoderTiny: "tiny", AutoencoderDC: "dc"}
-_CLASSES = "AutoencoderKL, VQModel, AutoencoderTiny or AutoencoderDC"
-SLOTS = ("vae", "vqvae")
-"""Names of the component in pipelines."""
-SCALE_KEYS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+__all__ = ["FirstStage", "load_first_stage"]
+
 BLANK_SIZES = (64, 256, 1024)
 """Sizes of the blank images that show the compression factor: the next one where the latents have one pixel."""
 
@@ -62,7 +52,7 @@ class FirstStage:
     """
 
     def __init__(self, autoencoder: nn.Module) -> None:
-        self.kind = _kind_of(autoencoder)
+        self.kind = kind_of(autoencoder)
         self.autoencoder: Any = unwrap(autoencoder)
         config: Any = self.autoencoder.config
         outputs = config.get("out_channels", config.in_channels)
@@ -71,7 +61,7 @@ class FirstStage:
                 f"The autoencoder has in_channels {config.in_channels} and out_channels {outputs}; a first stage must "
                 "return as many channels as it takes."
             )
-        self._rule()
+        latent_rule(self.autoencoder)
 
     # ------------------------------------------------------------------ what it is
 
@@ -88,9 +78,7 @@ class FirstStage:
     @property
     def latent_channels(self) -> int:
         """Channels C of the latents."""
-        config = self.autoencoder.config
-        width = config.get("vq_embed_dim") if self.kind == "vq" else None
-        return int(config.latent_channels if width is None else width)
+        return latent_channels(self.autoencoder)
 
     @cached_property
     def factor(self) -> int:
@@ -136,16 +124,16 @@ class FirstStage:
     @property
     def shift(self) -> Tensor:
         """m of the rule: (1, C, 1, 1) or (1, 1, 1, 1), float32, on the CPU."""
-        return _as_tensor(self._rule()[0])
+        return per_channel_tensor(latent_rule(self.autoencoder)[0])
 
     @property
     def scale(self) -> Tensor:
         """s of the rule: (1, C, 1, 1) or (1, 1, 1, 1), float32, on the CPU."""
-        return _as_tensor([1 / factor for factor in self._rule()[1]])
+        return per_channel_tensor([1 / factor for factor in latent_rule(self.autoencoder)[1]])
 
     def normalize(self, z: Tensor) -> Tensor:
         """Latents of the autoencoder as those of the diffusion model, ``(z - m) / s``: same shape."""
-        shift, factor = (_as_tensor(values).to(z.device) for values in self._rule())
+        shift, factor = (per_channel_tensor(values).to(z.device) for values in latent_rule(self.autoencoder))
         return (z - shift) * factor if bool(shift.any()) else z * factor
 
     def denormalize(self, x: Tensor) -> Tensor:
@@ -187,37 +175,6 @@ class FirstStage:
                 new["shift_factor"] = 0.0 if self.kind == "tiny" else None  # the class' own default
         autoencoder.register_to_config(**new)
         return FirstStage(autoencoder)
-
-    def _rule(self) -> tuple[list[float], list[float]]:
-        """m and 1 / s, each one number or one per channel, in double precision; checked."""
-        config = self.autoencoder.config
-        factor = _checked_positive("scaling_factor", config.get("scaling_factor", 1.0))
-        mean = self._per_channel("latents_mean")
-        std = self._per_channel("latents_std")
-        shift = config.get("shift_factor")
-        shift = 0.0 if shift is None else checked_number("shift_factor of the autoencoder", shift, "a number")
-        if mean is not None and std is None:
-            raise ValueError(
-                "The autoencoder's configuration has latents_mean without latents_std; write both, or neither."
-            )
-        if mean is not None and shift:
-            raise ValueError(
-                f"The autoencoder's configuration has a shift_factor ({shift}) beside latents_mean; both are what is "
-                "subtracted from the latents: keep one."
-            )
-        scales = [1.0] if std is None else [_checked_positive("latents_std", value) for value in std]
-        return [shift] if mean is None else mean, [factor / value for value in scales]
-
-    def _per_channel(self, key: str) -> list[float] | None:
-        values = self.autoencoder.config.get(key)
-        if values is None:
-            return None
-        if not isinstance(values, list | tuple) or len(values) != self.latent_channels:
-            raise ValueError(
-                f"{key} of the autoencoder is {describe(values)}; it must be a list of {self.latent_channels} "
-                "numbers, one per channel of the latents."
-            )
-        return [checked_number(f"{key} of the autoencoder", value, "a list of numbers") for value in values]
 
     # ------------------------------------------------------------------ encoding and decoding
 
@@ -339,102 +296,3 @@ class FirstStage:
             content.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             content.update(tensor.contiguous().numpy().tobytes())
         return content.hexdigest()
-
-
-def _kind_of(autoencoder: Any) -> str:
-    """kl, vq, tiny or dc."""
-    found: type = network_class(autoencoder) if isinstance(autoencoder, nn.Module) else type(autoencoder)
-    for cls, kind in KINDS.items():
-        if issubclass(found, cls):
-            return kind
-    raise ValueError(f"The first stage is {found.__name__}; it must be an {_CLASSES}.")
-
-
-def _checked_positive(key: str, value: Any) -> float:
-    return checked_number(f"{key} of the autoencoder", value, "a positive number", lambda v: 0 < v < float("inf"))
-
-
-def _as_tensor(values: list[float]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64).float().view(1, -1, 1, 1)
-
-
-# ------------------------------------------------------------------ loading
-
-
-def load_first_stage(path_or_id: str | os.PathLike[str], subfolder: str | None = None) -> Any:
-    """Load an autoencoder: frozen, in evaluation mode, in float32.
-
-    Args:
-        path_or_id: a folder or Hub id, of the autoencoder itself or of a pipeline, whose ``vae`` or ``vqvae`` is
-            taken. Without a network, a repository is read from the cache.
-        subfolder: where in it the autoencoder is.
-
-    Returns:
-        The autoencoder, for `FirstStage`.
-
-    Raises:
-        ConfigError: it does not exist, cannot be read, or is no first stage; one sentence.
-    """
-    source = os.fspath(path_or_id)
-    if os.path.isdir(source):
-        autoencoder: Any = read_one_generation(source, lambda folder: _load(_find(folder, subfolder)))
-        return autoencoder
-    try:
-        places = (subfolder,) if subfolder else (".", *SLOTS)
-        patterns = [MODEL_INDEX, *(os.path.normpath(f"{place}/config.json") for place in places)]
-        folder = Path(snapshot_download(source, allow_patterns=patterns))
-        place = _find(folder, subfolder).relative_to(folder).as_posix()
-        weights = [f"{place}/*.{kind}".removeprefix("./") for kind in ("safetensors", "bin", "index.json")]
-        folder = Path(snapshot_download(source, revision=folder.name, allow_patterns=[*patterns, *weights]))
-    except ConfigError:
-        raise
-    except (OSError, ValueError) as error:
-        reason = printable(" ".join(str(error).split()).split(". ")[0], 300)
-        raise ConfigError(
-            f"{printable(source)} is not a folder on this machine and cannot be loaded from the Hub: check the name, "
-            f"the network and, for a private repository, `hf auth whoami` ({reason})"
-        ) from None
-    return _load(_find(folder, subfolder))
-
-
-def _find(folder: Path, subfolder: str | None) -> Path:
-    """The folder of the autoencoder inside another one."""
-    if subfolder is not None:
-        if os.path.isabs(subfolder) or ".." in Path(subfolder).parts:
-            raise ConfigError(f"subfolder is {printable(subfolder)}; it must be a folder inside {file_name(folder)}")
-        if not (folder / subfolder).is_dir():
-            raise ConfigError(f"{file_name(folder)} has no folder {printable(subfolder)}: correct the subfolder")
-        return folder / subfolder
-    if not (folder / MODEL_INDEX).is_file():
-        if not (folder / "config.json").is_file():
-            raise ConfigError(
-                f"{file_name(folder)} has neither config.json nor {MODEL_INDEX}: give the folder of a Diffusers "
-                "autoencoder, or of a pipeline with one"
-            )
-        return folder
-    index = read_json_object(folder / MODEL_INDEX)
-    slot = next((name for name in SLOTS if any(index.list(name, []))), None)
-    if slot is None:
-        raise ConfigError(
-            f"{file_name(folder)} is a pipeline without a first stage ({' or '.join(SLOTS)}): give another folder, or "
-            "the autoencoder's own"
-        )
-    return folder / slot
-
-
-def _load(folder: Path) -> Any:
-    config = check_network_folder(folder)
-    name = config.string("_class_name")
-    cls: Any = next((cls for cls in KINDS if cls.__name__ == name), None)
-    if cls is None:
-        raise ConfigError(f"{config.name} is of a {printable(name, 80)}; a first stage is an {_CLASSES}")
-    with as_folder_error(folder):
-        autoencoder = cls.from_pretrained(os.fspath(folder), torch_dtype=torch.float32, local_files_only=True)
-        check_complete(autoencoder, folder)
-    if not all(bool(torch.isfinite(weight).all()) for weight in autoencoder.parameters()):
-        raise ConfigError(f"{file_name(folder)}: the autoencoder's weights are not finite (NaN or infinity)")
-    try:
-        FirstStage(autoencoder)
-    except ValueError as error:
-        raise ConfigError(f"{config.name}: {error}") from None
-    return autoencoder.eval().requires_grad_(False)

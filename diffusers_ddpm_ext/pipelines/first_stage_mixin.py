@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 from diffusers_ddpm_ext.diffusion.arguments import check_generators
 from diffusers_ddpm_ext.models.conditioning import Conditioning
 from diffusers_ddpm_ext.models.first_stage import FirstStage
+from diffusers_ddpm_ext.models.latent_scale import SLOTS, latent_rule
 from diffusers_ddpm_ext.pipelines.call_arguments import check_finite_samples
 from diffusers_ddpm_ext.pipelines.pipeline_attributes import PipelineAttributes
 from diffusers_ddpm_ext.utils.checks import check_one_of
@@ -113,14 +115,33 @@ class FirstStageMixin(PipelineAttributes, DiffusionPipeline):
             raise ValueError(f"{method} needs a first stage, and this pipeline has none{way}.")
         return stage
 
-    def _check_first_stage(self) -> None:
-        """Raise ValueError unless the first stage, if there is one, makes latents that the network takes."""
-        stage = self.first_stage
-        if stage is not None and stage.latent_channels != self.channels:
+    def _assign_first_stage(self, vae: Any) -> None:
+        """Check and record what ``vae`` becomes; the attribute itself is set afterwards.
+
+        Raises:
+            ValueError: it is no first stage, makes latents that the network does not take or of another scale than
+                the model was trained with, or the model's scale cannot be recorded without it.
+        """
+        if "vae" not in self.__dict__:  # in the constructor, which assigns it again
+            return
+        factor = self.config.get("latent_scaling_factor")
+        if vae is None:
+            old = self.first_stage
+            self.register_to_config(vae=(None, None))
+            if old is not None:
+                self.register_to_config(latent_scaling_factor=single_factor(old))
+            return
+        stage = FirstStage(vae)
+        if stage.latent_channels != self.channels:
             raise ValueError(
                 f"vae has latents of {stage.latent_channels} channels, but the network denoises {self.channels}; they "
                 "are of different models."
             )
+        check_same_scale(factor, vae)
+        # Diffusers would keep the entry of a component that was None.
+        self.register_to_config(vae=("diffusers", type(stage.autoencoder).__name__))
+        if factor is not None:
+            self.register_to_config(latent_scaling_factor=None)
 
     def _check_pictures(self, output_type: str | None) -> None:
         """Raise ValueError for PIL images that the samples cannot be."""
@@ -166,13 +187,33 @@ def checked_vae(vae: Any, vqvae: Any) -> Any:
     return vqvae if vae is None else vae
 
 
+def first_stage_dtype(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of Diffusers' ``from_pretrained`` that load a first stage in float32, whatever the network's dtype."""
+    dtypes = {key: kwargs[key] for key in ("torch_dtype", "dtype") if isinstance(kwargs.get(key), torch.dtype)}
+    return {key: {"default": dtype} | dict.fromkeys(SLOTS, torch.float32) for key, dtype in dtypes.items()}
+
+
+def single_factor(stage: FirstStage) -> float:
+    """The scale of a first stage as one ``latent_scaling_factor``.
+
+    Raises:
+        ValueError: it has a shift, or another scale for each channel.
+    """
+    shift, factors = latent_rule(stage.autoencoder)
+    if any(shift) or len(set(factors)) > 1:
+        raise ValueError(
+            "vae is None, but the latents of this model have a shift or a scale per channel, which only their first "
+            'stage holds. Keep it: output_type="latent" does not decode.'
+        )
+    return factors[0]
+
+
 def check_same_scale(latent_scaling_factor: Any, vae: Any) -> None:
     """Raise ValueError if a model was trained with latents of another scale than a first stage makes."""
     if latent_scaling_factor is None or vae is None:
         return
-    stage = FirstStage(vae)
-    factors = (1 / stage.scale).flatten().tolist()
-    if bool(stage.shift.any()) or not all(math.isclose(f, latent_scaling_factor, rel_tol=1e-6) for f in factors):
+    shift, factors = latent_rule(FirstStage(vae).autoencoder)
+    if any(shift) or not all(math.isclose(factor, latent_scaling_factor, rel_tol=1e-6) for factor in factors):
         raise ValueError(
             f"latent_scaling_factor is {latent_scaling_factor}, but the configuration of vae has another scale: pass "
             f"FirstStage(vae).with_scale({latent_scaling_factor}).autoencoder as vae, or leave "

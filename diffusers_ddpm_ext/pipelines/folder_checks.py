@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from diffusers import ModelMixin, SchedulerMixin
 
 from diffusers_ddpm_ext.diffusion.schedule import MAX_TRAIN_TIMESTEPS
 from diffusers_ddpm_ext.errors import ConfigError, printable
+from diffusers_ddpm_ext.models.latent_scale import KINDS, SLOTS
 from diffusers_ddpm_ext.utils.input_files import JsonObject, read_json_object
 from diffusers_ddpm_ext.utils.network_folder import check_network_folder
 from diffusers_ddpm_ext.utils.pipeline_files import MODEL_INDEX
@@ -34,13 +36,29 @@ def check_pipeline_folder(folder: Path, variant: str | None, replaced: frozenset
     for name, base in (("unet", ModelMixin), ("scheduler", SchedulerMixin)):
         if name not in replaced:
             _check_component(index, name, base)
-    if "unet" not in replaced and (folder / "unet" / "config.json").is_file():
-        check_network_folder(folder / "unet", variant)
+    slots = [slot for slot in SLOTS if any(index.list(slot, []))]
+    for slot in slots if replaced.isdisjoint(SLOTS) else []:
+        _check_first_stage(index, slot)
+    if len(slots) > 1:
+        raise ConfigError(f"{index.name} has vae and vqvae; they are two names of the one first stage: remove one.")
+    for name in ("unet", *slots):
+        if name not in replaced and (folder / name / "config.json").is_file():
+            check_network_folder(folder / name, variant)
     settings = folder / "scheduler" / "scheduler_config.json"
     if settings.is_file():
         chain = read_json_object(settings, allow_infinity=True)  # DPMSolver's lambda_min_clipped is -Infinity
         if "scheduler" not in replaced:  # before stock Diffusers makes tables of this length
             chain.integer("num_train_timesteps", 1, MAX_TRAIN_TIMESTEPS, 1000)
+
+
+def _check_first_stage(index: JsonObject, slot: str) -> None:
+    entry = index.list(slot)
+    known = [cls.__name__ for cls in KINDS]
+    if len(entry) != 2 or entry[0] != "diffusers" or entry[1] not in known:
+        raise ConfigError(
+            f"{index.name}: {slot} is {printable(json.dumps(entry), 80)}; it must be a list of diffusers and one of "
+            f"{', '.join(known)}."
+        )
 
 
 def _check_component(index: JsonObject, name: str, base: type) -> None:

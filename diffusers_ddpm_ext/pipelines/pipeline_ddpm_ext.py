@@ -35,7 +35,7 @@ from diffusers_ddpm_ext.diffusion.arguments import check_generators
 from diffusers_ddpm_ext.diffusion.reverse_step import LEARNED_VARIANCES
 from diffusers_ddpm_ext.models.conditioning import Conditioning
 from diffusers_ddpm_ext.models.evaluation_mode import evaluation_mode
-from diffusers_ddpm_ext.models.first_stage import SLOTS, FirstStage
+from diffusers_ddpm_ext.models.latent_scale import SLOTS
 from diffusers_ddpm_ext.models.unet_2d_ext import UNet2DExtModel
 from diffusers_ddpm_ext.pipelines.call_arguments import (
     CALLBACK_TENSORS,
@@ -66,7 +66,8 @@ from diffusers_ddpm_ext.pipelines.first_stage_mixin import (
     checked_vae,
 )
 from diffusers_ddpm_ext.pipelines.guidance import ConditionArguments, Guidance, Labels, prepare_guidance
-from diffusers_ddpm_ext.pipelines.serialization import SavedPipeline, needs_guard
+from diffusers_ddpm_ext.pipelines.serialization import SavedPipeline
+from diffusers_ddpm_ext.pipelines.stock_layout import needs_guard
 from diffusers_ddpm_ext.schedulers.adapter import SchedulerAdapter, adapt_scheduler, supports_temperature
 from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
 from diffusers_ddpm_ext.utils.checks import checked_integer
@@ -168,18 +169,22 @@ class DDPMExtPipeline(FirstStageMixin, SavedPipeline):
         is_plain = type(unet) is UNet2DModel and not has_inner_wrappers(unet)  # others are guarded when they are saved
         if is_plain and needs_guard(scheduler, settings):
             unet = UNet2DExtModel.from_unet(unet)
-        self.register_modules(unet=unet, scheduler=scheduler, vae=vae, vqvae=None)
+        self.register_modules(unet=unet, scheduler=scheduler, vae=None, vqvae=None)
         # Settings at their defaults are left out, so that the folder of an unconditional model is a stock one.
         self.register_to_config(**{name: value for name, value in settings.items() if value is not None})
         _check_classes(null_class_label, self.class_names, self.num_classes)
-        self._check_first_stage()
+        if vae is not None:
+            self.vae = vae
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Assign an attribute; a stock scheduler becomes ours, and ``vqvae`` is ``vae``."""
+        """Assign an attribute; a stock scheduler becomes ours, and ``vqvae`` is ``vae``.
+
+        Without its first stage a pipeline returns latents; with one it decodes them.
+        """
         if name == "vqvae" and value is not None:
             name = "vae"
-        if name == "vae" and value is not None:
-            FirstStage(value)
+        if name == "vae":
+            self._assign_first_stage(value)
         if name == "unet":
             check_network(value)
         if name == "scheduler":
@@ -191,10 +196,6 @@ class DDPMExtPipeline(FirstStageMixin, SavedPipeline):
             if is_trained and isinstance(value, DDPMExtScheduler):
                 self._trained_scheduler = value
         super().__setattr__(name, value)
-        if name == "vae" and "vae" in self.config:  # Diffusers keeps the entry of a component that was None
-            entry = (None, None) if value is None else ("diffusers", network_class(value).__name__)
-            self.register_to_config(vae=entry)
-            self._check_first_stage()
 
     # ------------------------------------------------------------------ sampling
 

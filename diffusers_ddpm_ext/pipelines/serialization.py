@@ -2,9 +2,10 @@
 
     model_index.json               names of stock Diffusers' classes, so that stock readers open the folder
     scheduler/, unet/              the components, each written by Diffusers; the scheduler's config keeps our keys
+    vqvae/ or vae/                 the first stage: as LDMPipeline names it, or as ours does
     logvar/, class_embedder/       tables next to the components, which only this package reads
 
-A model that stock ``DDPMPipeline`` would fail on, or sample wrongly without an error, is saved under our class names
+A model that the stock pipelines would fail on, or sample wrongly without an error, is saved under our class names
 instead: then stock Diffusers refuses it.
 """
 
@@ -21,12 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin, UNet2DModel
+from diffusers import DiffusionPipeline, SchedulerMixin
 from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache, upload_folder
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-from torch import Tensor, nn
+from torch import Tensor
 
-from diffusers_ddpm_ext.diffusion.reverse_step import LEARNED_VARIANCES
 from diffusers_ddpm_ext.diffusion.schedule import log_snr
 from diffusers_ddpm_ext.errors import printable
 from diffusers_ddpm_ext.losses.logvar import (
@@ -39,12 +39,17 @@ from diffusers_ddpm_ext.losses.logvar import (
     save_logvar,
 )
 from diffusers_ddpm_ext.models.class_embedder import CLASS_EMBEDDER_FOLDER, load_class_embedder, save_class_embedder
-from diffusers_ddpm_ext.models.conditioning import Conditioning
-from diffusers_ddpm_ext.models.first_stage import SLOTS
-from diffusers_ddpm_ext.models.unet_2d_ext import UNet2DExtModel
+from diffusers_ddpm_ext.models.latent_scale import SLOTS
+from diffusers_ddpm_ext.pipelines.first_stage_mixin import checked_vae, first_stage_dtype
 from diffusers_ddpm_ext.pipelines.folder_checks import check_pipeline_folder
+from diffusers_ddpm_ext.pipelines.stock_layout import (
+    needs_guard,
+    plain_network,
+    reason_to_refuse_stock,
+    saved_first_stage,
+    stock_model_index,
+)
 from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
-from diffusers_ddpm_ext.utils.dtensor import full_tensor
 from diffusers_ddpm_ext.utils.generations import read_one_generation, replace_pipeline
 from diffusers_ddpm_ext.utils.network_folder import as_folder_error, check_complete
 from diffusers_ddpm_ext.utils.pipeline_files import (
@@ -55,7 +60,6 @@ from diffusers_ddpm_ext.utils.pipeline_files import (
     is_weights,
     weights_variant,
 )
-from diffusers_ddpm_ext.utils.wrappers import has_inner_wrappers, network_class, plain_state_dict, unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -72,8 +76,6 @@ CONDITIONING_ARGUMENTS = (
     "latent_scaling_factor",
     "concat_through_vae",
 )
-NAN_IN_STOCK = ("learned", "fixed_large_log")
-"""Variance types of which stock DDPMScheduler takes the square root of a log-variance: every sample becomes NaN."""
 
 
 class SavedPipeline(DiffusionPipeline):
@@ -82,12 +84,14 @@ class SavedPipeline(DiffusionPipeline):
     Attributes:
         logvar: (T,), or None.
         class_embedder: (num_classes, dim), or None.
+        vae: the first stage, or None.
         logvar_network: the function that ``logvar`` was computed with, where it is of the continuous kind, or None.
     """
 
     logvar: Tensor | None
     class_embedder: Tensor | None
     logvar_network: ContinuousLogvar | None = None
+    vae: Any
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Save to a folder that stock Diffusers opens too; takes the arguments of ``DiffusionPipeline``'s method.
@@ -119,7 +123,7 @@ class SavedPipeline(DiffusionPipeline):
 
     def warn_if_stock_fails(self) -> None:
         """Log why the folder of this pipeline does not name a stock class, if it does not."""
-        reason = reason_to_refuse_stock(self.unet, self.scheduler, self.config)
+        reason = self._reason_to_refuse_stock()
         if reason:
             logger.warning(
                 "Stock Diffusers cannot sample this model right (%s): the folder names DDPMExtPipeline, and readers "
@@ -136,7 +140,15 @@ class SavedPipeline(DiffusionPipeline):
             save_class_embedder(folder, self.class_embedder)
         plain = copy.copy(self)
         plain.unet = plain_network(self.unet, needs_guard(self.scheduler, self.config))
+        if self.vae is not None:
+            slot, vae = saved_first_stage(self.vae, is_stock=not self._reason_to_refuse_stock())
+            plain.__dict__.update(dict.fromkeys(SLOTS) | {slot: vae})
+            entries = dict.fromkeys(SLOTS, (None, None)) | {slot: ("diffusers", type(vae).__name__)}
+            plain.register_to_config(**entries)
         super(SavedPipeline, plain).save_pretrained(os.fspath(folder), *args, **kwargs)
+
+    def _reason_to_refuse_stock(self) -> str:
+        return reason_to_refuse_stock(self.unet, self.scheduler, self.config, self.vae)
 
     def _absent_tables(self) -> list[str]:
         """Folders of the tables that this pipeline does not have."""
@@ -145,7 +157,8 @@ class SavedPipeline(DiffusionPipeline):
 
     def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
         """Write ``model_index.json`` with class names that stock Diffusers knows."""
-        index = stock_model_index(json.loads(self.to_json_string()), self.unet, self.scheduler, self.config)
+        vae = next((self.__dict__[slot] for slot in SLOTS if self.__dict__.get(slot) is not None), None)
+        index = stock_model_index(json.loads(self.to_json_string()), self.unet, self.scheduler, self.config, vae)
         Path(json_file_path).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     def _upload_folder(
@@ -161,7 +174,9 @@ class SavedPipeline(DiffusionPipeline):
         names = [path.name for path in Path(working_dir, "unet").glob("*") if is_weights(path.name)]
         patterns = [f"{name}/*" for name in self._absent_tables()]
         if any(weights_variant(name) is None for name in names):  # not a variant that is added to the others
-            patterns += [*NETWORK_RECORDS, *RESULTS, "unet/*.safetensors", "unet/*.bin", "unet/*.index*.json"]
+            networks = ("unet", *SLOTS)
+            patterns += [*NETWORK_RECORDS, *RESULTS, *(f"{slot}/config.json" for slot in SLOTS)]
+            patterns += [f"{name}/{end}" for name in networks for end in ("*.safetensors", "*.bin", "*.index*.json")]
         return upload_folder(
             repo_id=repo_id,
             folder_path=os.fspath(working_dir),
@@ -195,7 +210,9 @@ class SavedPipeline(DiffusionPipeline):
 
         Args:
             pretrained_model_name_or_path: the folder or ``user/name``.
-            **kwargs: as in ``DiffusionPipeline.from_pretrained``.
+            **kwargs: as in ``DiffusionPipeline.from_pretrained``. A ``torch_dtype`` is that of the network: a first
+                stage is loaded in float32, unless a dictionary says otherwise. ``vae=None`` leaves it out, and the
+                samples are latents.
 
         Returns:
             The pipeline, with ``logvar`` and ``class_embedder`` if they were saved.
@@ -218,12 +235,21 @@ class SavedPipeline(DiffusionPipeline):
     @classmethod
     def _load(cls, folder: Path, kwargs: Mapping[str, Any], hub: dict[str, Any]) -> Any:
         """Load from a folder, which a repository was downloaded to if ``hub`` says so."""
-        given = frozenset(name for name in ("unet", "scheduler") if kwargs.get(name) is not None)
+        kwargs = dict(kwargs)
+        without = any(slot in kwargs and kwargs[slot] is None for slot in SLOTS)
+        vae = checked_vae(*(kwargs.pop(slot, None) for slot in SLOTS))
+        if vae is not None:
+            kwargs |= {"vae": vae, "vqvae": None}  # instead of the folder's, in whatever slot that is
+        given = frozenset(name for name in ("unet", "scheduler", *SLOTS) if kwargs.get(name) is not None)
         check_pipeline_folder(folder, kwargs.get("variant"), given)
         with as_folder_error(folder):
-            pipeline = super().from_pretrained(os.fspath(folder), **kwargs)
+            pipeline = super().from_pretrained(os.fspath(folder), **kwargs | first_stage_dtype(kwargs))
         if kwargs.get("device_map") is None:
-            check_complete(pipeline.unet, folder)
+            for network in (pipeline.unet, pipeline.vae):
+                if network is not None and network is not vae:
+                    check_complete(network, folder)
+        if without and vae is None and pipeline.vae is not None:
+            pipeline.vae = None
         if isinstance(kwargs.get("scheduler"), SchedulerMixin):  # then a download has none
             repo = hub.get("repo", folder)
             options = {name: value for name, value in hub.items() if name != "repo"}
@@ -266,77 +292,10 @@ class SavedPipeline(DiffusionPipeline):
         if isinstance(pipeline, SavedPipeline) and isinstance(new, SavedPipeline):
             new.logvar, new.class_embedder = pipeline.logvar, pipeline.class_embedder
             new.logvar_network = pipeline.logvar_network
+            if pipeline.vae is not None and new.vae is None:
+                new.vae = pipeline.vae
+                new.vae = None  # its samples are latents all the same
         return new
-
-
-# ------------------------------------------------------------------ model_index.json
-
-
-def reason_to_refuse_stock(unet: Any, scheduler: Any, config: Mapping[str, Any]) -> str:
-    """Why stock DDPMPipeline would fail on this model or sample it wrongly, as one phrase; empty if it would not."""
-    variance_type = scheduler.config.get("variance_type")
-    if config.get("conditioning_key") is not None:
-        return f"conditioning_key {config['conditioning_key']}"
-    if config.get("use_positional_encodings"):
-        return "use_positional_encodings"
-    if config.get("latent_scaling_factor") is not None or any(config.get("vae") or ()):
-        return "its samples are latents"
-    if isinstance(scheduler, DDPMExtScheduler) and variance_type in NAN_IN_STOCK:
-        return f"variance_type {variance_type}"
-    if network_class(unet) is not UNet2DModel:
-        return f"a {network_class(unet).__name__}"
-    if isinstance(scheduler, DDPMExtScheduler):
-        return ""
-    network: Any = unwrap(unet).config
-    twice = network.out_channels == 2 * network.in_channels
-    # A scheduler swapped in by its config keeps the key, even if its class ignores it.
-    ignored = "variance_type" not in inspect.signature(type(scheduler).__init__).parameters
-    return f"variance_type {variance_type}" if variance_type in LEARNED_VARIANCES and twice and ignored else ""
-
-
-def needs_guard(scheduler: Any, config: Mapping[str, Any]) -> bool:
-    """Whether stock Diffusers would run the network with wrong inputs or outputs, so that its class must be ours."""
-    learned = isinstance(scheduler, DDPMExtScheduler) and scheduler.config.variance_type == "learned"
-    key, coordinates = config.get("conditioning_key"), bool(config.get("use_positional_encodings"))
-    return learned or Conditioning(key, coordinates).widens_input
-
-
-def plain_network(unet: nn.Module, guarded: bool) -> Any:
-    """The network to save: without wrappers, under its tensors' own names, which it shares.
-
-    Args:
-        unet: with or without wrappers.
-        guarded: whether a stock network becomes a `UNet2DExtModel`, which stock Diffusers refuses.
-    """
-    network: Any = unwrap(unet)
-    kind: Any = network_class(unet)
-    kind = UNet2DExtModel if guarded and kind is UNet2DModel else kind
-    if type(network) is kind and not has_inner_wrappers(network):
-        return network
-    with torch.device("meta"):
-        plain = kind.from_config(network.config)
-    tensors = {name: full_tensor(tensor) for name, tensor in plain_state_dict(network).items()}
-    plain.load_state_dict(tensors, strict=True, assign=True)
-    return plain
-
-
-def stock_model_index(index: dict[str, Any], unet: Any, scheduler: Any, config: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of the content that Diffusers would write into ``model_index.json``, with class names that readers know.
-
-    Diffusers names our classes by their modules. Subclasses of ours, and other schedulers, keep their own names.
-    """
-    index = {key: value for key, value in index.items() if key not in SLOTS or any(value)}
-    index.pop("_name_or_path", None)  # where this copy was loaded from, maybe a private path
-    ours = bool(reason_to_refuse_stock(unet, scheduler, config))
-    # By a module path, a Hub id would not load: Diffusers looks for that file in the repository.
-    if type(scheduler) is DDPMExtScheduler:
-        index["scheduler"] = ["diffusers", "DDPMExtScheduler" if ours else "DDPMScheduler"]
-    if network_class(unet) is UNet2DExtModel:
-        index["unet"] = ["diffusers", "UNet2DExtModel"]
-    if index["_class_name"] == "DDPMExtPipeline":
-        # With the package in front, the error of a stock reader that did not import the package names it.
-        index["_class_name"] = "diffusers_ddpm_ext.DDPMExtPipeline" if ours else "DDPMPipeline"
-    return index
 
 
 # ------------------------------------------------------------------ tables on the Hub

@@ -16,6 +16,8 @@ from diffusers_ddpm_ext.utils.input_files import read_json
 
 MODEL_INDEX = "model_index.json"
 COMPONENTS = ("unet", "scheduler")
+NETWORKS = ("unet", "vae", "vqvae")
+"""Components with weights: the network, and the first stage in one of its slots, where the pipeline names it."""
 NETWORK_RECORDS = ("ema.json",)
 """Files about the weights, valid with any scheduler."""
 RESULTS = (
@@ -87,8 +89,8 @@ def files_to_keep(folder: Path, draft: Path, variant: str | None) -> set[str]:
     """The files of a folder's pipeline that also belong to the one that is being saved over it.
 
     The other variants of the weights and the EMA's record stay where the network is the same: its configuration and,
-    unless a variant is added, its default weights. Results stay where the scheduler is the same, too. Tables never
-    stay: a pipeline without one has none.
+    unless a variant is added, its default weights. Results stay where first stage and scheduler are the same, too.
+    Tables never stay: a pipeline without one has none.
 
     Args:
         folder: with the old pipeline.
@@ -96,17 +98,33 @@ def files_to_keep(folder: Path, draft: Path, variant: str | None) -> set[str]:
         variant: of the weights in the draft.
     """
     owned = owned_files(folder)
-    old = {name for name in owned if name.startswith("unet/") and is_weights(Path(name).name)}
-    variants = {name: weights_variant(Path(name).name) for name in old}
-    default = [name for name in old if variants[name] is None]
-    if not _same_json(folder, draft, "unet/config.json"):
+    weights = {
+        network: {name for name in owned if name.startswith(f"{network}/") and is_weights(Path(name).name)}
+        for network in NETWORKS
+    }
+    same = {network for network in weights if _is_same_network(folder, draft, network, weights[network], variant)}
+    if "unet" not in same:
         return set()
-    if variant is None and not all(_same_file(folder / name, draft / name) for name in default):
-        return set()
-    kept = {name for name in old if variants[name] != variant} | set(NETWORK_RECORDS)
-    if default and all(_same_json(folder, draft, name) for name in (MODEL_INDEX, "scheduler/scheduler_config.json")):
+    kept = {name for network in same for name in weights[network] if _variant(name) != variant} | set(NETWORK_RECORDS)
+    has_default = any(_variant(name) is None for name in weights["unet"])
+    configs = (MODEL_INDEX, "scheduler/scheduler_config.json")
+    if has_default and len(same) == len(weights) and all(_same_json(folder, draft, name) for name in configs):
         kept |= set(RESULTS)
     return kept & owned
+
+
+def _is_same_network(folder: Path, draft: Path, network: str, weights: set[str], variant: str | None) -> bool:
+    """Whether two folders have the same network, or none, as far as the draft's weights can say."""
+    if not weights and not (draft / network).exists():
+        return True
+    default = [name for name in weights if _variant(name) is None]
+    return _same_json(folder, draft, f"{network}/config.json") and (
+        variant is not None or all(_same_file(folder / name, draft / name) for name in default)
+    )
+
+
+def _variant(name: str) -> str | None:
+    return weights_variant(name.rpartition("/")[2])
 
 
 def _same_file(one: Path, other: Path) -> bool:

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtScheduler, UNet2DExtModel
-from diffusers_ddpm_ext.pipelines.serialization import plain_network
+from diffusers_ddpm_ext.pipelines.stock_layout import plain_network
 from diffusers_ddpm_ext.utils.wrappers import network_class, plain_state_dict, unwrap
 
 # torch.compile imports parts of PyTorch that use its own deprecated functions.

@@ -19,11 +19,13 @@ from diffusers_ddpm_ext.training.config.options import SECTIONS
 from diffusers_ddpm_ext.utils.files import CONFIG, ENVIRONMENT, METRICS, remove_path
 from diffusers_ddpm_ext.utils.folder_lock import LOCK
 from diffusers_ddpm_ext.utils.generations import COMMITTED
+from diffusers_ddpm_ext.utils.pipeline_files import NETWORKS
 from diffusers_ddpm_ext.utils.yaml_io import load_options
 
 PIPELINE_FILES = (
-    "model_index.json", "ema.json", "unet/config.json", "unet/diffusion_pytorch_model*.safetensors",
-    "unet/diffusion_pytorch_model*.safetensors.index*.json", "scheduler/scheduler_config.json", "logvar/config.json",
+    "model_index.json", "ema.json", *(f"{network}/{name}" for network in NETWORKS for name in (
+        "config.json", "diffusion_pytorch_model*.safetensors", "diffusion_pytorch_model*.safetensors.index*.json",
+    )), "scheduler/scheduler_config.json", "logvar/config.json",
     "logvar/diffusion_pytorch_model.safetensors", "class_embedder/config.json",
     "class_embedder/diffusion_pytorch_model.safetensors",
     "config.json", "diffusion_pytorch_model*.safetensors", "diffusion_pytorch_model*.safetensors.index*.json",
@@ -39,7 +41,7 @@ RUN_FILES = (
     ".hub.json", "proof.json", "card/samples.npz", "card/samples.png",
 )  # fmt: skip
 """What a run and its push write, apart from checkpoints and the tracker's files; patterns of paths in its folder."""
-RUN_FOLDERS = ("unet", "scheduler", "logvar", "class_embedder", "samples", "best", "crash", "card")
+RUN_FOLDERS = (*NETWORKS, "scheduler", "logvar", "class_embedder", "samples", "best", "crash", "card")
 DRAFT_NAME = re.compile(r"\.(saving|publishing)-[a-z0-9_]{8}|\.writing-pipeline-[0-9a-f]{8}", re.ASCII)
 DOWNLOAD_NAME = re.compile(r"\.downloading-[0-9a-zA-Z]{1,40}", re.ASCII)
 PART_NAME = re.compile(r"\.(.+)\.[0-9]+\.part", re.ASCII)

@@ -17,7 +17,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from diffusers_ddpm_ext.errors import ConfigError, as_config_error
-from diffusers_ddpm_ext.models.first_stage import SCALE_KEYS, FirstStage
+from diffusers_ddpm_ext.models.first_stage import FirstStage
+from diffusers_ddpm_ext.models.latent_scale import SCALE_KEYS
 from diffusers_ddpm_ext.training.config.latent_options import LatentOptions
 from diffusers_ddpm_ext.training.data.image_set import ImageSet
 from diffusers_ddpm_ext.training.data.latents import LatentEncoder, image_posterior
