@@ -1,6 +1,6 @@
 """One process of a small run that remembers the gradients of its first step; started by test_parallel.py.
 
-python parallel_run.py FOLDER GRADIENTS RANK_THAT_FAILS BATCH ACCUMULATION STEPS
+python parallel_run.py FOLDER GRADIENTS RANK_THAT_FAILS BATCH ACCUMULATION STEPS [FIRST_STAGE]
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from helpers.runs import tiny_run
 def main() -> None:
     """Train."""
     folder, gradients = Path(sys.argv[1]), Path(sys.argv[2])
-    failing, batch, accumulation, length = map(int, sys.argv[3:])
+    failing, batch, accumulation, length = map(int, sys.argv[3:7])
+    latents = {"vae": sys.argv[7], "scale_factor": "data"} if sys.argv[7:] else {}
     torch.set_num_threads(1)
     processes.EXIT_DELAY = 2
 
@@ -46,6 +47,7 @@ def main() -> None:
             validation_steps=10,
             logging_steps=7,
             overwrite_output_dir=True,
+            **latents,
         )
     )
 

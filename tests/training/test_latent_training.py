@@ -303,6 +303,90 @@ def test_a_run_from_a_latent_pipeline_goes_on_with_its_first_stage(straight, sta
     assert DDPMExtPipeline.from_pretrained(tmp_path / "other").vae.config.scaling_factor == 2.0
 
 
+# ------------------------------------------------------------------ concatenated pictures and classes
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve gray images, each with a class, and with a picture: gray, or in color and with transparency."""
+    folder = tmp_path_factory.mktemp("pictures")
+    draw = np.random.default_rng(0)
+    lines = ["file_name,kind,gray,masked,color"]
+    (folder / ".more").mkdir()
+    for number in range(12):
+        pixels = draw.integers(0, 256, (8, 8, 4), dtype=np.uint8)
+        Image.fromarray(pixels[..., 0]).save(folder / f"{number}.png")
+        names = [f".more/{name}{number}.png" for name in ("gray", "masked", "color")]
+        Image.fromarray(pixels[..., 1]).save(folder / names[0])
+        Image.fromarray(pixels).save(folder / names[1])
+        Image.fromarray(pixels[..., :3]).save(folder / names[2])
+        lines.append(",".join([f"{number}.png", "ab"[number % 2], *names]))
+    (folder / "metadata.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def concat_options(pictures: Path, column: str, **more: Any) -> dict[str, Any]:
+    data = {"train_data_dir": str(pictures), "channels": None, "concat_column": column, "conditioning_key": "concat"}
+    return data | {"validation_fraction": 0.2} | more
+
+
+def test_concatenated_pictures_go_through_the_first_stage_unscaled(stages, pictures, tmp_path):
+    options = concat_options(pictures, "gray", concat_through_vae=True, scale_factor=7)
+    setup = setup_of(tmp_path, stages, **options)
+    batch = next(open_batches(setup, 0))
+    mean = (
+        tiny_autoencoder("kl", channels=1, latent_channels=2).encode(batch.conditions.concat_inputs).latent_dist.mean
+    )
+    encoded = setup.latents.encode_batch(batch).conditions.concat_inputs
+    torch.testing.assert_close(encoded, mean, rtol=1e-5, atol=1e-6)
+
+
+def test_other_concatenated_pictures_are_averaged_to_the_size_of_the_latents(stages, pictures, tmp_path):
+    setup = setup_of(tmp_path, stages, **concat_options(pictures, "color"))
+    batch = next(open_batches(setup, 0))
+    encoded = setup.latents.encode_batch(batch).conditions.concat_inputs
+    expected = batch.conditions.concat_inputs.unfold(2, 2, 2).unfold(3, 2, 2).mean((-1, -2))
+    torch.testing.assert_close(encoded, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("column", "through", "channels", "saved"),
+    [("gray", True, 4, "mode"), ("gray", False, 3, None), ("color", False, 5, None), ("masked", False, 6, None)],
+)
+def test_concatenated_pictures_train_validate_and_are_drawn(
+    column, through, channels, saved, stages, pictures, tmp_path
+):
+    options = concat_options(pictures, column, concat_through_vae=through, max_train_steps=2, validation_steps=1)
+    train(tmp_path, stages, **options, conditioning_dropout={"concat_inputs": 0.5}, preview_guidance_scale=2.0)
+    pipeline = DDPMExtPipeline.from_pretrained(tmp_path)
+    assert pipeline.unet.config.in_channels == channels
+    assert pipeline.config.get("concat_through_vae") == saved
+    inputs = torch.zeros(1, channels - 2, 4, 4)
+    assert pipeline(num_inference_steps=2, concat_inputs=inputs, output_type="np").images.shape == (1, 8, 8, 1)
+    assert (tmp_path / "samples.png").is_file()
+
+
+def test_dropped_pictures_are_zeros_for_the_network(stages, pictures, tmp_path):
+    """What guidance takes as no picture; a gray picture through the first stage would be something else."""
+    options = concat_options(pictures, "gray", concat_through_vae=True, conditioning_dropout={"concat_inputs": 1.0})
+    setup = setup_of(tmp_path, stages, **options)
+    assert not setup.latents.encode_batch(next(open_batches(setup, 0))).conditions.concat_inputs.any()
+
+
+def test_pictures_that_the_first_stage_does_not_take_are_refused(stages, pictures, tmp_path):
+    with pytest.raises(ConfigError, match="--concat_column: concatenated pictures have 3 channels"):
+        train(tmp_path, stages, **concat_options(pictures, "color", concat_through_vae=True))
+
+
+@pytest.mark.parametrize("key", ["adm", "crossattn"])
+def test_classes_condition_latents(key, stages, pictures, tmp_path):
+    data = {"train_data_dir": str(pictures), "class_column": "kind", "conditioning_key": key}
+    train(tmp_path, stages, **data, conditioning_dropout={"class_labels": 0.5}, max_train_steps=2)
+    pipeline = DDPMExtPipeline.from_pretrained(tmp_path)
+    images = pipeline(class_labels=["a", "b"], num_inference_steps=2, guidance_scale=2.0, output_type="np").images
+    assert images.shape == (2, 8, 8, 1)
+
+
 # ------------------------------------------------------------------ refusals
 
 

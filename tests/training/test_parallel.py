@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 from helpers.paths import PYTHONPATH, TESTS
 from helpers.runs import losses, rows
+from helpers.tiny import tiny_autoencoder
 from safetensors.torch import load_file
 
 SCRIPT = TESTS / "helpers" / "parallel_run.py"
@@ -28,12 +30,13 @@ class Finished:
 
 
 def launch(
-    folder: Path, batch: int, accumulation: int, processes: int, failing: int = -1
+    folder: Path, batch: int, accumulation: int, processes: int, failing: int = -1, first_stage: Path | None = None
 ) -> subprocess.CompletedProcess:
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     arguments = [folder / "run", folder / "gradients.pt", failing, batch, accumulation, STEPS]
+    arguments += [] if first_stage is None else [first_stage]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH}
     return subprocess.run(
@@ -102,3 +105,26 @@ def test_a_failing_process_ends_the_others(tmp_path: Path):
     assert done.returncode != 0
     assert done.stderr.count("rank 1 cannot read") == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_run_in_latents_is_the_same_for_every_split(tmp_path: Path):
+    """The scale to the last bit, since every process measures the same; gradients and losses as in pixels."""
+    tiny_autoencoder("kl", channels=1, latent_channels=2).save_pretrained(tmp_path / "stage")
+    scales, gradients, steps = [], [], []
+    for name, batch, accumulation, processes in (("a", 8, 1, 1), ("b", 4, 2, 1), ("c", 4, 1, 2)):
+        folder = tmp_path / name
+        folder.mkdir()
+        done = launch(folder, batch, accumulation, processes, first_stage=tmp_path / "stage")
+        assert done.returncode == 0, done.stderr[-3000:]
+        state = json.loads((folder / "run" / f"checkpoint-{STEPS}" / "state.json").read_text())
+        scales.append(state["progress"]["records"]["latent_scale"]["scaling_factor"])
+        gradients.append(torch.load(folder / "gradients.pt"))
+        steps.append(losses(folder / "run"))
+    assert scales[0] == scales[1] == scales[2]
+    norm = torch.nn.utils.get_total_norm(gradients[0])
+    for parts, values in zip(gradients[1:], steps[1:], strict=True):
+        off = torch.nn.utils.get_total_norm([a - b for a, b in zip(gradients[0], parts, strict=True)])
+        assert off < 1e-5 * norm
+        assert values[0] == pytest.approx(steps[0][0], abs=1e-6)
+        assert values == pytest.approx(steps[0], abs=1e-3)
