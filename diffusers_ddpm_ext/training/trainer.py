@@ -24,7 +24,7 @@ from diffusers_ddpm_ext.training.data.class_table import count_classes
 from diffusers_ddpm_ext.training.distributed import fail_together
 from diffusers_ddpm_ext.training.loop.description import describe_run
 from diffusers_ddpm_ext.training.loop.hub_publisher import Publisher, move_token_to_environment
-from diffusers_ddpm_ext.training.loop.latents import settle_scale
+from diffusers_ddpm_ext.training.loop.latents import open_latent_cache, settle_scale
 from diffusers_ddpm_ext.training.loop.metrics_logging import log_losses, open_metrics_logger
 from diffusers_ddpm_ext.training.loop.nonfinite import recover
 from diffusers_ddpm_ext.training.loop.resume import resume
@@ -67,6 +67,7 @@ def train(config: TrainConfig) -> Path | None:
         accelerator.print(describe_trial(run_trial(setup), setup.plan))
         end_training(accelerator, config.output.report_to)
         return None
+    setup = open_latent_cache(setup)
     folder, lock = acquire_folder(config, accelerator)
     publisher = Publisher(folder, config.hub) if accelerator.is_main_process and pushes else None
     try:

@@ -31,6 +31,7 @@ def option(
     metavar: str = "",
     flag: str = "",
     path: bool = False,
+    bare: str = "",
 ) -> T:
     """Declare an option as a dataclass field. Its type is the field's annotation; a `Literal` lists the choices.
 
@@ -49,6 +50,7 @@ def option(
             several pairs instead of a JSON object.
         flag: name of the flag where it is not the field's, such as ``from``.
         path: whether its text is, or may be, a path on this machine: ``~`` is the home folder.
+        bare: value of a flag without a value; true and false, on the command line or in YAML, stand for it and None.
 
     Returns:
         A `dataclasses.Field`, typed as its value.
@@ -64,6 +66,7 @@ def option(
         "metavar": metavar,
         "flag": flag,
         "path": path,
+        "bare": bare,
     }
     declared: Any = (
         field(default_factory=lambda: type(default)(default), metadata=metadata)

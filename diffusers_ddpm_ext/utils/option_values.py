@@ -35,6 +35,8 @@ def convert_value(option: Option, value: Any, label: str) -> Any:
         return None
     if isinstance(value, str) and value in option.words:
         return value
+    if option.metadata["bare"] and str(value).lower() in ("true", "false"):
+        value = option.metadata["bare"] if str(value).lower() == "true" else None
     if value is None or (is_none and option.optional and not option.choices):
         if option.optional and not (is_none and option.element is int):
             return None

@@ -57,7 +57,10 @@ def run_identity(
     chosen |= {name: value for name, value in config.to_flat_dict().items() if name in MODEL_OPTIONS}
     chosen["effective_batch"] = effective_batch
     if first_stage is not None:
-        chosen |= {name: getattr(config.latents, name) for name in LATENT_OPTIONS} | {FIRST_STAGE: first_stage}
+        latents = config.latents
+        chosen |= {name: getattr(latents, name) for name in LATENT_OPTIONS} | {FIRST_STAGE: first_stage}
+        # Latents cached in float32 are those that are encoded each time.
+        chosen["cache_latents_dtype"] = "float32" if latents.cache_latents is None else latents.cache_latents_dtype
     if config.optim.lr_scheduler not in SCHEDULES_WITHOUT_END:
         chosen[STEPS] = steps
     plain: dict[str, Any] = json.loads(json.dumps(chosen))

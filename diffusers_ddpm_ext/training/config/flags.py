@@ -143,6 +143,8 @@ def _settings(option: Option, negatable: bool) -> dict[str, Any]:
     settings: dict[str, Any] = {"metavar": metavar, "help": text.replace("%", "%%")}
     if option.hint is bool:
         return settings | {"nargs": "?" if negatable else 0, "const": "true"}
+    if option.metadata["bare"]:
+        return settings | {"nargs": "?", "const": option.metadata["bare"]}
     if option.hint == tuple[float, float]:
         return settings | {"nargs": 2, "metavar": tuple(metavar.split())}
     if option.element in (int, str) or option.takes_pairs:

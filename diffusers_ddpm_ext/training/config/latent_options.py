@@ -13,6 +13,7 @@ from diffusers_ddpm_ext.utils.option import option
 from diffusers_ddpm_ext.utils.vocabulary import LATENTS_KEY, REQUIRED_CONDITIONS
 
 FIRST_STAGE_FOLDERS = ("vae", "vqvae")
+LATENT_CACHE = "runs/latents"
 LATENT_WIDTHS = (128, 256, 512)
 """Default widths of a network of latents: they are 4 to 16 times smaller than the images."""
 
@@ -46,6 +47,20 @@ class LatentOptions:
         False,
         "Encode concatenated pictures by the first stage, too, unscaled, as CompVis does. A fourth channel,"
         " transparency, is a mask: transparent is painted. Otherwise pictures are averaged to the latents' size.",
+    )
+    cache_latents: str | None = option(
+        None,
+        "Encode every image once, into this folder, for all epochs and later runs. Images must not be cropped at"
+        f" random (--center_crop). Without a folder: {LATENT_CACHE}.",
+        unset="encode each image each time",
+        metavar="DIR",
+        path=True,
+        bare=LATENT_CACHE,
+    )
+    cache_latents_dtype: Literal["float32", "float16"] = option(
+        "float32",
+        "Numbers in --cache_latents. float16 takes half the space and changes decoded images by about a tenth of one"
+        " of 256 levels.",
     )
 
 
@@ -88,6 +103,17 @@ def check_latent_options(flat: Mapping[str, Any], typed: Set[str]) -> None:
             f" {flat['conditioning_key'] or 'none'} has none: use --conditioning_key concat and --concat_column"
         )
     check_vae_path(flat["vae"], flat["vae_subfolder"])
+    _check_cache(flat, typed)
+
+
+def _check_cache(flat: Mapping[str, Any], typed: Set[str]) -> None:
+    folder, dtype = flat["cache_latents"], flat["cache_latents_dtype"]
+    if folder is None and "cache_latents_dtype" in typed:
+        raise ConfigError(
+            f"--cache_latents_dtype {dtype} has no effect without --cache_latents: add that, or leave it out"
+        )
+    if folder is not None and exists(folder) and not Path(folder).is_dir():
+        raise ConfigError(f"--cache_latents {printable(folder, 200)} is a file: name a folder")
 
 
 def _check_scale(flat: Mapping[str, Any]) -> None:

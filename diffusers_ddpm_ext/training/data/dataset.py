@@ -141,7 +141,8 @@ def _load_digits(options: DataOptions, preprocessing: Preprocessing, selected: M
     if options.resolution == DIGITS_SIZE and options.channels in (None, 1):
         source = DigitSource(levels, [str(index) for index in range(len(levels))])
         fingerprint = hashlib.sha256(levels.numpy().tobytes()).hexdigest()
-        loaded = LoadedImages(PackedImages(list(levels)), source.names, 0, 0, fingerprint, DIGITS_LEVELS - 1)
+        images = PackedImages(list(levels), fingerprint)
+        loaded = LoadedImages(images, source.names, 0, 0, fingerprint, DIGITS_LEVELS - 1)
         num_levels = DIGITS_LEVELS
     else:
         source = DigitSource(levels, [f"row {index}" for index in range(len(levels))])

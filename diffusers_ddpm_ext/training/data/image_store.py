@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
@@ -26,6 +26,7 @@ from diffusers_ddpm_ext.training.data.decoding import (
     CHANNEL_NAMES,
     DecodedImage,
     Preprocessing,
+    Size,
     UnreadableImage,
     decode_image,
     levels_of,
@@ -53,6 +54,14 @@ class ImageStore(Protocol):
     def channels(self) -> int: ...
     @property
     def levels(self) -> int: ...
+    @property
+    def fingerprint(self) -> str:
+        """Hash of names and pixels, in hexadecimal."""
+
+    @property
+    def sizes(self) -> Set[Size]:
+        """Heights and widths that the images have, each at least the requested size."""
+
     def __len__(self) -> int: ...
     def image(self, index: int) -> Tensor:
         """Return an image, (C, h, w), uint8 or uint16."""
@@ -65,7 +74,8 @@ class ImageStore(Protocol):
 class PackedImages:
     """Images in memory, (C, h, w) each, in one buffer, which is cheap to share with any number of workers."""
 
-    def __init__(self, images: Sequence[Tensor]) -> None:
+    def __init__(self, images: Sequence[Tensor], fingerprint: str = "") -> None:
+        self.fingerprint = fingerprint
         self.channels = int(images[0].shape[0])
         self.levels = levels_of(images[0])
         self.shapes = [tuple(image.shape) for image in images]
@@ -84,6 +94,11 @@ class PackedImages:
         return self.buffer[self.starts[index] : self.starts[index + 1]].view(self.shapes[index])
 
     @property
+    def sizes(self) -> set[Size]:
+        """Heights and widths that the images have."""
+        return {(height, width) for _, height, width in self.shapes}
+
+    @property
     def stack(self) -> Tensor | None:
         """A view of all images, (N, C, h, w), if they are of one size."""
         return self.buffer.view(-1, *self.shapes[0]) if self.same_size else None
@@ -98,6 +113,8 @@ class LazyImages:
     preprocessing: Preprocessing
     channels: int
     levels: int
+    fingerprint: str
+    sizes: Set[Size]
     stack: None = None
 
     def __len__(self) -> int:
@@ -164,6 +181,7 @@ def decode_source(
     readable: list[int] = []
     pixels: list[Tensor] | None = []
     total = enlarged = max_level = 0
+    sizes: set[Size] = set()
     kind: tuple[int, int] | None = None
     digest = hashlib.sha256()
     count = len(source.names)
@@ -181,6 +199,7 @@ def decode_source(
             max_level = max(max_level, int(decoded.pixels.max()))
             enlarged += decoded.enlarged
             total += decoded.pixels.nbytes
+            sizes.add((decoded.pixels.shape[1], decoded.pixels.shape[2]))
             digest.update(os.fsencode(name) + b"\0" + str(decoded.pixels.shape).encode() + decoded.pixels.tobytes())
             if total > memory_limit:
                 pixels = None
@@ -188,8 +207,13 @@ def decode_source(
                 pixels.append(torch.from_numpy(decoded.pixels))
     if kind is None or (bad and not skip_bad):
         raise _unreadable(source, bad, skip_bad)
-    images = PackedImages(pixels) if pixels else LazyImages(source, readable, preprocessing, *kind)
-    return LoadedImages(images, [source.names[i] for i in readable], len(bad), enlarged, digest.hexdigest(), max_level)
+    fingerprint, names = digest.hexdigest(), [source.names[i] for i in readable]
+    images: ImageStore
+    if pixels:
+        images = PackedImages(pixels, fingerprint)
+    else:
+        images = LazyImages(source, readable, preprocessing, *kind, fingerprint, sizes)
+    return LoadedImages(images, names, len(bad), enlarged, fingerprint, max_level)
 
 
 def _decode_all(source: ImageSource, preprocessing: Preprocessing) -> Iterator[DecodedImage | UnreadableImage]:

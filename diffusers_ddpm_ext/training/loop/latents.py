@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from diffusers_ddpm_ext.errors import as_config_error, printable, warn
+from diffusers_ddpm_ext.training.data.latent_cache import cache_latents
 from diffusers_ddpm_ext.training.data.latent_scale import (
     IMAGES_FOR_SCALE,
     IMAGES_FOR_WARNING,
@@ -16,6 +18,7 @@ from diffusers_ddpm_ext.training.data.latent_scale import (
     scale_warning,
     scaled_stage,
 )
+from diffusers_ddpm_ext.training.data.posterior_files import StoredPosteriors
 from diffusers_ddpm_ext.training.loop.setup import Setup
 from diffusers_ddpm_ext.training.tracking.plan import format_bytes
 
@@ -46,6 +49,15 @@ def settle_scale(setup: Setup, saved: Mapping[str, Any] | None) -> None:
         warn(warning)
 
 
+def open_latent_cache(setup: Setup) -> Setup:
+    """The run with the cache of its latents, which is completed first; the same run without one. Collective call."""
+    options, encoder = setup.config.latents, setup.latents
+    if options.cache_latents is None or encoder is None:
+        return setup
+    data = cache_latents(options.cache_latents, options.cache_latents_dtype, setup.data, encoder, setup.accelerator)
+    return replace(setup, data=data)
+
+
 def describe_first_stage(setup: Setup) -> list[tuple[str, str]]:
     """Rows of the printed plan on the first stage; none for a run on pixels."""
     encoder, options = setup.latents, setup.config.latents
@@ -59,10 +71,15 @@ def describe_first_stage(setup: Setup) -> list[tuple[str, str]]:
     name = type(stage.autoencoder).__name__
     draws = "sampled" if stage.is_stochastic and not options.latent_mode else "mode" if stage.is_stochastic else ""
     latents = [f"{channels} x {height} x {width}, 1/{stage.factor} of the images", draws, _describe_scale(setup)]
-    return [
+    rows = [
         ("first stage", f"{name} of {source}, {count:,} parameters ({format_bytes(size)}), frozen"),
         ("latents", ", ".join(part for part in latents if part)),
     ]
+    if options.cache_latents is not None:
+        store = setup.data.train.posteriors
+        size_text = f", {format_bytes(store.nbytes)}" if isinstance(store, StoredPosteriors) else ""
+        rows.append(("latent cache", printable(options.cache_latents, 200) + size_text))
+    return rows
 
 
 def _describe_scale(setup: Setup) -> str:

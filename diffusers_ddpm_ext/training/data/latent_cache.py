@@ -1,0 +1,251 @@
+"""Cache of latents: every image is encoded once, by all processes together, and read by every later run.
+
+A cache is a folder in the one that the user names, called after a hash of its key: what is encoded (the first stage's
+content, the images and their size, mirrored or not) and how it is stored. The scale of the latents is not in the key,
+since posteriors are stored before they are scaled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+from diffusers_ddpm_ext.errors import ConfigError, printable, warn
+from diffusers_ddpm_ext.models.concat_condition import concat_condition
+from diffusers_ddpm_ext.training.data.cache_folder import (
+    MANIFEST,
+    OPTION,
+    CacheContent,
+    CacheFile,
+    CacheFolder,
+    from_main,
+    written_files,
+)
+from diffusers_ddpm_ext.training.data.dataset import ImageData
+from diffusers_ddpm_ext.training.data.image_set import ImageSet, levels_to_pixels
+from diffusers_ddpm_ext.training.data.latents import LatentEncoder
+from diffusers_ddpm_ext.training.data.posterior import Posterior, one_by_one
+from diffusers_ddpm_ext.training.data.posterior_files import RecordFormat, RecordWriter, StoredPosteriors
+from diffusers_ddpm_ext.training.distributed import fail_together
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class CacheJob:
+    """What one cache holds.
+
+    Attributes:
+        images: all loaded images in their order, without conditions.
+        encode: the posterior of one image (1, C, H, W), on the device.
+        device: on which it is encoded.
+        folder: of the cache.
+    """
+
+    images: ImageSet
+    encode: Callable[[Tensor], Posterior]
+    device: torch.device
+    folder: CacheFolder
+
+
+def cache_latents(
+    parent: str, dtype: str, data: ImageData, encoder: LatentEncoder, accelerator: Accelerator
+) -> ImageData:
+    """Open the caches of a run's images; encode what they lack. Collective call: every process must make it.
+
+    Args:
+        parent: ``--cache_latents``; each cache has a folder of its own in it.
+        dtype: of the stored values, ``float32`` or ``float16``.
+        data: the images of the run.
+        encoder: the run's first stage, on this process's device; its scale does not matter.
+        accelerator: of the run.
+
+    Returns:
+        The same images with stored posteriors, and stored conditions where pictures go through the first stage.
+
+    Raises:
+        ConfigError: the images are cropped at random, or the folder cannot be used; in one process.
+        RunError: the cache cannot be completed (a full disk, an image that became unreadable); in one process.
+    """
+    stage = encoder.stage
+    encoders: dict[str, Callable[[Tensor], Posterior]] = {"images": lambda image: Posterior(*stage.posterior(image))}
+    if encoder.concat_through_vae:
+        encoders["conditions"] = lambda picture: Posterior(concat_condition(stage, picture, "mode"))
+    jobs: dict[int, CacheJob] = {}
+    with fail_together(accelerator):
+        for images in (data.train, data.validation):
+            # One cache for both if they are parts of the same source.
+            flips = data.train.random_flip and images is not None and images.images is data.train.images
+            for kind, pictures in _picture_sets(images).items():
+                if kind in encoders and id(pictures.images) not in jobs:
+                    key = _key(kind, pictures, flips, encoder.content_hash, dtype)
+                    jobs[id(pictures.images)] = _job(Path(parent), pictures, key, encoders[kind], accelerator.device)
+    stores = {number: open_cache(job, accelerator) for number, job in jobs.items()}
+
+    def with_stores(images: ImageSet) -> ImageSet:
+        own = {kind: stores.get(id(pictures.images)) for kind, pictures in _picture_sets(images).items()}
+        return replace(images, posteriors=own["images"], concat_latents=own.get("conditions"))
+
+    validation = None if data.validation is None else with_stores(data.validation)
+    return replace(data, train=with_stores(data.train), validation=validation)
+
+
+def _picture_sets(images: ImageSet | None) -> dict[str, ImageSet]:
+    """All loaded images of a set's source, and all pictures that are concatenated to them."""
+    if images is None:
+        return {}
+    every = torch.arange(len(images.images))
+    sets = {"images": replace(images, rows=every, columns=None, dropout=None, replace_unreadable=False)}
+    if images.columns is not None and (concat := images.columns.concat) is not None:
+        sets["conditions"] = replace(sets["images"], images=concat, levels=concat.levels)
+    return sets
+
+
+def _key(kind: str, images: ImageSet, has_flips: bool, first_stage: str, dtype: str) -> dict[str, Any]:
+    """What determines the content of a cache."""
+    return {
+        "format": FORMAT,
+        "kind": kind,
+        "first_stage": first_stage,
+        "images": images.images.fingerprint,
+        "count": len(images),
+        "levels": images.levels,
+        "size": list(images.size),
+        "flips": has_flips,
+        "dtype": dtype,
+    }
+
+
+def _job(
+    parent: Path, images: ImageSet, key: dict[str, Any], encode: Callable[[Tensor], Posterior], device: torch.device
+) -> CacheJob:
+    """The job of a cache. A ConfigError where its images are cropped at random."""
+    larger = images.images.sizes - {images.size}
+    if larger:
+        height, width = min(larger)
+        raise ConfigError(
+            f"{OPTION} stores one crop of each image, and images of {height}x{width} are cropped to"
+            f" {images.size[0]}x{images.size[1]} at random places: add --center_crop, or leave {OPTION} out"
+        )
+    blank = encode(torch.zeros(1, *images.shape, device=device))
+    _, channels, *size = blank.mean.shape
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+    layout = RecordFormat(name, 1 if blank.std is None else 2, (channels, size[0], size[1]), key["dtype"])
+    folder = CacheFolder(parent, key, layout, len(images) * (2 if key["flips"] else 1))
+    return CacheJob(images, encode, device, folder)
+
+
+def open_cache(job: CacheJob, accelerator: Accelerator) -> StoredPosteriors:
+    """Open a cache that is complete; otherwise complete it, or wait for another run that does. Collective call."""
+    folder = job.folder
+    content = _open_complete(folder, accelerator)
+    if content is None:
+        with folder.locked(accelerator):
+            content = _open_complete(folder, accelerator) or _complete(job, accelerator)
+    return folder.store(content)
+
+
+def _open_complete(folder: CacheFolder, accelerator: Accelerator) -> CacheContent | None:
+    """Content of a cache that is complete and undamaged; otherwise None."""
+    listed = from_main(accelerator, folder.read_manifest)
+    if listed is None:
+        return None
+    content = folder.verify(listed, accelerator)
+    return None if set(content.files) < set(listed) or len(content.missing) else content
+
+
+def _complete(job: CacheJob, accelerator: Accelerator) -> CacheContent:
+    """Encode what a cache lacks, and write its manifest. Collective call, by the run that has the lock."""
+    folder = job.folder
+    own = folder.recover(accelerator)
+    content = folder.merge(own, accelerator)
+    missing = content.missing
+    if accelerator.is_main_process and (folder.path / MANIFEST).exists():
+        warn(f"{folder.label}: {folder.path.name} is damaged; {len(missing):,} latents of it are encoded again")
+    with fail_together(accelerator), folder.os_errors():
+        if accelerator.is_main_process:
+            _check_free_space(folder, len(missing))
+    share = missing[accelerator.process_index :: accelerator.num_processes]
+    bar = tqdm(
+        total=len(missing), desc="encoding images", unit="image", delay=1, leave=False,
+        disable=not accelerator.is_main_process,
+    )  # fmt: skip
+    with fail_together(accelerator), folder.os_errors(), bar:
+        own += _encode(job, share, bar, accelerator.num_processes)
+    content = folder.merge(own, accelerator)
+    with fail_together(accelerator), folder.os_errors():
+        if accelerator.is_main_process:
+            folder.write_manifest(content)
+    return content
+
+
+def _check_free_space(folder: CacheFolder, missing: int) -> None:
+    """Refuse a cache that the disk has no space for, before hours are spent on it."""
+    needed, free = missing * folder.layout.record.itemsize, shutil.disk_usage(folder.path).free
+    if needed > free:
+        advice = "" if folder.layout.dtype == "float16" else ", or halve it by --cache_latents_dtype float16"
+        raise ConfigError(
+            f"{folder.label}: the latents take {needed / 1e9:,.2f} GB, and {free / 1e9:,.2f} GB are free: name a"
+            f" folder on a larger disk{advice}"
+        )
+
+
+def _encode(job: CacheJob, numbers: np.ndarray, bar: Any, processes: int) -> list[CacheFile]:
+    """Encode the posteriors with these numbers, each of which is on the disk before the next few are begun."""
+    writer = RecordWriter(job.folder.path, job.folder.layout)
+    try:
+        for chunk, pixels in _load(job, numbers):
+            for number, posterior in zip(chunk, one_by_one(job.encode, pixels), strict=True):
+                writer.append(_record(job, number, posterior))
+            bar.update(min(len(chunk) * processes, bar.total - bar.n))  # the other processes are as fast
+    finally:
+        writer.close()
+    return written_files(writer)
+
+
+def _load(job: CacheJob, numbers: np.ndarray) -> Iterator[tuple[list[int], Tensor]]:
+    """Numbers and pixels (b, C, H, W), on the device, a few at a time; the next ones are decoded meanwhile."""
+    step = torch.get_num_threads() if job.device.type == "cpu" else 8
+    chunks = [numbers[start : start + step].tolist() for start in range(0, len(numbers), step)]
+    mirrored = 2 if job.folder.key["flips"] else 1
+
+    def load(chunk: list[int]) -> Tensor:
+        return job.images.load_levels([number // mirrored for number in chunk]).values
+
+    with ThreadPoolExecutor(1) as pool:
+        upcoming = None
+        for index, chunk in enumerate(chunks):
+            levels = load(chunk) if upcoming is None else upcoming.result()
+            upcoming = pool.submit(load, chunks[index + 1]) if index + 1 < len(chunks) else None
+            pixels = levels_to_pixels(levels.to(job.device), job.images.levels)
+            flipped = [position for position, number in enumerate(chunk) if number % mirrored]
+            pixels[flipped] = pixels[flipped].flip(-1)
+            yield chunk, pixels
+
+
+def _record(job: CacheJob, number: int, posterior: Posterior) -> np.ndarray:
+    layout = job.folder.layout
+    try:
+        return layout.encode(number, posterior)
+    except OverflowError as error:
+        name = printable(job.images.name(number // 2 if job.folder.key["flips"] else number), 200)
+        if layout.dtype == "float16" and posterior.mean.isfinite().all():
+            raise ConfigError(
+                f"--cache_latents_dtype float16: the latents of {name} reach {error}, more than float16 can hold: use"
+                " float32"
+            ) from None
+        raise ConfigError(
+            f"--vae: it encodes {name} as values that are not finite: its weights are damaged, or not for such images"
+        ) from None
