@@ -5,12 +5,14 @@ An unconditional model becomes ``DDPMPipeline``, or ``LDMPipeline`` with its fir
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from diffusers import UNet2DModel
+from diffusers.configuration_utils import FrozenDict
 from torch import nn
 
 from diffusers_ddpm_ext.diffusion.reverse_step import LEARNED_VARIANCES
@@ -94,7 +96,11 @@ def saved_first_stage(vae: nn.Module, is_stock: bool) -> tuple[str, Any]:
         is_stock: whether the folder names ``LDMPipeline``, which reads a ``scaling_factor`` alone.
     """
     plain = plain_network(vae, guarded=False)
-    return ("vqvae", fold_scale(plain)) if is_stock else ("vae", plain)
+    saved = fold_scale(plain) if is_stock else copy.copy(plain)
+    # VQModel's default scale is not 1, so it is always written; where this copy came from may be a private path.
+    config = {"scaling_factor": 1.0} | dict(saved.config)
+    saved._internal_dict = FrozenDict({key: value for key, value in config.items() if key != "_name_or_path"})
+    return ("vqvae" if is_stock else "vae"), saved
 
 
 def stock_model_index(
@@ -104,7 +110,7 @@ def stock_model_index(
 
     Diffusers names our classes by their modules. Subclasses of ours, and other schedulers, keep their own names.
     """
-    index = {key: value for key, value in index.items() if key not in SLOTS or any(value)}
+    index = {key: value for key, value in index.items() if value is not None and (key not in SLOTS or any(value))}
     index.pop("_name_or_path", None)  # where this copy was loaded from, maybe a private path
     ours = bool(reason_to_refuse_stock(unet, scheduler, config, vae))
     # By a module path, a Hub id would not load: Diffusers looks for that file in the repository.
