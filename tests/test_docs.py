@@ -12,12 +12,14 @@ import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from diffusers import UNet2DModel
+from diffusers import AutoencoderKL, UNet2DModel
+from helpers.latent_cases import write_pictures
 from helpers.paths import ROOT
 from helpers.runs import tiny_run
 from helpers.tiny import tiny_unet
@@ -71,13 +73,43 @@ def workspace(tmp_path_factory):
     unet = UNet2DModel(**tiny_unet(1).config | {"num_class_embeds": 11})
     classes = DDPMExtPipeline(unet, DDPMExtScheduler(), "adm", null_class_label=10)
     classes.save_pretrained(root / "runs" / "classes")
-    for name in ("config.yaml", "metrics.jsonl"):  # the marks of a run's folder
-        shutil.copy(root / "runs" / "digits" / name, root / "runs" / "classes")
+    mark_as_run(root, "classes")
     (root / "photos").mkdir()
     for index in range(20):
         noise = np.random.default_rng(index).integers(0, 255, (64, 64, 3), dtype=np.uint8)
         Image.fromarray(noise).save(root / "photos" / f"{index}.png")
+    add_latent_models(root)
     return root
+
+
+def mark_as_run(root: Path, name: str) -> None:
+    """Give a folder the marks of a run's, which may be overwritten."""
+    for file in ("config.yaml", "metrics.jsonl"):
+        shutil.copy(root / "runs" / "digits" / file, root / "runs" / name)
+
+
+def add_latent_models(root: Path) -> None:
+    """A first stage, a run in its latents, an inpainting model, and pictures with holes, for latents.md."""
+    levels = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
+    sizes = {"block_out_channels": (8, 8, 8), "norm_num_groups": 4, "latent_channels": 4}
+    vae = AutoencoderKL(**levels, **sizes)
+    vae.save_pretrained(root / "runs" / "vae")
+    data = {"train_data_dir": str(root / "photos"), "resolution": 64, "validation_max_images": None}
+    sizes = {"num_train_timesteps": 10, "ddpm_num_inference_steps": 5, "max_train_steps": 1, "validation_steps": 1}
+    latents = {"vae": str(root / "runs" / "vae"), "scale_factor": "data"}
+    trainer.train(tiny_run(root / "runs" / "latent", **data, **sizes, **latents))
+    painting = DDPMExtPipeline(
+        tiny_unet(9, 4, 16), DDPMExtScheduler(10, clip_sample=False), "concat", vae=vae, concat_through_vae="mode"
+    )
+    painting.save_pretrained(root / "runs" / "painted")
+    for name in ("vae", "painted"):
+        mark_as_run(root, name)
+    write_pictures(root / "holes", ["cat.png", "dog.webp"], (64, 64), "RGBA")
+    write_pictures(root / "pairs", [f"{index}.png" for index in range(20)], (64, 64))
+    write_pictures(root / "pairs" / "holes", [f"{index}.png" for index in range(20)], (64, 64), "RGBA")
+    rows = [f"{index}.png,holes/{index}.png" for index in range(20)]
+    rows += [f"holes/{index}.png,holes/{index}.png" for index in range(20)]
+    (root / "pairs" / "metadata.csv").write_text("\n".join(["file_name,condition", *rows, ""]))
 
 
 def run_commands(text: str) -> None:
@@ -87,9 +119,9 @@ def run_commands(text: str) -> None:
         if not arguments:
             continue
         assert arguments[0] == "ddpm-ext", f"{line}: state why it is not run"
-        if arguments[1] == "train" and "--dry_run" not in arguments:
+        if arguments[1] in ("train", "train-vae") and "--dry_run" not in arguments:
             arguments.append("--dry_run")
-        if arguments[1] == "train":
+        if arguments[1] in ("train", "train-vae"):
             arguments.append("--overwrite_output_dir")  # a dry run deletes nothing
         if arguments[1] == "doctor":
             arguments.append("--offline")

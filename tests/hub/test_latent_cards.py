@@ -69,6 +69,7 @@ def test_the_card_describes_the_first_stage(kind, name, factor, tmp_path):
     assert f"{8 * factor}x{8 * factor}x3 images" in card
     assert "drawn as 8x8x4 latents" in card
     assert "license of the autoencoder" in card
+    assert "from diffusers import LDMPipeline" in card
 
 
 def test_the_origin_of_a_first_stage_is_shown_and_never_acts(folder):
