@@ -127,7 +127,7 @@ DAMAGES = {
 }
 
 
-QUICK = ("no folder", "no config", "no weights", "scale 0", "scale NaN", "scales", "mean alone", "both", "other latents")
+QUICK = ("no folder", "no config", "no weights", "scale 0", "scale NaN", "mean alone", "both", "other latents")
 CASES = [
     pytest.param(command, name, marks=[] if command == "sample" and name in QUICK else [pytest.mark.slow])
     for command in ("sample", "evaluate")
