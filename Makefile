@@ -24,6 +24,7 @@ bench:  ## comparisons with other implementations; tables in benchmarks/README.m
 	$(PYTHON) benchmarks/bench_scheduler.py
 	$(PYTHON) benchmarks/bench_step.py
 	$(PYTHON) benchmarks/bench_checkpoint.py
+	$(PYTHON) benchmarks/bench_latent_cache.py
 
 torture:  ## guarantees of checkpoints and of hostile input, tested for hours
 	$(PYTHON) benchmarks/torture/faults.py
