@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -23,7 +23,7 @@ from diffusers_ddpm_ext.utils.lr_lambdas import WITHOUT_WARMUP
 from diffusers_ddpm_ext.utils.network_budget import check_network_config
 from diffusers_ddpm_ext.utils.option import option, options_of
 
-DEFAULT_WIDTHS = (32, 64, 128, 128, 256, 256)
+DEFAULT_WIDTHS = (24, 48, 96, 192, 384, 384)
 """Of the levels, from the pixels down; a run takes as many as its compression needs."""
 
 
@@ -44,14 +44,12 @@ class AutoencoderOptions:
         " Diffusion's at compression 8.",
         low=1,
         high=65_536,
-        unset="32 64 128 128 256 256, as many as there are levels",
+        unset="24 48 96 192 384 384, as many as there are levels",
     )
     layers_per_block: int = option(
         1, "Residual blocks per level of the encoder; the decoder has one more.", low=1, high=64
     )
-    norm_num_groups: int = option(
-        16, "Groups of the group normalization. Must divide every width.", low=1, high=65_536
-    )
+    norm_num_groups: int = option(8, "Groups of the group normalization. Must divide every width.", low=1, high=65_536)
     mid_block_attention: bool = option(False, "Self-attention between encoder and latents, and latents and decoder.")
     num_vq_embeddings: int = option(1024, "Number of codes of vq.", low=2, high=1_000_000)
     reconstruction_loss: Literal["l1", "l2"] = option(
@@ -178,6 +176,7 @@ class AutoencoderConfig(TrainConfig):
     def check(cls, flat: Mapping[str, Any], typed: set[str]) -> None:
         """Check all options against each other; a ConfigError for the first contradiction."""
         check_dependencies(flat, typed, DEPENDENCIES)
+        _check_perceptual(flat, typed)
         check_data_options(flat)
         _check_autoencoder(flat)
         check_run_length(flat)
@@ -202,6 +201,16 @@ DEPENDENCIES: dict[str, tuple[str, Any]] = {
 
 def _levels(compression: int) -> int:
     return compression.bit_length()
+
+
+def _check_perceptual(flat: Mapping[str, Any], typed: Set[str]) -> None:
+    weight = flat["perceptual_weight"]
+    if flat["perceptual_model"] is None and "perceptual_weight" in typed:
+        raise ConfigError(f"--perceptual_weight {weight:g} has no effect without --perceptual_model: add that")
+    if flat["perceptual_model"] is not None and weight == 0:
+        raise ConfigError(
+            f"--perceptual_weight {weight:g} leaves --perceptual_model without effect: use a weight above 0"
+        )
 
 
 def _check_autoencoder(flat: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +17,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from diffusers_ddpm_ext.errors import ConfigError, as_config_error
-from diffusers_ddpm_ext.models.first_stage import FirstStage
-from diffusers_ddpm_ext.models.latent_scale import SCALE_KEYS
+        raise ValueError("the first stage makes latents of the training images that are NaN or infinite")
 from diffusers_ddpm_ext.training.config.latent_options import LatentOptions
 from diffusers_ddpm_ext.training.data.image_set import ImageSet
 from diffusers_ddpm_ext.training.data.latents import LatentEncoder, image_posterior
@@ -64,26 +63,43 @@ def _pooled_std(mean: Tensor, variance: Tensor) -> float:
 
 
 def measure_latents(
-    images: ImageSet, encoder: LatentEncoder, accelerator: Accelerator, limit: int
+    images: ImageSet, encoder: LatentEncoder, accelerator: Accelerator | None, limit: int
 ) -> LatentStatistics:
-    """Measure latents of at most ``limit`` images, center-cropped, not flipped. Collective call.
+    """Measure latents of at most ``limit`` images, center-cropped, not flipped.
+
+    Args:
+        images: of which a keyed sample is encoded.
+        encoder: with the first stage.
+        accelerator: whose processes share the images, a collective call; None: this process encodes them all.
+        limit: number of images.
 
     Raises:
-        ConfigError: the first stage makes latents that are not finite.
+        ValueError: the first stage makes latents that are not finite.
     """
     count = len(images)
     chosen = torch.arange(count)
     if count > limit:
         chosen = torch.randperm(count, generator=keys.generator(keys.LATENT_SCALE, count))[:limit].sort().values
-    own = chosen[accelerator.process_index :: accelerator.num_processes]
+    rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     rows = torch.zeros(0, 1 + 2 * encoder.stage.latent_channels, dtype=torch.float64)
-    with fail_together(accelerator):
-        rows = torch.cat([rows, *(_moments(images, part, encoder) for part in own.split(BATCH) if len(part))])
-    rows = gather_rows(accelerator, rows)
+    with nullcontext() if accelerator is None else fail_together(accelerator):
+        parts = chosen[rank::world].split(BATCH)
+        rows = torch.cat([rows, *(_moments(images, part, encoder) for part in parts if len(part))])
+    if accelerator is not None:
+        rows = gather_rows(accelerator, rows)
     mean, square = rows[rows[:, 0].argsort()][:, 1:].mean(0).chunk(2)
     variance = square - mean.square()
     if not bool(torch.isfinite(rows).all()):
+<<<<<<< HEAD
         raise ConfigError("--vae: the first stage makes latents of the training images that are NaN or infinite")
+=======
+        raise ValueError("the first stage makes latents of the training images that are NaN or infinite")
+    if not bool((variance > 1e-12 * square.clamp(min=1e-30)).all()):
+        raise ValueError(
+            "a channel of the first stage's latents has the same value in all training images, which no network"
+            " can learn from: use another first stage"
+        )
+>>>>>>> bad5d7d (Measure the scale of a trained first stage as train does)
     return LatentStatistics(mean, variance, len(chosen))
 
 

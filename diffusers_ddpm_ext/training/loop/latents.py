@@ -41,7 +41,8 @@ def settle_scale(setup: Setup, saved: Mapping[str, Any] | None) -> None:
             encoder.stage = restored_stage(encoder.stage, saved)
         return
     limit = IMAGES_FOR_SCALE if is_measured(options) else IMAGES_FOR_WARNING
-    statistics = measure_latents(setup.data.train, encoder, setup.accelerator, limit)
+    with as_config_error("--vae"):
+        statistics = measure_latents(setup.data.train, encoder, setup.accelerator, limit)
     encoder.stage = scaled_stage(encoder.stage, options, statistics)
     encoder.measured_std = statistics.scaled_std(encoder.stage)
     warning = scale_warning(encoder.measured_std)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import torch
@@ -15,22 +14,20 @@ from diffusers_ddpm_ext.models.first_stage import FirstStage
 from diffusers_ddpm_ext.plotting.curves import RUN_LOSSES, plot_run_losses
 from diffusers_ddpm_ext.plotting.sheets import save_grid
 from diffusers_ddpm_ext.training.data.image_set import ImageSet
-from diffusers_ddpm_ext.training.data.posterior import encode_posterior
+from diffusers_ddpm_ext.training.data.latent_scale import IMAGES_FOR_SCALE, measure_latents
+from diffusers_ddpm_ext.training.data.latents import LatentEncoder
 from diffusers_ddpm_ext.training.evaluation.processes import Processes
 from diffusers_ddpm_ext.training.evaluation.validation_loss import evenly_spaced
 from diffusers_ddpm_ext.training.loop.export import ExportedNetworks, export_networks
 from diffusers_ddpm_ext.training.loop.previews import IMAGE_FOLDER, NUM_INPUTS
 from diffusers_ddpm_ext.training.loop.run import Run
 from diffusers_ddpm_ext.training.loop.setup import Setup
-from diffusers_ddpm_ext.utils import random_keys as keys
 from diffusers_ddpm_ext.utils.dtensor import reshard
 from diffusers_ddpm_ext.utils.files import METRICS, os_errors, write_atomically
 from diffusers_ddpm_ext.utils.generations import replace_pipeline
 from diffusers_ddpm_ext.utils.run_metrics import read_metrics
 
 FINAL_RECONSTRUCTIONS = "reconstructions.png"
-SCALE_STREAM = "first stage/scale"
-IMAGES_OF_SCALE = 512
 
 
 def reconstruction_metrics(setup: Setup, processes: Processes) -> dict[str, float]:
@@ -142,41 +139,23 @@ def save_autoencoder(setup: Setup, folder: Path, networks: ExportedNetworks) -> 
     """Save a first stage that ``--vae`` takes: all files replace the old ones at once.
 
     The EMA weights are the default file and the raw ones ``variant="raw"``; without EMA the raw ones are the default.
+    Its ``scaling_factor`` is the one that ``--scale_factor data`` would measure on the same images.
+
+    Raises:
+        OSError: a file cannot be written; the existing files stay.
+        RunError: the latents are all alike, or not finite.
     """
     network = networks.default.to(setup.accelerator.device)
-    scale = 1 / latent_std(FirstStage(network), setup.data.train, setup.seed, setup.accelerator.device)
+    encoder = LatentEncoder(FirstStage(network), setup.seed)
+    try:
+        std = measure_latents(setup.data.train, encoder, None, IMAGES_FOR_SCALE).std
+    except ValueError as error:
+        raise RunError(f"the run cannot be saved: {error}") from None
     for each in filter(None, (network, networks.raw)):
-        each.register_to_config(scaling_factor=scale)
+        each.register_to_config(scaling_factor=1 / std)
     with replace_pipeline(folder) as draft, os_errors():
         network.save_pretrained(draft)
         if networks.raw is not None:
             networks.raw.save_pretrained(draft, variant="raw")
         if networks.ema_metadata is not None:
             save_ema_metadata(draft, networks.ema_metadata)
-
-
-def latent_std(stage: FirstStage, images: ImageSet, seed: int, device: torch.device) -> float:
-    """Standard deviation of the latents of a keyed sample of images, the posterior's own variance included.
-
-    Args:
-        stage: on the device.
-        images: of which at most ``IMAGES_OF_SCALE`` are encoded.
-        seed: of the run.
-        device: of the first stage.
-
-    Raises:
-        RunError: the latents are all alike, or not finite.
-    """
-    chosen = torch.randperm(len(images), generator=keys.generator(SCALE_STREAM, seed))[:IMAGES_OF_SCALE]
-    first = second = 0.0
-    for indices in chosen.sort().values.split(16):
-        mean, std = encode_posterior(stage, images.pixels(indices).to(device))
-        square = mean.double().square() if std is None else mean.double().square() + std.double().square()
-        first += float(mean.double().mean((1, 2, 3)).sum())
-        second += float(square.mean((1, 2, 3)).sum())
-    variance = second / len(chosen) - (first / len(chosen)) ** 2
-    if not variance > 0:
-        raise RunError(
-            f"the latents have a variance of {variance:.3g}, so that they have no scale: nothing was learned"
-        )
-    return math.sqrt(variance)
