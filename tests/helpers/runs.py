@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from diffusers_ddpm_ext.training.config.autoencoder_config import AutoencoderConfig
 from diffusers_ddpm_ext.training.config.train_config import TrainConfig
 
 TINY: dict[str, Any] = {
@@ -34,6 +35,30 @@ TINY: dict[str, Any] = {
 def tiny_run(folder: Path, **options: Any) -> TrainConfig:
     """The digits' recipe, cut down to a few steps of a small network."""
     return TrainConfig.from_flat(TINY | {"output_dir": str(folder)} | options)
+
+
+TINY_VAE: dict[str, Any] = {
+    "resolution": 8,
+    "compression": 2,
+    "latent_channels": 2,
+    "block_out_channels": [8, 8],
+    "norm_num_groups": 4,
+    "train_batch_size": 8,
+    "max_train_steps": 6,
+    "lr_warmup_steps": 2,
+    "logging_steps": 4,
+    "validation_steps": 3,
+    "validation_max_images": 20,
+    "save_images_epochs": None,
+    "save_images_steps": None,
+    "num_preview_images": 12,
+    "report_to": "none",
+}
+
+
+def tiny_vae_run(folder: Path, **options: Any) -> AutoencoderConfig:
+    """A few steps of a small first stage on the digits."""
+    return AutoencoderConfig.from_flat(TINY_VAE | {"output_dir": str(folder)} | options)
 
 
 def tiny_flags(**options: Any) -> list[str]:
