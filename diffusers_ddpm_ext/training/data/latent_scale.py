@@ -17,7 +17,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-        raise ValueError("the first stage makes latents of the training images that are NaN or infinite")
+from diffusers_ddpm_ext.errors import ConfigError, as_config_error
+from diffusers_ddpm_ext.models.first_stage import FirstStage
+from diffusers_ddpm_ext.models.latent_scale import SCALE_KEYS
 from diffusers_ddpm_ext.training.config.latent_options import LatentOptions
 from diffusers_ddpm_ext.training.data.image_set import ImageSet
 from diffusers_ddpm_ext.training.data.latents import LatentEncoder, image_posterior
@@ -90,16 +92,7 @@ def measure_latents(
     mean, square = rows[rows[:, 0].argsort()][:, 1:].mean(0).chunk(2)
     variance = square - mean.square()
     if not bool(torch.isfinite(rows).all()):
-<<<<<<< HEAD
-        raise ConfigError("--vae: the first stage makes latents of the training images that are NaN or infinite")
-=======
         raise ValueError("the first stage makes latents of the training images that are NaN or infinite")
-    if not bool((variance > 1e-12 * square.clamp(min=1e-30)).all()):
-        raise ValueError(
-            "a channel of the first stage's latents has the same value in all training images, which no network"
-            " can learn from: use another first stage"
-        )
->>>>>>> bad5d7d (Measure the scale of a trained first stage as train does)
     return LatentStatistics(mean, variance, len(chosen))
 
 

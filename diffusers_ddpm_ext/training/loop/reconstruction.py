@@ -149,10 +149,11 @@ def save_autoencoder(setup: Setup, folder: Path, networks: ExportedNetworks) -> 
     encoder = LatentEncoder(FirstStage(network), setup.seed)
     try:
         std = measure_latents(setup.data.train, encoder, None, IMAGES_FOR_SCALE).std
-    except ValueError as error:
-        raise RunError(f"the run cannot be saved: {error}") from None
-    for each in filter(None, (network, networks.raw)):
-        each.register_to_config(scaling_factor=1 / std)
+        network.register_to_config(scaling_factor=1 / std)
+    except (ValueError, ZeroDivisionError) as error:
+        raise RunError(f"the first stage has no scale of its latents: {error}") from None
+    if networks.raw is not None:
+        networks.raw.register_to_config(scaling_factor=1 / std)
     with replace_pipeline(folder) as draft, os_errors():
         network.save_pretrained(draft)
         if networks.raw is not None:
