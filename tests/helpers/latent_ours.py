@@ -25,6 +25,8 @@ def main(folders: Path, stem: Path) -> None:
         arrays[f"{case}/generic"] = pictures_of(DiffusionPipeline.from_pretrained(repo_of(case)))
         stage = FirstStage(load_first_stage(repo_of(case)))
         assert stage.content_hash() == by_id.first_stage.content_hash()
+    DDPMExtPipeline.from_pretrained(folders / "kl").push_to_hub("alice/replaced")
+    DDPMExtPipeline.from_pretrained(folders / "pixels").push_to_hub("alice/replaced")
     np.savez(stem.with_suffix(".npz"), **arrays)
 
 

@@ -349,7 +349,8 @@ def test_damaged_folders_are_refused_in_one_line(damage, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_other_folders_are_refused(tmp_path):
+def test_other_folders_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (tmp_path / "model_index.json").write_text('{"_class_name": "DDPMPipeline", "vae": [null, null]}')
     with pytest.raises(ValueError, match="a pipeline without a first stage"):
         load_first_stage(tmp_path)

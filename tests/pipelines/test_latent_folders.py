@@ -53,6 +53,7 @@ class Results:
     stock: Any
     ours: Any
     folders: Path
+    replaced: set[str]
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +61,7 @@ def results(tmp_path_factory) -> Results:
     root = tmp_path_factory.mktemp("latent")
     pipelines = {case: build(case) for case in CASES}
     pipelines["ours"] = pipeline_with(tiny_autoencoder("tiny", scaling_factor=0.5, shift_factor=0.2))
+    DDPMExtPipeline(tiny_unet(4), DDPMExtScheduler(50)).save_pretrained(root / "saved" / "pixels")
     for case, pipeline in pipelines.items():
         pipeline.save_pretrained(root / "saved" / case)
     with LoopbackHub() as hub:
@@ -79,12 +81,14 @@ def results(tmp_path_factory) -> Results:
                 command, env=base | environment, capture_output=True, text=True, timeout=300, check=False
             )
             assert ran.returncode == 0, f"{script} failed:\n{ran.stderr[-4000:]}"
+        replaced = set(hub.files("alice/replaced"))
     return Results(
         {case: pictures_of(pipeline) for case, pipeline in pipelines.items()},
         json.loads((root / "latent_stock.json").read_text()),
         np.load(root / "latent_stock.npz"),
         np.load(root / "latent_ours.npz"),
         root / "saved",
+        replaced,
     )
 
 
@@ -284,6 +288,11 @@ def test_variants_and_results_stay_only_with_the_same_first_stage(tmp_path):
     pipeline.save_pretrained(tmp_path)
     assert {"proof.json", "vqvae/diffusion_pytorch_model.raw.safetensors"}.isdisjoint(files_of(tmp_path))
     assert "unet/diffusion_pytorch_model.raw.safetensors" in files_of(tmp_path)
+
+
+def test_a_pixel_model_pushed_over_a_latent_one(results):
+    pixels = files_of(results.folders / "pixels")
+    assert results.replaced - {".gitattributes", "README.md"} == pixels
 
 
 # ------------------------------------------------------------------ damaged folders
