@@ -177,7 +177,7 @@ def test_the_pipeline_has_the_scaled_first_stage_and_makes_pictures(straight, st
     assert not pipeline.scheduler.config.clip_sample
     images = pipeline(2, num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type="pt").images
     assert images.shape == (2, 1, 8, 8)
-    saved = load_file(straight / "vae" / "diffusion_pytorch_model.safetensors")
+    saved = load_file(straight / "vqvae" / "diffusion_pytorch_model.safetensors")
     trained = tiny_autoencoder("kl", channels=1, latent_channels=2).state_dict()
     assert all(torch.equal(saved[name], tensor) for name, tensor in trained.items())
 
@@ -228,7 +228,7 @@ def test_the_plan_states_first_stage_and_latents(stages, tmp_path, capsys):
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    files = [*folder.glob("checkpoint-5/*.safetensors"), *folder.glob("unet/*"), *folder.glob("vae/*")]
+    files = [*folder.glob("checkpoint-5/*.safetensors"), *folder.glob("unet/*"), *folder.glob("vqvae/*")]
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
@@ -293,14 +293,24 @@ def test_a_forged_scale_is_refused(scale, straight, stages, tmp_path):
 # ------------------------------------------------------------------ initial weights
 
 
-def test_a_run_from_a_latent_pipeline_goes_on_with_its_first_stage(straight, stages, tmp_path, capsys):
-    options = {"max_train_steps": 1, "ckpt_path": str(straight)}
-    AcceleratorState._reset_state(reset_partial_state=True)
-    trainer.train(tiny_run(tmp_path / "own", **options))
-    own = DDPMExtPipeline.from_pretrained(tmp_path / "own")
+def test_a_run_from_a_latent_pipeline_goes_on_with_its_first_stage(straight, tmp_path, capsys):
+    trainer.train(tiny_run(tmp_path, max_train_steps=1, ckpt_path=str(straight)))
+    own = DDPMExtPipeline.from_pretrained(tmp_path)
     assert own.vae.config.scaling_factor == DDPMExtPipeline.from_pretrained(straight).vae.config.scaling_factor
-    train(tmp_path / "other", stages, **options, scale_factor=2.0)
-    assert DDPMExtPipeline.from_pretrained(tmp_path / "other").vae.config.scaling_factor == 2.0
+    assert "was trained on latents" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "warns"),
+    [("kl", {"scale_factor": 2.0}, True), ("vq", {}, True), ("kl", {"scale_factor": "data"}, False)],
+)
+def test_another_first_stage_than_that_of_the_initial_weights(
+    kind, options, warns, straight, stages, tmp_path, capsys
+):
+    """It is obeyed and warned of; the same one, whose scale is measured to the same value, is silent."""
+    setup = setup_of(tmp_path, stages, kind, ckpt_path=str(straight), **options)
+    assert type(setup.latents.stage.autoencoder) is type(tiny_autoencoder(kind))
+    assert ("was trained on latents of another" in capsys.readouterr().err) == warns
 
 
 # ------------------------------------------------------------------ concatenated pictures and classes
@@ -429,3 +439,9 @@ def test_clipping_is_off_unless_it_is_requested(stages, tmp_path):
     assert not config(tmp_path, stages).schedule.clip_sample
     assert config(tmp_path, stages, clip_sample=True, clip_sample_range=4.0).schedule.clip_sample
     assert tiny_run(tmp_path).schedule.clip_sample
+
+
+@pytest.mark.parametrize("options", [{"clip_sample": True}, {"thresholding": True}])
+def test_clipping_latents_is_warned_of(options, stages, tmp_path, capsys):
+    build_setup(config(tmp_path, stages, **options))
+    assert "cuts off latents while sampling" in capsys.readouterr().err

@@ -155,7 +155,7 @@ def latent_defaults(flat: Mapping[str, Any], explicit: Mapping[str, Any]) -> dic
     """
     derived: dict[str, Any] = {}
     vae = flat["vae"]
-    if vae is None and explicit.get("ckpt_path") is not None and _has_first_stage(Path(explicit["ckpt_path"])):
+    if vae is None and explicit.get("ckpt_path") is not None and has_first_stage(Path(explicit["ckpt_path"])):
         derived["vae"] = vae = explicit["ckpt_path"]
     if vae is None:
         return {}
@@ -168,6 +168,6 @@ def latent_defaults(flat: Mapping[str, Any], explicit: Mapping[str, Any]) -> dic
     return derived
 
 
-def _has_first_stage(folder: Path) -> bool:
+def has_first_stage(folder: Path) -> bool:
     """Whether it is the folder of a pipeline with a first stage."""
     return any((folder / name / "config.json").is_file() for name in FIRST_STAGE_FOLDERS)

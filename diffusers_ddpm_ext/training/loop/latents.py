@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from diffusers_ddpm_ext.errors import as_config_error, printable, warn
+from diffusers_ddpm_ext.models.first_stage import FirstStage, load_first_stage
+from diffusers_ddpm_ext.training.config.latent_options import has_first_stage
 from diffusers_ddpm_ext.training.data.latent_cache import cache_latents
 from diffusers_ddpm_ext.training.data.latent_scale import (
     IMAGES_FOR_SCALE,
@@ -21,6 +24,9 @@ from diffusers_ddpm_ext.training.data.latent_scale import (
 from diffusers_ddpm_ext.training.data.posterior_files import StoredPosteriors
 from diffusers_ddpm_ext.training.loop.setup import Setup
 from diffusers_ddpm_ext.training.tracking.plan import format_bytes
+
+SAME_LATENTS = 0.1
+"""Relative difference up to which two first stages make the same latents, whose scales may be measured ones."""
 
 
 def settle_scale(setup: Setup, saved: Mapping[str, Any] | None) -> None:
@@ -45,9 +51,29 @@ def settle_scale(setup: Setup, saved: Mapping[str, Any] | None) -> None:
         statistics = measure_latents(setup.data.train, encoder, setup.accelerator, limit)
     encoder.stage = scaled_stage(encoder.stage, options, statistics)
     encoder.measured_std = statistics.scaled_std(encoder.stage)
-    warning = scale_warning(encoder.measured_std)
-    if warning is not None and setup.accelerator.is_main_process:
-        warn(warning)
+    if setup.accelerator.is_main_process:
+        for warning in (scale_warning(encoder.measured_std), _initial_weights_warning(setup)):
+            if warning is not None:
+                warn(warning)
+
+
+def _initial_weights_warning(setup: Setup) -> str | None:
+    """Warn of initial weights that were trained on other latents of the same images than the run's."""
+    encoder, path = setup.latents, setup.config.start.ckpt_path
+    if encoder is None or path is None or not has_first_stage(Path(path)):
+        return None
+    with as_config_error("--ckpt_path"):
+        stage = FirstStage(load_first_stage(path))
+        stage.autoencoder.to(encoder.device)
+    pixels = setup.data.train.pixels([0]).to(encoder.device)
+    if stage.pixel_channels == encoder.stage.pixel_channels and pixels.shape[-1] % stage.factor == 0:
+        own, theirs = encoder.stage.encode(pixels, mode=True), stage.encode(pixels, mode=True)
+        if own.shape == theirs.shape and float((own - theirs).norm()) <= SAME_LATENTS * float(own.norm()):
+            return None
+    return (
+        f"--ckpt_path {printable(path, 200)} was trained on latents of another first stage or scale, so that little of"
+        " what it has learned fits: leave --vae and --scale_factor out to use its own"
+    )
 
 
 def open_latent_cache(setup: Setup) -> Setup:

@@ -48,6 +48,7 @@ from diffusers_ddpm_ext.training.loop.hub_publisher import check_hub_token
 from diffusers_ddpm_ext.training.tracking.monitor import Monitor
 from diffusers_ddpm_ext.training.tracking.plan import (
     Plan,
+    clipping_warning,
     epochs_warning,
     model_size_warning,
     schedule_warning,
@@ -227,6 +228,7 @@ def setup_warnings(setup: Setup) -> list[str]:
         setup.data.warning,
         schedule_warning(setup.parts.objective.schedule) if isinstance(setup.trained, Parts) else None,
         model_size_warning(size, device, setup.samples(setup.data.train).shape[1:]),
+        clipping_warning(setup.config.schedule, setup.latents is not None),
         warmup_warning(setup.config.optim, setup.plan.steps),
         epochs_warning(setup.plan),
     ]

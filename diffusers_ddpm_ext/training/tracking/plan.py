@@ -122,6 +122,17 @@ def schedule_warning(schedule: NoiseSchedule) -> str | None:
     )
 
 
+def clipping_warning(options: ScheduleOptions, in_latents: bool) -> str | None:
+    """Warn of sampling that clips latents, which have no bounds, to less than most schedules leave of them."""
+    if not in_latents or not (options.clip_sample or options.thresholding):
+        return None
+    name = "--thresholding" if options.thresholding else f"--clip_sample to {options.clip_sample_range:g}"
+    return (
+        f"{name} cuts off latents while sampling, which have no bounds: leave it out, or use a range of several times"
+        " their standard deviation, about 1"
+    )
+
+
 def model_size_warning(parameters: int, device: str, size: tuple[int, int]) -> str | None:
     """Warn of a network with too many parameters for images of that height and width on a CPU."""
     if device != "cpu" or parameters < SLOW_ON_CPU or size[0] * size[1] < 32 * 32:
