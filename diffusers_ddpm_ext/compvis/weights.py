@@ -28,6 +28,8 @@ NETWORK_PREFIXES = (*UNET_PREFIXES, "model.", "unet.")  # the last two: of a cla
 EMA_PREFIX = "model_ema."
 LITEMA_WRAPPER = "diffusion_model."  # LitEma's names start with this, before it removes their dots
 QKV = ("q", "k", "v")
+# Rows (and columns) of a 3x3 window of stride 2 that are the 2x2 pixels: with padding 1 around, or 1 at the end only.
+POOLED_ROWS: dict[Transform, tuple[int, int]] = {"pool": (1, 2), "pool_unpadded": (0, 1)}
 
 
 @dataclass(frozen=True)
@@ -87,12 +89,7 @@ def build_network(
         ValueError: keys are missing or unexpected, shapes differ, values are not finite, or no Diffusers network can
             express it.
     """
-    damaged = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
-    if damaged:
-        raise ValueError(
-            f"The weights hold NaN or infinity ({len(damaged)} tensors, the first is {printable(damaged[0], 100)}): "
-            "the run that wrote them had diverged. Take an earlier checkpoint, or the file's other weights."
-        )
+    check_weights(tensors)
     spec = translate_unet(unet_params, conditioning_key=conditioning_key, timestep_scale=timestep_scale)
     if set(reinitialized) - set(tensors):
         with torch.random.fork_rng(devices=[]):
@@ -104,6 +101,26 @@ def build_network(
         network = spec.build()
     network.load_state_dict(converted, strict=True, assign=True)
     return network.eval(), rows
+
+
+def check_weights(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse weights that are not finite floating-point numbers.
+
+    Raises:
+        ValueError: some are not; the message names the first.
+    """
+    wrong = [name for name, tensor in tensors.items() if not tensor.is_floating_point()]
+    if wrong:
+        raise ValueError(
+            f"The weights {printable(wrong[0], 100)} are {tensors[wrong[0]].dtype}, not floating-point numbers: the "
+            "file is damaged or quantized. Take the original checkpoint."
+        )
+    damaged = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor.float()).all())]
+    if damaged:
+        raise ValueError(
+            f"The weights hold NaN or infinity ({len(damaged)} tensors, the first is {printable(damaged[0], 100)}): "
+            "the run that wrote them had diverged. Take an earlier checkpoint, or the file's other weights."
+        )
 
 
 def strip_prefixes(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -125,7 +142,23 @@ def convert_tensors(
     Raises:
         ValueError: keys are missing or unexpected, or shapes differ; all of them are listed.
     """
-    mappings, new_order = map_keys(unet_params), complete_unet_params(unet_params)["use_new_attention_order"]
+    return convert_mapped(tensors, map_keys(unet_params), complete_unet_params(unet_params)["use_new_attention_order"])
+
+
+def convert_mapped(
+    tensors: Mapping[str, Tensor], mappings: Iterable[TensorMapping], new_order: bool = False
+) -> tuple[dict[str, Tensor], list[ConvertedTensor]]:
+    """Convert floating tensors by a map of their keys, to float32, with a row for each.
+
+    Args:
+        tensors: by their keys in the source.
+        mappings: one per tensor of the target.
+        new_order: whether rows of a ``qkv`` are ordered [q, k, v][head], not [head][q, k, v].
+
+    Raises:
+        ValueError: keys are missing or unexpected, shapes differ, or values are not finite.
+    """
+    mappings = tuple(mappings)
     expected = {mapping.source for mapping in mappings if mapping.source}
     _check_keys(expected - set(tensors), set(tensors) - expected)
     own = {m.target: _transformed(m, tensors[m.source], new_order) for m in mappings if m.source}
@@ -159,7 +192,8 @@ def _transformed(mapping: TensorMapping, source: Tensor, new_order: bool) -> Ten
     if mapping.transform == "same":
         return source
     if mapping.transform == "squeeze":
-        return source.squeeze(-1) if source.ndim == 3 and source.shape[-1] == 1 else None
+        fits = source.shape[:2] == mapping.shape and source.numel() == torch.Size(mapping.shape).numel()
+        return source.reshape(mapping.shape) if fits else None
     width = mapping.shape[0]
     if source.shape[0] != 3 * width:
         return None
@@ -176,18 +210,23 @@ def _resampling_weight(transform: Transform, shape: tuple[int, ...]) -> Tensor:
     weight = torch.zeros(shape)
     if weight.ndim == 4:
         channels = torch.arange(weight.shape[0])
-        if transform == "pool":  # stride 2, padding 1: the window's last two rows and columns are the 2x2 pixels
-            for row in (1, 2):
-                for column in (1, 2):
+        if transform in POOLED_ROWS:
+            for row in POOLED_ROWS[transform]:
+                for column in POOLED_ROWS[transform]:
                     weight[channels, channels, row, column] = 0.25
         else:
             weight[channels, channels, 1, 1] = 1.0
     return weight
 
 
-def resamples_without_weights(network: nn.Module) -> bool:
-    """Whether a network's resampling convolutions are those that replace ``conv_resample: false``."""
-    transforms: dict[str, Transform] = {"downsamplers.0.conv.": "pool", "upsamplers.0.conv.": "nearest"}
+def resamples_without_weights(network: nn.Module, pool: Transform = "pool") -> bool:
+    """Whether a network's resampling convolutions are those that replace resampling without weights.
+
+    Args:
+        network: a UNet, or an autoencoder.
+        pool: ``pool`` for a UNet, ``pool_unpadded`` for an autoencoder, whose convolutions pad at the end only.
+    """
+    transforms: dict[str, Transform] = {"downsamplers.0.conv.": pool, "upsamplers.0.conv.": "nearest"}
     matches = [
         not tensor.is_meta
         and torch.equal(tensor.detach().cpu().float(), _resampling_weight(transform, tuple(tensor.shape)))

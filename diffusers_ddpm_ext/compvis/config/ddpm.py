@@ -40,7 +40,6 @@ from diffusers_ddpm_ext.utils.yaml_io import load_compvis_yaml
 
 NO_KEY = ("none", "null", "~", "")  # a text in a file whose author meant nothing
 LOSS_PARAMS = ("loss_type", "l_simple_weight", "original_elbo_weight")
-IDENTITY_FIRST_STAGE = "IdentityFirstStage"
 UNCONDITIONAL_STAGE, FIRST_STAGE_AS_CONDITION = "__is_unconditional__", "__is_first_stage__"
 
 
@@ -325,7 +324,7 @@ class _ConfigReader(RunKeyReader):
         stage = self.params.get("first_stage_config")
         target = str(stage.get("target")) if isinstance(stage, Mapping) else ""
         empty = stage is None and "first_stage_config" in self.params
-        return self.latent and not empty and target.rpartition(".")[2] != IDENTITY_FIRST_STAGE
+        return self.latent and not empty and target.rpartition(".")[2] != targets.IDENTITY_FIRST_STAGE
 
     def _stage(self, name: str, use: str) -> str | None:
         stage = self.params.get(name)

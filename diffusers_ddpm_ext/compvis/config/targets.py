@@ -15,7 +15,8 @@ IS_LATENT: dict[str, bool] = {"DDPM": False} | dict.fromkeys(
      "LatentUpscaleDiffusion", "LatentUpscaleFinetuneDiffusion", "ImageEmbeddingConditionedLatentDiffusion",
      "Layout2ImgDiffusion", "LatentDiffusionSRTextWT", "LatentDiffusionSRTextWTFFHQ"), True,
 )  # fmt: skip
-AUTOENCODERS = ("AutoencoderKL", "AutoencoderKLResi", "VQModel", "VQModelInterface", "IdentityFirstStage")
+IDENTITY_FIRST_STAGE = "IdentityFirstStage"
+AUTOENCODERS = ("AutoencoderKL", "AutoencoderKLResi", "VQModel", "VQModelInterface", IDENTITY_FIRST_STAGE)
 OTHER_NETWORKS = {
     "UNetModelDualcondV2": "UNetModelDualcondV2 takes features of StableSR's structure encoder (semb_channels), which "
     "no Diffusers network does.",

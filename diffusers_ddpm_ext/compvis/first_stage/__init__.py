@@ -1,0 +1,1 @@
+"""CompVis' autoencoders as first stages: their arguments and weights, to Diffusers' classes and back."""
