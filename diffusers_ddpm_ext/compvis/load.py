@@ -11,18 +11,35 @@ import logging
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from diffusers import AutoencoderKL, VQModel
 from torch import Tensor, nn
 
-from diffusers_ddpm_ext.compvis.config.ddpm import CompVisConfig, read_compvis_config
+from diffusers_ddpm_ext.compvis.config.ddpm import (
+    FIRST_STAGE,
+    FIRST_STAGE_AS_CONDITION,
+    CompVisConfig,
+    read_compvis_config,
+)
+from diffusers_ddpm_ext.compvis.first_stage.architecture import FirstStageConfig, read_first_stage
+from diffusers_ddpm_ext.compvis.first_stage.checkpoint_keys import FIRST_STAGE_PREFIX, KnownStages
+from diffusers_ddpm_ext.compvis.first_stage.weights import convert_first_stage, first_stage_keys
 from diffusers_ddpm_ext.compvis.load_options import LoadOptions, ScheduleSource, WeightChoice, WeightSet
 from diffusers_ddpm_ext.compvis.reader.archive import PathLike, read_tensors
 from diffusers_ddpm_ext.compvis.report import Report
-from diffusers_ddpm_ext.compvis.schema import FIXED_LOGVAR, one_line
+from diffusers_ddpm_ext.compvis.schema import (
+    CONDITION_STAGE,
+    FIRST_STAGE_SECTION,
+    FIXED_LOGVAR,
+    SCALE_FACTOR_BUFFER,
+    one_line,
+)
 from diffusers_ddpm_ext.compvis.state_dict import CheckpointContents, classify_tensors, describe_schedule_difference
 from diffusers_ddpm_ext.compvis.weights import ConvertedTensor, build_network
+from diffusers_ddpm_ext.compvis.wrapper_names import plain_keys
 from diffusers_ddpm_ext.models.ema import EmaMetadata
 from diffusers_ddpm_ext.pipelines.pipeline_ddpm_ext import DDPMExtPipeline
 from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
@@ -38,12 +55,14 @@ class CompVisCheckpoint:
         config: translated.
         contents: the tensors by role.
         scheduler: with the requested schedule.
+        first_stage_config: of the first stage in the file; None if there is none, or it is left out.
         notes: sentences for the user.
     """
 
     config: CompVisConfig
     contents: CheckpointContents
     scheduler: DDPMExtScheduler
+    first_stage_config: FirstStageConfig | None
     notes: list[str]
 
     def weights(self, which: WeightSet) -> dict[str, Tensor]:
@@ -55,13 +74,24 @@ class CompVisCheckpoint:
         config = self.config
         return build_network(self.weights(which), config.unet_params, config.conditioning_key, self.contents.ignored)
 
+    @cached_property
+    def first_stage(self) -> tuple[AutoencoderKL | VQModel, list[ConvertedTensor]] | None:
+        """The first stage with the scale of its latents, float32, in eval mode; also one row per tensor."""
+        if self.first_stage_config is None:
+            return None
+        scale = 1.0 if self.scale_factor is None else self.scale_factor
+        return convert_first_stage(self.contents.first_stage, self.first_stage_config, scale)
+
     def pipeline(self, network: nn.Module) -> DDPMExtPipeline:
-        """Make a pipeline of a network, with the checkpoint's scheduler, logvar, class embeddings and conditioning."""
+        """Make a pipeline of a network, with everything else that the checkpoint has."""
+        is_latent, first_stage = self.config.samples.latent, self.first_stage
         pipeline = DDPMExtPipeline(
             network,
             self.scheduler,
             conditioning_key=self.config.conditioning_key,
-            latent_scaling_factor=self.scale_factor if self.config.samples.latent else None,
+            latent_scaling_factor=self.scale_factor if is_latent and first_stage is None else None,
+            concat_through_vae=self.config.concat_through_vae,
+            vae=None if first_stage is None else first_stage[0],
         )
         pipeline.compvis_facts = self.facts  # for save_compvis
         if self.learns_logvar:
@@ -85,6 +115,12 @@ class CompVisCheckpoint:
     def facts(self) -> dict[str, Any]:
         """What going back to an original checkpoint needs, and the pipeline does not have."""
         facts: dict[str, Any] = {"unet_params": dict(self.config.unet_params)}
+        if self.config.cond_stage is not None:
+            facts[CONDITION_STAGE] = self.config.cond_stage
+        if self.first_stage_config is not None:
+            facts[FIRST_STAGE_SECTION] = self.first_stage_config.section
+        if self.contents.scale_factor is not None:
+            facts[SCALE_FACTOR_BUFFER] = True
         if self.contents.logvar is not None and not self.learns_logvar:
             values = self.contents.logvar.float().tolist()
             facts[FIXED_LOGVAR] = values[0] if len(set(values)) == 1 else values
@@ -117,8 +153,8 @@ def load_compvis(
         schedule_from: ``config``, with a warning if the file holds a different schedule, or ``checkpoint``.
 
     Returns:
-        The pipeline; ``.unet`` is the Diffusers network, float32, in eval mode. First stage and conditioning stage
-        are not part of it.
+        The pipeline; ``.unet`` is the Diffusers network, ``.vae`` the first stage if the file has it, with the scale
+        of the latents, both float32, in eval mode. Of conditioning stages only a ClassEmbedder is part of it.
 
     Raises:
         ValueError: an argument is not one of the allowed values, the file cannot be read, or it does not belong to the
@@ -154,13 +190,25 @@ def read_compvis_checkpoint(
 ) -> CompVisCheckpoint:
     """Read a checkpoint and its configuration; see `load_compvis` for arguments and errors."""
     translated = read_compvis_config(config, for_training=False)
+    tensors = read_tensors(path)
+    first_stage = _first_stage_config(translated, tensors, options)
+    stages = KnownStages(
+        class_embedder=(translated.cond_stage or "").rpartition(".")[2] == "ClassEmbedder",
+        first_stage=None if first_stage is None else frozenset(first_stage_keys(first_stage)),
+        first_stage_as_condition=translated.cond_stage == FIRST_STAGE_AS_CONDITION,
+    )
     contents = classify_tensors(
-        read_tensors(path),
+        tensors,
         translated.unet_params,
         ignore_keys=options.ignore_keys,
         load_only_unet=options.load_only_unet,
-        class_embedder=(translated.cond_stage or "").rpartition(".")[2] == "ClassEmbedder",
+        stages=stages,
     )
+    if translated.samples.scale_by_std and contents.scale_factor is None:
+        raise ValueError(
+            "scale_by_std is true, but the checkpoint has no scale_factor, which training measures: set scale_by_std "
+            "to false and scale_factor to the factor of its latents."
+        )
     scheduler, notes = _make_scheduler(translated.schedule, contents.tables, options.schedule_from)
     steps = len(scheduler.schedule)
     if contents.logvar is not None and contents.logvar.shape != (steps,):
@@ -174,7 +222,36 @@ def read_compvis_checkpoint(
         notes.append(f"Re-initialized, because ignore_keys left them out: {', '.join(sorted(contents.ignored))}.")
     if contents.filled:
         notes.append(f"The EMA lacks {len(contents.filled)} frozen tensors; they are copied from the raw weights.")
-    return CompVisCheckpoint(translated, contents, scheduler, notes)
+    return CompVisCheckpoint(
+        translated, contents, scheduler, first_stage, notes + _stage_notes(translated, contents, options)
+    )
+
+
+def _first_stage_config(
+    config: CompVisConfig, tensors: Mapping[str, Tensor], options: LoadOptions
+) -> FirstStageConfig | None:
+    """Arguments of the first stage; None if the file has none, or the options leave it out."""
+    ignored = options.ignore_keys
+    in_file = any(name.startswith(FIRST_STAGE_PREFIX) and not name.startswith(ignored) for name in plain_keys(tensors))
+    if not config.first_stage or options.load_only_unet or not in_file:
+        return None
+    try:
+        return read_first_stage(config.first_stage, FIRST_STAGE)
+    except ValueError as error:
+        message = str(error).removesuffix(".")
+        raise ValueError(f"{message}; or leave the first stage out: ignore_keys {FIRST_STAGE_PREFIX}") from None
+
+
+def _stage_notes(config: CompVisConfig, contents: CheckpointContents, options: LoadOptions) -> list[str]:
+    """Notes on stages that the configuration has and the file does not."""
+    if options.load_only_unet or options.ignore_keys:
+        return []
+    notes = []
+    if config.first_stage and not contents.first_stage:
+        notes.append("The pipeline has no first stage: its samples are latents.")
+    if (config.cond_stage or "").rpartition(".")[2] == "ClassEmbedder" and contents.class_embedding is None:
+        notes.append("The pipeline has no class embeddings: pass encoder_hidden_states.")
+    return notes
 
 
 def _logvar_notes(logvar: Tensor | None, objective: Mapping[str, Any]) -> list[str]:
@@ -217,6 +294,7 @@ def report_compvis(
 ) -> Report:
     """Report on the conversion of a checkpoint to networks by set of weights, the default one first."""
     contents, config = checkpoint.contents, checkpoint.config
+    first_stage_rows = () if checkpoint.first_stage_config is None else checkpoint.first_stage_config.rows
     facts: dict[str, Any] = {}
     if checkpoint.ema_metadata is not None:
         facts |= {"ema_decay": checkpoint.ema_metadata.decay, "ema_num_updates": checkpoint.ema_metadata.num_updates}
@@ -227,13 +305,17 @@ def report_compvis(
     if checkpoint.scale_factor is not None:
         facts["scale_factor"] = checkpoint.scale_factor
     facts |= {f"scheduler.{name}": value for name, value in config.schedule.items()}
+    if config.concat_through_vae is not None:
+        facts["concat_through_vae"] = config.concat_through_vae
     facts |= {"conditioning_key": config.conditioning_key, **checkpoint.facts}
+    first_stage = checkpoint.first_stage
     return Report.of_networks(
         "compvis",
         Path(source).name,
         networks,
+        first_stage=[] if first_stage is None else first_stage[1],
         left_out=contents.left_out,
-        configuration=config.rows,
+        configuration=[*config.rows, *first_stage_rows],
         facts=facts,
         notes=checkpoint.notes + _foreign_classes(config),
     )

@@ -32,7 +32,7 @@ class Report:
         default: which weights are the default files: ``ema`` or ``raw``.
         raw_variant: whether the raw weights are saved too, as ``variant="raw"``.
         parameters: number of the network's parameters.
-        tensors: by set of weights (``raw``, ``ema``), one row per target.
+        tensors: by set of weights (``raw``, ``ema``, ``first_stage``), one row per target.
         left_out: tensors that are not part of the pipeline.
         configuration: one row per key.
         facts: what is converted in addition to the weights, by name.
@@ -57,6 +57,7 @@ class Report:
         family: Family,
         source: str,
         networks: Mapping[WeightSet, tuple[nn.Module, list[ConvertedTensor]]],
+        first_stage: Sequence[ConvertedTensor] = (),
         **more: Any,
     ) -> Report:
         """Report on networks by set of weights, the default one first; ``more`` are the other fields."""
@@ -69,7 +70,8 @@ class Report:
             default=default,
             raw_variant=len(networks) > 1,
             parameters=sum(parameter.numel() for parameter in network.parameters()),
-            tensors={which: rows for which, (_, rows) in networks.items()},
+            tensors={which: rows for which, (_, rows) in networks.items()}
+            | ({"first_stage": list(first_stage)} if first_stage else {}),
             **more,
         )
 

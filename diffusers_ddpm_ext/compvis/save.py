@@ -12,8 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from diffusers_ddpm_ext.compvis.architecture import complete_unet_params
+from diffusers_ddpm_ext.compvis.config.ddpm import FIRST_STAGE_AS_CONDITION, UNCONDITIONAL_STAGE
+from diffusers_ddpm_ext.compvis.first_stage.arguments import original_config
+from diffusers_ddpm_ext.compvis.first_stage.checkpoint_keys import CONDITION_PREFIX, FIRST_STAGE_PREFIX
+from diffusers_ddpm_ext.compvis.first_stage.weights import export_first_stage
 from diffusers_ddpm_ext.compvis.reader.archive import PathLike, read_tensors
-from diffusers_ddpm_ext.compvis.schema import COMPVIS_EMA_DECAY, FIXED_LOGVAR, REPORT_FILE
+from diffusers_ddpm_ext.compvis.schema import (
+    COMPVIS_EMA_DECAY,
+    CONDITION_STAGE,
+    FIRST_STAGE_SECTION,
+    FIXED_LOGVAR,
+    REPORT_FILE,
+    SCALE_FACTOR_BUFFER,
+)
 from diffusers_ddpm_ext.compvis.state_dict import CLASS_EMBEDDING_KEY, EMA_DECAY_KEY, EMA_NUM_UPDATES_KEY, SAVED_TABLES
 from diffusers_ddpm_ext.compvis.unet_params import is_same_network, unet_params_of
 from diffusers_ddpm_ext.compvis.weights import (
@@ -35,7 +46,8 @@ from diffusers_ddpm_ext.utils.input_files import exists, read_json_object
 from diffusers_ddpm_ext.utils.vocabulary import TO_COMPVIS_BETA_SCHEDULE, TO_COMPVIS_PREDICTION_TYPE
 from diffusers_ddpm_ext.utils.wrappers import unwrap
 
-DDPM_TARGET = "ldm.models.diffusion.ddpm.DDPM"
+DDPM_TARGET, LATENT_TARGET = "ldm.models.diffusion.ddpm.DDPM", "ldm.models.diffusion.ddpm.LatentDiffusion"
+CLASS_EMBEDDER, IDENTITY_STAGE = "ldm.modules.encoders.modules.ClassEmbedder", "torch.nn.Identity"
 UNET_TARGET = "ldm.modules.diffusionmodules.openaimodel.UNetModel"
 # Options that only Stability's UNetModel takes.
 STABILITY_ONLY = (
@@ -72,8 +84,8 @@ def save_compvis(
         pipeline_or_folder: a pipeline, or the folder of one, whose raw weights and number of EMA updates are included.
         path: ``.ckpt``, ``.pt`` or ``.pth``: ``{"state_dict": ...}``, read by ``torch.load(weights_only=True)``. It is
             written atomically.
-        base: the original checkpoint of a LatentDiffusion, whose first stage, conditioning stage and scale factor are
-            copied; without it a LatentDiffusion lacks these.
+        base: an original checkpoint, whose tensors that the pipeline does not have, such as a text encoder, are
+            copied.
         use_ema: write ``model_ema.*`` too; if there is a single set of weights, a copy of them with 0 updates.
 
     Raises:
@@ -160,6 +172,7 @@ def compvis_state_dict(source: ExportSource, use_ema: bool = True) -> dict[str, 
         state[EMA_NUM_UPDATES_KEY] = torch.tensor(facts.num_updates, dtype=torch.int)
         state |= {buffer: default[key] for buffer, key in ema_buffer_names(params).items()}
     state |= {name: getattr(scheduler, name) for name in SAVED_TABLES}
+    state |= _first_stage_state(source)
     logvar = source.facts.get(FIXED_LOGVAR) if pipeline.logvar is None else pipeline.logvar
     if logvar is not None:
         state["logvar"] = make_logvar(len(scheduler.schedule), torch.as_tensor(logvar))
@@ -167,6 +180,33 @@ def compvis_state_dict(source: ExportSource, use_ema: bool = True) -> dict[str, 
     if embedder is not None:
         state[CLASS_EMBEDDING_KEY] = embedder
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
+
+
+def _first_stage_state(source: ExportSource) -> dict[str, Tensor]:
+    """The first stage, again as the conditioning stage where it is that too, and the factor of the latents."""
+    pipeline, state = source.pipeline, {}
+    factor = pipeline.config.get("latent_scaling_factor")
+    if pipeline.vae is not None:
+        weights = export_first_stage(pipeline.vae, source.facts.get(FIRST_STAGE_SECTION))
+        state = {FIRST_STAGE_PREFIX + name: tensor for name, tensor in weights.items()}
+        if _condition_stage(source) == FIRST_STAGE_AS_CONDITION:
+            state |= {CONDITION_PREFIX + name: tensor for name, tensor in weights.items()}
+        factor = unwrap(pipeline.vae).config.scaling_factor
+    if source.facts.get(SCALE_FACTOR_BUFFER) and factor is not None:
+        state["scale_factor"] = torch.tensor(factor, dtype=torch.float32)
+    return state
+
+
+def _condition_stage(source: ExportSource) -> str | None:
+    """Target of the original's conditioning stage, the recorded one or what the pipeline's settings mean."""
+    config = source.pipeline.config
+    if config.get("conditioning_key") is None:
+        return UNCONDITIONAL_STAGE
+    if CONDITION_STAGE in source.facts:
+        return str(source.facts[CONDITION_STAGE])
+    if getattr(source.pipeline, "class_embedder", None) is not None:
+        return CLASS_EMBEDDER
+    return FIRST_STAGE_AS_CONDITION if config.get("concat_through_vae") == "mode" else IDENTITY_STAGE
 
 
 def _check_variance(scheduler: DDPMExtScheduler) -> None:
@@ -180,7 +220,7 @@ def _check_variance(scheduler: DDPMExtScheduler) -> None:
 
 
 def compvis_config(pipeline_or_folder: DDPMExtPipeline | PathLike, use_ema: bool = True) -> dict[str, Any]:
-    """The content of the YAML file, of the original's base class, that belongs to `save_compvis`' checkpoint.
+    """The content of the YAML file that belongs to `save_compvis`' checkpoint: of LatentDiffusion, or its base class.
 
     Betas without a name there (see `has_named_betas`) are not in it, since a YAML file cannot give the class an array:
     the class takes them from the checkpoint.
@@ -210,7 +250,28 @@ def compvis_config(pipeline_or_folder: DDPMExtPipeline | PathLike, use_ema: bool
         "channels": pipeline.unet.config.out_channels,
         "unet_config": {"target": UNET_TARGET, "params": _params(source)},
     }
-    return {"model": {"target": DDPM_TARGET, "params": params}}
+    if pipeline.vae is None:
+        return {"model": {"target": DDPM_TARGET, "params": params}}
+    return {"model": {"target": LATENT_TARGET, "params": params | _stage_params(source)}}
+
+
+def _stage_params(source: ExportSource) -> dict[str, Any]:
+    """Parameters of the original's LatentDiffusion that its base class does not have."""
+    pipeline, target = source.pipeline, _condition_stage(source)
+    stage: Any = target
+    if target == CLASS_EMBEDDER or str(target).endswith(".ClassEmbedder"):
+        classes, width = pipeline.class_embedder.shape
+        stage = {"target": target, "params": {"embed_dim": width, "n_classes": classes, "key": "class_label"}}
+    elif target not in (UNCONDITIONAL_STAGE, FIRST_STAGE_AS_CONDITION):
+        stage = {"target": target}
+    measured = bool(source.facts.get(SCALE_FACTOR_BUFFER))
+    return {
+        "scale_factor": 1.0 if measured else unwrap(pipeline.vae).config.scaling_factor,
+        "scale_by_std": measured,
+        "first_stage_config": original_config(pipeline.vae, source.facts.get(FIRST_STAGE_SECTION)).section,
+        "cond_stage_config": stage,
+        **({"cond_stage_key": "class_label"} if isinstance(stage, dict) and "params" in stage else {}),
+    }
 
 
 def has_named_betas(pipeline_or_folder: DDPMExtPipeline | PathLike) -> bool:
@@ -239,7 +300,7 @@ def _schedule_params(scheduler: DDPMExtScheduler) -> tuple[dict[str, Any], bool]
 
 
 def _with_base(state: dict[str, Tensor], base: PathLike) -> dict[str, Tensor]:
-    """Add another checkpoint's tensors that do not belong to the network."""
+    """Add another checkpoint's tensors that the pipeline does not have."""
     ours = (*UNET_PREFIXES, EMA_PREFIX, "logvar", *SAVED_TABLES)
     tensors = read_tensors(base)
     other = {name: tensors[key] for name, key in plain_keys(tensors).items()}

@@ -16,7 +16,11 @@ from diffusers_ddpm_ext.utils.network_budget import MAX_CLASSES, MAX_LAYERS, MAX
 
 EXPONENT_FLOAT = re.compile(r"[-+]?\d+[eE][-+]?\d+")  # plain YAML reads 1e-6 as text
 REPORT_FILE = "conversion.json"
-FIXED_LOGVAR = "fixed_logvar"  # a fact in it: a logvar that a class saves without learning it
+# Facts in it, besides the network's arguments: what the way back needs.
+FIXED_LOGVAR = "fixed_logvar"  # a logvar that a class saves without learning it
+FIRST_STAGE_SECTION = "first_stage_config"
+CONDITION_STAGE = "cond_stage"  # the target of the conditioning stage
+SCALE_FACTOR_BUFFER = "scale_factor_buffer"  # whether the file had the factor, not only the configuration
 COMPVIS_EMA_DECAY = 0.9999
 REFERENCE = "${"  # OmegaConf's reference to another key
 REFERENCE_ERROR = "refers to another key, whose value is not in this file: give the value itself."
@@ -172,7 +176,7 @@ MODEL_PARAM_TYPES: dict[str, ValueType] = {
     "ignore_keys": list_of(TEXT, "names", allow_empty=True) | NULL,
     **dict.fromkeys(
         ("clip_denoised", "use_ema", "learn_logvar", "concat_mode", "force_null_conditioning", "load_only_unet",
-         "make_it_fit", "reset_ema", "reset_num_ema_updates", "use_positional_encodings"),
+         "make_it_fit", "reset_ema", "reset_num_ema_updates", "scale_by_std", "use_positional_encodings"),
         BOOLEAN,
     ),
 }  # fmt: skip

@@ -5,7 +5,8 @@ model_ema.*                      its EMA, under names without dots; decay, num_u
 betas, alphas_cumprod, ...       the tables of the schedule
 logvar, scale_factor             learned log-variances, factor of the latents
 cond_stage_model.embedding.*     of a ClassEmbedder, used in place of a text encoder
-all others                       first stage, conditioning stage, training losses: not part of a pipeline here
+first_stage_model.*              the autoencoder; cond_stage_model.* again, where it is the conditioning stage too
+all others                       conditioning stage, training losses: not part of a pipeline here
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from diffusers_ddpm_ext.compvis.first_stage.checkpoint_keys import KnownStages, check_first_stage, why_left_out
 from diffusers_ddpm_ext.compvis.schema import COMPVIS_EMA_DECAY, listed
 from diffusers_ddpm_ext.compvis.weights import EMA_PREFIX, NETWORK_PREFIXES, UNET_PREFIXES, ema_buffer_names, unet_keys
 from diffusers_ddpm_ext.compvis.wrapper_names import plain_keys
@@ -30,7 +32,7 @@ SAVED_TABLES = tuple(name for name in TABLE_NAMES if name != "lvlb_weights")
 
 # Prefix -> why such tensors are not converted.
 LEFT_OUT_PREFIXES = {
-    "first_stage_model.": "first stage (autoencoder): decode latents with it",
+    "first_stage_model.": "first stage (autoencoder): not part of the network",
     "cond_stage_model.": "conditioning stage (such as a text encoder): pass its output as encoder_hidden_states",
     "cond_stage_models.": "conditioning stages: pass their output as encoder_hidden_states",
     "structcond_stage_model.": "structure encoder of StableSR: not part of the network",
@@ -73,6 +75,7 @@ class CheckpointContents:
         logvar: (T,), None if the file has none.
         scale_factor: of the latents, None if the file has none.
         class_embedding: (classes, dim), of a ClassEmbedder.
+        first_stage: the autoencoder's weights by its own keys; empty if the file has none, or they are left out.
         left_out: tensors that are not converted.
         ignored: UNetModel's keys of tensors that ``ignore_keys`` left out.
         filled: keys missing in the EMA because they were frozen, filled in from the raw weights.
@@ -85,6 +88,7 @@ class CheckpointContents:
     logvar: Tensor | None
     scale_factor: float | None
     class_embedding: Tensor | None
+    first_stage: dict[str, Tensor]
     left_out: list[LeftOut]
     ignored: set[str]
     filled: list[str]
@@ -96,7 +100,7 @@ def classify_tensors(
     *,
     ignore_keys: Iterable[str] = (),
     load_only_unet: bool = False,
-    class_embedder: bool = False,
+    stages: KnownStages | None = None,
     strict: bool = True,
 ) -> CheckpointContents:
     """Classify each tensor of a file by its role.
@@ -105,16 +109,18 @@ def classify_tensors(
         tensors: of the file, by their keys in it.
         unet_params: keyword arguments of its UNetModel.
         ignore_keys: prefixes of keys that are left out, as in the original; several may match one key.
-        load_only_unet: leave out everything but the network and its EMA.
-        class_embedder: whether the conditioning stage is a ClassEmbedder.
+        load_only_unet: leave out everything but the network, its EMA, and the factor of its latents.
+        stages: what it may contain besides the network; by default neither first stage nor classes.
         strict: refuse missing and unknown keys; otherwise unknown ones are left out.
 
     Raises:
         ValueError: a key that this network does not have, an unknown key, or a file without a network.
     """
     prefixes = (ignore_keys,) if isinstance(ignore_keys, str) else tuple(ignore_keys)
-    known = _KnownKeys(set(unet_keys(unet_params)), ema_buffer_names(unet_params), class_embedder)
-    by_role: dict[Role, dict[str, Tensor]] = {"raw": {}, "ema": {}, "ema_metadata": {}, "extra": {}}
+    stages = stages or KnownStages()
+    known = _KnownKeys(set(unet_keys(unet_params)), ema_buffer_names(unet_params), stages)
+    roles: tuple[Role, ...] = ("raw", "ema", "ema_metadata", "extra", "first stage", "condition")
+    by_role: dict[Role, dict[str, Tensor]] = {role: {} for role in roles}
     left_out: list[LeftOut] = []
     ignored: set[str] = set()
     unknown: list[str] = []
@@ -124,7 +130,7 @@ def classify_tensors(
         if plain.startswith(prefixes) or key.startswith(prefixes):
             left_out.append(LeftOut(key, tuple(tensor.shape), "in ignore_keys"))
             ignored |= {name} if role in ("raw", "ema") else set()
-        elif load_only_unet and role in ("extra", "not converted", "unknown"):
+        elif load_only_unet and name != "scale_factor" and role not in NETWORK_ROLES:
             left_out.append(LeftOut(key, tuple(tensor.shape), "load_only_unet"))
         elif role == "not converted":
             left_out.append(LeftOut(key, tuple(tensor.shape), name))
@@ -138,10 +144,17 @@ def classify_tensors(
         _check_known(unknown)
     left_out += [LeftOut(key, tuple(tensors[key].shape), "not in this network") for key in unknown]
     _check_has_network(list(tensors), by_role, ignored)
+    if strict and by_role["first stage"]:
+        check_first_stage(by_role["first stage"], by_role["condition"], stages.first_stage or ())
     return _contents(by_role, left_out, ignored, known.unet if strict else None)
 
 
-Role = Literal["raw", "ema", "ema_metadata", "extra", "not converted", "other network", "unknown"]
+Role = Literal[
+    "raw", "ema", "ema_metadata", "extra", "first stage", "condition", "not converted", "other network", "unknown"
+]
+
+
+NETWORK_ROLES: tuple[Role, ...] = ("raw", "ema", "ema_metadata", "other network")
 
 
 @dataclass(frozen=True)
@@ -151,12 +164,12 @@ class _KnownKeys:
     Attributes:
         unet: UNetModel's keys.
         ema: names of the EMA's buffers to UNetModel's keys.
-        class_embedder: whether the conditioning stage is a ClassEmbedder.
+        stages: what else it may contain.
     """
 
     unet: set[str]
     ema: dict[str, str]
-    class_embedder: bool
+    stages: KnownStages
 
     def role(self, key: str) -> tuple[Role, str]:
         """Role of a key, and its name in that role; for one that is not converted the reason."""
@@ -168,10 +181,21 @@ class _KnownKeys:
             return "ema", self.ema[key]
         if key.startswith(EMA_PREFIX):
             return "ema_metadata" if key in (EMA_DECAY_KEY, EMA_NUM_UPDATES_KEY) else "other network", key
-        if key in (*SAVED_TABLES, "logvar", "scale_factor") or (key == CLASS_EMBEDDING_KEY and self.class_embedder):
+        if key in (*SAVED_TABLES, "logvar", "scale_factor") or (
+            key == CLASS_EMBEDDING_KEY and self.stages.class_embedder
+        ):
             return "extra", key
+        for role, prefix in self.stages.prefixes:
+            if key.startswith(prefix):
+                return self._role_in_first_stage(role, key.removeprefix(prefix))
         why = next((why for prefix, why in LEFT_OUT_PREFIXES.items() if key.startswith(prefix)), None)
         return ("unknown", key) if why is None else ("not converted", why)
+
+    def _role_in_first_stage(self, role: Role, name: str) -> tuple[Role, str]:
+        why = why_left_out(name)
+        if why is not None:
+            return "not converted", why
+        return (role, name) if name in (self.stages.first_stage or ()) else ("unknown", name)
 
 
 def _check_known(unknown: list[str]) -> None:
@@ -219,6 +243,7 @@ def _contents(
         logvar=extra.get("logvar"),
         scale_factor=_scalar(extra, "scale_factor", 1e-30, 1e30) if "scale_factor" in extra else None,
         class_embedding=extra.get(CLASS_EMBEDDING_KEY),
+        first_stage=by_role["first stage"],
         left_out=left_out,
         ignored=ignored,
         filled=filled,

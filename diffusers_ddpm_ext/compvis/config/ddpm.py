@@ -35,9 +35,11 @@ from diffusers_ddpm_ext.utils.vocabulary import (
     FROM_COMPVIS_BETA_SCHEDULE,
     FROM_COMPVIS_PREDICTION_TYPE,
     REQUIRED_CONDITIONS,
+    ConcatThroughVae,
 )
 from diffusers_ddpm_ext.utils.yaml_io import load_compvis_yaml
 
+FIRST_STAGE = "model.params.first_stage_config"
 NO_KEY = ("none", "null", "~", "")  # a text in a file whose author meant nothing
 LOSS_PARAMS = ("loss_type", "l_simple_weight", "original_elbo_weight")
 UNCONDITIONAL_STAGE, FIRST_STAGE_AS_CONDITION = "__is_unconditional__", "__is_first_stage__"
@@ -50,12 +52,14 @@ class SampleFormat:
     Attributes:
         latent: whether they are latents of a first stage.
         scale_factor: factor of the latents; None for images.
+        scale_by_std: whether the factor was measured in training, so that only the checkpoint has it.
         image_size: height and width, or both in one value.
         channels: number of channels.
     """
 
     latent: bool
     scale_factor: float | None
+    scale_by_std: bool
     image_size: Any
     channels: int
 
@@ -72,6 +76,7 @@ class CompVisConfig:
         conditioning_key: as the class resolves it; None for an unconditional model.
         use_ema: whether it has an EMA.
         samples: format of its samples.
+        first_stage: configuration of the first stage, as in the file; None if the samples are images.
         cond_stage: target of the conditioning stage.
         ucg: conditions dropped at random in training: by batch key, probability and null value.
         training: other options of our trainer, by name.
@@ -85,10 +90,22 @@ class CompVisConfig:
     conditioning_key: str | None
     use_ema: bool
     samples: SampleFormat
+    first_stage: Mapping[str, Any] | None
     cond_stage: str | None
     ucg: dict[str, Any]
     training: dict[str, Any]
     rows: tuple[ConfigRow, ...] = ()
+
+    @property
+    def concat_through_vae(self) -> ConcatThroughVae | None:
+        """How a concatenated condition goes through the first stage: its own, unscaled mode, or a scaled sample."""
+        if not self.samples.latent or "concat_inputs" not in REQUIRED_CONDITIONS[self.conditioning_key]:
+            return None
+        if self.target == "LatentInpaintDiffusion":
+            return "sample"
+        path = next(str(row.value) for row in self.rows if row.key == "model.target")
+        edits = path.split(".")[-2:-1] == ["ddpm_edit"]  # InstructPix2Pix' LatentDiffusion
+        return "mode" if edits or self.cond_stage == FIRST_STAGE_AS_CONDITION else None
 
 
 def read_compvis_config(
@@ -163,12 +180,13 @@ class _ConfigReader(RunKeyReader):
         self.training["use_ema"] = use_ema
         samples = SampleFormat(
             self._has_first_stage(),
-            self.param("scale_factor", 1.0 if self.latent else None, "kept in conversion.json"),
+            self.param("scale_factor", 1.0 if self.latent else None, "scaling_factor of pipeline.vae"),
+            bool(self.param("scale_by_std", False, "scale_factor of the checkpoint")) and self.latent,
             self.param("image_size", 256, "sample_size; --resolution"),
             self.param("channels", 3, "channels of a sample; --channels"),
         )
-        self._stage("first_stage_config", "decode latents with it")
-        cond_stage = self._stage("cond_stage_config", "pass its output as a condition")
+        self._stage("first_stage_config")
+        cond_stage = self._stage("cond_stage_config")
         ucg = self.training_only(
             lambda: self._condition_dropout(key, cond_stage), {}, "model.params", ("ucg_training",), self.params
         )
@@ -180,6 +198,7 @@ class _ConfigReader(RunKeyReader):
             "conditioning_key": key,
             "use_ema": use_ema,
             "samples": samples,
+            "first_stage": as_mapping(self.params.get("first_stage_config"), FIRST_STAGE) if samples.latent else None,
             "cond_stage": cond_stage,
             "ucg": ucg,
         }
@@ -326,7 +345,7 @@ class _ConfigReader(RunKeyReader):
         empty = stage is None and "first_stage_config" in self.params
         return self.latent and not empty and target.rpartition(".")[2] != targets.IDENTITY_FIRST_STAGE
 
-    def _stage(self, name: str, use: str) -> str | None:
+    def _stage(self, name: str) -> str | None:
         stage = self.params.get(name)
         if stage is None:
             if name in self.params:
@@ -337,12 +356,14 @@ class _ConfigReader(RunKeyReader):
             raise ValueError(f"model.params.{name} has no target.")
         last = target.rpartition(".")[2]
         fate: Fate = "translated"
-        if last == "ClassEmbedder":
+        if name == "first_stage_config":
+            note = "pipeline.vae; --vae" if self._has_first_stage() else "the samples are images"
+        elif last == "ClassEmbedder":
             note = "pipeline.class_embedder; class_labels choose rows"
         elif target in (UNCONDITIONAL_STAGE, FIRST_STAGE_AS_CONDITION):
             note = "conditioning_key"
         else:
-            fate, note = "without effect", f"{last} is not part of the pipeline: {use}"
+            fate, note = "without effect", f"{last} is not part of the pipeline: pass its output as a condition"
         self.note(f"model.params.{name}", stage, fate, note)
         return target
 

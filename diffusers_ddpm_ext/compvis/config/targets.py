@@ -34,7 +34,6 @@ PARAMS_WITHOUT_EFFECT = {
     "log_every_t": "pipe(log_every_t=...)",
     "cond_stage_trainable": "conditioning stages are not trained here: store their outputs",
     "cond_stage_forward": "conditioning stages are not part of the pipeline",
-    "scale_by_std": "the resulting factor is scale_factor in the checkpoint",
     "depth_stage_config": "pass the depth as concat_inputs",
     "low_scale_config": "pass the low-resolution input as concat_inputs, its noise level as class_labels",
     "low_scale_key": "pass the low-resolution input as concat_inputs",
@@ -68,7 +67,7 @@ KNOWN_PARAMS = (
     "clip_denoised", "linear_start", "linear_end", "cosine_s", "given_betas", "original_elbo_weight", "v_posterior",
     "l_simple_weight", "conditioning_key", "parameterization", "scheduler_config", "learn_logvar", "logvar_init",
     "ucg_training", "first_stage_config", "cond_stage_config", "concat_mode", "scale_factor",
-    "force_null_conditioning", "num_timesteps_cond", *START_PARAMS, *PARAMS_WITHOUT_EFFECT,
+    "scale_by_std", "force_null_conditioning", "num_timesteps_cond", *START_PARAMS, *PARAMS_WITHOUT_EFFECT,
     *PARAMS_REFUSED_UNLESS_EMPTY,
 )  # fmt: skip
 
@@ -130,7 +129,7 @@ def why_without_effect(key: str) -> str:
 def unknown_model(target: str, name: str) -> str:
     """The error message for an unknown ``model.target``."""
     if name in AUTOENCODERS:
-        return f"model.target {target} is an autoencoder, not a diffusion model: it cannot be converted."
+        return f"model.target {target} is an autoencoder, not a diffusion model: ddpm-ext convert makes a --vae of it."
     near = difflib.get_close_matches(name, IS_LATENT, n=1)
     hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(IS_LATENT)}."
     return f"model.target {target} is not a known class: {hint} Nothing is imported."

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from diffusers_ddpm_ext.compvis.architecture import NORM_GROUPS
-from diffusers_ddpm_ext.compvis.first_stage.architecture import DDCONFIG_DEFAULTS, FirstStageConfig
+from diffusers_ddpm_ext.compvis.architecture import NORM_GROUPS, as_list
+from diffusers_ddpm_ext.compvis.first_stage.architecture import DDCONFIG_DEFAULTS, FirstStageConfig, read_first_stage
+from diffusers_ddpm_ext.compvis.schema import FIRST_STAGE_SECTION, REPORT_FILE
 from diffusers_ddpm_ext.utils.wrappers import network_class, unwrap
 
 TARGETS = {"AutoencoderKL": "AutoencoderKL", "VQModel": "VQModelInterface"}
@@ -79,6 +81,25 @@ def first_stage_config_of(autoencoder: nn.Module) -> FirstStageConfig:
         return FirstStageConfig(TARGETS[name], ddconfig, config["latent_channels"])
     embed_dim = config["vq_embed_dim"] or config["latent_channels"]
     return FirstStageConfig(TARGETS[name], ddconfig, embed_dim, config["num_vq_embeddings"])
+
+
+def original_config(autoencoder: nn.Module, recorded: Any) -> FirstStageConfig:
+    """Arguments of the original autoencoder: those recorded when it was converted, if it is the same as then.
+
+    Args:
+        autoencoder: of Diffusers.
+        recorded: a ``first_stage_config``, or None.
+
+    Raises:
+        ValueError: the original's classes cannot express it; the message names the setting.
+    """
+    if recorded is not None:
+        config = read_first_stage(recorded, f"{REPORT_FILE} facts.{FIRST_STAGE_SECTION}")
+        module: Any = unwrap(autoencoder)
+        same = all(as_list(module.config.get(key)) == as_list(value) for key, value in config.diffusers_config.items())
+        if same and all(module.config.get(key, value) == value for key, value in ONLY_SUPPORTED_VALUE.items()):
+            return replace(config, ddconfig=config.ddconfig | {"resamp_with_conv": True})
+    return first_stage_config_of(autoencoder)
 
 
 def _attends(config: Mapping[str, Any], key: str) -> list[bool]:

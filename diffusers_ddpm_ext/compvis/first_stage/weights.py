@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, VQModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusers_ddpm_ext.compvis.first_stage.architecture import FirstStageConfig
-from diffusers_ddpm_ext.compvis.first_stage.arguments import first_stage_config_of
+from diffusers_ddpm_ext.compvis.first_stage.arguments import original_config
 from diffusers_ddpm_ext.compvis.key_map import TensorMapping, Transform
 from diffusers_ddpm_ext.compvis.weights import (
     ConvertedTensor,
@@ -107,14 +108,12 @@ def first_stage_keys(config: FirstStageConfig) -> set[str]:
     return {mapping.source for mapping in mappings if mapping.source}
 
 
-def export_first_stage(
-    autoencoder: AutoencoderKL | VQModel, config: FirstStageConfig | None = None
-) -> dict[str, Tensor]:
+def export_first_stage(autoencoder: nn.Module, recorded: Any = None) -> dict[str, Tensor]:
     """Convert an autoencoder's weights to the original's keys and shapes; the inverse of `convert_first_stage`.
 
     Args:
         autoencoder: of Diffusers.
-        config: of the original; by default that of `first_stage_config_of`.
+        recorded: as in `original_config`.
 
     Returns:
         The original's keys to tensors, in the autoencoder's dtype, on its device.
@@ -122,8 +121,7 @@ def export_first_stage(
     Raises:
         ValueError: the original's classes cannot express the autoencoder; the message names the setting.
     """
-    if config is None:
-        first_stage_config_of(autoencoder)  # refuses what cannot be expressed
+    original_config(autoencoder, recorded)  # refuses what cannot be expressed
     if resamples_without_weights(autoencoder, pool="pool_unpadded"):
         raise ValueError(
             "resamp_with_conv false cannot be exported: this autoencoder was converted from one that resamples "

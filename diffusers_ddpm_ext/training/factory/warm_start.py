@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from diffusers_ddpm_ext.compvis.architecture import translate_unet
 from diffusers_ddpm_ext.compvis.config.ddpm import read_compvis_config
+from diffusers_ddpm_ext.compvis.first_stage.checkpoint_keys import KnownStages
 from diffusers_ddpm_ext.compvis.reader.archive import read_tensors
 from diffusers_ddpm_ext.compvis.state_dict import LeftOut, classify_tensors, describe_schedule_difference
 from diffusers_ddpm_ext.compvis.unet_params import unet_params_of
@@ -183,7 +184,7 @@ def _read_checkpoint(path: Path, options: StartOptions, denoiser: nn.Module) -> 
         ignore_keys=options.ignore_keys or (),
         load_only_unet=False,
         strict=False,
-        class_embedder=has_table,
+        stages=KnownStages(class_embedder=has_table),
     )
     own = export_unet(denoiser, params)
     raw = _complete(contents.raw or contents.ema, own, own, options.make_it_fit)
