@@ -18,6 +18,7 @@ from diffusers_ddpm_ext.utils.option import option, positional
 
 if TYPE_CHECKING:
     from diffusers_ddpm_ext.compvis.convert import Converted
+    from diffusers_ddpm_ext.compvis.convert_first_stage import ConvertedFirstStage
 
 CONVERT_EXAMPLES = """examples:
   ddpm-ext convert --from compvis --checkpoint model.ckpt --config model.yaml --out my-model
@@ -145,8 +146,7 @@ def parse_convert_args(argv: Sequence[str]) -> FolderConversion | FolderCheck | 
         return _export(options)
     if options.check is not None:
         check = FolderCheck(options.check, _source(options, "--check", options.model_flags is not None))
-        if not (check.folder / "model_index.json").is_file():
-            raise ConfigError(f"--check {check.folder} holds no pipeline (no model_index.json)")
+        _check_has_model("--check ", check.folder)
         return check
     source = _source(options, f"--from {options.source}", options.source == "openai")
     out = _checked_out(options, "folder")
@@ -182,8 +182,7 @@ def _export(options: ConvertOptions) -> CheckpointExport:
         raise ConfigError(
             "--to compvis needs the folder of a pipeline: ddpm-ext convert --to compvis FOLDER --out FILE"
         )
-    if not (options.folder / "model_index.json").is_file():
-        raise ConfigError(f"{options.folder} holds no pipeline (no model_index.json)")
+    _check_has_model("", options.folder)
     _refuse_set(options, ("checkpoint", "config", "model_flags", "ema_checkpoint"), "--to compvis")
     if options.samples:
         raise ConfigError("--samples has no effect with --to compvis: ddpm-ext sample draws from the folder")
@@ -195,6 +194,13 @@ def _export(options: ConvertOptions) -> CheckpointExport:
         raise ConfigError(f"--out {options.out} must end in {', '.join(CHECKPOINT_SUFFIXES)}")
     out = _checked_out(options, "file")
     return CheckpointExport(options.folder, out, options.base, options.config_out, not options.no_ema)
+
+
+def _check_has_model(option: str, folder: Path) -> None:
+    if not any((folder / name).is_file() for name in ("model_index.json", "config.json")):
+        raise ConfigError(
+            f"{option}{folder} holds no pipeline (no model_index.json), nor an autoencoder (no config.json)"
+        )
 
 
 def _refuse_set(options: ConvertOptions, names: Sequence[str], mode: str) -> None:
@@ -246,31 +252,38 @@ def run_conversion(mode: FolderConversion | FolderCheck | CheckpointExport) -> s
         raise ConfigError(f"{where}{error.strerror or error}") from error
 
 
-def _convert(source: CompVisSource | OpenAISource) -> Converted:
+def _convert(source: CompVisSource | OpenAISource) -> Converted | ConvertedFirstStage:
     from diffusers_ddpm_ext.compvis.convert import convert_compvis, convert_openai
+    from diffusers_ddpm_ext.compvis.convert_first_stage import convert_first_stage_file, is_first_stage_config
 
     if isinstance(source, OpenAISource):
         return convert_openai(source.checkpoint, source.model_flags, source.ema_checkpoint)
+    if is_first_stage_config(source.config):
+        return convert_first_stage_file(source.checkpoint, source.config, source.load)
     return convert_compvis(source.checkpoint, source.config, source.load)
 
 
-def _write_folder(mode: FolderConversion, converted: Converted) -> str:
+def _write_folder(mode: FolderConversion, converted: Converted | ConvertedFirstStage) -> str:
     from diffusers_ddpm_ext.compvis.schema import REPORT_FILE
     from diffusers_ddpm_ext.utils.files import apply_umask, replace_folder
 
+    pipeline = converted.pipeline
+    if mode.samples and pipeline is None:
+        raise ConfigError(f"--samples {mode.samples}: an autoencoder draws no samples: leave it out")
     draft = mode.out.with_name(f".writing-{mode.out.name}-{secrets.token_hex(4)}")
     draft.mkdir()
     try:
         converted.save(draft)
         apply_umask(draft)
         if mode.samples:
-            _draw_samples(converted.pipeline, draft / "samples.png", mode)
+            _draw_samples(pipeline, draft / "samples.png", mode)
         (draft / REPORT_FILE).write_text(json.dumps(converted.report.as_json(), indent=1) + "\n", encoding="utf-8")
         replace_folder(draft, mode.out)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     report = converted.report.summary() if mode.quiet else converted.report.table(tensors=mode.verbose)
-    return f"{report}\nThe pipeline is in {mode.out}; {REPORT_FILE} contains this report."
+    what = f"The first stage is in {mode.out}, for --vae" if pipeline is None else f"The pipeline is in {mode.out}"
+    return f"{report}\n{what}; {REPORT_FILE} contains this report."
 
 
 def _draw_samples(pipeline: Any, path: Path, mode: FolderConversion) -> None:
@@ -303,14 +316,15 @@ def _draw_samples(pipeline: Any, path: Path, mode: FolderConversion) -> None:
     save_grid(images.transpose(0, 3, 1, 2) * 2 - 1, path)
 
 
-def _compare(folder: Path, converted: Converted) -> str:
+def _compare(folder: Path, converted: Converted | ConvertedFirstStage) -> str:
     differences = converted.compare(folder)
     if differences:
         more = f"; and {len(differences) - 5} more" if len(differences) > 5 else ""
         first = "; ".join(differences[:5])
         raise RunError(f"--check {folder}: {len(differences)} differences from the checkpoint: {first}{more}")
     count = sum(len(rows) for rows in converted.report.tensors.values())
-    return f"{folder} matches its checkpoint: {count} tensors are bit-exact, scheduler and logvar too"
+    rest = ", scheduler and logvar too" if converted.pipeline is not None else ""
+    return f"{folder} matches its checkpoint: {count} tensors are bit-exact{rest}"
 
 
 def _write_checkpoint(mode: CheckpointExport) -> str:

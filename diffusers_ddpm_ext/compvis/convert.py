@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from diffusers_ddpm_ext.compvis.architecture import as_list
+from diffusers_ddpm_ext.compvis.compare import network_differences, tensor_difference
 from diffusers_ddpm_ext.compvis.config.openai import read_flags
 from diffusers_ddpm_ext.compvis.load import choose_weights, read_compvis_checkpoint, report_compvis
 from diffusers_ddpm_ext.compvis.load_options import LoadOptions, WeightSet
@@ -19,7 +18,6 @@ from diffusers_ddpm_ext.compvis.report import Report
 from diffusers_ddpm_ext.compvis.state_dict import SAVED_TABLES
 from diffusers_ddpm_ext.compvis.weights import build_network, strip_prefixes
 from diffusers_ddpm_ext.models.ema import EmaMetadata, load_ema_metadata, save_ema_metadata
-from diffusers_ddpm_ext.pipelines.guidance import network_config
 from diffusers_ddpm_ext.pipelines.pipeline_ddpm_ext import DDPMExtPipeline
 from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
 
@@ -54,54 +52,34 @@ class Converted:
     def compare(self, folder: PathLike) -> list[str]:
         """Compare a pipeline's folder with this conversion: one phrase per difference of a tensor or setting."""
         other = DDPMExtPipeline.from_pretrained(folder)
-        differences = _network_differences("unet", self.pipeline.unet, other.unet)
+        differences = network_differences("unet", self.pipeline.unet, other.unet)
         if self.raw is not None:
             try:
                 raw = type(other.unet).from_pretrained(folder, subfolder="unet", variant=RAW_VARIANT)
-                differences += _network_differences('unet (variant="raw")', self.raw, raw)
+                differences += network_differences('unet (variant="raw")', self.raw, raw)
             except OSError:
                 differences.append('unet has no variant="raw"')
+        if self.pipeline.vae is not None and other.vae is not None:
+            differences += network_differences("vae", self.pipeline.vae, other.vae)
+        elif self.pipeline.vae is not None or other.vae is not None:
+            what = (
+                "has a first stage, the checkpoint has not" if self.pipeline.vae is None else "lacks the first stage"
+            )
+            differences.append(f"the pipeline {what}")
         for name in ("logvar", "class_embedder"):
-            differences += _tensor_difference(name, getattr(self.pipeline, name, None), getattr(other, name, None))
+            differences += tensor_difference(name, getattr(self.pipeline, name, None), getattr(other, name, None))
         for name in SAVED_TABLES:
             table = getattr(other.scheduler, name, None)
-            differences += _tensor_difference(f"scheduler.{name}", getattr(self.pipeline.scheduler, name), table)
+            differences += tensor_difference(f"scheduler.{name}", getattr(self.pipeline.scheduler, name), table)
         for name, value in self.pipeline.scheduler.config.items():
             if not name.startswith("_") and name != "trained_betas" and other.scheduler.config.get(name) != value:
                 differences.append(f"the scheduler's {name} is {other.scheduler.config.get(name)}, not {value}")
-        for name in ("conditioning_key", "use_positional_encodings", "latent_scaling_factor"):
+        for name in ("conditioning_key", "use_positional_encodings", "latent_scaling_factor", "concat_through_vae"):
             if (other.config.get(name) or None) != (self.pipeline.config.get(name) or None):
                 differences.append(f"{name} is {other.config.get(name)}, not {self.pipeline.config.get(name)}")
         if self.ema is not None and load_ema_metadata(folder) != self.ema:
             differences.append(f"ema.json is {load_ema_metadata(folder)}, not {self.ema}")
         return differences
-
-
-def _network_differences(where: str, ours: nn.Module, theirs: nn.Module) -> list[str]:
-    expected, actual = ours.state_dict(), theirs.state_dict()
-    differences = [f"{where} lacks {name}" for name in expected.keys() - actual.keys()]
-    differences += [f"{where} has an additional {name}" for name in actual.keys() - expected.keys()]
-    config = network_config(theirs)
-    differences += [
-        f"{where}'s {name} is {config.get(name)}, not {value}"
-        for name, value in network_config(ours).items()
-        if not name.startswith("_") and as_list(config.get(name)) != as_list(value)
-    ]
-    for name in expected.keys() & actual.keys():
-        differences += _tensor_difference(f"{where} {name}", expected[name], actual[name])
-    return sorted(differences)
-
-
-def _tensor_difference(name: str, ours: Tensor | None, theirs: Tensor | None) -> list[str]:
-    if ours is None or theirs is None:
-        what = "missing" if theirs is None else "present, but not in the source"
-        return [] if ours is theirs else [f"{name} is {what}"]
-    if ours.shape != theirs.shape:
-        return [f"{name} has shape {tuple(theirs.shape)}, not {tuple(ours.shape)}"]
-    if torch.equal(ours, theirs.to(ours.dtype)):
-        return []
-    largest = float((ours.double() - theirs.double()).abs().max())
-    return [f"{name} differs by up to {largest:.3g}"]
 
 
 def convert_compvis(

@@ -93,7 +93,7 @@ class CompVisCheckpoint:
             concat_through_vae=self.config.concat_through_vae,
             vae=None if first_stage is None else first_stage[0],
         )
-        pipeline.compvis_facts = self.facts  # for save_compvis
+        pipeline.compvis_facts, pipeline.compvis_contents = self.facts, self.contents  # for save_compvis
         if self.learns_logvar:
             pipeline.logvar = self.contents.logvar
         if self.contents.class_embedding is not None:

@@ -12,20 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from diffusers_ddpm_ext.compvis.architecture import complete_unet_params
-from diffusers_ddpm_ext.compvis.config.ddpm import FIRST_STAGE_AS_CONDITION, UNCONDITIONAL_STAGE
+from diffusers_ddpm_ext.compvis.export_stages import bare_first_stage, read_facts, stage_params, stage_tensors
 from diffusers_ddpm_ext.compvis.first_stage.arguments import original_config
-from diffusers_ddpm_ext.compvis.first_stage.checkpoint_keys import CONDITION_PREFIX, FIRST_STAGE_PREFIX
 from diffusers_ddpm_ext.compvis.first_stage.weights import export_first_stage
 from diffusers_ddpm_ext.compvis.reader.archive import PathLike, read_tensors
-from diffusers_ddpm_ext.compvis.schema import (
-    COMPVIS_EMA_DECAY,
-    CONDITION_STAGE,
-    FIRST_STAGE_SECTION,
-    FIXED_LOGVAR,
-    REPORT_FILE,
-    SCALE_FACTOR_BUFFER,
-)
-from diffusers_ddpm_ext.compvis.state_dict import CLASS_EMBEDDING_KEY, EMA_DECAY_KEY, EMA_NUM_UPDATES_KEY, SAVED_TABLES
+from diffusers_ddpm_ext.compvis.schema import COMPVIS_EMA_DECAY, FIXED_LOGVAR, REPORT_FILE
+from diffusers_ddpm_ext.compvis.state_dict import EMA_DECAY_KEY, EMA_NUM_UPDATES_KEY, SAVED_TABLES, CheckpointContents
 from diffusers_ddpm_ext.compvis.unet_params import is_same_network, unet_params_of
 from diffusers_ddpm_ext.compvis.weights import (
     EMA_PREFIX,
@@ -42,12 +34,10 @@ from diffusers_ddpm_ext.pipelines.pipeline_ddpm_ext import DDPMExtPipeline
 from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
 from diffusers_ddpm_ext.utils.files import write_atomically
 from diffusers_ddpm_ext.utils.generations import read_one_generation
-from diffusers_ddpm_ext.utils.input_files import exists, read_json_object
 from diffusers_ddpm_ext.utils.vocabulary import TO_COMPVIS_BETA_SCHEDULE, TO_COMPVIS_PREDICTION_TYPE
 from diffusers_ddpm_ext.utils.wrappers import unwrap
 
 DDPM_TARGET, LATENT_TARGET = "ldm.models.diffusion.ddpm.DDPM", "ldm.models.diffusion.ddpm.LatentDiffusion"
-CLASS_EMBEDDER, IDENTITY_STAGE = "ldm.modules.encoders.modules.ClassEmbedder", "torch.nn.Identity"
 UNET_TARGET = "ldm.modules.diffusionmodules.openaimodel.UNetModel"
 # Options that only Stability's UNetModel takes.
 STABILITY_ONLY = (
@@ -67,21 +57,28 @@ class ExportSource:
         raw: the network with the raw weights; None if there is only one set.
         ema: decay and number of updates of the EMA, if known.
         facts: what ``conversion.json`` tells of the checkpoint that it was converted from; empty without one.
+        contents: of the checkpoint that it was loaded from, if it was.
     """
 
     pipeline: DDPMExtPipeline
     raw: nn.Module | None
     ema: EmaMetadata | None
     facts: Mapping[str, Any] = field(default_factory=dict)
+    contents: CheckpointContents | None = None
 
 
 def save_compvis(
-    pipeline_or_folder: DDPMExtPipeline | PathLike, path: PathLike, base: PathLike | None = None, use_ema: bool = True
+    pipeline_or_folder: DDPMExtPipeline | nn.Module | PathLike,
+    path: PathLike,
+    base: PathLike | None = None,
+    use_ema: bool = True,
 ) -> None:
     """Write a checkpoint that the original classes load with ``strict=True``, given the same configuration.
 
     Args:
-        pipeline_or_folder: a pipeline, or the folder of one, whose raw weights and number of EMA updates are included.
+        pipeline_or_folder: a pipeline, or the folder of one. The other set of weights (raw beside EMA) and the number
+            of updates are included: from the folder, or as long as its network is unchanged, from the checkpoint that
+            `load_compvis` read. An autoencoder, or the folder of one, is written as the original's autoencoder.
         path: ``.ckpt``, ``.pt`` or ``.pth``: ``{"state_dict": ...}``, read by ``torch.load(weights_only=True)``. It is
             written atomically.
         base: an original checkpoint, whose tensors that the pipeline does not have, such as a text encoder, are
@@ -95,15 +92,22 @@ def save_compvis(
     target = Path(path)
     if target.suffix not in (".ckpt", ".pt", ".pth"):
         raise ValueError(f"path is {target.name}; the name of an original checkpoint must end in .ckpt, .pt or .pth.")
-    state = compvis_state_dict(_export_source(pipeline_or_folder), use_ema)
+    stage = bare_first_stage(pipeline_or_folder)
+    if stage is None:
+        state = compvis_state_dict(_export_source(pipeline_or_folder), use_ema)
+    else:
+        state = _on_cpu(export_first_stage(*stage))
     if base is not None:
         state = _with_base(state, base)
     write_atomically(target, lambda file: torch.save({"state_dict": state}, file), make_parents=False, fsync=True)
 
 
-def _export_source(source: DDPMExtPipeline | PathLike) -> ExportSource:
+def _export_source(source: DDPMExtPipeline | nn.Module | PathLike) -> ExportSource:
+    if isinstance(source, nn.Module):
+        raise ValueError(f"{type(source).__name__} is neither a pipeline nor an autoencoder, which can be exported.")
     if isinstance(source, DDPMExtPipeline):
-        return ExportSource(source, None, None, getattr(source, "compvis_facts", None) or {})
+        facts, contents = (getattr(source, f"compvis_{name}", None) for name in ("facts", "contents"))
+        return ExportSource(source, None, None, facts or {}, contents)
     return read_one_generation(Path(source), _read_source)
 
 
@@ -114,12 +118,7 @@ def _read_source(folder: Path) -> ExportSource:
     raw = None
     if any((folder / "unet" / name).is_file() for name in RAW_WEIGHT_FILES):
         raw = type(pipeline.unet).from_pretrained(folder, subfolder="unet", variant="raw")
-    return ExportSource(pipeline, raw, load_ema_metadata(folder), _read_facts(folder / REPORT_FILE))
-
-
-def _read_facts(path: Path) -> dict[str, Any]:
-    """What a conversion recorded besides the tensors; empty if the folder is not a converted checkpoint."""
-    return read_json_object(path).object("facts").content if exists(path) else {}
+    return ExportSource(pipeline, raw, load_ema_metadata(folder), read_facts(folder))
 
 
 def _params(source: ExportSource) -> dict[str, Any]:
@@ -163,50 +162,41 @@ def compvis_state_dict(source: ExportSource, use_ema: bool = True) -> dict[str, 
         raise ValueError("use_positional_encodings cannot be exported: the original's classes do not provide them.")
     _check_variance(scheduler)
     params = _params(source)
-    default = export_unet(pipeline.unet, params)
-    raw = default if source.raw is None else export_unet(source.raw, params)
+    raw, ema, metadata = _weight_sets(source, params)
     state = {UNET_PREFIXES[0] + name: tensor for name, tensor in raw.items()}
     if use_ema:
-        facts = source.ema if source.raw is not None and source.ema is not None else EmaMetadata(COMPVIS_EMA_DECAY, 0)
-        state[EMA_DECAY_KEY] = torch.tensor(facts.decay, dtype=torch.float32)
-        state[EMA_NUM_UPDATES_KEY] = torch.tensor(facts.num_updates, dtype=torch.int)
-        state |= {buffer: default[key] for buffer, key in ema_buffer_names(params).items()}
+        state[EMA_DECAY_KEY] = torch.tensor(metadata.decay, dtype=torch.float32)
+        state[EMA_NUM_UPDATES_KEY] = torch.tensor(metadata.num_updates, dtype=torch.int)
+        state |= {buffer: ema[key] for buffer, key in ema_buffer_names(params).items()}
     state |= {name: getattr(scheduler, name) for name in SAVED_TABLES}
-    state |= _first_stage_state(source)
+    state |= stage_tensors(pipeline, source.facts)
     logvar = source.facts.get(FIXED_LOGVAR) if pipeline.logvar is None else pipeline.logvar
     if logvar is not None:
         state["logvar"] = make_logvar(len(scheduler.schedule), torch.as_tensor(logvar))
-    embedder = getattr(pipeline, "class_embedder", None)
-    if embedder is not None:
-        state[CLASS_EMBEDDING_KEY] = embedder
+    return _on_cpu(state)
+
+
+def _on_cpu(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
 
 
-def _first_stage_state(source: ExportSource) -> dict[str, Tensor]:
-    """The first stage, again as the conditioning stage where it is that too, and the factor of the latents."""
-    pipeline, state = source.pipeline, {}
-    factor = pipeline.config.get("latent_scaling_factor")
-    if pipeline.vae is not None:
-        weights = export_first_stage(pipeline.vae, source.facts.get(FIRST_STAGE_SECTION))
-        state = {FIRST_STAGE_PREFIX + name: tensor for name, tensor in weights.items()}
-        if _condition_stage(source) == FIRST_STAGE_AS_CONDITION:
-            state |= {CONDITION_PREFIX + name: tensor for name, tensor in weights.items()}
-        factor = unwrap(pipeline.vae).config.scaling_factor
-    if source.facts.get(SCALE_FACTOR_BUFFER) and factor is not None:
-        state["scale_factor"] = torch.tensor(factor, dtype=torch.float32)
-    return state
+def _weight_sets(
+    source: ExportSource, params: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Tensor], EmaMetadata]:
+    """Raw weights, EMA, its metadata: of the folder, or of the checkpoint if the network equals one of its sets."""
+    own, contents = export_unet(source.pipeline.unet, params), source.contents
+    if source.raw is not None:
+        return export_unet(source.raw, params), own, source.ema or EmaMetadata(COMPVIS_EMA_DECAY, 0)
+    if contents is not None and contents.raw and contents.ema:
+        sets = [{name: tensor.float() for name, tensor in kind.items()} for kind in (contents.raw, contents.ema)]
+        if any(_are_equal(own, weights) for weights in sets):
+            return sets[0], sets[1], contents.ema_metadata
+    return own, own, EmaMetadata(COMPVIS_EMA_DECAY, 0)
 
 
-def _condition_stage(source: ExportSource) -> str | None:
-    """Target of the original's conditioning stage, the recorded one or what the pipeline's settings mean."""
-    config = source.pipeline.config
-    if config.get("conditioning_key") is None:
-        return UNCONDITIONAL_STAGE
-    if CONDITION_STAGE in source.facts:
-        return str(source.facts[CONDITION_STAGE])
-    if getattr(source.pipeline, "class_embedder", None) is not None:
-        return CLASS_EMBEDDER
-    return FIRST_STAGE_AS_CONDITION if config.get("concat_through_vae") == "mode" else IDENTITY_STAGE
+def _are_equal(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> bool:
+    same = ours.keys() == theirs.keys()
+    return same and all(torch.equal(tensor.detach().cpu(), theirs[name]) for name, tensor in ours.items())
 
 
 def _check_variance(scheduler: DDPMExtScheduler) -> None:
@@ -219,7 +209,7 @@ def _check_variance(scheduler: DDPMExtScheduler) -> None:
         )
 
 
-def compvis_config(pipeline_or_folder: DDPMExtPipeline | PathLike, use_ema: bool = True) -> dict[str, Any]:
+def compvis_config(pipeline_or_folder: DDPMExtPipeline | nn.Module | PathLike, use_ema: bool = True) -> dict[str, Any]:
     """The content of the YAML file that belongs to `save_compvis`' checkpoint: of LatentDiffusion, or its base class.
 
     Betas without a name there (see `has_named_betas`) are not in it, since a YAML file cannot give the class an array:
@@ -232,6 +222,9 @@ def compvis_config(pipeline_or_folder: DDPMExtPipeline | PathLike, use_ema: bool
     Raises:
         ValueError: as in `save_compvis`.
     """
+    stage = bare_first_stage(pipeline_or_folder)
+    if stage is not None:
+        return {"model": original_config(*stage).section}
     source = _export_source(pipeline_or_folder)
     pipeline = source.pipeline
     _check_variance(pipeline.scheduler)
@@ -252,30 +245,13 @@ def compvis_config(pipeline_or_folder: DDPMExtPipeline | PathLike, use_ema: bool
     }
     if pipeline.vae is None:
         return {"model": {"target": DDPM_TARGET, "params": params}}
-    return {"model": {"target": LATENT_TARGET, "params": params | _stage_params(source)}}
-
-
-def _stage_params(source: ExportSource) -> dict[str, Any]:
-    """Parameters of the original's LatentDiffusion that its base class does not have."""
-    pipeline, target = source.pipeline, _condition_stage(source)
-    stage: Any = target
-    if target == CLASS_EMBEDDER or str(target).endswith(".ClassEmbedder"):
-        classes, width = pipeline.class_embedder.shape
-        stage = {"target": target, "params": {"embed_dim": width, "n_classes": classes, "key": "class_label"}}
-    elif target not in (UNCONDITIONAL_STAGE, FIRST_STAGE_AS_CONDITION):
-        stage = {"target": target}
-    measured = bool(source.facts.get(SCALE_FACTOR_BUFFER))
-    return {
-        "scale_factor": 1.0 if measured else unwrap(pipeline.vae).config.scaling_factor,
-        "scale_by_std": measured,
-        "first_stage_config": original_config(pipeline.vae, source.facts.get(FIRST_STAGE_SECTION)).section,
-        "cond_stage_config": stage,
-        **({"cond_stage_key": "class_label"} if isinstance(stage, dict) and "params" in stage else {}),
-    }
+    return {"model": {"target": LATENT_TARGET, "params": params | stage_params(pipeline, source.facts)}}
 
 
 def has_named_betas(pipeline_or_folder: DDPMExtPipeline | PathLike) -> bool:
     """Whether a ``beta_schedule`` of the original gives the pipeline's betas; else only the checkpoint has them."""
+    if bare_first_stage(pipeline_or_folder) is not None:
+        return True  # it has none
     return _schedule_params(_export_source(pipeline_or_folder).pipeline.scheduler)[1]
 
 

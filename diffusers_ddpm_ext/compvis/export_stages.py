@@ -1,0 +1,119 @@
+"""First and conditioning stages of a pipeline, in the terms of the original's LatentDiffusion."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, VQModel
+from torch import Tensor, nn
+
+from diffusers_ddpm_ext.compvis.config.ddpm import FIRST_STAGE_AS_CONDITION, UNCONDITIONAL_STAGE
+from diffusers_ddpm_ext.compvis.first_stage.arguments import original_config
+from diffusers_ddpm_ext.compvis.first_stage.checkpoint_keys import CONDITION_PREFIX, FIRST_STAGE_PREFIX
+from diffusers_ddpm_ext.compvis.first_stage.weights import export_first_stage
+from diffusers_ddpm_ext.compvis.reader.archive import PathLike
+from diffusers_ddpm_ext.compvis.schema import CONDITION_STAGE, FIRST_STAGE_SECTION, REPORT_FILE, SCALE_FACTOR_BUFFER
+from diffusers_ddpm_ext.compvis.state_dict import CLASS_EMBEDDING_KEY
+from diffusers_ddpm_ext.models.first_stage import load_first_stage
+from diffusers_ddpm_ext.pipelines.pipeline_ddpm_ext import DDPMExtPipeline
+from diffusers_ddpm_ext.utils.input_files import exists, read_json_object
+from diffusers_ddpm_ext.utils.pipeline_files import MODEL_INDEX
+from diffusers_ddpm_ext.utils.wrappers import unwrap
+
+CLASS_EMBEDDER, IDENTITY_STAGE = "ldm.modules.encoders.modules.ClassEmbedder", "torch.nn.Identity"
+CLASS_KEY = "class_label"
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """What a conversion recorded besides the tensors; empty if the folder is not a converted checkpoint."""
+    path = folder / REPORT_FILE
+    return read_json_object(path).object("facts").content if exists(path) else {}
+
+
+def bare_first_stage(source: DDPMExtPipeline | nn.Module | PathLike) -> tuple[nn.Module, Any] | None:
+    """An autoencoder to export alone, and the configuration recorded when it was converted; None for a pipeline.
+
+    Args:
+        source: a pipeline, an autoencoder, or the folder of either.
+
+    Raises:
+        ValueError: the folder's autoencoder cannot be read.
+    """
+    if isinstance(source, AutoencoderKL | VQModel):
+        return source, None
+    if isinstance(source, DDPMExtPipeline | nn.Module):
+        return None
+    folder = Path(source)
+    if (folder / MODEL_INDEX).is_file() or not (folder / "config.json").is_file():
+        return None
+    return load_first_stage(folder), read_facts(folder).get(FIRST_STAGE_SECTION)
+
+
+def stage_tensors(pipeline: DDPMExtPipeline, facts: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The first stage, again where it is the conditioning stage too, class embeddings, and the latents' factor.
+
+    Args:
+        pipeline: to export.
+        facts: what its conversion recorded.
+
+    Raises:
+        ValueError: the original's classes cannot express the first stage.
+    """
+    state: dict[str, Tensor] = {}
+    factor = pipeline.config.get("latent_scaling_factor")
+    if pipeline.vae is not None:
+        weights = export_first_stage(pipeline.vae, facts.get(FIRST_STAGE_SECTION))
+        state = {FIRST_STAGE_PREFIX + name: tensor for name, tensor in weights.items()}
+        if _condition_stage(pipeline, facts) == FIRST_STAGE_AS_CONDITION:
+            state |= {CONDITION_PREFIX + name: tensor for name, tensor in weights.items()}
+        factor = _scaling_factor(pipeline)
+    if pipeline.class_embedder is not None:
+        state[CLASS_EMBEDDING_KEY] = pipeline.class_embedder
+    if facts.get(SCALE_FACTOR_BUFFER) and factor is not None:
+        state["scale_factor"] = torch.tensor(factor, dtype=torch.float32)
+    return state
+
+
+def stage_params(pipeline: DDPMExtPipeline, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters of LatentDiffusion, besides those of its base class, for a pipeline with a first stage.
+
+    Args:
+        pipeline: to export.
+        facts: what its conversion recorded.
+
+    Raises:
+        ValueError: the original's classes cannot express the first stage.
+    """
+    target, more = _condition_stage(pipeline, facts), {}
+    stage: Any = target if target in (UNCONDITIONAL_STAGE, FIRST_STAGE_AS_CONDITION) else {"target": target}
+    if target.endswith(".ClassEmbedder") and pipeline.class_embedder is not None:
+        classes, width = pipeline.class_embedder.shape
+        stage["params"] = {"embed_dim": width, "n_classes": classes, "key": CLASS_KEY}
+        more = {"cond_stage_key": CLASS_KEY}
+    measured = bool(facts.get(SCALE_FACTOR_BUFFER))
+    return {
+        "scale_factor": 1.0 if measured else _scaling_factor(pipeline),
+        "scale_by_std": measured,
+        "first_stage_config": original_config(pipeline.vae, facts.get(FIRST_STAGE_SECTION)).section,
+        "cond_stage_config": stage,
+        **more,
+    }
+
+
+def _condition_stage(pipeline: DDPMExtPipeline, facts: Mapping[str, Any]) -> str:
+    """Target of the original's conditioning stage: the recorded one, or what the pipeline's settings mean."""
+    if pipeline.config.get("conditioning_key") is None:
+        return UNCONDITIONAL_STAGE
+    if CONDITION_STAGE in facts:
+        return str(facts[CONDITION_STAGE])
+    if pipeline.class_embedder is not None:
+        return CLASS_EMBEDDER
+    return FIRST_STAGE_AS_CONDITION if pipeline.config.get("concat_through_vae") == "mode" else IDENTITY_STAGE
+
+
+def _scaling_factor(pipeline: DDPMExtPipeline) -> float:
+    module: Any = unwrap(pipeline.vae)
+    return float(module.config.scaling_factor)
