@@ -24,7 +24,8 @@ from diffusers_ddpm_ext.compvis.config.ddpm import (
     CompVisConfig,
     read_compvis_config,
 )
-from diffusers_ddpm_ext.compvis.first_stage.architecture import FirstStageConfig, read_first_stage
+from diffusers_ddpm_ext.compvis.config.targets import AUTOENCODERS
+from diffusers_ddpm_ext.compvis.first_stage.architecture import KINDS, FirstStageConfig, read_first_stage
 from diffusers_ddpm_ext.compvis.first_stage.checkpoint_keys import FIRST_STAGE_PREFIX, KnownStages
 from diffusers_ddpm_ext.compvis.first_stage.weights import convert_first_stage, first_stage_keys
 from diffusers_ddpm_ext.compvis.load_options import LoadOptions, ScheduleSource, WeightChoice, WeightSet
@@ -220,11 +221,13 @@ def read_compvis_checkpoint(
         notes += _logvar_notes(contents.logvar, translated.objective)
     if contents.ignored:
         notes.append(f"Re-initialized, because ignore_keys left them out: {', '.join(sorted(contents.ignored))}.")
+    foreign = _foreign_first_stage(translated)
+    if foreign and any(row.source.startswith(FIRST_STAGE_PREFIX) for row in contents.left_out):
+        known = ", ".join(KINDS)
+        notes.append(f"The first stage is left out: {one_line(foreign)} is not one of CompVis' classes ({known}).")
     if contents.filled:
         notes.append(f"The EMA lacks {len(contents.filled)} frozen tensors; they are copied from the raw weights.")
-    return CompVisCheckpoint(
-        translated, contents, scheduler, first_stage, notes + _stage_notes(translated, contents, options)
-    )
+    return CompVisCheckpoint(translated, contents, scheduler, first_stage, notes)
 
 
 def _first_stage_config(
@@ -233,7 +236,7 @@ def _first_stage_config(
     """Arguments of the first stage; None if the file has none, or the options leave it out."""
     ignored = options.ignore_keys
     in_file = any(name.startswith(FIRST_STAGE_PREFIX) and not name.startswith(ignored) for name in plain_keys(tensors))
-    if not config.first_stage or options.load_only_unet or not in_file:
+    if not config.first_stage or options.load_only_unet or not in_file or _foreign_first_stage(config):
         return None
     try:
         return read_first_stage(config.first_stage, FIRST_STAGE)
@@ -242,10 +245,14 @@ def _first_stage_config(
         raise ValueError(f"{message}; or leave the first stage out: ignore_keys {FIRST_STAGE_PREFIX}") from None
 
 
-def _stage_notes(config: CompVisConfig, contents: CheckpointContents, options: LoadOptions) -> list[str]:
-    """Notes on stages that the configuration has and the file does not."""
-    if options.load_only_unet or options.ignore_keys:
-        return []
+def _foreign_first_stage(config: CompVisConfig) -> str:
+    """The class of a first stage that is none of CompVis' autoencoders; empty for these."""
+    target = str((config.first_stage or {}).get("target"))
+    return "" if target.rpartition(".")[2] in AUTOENCODERS else target
+
+
+def _stage_notes(config: CompVisConfig, contents: CheckpointContents) -> list[str]:
+    """Notes on stages that the configuration has and the pipeline has not."""
     notes = []
     if config.first_stage and not contents.first_stage:
         notes.append("The pipeline has no first stage: its samples are latents.")
@@ -317,7 +324,7 @@ def report_compvis(
         left_out=contents.left_out,
         configuration=[*config.rows, *first_stage_rows],
         facts=facts,
-        notes=checkpoint.notes + _foreign_classes(config),
+        notes=checkpoint.notes + _stage_notes(config, contents) + _foreign_classes(config),
     )
 
 
