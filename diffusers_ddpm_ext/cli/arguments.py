@@ -37,6 +37,11 @@ def check_pipeline_source(name: str) -> None:
     mode = _mode(folder, "", shown)
     if mode is not None and stat.S_ISDIR(mode):
         if not any(_mode(place / MODEL_INDEX, "", shown) for place in (folder, folder / COMMITTED)):
+            if _mode(folder / "config.json", "", shown) is not None:
+                raise ConfigError(
+                    f"{shown} holds one network (config.json), not a pipeline: give the output folder of a run;"
+                    " a first stage is for ddpm-ext train --vae"
+                )
             raise ConfigError(f"{shown} holds no pipeline (no model_index.json): give the output folder of a run")
         return
     state, command = "does not exist" if mode is None else "is a file", next_command(folder)

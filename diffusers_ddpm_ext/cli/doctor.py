@@ -282,19 +282,27 @@ def _compare_value(name: str, value: float, recorded: float, tolerance: float) -
 
 def _check_first_stage(pipeline: Any) -> Iterator[Finding]:
     """Whether a pipeline of latents has its first stage, and whether that decodes."""
-    import torch
-
     stage = pipeline.first_stage
     if stage is None:
         if pipeline.config.get("latent_scaling_factor") is not None:
             text = "its samples are latents of an autoencoder that is not in the folder"
             yield Finding(Mark.ADVICE, f"{text}: sample with --out FILE.npy, or add the autoencoder as its vae")
         return
-    size, name = sum(weight.numel() for weight in stage.autoencoder.parameters()) / 1e6, type(pipeline.vae).__name__
+    yield from _check_stage(stage)
+
+
+def _check_stage(stage: Any) -> Iterator[Finding]:
+    import torch
+
+    size, name = (
+        sum(weight.numel() for weight in stage.autoencoder.parameters()) / 1e6,
+        type(stage.autoencoder).__name__,
+    )
     side, scale = stage.factor, " to ".join(f"{value:g}" for value in _extremes((1 / stage.scale).flatten().tolist()))
     latents = f"latents of {stage.latent_channels} channels, {side}x{side} pixels each, scale {scale}"
     yield Finding(Mark.FINE, f"its first stage is a {name}: {size:.1f} M parameters, {latents}")
-    decoded = pipeline.decode_latents(torch.zeros(1, stage.latent_channels, 2, 2))
+    with torch.no_grad():
+        decoded = stage.decode(torch.zeros(1, stage.latent_channels, 2, 2))
     if not bool(torch.isfinite(decoded).all()):
         yield Finding(Mark.WRONG, "its first stage decodes to NaN or infinity: copy its folder again")
 
@@ -305,6 +313,8 @@ def _extremes(values: list[float]) -> list[float]:
 
 def _check_folder(folder: Path) -> Iterator[Finding]:
     from diffusers_ddpm_ext.hub.proof import differences_from_proof, read_proof
+    from diffusers_ddpm_ext.models.first_stage import FirstStage
+    from diffusers_ddpm_ext.models.first_stage_loading import load_first_stage
     from diffusers_ddpm_ext.pipelines.loading import load_pipeline
     from diffusers_ddpm_ext.training.checkpoints.folders import list_checkpoints
     from diffusers_ddpm_ext.training.checkpoints.manifest import DamagedCheckpoint, verify
@@ -322,6 +332,11 @@ def _check_folder(folder: Path) -> Iterator[Finding]:
                 "restore it from a checkpoint (--resume_from_checkpoint latest)" if checkpoints else "copy it again"
             )
             yield Finding(Mark.WRONG, f"{' '.join(str(error).split())[:300]}: {remedy}")
+    elif (folder / "config.json").is_file():
+        try:
+            yield from _check_stage(FirstStage(load_first_stage(folder)))
+        except ValueError as error:
+            yield Finding(Mark.WRONG, f"{' '.join(str(error).split())[:300]}: copy it again")
     elif checkpoints:
         yield Finding(Mark.ADVICE, "it has no pipeline yet: resume with --resume_from_checkpoint latest")
     else:

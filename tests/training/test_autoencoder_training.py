@@ -25,7 +25,8 @@ from PIL import Image
 
 from diffusers_ddpm_ext.errors import ConfigError
 from diffusers_ddpm_ext.models.ema import load_ema_metadata
-from diffusers_ddpm_ext.models.first_stage import FirstStage, load_first_stage
+from diffusers_ddpm_ext.models.first_stage import FirstStage
+from diffusers_ddpm_ext.models.first_stage_loading import load_first_stage
 from diffusers_ddpm_ext.plotting.sheets import image_grid
 from diffusers_ddpm_ext.training import trainer
 from diffusers_ddpm_ext.training.data.dataset import load_data

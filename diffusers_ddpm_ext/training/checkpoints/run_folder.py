@@ -14,7 +14,7 @@ from pathlib import Path
 
 from diffusers_ddpm_ext.errors import ConfigError, printable
 from diffusers_ddpm_ext.training.checkpoints.folders import list_checkpoints, remove_checkpoint_files, remove_leftovers
-from diffusers_ddpm_ext.training.config.autoencoder_config import VAE_SECTIONS
+from diffusers_ddpm_ext.training.config.autoencoder_options import VAE_SECTIONS
 from diffusers_ddpm_ext.training.config.options import SECTIONS
 from diffusers_ddpm_ext.utils.files import CONFIG, ENVIRONMENT, METRICS, remove_path
 from diffusers_ddpm_ext.utils.folder_lock import LOCK

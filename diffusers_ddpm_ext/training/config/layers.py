@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from diffusers_ddpm_ext.errors import ConfigError, printable
+from diffusers_ddpm_ext.training.config.autoencoder_options import TRAIN_VAE
 from diffusers_ddpm_ext.training.config.checks import MODEL_SIZES
-from diffusers_ddpm_ext.training.config.foreign_flags import explain_foreign_flag
+from diffusers_ddpm_ext.training.config.foreign_flags import RENAMED, explain_foreign_flag
 from diffusers_ddpm_ext.training.config.option_table import TRAIN, OptionTable
 from diffusers_ddpm_ext.utils.input_files import exists, read_text
 from diffusers_ddpm_ext.utils.option_values import convert_value, unknown_option
@@ -105,7 +106,10 @@ def convert_options(options: Mapping[str, Any], source: str = "", table: OptionT
         label = f"{key} (in {source})" if source else key
         if name is None:
             error = unknown_option(
-                key, [*table.canonical_names, *table.sections], dashes="", explain=explain_foreign_flag
+                key,
+                [*table.canonical_names, *table.sections],
+                dashes="",
+                explain=lambda name: explain_unknown(name, table),
             )
             raise ConfigError(f"{error} (in {source})" if source else str(error))
         if name == "hub_token" and source:
@@ -114,6 +118,19 @@ def convert_options(options: Mapping[str, Any], source: str = "", table: OptionT
             raise ConfigError(f"{label} is set twice: leave one out")
         converted[name] = convert_value(table.options[name], value, label)
     return OptionLayer(source or "the options", converted)
+
+
+def explain_unknown(name: str, table: OptionTable) -> str | None:
+    """The error message for an option of another command or program (without dashes), or None if it is not known."""
+    other = TRAIN_VAE if table is TRAIN else TRAIN
+    here = f"not {'of' if name in other.canonical_names else 'to'} `ddpm-ext {table.command}`"
+    if name in other.canonical_names:
+        return f"--{name} is an option of `ddpm-ext {other.command}`, {here}"
+    if name in other.sections:
+        return f"{name} belongs to `ddpm-ext {other.command}`, {here}"
+    if name in RENAMED and RENAMED[name].removeprefix("no_") not in table.options:
+        return None
+    return explain_foreign_flag(name)
 
 
 def _flatten(options: Mapping[str, Any], source: str, table: OptionTable) -> Iterator[tuple[str, Any]]:

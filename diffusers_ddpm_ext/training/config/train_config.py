@@ -10,7 +10,6 @@ from typing import Any, ClassVar, Self, TypeVar
 
 from diffusers_ddpm_ext.training.config.checks import check_data_options, check_options
 from diffusers_ddpm_ext.training.config.flags import Parser
-from diffusers_ddpm_ext.training.config.foreign_flags import explain_foreign_flag
 from diffusers_ddpm_ext.training.config.latent_options import (
     LATENT_WIDTHS,
     LatentOptions,
@@ -20,6 +19,7 @@ from diffusers_ddpm_ext.training.config.latent_options import (
 from diffusers_ddpm_ext.training.config.layers import (
     OptionLayer,
     convert_options,
+    explain_unknown,
     read_config,
     read_recipe,
     recipes,
@@ -212,7 +212,7 @@ def parse_run_args(cls: type[ConfigType], argv: Sequence[str], description: str,
     for section, declared in table.sections.items():
         options = [each for each in table.options.values() if each.section == section]
         parser.add_options(options, section, declared.__doc__, negatable=True)
-    typed = parser.parse_values(argv, explain=explain_foreign_flag)
+    typed = parser.parse_values(argv, explain=lambda name: explain_unknown(name, table))
     file = typed.pop("config", None)
     layers = [] if file is None else [read_config(file, table)]
     return cls.resolve([*layers, OptionLayer("the command line", typed)], typed=set(typed))

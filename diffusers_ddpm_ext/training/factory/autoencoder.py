@@ -31,7 +31,8 @@ from torch import Tensor, nn
 from diffusers_ddpm_ext.errors import as_config_error
 from diffusers_ddpm_ext.losses.distances import Distance, PerceptualDistance, get_distance
 from diffusers_ddpm_ext.models.conditioning import Conditioning
-from diffusers_ddpm_ext.training.config.autoencoder_config import AutoencoderConfig, AutoencoderOptions
+from diffusers_ddpm_ext.training.config.autoencoder_config import AutoencoderConfig
+from diffusers_ddpm_ext.training.config.autoencoder_options import AutoencoderOptions
 from diffusers_ddpm_ext.training.data.image_set import ImageSet
 from diffusers_ddpm_ext.training.factory.denoiser import WEIGHTS_STREAM
 from diffusers_ddpm_ext.utils import random_keys as keys

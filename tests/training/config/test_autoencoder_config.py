@@ -5,14 +5,10 @@ from __future__ import annotations
 import pytest
 
 from diffusers_ddpm_ext.errors import ConfigError
-from diffusers_ddpm_ext.training.config.autoencoder_config import (
-    LEFT_OUT,
-    TRAIN_VAE,
-    AutoencoderConfig,
-    parse_train_vae_args,
-)
+from diffusers_ddpm_ext.training.config.autoencoder_config import AutoencoderConfig, parse_train_vae_args
+from diffusers_ddpm_ext.training.config.autoencoder_options import LEFT_OUT, TRAIN_VAE
 from diffusers_ddpm_ext.training.config.options import OPTIONS, SECTIONS
-from diffusers_ddpm_ext.training.config.train_config import TrainConfig
+from diffusers_ddpm_ext.training.config.train_config import TrainConfig, parse_train_args
 
 
 @pytest.fixture(autouse=True)
@@ -68,8 +64,10 @@ REFUSED = {
     "--latent_channels 0": "--latent_channels must be at least 1",
     "--no_use_ema --ema_decay 0.9": "has no effect without --use_ema",
     "--block_out_channels 60000 60000 60000": "the options",
-    "--class_column folder": "unknown option --class_column",
-    "--push_to_hub": "unknown option --push_to_hub",
+    "--class_column folder": "--class_column is an option of `ddpm-ext train`, not of `ddpm-ext train-vae`",
+    "--push_to_hub": "--push_to_hub is an option of `ddpm-ext train`, not of",
+    "--timesteps 9": "unknown option --timesteps",
+    "--batch_size 9": "--batch_size: use --train_batch_size",
     "--config digits": "--config digits does not exist; name a YAML file",
     "--resume_from_checkpoint latest": "needs --output_dir",
     "--lr_scheduler cosine --lr_warmup_steps -1": "--lr_warmup_steps must be at least 0",
@@ -91,7 +89,9 @@ def test_the_written_options_make_the_same_run(tmp_path):
     text = (tmp_path / "run.yaml").read_text()
     assert text.startswith("# Every option of this run. To repeat it: ddpm-ext train-vae --config")
     assert parse_train_vae_args(["--config", "run.yaml"]) == config
-    with pytest.raises(ConfigError, match="unknown key autoencoder"):
+    with pytest.raises(ConfigError, match="--kl_weight is an option of `ddpm-ext train-vae`"):
+        parse_train_args(["--kl_weight", "1"])
+    with pytest.raises(ConfigError, match="autoencoder belongs to `ddpm-ext train-vae`"):
         TrainConfig.from_flat({"autoencoder": {"compression": 8}})
 
 

@@ -10,7 +10,7 @@ from helpers.tiny import tiny_autoencoder
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from diffusers_ddpm_ext.training.config.autoencoder_config import AutoencoderOptions
+from diffusers_ddpm_ext.training.config.autoencoder_options import AutoencoderOptions
 from diffusers_ddpm_ext.training.factory.autoencoder import AutoencoderTask, psnr
 
 
