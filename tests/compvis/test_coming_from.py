@@ -48,25 +48,50 @@ ARGUMENTS = [
     "reset_ema",
     "reset_num_ema_updates",
 ]
+# LatentDiffusion.__init__ of the same, and what it takes out of its further arguments.
+LATENT_ARGUMENTS = [
+    "first_stage_config",
+    "cond_stage_config",
+    "num_timesteps_cond",
+    "cond_stage_key",
+    "cond_stage_trainable",
+    "concat_mode",
+    "cond_stage_forward",
+    "conditioning_key",
+    "scale_factor",
+    "scale_by_std",
+    "force_null_conditioning",
+    "ckpt_path",
+    "ignore_keys",
+    "reset_ema",
+    "reset_num_ema_updates",
+]
+DEFECTS = 31
 
 
-def table(page: str, columns: int) -> list[list[str]]:
-    rows = [
-        line.strip("|").split("|") for line in (ROOT / "docs" / page).read_text().splitlines() if line[:3] == "| `"
-    ]
+def table(page: str, columns: int, section: str = "") -> list[list[str]]:
+    """The cells of the tables of a page, or of one of its sections."""
+    text = (ROOT / "docs" / page).read_text().split(f"## {section}" if section else "\0")[-1]
+    lines = text.split("\n## ")[0].splitlines() if section else text.splitlines()
+    rows = [line.strip("|").split("|") for line in lines if line[:3] == "| `"]
     return [[cell.strip() for cell in row] for row in rows if len(row) == columns]
 
 
-ROWS = {row[0].strip("`"): row for row in table("coming-from-compvis.md", 4)}
+ROWS = {
+    (title, row[0].strip("`")): row
+    for title in ("DDPM", "LatentDiffusion")
+    for row in table("coming-from-compvis.md", 4, f"Every argument of `{title}.__init__`")
+}
+NAMES = [("DDPM", name) for name in ARGUMENTS] + [("LatentDiffusion", name) for name in LATENT_ARGUMENTS]
 
 
 def test_every_argument_has_a_row():
-    assert sorted(ROWS) == sorted(ARGUMENTS)
+    assert sorted(ROWS) == sorted(NAMES)
 
 
-@pytest.mark.parametrize("argument", ARGUMENTS)
-def test_the_names_of_a_row_exist(argument):
-    _, here, _, tested_by = ROWS[argument]
+@pytest.mark.parametrize("name", NAMES, ids="-".join)
+def test_the_names_of_a_row_exist(name):
+    _, here, _, tested_by = ROWS[name]
     known = set(OPTIONS) | {"load_compvis"}
     for function in (
         DDPMExtScheduler.__init__,
@@ -88,7 +113,7 @@ def test_the_names_of_a_row_exist(argument):
 def test_every_defect_that_a_row_names_is_described():
     page = (ROOT / "docs" / "coming-from-compvis.md").read_text()
     described = set(re.findall(r"^\| (D\d+) \|", page, re.MULTILINE))
-    assert described == {f"D{number}" for number in range(1, 24)}
+    assert described == {f"D{number}" for number in range(1, DEFECTS + 1)}
     assert set(re.findall(r"D\d+", page)) == described
 
 
