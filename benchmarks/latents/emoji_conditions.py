@@ -55,6 +55,7 @@ def main() -> int:
         write_holes(folder / "emoji" / part, folder / "conditions" / part)
     data = ["--train_data_dir", str(folder / "conditions" / "train"),
             "--validation_data_dir", str(folder / "conditions" / "held_out"), "--vae", str(folder / "vae"),
+            "--cache_latents", str(folder / "cache"),
             "--max_train_steps", str(options.train_steps), "--conditioning_key", "concat"]  # fmt: skip
     at = WITHOUT_CLASSES.index("--conditioning_dropout")
     diffusion = WITHOUT_CLASSES[:at] + WITHOUT_CLASSES[at + 2 :]

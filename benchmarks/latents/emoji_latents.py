@@ -43,7 +43,7 @@ DIFFUSION = ["--conditioning_key", "adm", "--conditioning_dropout", '{"class_lab
 PIXELS = ["--block_out_channels", "32", "64", "128", "128", "--attention_levels", "3", "--layers_per_block", "1",
           "--attention_head_dim", "32"]  # fmt: skip
 LATENTS = ["--block_out_channels", "64", "128", "192", "--attention_levels", "1", "2", "--layers_per_block", "1",
-           "--attention_head_dim", "32", "--scale_factor", "data"]  # fmt: skip
+           "--attention_head_dim", "32"]  # fmt: skip
 FIRST_STAGE = ["--block_out_channels", "24", "48", "96", "--norm_num_groups", "8", "--train_batch_size", "8",
                "--learning_rate", "2e-3", "--lr_warmup_steps", "50"]  # fmt: skip
 TRAINING_STEPS = {"pixels": 700, "vae": 1200, "latents": 1300}
@@ -64,7 +64,7 @@ def main() -> int:
     data = ["--train_data_dir", str(emoji / "train"), "--validation_data_dir", str(emoji / "held_out")]
     steps = {name: round(count * options.scale) for name, count in TRAINING_STEPS.items()}
     train(folder, "vae", "train-vae", [*data, *COMMON, *FIRST_STAGE, "--max_train_steps", str(steps["vae"])])
-    first_stage = ["--vae", str(folder / "vae")]
+    first_stage = ["--vae", str(folder / "vae"), "--cache_latents", str(folder / "cache")]
     for name, own in (("latents", [*LATENTS, *first_stage]), ("pixels", PIXELS)):
         train(folder, name, "train", [*data, *COMMON, *DIFFUSION, *own, "--max_train_steps", str(steps[name])])
         if not (folder / f"{name}.npz").exists():
