@@ -29,6 +29,7 @@ bench:  ## comparisons with other implementations; tables in benchmarks/README.m
 torture:  ## guarantees of checkpoints and of hostile input, tested for hours
 	$(PYTHON) benchmarks/torture/faults.py
 	$(PYTHON) benchmarks/torture/kill.py
+	$(PYTHON) benchmarks/torture/kill.py --latents --kills 60 --inside_saves 15
 	$(PYTHON) benchmarks/torture/signals.py
 	$(PYTHON) benchmarks/torture/hostile_inputs.py
 	$(PYTHON) benchmarks/torture/mutations.py

@@ -18,6 +18,7 @@ FOLDER = ROOT / "benchmarks" / "torture"
     ("script", "options", "summary"),
     [
         ("kill.py", ["--kills", "8", "--inside_saves", "3"], "0 torn, 0 backward, 0 differ"),
+        ("kill.py", ["--latents", "--kills", "8", "--inside_saves", "2"], "0 torn, 0 backward, 0 differ"),
         ("signals.py", ["--times", "2"], "SIGKILL: 2 of 2"),
         ("faults.py", ["--count", "200"], "silent   0"),
         ("mutations.py", ["--count", "130"], "silent    0"),

@@ -1,11 +1,14 @@
 """A run that is killed repeatedly must end with the same bytes as an uninterrupted run.
 
-    python benchmarks/torture/kill.py [--kills 200] [--inside_saves 60] [--seed 0] [--folder /tmp/torture]
+    python benchmarks/torture/kill.py [--latents] [--kills 200] [--inside_saves 60] [--seed 0] [--folder /tmp/torture]
 
 Runs of the digits with accumulation, a data worker, flips, EMA and a learned log-variance are ended by ``kill -9``: at
 random moments, and during the writing of a checkpoint, which is detected by its folder. After each kill the same
 command is started again. Exit status 1 if a checkpoint is torn, a run falls back behind its last finished checkpoint,
 or the final files differ from those of the uninterrupted run.
+
+With ``--latents`` the runs train in the latents of a first stage, and are also killed while they build their cache of
+latents. The uninterrupted run has no cache. Each latent must be in the finished cache once.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from diffusers_ddpm_ext.training.checkpoints.folders import checkpoint_step, list_checkpoints
@@ -40,15 +45,39 @@ FINAL = (
     "checkpoint-60/ema.safetensors",
     "checkpoint-60/optimizer.safetensors",
 )
+IMAGES = 1797  # digits, each also mirrored
+RECORD_BYTES = 16 + 2 * 4 * 4 * 4 * 4
 
 
-def start(folder: Path, limit: int) -> subprocess.Popen[bytes]:
+def start(folder: Path, limit: int, arguments: Sequence[str] = ()) -> subprocess.Popen[bytes]:
     """The run, in its own process group, so that a kill also reaches its data worker."""
-    command = [sys.executable, "-m", "diffusers_ddpm_ext.cli", "train", *ARGUMENTS.split()]
+    command = [sys.executable, "-m", "diffusers_ddpm_ext.cli", "train", *ARGUMENTS.split(), *arguments]
     command += ["--checkpoints_total_limit", str(limit), "--output_dir", str(folder)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     log = open(f"{folder}.log", "ab")  # noqa: SIM115 - the process uses it
     return subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+
+
+def save_first_stage(folder: Path) -> None:
+    """A small autoencoder with random weights, for latents of 4 x 4 x 4."""
+    import torch
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    AutoencoderKL(
+        1,
+        1,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        scaling_factor=1.0,
+    ).save_pretrained(folder)
+
+
+def cache_bytes(cache: Path) -> int:
+    """Bytes of the latents in a cache."""
+    return sum(path.stat().st_size for path in cache.glob("*/*.bin"))
 
 
 def rows(folder: Path) -> int:
@@ -57,21 +86,27 @@ def rows(folder: Path) -> int:
     return path.read_bytes().count(b"\n") if path.is_file() else 0
 
 
-def wait_and_kill(process: subprocess.Popen[bytes], folder: Path, draw: random.Random, aimed: bool) -> str:
+def wait_and_kill(
+    process: subprocess.Popen[bytes], folder: Path, draw: random.Random, aimed: bool, cache: Path
+) -> str:
     """Kill a run while it works; return what was interrupted, or "" if the run had ended before."""
     before, delay = rows(folder), draw.random() * 2
+    cached = cache_bytes(cache)
     leftovers = set(folder.glob(".writing-*"))  # of the previous process; removed once this one has started
     began: float | None = None
     while process.poll() is None:
         writing = bool(set(folder.glob(".writing-*")) - leftovers)
-        if began is None and (rows(folder) > before or writing):
+        building = cache_bytes(cache) != cached and not any(cache.glob("*/manifest.json"))
+        if began is None and (rows(folder) > before or writing or building):
             began = time.monotonic()
         if began is not None:
             inside = aimed and writing
-            if inside or (not aimed and time.monotonic() - began > delay):
+            if inside or (not (aimed and not building) and time.monotonic() - began > delay):
                 time.sleep(draw.random() * 0.01 if inside else 0)
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+                if building:
+                    return "cache"
                 return "save" if set(folder.glob(".writing-*")) - leftovers else "elsewhere"
         time.sleep(0.0005)
     return ""
@@ -87,6 +122,7 @@ def newest_step(folder: Path) -> int:
 def main() -> int:
     """Kill runs, count, and compare the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--latents", action="store_true")
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--inside_saves", type=int, default=60, help="at least so many of them inside a save")
     parser.add_argument("--seed", type=int, default=0)
@@ -97,16 +133,21 @@ def main() -> int:
     base.mkdir(parents=True)
     draw = random.Random(options.seed)
     uninterrupted = base / "uninterrupted"
-    if start(uninterrupted, 2).wait() != 0:
+    latents = ["--vae", str(base / "vae")] if options.latents else []
+    if latents:
+        save_first_stage(base / "vae")
+    if start(uninterrupted, 2, latents).wait() != 0:
         print(f"the uninterrupted run failed: see {uninterrupted}.log")
         return 1
-    kills = saves = torn = backward = runs = different = 0
-    while kills < options.kills or saves < options.inside_saves:
+    hits: Counter[str] = Counter()
+    torn = backward = runs = different = 0
+    while hits.total() < options.kills or hits["save"] < options.inside_saves:
         runs += 1
-        folder, newest = base / f"run-{runs}", 0
+        folder, cache, newest = base / f"run-{runs}", base / f"cache-{runs}", 0
+        arguments = [*latents, "--cache_latents", str(cache)] if latents else []
         while True:
-            aimed = saves < options.inside_saves and draw.random() < 0.6
-            hit = wait_and_kill(start(folder, 1 + runs % 2), folder, draw, aimed)
+            aimed = hits["save"] < options.inside_saves and draw.random() < 0.6
+            hit = wait_and_kill(start(folder, 1 + runs % 2, arguments), folder, draw, aimed, cache)
             try:
                 step = newest_step(folder)
             except DamagedCheckpoint as error:
@@ -117,21 +158,20 @@ def main() -> int:
             newest = max(step, newest)
             if not hit:
                 break
-            kills += 1
-            saves += hit == "save"
+            hits[hit] += 1
         for name in FINAL:
             mine = folder / name
             if not mine.is_file() or mine.read_bytes() != (uninterrupted / name).read_bytes():
                 print(f"{mine} differs")
                 different += 1
-        print(
-            f"run {runs}: {kills} kills, {saves} inside a save, {torn} torn, {backward} backward, {different} differ",
-            flush=True,
-        )
+        if latents and cache_bytes(cache) != 2 * IMAGES * RECORD_BYTES:
+            print(f"{cache} has {cache_bytes(cache) / RECORD_BYTES:g} latents")
+            different += 1
+        counts = f"{hits.total()} kills, {hits['save']} inside a save, {hits['cache']} inside a cache"
+        print(f"run {runs}: {counts}, {torn} torn, {backward} backward, {different} differ", flush=True)
         shutil.rmtree(folder, ignore_errors=True)
-    print(
-        f"{kills} kills over {runs} runs, {saves} inside a save: {torn} torn, {backward} backward, {different} differ"
-    )
+        shutil.rmtree(cache, ignore_errors=True)
+    print(f"{counts}, over {runs} runs: {torn} torn, {backward} backward, {different} differ")
     return int(torn + backward + different > 0)
 
 
