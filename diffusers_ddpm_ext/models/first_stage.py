@@ -21,6 +21,7 @@ from diffusers_ddpm_ext.models.evaluation_mode import evaluation_mode
 from diffusers_ddpm_ext.models.first_stage_loading import load_first_stage
 from diffusers_ddpm_ext.models.latent_scale import (
     SCALE_KEYS,
+    compression_factor,
     kind_of,
     latent_channels,
     latent_rule,
@@ -31,9 +32,6 @@ from diffusers_ddpm_ext.utils.dtensor import full_tensor
 from diffusers_ddpm_ext.utils.wrappers import network_class, plain_state_dict, unwrap
 
 __all__ = ["FirstStage", "load_first_stage"]
-
-BLANK_SIZES = (64, 256, 1024)
-"""Sizes of the blank images that show the compression factor: the next one where the latents have one pixel."""
 
 
 class FirstStage:
@@ -82,23 +80,8 @@ class FirstStage:
 
     @cached_property
     def factor(self) -> int:
-        """Pixels per latent, along the height as along the width: measured by encoding a blank image."""
-        self._to_float32()
-        weight = next(self.autoencoder.parameters())
-        device = "cpu" if weight.is_meta else weight.device  # meta: offloaded, hooks bring the weights
-        for size in BLANK_SIZES:
-            blank = torch.zeros(1, self.pixel_channels, size, size, device=device, dtype=weight.dtype)
-            with self._exact(blank):
-                # The encoder alone: tiling would cut the image.
-                height, width = self.autoencoder.encoder(blank).shape[-2:]
-            if height > 1:
-                break
-        if height != width or height < 1 or size % height:
-            raise ValueError(
-                f"The autoencoder encodes a blank image of {size}x{size} pixels as {height}x{width} latents; a first "
-                "stage must divide both sides by the same whole number."
-            )
-        return size // int(height)
+        """Pixels per latent, along the height as along the width; see `compression_factor`."""
+        return compression_factor(self.autoencoder)
 
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of the latents of an image.

@@ -10,10 +10,15 @@ import torch
 from huggingface_hub import snapshot_download
 
 from diffusers_ddpm_ext.errors import ConfigError, printable
-from diffusers_ddpm_ext.models.latent_scale import CLASS_NAMES, KINDS, SLOTS, latent_rule
+from diffusers_ddpm_ext.models.latent_scale import CLASS_NAMES, KINDS, SLOTS, compression_factor, latent_rule
 from diffusers_ddpm_ext.utils.generations import read_one_generation
 from diffusers_ddpm_ext.utils.input_files import file_name, read_json_object
-from diffusers_ddpm_ext.utils.network_folder import as_folder_error, check_complete, check_network_folder
+from diffusers_ddpm_ext.utils.network_folder import (
+    as_folder_error,
+    check_all_used,
+    check_complete,
+    check_network_folder,
+)
 from diffusers_ddpm_ext.utils.pipeline_files import MODEL_INDEX
 
 
@@ -87,10 +92,13 @@ def _load(folder: Path) -> Any:
     with as_folder_error(folder):
         autoencoder = cls.from_pretrained(os.fspath(folder), torch_dtype=torch.float32, local_files_only=True)
         check_complete(autoencoder, folder)
+        check_all_used(autoencoder, folder)
     if not all(bool(torch.isfinite(weight).all()) for weight in autoencoder.parameters()):
         raise ConfigError(f"{file_name(folder)}: the autoencoder's weights are not finite (NaN or infinity)")
-    try:
-        latent_rule(autoencoder)
-    except ValueError as error:
-        raise ConfigError(f"{config.name}: {error}") from None
+    with as_folder_error(folder):
+        try:
+            latent_rule(autoencoder)
+            compression_factor(autoencoder)
+        except ValueError as error:
+            raise ConfigError(f"{config.name}: {error}") from None
     return autoencoder.eval().requires_grad_(False)

@@ -11,6 +11,7 @@ scaling_factor``, or ``1 / scaling_factor``. These are the formulas of Diffusers
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ KINDS = {AutoencoderKL: "kl", VQModel: "vq", AutoencoderTiny: "tiny", Autoencode
 CLASS_NAMES = "AutoencoderKL, VQModel, AutoencoderTiny or AutoencoderDC"
 SLOTS = ("vae", "vqvae")
 """Names of the component in pipelines."""
+BLANK_SIZE = 1024
+"""Side of the blank image that shows the compression factor."""
 SCALE_KEYS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 
 
@@ -70,6 +73,33 @@ def latent_channels(autoencoder: Any) -> int:
     """Channels C of an autoencoder's latents."""
     width = autoencoder.config.get("vq_embed_dim")
     return int(autoencoder.config.latent_channels if width is None else width)
+
+
+def compression_factor(autoencoder: Any) -> int:
+    """Pixels per latent, along the height as along the width: from encoding a blank image.
+
+    Only shapes are computed, in a copy without weights: it costs no memory, and works where weights are offloaded.
+
+    Args:
+        autoencoder: without wrappers.
+
+    Raises:
+        ValueError: the sides are divided differently, or the decoder does not undo it.
+    """
+    cls: Any = network_class(autoencoder)
+    arguments = {name: autoencoder.config[name] for name in signature(cls).parameters if name in autoencoder.config}
+    with torch.device("meta"), torch.no_grad():
+        copied = cls(**arguments)
+        blank = torch.zeros(1, autoencoder.config.in_channels, BLANK_SIZE, BLANK_SIZE)
+        height, width = copied.encoder(blank).shape[-2:]
+        decoded = copied.decode(torch.zeros(1, latent_channels(autoencoder), height, width)).sample
+    if decoded.shape != blank.shape or height != width or BLANK_SIZE % height:
+        raise ValueError(
+            f"The autoencoder encodes a blank image of {BLANK_SIZE}x{BLANK_SIZE} pixels as {height}x{width} latents "
+            f"and decodes these as {decoded.shape[-2]}x{decoded.shape[-1]} pixels; a first stage must divide both "
+            "sides by the same whole number, and undo it."
+        )
+    return BLANK_SIZE // int(height)
 
 
 def _per_channel(config: Any, key: str, channels: int) -> list[float] | None:

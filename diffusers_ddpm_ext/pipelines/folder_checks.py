@@ -12,10 +12,16 @@ from diffusers import ModelMixin, SchedulerMixin
 
 from diffusers_ddpm_ext.diffusion.schedule import MAX_TRAIN_TIMESTEPS
 from diffusers_ddpm_ext.errors import ConfigError, printable
-from diffusers_ddpm_ext.models.latent_scale import KINDS, SLOTS
+from diffusers_ddpm_ext.models.latent_scale import KINDS, SLOTS, compression_factor
 from diffusers_ddpm_ext.utils.input_files import JsonObject, read_json_object
-from diffusers_ddpm_ext.utils.network_folder import check_network_folder
+from diffusers_ddpm_ext.utils.network_folder import (
+    as_folder_error,
+    check_all_used,
+    check_complete,
+    check_network_folder,
+)
 from diffusers_ddpm_ext.utils.pipeline_files import MODEL_INDEX
+from diffusers_ddpm_ext.utils.wrappers import unwrap
 
 
 def check_pipeline_folder(folder: Path, variant: str | None, replaced: frozenset[str] = frozenset()) -> None:
@@ -49,6 +55,30 @@ def check_pipeline_folder(folder: Path, variant: str | None, replaced: frozenset
         chain = read_json_object(settings, allow_infinity=True)  # DPMSolver's lambda_min_clipped is -Infinity
         if "scheduler" not in replaced:  # before stock Diffusers makes tables of this length
             chain.integer("num_train_timesteps", 1, MAX_TRAIN_TIMESTEPS, 1000)
+
+
+def check_loaded(pipeline: Any, folder: Path, variant: str | None, replaced: frozenset[str]) -> None:
+    """Check that the weights of a folder are those of the networks that were loaded from it.
+
+    Args:
+        pipeline: as loaded.
+        folder: where from.
+        variant: of the weights.
+        replaced: components that the caller passed instead of the folder's.
+
+    Raises:
+        ConfigError: tensors are missing or, in a first stage, left over, or it is no first stage.
+    """
+    if "unet" not in replaced:
+        check_complete(pipeline.unet, folder)
+    if pipeline.vae is None or not replaced.isdisjoint(SLOTS):
+        return
+    index = read_json_object(folder / MODEL_INDEX)
+    place = next(folder / slot for slot in SLOTS if any(index.list(slot, [])))
+    with as_folder_error(folder):
+        check_complete(pipeline.vae, place)
+        check_all_used(pipeline.vae, place, variant)
+        compression_factor(unwrap(pipeline.vae))
 
 
 def _check_first_stage(index: JsonObject, slot: str) -> None:

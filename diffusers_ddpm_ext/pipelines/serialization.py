@@ -41,7 +41,7 @@ from diffusers_ddpm_ext.losses.logvar import (
 from diffusers_ddpm_ext.models.class_embedder import CLASS_EMBEDDER_FOLDER, load_class_embedder, save_class_embedder
 from diffusers_ddpm_ext.models.latent_scale import SLOTS
 from diffusers_ddpm_ext.pipelines.first_stage_mixin import checked_vae, first_stage_dtype
-from diffusers_ddpm_ext.pipelines.folder_checks import check_pipeline_folder
+from diffusers_ddpm_ext.pipelines.folder_checks import check_loaded, check_pipeline_folder
 from diffusers_ddpm_ext.pipelines.stock_layout import (
     needs_guard,
     plain_network,
@@ -51,7 +51,7 @@ from diffusers_ddpm_ext.pipelines.stock_layout import (
 )
 from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
 from diffusers_ddpm_ext.utils.generations import read_one_generation, replace_pipeline
-from diffusers_ddpm_ext.utils.network_folder import as_folder_error, check_complete
+from diffusers_ddpm_ext.utils.network_folder import as_folder_error
 from diffusers_ddpm_ext.utils.pipeline_files import (
     MODEL_INDEX,
     NETWORK_RECORDS,
@@ -245,9 +245,7 @@ class SavedPipeline(DiffusionPipeline):
         with as_folder_error(folder):
             pipeline = super().from_pretrained(os.fspath(folder), **kwargs | first_stage_dtype(kwargs))
         if kwargs.get("device_map") is None:
-            for network in (pipeline.unet, pipeline.vae):
-                if network is not None and network is not vae:
-                    check_complete(network, folder)
+            check_loaded(pipeline, folder, kwargs.get("variant"), given)
         if without and vae is None and pipeline.vae is not None:
             pipeline.vae = None
         if isinstance(kwargs.get("scheduler"), SchedulerMixin):  # then a download has none

@@ -15,6 +15,8 @@ MAX_LEVELS = 16  # each halves the image: the last one of 65,536 pixels has 2
 MAX_LAYERS = 64
 MAX_WIDTH = 65_536
 MAX_CLASSES = 1_000_000
+LAYERS_OF_SIDES = ("encoder_layers_per_block", "decoder_layers_per_block", "num_encoder_blocks", "num_decoder_blocks")
+"""Layers of the encoder and decoder of `AutoencoderDC` and `AutoencoderTiny`: a level may have none."""
 COUNTS = dict.fromkeys(
     (
         *("block_out_channels", "in_channels", "out_channels", "time_embedding_dim", "cross_attention_dim"),
@@ -29,10 +31,8 @@ COUNTS = dict.fromkeys(
     "transformer_layers_per_block": MAX_LAYERS,
     "conv_in_kernel": 63,
     "conv_out_kernel": 63,
-    "encoder_layers_per_block": MAX_LAYERS,
-    "decoder_layers_per_block": MAX_LAYERS,
-    "num_encoder_blocks": MAX_LAYERS,
-    "num_decoder_blocks": MAX_LAYERS,
+    **dict.fromkeys(LAYERS_OF_SIDES, MAX_LAYERS),
+    "upsampling_scaling_factor": 16,
     "num_vq_embeddings": MAX_CLASSES,
     "num_class_embeds": MAX_CLASSES,
     "num_train_timesteps": 1_000_000,
@@ -125,16 +125,16 @@ def check_network_types(config: Mapping[str, Any], name: str) -> None:
     """
     for key, largest in COUNTS.items():
         value = config.get(key)
-        level = [] if value is None else [value]
+        level, least = [] if value is None else [value], 0 if key in LAYERS_OF_SIDES else 1
         if value in ([], ()):
             raise ConfigError(f"{name}: {key} is empty; it must be a list of integers.")
         while level:
             entry = level.pop()
             if isinstance(entry, (list, tuple)):
                 level += entry
-            elif entry is not None and (type(entry) is not int or not 1 <= entry <= largest):
+            elif entry is not None and (type(entry) is not int or not least <= entry <= largest):
                 shown = printable(repr(entry), 60)
-                raise ConfigError(f"{name}: {key} has {shown}; allowed: integers from 1 to {largest:,}.")
+                raise ConfigError(f"{name}: {key} has {shown}; allowed: integers from {least} to {largest:,}.")
     for key in ("down_block_types", "up_block_types"):
         value = config.get(key)
         names = isinstance(value, (list, tuple)) and value and all(isinstance(entry, str) for entry in value)

@@ -93,3 +93,31 @@ def check_complete(network: nn.Module, folder: Path) -> None:
             f"{file_name(folder)}: the weights lack {len(missing)} of the network's {len(tensors)} tensors, e.g. "
             f"{missing[0]}: they are damaged, or of another model."
         )
+
+
+def check_all_used(network: nn.Module, folder: Path, variant: str | None = None) -> None:
+    """Raise ConfigError if the weights have more tensors than a loaded network: Diffusers leaves the others out.
+
+    Args:
+        network: loaded from the folder.
+        folder: with ``.safetensors`` files; others are not counted.
+        variant: of the weights that were loaded, where the folder has it.
+    """
+    from safetensors import safe_open  # not at the top: it loads torch
+
+    for part in dict.fromkeys((f".{variant}" if variant else "", "")):
+        file = folder / f"diffusion_pytorch_model{part}.safetensors"
+        index = folder / f"diffusion_pytorch_model.safetensors.index{part}.json"
+        if file.is_file():
+            with safe_open(file, "pt") as tensors:
+                count = len(list(tensors.keys()))
+        elif index.is_file():
+            count = len(read_json_object(index).object("weight_map").content)
+        else:
+            continue
+        if count > len(network.state_dict()):
+            raise ConfigError(
+                f"{file_name(folder)}: the weights have {count} tensors, but the network of config.json takes "
+                f"{len(network.state_dict())}: they are damaged, or of another model."
+            )
+        return

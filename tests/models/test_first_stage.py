@@ -188,6 +188,18 @@ def test_the_factor_is_measured(kind, levels):
     assert stage.encode(torch.zeros(1, 3, 16, 24)).shape[2:] == stage.latent_size(16, 24)
 
 
+def test_a_decoder_that_does_not_undo_the_factor_is_refused():
+    stage = FirstStage(tiny_autoencoder("tiny", upsampling_scaling_factor=3))
+    with pytest.raises(ValueError, match=r"1024x1024 pixels as 512x512 latents and decodes these as 1536x1536"):
+        stage.latent_size(8, 8)
+
+
+def test_levels_without_layers_of_deep_compression():
+    """The published DC-AE of factor 64 and 128 have such first levels."""
+    layers = {f"{part}_layers_per_block": (0, 1) for part in ("encoder", "decoder")}
+    assert FirstStage(tiny_autoencoder("dc", **layers)).factor == 2
+
+
 def test_sizes_that_do_not_divide_are_refused():
     stage = FirstStage(tiny_autoencoder("kl"))
     assert stage.latent_size(10, 6) == (5, 3)
@@ -334,6 +346,10 @@ def wrong_folders(folder: Path) -> dict[str, tuple[Callable[[], Any], str]]:
         "too wide": (lambda: change(block_out_channels=[8, 10**6]), "block_out_channels"),
         "other widths": (lambda: change(block_out_channels=[8, 16]), "."),
         "a layer more": (lambda: change(layers_per_block=2), "lack|missing"),
+        "a block less": (
+            lambda: change(up_block_types=["UpDecoderBlock2D"]),
+            "tensors, but the network of config.json",
+        ),
         "unknown blocks": (lambda: change(down_block_types=["A", "B"]), "."),
         "no file": (lambda: (weights.unlink(), weights.mkdir()), "."),
     }

@@ -321,6 +321,7 @@ def test_damaged_indexes(tmp_path, change, message):
         ({"scaling_factor": 0}, "scaling_factor"),
         ({"latent_channels": 3}, "."),
         ({"layers_per_block": 2}, "lack|missing"),
+        ({"up_block_types": ["UpDecoderBlock2D"]}, "tensors, but the network of config.json"),
         ({"block_out_channels": [8, 10**9]}, "block_out_channels"),
         ({"latents_mean": [0, 0, 0, 0]}, "latents_std"),
     ],
