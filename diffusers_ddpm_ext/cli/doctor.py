@@ -300,7 +300,7 @@ def _check_stage(stage: Any) -> Iterator[Finding]:
     )
     side, scale = stage.factor, " to ".join(f"{value:g}" for value in _extremes((1 / stage.scale).flatten().tolist()))
     latents = f"latents of {stage.latent_channels} channels, {side}x{side} pixels each, scale {scale}"
-    yield Finding(Mark.FINE, f"its first stage is a {name}: {size:.1f} M parameters, {latents}")
+    yield Finding(Mark.FINE, f"its first stage can be opened: {name}, {size:.1f} M parameters, {latents}")
     with torch.no_grad():
         decoded = stage.decode(torch.zeros(1, stage.latent_channels, 2, 2))
     if not bool(torch.isfinite(decoded).all()):

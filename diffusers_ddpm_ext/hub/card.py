@@ -214,9 +214,18 @@ class _Card:
     def _loading(self) -> str:
         if self.lacks_first_stage:
             return latents_code(self.repo_id)
-        if self.key not in ("", "adm"):
+        classes = self.num_classes
+        if self.key and not (classes and self.key in ("adm", "crossattn")):
             return conditions_code(self.repo_id)
-        return images_code(self.repo_id, self.stock_pipeline)
+        return images_code(self.repo_id, self.stock_pipeline, classes)
+
+    @property
+    def num_classes(self) -> int:
+        """Classes that the model is called with: of the network, or as tokens of cross attention; 0 without them."""
+        embedder = self.facts.pipeline_file("class_embedder/config.json")
+        if self.key == "crossattn":
+            return embedder.integer("num_classes", 1) if embedder.content else 0
+        return 0 if self.unet.content.get("num_class_embeds") is None else self.unet.integer("num_class_embeds", 1)
 
     def _first_stage(self) -> str:
         """The section about the autoencoder; empty for a model of pixels."""
@@ -234,7 +243,7 @@ class _Card:
             rows.append(("mean and standard deviation", "of each channel, in its config.json"))
         table = "\n".join(f"| {name} | {value} |" for name, value in rows)
         origin = self.facts.options().get("vae")
-        source = f"It was given to the run as {inline_text(origin)}. " if isinstance(origin, str) else ""
+        source = f"The run took it from {code_span(origin)} (`--vae`). " if isinstance(origin, str) else ""
         return (
             "## First stage\n\nThe network draws latents, which this autoencoder decodes to images.\n\n"
             f"| | |\n|---|---|\n{table}\n\n{source}The license of the autoencoder, where it is not yours, applies "

@@ -11,8 +11,9 @@ from diffusers_ddpm_ext import DDPMExtPipeline
 pipe = DDPMExtPipeline.from_pretrained("{repo_id}")
 {call}
 ```"""
-IMAGES = "images = pipe(batch_size=4, num_inference_steps=50, generator=torch.Generator().manual_seed(0)).images"
-CONDITIONS = IMAGES.replace("batch_size=4,", "batch_size=4, ...,")
+FOUR = "batch_size=4"
+IMAGES = f"images = pipe({FOUR}, num_inference_steps=50, generator=torch.Generator().manual_seed(0)).images"
+CONDITIONS = IMAGES.replace(FOUR, f"{FOUR}, ...")
 LATENTS = """noise = torch.Generator().manual_seed(0)
 latents = pipe(batch_size=4, num_inference_steps=50, generator=noise, output_type="latent").images"""
 OTHER_SCHEDULER = """Any other sampler of Diffusers:
@@ -35,18 +36,21 @@ images = pipe(batch_size=4, num_inference_steps=50).images
 ```"""
 
 
-def images_code(repo_id: str, stock: str | None) -> str:
+def images_code(repo_id: str, stock: str | None, num_classes: int = 0) -> str:
     """Of a model that draws images, unconditionally or by class.
 
     Args:
         repo_id: of the repository.
         stock: the class of stock Diffusers that samples it; None where none does.
+        num_classes: number of its classes; 0 without them.
     """
     last = "Stock Diffusers cannot sample this model, and refuses it."
     if stock is not None:
         last = STOCK.format(repo_id=repo_id, stock=stock)
-    ours = OURS.format(repo_id=repo_id, call=IMAGES)
-    return f"{ours}\n\n{OTHER_SCHEDULER.format(repo_id=repo_id)}\n\n{last}"
+    ours = f"{OURS.format(repo_id=repo_id, call=IMAGES)}\n\n{OTHER_SCHEDULER.format(repo_id=repo_id)}"
+    if num_classes:
+        ours = ours.replace(FOUR, f"class_labels={[index % num_classes for index in range(4)]}")
+    return f"{ours}\n\n{last}"
 
 
 def conditions_code(repo_id: str) -> str:

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from diffusers import UNet2DConditionModel, UNet2DModel
 from helpers.hub_server import LoopbackHub
-from helpers.latent_cases import latent_pipeline
+from helpers.latent_cases import latent_pipeline, tiny_first_stage
 from helpers.paths import TESTS
 from helpers.tiny import tiny_unet
 from PIL import Image
@@ -74,7 +75,7 @@ def test_the_card_describes_the_first_stage(kind, name, factor, tmp_path):
 
 def test_the_origin_of_a_first_stage_is_shown_and_never_acts(folder):
     (folder / "config.yaml").write_text(yaml.safe_dump({"latents": {"vae": "<b>stabilityai</b>/sd-vae"}}))
-    assert "given to the run as `<b>stabilityai</b>/sd-vae`" in make_card(folder, "me/x")
+    assert "took it from `<b>stabilityai</b>/sd-vae`" in make_card(folder, "me/x")
 
 
 def test_models_that_stock_diffusers_refuses(tmp_path):
@@ -160,3 +161,28 @@ def test_push_verify_and_the_code_of_the_card(folder, tmp_path):
             stock = "" if "diffusers_ddpm_ext" in block else "import sys\nsys.modules['diffusers_ddpm_ext'] = None\n"
             code = block.replace("_steps=50", "_steps=10").replace("_steps=20", "_steps=10")  # the chain has 20
             run("-c", f"{stock}{code}\nassert [image.size for image in images] == [(16, 16)] * 4\n")
+
+
+@pytest.mark.parametrize("kind", ["network", "tokens", "pixels"])
+def test_the_code_of_a_model_of_classes_runs(kind, tmp_path):
+    """Its first block, with the pipeline's folder in place of the repository."""
+    unet = UNet2DModel(**tiny_unet(3 if kind == "pixels" else 4).config | {"num_class_embeds": 3})
+    vae = {} if kind == "pixels" else {"vae": tiny_first_stage("kl")}
+    if kind == "tokens":
+        unet = UNet2DConditionModel(
+            sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 8), norm_num_groups=4,
+            layers_per_block=1, cross_attention_dim=6, attention_head_dim=4,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        )  # fmt: skip
+    pipeline = DDPMExtPipeline(unet, DDPMExtScheduler(20), "crossattn" if kind == "tokens" else "adm", **vae)
+    if kind == "tokens":
+        pipeline.class_embedder = torch.randn(3, 6)
+    pipeline.save_pretrained(tmp_path)
+    blocks = re.findall(r"^```python\n(.*?)^```", make_card(tmp_path, "me/x"), re.M | re.S)
+    assert len(blocks) == 2
+    names: dict = {}
+    exec(blocks[0].replace("me/x", str(tmp_path)).replace("_steps=50", "_steps=2"), names)
+    assert len(names["images"]) == 4
+    assert "class_labels=[0, 1, 2, 0]" in blocks[0]
+    assert "class_labels=[0, 1, 2, 0]" in blocks[1]
