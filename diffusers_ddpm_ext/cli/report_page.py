@@ -93,6 +93,9 @@ class ReportPage:
         images = facts.images()
         if images is not None:
             pairs.append(("images", f"{images.name}: {images.train:,} for training, {images.validation:,} held out"))
+        stage = facts.attempt(lambda: facts.first_stage(facts.pipeline_file("model_index.json")), None)
+        if stage is not None:
+            pairs.append(("first stage", facts.attempt(stage.describe, stage.class_name)))
         checkpoints = _numbered(facts.folder, r"checkpoint-([0-9]+)")
         if checkpoints:
             pairs.append(("checkpoints", list_names([path.name for _, path in checkpoints], limit=40)))

@@ -60,6 +60,12 @@ class FirstStageConfig:
         """Whether each channel of its latents has a mean and a standard deviation of its own."""
         return self.config.content.get("latents_std") is not None
 
+    def describe(self) -> str:
+        """Class, factor, channels and scale in one phrase; ConfigError if one of them is damaged."""
+        side, statistics = self.factor, ", mean and deviation per channel" if self.has_channel_statistics else ""
+        latents = f"latents of {self.latent_channels} channels, {side}x{side} pixels each"
+        return f"{self.class_name}: {latents}, scale {self.scaling_factor:.6g}{statistics}"
+
 
 def read_first_stage_config(folder: Path, index: JsonObject) -> FirstStageConfig | None:
     """The first stage in a pipeline's folder; None where its ``model_index.json`` names none.

@@ -129,3 +129,19 @@ def test_another_first_stage_is_another_measurement(folder):
     assert after["bits_per_dim"] != before["bits_per_dim"]
     assert after["first_stage"]["sha256"] == before["first_stage"]["sha256"]
     assert after["first_stage"]["scale"] == [value / 2 for value in before["first_stage"]["scale"]]
+
+
+def test_what_report_and_doctor_say_of_the_first_stage(folder, capsys):
+    scale = json.loads((slot_of(folder) / "config.json").read_text())["scaling_factor"]
+    assert cli.main(["report", str(folder)]) == 0
+    page = (folder / "report.html").read_text()
+    assert f"<td>AutoencoderKL: latents of 4 channels, 2x2 pixels each, scale {scale:.6g}</td>" in page
+    cli.main(["doctor", str(folder), "--offline"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if "first stage" in line]
+    assert len(lines) == 1
+    assert "can be opened: AutoencoderKL, 0.0 M parameters, latents of 4 channels, 2x2 pixels each" in lines[0]
+    (slot_of(folder) / "config.json").write_text("{")
+    assert cli.main(["doctor", str(folder), "--offline"]) == 1
+    assert "config.json" in capsys.readouterr().out
+    assert cli.main(["report", str(folder)]) == 0
+    assert "config.json" in (folder / "report.html").read_text().split("Left out")[1]

@@ -91,13 +91,15 @@ def test_a_video_is_decoded_frame_by_frame(sample):
         assert min(video.size) >= 16
 
 
-def test_latents_without_a_first_stage_are_called_so(sample):
+def test_latents_without_a_first_stage_are_called_so(folders, sample, capsys):
     status, printed = sample("latents", "--num_images", "2", "--out", "a.npy")
     assert status == 0
     assert "2 latents of 8x8x4" in printed
     assert "latents of an autoencoder that is not in the folder, not images" in printed
     assert np.load("a.npy").shape == (2, 8, 8, 4)
     assert "that is not in its folder, not images" in sample("latents", "--out", "a.png")[1]
+    cli.main(["doctor", str(folders / "latents"), "--offline"])
+    assert "? its samples are latents of an autoencoder that is not in the folder" in capsys.readouterr().out
 
 
 def pixels_of(path: Path, size: int) -> torch.Tensor:
