@@ -207,7 +207,7 @@ def seal_proof(work: Path) -> None:
     if not path.is_file() or path.is_symlink():
         return
     try:
-        proof = json.loads(path.read_bytes())
+        proof = json.loads(path.read_bytes().decode())  # UTF-8 alone
         proof.pop("sha256")
         text = json.dumps(proof, indent=1, sort_keys=True) + "\n"
         proof["sha256"] = hashlib.sha256(text.encode()).hexdigest()

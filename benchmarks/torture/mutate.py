@@ -189,10 +189,10 @@ def mutate_table(data: bytes, draw: random.Random) -> Mutation:
     row, column = draw.randrange(len(lines)), draw.randrange(len(lines[0]))
     cells = {"nan": True, "inf": True, "": True, "9" * 4000: True, "1e400": True, "\x1b[31m": False, "n" * 300: False,
              "-1": False, "x": False, "../../x": False, "10000000000": False, "1.5": False, '"': True}  # fmt: skip
-    cell = draw.choice(list(cells))
+    cell, name = draw.choice(list(cells)), lines[0][column]
     lines[row][column] = cell
     text = "".join(",".join(line) + "\n" for line in lines)
-    return Mutation(f"row {row}: {cell[:20]!r}", lines[0][column] if row else "header", text.encode(), cells[cell])
+    return Mutation(f"row {row}: {cell[:20]!r}", name, text.encode(), cells[cell])
 
 
 def mutate_bytes(data: bytes, draw: random.Random) -> Mutation:

@@ -80,6 +80,7 @@ ALLOWED = (
     ("train --class_column <- table/metadata.csv", "hint", ""),
     ("train --class_column <- table/metadata.csv", "embedding", ""),
     ("plot <- run/evaluation/steps.csv", "standard_error", ""),  # not drawn
+    ("plot <- run/evaluation/steps.csv", "draws", ""),
     ("verify <- run/proof.json", "", "twice"),  # sealing it again writes every key once
     ("convert", "", "doubled"),  # a zip archive with bytes before it is that archive, also for torch.load
 )

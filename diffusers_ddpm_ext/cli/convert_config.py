@@ -72,10 +72,14 @@ def translate_config(options: ConvertConfigOptions) -> str:
     from diffusers_ddpm_ext.compvis.config.ddpm import read_compvis_config
     from diffusers_ddpm_ext.compvis.config.recipe import recipe, write_recipe
     from diffusers_ddpm_ext.compvis.report import format_columns
+    from diffusers_ddpm_ext.training.config.layers import convert_options
 
     try:
         config = read_compvis_config(options.config, strict=not options.allow_refused)
         content = recipe(config)
+        note = _why_not_trained(config)
+        if not note:
+            convert_options(content)  # whatever `train` would refuse is refused here
         if options.out is not None:
             write_recipe(config, options.out, options.config.name)
     except ValueError as error:
@@ -88,7 +92,6 @@ def translate_config(options: ConvertConfigOptions) -> str:
         format_columns(("key", "value", "fate", "here"), [row.cells() for row in config.rows]),
         f"{config.target}: a {network}, conditioning_key {config.conditioning_key}",
     ]
-    note = _why_not_trained(config)
     if note:
         lines.append(f"note: {note}")
     if options.out is not None:

@@ -49,6 +49,16 @@ WORDS = {
     "attention_type": ("default", "gated", "gated-text-image"),
 }
 """Settings that are one of a few words, or null; Diffusers builds another network for many unknown words."""
+FLAGS = (
+    *("center_input_sample", "flip_sin_to_cos", "add_attention", "dual_cross_attention", "use_linear_projection"),
+    *("upcast_attention", "resnet_skip_time_act", "class_embeddings_concat", "mid_block_only_cross_attention"),
+    "only_cross_attention",
+)
+"""Settings that are true, false or null, or a list of these with one per level."""
+NUMBERS = (
+    *("dropout", "norm_eps", "mid_block_scale_factor", "timestep_scale"),
+    *("freq_shift", "downsample_padding", "resnet_out_scale_factor"),
+)
 
 
 def check_network_config(config: Mapping[str, Any], name: str) -> None:
@@ -121,7 +131,7 @@ def check_network_types(config: Mapping[str, Any], name: str) -> None:
         name: the file, for messages.
 
     Raises:
-        ConfigError: a count is no integer of at least 1, a word is unknown, or a number is not one.
+        ConfigError: a count is no integer of at least 1, a word is unknown, or a flag or number is not one.
     """
     for key, largest in COUNTS.items():
         value = config.get(key)
@@ -144,8 +154,13 @@ def check_network_types(config: Mapping[str, Any], name: str) -> None:
         if config.get(key) is not None and config[key] not in words:
             shown = printable(repr(config[key]), 60)
             raise ConfigError(f"{name}: {key} is {shown}; allowed: {', '.join(words)}, or null.")
-    for key in ("dropout", "norm_eps", "mid_block_scale_factor", "timestep_scale"):
-        if key in config:
+    for key in FLAGS:
+        value = config.get(key)
+        entries = value if isinstance(value, list | tuple) and value and key == "only_cross_attention" else [value]
+        if not all(entry is None or isinstance(entry, bool) for entry in entries):
+            raise ConfigError(f"{name}: {key} is {printable(repr(value), 60)}; allowed: true, false, or null.")
+    for key in NUMBERS:
+        if config.get(key) is not None:
             JsonObject(name, dict(config)).number(key)
 
 

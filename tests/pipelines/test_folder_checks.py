@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtScheduler
 from diffusers_ddpm_ext.cli import main
 from diffusers_ddpm_ext.errors import ConfigError
-from diffusers_ddpm_ext.utils.network_budget import WORDS, check_network_config, check_network_types, least_parameters
+from diffusers_ddpm_ext.utils.network_budget import FLAGS, check_network_config, check_network_types, least_parameters
 
 INDEX, NETWORK, SCHEDULER = "model_index.json", "unet/config.json", "scheduler/scheduler_config.json"
 
@@ -196,6 +196,12 @@ def test_released_networks_pass():
         ("resnet_time_scale_shift", "shift"),
         ("mid_block_type", "none"),
         ("attention_type", 1),
+        ("center_input_sample", [False]),
+        ("flip_sin_to_cos", "false"),
+        ("upcast_attention", 1),
+        ("only_cross_attention", []),
+        ("only_cross_attention", [True, "no"]),
+        ("use_linear_projection", {}),
     ],
 )
 def test_unknown_words(key, value):
@@ -205,10 +211,12 @@ def test_unknown_words(key, value):
     assert caught.value.args[0].isprintable()
 
 
-def test_words_of_defaults_are_known():
+def test_defaults_pass():
     for network in (UNet2DModel, UNet2DConditionModel):
         defaults = inspect.signature(network.__init__).parameters
-        check_network_types({key: defaults[key].default for key in WORDS if key in defaults}, "config")
+        check_network_types({key: value.default for key, value in defaults.items() if key != "self"}, "config")
+        flags = {key for key, value in defaults.items() if isinstance(value.default, bool)}
+        assert flags <= set(FLAGS)
 
 
 def test_the_least_number_of_parameters_is_one():

@@ -91,6 +91,8 @@ def _read_text(text: str, name: str, table: OptionTable) -> OptionLayer:
         options = load_options(text)
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from None
+    if not options:
+        raise ConfigError(f"{name} has no options: write one a line, such as `seed: 1`, or leave --config out")
     return convert_options(options, name, table)
 
 

@@ -384,3 +384,24 @@ def test_a_recipe_runs(tmp_path, monkeypatch):
     rates = [value for row in rows for name, value in row.items() if name in ("lr", "lr_abs", "learning_rate")]
     assert rates
     assert rates == pytest.approx([config["model"]["base_learning_rate"] * 2] * len(rates))
+
+
+@pytest.mark.parametrize(
+    ("changes", "option"),
+    [
+        ({"timesteps": 10**15}, "num_train_timesteps"),
+        ({"linear_end": 7.5}, "linear_end"),
+        ({"v_posterior": -1.0}, "v_posterior"),
+        ({"image_size": 10**7}, "image_size"),
+    ],
+)
+def test_what_train_would_refuse_is_not_translated(changes, option, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    config = load_compvis_yaml(FOLDER / "ema.yaml")
+    config["model"]["params"] |= changes
+    Path("model.yaml").write_text(yaml.safe_dump(config))
+    assert main(["convert-config", "model.yaml", "--out", "run.yaml"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: model.yaml: ")
+    assert option in error
+    assert not Path("run.yaml").exists()

@@ -245,6 +245,10 @@ LOOKED_AT: dict[str, tuple[list[str], list[str]]] = {
         ["--train_data_dir", "photos", "--resolution", "15", "--model_config_name_or_path", "rgb.json"],
         ["--resolution", "15"],
     ),
+    "empty options": (["--config", "empty.yaml"], ["empty.yaml", "no options"]),
+    "options of blanks": (["--config", "blank.yaml"], ["blank.yaml", "no options"]),
+    "options of comments": (["--config", "comment.yaml"], ["comment.yaml", "no options"]),
+    "options of no entries": (["--config", "braces.yaml"], ["braces.yaml", "no options"]),
     "empty model": (["--model_config_name_or_path", "empty.json"], ["empty.json", "block_out_channels"]),
     "model of comments": (["--model_config_name_or_path", "version.json"], ["version.json", "block_out_channels"]),
     "model with a learned variance": (
@@ -339,6 +343,8 @@ def place(tmp_path_factory):
     (root / "unet.json").write_text(json.dumps(UNET))
     (root / "rgb.json").write_text(json.dumps({**UNET, "in_channels": 3, "out_channels": 3}))
     (root / "empty.json").write_text("{}")
+    for name, text in {"empty": "", "blank": " \n\n", "comment": "# seed: 1\n", "braces": "{}\n"}.items():
+        (root / f"{name}.yaml").write_text(text)
     (root / "version.json").write_text(json.dumps({"_class_name": "UNet2DModel", "_diffusers_version": "0.38.0"}))
     (root / "two.json").write_text(json.dumps({**UNET, "out_channels": 2}))
     (root / "unknown.yaml").write_text("learnin_rate: 1\n")
