@@ -66,7 +66,8 @@ def main() -> int:
         drawn = folder / f"{name}_samples"
         if not drawn.exists():
             words = ["sample", str(folder / name), "--concat", str(pictures), "--out", str(drawn),
-                     "--num_inference_steps", str(STEPS), "--eta", "0", "--batch_size", str(BATCH)]  # fmt: skip
+                     "--num_inference_steps", str(STEPS), "--batch_size", str(BATCH), "--scheduler", "DDIMScheduler",
+                     "--scheduler_args", "timestep_spacing=trailing"]  # fmt: skip
             subprocess.run([sys.executable, "-m", "diffusers_ddpm_ext", *words], check=True)
         measure = measure_super_resolution if column == "picture" else measure_inpainting
         report[name] = measure(folder, drawn)
