@@ -68,6 +68,8 @@ class ReportPage:
         yield self._classes()
         final = "Sampled at the end, with the averaged weights if there are any."
         yield _section("Samples", self._figure(facts.file("samples.png"), final))
+        above = "Held-out images above their reconstructions at the end, with the averaged weights if there are any."
+        yield _section("Reconstructions", self._figure(facts.file("reconstructions.png"), above))
         yield self._curves(metrics)
         yield self._grids()
         yield self._plots()
@@ -88,7 +90,8 @@ class ReportPage:
             pairs.append(("optimizer steps", f"{int(last['step']):,}"))
         for key in METRIC_NAMES:
             if key in last:
-                least = f" (least {metrics.least[key]:.5f})" if key.startswith("val") and key in metrics.least else ""
+                has_least = key.startswith("val") and key in metrics.least and "psnr" not in key
+                least = f" (least {metrics.least[key]:.5f})" if has_least else ""
                 pairs.append((key, f"{last[key]:.5f}{least}"))
         images = facts.images()
         if images is not None:
@@ -127,7 +130,7 @@ class ReportPage:
     def _grids(self) -> str:
         """Grids of samples during the run, including the first and the last."""
         folder = self.facts.file("samples")
-        numbered = [] if folder is None else _numbered(folder, r"samples-([0-9]+)\.png")
+        numbered = [] if folder is None else _numbered(folder, r"(?:samples|reconstructions)-([0-9]+)\.png")
         links = [path.name for _, path in numbered if path.is_symlink()]
         if links:
             self.facts.add_problem(f"links in samples: {list_names(links)}")

@@ -22,7 +22,7 @@ from diffusers_ddpm_ext.utils.yaml_io import load_options
 
 METRIC_NAMES = (
     "train/loss_simple", "val/loss_simple", "val/loss_simple_ema", "val/bpd", "val/bpd_ema", "val/latent_bpd",
-    "val/latent_bpd_ema",
+    "val/latent_bpd_ema", "val/psnr", "val/psnr_ema",
 )  # fmt: skip
 MAX_CONFIG_BYTES = 2**20
 MAX_FACTS_BYTES = 4 * 2**20
