@@ -1,0 +1,151 @@
+"""Whole checkpoints with a first stage: recorded ones, and the released models at tiny width."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.published_models import BATCH, FOLDER, SEED, conditions, facts, seeded_state
+from torch import Tensor
+
+from diffusers_ddpm_ext import DDPMExtPipeline
+from diffusers_ddpm_ext.cli import main
+from diffusers_ddpm_ext.compvis import load_compvis, save_compvis
+from diffusers_ddpm_ext.compvis.convert import convert_compvis
+from diffusers_ddpm_ext.compvis.reader.archive import read_tensors
+from diffusers_ddpm_ext.models.first_stage import FirstStage, load_first_stage
+
+MODELS = facts()
+QUICK = ("latent-diffusion/latent-diffusion/lsun_churches-ldm-kl-8", "latent-diffusion/inpainting_big")
+CONVERT = ["convert", "--from", "compvis", "--checkpoint"]
+
+
+def arrays(name: str) -> dict[str, Tensor]:
+    """Recorded numbers."""
+    with np.load(FOLDER / f"{name}.npz") as loaded:
+        return {key: torch.from_numpy(loaded[key]) for key in loaded}
+
+
+def largest(ours: Tensor, theirs: Tensor) -> float:
+    assert ours.shape == theirs.shape
+    return float((ours - theirs).abs().max())
+
+
+def sample(pipeline: DDPMExtPipeline, seed: int, **arguments: Any) -> Tensor:
+    """Latents, with noise from the global generator, as the original draws it."""
+    pipeline.set_progress_bar_config(disable=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        latents: Tensor = pipeline(batch_size=BATCH, output_type="latent", **arguments).images
+    return latents
+
+
+def assert_is_back(path: Any, source: dict[str, Tensor]) -> None:
+    back = torch.load(path, weights_only=True)["state_dict"]
+    assert back.keys() == source.keys()
+    assert [k for k in back if not torch.equal(back[k].float(), source[k].float())] == []
+
+
+@pytest.mark.parametrize("place", ["memory", "folder"])
+def test_a_codebook_and_classes(place, tmp_path):
+    """Halves in the file; 64 codes, attention in the middle of the encoder, a ClassEmbedder."""
+    path, config, truth = FOLDER / "vq_classes.ckpt", FOLDER / "vq_classes.yaml", arrays("vq_classes")
+    if place == "memory":
+        pipeline = source = load_compvis(path, config)
+    else:
+        converted = convert_compvis(path, config)
+        converted.save(tmp_path / "folder")
+        (tmp_path / "folder" / "conversion.json").write_text(json.dumps(converted.report.as_json()))
+        assert converted.compare(tmp_path / "folder") == []
+        pipeline, source = DDPMExtPipeline.from_pretrained(tmp_path / "folder"), tmp_path / "folder"
+    latents = pipeline.first_stage.posterior(truth["x"])[0]
+    assert largest(latents, truth["pre_quant"]) <= 1e-5
+    assert torch.equal(pipeline.vae.quantize(latents)[2][2].flatten(), truth["codes"])
+    assert largest(pipeline.encode_images(truth["x"]), truth["encoded"]) <= 1e-5
+    assert largest(pipeline.decode_latents(truth["encoded"]), truth["decoded"]) <= 1e-5
+    labels = truth["class_labels"].tolist()
+    assert torch.equal(pipeline.class_embedder[labels][:, None], truth["context"])
+    drawn = sample(pipeline, int(truth["sample_seed"]), class_labels=labels)
+    assert largest(drawn, truth["sample_latent"]) <= 1e-5
+    picture = pipeline.decode_latents(drawn)
+    assert largest(picture, truth["sample_image"]) <= 1e-5
+    ours, theirs = (((p / 2 + 0.5).clamp(0, 1) * 255).round() for p in (picture, truth["sample_image"]))
+    assert float((ours == theirs).float().mean()) >= 0.999
+    assert float((ours - theirs).abs().max()) <= 1
+    save_compvis(source, tmp_path / "back.ckpt", use_ema=False)
+    assert_is_back(tmp_path / "back.ckpt", read_tensors(path))
+
+
+def test_an_autoencoder_alone(tmp_path, capsys):
+    """A KL autoencoder in halves, with what its training leaves in the file; the folder is one for --vae."""
+    source = dict(read_tensors(FOLDER / "kl_f2_first_stage.ckpt"))
+    more = {"loss.logvar": torch.zeros(()), "model_ema.decay": torch.tensor(0.9), "colorize": torch.ones(3, 2, 1, 1)}
+    torch.save({"state_dict": source | more}, tmp_path / "m.ckpt")
+    files = [str(tmp_path / "m.ckpt"), "--config", str(FOLDER / "kl_f2_first_stage.yaml")]
+    folder, truth = tmp_path / "folder", arrays("kl_f2_first_stage")
+    assert main([*CONVERT, *files, "--out", str(folder)]) == 0
+    output = capsys.readouterr().out
+    assert all(word in output for word in ("training loss", "EMA of the first stage", "segmentations", "--vae"))
+    autoencoder = load_first_stage(folder)
+    assert json.loads((folder / "config.json").read_text())["scaling_factor"] == 1.0
+    stage = FirstStage(autoencoder)
+    mean, std = stage.posterior(truth["x"])
+    assert largest(mean, truth["moments"].chunk(2, dim=1)[0]) <= 1e-5
+    encoded = stage.with_scale(0.18215).normalize(mean + std * truth["posterior_noise"])
+    assert largest(encoded, truth["encoded"]) <= 1e-5
+    assert largest(stage.with_scale(0.18215).decode(truth["encoded"]), truth["decoded"]) <= 1e-5
+    assert main(["convert", "--check", str(folder), "--checkpoint", *files]) == 0
+    assert main(["convert", "--to", "compvis", str(folder), "--out", str(tmp_path / "b.ckpt"),
+                 "--config_out", str(tmp_path / "b.yaml")]) == 0  # fmt: skip
+    assert_is_back(tmp_path / "b.ckpt", source)
+    again = [str(tmp_path / "b.ckpt"), "--config", str(tmp_path / "b.yaml")]
+    assert main(["convert", "--check", str(folder), "--checkpoint", *again]) == 0
+    save_compvis(autoencoder, tmp_path / "c.ckpt", base=tmp_path / "m.ckpt")
+    assert torch.load(tmp_path / "c.ckpt", weights_only=True)["state_dict"].keys() >= {"loss.logvar", "colorize"}
+    assert main([*CONVERT, *files, "--out", f"{folder}2", "--samples", "2"]) == 2
+    assert "draws no samples" in capsys.readouterr().err
+    assert not (tmp_path / "folder2").exists()
+    assert main([*CONVERT, *files, "--out", f"{folder}2", "--load_only_unet"]) == 2
+    assert "for diffusion models" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="is an autoencoder, not a diffusion model"):
+        load_compvis(tmp_path / "m.ckpt", FOLDER / "kl_f2_first_stage.yaml")
+    autoencoder.encoder.conv_in.bias.data[0] += 1
+    autoencoder.save_pretrained(folder)
+    assert main(["convert", "--check", str(folder), "--checkpoint", *files]) == 1
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
+)
+def test_released_models_draw_the_originals_pictures(name, tmp_path):
+    """The original class sampled the same weights with the same seed, down to the picture."""
+    content, recorded = MODELS[name], arrays("models")
+    truth = {key: recorded[f"{name} {key}"] for key in ("latents", "picture", "mode")}
+    state = seeded_state(content)
+    torch.save({"state_dict": state}, tmp_path / "m.ckpt")
+    pipeline = load_compvis(tmp_path / "m.ckpt", content)
+    given, stage = conditions(content), content["model"]["params"]["cond_stage_config"]
+    mode = pipeline.first_stage.encode_condition(given["picture"])
+    assert largest(mode, truth["mode"]) <= 1e-5
+    arguments: dict[str, Any] = {}
+    if stage == "__is_first_stage__":
+        assert pipeline.config.concat_through_vae == "mode"
+        arguments["concat_inputs"] = torch.cat([mode, given["mask"]], dim=1)
+        assert largest(arguments["concat_inputs"], recorded[f"{name} concat_inputs"]) <= 1e-5
+    elif pipeline.class_embedder is not None:
+        arguments["class_labels"] = given["classes"].tolist()
+    elif pipeline.config.get("conditioning_key") == "crossattn":
+        arguments["encoder_hidden_states"] = given["embeddings"]
+    elif pipeline.config.get("conditioning_key") == "concat":
+        assert pipeline.config.get("concat_through_vae") is None
+        arguments["concat_inputs"] = given["small"]
+    drawn = sample(pipeline, SEED, **arguments)
+    assert largest(drawn, truth["latents"]) <= 1e-5
+    assert largest(pipeline.decode_latents(drawn), truth["picture"]) <= 2e-5  # the rounding of another machine
+    save_compvis(pipeline, tmp_path / "back.ckpt", use_ema=False)
+    back = torch.load(tmp_path / "back.ckpt", weights_only=True)["state_dict"]
+    assert state.keys() <= back.keys()
+    assert [key for key in state if not torch.equal(back[key], state[key])] == []

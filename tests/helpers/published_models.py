@@ -1,0 +1,124 @@
+"""The released latent models at tiny width, with weights that are a function of their keys."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusers_ddpm_ext.compvis.architecture import translate_unet
+from diffusers_ddpm_ext.compvis.first_stage.architecture import FirstStageConfig, read_first_stage
+from diffusers_ddpm_ext.compvis.first_stage.weights import export_first_stage
+from diffusers_ddpm_ext.compvis.weights import export_unet
+from helpers.paths import GOLDEN
+
+STEPS, SEED, WIDTH, CONTEXT, BATCH = 6, 3, 32, 16, 2
+FOLDER = GOLDEN / "latent_models"
+
+
+def facts() -> dict[str, Any]:
+    """Name of a released model to its configuration at tiny width."""
+    loaded: dict[str, Any] = json.loads((FOLDER / "models.json").read_text())
+    return loaded
+
+
+def first_stages() -> dict[str, Any]:
+    """Name of a first stage to its configuration, the keys of its class, and recorded numbers."""
+    loaded: dict[str, Any] = json.loads((FOLDER / "first_stages.json").read_text())
+    return loaded
+
+
+def tiny(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A published configuration with narrow networks, small images, few steps; everything else as it is."""
+    content = {"model": copy.deepcopy(content["model"])}
+    params = content["model"]["params"]
+    unet = params["unet_config"]["params"]
+    size = max(8, 2 ** (len(unet["channel_mult"]) - 1))
+    params |= {"timesteps": STEPS, "image_size": size}
+    for name in ("monitor", "scheduler_config", "loss_type", "ckpt_path"):
+        params.pop(name, None)
+    unet |= {"model_channels": WIDTH, "num_res_blocks": 1, "image_size": size, "use_checkpoint": False}
+    if "context_dim" in unet:
+        unet["context_dim"] = CONTEXT
+    tiny_first_stage(params["first_stage_config"])
+    stage = params["cond_stage_config"]
+    if isinstance(stage, dict) and stage["target"].endswith(".ClassEmbedder"):
+        stage["params"] |= {"embed_dim": CONTEXT, "n_classes": 11}
+    return content
+
+
+def tiny_first_stage(section: dict[str, Any], full_width: bool = False) -> dict[str, Any]:
+    """The configuration of a first stage, narrow unless ``full_width``; changed in place."""
+    section["params"]["lossconfig"] = {"target": "torch.nn.Identity"}
+    for name in ("monitor", "ckpt_path"):
+        section["params"].pop(name, None)
+    if not full_width:
+        section["params"]["ddconfig"] |= {"ch": WIDTH, "num_res_blocks": 1}
+    return section
+
+
+def first_stage_inputs(config: FirstStageConfig) -> Tensor:
+    """Images for a first stage, of 4x4 latents."""
+    side = 4 * 2 ** (len(config.ddconfig["ch_mult"]) - 1)
+    shape = (BATCH, config.ddconfig["in_channels"], side, side)
+    return torch.rand(shape, generator=torch.Generator().manual_seed(SEED)) * 2 - 1
+
+
+def samples_of(tensor: Tensor, count: int = 24) -> list[float]:
+    """Some numbers of a tensor, from its start to its end."""
+    flat = tensor.flatten().double()
+    return [round(float(flat[index]), 12) for index in torch.linspace(0, len(flat) - 1, count).long()]
+
+
+def seeded_tensor(key: str, shape: tuple[int, ...]) -> Tensor:
+    """A weight as a function of its key, about as large as an initial one."""
+    generator = torch.Generator().manual_seed(int(hashlib.sha256(key.encode()).hexdigest()[:12], 16))
+    noise = torch.randn(shape, generator=generator)
+    if len(shape) < 2:
+        return 0.1 * noise + float(key.endswith("weight"))
+    return noise if "embedding" in key else noise / float(torch.Size(shape[1:]).numel()) ** 0.5
+
+
+def digest(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """sha256 of keys and shapes."""
+    lines = sorted(f"{key} {list(shape)}" for key, shape in shapes.items())
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def seeded_state(content: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a whole model, named by our export, with seeded values; without tables of the schedule."""
+    params = content["model"]["params"]
+    unet = params["unet_config"]["params"]
+    weights = {f"model.diffusion_model.{key}": t for key, t in export_unet(translate_unet(unet).build(), unet).items()}
+    first = export_first_stage(read_first_stage(params["first_stage_config"], "first_stage_config").build())
+    weights |= {f"first_stage_model.{key}": tensor for key, tensor in first.items()}
+    state = {key: seeded_tensor(key, tuple(tensor.shape)) for key, tensor in weights.items()}
+    stage = params["cond_stage_config"]
+    if stage == "__is_first_stage__":
+        state |= {f"cond_stage_model.{key}": state[f"first_stage_model.{key}"] for key in first}
+    elif isinstance(stage, dict) and "n_classes" in stage.get("params", {}):
+        key = "cond_stage_model.embedding.weight"
+        state[key] = seeded_tensor(key, (stage["params"]["n_classes"], stage["params"]["embed_dim"]))
+    if params.get("scale_by_std"):
+        state["scale_factor"] = torch.tensor(0.75)
+    return state
+
+
+def conditions(content: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Inputs of a model: a picture, a small picture, a mask, class labels or stored embeddings."""
+    generator = torch.Generator().manual_seed(SEED)
+    ddconfig = content["model"]["params"]["first_stage_config"]["params"]["ddconfig"]
+    size = content["model"]["params"]["image_size"]
+    side = size * 2 ** (len(ddconfig["ch_mult"]) - 1)
+    return {
+        "picture": torch.rand(BATCH, 3, side, side, generator=generator) * 2 - 1,
+        "small": torch.rand(BATCH, 3, size, size, generator=generator) * 2 - 1,
+        "mask": (torch.rand(BATCH, 1, size, size, generator=generator) > 0.5).float() * 2 - 1,
+        "classes": torch.randint(11, (BATCH,), generator=generator),
+        "embeddings": torch.randn(BATCH, 3, CONTEXT, generator=generator),
+    }
