@@ -70,7 +70,7 @@ def translate_config(options: ConvertConfigOptions) -> str:
         ConfigError: the file is not such a configuration, or a key is refused.
     """
     from diffusers_ddpm_ext.compvis.config.ddpm import read_compvis_config
-    from diffusers_ddpm_ext.compvis.config.recipe import recipe, write_recipe
+    from diffusers_ddpm_ext.compvis.config.recipe import recipe, recipe_notes, write_recipe
     from diffusers_ddpm_ext.compvis.report import format_columns
     from diffusers_ddpm_ext.training.config.layers import convert_options
 
@@ -92,8 +92,7 @@ def translate_config(options: ConvertConfigOptions) -> str:
         format_columns(("key", "value", "fate", "here"), [row.cells() for row in config.rows]),
         f"{config.target}: a {network}, conditioning_key {config.conditioning_key}",
     ]
-    if note:
-        lines.append(f"note: {note}")
+    lines += [f"note: {text}" for text in (*recipe_notes(config), note) if text]
     if options.out is not None:
         lines.append(f"written to {options.out}" + ("" if note else f": {_next_command(config, options.out)}"))
     return "\n".join(lines)
@@ -101,12 +100,8 @@ def translate_config(options: ConvertConfigOptions) -> str:
 
 def _why_not_trained(config: CompVisConfig) -> str:
     """Why `ddpm-ext train` refuses the recipe of a configuration; empty if it does not."""
-    from diffusers_ddpm_ext.compvis.config.recipe import LATENT_NOTE
-
-    if config.samples.latent:
-        return LATENT_NOTE
     channels = config.samples.channels
-    known = channels in IMAGE_CHANNELS
+    known = config.samples.latent or channels in IMAGE_CHANNELS
     return (
         ""
         if known
@@ -116,6 +111,11 @@ def _why_not_trained(config: CompVisConfig) -> str:
 
 def _next_command(config: CompVisConfig, out: Path) -> str:
     """The command that trains with a recipe; the words in capitals are to be replaced."""
+    from diffusers_ddpm_ext.compvis.config.recipe import image_size
+
     needed = REQUIRED_CONDITIONS[config.conditioning_key]
-    columns = [f" {flag}" for condition, flag in COLUMN_FLAGS.items() if condition in needed]
+    flags = COLUMN_FLAGS | ({"encoder_hidden_states": "--class_column COLUMN"} if config.embeds_classes else {})
+    columns = [f" {flag}" for condition, flag in flags.items() if condition in needed]
+    if config.samples.latent:
+        columns.append(" --vae FOLDER" + ("" if image_size(config) is not None else " --resolution PIXELS"))
     return f"ddpm-ext train --config {shlex.quote(str(out))} --train_data_dir FOLDER{''.join(columns)}"

@@ -115,8 +115,8 @@ def test_no_run_trains_on_images_in_place_of_latents(channels, tmp_path, capsys)
     write_source(tmp_path, channels)
     run, out = tmp_path / "run.yaml", tmp_path / "run"
     assert main(["convert-config", str(tmp_path / "m.yaml"), "--out", str(run)]) == 0
-    assert "not supported yet" in capsys.readouterr().out
-    assert "not supported yet" in run.read_text()
+    assert "name their first stage with --vae" in capsys.readouterr().out
+    assert "name their first stage with --vae" in run.read_text()
     Image.new("RGBA", (8, 8)).save(tmp_path / "a.png")
     assert main(["train", "--config", str(run), "--train_data_dir", str(tmp_path), "--output_dir", str(out)]) == 2
     assert "network of latents" in capsys.readouterr().err

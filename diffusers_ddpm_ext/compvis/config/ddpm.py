@@ -31,6 +31,7 @@ from diffusers_ddpm_ext.compvis.schema import (
     one_line,
 )
 from diffusers_ddpm_ext.utils.vocabulary import (
+    CLASS_TOKEN_KEYS,
     CONDITIONING_KEYS,
     FROM_COMPVIS_BETA_SCHEDULE,
     FROM_COMPVIS_PREDICTION_TYPE,
@@ -42,6 +43,7 @@ from diffusers_ddpm_ext.utils.yaml_io import load_compvis_yaml
 FIRST_STAGE = "model.params.first_stage_config"
 NO_KEY = ("none", "null", "~", "")  # a text in a file whose author meant nothing
 LOSS_PARAMS = ("loss_type", "l_simple_weight", "original_elbo_weight")
+DEFAULT_CLASSES, MAX_CLASSES = 1000, 1_000_000  # of ClassEmbedder, and of --num_class_embeds
 UNCONDITIONAL_STAGE, FIRST_STAGE_AS_CONDITION = "__is_unconditional__", "__is_first_stage__"
 
 
@@ -95,6 +97,11 @@ class CompVisConfig:
     ucg: dict[str, Any]
     training: dict[str, Any]
     rows: tuple[ConfigRow, ...] = ()
+
+    @property
+    def embeds_classes(self) -> bool:
+        """Whether a class becomes a token of cross attention, by CompVis' ``ClassEmbedder``."""
+        return str(self.cond_stage).rpartition(".")[2] == "ClassEmbedder"
 
     @property
     def concat_through_vae(self) -> ConcatThroughVae | None:
@@ -190,6 +197,8 @@ class _ConfigReader(RunKeyReader):
         ucg = self.training_only(
             lambda: self._condition_dropout(key, cond_stage), {}, "model.params", ("ucg_training",), self.params
         )
+        if str(cond_stage).rpartition(".")[2] == "ClassEmbedder" and key in CLASS_TOKEN_KEYS and self.for_training:
+            self.training["num_class_embeds"] = self._number_of_classes()
         self._read_other_params(key)
         return {
             "unet_params": unet_params,
@@ -337,6 +346,15 @@ class _ConfigReader(RunKeyReader):
         if dropout:
             self.training["conditioning_dropout"] = dropout
         return ucg
+
+    def _number_of_classes(self) -> int:
+        """Rows of the class embedder's table."""
+        stage = as_mapping(self.params["cond_stage_config"], "model.params.cond_stage_config")
+        name = "model.params.cond_stage_config.params"
+        classes = as_mapping(stage.get("params"), name).get("n_classes", DEFAULT_CLASSES)
+        if type(classes) is not int or not 1 <= classes <= MAX_CLASSES:
+            raise ValueError(f"{name}.n_classes is {one_line(repr(classes))}; it must be from 1 to {MAX_CLASSES:,}.")
+        return classes
 
     def _has_first_stage(self) -> bool:
         """Whether the samples are latents of an autoencoder, not images."""

@@ -15,13 +15,17 @@ from diffusers_ddpm_ext.utils.vocabulary import LATENTS_KEY
 # Where the published classes differ from our defaults: PyTorch's AdamW, and no gradient clipping in Lightning.
 OPTIMIZER_DEFAULTS = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_weight_decay": 0.01}
 NO_CLIPPING = 1e12
+MAX_LEVELS = 10
 LATENT_NOTE = (
-    "The original trains on latents of its first stage, which is not supported yet. To train the same network on "
-    f"images themselves, delete {LATENTS_KEY} from model_config."
+    "The samples are latents: name their first stage with --vae, a folder that `ddpm-ext convert --from compvis` makes"
+    " of its checkpoint, or of that of the whole model."
 )
+SIZE_NOTE = "The first stage names no ch_mult: give the images' size in pixels with --resolution."
+SAMPLE_NOTE = "LatentInpaintDiffusion conditions on scaled samples, and --concat_through_vae on the unscaled mode."
 RECIPE_SECTIONS: dict[str, tuple[str, ...]] = {
     "data": ("resolution", "channels", "dataloader_num_workers", "conditioning_dropout"),
-    "model": ("model_config", "conditioning_key", "use_positional_encodings"),
+    "latents": ("scale_factor", "scale_by_std", "concat_through_vae"),
+    "model": ("model_config", "conditioning_key", "num_class_embeds", "use_positional_encodings"),
     "start": ("ckpt_path", "ignore_keys", "load_only_unet", "make_it_fit", "reset_ema", "reset_num_ema_updates"),
     "schedule": ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "cosine_s", "trained_betas",
                  "v_posterior", "prediction_type", "clip_sample"),
@@ -44,11 +48,10 @@ def recipe(config: CompVisConfig) -> dict[str, dict[str, Any]]:
         ValueError: no Diffusers network can express the configuration's.
     """
     network = translate_unet(config.unet_params, conditioning_key=config.conditioning_key)
-    size = config.samples.image_size
     latents = {LATENTS_KEY: True} if config.samples.latent else {}
     options: dict[str, Any] = {
-        "resolution": size if isinstance(size, int) else list(size),
-        "channels": config.samples.channels if config.samples.channels in (1, 3, 4) else None,
+        "resolution": image_size(config),
+        "channels": config.samples.channels if config.samples.channels in (1, 3, 4) and not latents else None,
         "model_config": {"_class_name": network.class_name} | network.config | latents,
         "conditioning_key": config.conditioning_key,
         "lr_scheduler": "constant",
@@ -59,6 +62,7 @@ def recipe(config: CompVisConfig) -> dict[str, dict[str, Any]]:
         **config.schedule,
         **config.objective,
         **config.training,
+        **_latent_options(config),
     }
     monitor = options.get("monitor")
     if monitor and not config.use_ema:
@@ -70,6 +74,49 @@ def recipe(config: CompVisConfig) -> dict[str, dict[str, Any]]:
         for section, names in RECIPE_SECTIONS.items()
     }
     return {section: chosen for section, chosen in sections.items() if chosen}
+
+
+def image_size(config: CompVisConfig) -> int | list[int] | None:
+    """Size of the images in pixels: that of the latents times the first stage's factor; None where that is unknown."""
+    size, factor = config.samples.image_size, 1
+    if config.samples.latent:
+        levels = _channel_multipliers(config.first_stage)
+        if levels is None:
+            return None
+        factor = 2 ** (len(levels) - 1)
+    return factor * size if isinstance(size, int) else [factor * side for side in size]
+
+
+def _channel_multipliers(first_stage: Mapping[str, Any] | None) -> list[Any] | None:
+    """``ch_mult`` of the first stage, one per level, each but the last of which halves the image."""
+    section: Any = first_stage
+    for name in ("params", "ddconfig", "ch_mult"):
+        section = section.get(name) if isinstance(section, Mapping) else None
+    return section if isinstance(section, list) and 0 < len(section) <= MAX_LEVELS else None
+
+
+def _latent_options(config: CompVisConfig) -> dict[str, Any]:
+    """Scale and conditions of the latents; nothing for a model of images."""
+    if not config.samples.latent:
+        return {}
+    measured = config.samples.scale_by_std
+    return {
+        "scale_factor": None if measured else config.samples.scale_factor,
+        "scale_by_std": measured or None,
+        "concat_through_vae": config.concat_through_vae is not None or None,
+    }
+
+
+def recipe_notes(config: CompVisConfig) -> list[str]:
+    """What else a run of the recipe needs, or does otherwise than the original; sentences."""
+    if not config.samples.latent:
+        return []
+    notes = [LATENT_NOTE]
+    if image_size(config) is None:
+        notes.append(SIZE_NOTE)
+    if config.concat_through_vae == "sample":
+        notes.append(SAMPLE_NOTE)
+    return notes
 
 
 def _redundant(options: Mapping[str, Any], use_ema: bool) -> set[str]:
@@ -99,8 +146,7 @@ def write_recipe(config: CompVisConfig, path: str | os.PathLike[str], source: st
 
     where = "Name the images with --train_data_dir."
     lines = [f"# From {one_line(source, 200)}: {config.target}, by `ddpm-ext convert-config`. {where}"]
-    if config.samples.latent:
-        lines.append(f"# {LATENT_NOTE}")
+    lines += [f"# {note}" for note in recipe_notes(config)]
     untranslated = [row for row in config.rows if row.fate != "translated"]
     lines += [f"# {row.fate}: {one_line(row.key, 200)}: {one_line(row.value)}  ({row.note})" for row in untranslated]
     options = yaml.safe_dump(_plain(recipe(config)), sort_keys=False, default_flow_style=None, width=110)

@@ -36,7 +36,9 @@ class LatentOptions:
         " a sample of the training images). The saved autoencoder gets it as scaling_factor.",
         above=0,
     )
-    scale_by_std: bool = option(False, "The same as --scale_factor data, under CompVis' name.")
+    scale_by_std: bool = option(
+        False, "CompVis' name of --scale_factor data. With the first stage of --ckpt_path the factor stays what it is."
+    )
     latent_stats: bool = option(
         False, "Subtract the mean of each channel and divide by its standard deviation, measured as for data."
     )
@@ -118,7 +120,7 @@ def _check_cache(flat: Mapping[str, Any], typed: Set[str]) -> None:
 
 def _check_scale(flat: Mapping[str, Any]) -> None:
     factor = flat["scale_factor"]
-    if flat["scale_by_std"] and factor != "data":
+    if flat["scale_by_std"] and factor != ("vae" if _keeps_first_stage(flat) else "data"):
         raise ConfigError(f"--scale_by_std contradicts --scale_factor {factor}: leave one of them out")
     if flat["latent_stats"] and factor == "data":
         raise ConfigError(
@@ -160,12 +162,18 @@ def latent_defaults(flat: Mapping[str, Any], explicit: Mapping[str, Any]) -> dic
     if vae is None:
         return {}
     if flat["scale_by_std"] and "scale_factor" not in explicit:
-        derived["scale_factor"] = "data"
+        derived["scale_factor"] = "vae" if _keeps_first_stage({**flat, "vae": vae}) else "data"
     if "clip_sample" not in explicit:
         derived["clip_sample"] = False  # latents have no bounds
     if "decoder" not in explicit:
         derived["decoder"] = "continuous"
     return derived
+
+
+def _keeps_first_stage(flat: Mapping[str, Any]) -> bool:
+    """Whether the run goes on with the first stage of its initial weights."""
+    path = flat["ckpt_path"]
+    return path is not None and path == flat["vae"] and has_first_stage(Path(path))
 
 
 def has_first_stage(folder: Path) -> bool:

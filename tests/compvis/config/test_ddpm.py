@@ -285,7 +285,7 @@ def test_any_value_of_any_key_is_translated_or_refused_in_one_line(tmp_path, mon
                 refused.append((last, odd, str(error)))
             else:
                 options["model"]["model_config"].pop("_latents", None)
-                TrainConfig.from_flat({**options, "data": options["data"] | columns(options["model"])})
+                TrainConfig.from_flat({**options, "data": options.get("data", {}) | columns(options["model"])})
                 accepted += 1
     assert not [case for case in refused if "\n" in case[2]]
     assert not [case for case in refused if case[0] not in case[2] and case[0] not in ("params", "unet_config")]
