@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from diffusers_ddpm_ext.errors import ConfigError, printable, printable_lines
-from diffusers_ddpm_ext.hub.card_facts import METRIC_NAMES, FolderFacts
+from diffusers_ddpm_ext.hub.card_facts import BITS_PER_LATENT, METRIC_NAMES, FolderFacts
 from diffusers_ddpm_ext.utils.files import CONFIG, ENVIRONMENT
 from diffusers_ddpm_ext.utils.folder_scan import list_names
 from diffusers_ddpm_ext.utils.input_files import read_bytes
@@ -92,7 +92,8 @@ class ReportPage:
             if key in last:
                 has_least = key.startswith("val") and key in metrics.least and "psnr" not in key
                 least = f" (least {metrics.least[key]:.5f})" if has_least else ""
-                pairs.append((key, f"{last[key]:.5f}{least}"))
+                unit = f" {BITS_PER_LATENT}" if "latent_bpd" in key else ""
+                pairs.append((key, f"{last[key]:.5f}{unit}{least}"))
         images = facts.images()
         if images is not None:
             pairs.append(("images", f"{images.name}: {images.train:,} for training, {images.validation:,} held out"))

@@ -45,7 +45,10 @@ folder; without one they are written as they are, to .npy or .npz."""
 
 @dataclass(frozen=True)
 class SampleOptions:
-    """Draw images from a trained pipeline: a folder of this package or of Diffusers' DDPMPipeline, or a Hub id."""
+    """Draw images from a trained pipeline.
+
+    It is a folder of this package or of Diffusers' DDPMPipeline or LDMPipeline, or a Hub id.
+    """
 
     folder: str = positional("FOLDER", FOLDER_HELP, path=True)
     num_images: int | None = option(
