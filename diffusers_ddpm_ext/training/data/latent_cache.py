@@ -197,8 +197,8 @@ def _check_free_space(folder: CacheFolder, missing: int) -> None:
     if needed > free:
         advice = "" if folder.layout.dtype == "float16" else ", or halve it by --cache_latents_dtype float16"
         raise ConfigError(
-            f"{folder.label}: the latents take {needed / 1e9:,.2f} GB, and {free / 1e9:,.2f} GB are free: name a"
-            f" folder on a larger disk{advice}"
+            f"{folder.label}: the latents take {needed:,} bytes, and {free:,} are free: name a folder on a larger"
+            f" disk{advice}"
         )
 
 

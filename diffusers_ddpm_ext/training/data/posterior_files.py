@@ -179,7 +179,7 @@ def map_records(path: Path, layout: RecordFormat) -> tuple[np.ndarray, bool]:
 class StoredPosteriors:
     """Posteriors of all loaded images in the files of a complete cache, a `PosteriorStore`.
 
-    Each is verified when it is read. Data workers map the files themselves.
+    Each is verified when it is read. The files are mapped at once: another run may replace damaged ones.
 
     Attributes:
         folder: of the cache.
@@ -195,6 +195,10 @@ class StoredPosteriors:
     files: Sequence[str]
     table: np.ndarray
     _maps: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        for file in range(len(self.files)):
+            self._records(file)
 
     @property
     def nbytes(self) -> int:
@@ -230,7 +234,14 @@ class StoredPosteriors:
 
     def _records(self, file: int) -> np.ndarray:
         if file not in self._maps:
-            self._maps[file] = map_records(self.folder / self.files[file], self.layout)[0]
+            path = self.folder / self.files[file]
+            try:
+                self._maps[file] = map_records(path, self.layout)[0]
+            except OSError as error:
+                raise RunError(
+                    f"latents cannot be read from {path} ({error.strerror}): resume from the last checkpoint, which"
+                    " encodes missing ones again"
+                ) from None
         return self._maps[file]
 
     def __getstate__(self) -> dict[str, Any]:

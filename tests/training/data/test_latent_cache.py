@@ -312,6 +312,20 @@ def test_damage_during_a_run_ends_it(stage, accelerator, tmp_path):
         store.load(torch.tensor([1, 2]), torch.tensor([False, False]))
 
 
+def test_a_run_keeps_what_another_run_replaces(stage, accelerator, tmp_path):
+    """A repair deletes the damaged file; a run that reads it has it mapped. A new data worker says what is missing."""
+    cached = cache_latents(str(tmp_path), "float32", make_data(), stage, accelerator)
+    request = (torch.arange(COUNT - 1), torch.zeros(COUNT - 1, dtype=torch.bool))
+    expected = cached.train.posteriors.load(*request)
+    (file,) = only_folder(tmp_path).glob("*.bin")
+    flip_bit(file, (2 * COUNT - 1) * RECORD + 100)
+    cache_latents(str(tmp_path), "float32", make_data(), stage, accelerator)
+    assert not file.exists()
+    assert_same(cached.train.posteriors.load(*request), expected)
+    with pytest.raises(RunError, match=r"latents cannot be read from .* resume from the last checkpoint"):
+        pickle.loads(pickle.dumps(cached.train.posteriors)).load(*request)
+
+
 # ------------------------------------------------------------------ several runs, several processes
 
 
@@ -458,7 +472,7 @@ def test_a_disk_without_space_is_refused_before_anything_is_encoded(
 ):
     usage = latent_cache.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(latent_cache.shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(ConfigError, match=r"the latents take 0\.00 GB, .* --cache_latents_dtype float16"):
+    with pytest.raises(ConfigError, match=r"the latents take 6,336 bytes, and 1,000 are free: .* float16"):
         cache_latents(str(tmp_path), "float32", make_data(), stage, accelerator)
     assert encoded == []
 
