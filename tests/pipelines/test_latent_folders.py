@@ -133,6 +133,8 @@ def test_a_folder_read_and_saved_again_is_the_same(results, case, tmp_path):
         if file.is_file() and file.name != "model_index.json" and "config" not in file.name:
             assert (tmp_path / file.relative_to(results.folders / case)).read_bytes() == file.read_bytes()
     assert names_in(tmp_path) == names_in(results.folders / case)
+    config = "vqvae/config.json"
+    assert (tmp_path / config).read_bytes() == (results.folders / case / config).read_bytes()  # without a path in it
 
 
 @pytest.mark.parametrize("case", ["kl_stats", "kl_shift", "vq_shift"])
@@ -280,6 +282,10 @@ def test_variants_and_results_stay_only_with_the_same_first_stage(tmp_path):
     pipeline.save_pretrained(tmp_path)
     pipeline.save_pretrained(tmp_path, variant="raw")
     (tmp_path / "proof.json").write_text("{}")
+    (tmp_path / "vqvae" / "diffusion_pytorch_model.raw.safetensors").unlink()
+    only_network = DDPMExtPipeline.from_pretrained(tmp_path, variant="raw")
+    assert only_network.first_stage.content_hash() == pipeline.first_stage.content_hash()
+    pipeline.save_pretrained(tmp_path, variant="raw")
     raw = {f"{part}/diffusion_pytorch_model.raw.safetensors" for part in ("unet", "vqvae")}
     pipeline.save_pretrained(tmp_path)
     assert raw | {"proof.json"} <= files_of(tmp_path)

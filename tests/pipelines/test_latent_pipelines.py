@@ -18,8 +18,8 @@ KINDS = ("kl", "vq", "tiny", "dc")
 
 def pipeline(kind: str = "kl", unet: Any = None, **arguments: Any) -> DDPMExtPipeline:
     scheduler = DDPMExtScheduler(num_train_timesteps=10, clip_sample=False)
-    vae = arguments.pop("vae", None) or tiny_autoencoder(kind, scaling_factor=0.6)
-    result = DDPMExtPipeline(unet or tiny_unet(4), scheduler, vae=vae, **arguments)
+    arguments = {"vae": tiny_autoencoder(kind, scaling_factor=0.6)} | arguments
+    result = DDPMExtPipeline(unet or tiny_unet(4), scheduler, **arguments)
     result.set_progress_bar_config(disable=True)
     return result
 
@@ -199,6 +199,27 @@ def test_slicing_and_tiling():
     assert torch.equal(pipe.decode_latents(x), whole)
     with pytest.raises(NotImplementedError, match="VQModel"):
         pipeline("vq").enable_vae_tiling()
+
+
+def test_offloaded_models_draw_the_same():
+    pipe = pipeline()
+    expected = drawn(pipe, "pt").images
+    pipe.enable_model_cpu_offload(device="cpu")
+    assert torch.equal(drawn(pipe, "pt").images, expected)
+    pixels = torch.zeros(1, 3, 16, 16)
+    assert pipe.encode_images(pixels, torch.Generator().manual_seed(1)).shape == (1, 4, 8, 8)
+    assert [hook.model for hook in pipe._all_hooks] == [pipe.unet, pipe.vae]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # of torch.compile's own imports
+def test_a_compiled_first_stage(tmp_path):
+    vae = tiny_autoencoder("vq", scaling_factor=0.6)
+    expected = drawn(pipeline(vae=vae), "pt").images
+    pipe = pipeline(vae=torch.compile(vae, backend="eager"))
+    assert torch.equal(drawn(pipe, "pt").images, expected)
+    assert pipe.to(torch.float32) is pipe
+    pipe.save_pretrained(tmp_path)
+    assert DDPMExtPipeline.from_pretrained(tmp_path).first_stage.content_hash() == pipe.first_stage.content_hash()
 
 
 def test_damaged_weights_are_not_pictures():
