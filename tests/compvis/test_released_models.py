@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import published_models
 from helpers.paths import ROOT
 
 from diffusers_ddpm_ext.compvis.architecture import translate_unet
@@ -53,5 +54,9 @@ def test_the_page_has_a_row_for_each():
     page = (ROOT / "docs" / "released-models.md").read_text()
     for name, facts in FACTS.items():
         row = next(line for line in page.splitlines() if f"| `{name}` |" in line)
+        draws = row.split("|")[6].strip()
+        assert draws.startswith("yes") == (name in published_models.facts()), "compared with the original's pictures"
+        needs = {"crossattn": "encoder_hidden_states", "concat": "concat_inputs"}.get(facts.get("conditioning_key"))
+        assert draws.startswith("yes") or "refused" in facts or (needs or "") in draws
         assert ("refused" in row) == ("refused" in facts)
         assert "refused" in facts or f"`{facts['expected'][0]}`" in row
