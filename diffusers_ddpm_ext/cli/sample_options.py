@@ -182,6 +182,10 @@ def _check_sample_paths(options: SampleOptions) -> None:
     check_output_path("--out", out, "folder" if options.is_folder else "file")
     inputs = {f"--{name}": getattr(options, name) for name in ("concat", "concat_inputs", "encoder_hidden_states")}
     check_no_input("--out", out, inputs)
+    pictures = None if options.concat is None else options.concat.resolve()
+    for name, place in (("--out", out), ("--individual", individual)):
+        if pictures is not None and place is not None and place.resolve().is_relative_to(pictures):
+            raise ConfigError(f"{name} {place} is in the folder that --concat reads: name another place")
     if options.is_folder and individual is not None:
         raise ConfigError("--individual has no effect where --out is a folder: leave it out")
     lock = FolderLock(out) if options.is_folder else FolderLock(out.parent, out.name)

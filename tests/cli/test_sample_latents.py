@@ -207,6 +207,8 @@ def test_more_images_than_pictures_are_numbered(sample):
         ("mode", ("--concat", "broken"), "bad.png cannot be read"),
         ("mode", ("--concat", "in", "--concat_inputs", "x.npy"), "give one of them"),
         ("mode", ("--concat", "in", "--out", "in"), "is what --concat reads"),
+        ("mode", ("--concat", "in", "--out", "in/out"), "is in the folder that --concat reads"),
+        ("mode", ("--concat", "in", "--individual", "in/each"), "--individual in/each is in the folder"),
         ("mode", ("--concat", "in", "--bit_depth", "16", "--out", "each"), "one channel, and the images have 3"),
     ],
 )

@@ -154,6 +154,9 @@ def test_push_verify_and_the_code_of_the_card(folder, tmp_path):
         files = hub.files("alice/latent")
         assert f"{first_stage_of(folder).name}/diffusion_pytorch_model.safetensors" in files
         assert "agree in 100.00%" in run("-m", "diffusers_ddpm_ext", "verify", "alice/latent")
+        few = ("--num_inference_steps", "2", "--num_images", "2")
+        drawn = run("-m", "diffusers_ddpm_ext", "sample", "alice/latent", *few, "--out", "x.png")
+        assert "2 images of 16x16x3" in drawn
         blocks = re.findall(r"^```python\n(.*?)^```", files["README.md"].decode(), re.M | re.S)
         assert len(blocks) == 3
         assert "LDMPipeline" in blocks[2]
