@@ -46,6 +46,7 @@ FINAL = (
     "checkpoint-60/optimizer.safetensors",
 )
 IMAGES = 1797  # digits, each also mirrored
+BUILDS_PER_RUN = 5  # that are killed
 RECORD_BYTES = 16 + 2 * 4 * 4 * 4 * 4
 
 
@@ -143,11 +144,13 @@ def main() -> int:
     torn = backward = runs = different = 0
     while hits.total() < options.kills or hits["save"] < options.inside_saves:
         runs += 1
-        folder, cache, newest = base / f"run-{runs}", base / f"cache-{runs}", 0
+        folder, cache, newest, builds = base / f"run-{runs}", base / f"cache-{runs}", 0, 0
         arguments = [*latents, "--cache_latents", str(cache)] if latents else []
         while True:
             aimed = hits["save"] < options.inside_saves and draw.random() < 0.6
-            hit = wait_and_kill(start(folder, 1 + runs % 2, arguments), folder, draw, aimed, cache)
+            watched = cache if builds < BUILDS_PER_RUN else base / "none"
+            hit = wait_and_kill(start(folder, 1 + runs % 2, arguments), folder, draw, aimed, watched)
+            builds += hit == "cache"
             try:
                 step = newest_step(folder)
             except DamagedCheckpoint as error:
