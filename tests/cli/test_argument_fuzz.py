@@ -25,6 +25,7 @@ from diffusers_ddpm_ext.cli.report import ReportOptions
 from diffusers_ddpm_ext.cli.sample_options import SampleOptions
 from diffusers_ddpm_ext.cli.verify import VerifyOptions
 from diffusers_ddpm_ext.hub.push import PushOptions
+from diffusers_ddpm_ext.training.config.autoencoder_options import TRAIN_VAE
 from diffusers_ddpm_ext.training.config.options import OPTIONS, DataOptions
 from diffusers_ddpm_ext.training.trainer import train
 from diffusers_ddpm_ext.utils.option import Option, options_of
@@ -35,6 +36,7 @@ DATA = options_of(DataOptions)
 # command -> its options, and arguments with which it is quick and right
 BASES: dict[str, tuple[dict[str, Option], list[str]]] = {
     "train": (dict(OPTIONS), ["--dry_run"]),
+    "train-vae": (dict(TRAIN_VAE.options), ["--dry_run"]),
     "sample": (options_of(SampleOptions), ["run", "--num_images", "1", "--num_inference_steps", "2"]),
     "evaluate": (options_of(EvaluateOptions) | DATA, ["run", "--num_timesteps", "2", "--max_images", "1"]),
     "fit-variance": (options_of(FitVarianceOptions) | DATA, ["run", "--draws", "1", "--max_steps", "2"]),

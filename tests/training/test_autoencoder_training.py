@@ -23,7 +23,7 @@ from helpers.paths import PYTHONPATH
 from helpers.runs import TINY_VAE, losses, rows, tiny_vae_run
 from PIL import Image
 
-from diffusers_ddpm_ext.errors import ConfigError
+from diffusers_ddpm_ext.errors import ConfigError, RunError
 from diffusers_ddpm_ext.models.ema import load_ema_metadata
 from diffusers_ddpm_ext.models.first_stage import FirstStage
 from diffusers_ddpm_ext.models.first_stage_loading import load_first_stage
@@ -156,6 +156,16 @@ def test_without_average_and_validation(tmp_path):
     AutoencoderKL.from_pretrained(folder)
 
 
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
+    """The report names images and layers, and no timesteps, of which there are none."""
+    with pytest.raises(RunError) as stop:
+        run(tmp_path / "run", learning_rate=1e30, lr_warmup_steps=0)
+    assert "the loss was nan (every sample), see" in str(stop.value)
+    (folder,) = (tmp_path / "run" / "crash").iterdir()
+    assert "encoder.conv_in" in (folder / "gradients.csv").read_text()
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
 def test_a_dry_run_writes_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert trainer.train(tiny_vae_run(tmp_path / "run", dry_run=True)) is None
@@ -232,20 +242,21 @@ def test_sigkill_again_and_again(straight, tmp_path):
     command = [sys.executable, "-m", "diffusers_ddpm_ext", "train-vae", *flags, "--block_out_channels", "8", "8"]
     command += ["--save_images_epochs", "none", "--output_dir", "run", "--resume_from_checkpoint", "auto"]
     environment = os.environ | {"PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
-    killed = 0
-    for seconds in itertools.count(4, 1.5):
+    for delay in (0.0, 0.2, 0.5, 1.0, 2.0, None):
         child = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
-        deadline = time.monotonic() + seconds
-        while child.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.05)
-        if child.poll() is not None:
-            assert child.returncode == 0
-            break
-        child.send_signal(signal.SIGKILL)
-        child.wait()
-        killed += (tmp_path / "run").exists()
-    assert killed > 0
+        before = _rows_of(tmp_path / "run")
+        while child.poll() is None and (delay is None or _rows_of(tmp_path / "run") == before):
+            time.sleep(0.01)  # until it has trained again
+        if delay is not None:
+            time.sleep(delay)
+            child.send_signal(signal.SIGKILL)
+        assert child.wait() in (0, -signal.SIGKILL)
     assert_same(tmp_path / "run", straight)
+
+
+def _rows_of(folder: Path) -> bytes:
+    path = folder / "metrics.jsonl"
+    return path.read_bytes() if path.exists() else b""
 
 
 # ------------------------------------------------------------------ randomness and processes

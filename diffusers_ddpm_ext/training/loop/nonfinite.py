@@ -112,7 +112,7 @@ def report_nonfinite(setup: Setup, folder: Path, meter: LossMeter, step: int) ->
     own = [(accelerator.process_index, sample) for sample in meter.samples(step)]
     samples: list[RankedSample] = gather_object(own)
     norms = norm_of_modules(setup.trained.network, meter.norms(step))
-    line = f"step {step}: {_describe_samples(samples, norms)}"
+    line = f"step {step}: {_describe_samples(samples, norms, setup.num_train_timesteps > 1)}"
     if accelerator.is_main_process:
         try:
             line += _write_event(setup, folder / CRASH_FOLDER, step, line, samples, norms)
@@ -121,16 +121,18 @@ def report_nonfinite(setup: Setup, folder: Path, meter: LossMeter, step: int) ->
     return line
 
 
-def _describe_samples(samples: list[RankedSample], norms: dict[str, float]) -> str:
+def _describe_samples(samples: list[RankedSample], norms: dict[str, float], has_timesteps: bool) -> str:
     broken = [sample for _, sample in samples if not math.isfinite(sample.loss)]
     if not broken:
         module = next((name for name, norm in norms.items() if not math.isfinite(norm)), "")
         return f"the gradient was not finite ({module or 'its norm'}), the losses were"
-    timesteps = sorted({sample.timestep for sample in broken})
-    where = f"timesteps {', '.join(map(str, timesteps[:8]))}{', ...' if len(timesteps) > 8 else ''}"
-    if len(broken) == len(samples):
-        where = f"every sample; {where}"
-    return f"the loss was {broken[0].loss} ({where})"
+    everything, timesteps = len(broken) == len(samples), sorted({sample.timestep for sample in broken})
+    where = ["every sample"] if everything else []
+    if has_timesteps:
+        where.append(f"timesteps {', '.join(map(str, timesteps[:8]))}{', ...' if len(timesteps) > 8 else ''}")
+    elif not everything:
+        where.append(f"{len(broken)} of {len(samples)} samples")
+    return f"the loss was {broken[0].loss} ({'; '.join(where)})"
 
 
 def advice(options: OptimOptions, precision: str) -> str:
