@@ -96,7 +96,7 @@ def convert_compvis(
     if default == "ema" and checkpoint.weights("raw"):
         networks["raw"] = checkpoint.network("raw")
     return Converted(
-        checkpoint.pipeline(networks[default][0]),
+        checkpoint.pipeline(*networks[default]),
         networks["raw"][0] if len(networks) > 1 else None,
         checkpoint.ema_metadata if default == "ema" else None,
         report_compvis(checkpoint, path, networks),

@@ -18,6 +18,8 @@ from diffusers_ddpm_ext.compvis.reader.archive import PathLike
 from diffusers_ddpm_ext.compvis.schema import CONDITION_STAGE, FIRST_STAGE_SECTION, REPORT_FILE, SCALE_FACTOR_BUFFER
 from diffusers_ddpm_ext.compvis.state_dict import CLASS_EMBEDDING_KEY
 from diffusers_ddpm_ext.models.first_stage import load_first_stage
+from diffusers_ddpm_ext.models.fold_scale import fold_scale, reason_not_to_fold
+from diffusers_ddpm_ext.models.latent_scale import SCALE_KEYS
 from diffusers_ddpm_ext.pipelines.pipeline_ddpm_ext import DDPMExtPipeline
 from diffusers_ddpm_ext.utils.input_files import exists, read_json_object
 from diffusers_ddpm_ext.utils.pipeline_files import MODEL_INDEX
@@ -65,11 +67,12 @@ def stage_tensors(pipeline: DDPMExtPipeline, facts: Mapping[str, Any]) -> dict[s
     state: dict[str, Tensor] = {}
     factor = pipeline.config.get("latent_scaling_factor")
     if pipeline.vae is not None:
-        weights = export_first_stage(pipeline.vae, facts.get(FIRST_STAGE_SECTION))
+        autoencoder = _with_scale_alone(pipeline)
+        weights = export_first_stage(autoencoder, facts.get(FIRST_STAGE_SECTION))
         state = {FIRST_STAGE_PREFIX + name: tensor for name, tensor in weights.items()}
         if _condition_stage(pipeline, facts) == FIRST_STAGE_AS_CONDITION:
             state |= {CONDITION_PREFIX + name: tensor for name, tensor in weights.items()}
-        factor = _scaling_factor(pipeline)
+        factor = float(autoencoder.config.scaling_factor)
     if pipeline.class_embedder is not None:
         state[CLASS_EMBEDDING_KEY] = pipeline.class_embedder
     if facts.get(SCALE_FACTOR_BUFFER) and factor is not None:
@@ -93,11 +96,11 @@ def stage_params(pipeline: DDPMExtPipeline, facts: Mapping[str, Any]) -> dict[st
         classes, width = pipeline.class_embedder.shape
         stage["params"] = {"embed_dim": width, "n_classes": classes, "key": CLASS_KEY}
         more = {"cond_stage_key": CLASS_KEY}
-    measured = bool(facts.get(SCALE_FACTOR_BUFFER))
+    measured, autoencoder = bool(facts.get(SCALE_FACTOR_BUFFER)), _with_scale_alone(pipeline)
     return {
-        "scale_factor": 1.0 if measured else _scaling_factor(pipeline),
+        "scale_factor": 1.0 if measured else float(autoencoder.config.scaling_factor),
         "scale_by_std": measured,
-        "first_stage_config": original_config(pipeline.vae, facts.get(FIRST_STAGE_SECTION)).section,
+        "first_stage_config": original_config(autoencoder, facts.get(FIRST_STAGE_SECTION)).section,
         "cond_stage_config": stage,
         **more,
     }
@@ -114,6 +117,14 @@ def _condition_stage(pipeline: DDPMExtPipeline, facts: Mapping[str, Any]) -> str
     return FIRST_STAGE_AS_CONDITION if pipeline.config.get("concat_through_vae") == "mode" else IDENTITY_STAGE
 
 
-def _scaling_factor(pipeline: DDPMExtPipeline) -> float:
+def _with_scale_alone(pipeline: DDPMExtPipeline) -> Any:
+    """The autoencoder, with the mean and standard deviation of its latents, if it has them, folded into its weights.
+
+    Not where a condition is its unscaled latents, which folding changes: exporting it refuses these settings.
+    """
     module: Any = unwrap(pipeline.vae)
-    return float(module.config.scaling_factor)
+    if pipeline.config.get("concat_through_vae") == "mode":
+        return module
+    has_more = any(module.config.get(key) is not None for key in SCALE_KEYS if key != "scaling_factor")
+    can_fold = isinstance(module, AutoencoderKL | VQModel) and has_more and not reason_not_to_fold(module)
+    return fold_scale(module) if can_fold else module

@@ -83,8 +83,8 @@ class CompVisCheckpoint:
         scale = 1.0 if self.scale_factor is None else self.scale_factor
         return convert_first_stage(self.contents.first_stage, self.first_stage_config, scale)
 
-    def pipeline(self, network: nn.Module) -> DDPMExtPipeline:
-        """Make a pipeline of a network, with everything else that the checkpoint has."""
+    def pipeline(self, network: nn.Module, rows: list[ConvertedTensor]) -> DDPMExtPipeline:
+        """Make a pipeline of a network and its rows, with everything else that the checkpoint has."""
         is_latent, first_stage = self.config.samples.latent, self.first_stage
         pipeline = DDPMExtPipeline(
             network,
@@ -94,7 +94,7 @@ class CompVisCheckpoint:
             concat_through_vae=self.config.concat_through_vae,
             vae=None if first_stage is None else first_stage[0],
         )
-        pipeline.compvis_facts, pipeline.compvis_contents = self.facts, self.contents  # for save_compvis
+        pipeline.compvis_facts, pipeline.compvis_weights = self.facts, (self.contents, rows)  # for save_compvis
         if self.learns_logvar:
             pipeline.logvar = self.contents.logvar
         if self.contents.class_embedding is not None:
@@ -169,8 +169,7 @@ def load_compvis(
     if weights == "auto":
         other = "" if which == "ema" and checkpoint.weights("raw") else "the only ones in the file; "
         logger.warning('%s: %sthe pipeline has its %s weights (weights="%s").', path, other, which.upper(), which)
-    network, _ = checkpoint.network(which)
-    return checkpoint.pipeline(network)
+    return checkpoint.pipeline(*checkpoint.network(which))
 
 
 def choose_weights(checkpoint: CompVisCheckpoint, weights: WeightChoice) -> WeightSet:

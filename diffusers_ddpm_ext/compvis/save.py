@@ -22,8 +22,10 @@ from diffusers_ddpm_ext.compvis.unet_params import is_same_network, unet_params_
 from diffusers_ddpm_ext.compvis.weights import (
     EMA_PREFIX,
     UNET_PREFIXES,
+    ConvertedTensor,
     ema_buffer_names,
     export_unet,
+    is_unchanged,
     resamples_without_weights,
 )
 from diffusers_ddpm_ext.compvis.wrapper_names import plain_keys
@@ -57,14 +59,14 @@ class ExportSource:
         raw: the network with the raw weights; None if there is only one set.
         ema: decay and number of updates of the EMA, if known.
         facts: what ``conversion.json`` tells of the checkpoint that it was converted from; empty without one.
-        contents: of the checkpoint that it was loaded from, if it was.
+        weights: both sets of the checkpoint that it was loaded from, and the rows of its network then.
     """
 
     pipeline: DDPMExtPipeline
     raw: nn.Module | None
     ema: EmaMetadata | None
     facts: Mapping[str, Any] = field(default_factory=dict)
-    contents: CheckpointContents | None = None
+    weights: tuple[CheckpointContents, list[ConvertedTensor]] | None = None
 
 
 def save_compvis(
@@ -106,8 +108,8 @@ def _export_source(source: DDPMExtPipeline | nn.Module | PathLike) -> ExportSour
     if isinstance(source, nn.Module):
         raise ValueError(f"{type(source).__name__} is neither a pipeline nor an autoencoder, which can be exported.")
     if isinstance(source, DDPMExtPipeline):
-        facts, contents = (getattr(source, f"compvis_{name}", None) for name in ("facts", "contents"))
-        return ExportSource(source, None, None, facts or {}, contents)
+        facts, weights = (getattr(source, f"compvis_{name}", None) for name in ("facts", "weights"))
+        return ExportSource(source, None, None, facts or {}, weights)
     return read_one_generation(Path(source), _read_source)
 
 
@@ -183,20 +185,16 @@ def _on_cpu(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _weight_sets(
     source: ExportSource, params: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], EmaMetadata]:
-    """Raw weights, EMA, its metadata: of the folder, or of the checkpoint if the network equals one of its sets."""
-    own, contents = export_unet(source.pipeline.unet, params), source.contents
+    """Raw weights, EMA, its metadata: of the folder, or of the checkpoint if the network is unchanged since."""
+    own = export_unet(source.pipeline.unet, params)
     if source.raw is not None:
         return export_unet(source.raw, params), own, source.ema or EmaMetadata(COMPVIS_EMA_DECAY, 0)
-    if contents is not None and contents.raw and contents.ema:
-        sets = [{name: tensor.float() for name, tensor in kind.items()} for kind in (contents.raw, contents.ema)]
-        if any(_are_equal(own, weights) for weights in sets):
-            return sets[0], sets[1], contents.ema_metadata
+    if source.weights is not None:
+        contents, rows = source.weights
+        if contents.raw and contents.ema and is_unchanged(source.pipeline.unet, rows):
+            raw, ema = ({k: tensor.float() for k, tensor in kind.items()} for kind in (contents.raw, contents.ema))
+            return raw, ema, contents.ema_metadata
     return own, own, EmaMetadata(COMPVIS_EMA_DECAY, 0)
-
-
-def _are_equal(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> bool:
-    same = ours.keys() == theirs.keys()
-    return same and all(torch.equal(tensor.detach().cpu(), theirs[name]) for name, tensor in ours.items())
 
 
 def _check_variance(scheduler: DDPMExtScheduler) -> None:

@@ -175,9 +175,25 @@ def convert_mapped(
         if tensor is None:
             tensor = _resampling_weight(mapping.transform, mapping.shape)
         converted[mapping.target] = tensor.float().contiguous()
-        digest = hashlib.sha256(converted[mapping.target].numpy().data).hexdigest()
-        rows.append(ConvertedTensor(mapping.source, mapping.target, mapping.shape, digest))
+        rows.append(ConvertedTensor(mapping.source, mapping.target, mapping.shape, _digest(converted[mapping.target])))
     return converted, rows
+
+
+def _digest(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.numpy().data).hexdigest()
+
+
+def is_unchanged(network: nn.Module, rows: Iterable[ConvertedTensor]) -> bool:
+    """Whether a network has the weights that it was converted with.
+
+    Compared by their digests: a network shares memory with the tensors that were read, so these change with it.
+    """
+    digests = {row.target: row.sha256 for row in rows}
+    weights = {name: tensor.detach() for name, tensor in plain_state_dict(network).items()}
+    return weights.keys() == digests.keys() and all(
+        tensor.dtype == torch.float32 and _digest(tensor.cpu().contiguous()) == digests[name]
+        for name, tensor in weights.items()
+    )
 
 
 def _check_keys(missing: set[str], unexpected: set[str]) -> None:

@@ -8,14 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
+from helpers.paths import GOLDEN
 from helpers.published_models import BATCH, FOLDER, SEED, conditions, facts, seeded_state
 from torch import Tensor
 
 from diffusers_ddpm_ext import DDPMExtPipeline
 from diffusers_ddpm_ext.cli import main
 from diffusers_ddpm_ext.compvis import load_compvis, save_compvis
+from diffusers_ddpm_ext.compvis.config.ddpm import read_compvis_config
 from diffusers_ddpm_ext.compvis.convert import convert_compvis
 from diffusers_ddpm_ext.compvis.reader.archive import read_tensors
+from diffusers_ddpm_ext.compvis.save import compvis_config
 from diffusers_ddpm_ext.models.first_stage import FirstStage, load_first_stage
 
 MODELS = facts()
@@ -77,6 +81,110 @@ def test_a_codebook_and_classes(place, tmp_path):
     assert float((ours - theirs).abs().max()) <= 1
     save_compvis(source, tmp_path / "back.ckpt", use_ema=False)
     assert_is_back(tmp_path / "back.ckpt", read_tensors(path))
+
+
+def test_mean_and_std_of_latents_go_back_inside_the_weights(tmp_path):
+    """The original has one factor; a pipeline of ours may have more."""
+    source = load_compvis(FOLDER / "vq_classes.ckpt", FOLDER / "vq_classes.yaml")
+    stage = source.first_stage.with_scale(0.5, [0.1, 0.2, -0.1, 0.3], [2.0] * 4)
+    pipeline = DDPMExtPipeline(source.unet, source.scheduler, vae=stage.autoencoder)
+    pipeline.class_embedder = source.class_embedder
+    save_compvis(pipeline, tmp_path / "m.ckpt", use_ema=False)
+    config = compvis_config(pipeline, use_ema=False)
+    assert config["model"]["params"]["scale_factor"] == 0.25
+    assert config["model"]["params"]["cond_stage_config"]["params"]["n_classes"] == 5
+    back = load_compvis(tmp_path / "m.ckpt", config)
+    x = arrays("vq_classes")["x"]
+    assert largest(back.encode_images(x), pipeline.encode_images(x)) <= 1e-5
+    assert largest(back.decode_latents(pipeline.encode_images(x)), pipeline.decode_latents(stage.encode(x))) <= 1e-5
+    uneven = source.first_stage.with_scale(None, [0.0] * 4, [1.0, 2.0, 1.0, 1.0])
+    with pytest.raises(ValueError, match="latents_mean"):
+        save_compvis(DDPMExtPipeline(source.unet, source.scheduler, vae=uneven.autoencoder), tmp_path / "n.ckpt")
+
+
+@pytest.mark.parametrize("weights", ["raw", "ema"])
+def test_both_sets_of_weights_go_back_while_the_network_is_unchanged(weights, tmp_path):
+    """A pipeline holds one set; `load_compvis` remembers where the other one is."""
+    path, config = GOLDEN / "h_ckpt" / "ema.ckpt", GOLDEN / "h_ckpt" / "ema.yaml"
+    pipeline = load_compvis(path, config, weights=weights)
+    save_compvis(pipeline, tmp_path / "a.ckpt")
+    assert_is_back(tmp_path / "a.ckpt", read_tensors(path))
+    with torch.no_grad():
+        pipeline.unet.conv_in.bias[0] += 1
+    save_compvis(pipeline, tmp_path / "b.ckpt")
+    changed = torch.load(tmp_path / "b.ckpt", weights_only=True)["state_dict"]
+    key = "input_blocks.0.0.bias"
+    ours = changed[f"model.diffusion_model.{key}"]
+    assert torch.equal(ours, pipeline.unet.conv_in.bias)
+    assert torch.equal(changed["model_ema.diffusion_model" + key.replace(".", "")], ours)
+
+
+STAGE = "model.params.first_stage_config"
+
+
+def changed_config(**changes: Any) -> dict[str, Any]:
+    """The configuration of the recorded model, with other values by their last names."""
+    content: dict[str, Any] = yaml.safe_load((FOLDER / "vq_classes.yaml").read_text())
+    params = content["model"]["params"]
+    for name, value in changes.items():
+        place = params["first_stage_config"]["params"]["ddconfig"] if name not in params else params
+        place[name] = value
+    return content
+
+
+def test_a_refused_first_stage_is_left_out_on_request(tmp_path):
+    path = FOLDER / "vq_classes.ckpt"
+    with pytest.raises(ValueError, match=rf"{STAGE}\..*tanh_out true.*; or leave the first stage out: ignore_keys"):
+        load_compvis(path, changed_config(tanh_out=True))
+    pipeline = load_compvis(path, changed_config(tanh_out=True), ignore_keys=["first_stage_model."])
+    assert pipeline.vae is None
+    assert pipeline.config.latent_scaling_factor == 1.0
+    assert load_compvis(path, changed_config(tanh_out=True), load_only_unet=True).vae is None
+    with pytest.raises(ValueError, match=r"lacks .* tensors of the first stage.*the whole first stage"):
+        load_compvis(path, changed_config(), ignore_keys=["first_stage_model.decoder."])
+    with pytest.raises(ValueError, match="do not belong to this configuration"):
+        load_compvis(path, changed_config(attn_resolutions=[]))
+    with pytest.raises(ValueError, match=r"lacks .* tensors of the first stage"):
+        load_compvis(path, changed_config(attn_resolutions=[8, 16]))
+
+
+def test_a_measured_factor_that_the_file_lacks(tmp_path):
+    """With scale_by_std the configuration's factor is where training began, not what it measured."""
+    with pytest.raises(ValueError, match=r"scale_by_std is true.*has no scale_factor"):
+        load_compvis(FOLDER / "vq_classes.ckpt", changed_config(scale_by_std=True))
+    tensors = dict(read_tensors(FOLDER / "vq_classes.ckpt"))
+    torch.save({"state_dict": tensors | {"scale_factor": torch.tensor(0.75)}}, tmp_path / "m.ckpt")
+    pipeline = load_compvis(tmp_path / "m.ckpt", changed_config(scale_by_std=True))
+    assert pipeline.vae.config.scaling_factor == 0.75
+    only = load_compvis(tmp_path / "m.ckpt", changed_config(scale_by_std=True), load_only_unet=True)
+    assert only.config.latent_scaling_factor == 0.75
+    save_compvis(pipeline, tmp_path / "back.ckpt", use_ema=False)
+    assert torch.load(tmp_path / "back.ckpt", weights_only=True)["state_dict"]["scale_factor"] == 0.75
+    assert compvis_config(pipeline)["model"]["params"]["scale_by_std"] is True
+
+
+def test_the_conditioning_stage_that_is_the_first_stage_again(tmp_path):
+    name = "latent-diffusion/inpainting_big"
+    state = seeded_state(MODELS[name])
+    state["cond_stage_model.encoder.conv_in.bias"] = state["first_stage_model.encoder.conv_in.bias"] + 1
+    torch.save({"state_dict": state}, tmp_path / "m.ckpt")
+    with pytest.raises(ValueError, match=r"1 tensors of them differ.*cond_stage_model\.encoder\.conv_in\.bias"):
+        load_compvis(tmp_path / "m.ckpt", MODELS[name])
+    pipeline = load_compvis(tmp_path / "m.ckpt", MODELS[name], ignore_keys=["cond_stage_model."])
+    assert pipeline.config.concat_through_vae == "mode"
+    assert compvis_config(pipeline)["model"]["params"]["cond_stage_config"] == "__is_first_stage__"
+
+
+def test_the_inpainting_class_takes_a_scaled_sample():
+    name = "latent-diffusion/inpainting_big"
+    params = MODELS[name]["model"]["params"]
+    ways = {"ddpm.LatentInpaintDiffusion": "sample", "ddpm_edit.LatentDiffusion": "mode", "ddpm.LatentDiffusion": None}
+    for target, way in ways.items():
+        text = {"target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder"}
+        content = {
+            "model": {"target": f"ldm.models.diffusion.{target}", "params": params | {"cond_stage_config": text}}
+        }
+        assert read_compvis_config(content, for_training=False).concat_through_vae == way
 
 
 def test_an_autoencoder_alone(tmp_path, capsys):
