@@ -29,7 +29,7 @@ from diffusers import (
 )
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils.torch_utils import randn_tensor
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusers_ddpm_ext.diffusion.arguments import check_generators
 from diffusers_ddpm_ext.diffusion.reverse_step import LEARNED_VARIANCES
@@ -150,6 +150,11 @@ class DDPMExtPipeline(FirstStageMixin, SavedPipeline):
         self._logvar: Tensor | None = None
         self._class_embedder: Tensor | None = None
         self._last_call = PipelineCall()
+        if isinstance(conditioning_key, nn.Module):
+            raise ValueError(
+                f"conditioning_key is {type(conditioning_key).__name__}; pass a first stage by its name: "
+                "DDPMExtPipeline(unet, scheduler, vae=vae)."
+            )
         conditioning_key = own_conditioning_key(unet) if conditioning_key is None else conditioning_key
         self._conditioning = Conditioning(conditioning_key, use_positional_encodings)
         scheduler = as_ours(scheduler)

@@ -124,6 +124,7 @@ def test_vae_is_whichever_is_given():
     ("arguments", "message"),
     [
         ({"vae": tiny_unet(4)}, "UNet2DModel; it must be an AutoencoderKL"),
+        ({"conditioning_key": tiny_autoencoder("kl")}, "pass a first stage by its name"),
         ({"vae": "stabilityai/sd-vae"}, "str; it must be an AutoencoderKL"),
         ({"vae": tiny_autoencoder("kl", latent_channels=3)}, "latents of 3 channels, but the network denoises 4"),
         ({"vae": tiny_autoencoder("kl", latents_mean=[0.0] * 4)}, "latents_mean without latents_std"),
