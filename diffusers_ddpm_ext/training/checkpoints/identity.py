@@ -39,7 +39,7 @@ SCHEDULES_WITHOUT_END = (
     "LambdaLinearScheduler",
 )
 STEPS = "max_train_steps"
-FIRST_STAGE = "first_stage_type"
+FIRST_STAGE_TYPE = "first_stage_type"
 """An option that every run of train-vae has, and no other."""
 
 
@@ -71,8 +71,8 @@ def run_identity(
 
 def changed_options(own: Mapping[str, Any], saved: Mapping[str, Any], ignored: Collection[str] = ()) -> list[str]:
     """One phrase per option that differs between this run and a checkpoint."""
-    if (FIRST_STAGE in own) != (FIRST_STAGE in saved):
-        return [f"it is a run of ddpm-ext {'train-vae' if FIRST_STAGE in saved else 'train'}"]
+    if (FIRST_STAGE_TYPE in own) != (FIRST_STAGE_TYPE in saved):
+        return [f"it is a run of ddpm-ext {'train-vae' if FIRST_STAGE_TYPE in saved else 'train'}"]
     if STEPS not in own or STEPS not in saved:  # only one of the two learning rates depends on the length of the run
         ignored = {STEPS, *ignored}
     names = [*own, *(name for name in saved if name not in own)]
