@@ -32,12 +32,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from emoji_latents import COMMON, DIFFUSION, LATENTS, STEPS, train
+from emoji_latents import COMMON, DIFFUSION, LATENTS, STEPS, save_sheet, train
 from PIL import Image
 from torch import Tensor
 
 from diffusers_ddpm_ext import DDPMExtPipeline
-from diffusers_ddpm_ext.plotting.sheets import save_grid
 from diffusers_ddpm_ext.utils import random_keys as keys
 
 FACTOR, SHOWN, BATCH = 4, 16, 32
@@ -137,7 +136,7 @@ def enlarge(pictures: Tensor, resample: Image.Resampling) -> Tensor:
 def rows_of(path: Path, *sets: Tensor) -> None:
     """Draw the same pictures of several sets, a row each."""
     shown = torch.linspace(0, len(sets[0]) - 1, SHOWN).long()
-    save_grid(torch.cat([each[shown] for each in sets]) * 2 - 1, path, columns=SHOWN)
+    save_sheet(torch.cat([each[shown] for each in sets]) * 2 - 1, path)
 
 
 def measure_super_resolution(folder: Path, drawn: Path) -> dict[str, float]:

@@ -30,7 +30,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffusers_ddpm_ext import DDPMExtPipeline
-from diffusers_ddpm_ext.plotting.sheets import save_grid
+from diffusers_ddpm_ext.plotting.sheets import image_grid
 
 HERE = Path(__file__).parent
 SIZE, SEEDS, STEPS, BATCH = 64, 256, 32, 32
@@ -72,7 +72,7 @@ def main() -> int:
             samples = sample(folder / name)
             np.savez_compressed(folder / f"{name}.npz", samples.permute(0, 2, 3, 1).numpy())
         first = torch.from_numpy(np.load(folder / f"{name}.npz")["arr_0"][:GRID]).permute(0, 3, 1, 2)
-        save_grid(first.float() / 127.5 - 1, folder / f"{name}.png", columns=16)
+        save_sheet(first.float() / 127.5 - 1, folder / f"{name}.png")
     psnr = reconstruct(folder / "latents", emoji / "held_out", folder / "reconstructions.png")
     print(f"first stage: {psnr:.2f} dB on the held-out pictures", flush=True)
     seconds = json.loads((folder / "seconds.json").read_text(encoding="utf-8"))
@@ -121,12 +121,17 @@ def sample(folder: Path) -> Tensor:
     return torch.cat(parts)
 
 
+def save_sheet(pictures: Tensor, path: Path) -> None:
+    """Write pictures (N, 3, H, W) in [-1, 1], sixteen to a row, in 256 colors: a small file."""
+    image_grid(pictures, columns=16, enlarge=1).quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+
+
 @torch.no_grad()
 def reconstruct(folder: Path, pictures: Path, path: Path) -> float:
     """Draw held-out pictures above their reconstructions; return the mean PSNR of all, dB of 8-bit levels."""
     pipeline = DDPMExtPipeline.from_pretrained(folder)
     files = sorted(pictures.glob("*/*.png"))
-    pixels = torch.stack([torch.from_numpy(np.asarray(Image.open(file).convert("RGB"))) for file in files])
+    pixels = torch.stack([torch.from_numpy(np.array(Image.open(file).convert("RGB"))) for file in files])
     pixels = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
     decoded = []
     for part in pixels.split(BATCH):
@@ -135,7 +140,7 @@ def reconstruct(folder: Path, pictures: Path, path: Path) -> float:
     made = torch.cat(decoded)
     error = (made - pixels).square().mean((1, 2, 3)) / 4
     shown = torch.linspace(0, len(files) - 1, 16).long()
-    save_grid(torch.cat([pixels[shown], made[shown]]), path, columns=16)
+    save_sheet(torch.cat([pixels[shown], made[shown]]), path)
     return float((-10 * error.log10()).mean())
 
 
