@@ -209,6 +209,7 @@ def read_compvis_checkpoint(
             "scale_by_std is true, but the checkpoint has no scale_factor, which training measures: set scale_by_std "
             "to false and scale_factor to the factor of its latents."
         )
+    _check_classes(translated, contents.class_embedding)
     scheduler, notes = _make_scheduler(translated.schedule, contents.tables, options.schedule_from)
     steps = len(scheduler.schedule)
     if contents.logvar is not None and contents.logvar.shape != (steps,):
@@ -227,6 +228,18 @@ def read_compvis_checkpoint(
     if contents.filled:
         notes.append(f"The EMA lacks {len(contents.filled)} frozen tensors; they are copied from the raw weights.")
     return CompVisCheckpoint(translated, contents, scheduler, first_stage, notes)
+
+
+def _check_classes(config: CompVisConfig, table: Tensor | None) -> None:
+    """Refuse class embeddings of another number of classes than the configuration names."""
+    stage = next((row.value for row in config.rows if row.key == "model.params.cond_stage_config"), None)
+    params = stage.get("params") if isinstance(stage, Mapping) else None
+    classes = params.get("n_classes") if isinstance(params, Mapping) else None
+    if table is not None and classes is not None and table.shape[:1] != (classes,):
+        raise ValueError(
+            f"model.params.cond_stage_config.params.n_classes is {one_line(classes)}, but the checkpoint's class "
+            f"embeddings have shape {tuple(table.shape)}: give the configuration that belongs to it."
+        )
 
 
 def _first_stage_config(

@@ -28,6 +28,7 @@ from diffusers_ddpm_ext.compvis.schema import (
     TEXT,
     WIDTH,
     ConfigRow,
+    ValueType,
     check_values,
     list_of,
     number,
@@ -35,10 +36,11 @@ from diffusers_ddpm_ext.compvis.schema import (
     whole,
     wholes,
 )
-from diffusers_ddpm_ext.utils.network_budget import MAX_CLASSES, MAX_WIDTH, check_network_config
+from diffusers_ddpm_ext.utils.network_budget import MAX_CLASSES, MAX_LEVELS, MAX_WIDTH, check_network_config
 
 Kind = Literal["kl", "vq"]
 KINDS: dict[str, Kind] = {"AutoencoderKL": "kl", "VQModel": "vq", "VQModelInterface": "vq"}
+_MULTIPLES = wholes(MAX_WIDTH)
 DDCONFIG_TYPES = {
     "double_z": BOOLEAN,
     "z_channels": WIDTH,
@@ -46,7 +48,7 @@ DDCONFIG_TYPES = {
     "in_channels": WIDTH,
     "out_ch": WIDTH,
     "ch": WIDTH,
-    "ch_mult": wholes(MAX_WIDTH),
+    "ch_mult": ValueType(f"a list of up to {MAX_LEVELS} whole numbers from 1", _MULTIPLES.allows),
     "num_res_blocks": LAYERS,
     "attn_resolutions": list_of(POSITIVE_INT, "whole numbers", allow_empty=True),
     "dropout": number(0, 1),
