@@ -49,7 +49,7 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(folder: Path, stages: Path, kind: str = "kl", **options: Any) -> Any:
-    return tiny_run(folder, vae=str(stages / kind), **options)
+    return tiny_run(folder, **{"vae": str(stages / kind)} | options)
 
 
 def train(folder: Path, stages: Path, kind: str = "kl", **options: Any) -> Path | None:
@@ -413,6 +413,7 @@ def test_classes_condition_latents(key, stages, pictures, tmp_path):
         ({"scale_by_std": True, "scale_factor": 2.0}, "--scale_by_std contradicts --scale_factor 2.0"),
         ({"scale_factor": "datum"}, "a number, or data or vae"),
         ({"scale_factor": 0}, "must be above 0"),
+        ({"vae": "no/repository"}, "--vae: no/repository is not a folder on this machine"),
         ({"vae_subfolder": "nowhere"}, "--vae_subfolder nowhere does not exist"),
         ({"block_out_channels": [8, 8, 8, 8]}, "halve its latents, of 4x4,"),
     ],

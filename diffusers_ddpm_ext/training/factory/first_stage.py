@@ -23,8 +23,12 @@ def build_latent_encoder(config: TrainConfig, device: torch.device) -> LatentEnc
     options = config.latents
     if options.vae is None:
         return None
+    try:
+        autoencoder = load_first_stage(options.vae, options.vae_subfolder)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--vae: {' '.join(str(error).split())}") from None
     with as_config_error("--vae"):
-        stage = FirstStage(load_first_stage(options.vae, options.vae_subfolder).to(device))
+        stage = FirstStage(autoencoder.to(device))
         if stage.pixel_channels not in CHANNEL_NAMES:
             raise ConfigError(
                 f"--vae {options.vae} encodes {stage.pixel_channels} channels, and images have 1, 3 or 4"
