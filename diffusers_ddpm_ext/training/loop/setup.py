@@ -47,6 +47,7 @@ from diffusers_ddpm_ext.training.factory.warm_start import initialize_ema, load_
 from diffusers_ddpm_ext.training.loop.hub_publisher import check_hub_token
 from diffusers_ddpm_ext.training.tracking.monitor import Monitor
 from diffusers_ddpm_ext.training.tracking.plan import (
+    SMALLER,
     Plan,
     clipping_warning,
     epochs_warning,
@@ -224,10 +225,12 @@ def setup_warnings(setup: Setup) -> list[str]:
     """Sentences on choices that are probably mistakes."""
     device = setup.accelerator.device.type
     size = sum(parameter.numel() for parameter in setup.network_parameters)
+    denoises = isinstance(setup.trained, Parts)
+    smaller = SMALLER if denoises else "half the --block_out_channels"
     warnings = [
         setup.data.warning,
-        schedule_warning(setup.parts.objective.schedule) if isinstance(setup.trained, Parts) else None,
-        model_size_warning(size, device, setup.samples(setup.data.train).shape[1:]),
+        schedule_warning(setup.parts.objective.schedule) if denoises else None,
+        model_size_warning(size, device, setup.samples(setup.data.train).shape[1:], smaller),
         clipping_warning(setup.config.schedule, setup.latents is not None),
         warmup_warning(setup.config.optim, setup.plan.steps),
         epochs_warning(setup.plan),

@@ -12,6 +12,7 @@ from diffusers_ddpm_ext.training.config.options import ObjectiveOptions, OptimOp
 from diffusers_ddpm_ext.training.factory.optimizer import scale_learning_rate
 from diffusers_ddpm_ext.utils.vocabulary import TO_COMPVIS_BETA_SCHEDULE, TO_COMPVIS_PREDICTION_TYPE
 
+SMALLER = "--block_out_channels 32 64 64 --attention_levels 2 --norm_num_groups 8"
 SLOW_ON_CPU = 20_000_000  # parameters; they take seconds per step at 64x64
 MANY_EPOCHS = 1000
 MAX_TERMINAL_SIGNAL = 0.1  # of the amplitude after the last step; Stable Diffusion's schedule leaves 0.068
@@ -133,13 +134,16 @@ def clipping_warning(options: ScheduleOptions, in_latents: bool) -> str | None:
     )
 
 
-def model_size_warning(parameters: int, device: str, size: tuple[int, int]) -> str | None:
-    """Warn of a network with too many parameters for images of that height and width on a CPU."""
+def model_size_warning(parameters: int, device: str, size: tuple[int, int], smaller: str) -> str | None:
+    """Warn of a network with too many parameters for images of that height and width on a CPU.
+
+    ``smaller`` are the options of a smaller one.
+    """
     if device != "cpu" or parameters < SLOW_ON_CPU or size[0] * size[1] < 32 * 32:
         return None
     return (
         f"{parameters:,} parameters on a CPU take many seconds per step: use an accelerator, or a smaller network,"
-        " e.g. --block_out_channels 32 64 64 --attention_levels 2 --norm_num_groups 8"
+        f" e.g. {smaller}"
     )
 
 
