@@ -8,7 +8,7 @@ import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from diffusers_ddpm_ext.errors import RunError, warn
+from diffusers_ddpm_ext.errors import ConfigError, RunError, warn
 from diffusers_ddpm_ext.hub.upload import (
     HUB_TIMEOUT,
     HubTarget,
@@ -22,10 +22,12 @@ from diffusers_ddpm_ext.hub.upload import (
     upload,
 )
 from diffusers_ddpm_ext.utils.files import copy_atomically, remove_path, write_atomically, write_text_atomically
+from diffusers_ddpm_ext.utils.first_stage_config import FIRST_STAGE_SLOTS
 from diffusers_ddpm_ext.utils.folder_scan import is_below_link, scan_folder
 from diffusers_ddpm_ext.utils.generations import read_one_generation
+from diffusers_ddpm_ext.utils.input_files import read_json_object
 from diffusers_ddpm_ext.utils.option import option, positional
-from diffusers_ddpm_ext.utils.pipeline_files import owned_files
+from diffusers_ddpm_ext.utils.pipeline_files import MODEL_INDEX, owned_files
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ def push(options: PushOptions, checkpoint: Path | None = None) -> str:
             uploads = _copy_one_generation(options.folder, checkpoint, place)
             if uploads.warning:
                 warn(uploads.warning)
+            _check_latent_model(place, options.folder)
             target = replace(target, repo_id=create_repo(target, warn))
             _add_card_and_proof(place, target.repo_id, options.license, not options.no_images)
             result = upload(place, target, options.commit_message, warn)
@@ -115,6 +118,19 @@ def _copy_one_generation(folder: Path, checkpoint: Path | None, place: Path) -> 
         return uploads
 
     return read_one_generation(folder, copy)
+
+
+def _check_latent_model(place: Path, folder: Path) -> None:
+    """Raise ConfigError for a copy of a model of latents that cannot be opened, before a repository is created."""
+    index = read_json_object(place / MODEL_INDEX).content if (place / MODEL_INDEX).is_file() else {}
+    if not any(isinstance(index.get(slot), list) for slot in FIRST_STAGE_SLOTS):
+        return
+    from diffusers_ddpm_ext.pipelines.loading import load_pipeline, select_device
+
+    try:
+        load_pipeline(str(place), None, select_device("cpu"), "float32")
+    except ConfigError as error:
+        raise ConfigError(str(error).replace(str(place), str(folder))) from None
 
 
 def _add_card_and_proof(place: Path, repo_id: str, license_name: str | None, draw: bool) -> None:

@@ -53,7 +53,10 @@ class FirstStageConfig:
     def scaling_factor(self) -> float:
         """The number that its latents are multiplied with."""
         default = DEFAULT_SCALES.get(self.class_name, 0.18215)
-        return self.config.number("scaling_factor", default=default)
+        factor = self.config.number("scaling_factor", default=default)
+        if factor <= 0:
+            raise ConfigError(f"{self.config.name}: scaling_factor is {factor:g}; it must be above 0")
+        return factor
 
     @property
     def has_channel_statistics(self) -> bool:

@@ -150,6 +150,12 @@ def test_push_verify_and_the_code_of_the_card(folder, tmp_path):
             assert done.returncode == 0, done.stderr
             return done.stdout
 
+        damaged = Path(shutil.copytree(folder, tmp_path / "damaged"))
+        config = first_stage_of(damaged) / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"scaling_factor": 0}))
+        with pytest.raises(AssertionError, match=rf"error: cannot load the folder {damaged}.*scaling_factor"):
+            run("-m", "diffusers_ddpm_ext", "push", str(damaged), "--no_images")
+        assert not hub.repos, "nothing was created"
         run("-m", "diffusers_ddpm_ext", "push", str(folder))
         files = hub.files("alice/latent")
         assert f"{first_stage_of(folder).name}/diffusion_pytorch_model.safetensors" in files
