@@ -65,7 +65,7 @@ def changed(original: Path, folder: Path, **params: Any) -> str:
     return str(folder / "run.yaml")
 
 
-@pytest.mark.parametrize("start", ["--vae", "--ckpt_path"])
+@pytest.mark.parametrize("start", [pytest.param("--vae", marks=pytest.mark.slow), "--ckpt_path"])
 def test_the_recipe_runs_and_goes_on_with_the_first_stage(start, original, tmp_path):
     """With the images' size in pixels; from the checkpoint with its factor, though the recipe measures one."""
     run = changed(original, tmp_path, scale_by_std=True, scale_factor=1.0)

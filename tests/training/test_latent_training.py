@@ -28,6 +28,11 @@ KINDS = ("kl", "vq", "tiny", "dc")
 EVERY = {"checkpointing_steps": 2, "max_train_steps": 5, "validation_steps": 3, "scale_factor": "data", "seed": 5}
 
 
+def slow(value: Any) -> Any:
+    """A case of the slow tests."""
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
 class Killed(BaseException):
     """Stands for `kill -9`."""
 
@@ -200,7 +205,7 @@ def test_pictures_have_the_size_of_the_images(straight):
     assert shapes["denoise_row-5"][1] >= 4 * 8
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["vq", slow("tiny"), slow("dc")])
 def test_every_first_stage_trains_and_saves(kind, stages, tmp_path):
     train(tmp_path, stages, kind, max_train_steps=2)
     assert np.isfinite(losses(tmp_path)).all()
@@ -233,7 +238,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(
-    "moment", [(trainer, "save_checkpoint", 2), (trainer, "train_step", 4), (trainer, "describe_run", 1)]
+    "moment", [slow((trainer, "save_checkpoint", 2)), (trainer, "train_step", 4), slow((trainer, "describe_run", 1))]
 )
 def test_killed_and_resumed_is_the_same_run_and_measures_once(moment, straight, stages, tmp_path, monkeypatch):
     owner, name, call = moment
@@ -361,7 +366,12 @@ def test_other_concatenated_pictures_are_averaged_to_the_size_of_the_latents(sta
 
 @pytest.mark.parametrize(
     ("column", "through", "channels", "saved"),
-    [("gray", True, 4, "mode"), ("gray", False, 3, None), ("color", False, 5, None), ("masked", False, 6, None)],
+    [
+        ("gray", True, 4, "mode"),
+        pytest.param("gray", False, 3, None, marks=pytest.mark.slow),
+        ("color", False, 5, None),
+        pytest.param("masked", False, 6, None, marks=pytest.mark.slow),
+    ],
 )
 def test_concatenated_pictures_train_validate_and_are_drawn(
     column, through, channels, saved, stages, pictures, tmp_path
@@ -388,7 +398,7 @@ def test_pictures_that_the_first_stage_does_not_take_are_refused(stages, picture
         train(tmp_path, stages, **concat_options(pictures, "color", concat_through_vae=True))
 
 
-@pytest.mark.parametrize("key", ["adm", "crossattn"])
+@pytest.mark.parametrize("key", [slow("adm"), "crossattn"])
 def test_classes_condition_latents(key, stages, pictures, tmp_path):
     data = {"train_data_dir": str(pictures), "class_column": "kind", "conditioning_key": key}
     train(tmp_path, stages, **data, conditioning_dropout={"class_labels": 0.5}, max_train_steps=2)
