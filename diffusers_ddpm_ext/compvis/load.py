@@ -24,10 +24,16 @@ from diffusers_ddpm_ext.compvis.config.ddpm import (
     CompVisConfig,
     read_compvis_config,
 )
-from diffusers_ddpm_ext.compvis.config.targets import AUTOENCODERS
 from diffusers_ddpm_ext.compvis.first_stage.architecture import KINDS, FirstStageConfig, read_first_stage
 from diffusers_ddpm_ext.compvis.first_stage.checkpoint_keys import FIRST_STAGE_PREFIX, KnownStages
 from diffusers_ddpm_ext.compvis.first_stage.weights import convert_first_stage, first_stage_keys
+from diffusers_ddpm_ext.compvis.load_notes import (
+    check_classes,
+    foreign_classes,
+    foreign_first_stage,
+    logvar_notes,
+    stage_notes,
+)
 from diffusers_ddpm_ext.compvis.load_options import LoadOptions, ScheduleSource, WeightChoice, WeightSet
 from diffusers_ddpm_ext.compvis.reader.archive import PathLike, read_tensors
 from diffusers_ddpm_ext.compvis.report import Report
@@ -209,7 +215,7 @@ def read_compvis_checkpoint(
             "scale_by_std is true, but the checkpoint has no scale_factor, which training measures: set scale_by_std "
             "to false and scale_factor to the factor of its latents."
         )
-    _check_classes(translated, contents.class_embedding)
+    check_classes(translated, contents.class_embedding)
     scheduler, notes = _make_scheduler(translated.schedule, contents.tables, options.schedule_from)
     steps = len(scheduler.schedule)
     if contents.logvar is not None and contents.logvar.shape != (steps,):
@@ -218,10 +224,10 @@ def read_compvis_checkpoint(
             f'has {steps} steps. Use schedule_from="checkpoint", or leave it out with ignore_keys=["logvar"].'
         )
     if not any(row.source == "logvar" for row in contents.left_out) and not options.load_only_unet:
-        notes += _logvar_notes(contents.logvar, translated.objective)
+        notes += logvar_notes(contents.logvar, translated.objective)
     if contents.ignored:
         notes.append(f"Re-initialized, because ignore_keys left them out: {', '.join(sorted(contents.ignored))}.")
-    foreign = _foreign_first_stage(translated)
+    foreign = foreign_first_stage(translated)
     if foreign and any(row.source.startswith(FIRST_STAGE_PREFIX) for row in contents.left_out):
         known = ", ".join(KINDS)
         notes.append(f"The first stage is left out: {one_line(foreign)} is not one of CompVis' classes ({known}).")
@@ -230,59 +236,19 @@ def read_compvis_checkpoint(
     return CompVisCheckpoint(translated, contents, scheduler, first_stage, notes)
 
 
-def _check_classes(config: CompVisConfig, table: Tensor | None) -> None:
-    """Refuse class embeddings of another number of classes than the configuration names."""
-    stage = next((row.value for row in config.rows if row.key == "model.params.cond_stage_config"), None)
-    params = stage.get("params") if isinstance(stage, Mapping) else None
-    classes = params.get("n_classes") if isinstance(params, Mapping) else None
-    if table is not None and classes is not None and table.shape[:1] != (classes,):
-        raise ValueError(
-            f"model.params.cond_stage_config.params.n_classes is {one_line(classes)}, but the checkpoint's class "
-            f"embeddings have shape {tuple(table.shape)}: give the configuration that belongs to it."
-        )
-
-
 def _first_stage_config(
     config: CompVisConfig, tensors: Mapping[str, Tensor], options: LoadOptions
 ) -> FirstStageConfig | None:
     """Arguments of the first stage; None if the file has none, or the options leave it out."""
     ignored = options.ignore_keys
     in_file = any(name.startswith(FIRST_STAGE_PREFIX) and not name.startswith(ignored) for name in plain_keys(tensors))
-    if not config.first_stage or options.load_only_unet or not in_file or _foreign_first_stage(config):
+    if not config.first_stage or options.load_only_unet or not in_file or foreign_first_stage(config):
         return None
     try:
         return read_first_stage(config.first_stage, FIRST_STAGE)
     except ValueError as error:
         message = str(error).removesuffix(".")
         raise ValueError(f"{message}; or leave the first stage out: ignore_keys {FIRST_STAGE_PREFIX}") from None
-
-
-def _foreign_first_stage(config: CompVisConfig) -> str:
-    """The class of a first stage that is none of CompVis' autoencoders; empty for these."""
-    target = str((config.first_stage or {}).get("target"))
-    return "" if target.rpartition(".")[2] in AUTOENCODERS else target
-
-
-def _stage_notes(config: CompVisConfig, contents: CheckpointContents) -> list[str]:
-    """Notes on stages that the configuration has and the pipeline has not."""
-    notes = []
-    if config.first_stage and not contents.first_stage:
-        notes.append("The pipeline has no first stage: its samples are latents.")
-    if (config.cond_stage or "").rpartition(".")[2] == "ClassEmbedder" and contents.class_embedding is None:
-        notes.append("The pipeline has no class embeddings: pass encoder_hidden_states.")
-    return notes
-
-
-def _logvar_notes(logvar: Tensor | None, objective: Mapping[str, Any]) -> list[str]:
-    """Notes where the file has another logvar than the configuration tells."""
-    if objective["learn_logvar"]:
-        return [] if logvar is not None else ["The configuration learns a logvar, but the checkpoint has none."]
-    if logvar is None or bool((logvar == objective["logvar_init"]).all()):
-        return []
-    return [
-        f"The checkpoint's logvar (mean {float(logvar.float().mean()):.4f}) is not part of the pipeline, since the "
-        "configuration does not learn it: if it was learned, set learn_logvar: true."
-    ]
 
 
 def _make_scheduler(
@@ -336,14 +302,5 @@ def report_compvis(
         left_out=contents.left_out,
         configuration=[*config.rows, *first_stage_rows],
         facts=facts,
-        notes=checkpoint.notes + _stage_notes(config, contents) + _foreign_classes(config),
+        notes=checkpoint.notes + stage_notes(config, contents) + foreign_classes(config),
     )
-
-
-def _foreign_classes(config: CompVisConfig) -> list[str]:
-    """Notes on classes that are read as CompVis' classes of the same name."""
-    return [
-        f"{row.key} {one_line(row.value, 100)} is not a class of CompVis' ldm: it is read as ldm's class of that name."
-        for row in config.rows
-        if row.key.endswith(".target") and row.fate == "translated" and not str(row.value).startswith("ldm.")
-    ]
