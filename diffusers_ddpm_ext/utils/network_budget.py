@@ -59,6 +59,12 @@ NUMBERS = (
     *("dropout", "norm_eps", "mid_block_scale_factor", "timestep_scale"),
     *("freq_shift", "downsample_padding", "resnet_out_scale_factor"),
 )
+NEVER_NULL = (
+    *NUMBERS,
+    *("in_channels", "out_channels", "block_out_channels", "layers_per_block", "conv_in_kernel", "conv_out_kernel"),
+    *("time_embedding_type", "resnet_time_scale_shift", "act_fn"),
+)
+"""Settings that Diffusers' networks need; their defaults are no null."""
 
 
 def check_network_config(config: Mapping[str, Any], name: str) -> None:
@@ -133,6 +139,9 @@ def check_network_types(config: Mapping[str, Any], name: str) -> None:
     Raises:
         ConfigError: a count is no integer of at least 1, a word is unknown, or a flag or number is not one.
     """
+    for key in NEVER_NULL:
+        if key in config and config[key] is None:
+            raise ConfigError(f"{name}: {key} is null; write a value, or leave it out for Diffusers' default.")
     for key, largest in COUNTS.items():
         value = config.get(key)
         level, least = [] if value is None else [value], 0 if key in LAYERS_OF_SIDES else 1

@@ -18,7 +18,13 @@ from safetensors.torch import load_file, save_file
 from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtScheduler
 from diffusers_ddpm_ext.cli import main
 from diffusers_ddpm_ext.errors import ConfigError
-from diffusers_ddpm_ext.utils.network_budget import FLAGS, check_network_config, check_network_types, least_parameters
+from diffusers_ddpm_ext.utils.network_budget import (
+    FLAGS,
+    NEVER_NULL,
+    check_network_config,
+    check_network_types,
+    least_parameters,
+)
 
 INDEX, NETWORK, SCHEDULER = "model_index.json", "unet/config.json", "scheduler/scheduler_config.json"
 
@@ -209,6 +215,13 @@ def test_unknown_words(key, value):
     with pytest.raises(ConfigError, match=f"config: {key} is .*; allowed: ") as caught:
         check_network_types({key: value}, "config")
     assert caught.value.args[0].isprintable()
+
+
+@pytest.mark.parametrize("key", NEVER_NULL)
+def test_no_null(key):
+    """None of Diffusers' networks has this default."""
+    with pytest.raises(ConfigError, match=f"config: {key} is null"):
+        check_network_types({key: None}, "config")
 
 
 def test_defaults_pass():
