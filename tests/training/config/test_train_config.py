@@ -25,7 +25,7 @@ def _photos(tmp_path, monkeypatch):
 
 def written(text: str, *flags: str) -> TrainConfig:
     Path("run.yaml").write_text(text)
-    return parse_train_args(["--config", "run.yaml", *flags])
+    return parse_train_args([*(["--config", "run.yaml"] if text else []), *flags])
 
 
 def refusal(text: str, *flags: str) -> str:
