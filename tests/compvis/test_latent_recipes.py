@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState, GradientState
+from helpers.accelerate_state import fresh_accelerate  # noqa: F401
 from helpers.tiny import tiny_autoencoder
 from PIL import Image
 
@@ -28,13 +27,6 @@ UNET = {
 }  # fmt: skip
 STAGE = {"block_out_channels": (32, 32), "norm_num_groups": 32, "layers_per_block": 1, "sample_size": 8}
 RUN = ("--max_train_steps", "1", "--train_batch_size", "4", "--num_preview_images", "1", "--report_to", "none")
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> Iterator[None]:
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 @pytest.fixture(scope="module")

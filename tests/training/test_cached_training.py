@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
+from helpers.accelerate_state import fresh_accelerate, reset_accelerate  # noqa: F401
 from helpers.runs import rows, tiny_flags, tiny_run
 from helpers.tiny import tiny_autoencoder
 from PIL import Image
@@ -20,13 +19,6 @@ from diffusers_ddpm_ext.models.first_stage import FirstStage
 from diffusers_ddpm_ext.training import trainer
 from diffusers_ddpm_ext.training.config.latent_options import LATENT_CACHE
 from diffusers_ddpm_ext.training.config.train_config import TrainConfig, parse_train_args
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> Iterator[None]:
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +51,7 @@ def options_of(inputs: Path, kind: str = "kl", **options: Any) -> dict[str, Any]
 
 
 def train(folder: Path, **options: Any) -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    reset_accelerate()
     trainer.train(tiny_run(folder, **options))
 
 
@@ -129,8 +120,7 @@ def test_float16_is_another_run_that_learns_alike(inputs, tmp_path):
 
 
 def run_command(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str]:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    reset_accelerate()
     status = main(["train", *argv])
     return status, capsys.readouterr().err
 

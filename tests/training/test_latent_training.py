@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import AcceleratorState
+from helpers.accelerate_state import fresh_accelerate, reset_accelerate  # noqa: F401
 from helpers.runs import losses, rows, tiny_run
 from helpers.tiny import tiny_autoencoder
 from PIL import Image
@@ -37,13 +37,6 @@ class Killed(BaseException):
     """Stands for `kill -9`."""
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> Iterator[None]:
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
 @pytest.fixture(scope="module")
 def stages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """First stages of gray images that halve both sides, a folder for each kind."""
@@ -58,8 +51,7 @@ def config(folder: Path, stages: Path, kind: str = "kl", **options: Any) -> Any:
 
 
 def train(folder: Path, stages: Path, kind: str = "kl", **options: Any) -> Path | None:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    reset_accelerate()
     return trainer.train(config(folder, stages, kind, **options))
 
 

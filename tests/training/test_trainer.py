@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import AcceleratorState
 from diffusers import UNet2DModel
+from helpers.accelerate_state import fresh_accelerate  # noqa: F401
 from helpers.runs import losses, rows, tiny_run
 from safetensors.torch import load_file
 
@@ -28,14 +28,6 @@ from diffusers_ddpm_ext.training.trainer import open_batches, train, train_step
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 RAW = "unet/diffusion_pytorch_model.raw.safetensors"
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> Iterator[None]:
-    """Accelerate keeps device and precision for the life of a process."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 @pytest.fixture(scope="module")
