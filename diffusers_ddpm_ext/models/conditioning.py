@@ -40,11 +40,13 @@ class Conditions:
         class_labels: (B,), integer, or (B, width), floating, for a projected embedding.
         concat_inputs: (B, c, H, W), floating, in the units of the samples.
         encoder_hidden_states: (B, tokens, width), floating.
+        input_ids: (B, tokens), int64, of a text encoder, which makes ``encoder_hidden_states`` of them.
     """
 
     class_labels: Tensor | None = None
     concat_inputs: Tensor | None = None
     encoder_hidden_states: Tensor | None = None
+    input_ids: Tensor | None = None
 
     def as_dict(self) -> dict[str, Tensor]:
         """The conditions that are present, by name."""
