@@ -185,10 +185,9 @@ def _make_output(
     stem = number_of if read.pictures is None else read.pictures.stem
     if options.is_folder:
         return PngFolder(options.output_path, settings, shape, options.bit_depth, stem)
-    captions = None
+    captions: Sequence[str] = ()
     if labels is not None and facts.class_names:
-        names = [_class_name(facts, label) for label in labels.tolist()]
-        captions = _in_turn(names)
+        captions = [_class_name(facts, label) for label in labels.tolist()]
     is_video = options.output_path.suffix.lower() == VIDEO_SUFFIX
     num_frames = len(_frame_steps(calls)) + 1 if is_video else None
     return OneFile(
@@ -234,10 +233,6 @@ def _settings(
 
 def _class_name(facts: PipelineFacts, label: int) -> str:
     return facts.class_names.get(label, str(label))
-
-
-def _in_turn(names: Sequence[str]) -> Callable[[int], str]:
-    return lambda index: names[index % len(names)]
 
 
 def _model_fingerprint(pipeline: Any) -> str:

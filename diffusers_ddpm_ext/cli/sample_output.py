@@ -186,7 +186,7 @@ class OneFile:
         num_frames: of a video; None for other files.
         individual: a folder that also receives every image, or None.
         bit_depth: of .npz arrays, and of the files in that folder.
-        caption: the text under an image of the grid, by its index; None for none.
+        captions: the texts under the images of the grid, in turn; none where it is empty.
         latents: whether the images are latents, float32 in .npz files too.
         stem: as that of `PngFolder`, for the files in the folder of individual images.
     """
@@ -197,7 +197,7 @@ class OneFile:
     num_frames: int | None
     individual: Path | None
     bit_depth: int = 8
-    caption: Callable[[int], str] | None = None
+    captions: Sequence[str] = ()
     latents: bool = False
     stem: Callable[[int], str] = number_of
 
@@ -216,7 +216,7 @@ class OneFile:
         suffix = self.path.suffix.lower()
         if suffix not in ARRAY_SUFFIXES:
             wide = width if channels in (1, 3, 4) else width * channels
-            size = grid_size(count, height, wide, self.caption is not None)
+            size = grid_size(count, height, wide, self.captions[:count])
             needed += math.prod(size)
             if max(size) > LARGEST_SIDE.get(suffix, max(size)):
                 raise ConfigError(
@@ -297,7 +297,7 @@ class OneFile:
         images = np.stack([self._load(index, "image") for index in range(count)]).astype(np.float32)
         if self.individual is not None:
             self._write_individual(images, self.individual.resolve())
-        captions = None if self.caption is None else [self.caption(index) for index in range(count)]
+        captions = [self.captions[index % len(self.captions)] for index in range(count)] if self.captions else None
         if suffix == ".npy":
             write_atomically(self.path, lambda file: np.save(file, images))
         elif suffix == ".npz":

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from diffusers_ddpm_ext.utils.files import write_atomically
 
 GAP = 4  # pixels between images
 TILE = 96  # approximate side, in pixels, of enlarged small images
-CAPTION_HEIGHT = 14
+CAPTION_HEIGHT, LINE_HEIGHT = 14, 12  # of a caption of one line, and of each further line
+MAX_CAPTION_LINES = 3
 
 
 def image_grid(
@@ -35,7 +37,8 @@ def image_grid(
         columns: images per row; None makes the sheet approximately square.
         enlarge: integer factor (nearest neighbor); None enlarges small images.
         gap: white pixels between images.
-        captions: a text under each image, such as the name of its class; cut off at the image's width.
+        captions: a text under each image, such as its prompt or the name of its class; wrapped at the image's width
+            into up to three lines, and cut after them.
 
     Returns:
         The sheet. Missing images of the last row are white.
@@ -54,8 +57,11 @@ def image_grid(
     if captions is not None:
         if len(captions) != len(tiles):
             raise ValueError(f"captions has {len(captions)} texts for {len(tiles)} images; give one per image.")
-        strips = [_caption(text, tiles.shape[2], tiles.shape[3]) for text in captions]
-        tiles = np.concatenate([tiles, np.stack(strips)], axis=1)
+        width, depth = tiles.shape[2:]
+        wrapped = {text: _wrap(text, width) for text in captions}
+        height = _caption_height(wrapped.values())
+        strips = {text: _caption(lines, height, width, depth) for text, lines in wrapped.items()}
+        tiles = np.concatenate([tiles, np.stack([strips[text] for text in captions])], axis=1)
     count, height, width, depth = tiles.shape
     rows = -(-count // columns)
     sheet = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, depth), 255, dtype=np.uint8)
@@ -70,11 +76,19 @@ def _layout(count: int, height: int, width: int) -> tuple[int, int]:
     return max(1, round(math.sqrt(count * height / width))), max(1, round(TILE / max(height, width)))
 
 
-def grid_size(count: int, height: int, width: int, has_captions: bool = False) -> tuple[int, int]:
-    """Height and width, in pixels, of the sheet that :func:`image_grid` makes by default."""
+def grid_size(count: int, height: int, width: int, captions: Sequence[str] = ()) -> tuple[int, int]:
+    """Height and width, in pixels, of the sheet that :func:`image_grid` makes by default.
+
+    Args:
+        count: number of images.
+        height: of an image.
+        width: of an image.
+        captions: the texts that occur under the images.
+    """
     columns, enlarge = _layout(count, height, width)
     columns = min(columns, count)
-    tile_height = height * enlarge + (CAPTION_HEIGHT if has_captions else 0)
+    strip = _caption_height(_wrap(text, width * enlarge) for text in captions) if captions else 0
+    tile_height = height * enlarge + strip
     return -(-count // columns) * (tile_height + GAP) - GAP, columns * (width * enlarge + GAP) - GAP
 
 
@@ -90,13 +104,44 @@ def save_grid(images: ArrayLike, path: str | os.PathLike[str], **options: Any) -
     return write_atomically(path, lambda file: sheet.save(file, image_format))
 
 
-def _caption(text: str, width: int, depth: int) -> NDArray[np.uint8]:
-    """A strip of text, black on white: (CAPTION_HEIGHT, width, depth)."""
-    strip = Image.new("L", (width, CAPTION_HEIGHT), 255)
-    font, text = ImageFont.load_default(), printable(text)
-    if isinstance(font, ImageFont.ImageFont):  # Pillow without FreeType: a font of Latin letters alone
-        text = text.encode("latin-1", "replace").decode("latin-1")
-    ImageDraw.Draw(strip).text((1, 1), text, fill=0, font=font)
+def _wrap(text: str, width: int) -> list[str]:
+    """A text from outside as lines that fit a width in pixels; the last one ends in "..." where it is cut.
+
+    Pillow's own font has no letters but those of ASCII: accents are left out, and other scripts are question marks.
+    """
+    letters = (c for c in unicodedata.normalize("NFKD", printable(text)) if not unicodedata.combining(c))
+    font, text = ImageFont.load_default(), "".join(letters).encode("ascii", "replace").decode("ascii")
+
+    def fits(line: str) -> bool:
+        return font.getlength(line) <= width - 2
+
+    lines, rest = [], text
+    while rest and len(lines) < MAX_CAPTION_LINES:
+        end = len(rest)
+        if not fits(rest):
+            end = next((end for end in range(2, len(rest)) if not fits(rest[:end])), len(rest)) - 1
+            space = rest.rfind(" ", 1, end + 1)
+            end = end if space < 0 else space
+        lines.append(rest[:end])
+        rest = rest[end:].lstrip(" ")
+    if rest:
+        last = lines[-1]
+        while last and not fits(f"{last}..."):
+            last = last[:-1]
+        lines[-1] = f"{last}..."
+    return lines
+
+
+def _caption_height(wrapped: Iterable[list[str]]) -> int:
+    """Height of the strips under images, in pixels, for the longest of their captions."""
+    return CAPTION_HEIGHT + LINE_HEIGHT * (max(1, *map(len, wrapped)) - 1)
+
+
+def _caption(lines: list[str], height: int, width: int, depth: int) -> NDArray[np.uint8]:
+    """A strip of text, black on white: (height, width, depth)."""
+    strip = Image.new("L", (width, height), 255)
+    for number, line in enumerate(lines):
+        ImageDraw.Draw(strip).text((1, 1 + number * LINE_HEIGHT), line, fill=0, font=ImageFont.load_default())
     pixels = np.asarray(strip)[..., None].repeat(depth, axis=2)
     if depth == 4:
         pixels[..., 3] = 255

@@ -13,7 +13,7 @@ from PIL import Image
 from diffusers_ddpm_ext.diffusion.schedule import NoiseSchedule
 from diffusers_ddpm_ext.plotting.chain import plot_schedule, plot_steps, plot_timesteps, plot_variance, plot_weights
 from diffusers_ddpm_ext.plotting.curves import MAX_PLOTTED, Curve, plot_logvar, plot_losses, running_mean, thin
-from diffusers_ddpm_ext.plotting.sheets import image_grid, save_grid
+from diffusers_ddpm_ext.plotting.sheets import CAPTION_HEIGHT, GAP, LINE_HEIGHT, grid_size, image_grid, save_grid
 
 
 def test_a_sheet_by_hand():
@@ -72,6 +72,32 @@ def test_a_sheet_is_about_square(shape, columns):
 def test_invalid_arrays_are_refused(images, options):
     with pytest.raises(ValueError, match="must be"):
         image_grid(images, **options)
+
+
+def test_long_captions_are_wrapped_and_cut():
+    """All images have strips of one height; a text of one line is drawn as it is without the others."""
+    images, texts = np.zeros((3, 3, 96, 96)), ["a cat", "an astronaut who rides a horse", "a word " * 50]
+    short, long = image_grid(images[:1], captions=texts[:1]), image_grid(images, columns=3, captions=texts)
+    assert short.size == (96, 96 + CAPTION_HEIGHT)
+    assert long.size == (3 * 96 + 2 * GAP, 96 + CAPTION_HEIGHT + 2 * LINE_HEIGHT)
+    assert image_grid(images, captions=texts).size == grid_size(3, 96, 96, texts)[::-1]
+    strips = np.asarray(long)[96:, :, 0]
+    line = np.asarray(short)[96:, :, 0]
+    assert np.array_equal(strips[:CAPTION_HEIGHT, :96], line)
+    assert (strips[CAPTION_HEIGHT:, :96] == 255).all()
+    dark = [
+        [(strips[top : top + LINE_HEIGHT, left : left + 96] < 128).any() for top in (0, 13, 26)] for left in (100, 200)
+    ]
+    assert dark == [[True, True, False], [True, True, True]]
+
+
+@pytest.mark.parametrize(
+    ("text", "same"), [("\x1b[2J", "\\x1b[2J"), ("caf\u00e9", "cafe"), ("\u732b", "?"), ("", " ")]
+)
+def test_captions_have_letters_of_the_font_alone(text, same):
+    """Control characters are escaped, accents left out, other scripts question marks, and no box is drawn."""
+    images = np.zeros((1, 1, 96, 96))
+    assert np.array_equal(image_grid(images, captions=[text]), image_grid(images, captions=[same]))
 
 
 @pytest.mark.parametrize("name", ["a.png", "deep/er/a.png", "a.jpg", "a.webp"])
