@@ -1,0 +1,225 @@
+"""Loading of a text encoder and of a tokenizer, from a folder or a repository, their own or a pipeline's."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+
+from diffusers_ddpm_ext.errors import ConfigError, printable
+from diffusers_ddpm_ext.models.text_kinds import CLASS_NAMES, KINDS, TextKind, kind_named
+from diffusers_ddpm_ext.utils.generations import read_one_generation
+from diffusers_ddpm_ext.utils.input_files import JsonObject, file_name, read_json_object
+from diffusers_ddpm_ext.utils.network_folder import as_folder_error
+from diffusers_ddpm_ext.utils.pipeline_files import MODEL_INDEX
+from diffusers_ddpm_ext.utils.text_encoder_folder import check_text_encoder_folder
+
+ENCODER_SLOTS = ("text_encoder", "bert")
+"""Names of a text encoder in a pipeline; the second is that of `LDMTextToImagePipeline`."""
+TOKENIZER_SLOTS = ("tokenizer",)
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+    *("merges.txt", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model"),
+)
+OF_TOKENIZER = (
+    "tokenizer.json",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tokenizer.model",
+)
+"""Files of which a tokenizer has at least one."""
+
+
+def load_text_encoder(path_or_id: str | os.PathLike[str], subfolder: str | None = None) -> Any:
+    """Load a text encoder: frozen, in evaluation mode, in float32.
+
+    Args:
+        path_or_id: a folder or Hub id, of the encoder itself or of a pipeline, whose ``text_encoder`` or ``bert`` is
+            taken. Without a network, a repository is read from the cache.
+        subfolder: where in it the encoder is.
+
+    Returns:
+        The encoder, for `TextEncoder`.
+
+    Raises:
+        ConfigError: it does not exist, cannot be read, is no text encoder, or lacks weights; one sentence.
+    """
+    files = ("config.json", "*.safetensors", "*.safetensors.index.json")
+    return _load(path_or_id, subfolder, ENCODER_SLOTS, files, _load_encoder)
+
+
+def load_tokenizer(path_or_id: str | os.PathLike[str], subfolder: str | None = None) -> Any:
+    """Load a tokenizer of Transformers.
+
+    Args:
+        path_or_id: a folder or Hub id, of the tokenizer itself or of a pipeline, whose ``tokenizer`` is taken.
+        subfolder: where in it the tokenizer is.
+
+    Returns:
+        The tokenizer, for `TextEncoder`.
+
+    Raises:
+        ConfigError: it does not exist or cannot be read; one sentence.
+    """
+    return _load(path_or_id, subfolder, TOKENIZER_SLOTS, (*TOKENIZER_FILES, "config.json"), _load_tokenizer)
+
+
+def transformers_class(library: str, name: str) -> Any:
+    """A class of Transformers, or Diffusers' `LDMBertModel`, imported on first use.
+
+    Raises:
+        ConfigError: Transformers is not installed.
+    """
+    if library == "diffusers":
+        library = "diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion"
+    try:
+        importlib.import_module("transformers")
+        return getattr(importlib.import_module(library), name)
+    except ImportError:
+        raise ConfigError(
+            "text encoders and tokenizers need Transformers: pip install 'diffusers-ddpm-ext[text]'"
+        ) from None
+
+
+# ------------------------------------------------------------------ where it is
+
+
+def _load(
+    path_or_id: str | os.PathLike[str], subfolder: str | None, slots: Sequence[str], files: Sequence[str], load: Any
+) -> Any:
+    source = os.fspath(path_or_id)
+    if os.path.isdir(source):
+        return read_one_generation(source, lambda folder: load(_find(folder, subfolder, slots)))
+    try:
+        places = (subfolder,) if subfolder else (".", *slots)
+        patterns = [MODEL_INDEX, *(os.path.normpath(f"{place}/{name}") for place in places for name in files)]
+        folder = Path(snapshot_download(source, allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        reason = printable(" ".join(str(error).split()).split(". ")[0], 300)
+        raise ConfigError(
+            f"{printable(source)} is not a folder on this machine and cannot be loaded from the Hub: check the name, "
+            f"the network and, for a private repository, `hf auth whoami` ({reason})"
+        ) from None
+    return load(_find(folder, subfolder, slots))
+
+
+def _find(folder: Path, subfolder: str | None, slots: Sequence[str]) -> Path:
+    """The folder of a component inside another one."""
+    if subfolder is not None:
+        if os.path.isabs(subfolder) or ".." in Path(subfolder).parts:
+            raise ConfigError(f"subfolder is {printable(subfolder)}; it must be a folder inside {file_name(folder)}")
+        if not (folder / subfolder).is_dir():
+            raise ConfigError(f"{file_name(folder)} has no folder {printable(subfolder)}: correct the subfolder")
+        return folder / subfolder
+    if not (folder / MODEL_INDEX).is_file():
+        return folder
+    index = read_json_object(folder / MODEL_INDEX)
+    slot = next((name for name in slots if any(index.list(name, []))), None)
+    if slot is None or not (folder / slot).is_dir():
+        raise ConfigError(
+            f"{file_name(folder)} is a pipeline without a {' or '.join(slots)}: give another folder, or the "
+            f"{slots[0]}'s own"
+        )
+    return folder / slot
+
+
+# ------------------------------------------------------------------ the encoder
+
+
+def _load_encoder(folder: Path) -> Any:
+    config = check_text_encoder_folder(folder)
+    kind, class_name = _class_of(config)
+    cls = transformers_class(kind.library, class_name)
+    with as_folder_error(folder), quiet_transformers():
+        encoder, info = cls.from_pretrained(
+            os.fspath(folder),
+            torch_dtype=torch.float32,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    check_all_loaded(info, kind, folder)
+    if not all(bool(torch.isfinite(weight).all()) for weight in encoder.parameters()):
+        raise ConfigError(f"{file_name(folder)}: the text encoder's weights are not finite (NaN or infinity)")
+    return encoder.eval().requires_grad_(False)
+
+
+def check_all_loaded(info: Any, kind: TextKind, folder: Path) -> None:
+    """Raise ConfigError if the weights lack tensors of an encoder, or have others than a whole model of its kind.
+
+    Args:
+        info: ``output_loading_info`` of Transformers.
+        kind: of the encoder.
+        folder: for the message.
+    """
+    missing = sorted(name for name in info["missing_keys"] if not name.endswith("position_ids"))
+    others = (*kind.others, *(f"text_model.{name}" for name in kind.others))
+    extra = sorted(
+        name
+        for name in info["unexpected_keys"]
+        if not name.endswith("position_ids") and not name.startswith(tuple(f"{other}" for other in others))
+    )
+    if missing:
+        raise ConfigError(
+            f"{file_name(folder)}: the weights lack {len(missing)} tensors of the text encoder, e.g. {missing[0]}: "
+            "they are damaged, or of another model"
+        )
+    if extra or info["mismatched_keys"]:
+        name = printable(str([*extra, *sorted(map(str, info["mismatched_keys"]))][0]), 120)
+        raise ConfigError(
+            f"{file_name(folder)}: the weights have tensors that do not fit the encoder of config.json, e.g. {name}: "
+            "they are damaged, or of another model"
+        )
+
+
+def _class_of(config: JsonObject) -> tuple[TextKind, str]:
+    """The class of an encoder by its configuration: the one that it names, or the one of its kind of model."""
+    names = config.content.get("architectures")
+    name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
+    kind = kind_named(name)
+    if kind is not None:
+        return kind, name
+    model_type = config.content.get("model_type")
+    for kind in KINDS:
+        if model_type in kind.model_types:
+            return kind, kind.classes[max(kind.model_types.index(model_type), 0) if kind.name == "t5" else 0]
+    shown = printable(str(name or model_type), 80)
+    raise ConfigError(f"{config.name} is of a {shown}; a text encoder is one of {CLASS_NAMES}")
+
+
+# ------------------------------------------------------------------ the tokenizer
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    if not any((folder / name).is_file() for name in OF_TOKENIZER):
+        raise ConfigError(
+            f"{file_name(folder)} has no tokenizer (one of {', '.join(OF_TOKENIZER)}): give the folder of a "
+            "tokenizer, or of a pipeline with one"
+        )
+    auto = transformers_class("transformers", "AutoTokenizer")
+    with as_folder_error(folder), quiet_transformers():
+        return auto.from_pretrained(os.fspath(folder), local_files_only=True, trust_remote_code=False)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Switch off the progress bars and warnings of Transformers: what is wrong is an error here."""
+    from transformers.utils import logging
+
+    level, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if had_bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,81 @@
+"""Saving of a text or image encoder under names of tensors that all versions of Transformers read."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffusers_ddpm_ext.utils.wrappers import plain_state_dict, unwrap
+
+PREFIXES = {"clip_text_model": "text_model.", "clip_vision_model": "vision_model."}
+"""Model type -> what Transformers 4 has in front of the names. Transformers 5 writes CLIP without it and reads both;
+Transformers 4 would load random weights, with a warning."""
+
+
+def save_encoder(encoder: nn.Module, folder: str | os.PathLike[str], variant: str | None = None) -> None:
+    """Save an encoder of Transformers: ``config.json`` and ``model.safetensors``.
+
+    Args:
+        encoder: with or without wrappers.
+        folder: created if it is missing.
+        variant: of the weights.
+    """
+    from diffusers_ddpm_ext.models.text_encoder_loading import quiet_transformers
+
+    network: Any = unwrap(encoder)
+    with quiet_transformers():
+        network.save_pretrained(
+            os.fspath(folder), state_dict=plain_state_dict(encoder), safe_serialization=True, variant=variant
+        )
+    prefix_names(Path(folder))
+
+
+def prefix_names(folder: Path) -> None:
+    """Rewrite the names of tensors in the folder of a CLIP encoder, as Transformers 4 has them.
+
+    Args:
+        folder: just written; others than those of CLIP stay as they are, and so do files with the names already.
+    """
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    prefix = PREFIXES.get(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type", ""))
+    if prefix is None:
+        return
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            metadata, names = tensors.metadata(), list(tensors.keys())
+            if all(_with_prefix(name, prefix) == name for name in names):
+                continue
+            renamed = {_with_prefix(name, prefix): tensors.get_tensor(name).clone() for name in names}
+        save_file(renamed, file, metadata=metadata)
+    for file in folder.glob("*.index*.json"):
+        index = json.loads(file.read_text(encoding="utf-8"))
+        index["weight_map"] = {_with_prefix(name, prefix): shard for name, shard in index["weight_map"].items()}
+        file.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _with_prefix(name: str, prefix: str) -> str:
+    outside = ("text_model.", "vision_model.", "text_projection.", "visual_projection.")
+    return name if name.startswith(outside) else prefix + name
+
+
+def encoder_tensors(encoder: nn.Module) -> dict[str, Tensor]:
+    """The tensors of an encoder under names that do not depend on the version of Transformers; not copied.
+
+    CLIP's have no ``text_model.`` or ``vision_model.``; tables of positions' numbers are left out.
+
+    Args:
+        encoder: with or without wrappers.
+    """
+    tensors = {}
+    for name, tensor in plain_state_dict(encoder).items():
+        if not name.endswith("position_ids"):
+            assert isinstance(tensor, torch.Tensor)
+            tensors[name.removeprefix("text_model.").removeprefix("vision_model.")] = tensor
+    return tensors

@@ -1,0 +1,76 @@
+"""Checks of a text encoder's folder before Transformers loads it: each fault one sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from diffusers_ddpm_ext.errors import ConfigError, printable
+from diffusers_ddpm_ext.utils.input_files import JsonObject, open_input, read_json_object
+from diffusers_ddpm_ext.utils.network_budget import physical_memory
+from diffusers_ddpm_ext.utils.pipeline_files import is_weights, weights_variant
+
+MAX_WIDTH, MAX_LAYERS, MAX_VOCABULARY, MAX_POSITIONS = 65_536, 512, 10_000_000, 1_000_000
+LIMITS = (
+    dict.fromkeys(
+        (
+            *("hidden_size", "intermediate_size", "num_attention_heads", "projection_dim", "d_model", "d_ff", "d_kv"),
+            *("num_heads", "encoder_ffn_dim", "encoder_attention_heads", "head_dim", "relative_attention_num_buckets"),
+        ),
+        MAX_WIDTH,
+    )
+    | dict.fromkeys(("num_hidden_layers", "encoder_layers", "num_layers"), MAX_LAYERS)
+    | {"vocab_size": MAX_VOCABULARY, "max_position_embeddings": MAX_POSITIONS}
+)
+"""Counts of a text encoder's configuration -> their largest values."""
+WIDTHS, LAYERS = ("hidden_size", "d_model"), ("num_hidden_layers", "encoder_layers", "num_layers")
+
+
+def check_text_encoder_folder(folder: Path, variant: str | None = None) -> JsonObject:
+    """Check a text encoder's configuration, the indexes of its weights, and that these can be of such a network.
+
+    Args:
+        folder: with ``config.json`` and weights.
+        variant: of the weights that will be loaded.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        ConfigError: a file is missing or damaged, or describes something absurdly large.
+    """
+    config = read_json_object(folder / "config.json")
+    inner = config.content.get("text_config")
+    settings = inner if isinstance(inner, dict) and config.content.get("model_type") == "clip" else config.content
+    for key, largest in LIMITS.items():
+        value = settings.get(key)
+        if value is not None and (type(value) is not int or not 1 <= value <= largest):
+            shown = printable(repr(value), 60)
+            raise ConfigError(f"{config.name}: {key} is {shown}; it must be an integer from 1 to {largest:,}.")
+    files = [path for path in folder.iterdir() if is_weights(path.name)]
+    for path in files:
+        open_input(path).close()  # a named pipe would be waited for
+        if path.name.endswith(".json") and weights_variant(path.name) in (None, variant):
+            shards = read_json_object(path).object("weight_map")
+            for tensor in shards.content:
+                if shards.string(tensor) != Path(shards.string(tensor)).name:
+                    raise ConfigError(f"{shards.name}: {printable(tensor, 80)} is in a file outside the folder.")
+    size, least = sum(path.stat().st_size for path in files if path.is_file()), least_parameters(settings)
+    if files and least > size:
+        raise ConfigError(
+            f"{config.name} describes a text encoder of over {least:,} parameters, but the files of its weights have "
+            f"{size:,} bytes: one of them is damaged, or of another model."
+        )
+    if 4 * least > physical_memory():
+        raise ConfigError(
+            f"{config.name}: the weights take at least {4 * least / 1e9:,.0f} GB, more than this machine has."
+        )
+    return config
+
+
+def least_parameters(settings: Mapping[str, Any]) -> int:
+    """A lower bound of a text encoder's number of parameters: its table of tokens, and a square for each layer."""
+    width = next((settings[key] for key in WIDTHS if settings.get(key) is not None), 1)
+    layers = next((settings[key] for key in LAYERS if settings.get(key) is not None), 0)
+    return int(width * (settings.get("vocab_size") or 0) + layers * width * width)
