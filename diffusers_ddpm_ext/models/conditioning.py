@@ -40,21 +40,22 @@ class Conditions:
         class_labels: (B,), integer, or (B, width), floating, for a projected embedding.
         concat_inputs: (B, c, H, W), floating, in the units of the samples.
         encoder_hidden_states: (B, tokens, width), floating.
-        input_ids: (B, tokens), int64, of a text encoder, which makes ``encoder_hidden_states`` of them.
+        captions: (B,), int64, on the CPU: numbers of captions in a table of tokens, until they are encoded.
     """
 
     class_labels: Tensor | None = None
     concat_inputs: Tensor | None = None
     encoder_hidden_states: Tensor | None = None
-    input_ids: Tensor | None = None
+    captions: Tensor | None = None
 
     def as_dict(self) -> dict[str, Tensor]:
         """The conditions that are present, by name."""
         return {item.name: getattr(self, item.name) for item in fields(self) if getattr(self, item.name) is not None}
 
     def to(self, device: torch.device | str) -> Conditions:
-        """The same conditions on a device."""
-        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in self.as_dict().items()})
+        """The same conditions on a device; the numbers of captions stay on the CPU, where their table is."""
+        moved = {name: value for name, value in self.as_dict().items() if name != "captions"}
+        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in moved.items()})
 
     def with_class_tokens(self, table: Tensor) -> Conditions:
         """The same with tokens in place of class labels: rows of ``table``, (num_classes, dim), one token a sample."""

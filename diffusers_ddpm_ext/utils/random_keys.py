@@ -10,6 +10,7 @@ Streams and their coordinates (the name goes first, so that two streams never sh
 ``NOISE``               seed, optimizer step, position in the effective batch
 ``ORDER``               seed, epoch
 ``FLIP``, ``CROP``      seed, epoch, index in the data set
+``CAPTION``             seed, epoch, index in the data set
 ``DROPOUT``             seed, optimizer step, micro-batch, rank
 ``PREVIEW``             seed, kind of the plot, image
 ``VALIDATION``          seed, image
@@ -38,6 +39,7 @@ NOISE = "noise"
 ORDER = "order"
 FLIP = "augment/flip"
 CROP = "augment/crop"
+CAPTION = "caption"
 DROPOUT = "dropout"
 PREVIEW = "preview"
 VALIDATION = "validation"

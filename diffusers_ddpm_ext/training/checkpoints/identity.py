@@ -24,7 +24,7 @@ from diffusers_ddpm_ext.utils.files import CONFIG
 MODEL_SECTIONS = ("autoencoder", "model", "start", "schedule", "objective", "optim", "ema")
 MODEL_OPTIONS = (
     "resolution", "center_crop", "random_flip", "channels", "mixed_precision", "seed",
-    "class_column", "concat_column", "context_column", "conditioning_dropout",
+    "class_column", "concat_column", "context_column", "caption_column", "conditioning_dropout",
 )  # fmt: skip
 FIRST_STAGE = "vae"
 SCALE_IDENTITY = (FIRST_STAGE, "scale_factor", "latent_stats")

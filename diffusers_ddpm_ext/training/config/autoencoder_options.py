@@ -59,7 +59,7 @@ class AutoencoderOptions:
 
 
 LEFT_OUT = (
-    "class_column", "concat_column", "context_column", "conditioning_dropout", "validation_bpd",
+    "class_column", "concat_column", "context_column", "caption_column", "conditioning_dropout", "validation_bpd",
     "validation_bpd_steps", "ddpm_num_inference_steps", "preview_guidance_scale",
 )  # fmt: skip
 """Options of shared sections that only a diffusion model has."""

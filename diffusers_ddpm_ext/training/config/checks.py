@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from diffusers_ddpm_ext.errors import ConfigError
-from diffusers_ddpm_ext.training.config.condition_checks import embeds_classes, read_dropout
+from diffusers_ddpm_ext.training.config.condition_checks import data_conditions, read_dropout
 from diffusers_ddpm_ext.utils.lr_lambdas import check_lr_schedule
 from diffusers_ddpm_ext.utils.network_budget import check_network_config
-from diffusers_ddpm_ext.utils.vocabulary import required_conditions
 
 Flat = Mapping[str, Any]
 
@@ -63,8 +62,7 @@ def check_options(flat: Flat, typed: Set[str]) -> None:
     """
     check_dependencies(flat, typed, DEPENDENCIES)
     check_data_options(flat)
-    key = flat["conditioning_key"]
-    read_dropout(flat["conditioning_dropout"], required_conditions(key, embeds_classes(key, flat)))
+    read_dropout(flat["conditioning_dropout"], data_conditions(flat["conditioning_key"], flat))
     _check_schedule(flat, typed)
     _check_objective(flat, typed)
     _check_model(flat)

@@ -64,10 +64,17 @@ class DataOptions:
     context_column: str | None = option(
         None, "Column with stored embeddings (tokens, width) for cross attention: .npy, .safetensors or lists."
     )
+    caption_column: str | None = option(
+        None,
+        "Column with the caption of each image, or a list of captions, one of which is drawn in each epoch; see"
+        " --text_encoder. In a folder also `txt`: the text file beside each image, a caption in each line; `folder`:"
+        " the name of the folder that it is in.",
+    )
     conditioning_dropout: dict[str, Any] | None = option(
         None,
         "Probability of dropping a condition, for classifier-free guidance (CompVis' `ucg_training`): a JSON object"
-        ' (\'{"class_labels": 0.1}\', or \'{"concat_inputs": {"p": 0.1, "val": 0}}\'). Class labels get a null class.',
+        ' (\'{"class_labels": 0.1}\', or \'{"concat_inputs": {"p": 0.1, "val": 0}}\'). Class labels get a null class,'
+        " captions become the empty prompt.",
         unset="never",
     )
     dataloader_num_workers: int = option(

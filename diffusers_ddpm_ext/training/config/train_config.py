@@ -247,6 +247,8 @@ class _ConfigFile:
 def _derived_defaults(flat: Mapping[str, Any], explicit: Mapping[str, Any]) -> dict[str, Any]:
     """Defaults that depend on other options, for options that are not set explicitly."""
     derived: dict[str, Any] = {}
+    if flat["caption_column"] is not None and flat["conditioning_key"] is None:
+        derived["conditioning_key"] = "crossattn"
     if flat["trained_betas"] is not None and "num_train_timesteps" not in explicit:
         derived["num_train_timesteps"] = len(flat["trained_betas"])
     if flat["loss_type"] == "vlb" and "learn_logvar" not in explicit:

@@ -20,7 +20,7 @@ class ConditionDropout:
 
     Attributes:
         probability: by condition.
-        null: by condition: the null class, or the number that fills an embedding or an image.
+        null: by condition: the null class, what fills an embedding or an image, or the number of the empty prompt.
     """
 
     probability: Mapping[str, float]

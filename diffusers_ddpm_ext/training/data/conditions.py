@@ -1,4 +1,4 @@
-"""Conditions of a run's images: class labels, images joined to the input, stored embeddings.
+"""Conditions of a run's images: class labels, images joined to the input, stored embeddings, captions.
 
 Each condition is read once for all images, from the column of their source that its option names.
 """
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from diffusers_ddpm_ext.errors import ConfigError, printable
 from diffusers_ddpm_ext.training.config.condition_checks import COLUMN_OPTIONS
+from diffusers_ddpm_ext.training.data.captions import CaptionColumn, CaptionReader
 from diffusers_ddpm_ext.training.data.class_labels import ClassLabels, read_class_labels
 from diffusers_ddpm_ext.training.data.decoding import Preprocessing
 from diffusers_ddpm_ext.training.data.embeddings import read_embedding
@@ -35,12 +36,14 @@ class ConditionColumns:
         concat: images joined to the input; None without them.
         contexts: (tokens, width), float32, for each image; None without them.
         fingerprint: sha256 over all of it, in hexadecimal.
+        captions: the numbers of captions; None without them.
     """
 
     class_labels: ClassLabels | None
     concat: ImageStore | None
     contexts: Sequence[np.ndarray] | None
     fingerprint: str
+    captions: CaptionColumn | None = None
 
     @property
     def labels(self) -> Tensor | None:
@@ -76,6 +79,7 @@ def load_conditions(
     columns: Mapping[str, str],
     preprocessing: Preprocessing,
     train: ConditionColumns | None = None,
+    caption_reader: CaptionReader | None = None,
 ) -> ConditionColumns | None:
     """Load what the images are conditioned on.
 
@@ -85,6 +89,7 @@ def load_conditions(
         columns: from `select_columns`; without any the result is None.
         preprocessing: of the images; its size and crop also apply to images joined to them.
         train: conditions of the training images, for validation images: theirs are of the same classes and shapes.
+        caption_reader: of the run's captions; None in a run without a text encoder.
 
     Raises:
         ConfigError: a value cannot be used; the image is named.
@@ -92,13 +97,19 @@ def load_conditions(
     if not columns:
         return None
     digest = hashlib.sha256()
-    labels, concat, contexts = None, None, None
+    labels, concat, contexts, captions = None, None, None, None
     for condition, column in columns.items():
         label = f"--{COLUMN_OPTIONS[condition]} {printable(column, 60)}"
         if condition == "class_labels":
             known = None if train is None else train.class_labels
             labels = read_class_labels(label, source.read_labels(column), names, known)
             digest.update(labels.labels.numpy().tobytes())
+            continue
+        if condition == "captions":
+            if caption_reader is None:
+                raise ConfigError(f"{label} needs --text_encoder: captions are tokenized and encoded by one")
+            captions = caption_reader.read(label, source.read_captions(column), names)
+            digest.update(captions.fingerprint.encode())
             continue
         values = source.read_files(column)
         cells = [values[name] for name in names]
@@ -112,7 +123,7 @@ def load_conditions(
             contexts = read_embeddings(label, names, cells)
             for context in contexts:
                 digest.update(context.tobytes())
-    own = ConditionColumns(labels, concat, contexts, digest.hexdigest())
+    own = ConditionColumns(labels, concat, contexts, digest.hexdigest(), captions)
     if train is not None:
         _check_same_shapes(own, train)
     return own

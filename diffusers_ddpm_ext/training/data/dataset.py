@@ -14,6 +14,7 @@ from diffusers_ddpm_ext.errors import ConfigError
 from diffusers_ddpm_ext.training.config.condition_checks import select_columns
 from diffusers_ddpm_ext.training.config.options import DataOptions
 from diffusers_ddpm_ext.training.data.bit_depth import LEVELS_8_BIT, LEVELS_16_BIT
+from diffusers_ddpm_ext.training.data.captions import CaptionReader, CaptionTable, Tokenizes
 from diffusers_ddpm_ext.training.data.conditions import ConditionColumns, load_conditions
 from diffusers_ddpm_ext.training.data.decoding import CHANNEL_NAMES, Preprocessing, Size
 from diffusers_ddpm_ext.training.data.image_set import ImageSet
@@ -54,6 +55,7 @@ class ImageData:
         fingerprint: sha256 over the names and the pixels of both sets, in hexadecimal.
         skipped: number of unreadable images that were left out.
         warning: about the values of the pixels; None if they look right.
+        captions: of all images, with their tokens; None without captions.
     """
 
     train: ImageSet
@@ -62,6 +64,7 @@ class ImageData:
     fingerprint: str
     skipped: int = 0
     warning: str | None = None
+    captions: CaptionTable | None = None
 
     @property
     def channels(self) -> int:
@@ -87,6 +90,7 @@ def load_data(
     options: DataOptions,
     conditioning_key: str | None = None,
     *,
+    tokenizer: Tokenizes | None = None,
     progress: bool = False,
     memory_limit: int = MEMORY_LIMIT,
 ) -> ImageData:
@@ -95,6 +99,7 @@ def load_data(
     Args:
         options: section ``data`` of a run's configuration.
         conditioning_key: of the run; determines which columns are read.
+        tokenizer: makes tokens of captions, such as a `TextEncoder`; None in a run without captions.
         progress: show a progress bar if loading takes longer than a second.
         memory_limit: bytes of resized pixels to hold in memory; a larger set is decoded again for each use.
 
@@ -110,11 +115,12 @@ def load_data(
     selected = select_columns(conditioning_key, vars(options), default_class_column)
     if digits:
         return _load_digits(options, preprocessing, selected)
+    reader = None if tokenizer is None else CaptionReader(tokenizer)
 
     def load(source: Source, train: ConditionColumns | None = None) -> _LoadedSource:
         skip_bad = options.skip_bad_images
         loaded = decode_source(source, preprocessing, skip_bad=skip_bad, memory_limit=memory_limit, progress=progress)
-        columns = load_conditions(source, loaded.names, selected, preprocessing, train)
+        columns = load_conditions(source, loaded.names, selected, preprocessing, train, reader)
         return _LoadedSource(loaded, columns, source.other_images)
 
     train, held_out = load(_open_source(options, "--train_data_dir", options.train_data_dir, "train")), None
@@ -123,7 +129,8 @@ def load_data(
         source = _open_source(options, "--validation_data_dir", validation_dir, str(split))
         held_out = load(source, train.columns)
     name = options.train_data_dir if options.train_data_dir is not None else options.dataset_name
-    return _assemble(options, f"images of {name}", train, held_out, train.loaded.images.levels)
+    data = _assemble(options, f"images of {name}", train, held_out, train.loaded.images.levels)
+    return data if reader is None else replace(data, captions=reader.table(progress))
 
 
 def _open_source(options: DataOptions, option: str, folder: str | None, split: str) -> FolderSource | DatasetSource:

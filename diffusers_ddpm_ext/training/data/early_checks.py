@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from diffusers_ddpm_ext.errors import ConfigError
-from diffusers_ddpm_ext.training.config.condition_checks import select_columns
+from diffusers_ddpm_ext.training.config.condition_checks import TEXT_FILES, select_columns
 from diffusers_ddpm_ext.training.config.model_file import MODEL_OPTION, read_model_file
 from diffusers_ddpm_ext.training.config.train_config import TrainConfig
+from diffusers_ddpm_ext.training.data.caption_text import check_caption_files
 from diffusers_ddpm_ext.training.data.image_files import find_files, first_image, open_image
 from diffusers_ddpm_ext.training.data.metadata import METADATA_FILES, read_metadata_column, require_metadata
 
@@ -40,7 +41,7 @@ def check_input_files(config: TrainConfig) -> None:
         _check_channels(config, network, option)
     data = config.data
     default = None if data.dataset_name is not None else FOLDER_COLUMN
-    _check_metadata(config, select_columns(model.conditioning_key, vars(data), default).values())
+    _check_columns(config, select_columns(model.conditioning_key, vars(data), default))
 
 
 def _check_channels(config: TrainConfig, network: Mapping[str, Any], option: str) -> None:
@@ -68,17 +69,26 @@ def _channels_of(path: Path) -> int | None:
     return None
 
 
-def _check_metadata(config: TrainConfig, columns: Iterable[str]) -> None:
+def _check_columns(config: TrainConfig, columns: Mapping[str, str]) -> None:
     """Read the metadata columns of a folder of images; their values are checked with the images."""
     data = config.data
-    wanted = [column for column in columns if column != FOLDER_COLUMN]
+    in_files = columns.get("captions") == TEXT_FILES
+    wanted = [
+        column
+        for condition, column in columns.items()
+        if column != FOLDER_COLUMN and not (in_files and condition == "captions")
+    ]
     for option, folder in (
         ("--train_data_dir", data.train_data_dir),
         ("--validation_data_dir", data.validation_data_dir),
     ):
-        if folder is None or not wanted:
+        if folder is None or not (wanted or in_files):
             continue
         found = find_files(Path(folder), METADATA_FILES)
-        require_metadata(f"{option} {folder!r}", found.metadata)
+        label = f"{option} {folder!r}"
+        if in_files:
+            check_caption_files(f"--caption_column {TEXT_FILES} of {label}", Path(folder), found.images)
+        if wanted:
+            require_metadata(label, found.metadata)
         for column in wanted:
             read_metadata_column(Path(folder), found.metadata, found.images, column)

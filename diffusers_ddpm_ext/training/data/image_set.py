@@ -112,7 +112,8 @@ class ImageSet:
         Args:
             indices: which images of the set, (b,).
             seed: of the run.
-            epochs: as in `load_levels`: images joined to the input are cropped and flipped like the images.
+            epochs: as in `load_levels`: images joined to the input are cropped and flipped like the images, and one
+                of several captions is drawn; None takes the first.
 
         Raises:
             RunError: an image joined to the input became unreadable.
@@ -120,18 +121,20 @@ class ImageSet:
         columns = self.columns
         if columns is None:
             return Conditions()
-        rows = self.rows[torch.as_tensor(indices, dtype=torch.int64)]
+        requested = torch.as_tensor(indices, dtype=torch.int64)
+        rows = self.rows[requested]
         concat = None
         if self.concat_latents is not None:
             concat = self._load(self.concat_latents, indices, seed, epochs).mean
         elif columns.concat is not None:
             joined = replace(self, images=columns.concat, columns=None, replace_unreadable=False)
             concat = levels_to_pixels(joined.load_levels(indices, seed, epochs).values, columns.concat.levels)
-        contexts = columns.contexts
+        contexts, captions = columns.contexts, columns.captions
         return Conditions(
             None if columns.labels is None else columns.labels[rows],
             concat,
             None if contexts is None else torch.stack([torch.from_numpy(contexts[row]) for row in rows.tolist()]),
+            captions=None if captions is None else captions.draw(rows, requested, seed, epochs),
         )
 
     def load_levels(

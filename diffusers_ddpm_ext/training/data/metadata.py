@@ -34,7 +34,7 @@ def require_metadata(label: str, files: Sequence[str]) -> None:
     if not files:
         raise ConfigError(
             f"{label} has no {' or '.join(METADATA_FILES)}: add one with a column {FILE_NAME}, or use "
-            "--class_column folder for classes by folder"
+            "--class_column folder for classes by folder, --caption_column txt for captions in text files"
         )
 
 

@@ -4,7 +4,7 @@ Nothing is decoded here. A source knows the names and order of its images, how t
 
     the digits   `digit`
     a folder     `folder`, the name of an image's folder; or a column of metadata.csv or metadata.jsonl in it, whose
-                 column file_name identifies the image (`metadata`)
+                 column file_name identifies the image (`metadata`); of captions also `txt`, the text file beside it
     a dataset    its columns
 
 Folders are not read by `datasets`' ImageFolder: that treats a subfolder called `test` or `validation` as a split, and
@@ -26,6 +26,8 @@ from torch import Tensor
 
 from diffusers_ddpm_ext.errors import ConfigError, printable
 from diffusers_ddpm_ext.training.config.checks import check_image_folder
+from diffusers_ddpm_ext.training.config.condition_checks import TEXT_FILES
+from diffusers_ddpm_ext.training.data.caption_text import csv_cells, read_caption_files
 from diffusers_ddpm_ext.training.data.class_labels import Column
 from diffusers_ddpm_ext.training.data.image_files import Payload, RemoteFile, find_files, locate
 from diffusers_ddpm_ext.training.data.metadata import METADATA_FILES, Cell, read_metadata_column, require_metadata
@@ -61,14 +63,32 @@ class FolderSource:
         """Return the values of a metadata column, or the names of the images' folders, by name of the image."""
         if column != FOLDER_COLUMN:
             return Column({name: cell.value for name, cell in self._cells(column).items()})
+        return Column(self._folders("class", "--class_column"), holds_names=True)
+
+    def read_captions(self, column: str) -> Mapping[str, Any]:
+        """Return the captions of the images, texts or lists of texts, by name of the image.
+
+        Args:
+            column: of the metadata; or `txt` for text files beside the images, `folder` for the names of folders.
+        """
+        if column == TEXT_FILES:
+            return read_caption_files(f"--caption_column {TEXT_FILES} of {self.option}", self.folder, self.names)
+        if column == FOLDER_COLUMN:
+            return self._folders("caption", "--caption_column")
+        cells = {name: cell.value for name, cell in self._cells(column).items()}
+        is_csv = all(file.endswith(".csv") for file in self.metadata)
+        return csv_cells(f"--caption_column {printable(column, 60)}", cells) if is_csv else cells
+
+    def _folders(self, what: str, option: str) -> dict[str, str]:
+        """Names of the folders that the images are in."""
         folders = {name: Path(name).parent.name for name in self.names}
         for name, folder in folders.items():
             if not folder:
                 raise ConfigError(
-                    f"{printable(name)!r} of {self.option} has no class, since it is in no subfolder: move it into"
-                    " one, or name a column of metadata.csv by --class_column"
+                    f"{printable(name)!r} of {self.option} has no {what}, since it is in no subfolder: move it into"
+                    f" one, or name a column of metadata.csv by {option}"
                 )
-        return Column(folders, holds_names=True)
+        return folders
 
     def read_files(self, column: str) -> dict[str, Any]:
         """Return the values of a column, with paths as `locate` returns them, by name of the image."""
@@ -109,6 +129,13 @@ class DatasetSource:
         names = getattr(self.table.features[column], "names", None)
         return Column(values, class_names=names if isinstance(names, list) else None)
 
+    def read_captions(self, column: str) -> Mapping[str, Any]:
+        """Return the captions in a column, texts or lists of texts, by name of the row."""
+        values = self.read_files(column)
+        if isinstance(getattr(self.table.features[column], "names", None), list):
+            raise ConfigError(f"column {column!r} of {self.option} holds classes, not captions: use --class_column")
+        return values
+
     def read_files(self, column: str) -> dict[str, Any]:
         """Return the values of a column, images undecoded, by name of the row."""
         if column not in self.table.column_names:
@@ -144,6 +171,10 @@ class DigitSource:
         from sklearn.datasets import load_digits
 
         return Column(dict(zip(self.names, load_digits().target, strict=True)))
+
+    def read_captions(self, column: str) -> Mapping[str, Any]:
+        """Refuse a column of captions: the digits have none."""
+        raise ConfigError(f"--caption_column {printable(column, 60)}: the digits have no captions; use --class_column")
 
     def read_files(self, column: str) -> dict[str, Any]:
         """Refuse a column of images or embeddings: the digits have none."""

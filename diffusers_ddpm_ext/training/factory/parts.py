@@ -22,7 +22,7 @@ from diffusers_ddpm_ext.models.class_token_unet import CLASS_TABLE, ClassTokenUN
 from diffusers_ddpm_ext.models.conditioning import Conditioning
 from diffusers_ddpm_ext.models.ema import LitEMA
 from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
-from diffusers_ddpm_ext.training.config.condition_checks import embeds_classes
+from diffusers_ddpm_ext.training.config.condition_checks import data_conditions, embeds_classes
 from diffusers_ddpm_ext.training.config.options import EmaOptions, ObjectiveOptions, ScheduleOptions
 from diffusers_ddpm_ext.training.config.train_config import TrainConfig
 from diffusers_ddpm_ext.training.data.condition_dropout import ConditionDropout, make_condition_dropout
@@ -151,10 +151,11 @@ def build_parts(config: TrainConfig, images: ImageSet, latents: LatentEncoder | 
         config.model.use_positional_encodings,
         embeds_classes=embeds_classes(conditioning_key, vars(config.data)),
     )
-    dropout, null_class = make_condition_dropout(config.data.conditioning_dropout, conditioning.required, classes)
+    conditions = data_conditions(conditioning_key, vars(config.data))
+    dropout, null_class = make_condition_dropout(config.data.conditioning_dropout, conditions, classes)
     if latents is not None and dropout is not None:
         latents.concat_dropout = dropout.only("concat_inputs")
-        dropout = dropout.only("class_labels", "encoder_hidden_states")
+        dropout = dropout.only("class_labels", "encoder_hidden_states", "captions")
     shape = denoiser_shape(config.model, conditioning, images, null_class, config.schedule.variance_type, latents)
     denoiser = build_denoiser(config.model, shape, config.loop.seed)
     return Parts(

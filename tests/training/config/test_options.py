@@ -35,8 +35,8 @@ checkpointing_steps checkpointing_minutes checkpoints_total_limit resume_from_ch
 max_train_minutes monitor monitor_mode save_top_k early_stopping_patience early_stopping_min_delta
 output_dir overwrite_output_dir report_to logging_dir logging_steps save_images_epochs save_images_steps
 num_preview_images ddpm_num_inference_steps save_model_epochs
-class_column concat_column context_column conditioning_dropout model_config conditioning_key num_class_embeds
-use_positional_encodings preview_guidance_scale
+class_column concat_column context_column caption_column conditioning_dropout model_config conditioning_key
+num_class_embeds use_positional_encodings preview_guidance_scale
 ckpt_path ckpt_config ignore_keys load_only_unet reset_ema reset_num_ema_updates make_it_fit
 push_to_hub hub_model_id hub_token hub_private_repo hub_strategy resume_from_hub
 """  # a frozen surface: a name that goes is a user's broken script

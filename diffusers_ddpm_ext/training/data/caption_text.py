@@ -1,0 +1,144 @@
+"""Captions of a picture as a cell or a text file holds them: one text, or several of which one is drawn each time."""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from diffusers_ddpm_ext.errors import ConfigError, printable
+from diffusers_ddpm_ext.utils.input_files import exists, read_text
+
+MAX_LENGTH = 20_000
+"""Characters of a caption: text encoders read some hundreds."""
+MAX_CAPTIONS = 1_000
+MAX_FILE_BYTES = 2**20
+_WHITE_SPACE = "\t\n\r"
+_NO_VALUE = ("nan", "null", "none", "<na>")
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE | re.ASCII)
+_PYTHON_LIST = re.compile(r"\[\s*(['\"]).*\1\s*,?\s*\]", re.DOTALL)
+
+
+def captions_of_cell(row: str, cell: Any) -> list[str]:
+    """The captions in a cell, without white space and byte order marks around them.
+
+    Args:
+        row: the option, the column and the image, for messages.
+        cell: a text, or a list of texts.
+
+    Raises:
+        ConfigError: there is none, or it is no text that a tokenizer can read.
+    """
+    if cell is None:
+        raise ConfigError(f"{row} has no caption: its value is empty")
+    if isinstance(cell, str):
+        return [_caption(row, cell)]
+    if not isinstance(cell, list | tuple):
+        raise ConfigError(
+            f"{row} has the caption {printable(str(cell), 40)} ({_kind(cell)}): it must be a text, or a list of texts"
+        )
+    if not 1 <= len(cell) <= MAX_CAPTIONS:
+        raise ConfigError(f"{row} has a list of {len(cell):,} captions: it must have 1 to {MAX_CAPTIONS:,}")
+    for number, each in enumerate(cell, 1):
+        if not isinstance(each, str):
+            what = "empty" if each is None else f"{printable(str(each), 40)} ({_kind(each)})"
+            raise ConfigError(f"{row} has a list whose caption {number:,} is {what}: each must be a text")
+    return [_caption(row, each) for each in cell]
+
+
+def csv_cells(label: str, cells: Mapping[str, str]) -> dict[str, Any]:
+    """The cells of a CSV file, in which every value is a text: a JSON list is a list, and a column of numbers refused.
+
+    Args:
+        label: the option and the column, for messages.
+        cells: by name of the image.
+
+    Raises:
+        ConfigError: every cell is a number, or one is a list as Python prints it.
+    """
+    if cells and all(_NUMBER.fullmatch(cell.strip()) for cell in cells.values()):
+        image, cell = next(iter(cells.items()))
+        raise ConfigError(
+            f"{label} holds only numbers ({printable(cell.strip(), 40)} for {printable(image)}): name the column with"
+            " the captions; numbers that are captions go into metadata.jsonl, in quotes"
+        )
+    return {image: _list_of_texts(f"{label}: {printable(image)}", cell) for image, cell in cells.items()}
+
+
+def _list_of_texts(row: str, cell: str) -> Any:
+    if not (cell.startswith("[") and cell.endswith("]")):
+        return cell
+    try:
+        value = json.loads(cell)
+    except (ValueError, RecursionError):
+        if _PYTHON_LIST.fullmatch(cell):
+            raise ConfigError(
+                f"{row} has a list that is not JSON ({printable(cell, 60)}): write it with double quotes, as"
+                ' ["a cat", "a pet"]'
+            ) from None
+        return cell  # a text in brackets
+    return value if isinstance(value, list) and all(isinstance(each, str) for each in value) else cell
+
+
+def caption_file(image: str) -> str:
+    """Name of the text file beside an image, whose name is a path with forward slashes."""
+    return str(PurePosixPath(image).with_suffix(".txt"))
+
+
+def read_caption_files(label: str, root: Path, images: Sequence[str]) -> dict[str, list[str]]:
+    """Read the text files beside images: one caption in each line that is not empty.
+
+    Args:
+        label: the option and the folder, for messages.
+        root: the folder.
+        images: paths inside it.
+
+    Raises:
+        ConfigError: an image has no such file, or it is empty, too large or not UTF-8.
+    """
+    check_caption_files(label, root, images)
+    captions = {}
+    for image in images:
+        name = caption_file(image)
+        text = read_text(root / name, "the captions", MAX_FILE_BYTES)
+        lines = [line for line in re.split(r"\r\n|\r|\n", text) if line.strip()]
+        if not lines:
+            raise ConfigError(f"{label}: {printable(name)} is empty: write the caption of {printable(image)} into it")
+        captions[image] = lines
+    return captions
+
+
+def check_caption_files(label: str, root: Path, images: Sequence[str]) -> None:
+    """Refuse images without a text file beside them; the first is named."""
+    missing = [image for image in images if not exists(root / caption_file(image))]
+    if missing:
+        first = printable(missing[0])
+        count = "" if len(missing) == 1 else f"; {len(missing):,} of {len(images):,} images have none"
+        raise ConfigError(f"{label}: {first} has no text file {printable(caption_file(missing[0]))} beside it{count}")
+
+
+def _caption(row: str, text: str) -> str:
+    """A text without white space around it."""
+    caption = text.strip().strip("\ufeff").strip()
+    if not caption:
+        raise ConfigError(f"{row} has no caption: its value is empty")
+    if len(caption) > MAX_LENGTH:
+        raise ConfigError(f"{row} has a caption of {len(caption):,} characters: use at most {MAX_LENGTH:,}")
+    if caption.lower() in _NO_VALUE:
+        raise ConfigError(f"{row} has the caption {caption}, which stands for no value: write a text")
+    if not caption.isprintable():  # spaces beside U+0020, joined emoji and the like are not printable, and allowed
+        for character in caption:
+            kind = unicodedata.category(character)
+            if kind == "Cs" or (kind == "Cc" and character not in _WHITE_SPACE):
+                what = "half of a surrogate pair" if kind == "Cs" else "the control character"
+                raise ConfigError(f"{row} has a caption with {what} U+{ord(character):04X}: remove it")
+    return caption
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true or false"
+    return "a number" if isinstance(value, int | float) else f"of type {type(value).__name__}"
