@@ -1,0 +1,171 @@
+"""FrozenCLIPEmbedder: transformers' `CLIPTextModel`, whose names it has.
+
+transformer.text_model.X     X, or text_model.X, as the release of transformers has it; written here as it was
+position_ids                 counts from 0: in files of older releases, not part of the module
+
+A file does not tell the number of heads, nor the activation: they follow from ``version``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffusers_ddpm_ext.compvis.conditioner.kinds import Argument, ConditionerKind, ConditionerPlan, unused
+from diffusers_ddpm_ext.compvis.conditioner.sizes import LEAVE_OUT, count_layers, folder_config, head_count, size_of
+from diffusers_ddpm_ext.compvis.key_map import TensorMapping
+from diffusers_ddpm_ext.compvis.schema import BOOLEAN, NULL, POSITIVE_INT, TEXT, ValueType
+from diffusers_ddpm_ext.utils.wrappers import network_class, plain_state_dict, unwrap
+
+PREFIX, INNER = "transformer.", "text_model."
+POSITIONS = "embeddings.position_ids"
+# Width and layers of released encoders, against which a file is checked.
+RELEASED = {
+    "openai/clip-vit-large-patch14": (768, 12),
+    "openai/clip-vit-large-patch14-336": (768, 12),
+    "openai/clip-vit-base-patch32": (512, 12),
+    "openai/clip-vit-base-patch16": (512, 12),
+}
+LAYERS = ("last", "pooled", "hidden")
+
+
+def one_of(*names: str) -> ValueType:
+    """Names of a list."""
+    return ValueType(f"one of {', '.join(names)}", lambda value: isinstance(value, str) and value in names)
+
+
+def text_config(tensors: Mapping[str, Tensor], known: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """Keyword arguments of `CLIPTextConfig`: sizes of the tensors, by the names of `CLIPTextModel`, and what is known.
+
+    Raises:
+        ValueError: a tensor is missing or has no such shape, or the number of heads is not known.
+    """
+    vocabulary, width = (size_of(tensors, "embeddings.token_embedding.weight", axis) for axis in (0, 1))
+    is_small = vocabulary < 49408  # else the class' defaults
+    ends = {"bos_token_id": max(0, vocabulary - 2), "eos_token_id": vocabulary - 1, "pad_token_id": 0}
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "intermediate_size": size_of(tensors, "encoder.layers.0.mlp.fc1.weight", 0),
+        "projection_dim": width,
+        "num_hidden_layers": count_layers(tensors, "encoder.layers."),
+        "num_attention_heads": head_count(width, known.get("num_attention_heads"), key),
+        "max_position_embeddings": size_of(tensors, "embeddings.position_embedding.weight", 0),
+        "hidden_act": known.get("hidden_act", "quick_gelu"),
+        "layer_norm_eps": known.get("layer_norm_eps", 1e-5),
+        **(ends if is_small else {}),
+    }
+
+
+def build_text_model(config: Mapping[str, Any]) -> nn.Module:
+    """transformers' `CLIPTextModel` with random weights."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    return CLIPTextModel(CLIPTextConfig(**config))
+
+
+def module_shapes(build: Any) -> dict[str, tuple[int, ...]]:
+    """Shapes of a module's tensors, by names without ``text_model.``, in its order."""
+    with torch.device("meta"):
+        return {name: tuple(tensor.shape) for name, tensor in build().state_dict().items()}
+
+
+def bare(name: str) -> str:
+    """A name of `CLIPTextModel` as releases of transformers from 5 on have it."""
+    return name.removeprefix(INNER)
+
+
+def _known(version: Any) -> dict[str, Any]:
+    activation = {"hidden_act": "gelu"} if str(version).startswith("laion/") else {}
+    return activation | folder_config(version, "text_config")
+
+
+def _plan(params: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ConditionerPlan:
+    by_name: dict[str, str] = {}
+    left_out: dict[str, str] = {}
+    layout: dict[str, Any] = {}
+    for key in tensors:
+        name = bare(key.removeprefix(PREFIX)) if key.startswith(PREFIX) else key
+        if name == POSITIONS:
+            left_out[key] = "positions, which count from 0"
+            layout["position_ids"] = str(tensors[key].dtype).removeprefix("torch.")
+        else:
+            by_name[name] = key
+    has_inner = any(key.startswith(PREFIX + INNER) for key in tensors)
+    layout["text_model"] = has_inner
+    config = text_config({name: tensors[key] for name, key in by_name.items()}, _known(params["version"]), "version")
+    _check_released(params["version"], config)
+    _check_length(params["max_length"], config["max_position_embeddings"])
+    start = PREFIX + (INNER if has_inner else "")
+    mappings = tuple(
+        TensorMapping(name, by_name.get(bare(name), start + bare(name)), "same", 1, shape)
+        for name, shape in module_shapes(lambda: build_text_model(config)).items()
+    )
+    return ConditionerPlan(lambda: build_text_model(config), mappings, left_out, layout)
+
+
+def _check_released(version: Any, config: Mapping[str, Any]) -> None:
+    width, layers = RELEASED.get(str(version), (None, None))
+    if width == config["hidden_size"] and layers != config["num_hidden_layers"]:
+        raise ValueError(
+            f"The checkpoint has {config['num_hidden_layers']} layers of {version}, which has {layers}: the file is "
+            f"damaged, {LEAVE_OUT}"
+        )
+
+
+def _check_length(length: int, positions: int) -> None:
+    if length > positions:
+        raise ValueError(
+            f"max_length {length} is more than the {positions} positions of the text encoder in the checkpoint: give "
+            "the configuration that belongs to it."
+        )
+
+
+def _export(module: nn.Module, layout: Mapping[str, Any], base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    name = network_class(module).__name__
+    if name != "CLIPTextModel":
+        raise ValueError(f"The text encoder is {name}, which cannot be exported as FrozenCLIPEmbedder.")
+    start = PREFIX + (INNER if layout.get("text_model", True) else "")
+    state = {start + bare(key): tensor.detach() for key, tensor in plain_state_dict(module).items()}
+    if layout.get("position_ids"):
+        config: Any = unwrap(module).config
+        positions = torch.arange(config.max_position_embeddings)[None]
+        state[start + POSITIONS] = positions.to(getattr(torch, layout["position_ids"]))
+    return state
+
+
+def _params_of(module: nn.Module) -> dict[str, Any]:
+    config: Any = unwrap(module).config
+    return {"version": config._name_or_path or next(iter(RELEASED)), "max_length": config.max_position_embeddings}
+
+
+def _reason_to_leave_out(params: Mapping[str, Any]) -> str:
+    if params["layer"] == "last":
+        return ""
+    what = (
+        "its pooled output" if params["layer"] == "pooled" else "the hidden states of a layer, without the last norm"
+    )
+    return f"layer {params['layer']} takes {what}, which no text encoder of a pipeline returns"
+
+
+CLIP = ConditionerKind(
+    "FrozenCLIPEmbedder",
+    "ldm.modules.encoders.modules.FrozenCLIPEmbedder",
+    "text_encoder",
+    {
+        "version": Argument("heads and activation of pipeline.text_encoder", TEXT, "openai/clip-vit-large-patch14"),
+        "device": unused("pipe.to(device)"),
+        "max_length": Argument("model_max_length of pipeline.tokenizer", POSITIVE_INT, 77),
+        "freeze": Argument("--train_text_encoder", BOOLEAN, True),
+        "layer": Argument("the output of the last layer", one_of(*LAYERS), "last"),
+        "layer_idx": Argument("of layer hidden", ValueType("a whole number", lambda v: type(v) is int) | NULL),
+    },
+    (),
+    _plan,
+    _export,
+    _params_of,
+    _reason_to_leave_out,
+)
