@@ -49,17 +49,12 @@ def as_samples(pipeline: Any, images: ImageSet, seed: int, folder: str) -> Sampl
         folder: of the pipeline.
 
     Raises:
-        ConfigError: the latents have another size than the pipeline's, or conditions that are drawn at random.
+        ConfigError: the latents have another size than the pipeline's.
     """
     stage, through = pipeline.first_stage, pipeline.config.get("concat_through_vae")
     if stage is None:
         return images
-    if through == "sample":
-        raise ConfigError(
-            f"{folder}: its concatenated inputs are samples of the first stage's posterior (concat_through_vae), "
-            "which no column of images has: it cannot be measured"
-        )
-    latents = EncodedOnce(images, LatentEncoder(stage, seed, _takes_mode(folder), through is not None))
+    latents = EncodedOnce(images, LatentEncoder(stage, seed, _takes_mode(folder), through))
     size, expected = latents.shape[1:], pipeline.unet.config.sample_size
     if expected is not None and size != ((expected, expected) if isinstance(expected, int) else tuple(expected)):
         pixels, made = ("x".join(map(str, sides)) for sides in (images.size, size))

@@ -20,6 +20,8 @@ Streams and their coordinates (the name goes first, so that two streams never sh
 ``TIMESTEP``            seed, optimizer step, position in the effective batch; or ``"order"``
 ``LATENT``              seed, optimizer step, position in the effective batch
 ``LATENT_SET``          seed, 0, image
+``LATENT_CONCAT``       seed, optimizer step, position in the effective batch
+``LATENT_CONCAT_SET``   seed, image
 ``LATENT_SCALE``        number of images (no seed: all runs on the same images measure the same scale)
 ``SPLIT``               name of the image (no seed: all runs are validated on the same images)
 ======================  ================================================
@@ -50,6 +52,8 @@ TIMESTEP = "timestep"
 LATENT = "latent"
 LATENT_SET = "latent/set"
 LATENT_SCALE = "latent/scale"
+LATENT_CONCAT = "latent/concat"
+LATENT_CONCAT_SET = "latent/concat-set"
 SPLIT = "split"
 
 

@@ -83,7 +83,9 @@ def test_options_of_latents(original):
     assert options["latents"] == {"scale_factor": pytest.approx(0.7)}
     params |= {"cond_stage_config": "__is_first_stage__", "conditioning_key": "concat", "scale_by_std": True}
     params["unet_config"]["params"]["in_channels"] = 6
-    assert recipe(read_compvis_config(content))["latents"] == {"scale_by_std": True, "concat_through_vae": True}
+    assert recipe(read_compvis_config(content))["latents"] == {"scale_by_std": True, "concat_through_vae": "mode"}
+    content["model"]["target"] = "ldm.models.diffusion.ddpm.LatentInpaintDiffusion"
+    assert recipe(read_compvis_config(content))["latents"]["concat_through_vae"] == "sample"
     del params["first_stage_config"]["params"]["ddconfig"]["ch_mult"]
     assert "resolution" not in recipe(read_compvis_config(content)).get("data", {})
 

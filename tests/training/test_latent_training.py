@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -18,11 +19,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from diffusers_ddpm_ext import DDPMExtPipeline
+from diffusers_ddpm_ext.cli import main
 from diffusers_ddpm_ext.errors import ConfigError
 from diffusers_ddpm_ext.training import trainer
 from diffusers_ddpm_ext.training.loop import latents as loop_latents
 from diffusers_ddpm_ext.training.loop.setup import build_setup
 from diffusers_ddpm_ext.training.trainer import open_batches
+from diffusers_ddpm_ext.utils import random_keys as keys
 
 KINDS = ("kl", "vq", "tiny", "dc")
 EVERY = {"checkpointing_steps": 2, "max_train_steps": 5, "validation_steps": 3, "scale_factor": "data", "seed": 5}
@@ -348,6 +351,28 @@ def test_concatenated_pictures_go_through_the_first_stage_unscaled(stages, pictu
     torch.testing.assert_close(encoded, mean, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("column", ["gray", "masked"])
+def test_samples_of_concatenated_pictures_are_scaled_and_have_noise_of_their_position(
+    column, stages, pictures, tmp_path
+):
+    """As LatentInpaintDiffusion's: the mask first, and gray where the picture is transparent."""
+    stage = tiny_autoencoder("kl", channels=3 if column == "masked" else 1, latent_channels=2)
+    stage.save_pretrained(tmp_path / "vae")
+    options = concat_options(pictures, column, concat_through_vae="sample", scale_factor=7, vae=str(tmp_path / "vae"))
+    setup = setup_of(tmp_path / "run", stages, **options)
+    batch = list(itertools.islice(open_batches(setup, 0), 2))[1]
+    image, transparent = batch.conditions.concat_inputs, torch.zeros(8, 0, 4, 4)
+    if column == "masked":
+        image = torch.where(image[:, 3:] < 0, 0.0, image[:, :3])
+        transparent = (batch.conditions.concat_inputs[:, 3:, ::2, ::2] < 0).float()
+    posterior = stage.encode(image).latent_dist
+    noise = [keys.generator("latent/concat", setup.seed, 1, place) for place in batch.positions.tolist()]
+    noise = torch.stack([torch.randn(2, 4, 4, generator=generator) for generator in noise])
+    expected = torch.cat([transparent, 7 * (posterior.mean + posterior.std * noise)], dim=1)
+    encoded = setup.latents.encode_batch(batch).conditions.concat_inputs
+    torch.testing.assert_close(encoded, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_other_concatenated_pictures_are_averaged_to_the_size_of_the_latents(stages, pictures, tmp_path):
     setup = setup_of(tmp_path, stages, **concat_options(pictures, "color"))
     batch = next(open_batches(setup, 0))
@@ -359,10 +384,11 @@ def test_other_concatenated_pictures_are_averaged_to_the_size_of_the_latents(sta
 @pytest.mark.parametrize(
     ("column", "through", "channels", "saved"),
     [
-        ("gray", True, 4, "mode"),
-        pytest.param("gray", False, 3, None, marks=pytest.mark.slow),
-        ("color", False, 5, None),
-        pytest.param("masked", False, 6, None, marks=pytest.mark.slow),
+        ("gray", "mode", 4, "mode"),
+        pytest.param("gray", "sample", 4, "sample", marks=pytest.mark.slow),
+        pytest.param("gray", None, 3, None, marks=pytest.mark.slow),
+        ("color", None, 5, None),
+        pytest.param("masked", None, 6, None, marks=pytest.mark.slow),
     ],
 )
 def test_concatenated_pictures_train_validate_and_are_drawn(
@@ -376,6 +402,8 @@ def test_concatenated_pictures_train_validate_and_are_drawn(
     inputs = torch.zeros(1, channels - 2, 4, 4)
     assert pipeline(num_inference_steps=2, concat_inputs=inputs, output_type="np").images.shape == (1, 8, 8, 1)
     assert (tmp_path / "samples.png").is_file()
+    if saved is not None:
+        assert main(["evaluate", str(tmp_path), "--num_timesteps", "2", "--max_images", "2", "--device", "cpu"]) == 0
 
 
 def test_dropped_pictures_are_zeros_for_the_network(stages, pictures, tmp_path):
@@ -411,6 +439,7 @@ def test_classes_condition_latents(key, stages, pictures, tmp_path):
         ({"bin_width": 0.1, "validation_bpd": True}, "--bin_width 0.1 has no effect with --vae"),
         ({"loss_type": "perceptual", "perceptual_model": "x"}, "--loss_type perceptual compares images"),
         ({"concat_through_vae": True}, "--concat_through_vae encodes concatenated pictures"),
+        ({"concat_through_vae": "samples"}, "one of mode, sample: did you mean sample"),
         ({"latent_stats": True, "scale_factor": "data"}, "--scale_factor data has no effect with --latent_stats"),
         ({"scale_by_std": True, "scale_factor": 2.0}, "--scale_by_std contradicts --scale_factor 2.0"),
         ({"scale_factor": "datum"}, "a number, or data or vae"),

@@ -21,7 +21,6 @@ LATENT_NOTE = (
     " of its checkpoint, or of that of the whole model."
 )
 SIZE_NOTE = "The first stage names no ch_mult: give the images' size in pixels with --resolution."
-SAMPLE_NOTE = "LatentInpaintDiffusion conditions on scaled samples, and --concat_through_vae on the unscaled mode."
 RECIPE_SECTIONS: dict[str, tuple[str, ...]] = {
     "data": ("resolution", "channels", "dataloader_num_workers", "conditioning_dropout"),
     "latents": ("scale_factor", "scale_by_std", "concat_through_vae"),
@@ -103,7 +102,7 @@ def _latent_options(config: CompVisConfig) -> dict[str, Any]:
     return {
         "scale_factor": None if measured else config.samples.scale_factor,
         "scale_by_std": measured or None,
-        "concat_through_vae": config.concat_through_vae is not None or None,
+        "concat_through_vae": config.concat_through_vae,
     }
 
 
@@ -114,8 +113,6 @@ def recipe_notes(config: CompVisConfig) -> list[str]:
     notes = [LATENT_NOTE]
     if image_size(config) is None:
         notes.append(SIZE_NOTE)
-    if config.concat_through_vae == "sample":
-        notes.append(SAMPLE_NOTE)
     return notes
 
 

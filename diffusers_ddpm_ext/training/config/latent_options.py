@@ -10,7 +10,7 @@ from typing import Any, Literal
 from diffusers_ddpm_ext.errors import ConfigError, printable
 from diffusers_ddpm_ext.utils.input_files import exists
 from diffusers_ddpm_ext.utils.option import option
-from diffusers_ddpm_ext.utils.vocabulary import LATENTS_KEY, REQUIRED_CONDITIONS
+from diffusers_ddpm_ext.utils.vocabulary import LATENTS_KEY, REQUIRED_CONDITIONS, ConcatThroughVae
 
 FIRST_STAGE_FOLDERS = ("vae", "vqvae")
 LATENT_CACHE = "runs/latents"
@@ -45,10 +45,13 @@ class LatentOptions:
     latent_mode: bool = option(
         False, "Use the mode of the posterior instead of a new sample each time (AutoencoderKL)."
     )
-    concat_through_vae: bool = option(
-        False,
-        "Encode concatenated pictures by the first stage, too, unscaled, as CompVis does. A fourth channel,"
-        " transparency, is a mask: transparent is painted. Otherwise pictures are averaged to the latents' size.",
+    concat_through_vae: ConcatThroughVae | None = option(
+        None,
+        "Encode concatenated pictures by the first stage, too: the posterior's mode, unscaled, as CompVis'"
+        " LatentDiffusion does, or a scaled sample, as its LatentInpaintDiffusion does. A fourth channel,"
+        " transparency, is a mask: transparent is painted. Without a word: mode.",
+        unset="pictures are averaged to the latents' size",
+        bare="mode",
     )
     cache_latents: str | None = option(
         None,

@@ -73,7 +73,8 @@ def cache_latents(
         accelerator: of the run.
 
     Returns:
-        The same images with stored posteriors, and stored conditions where pictures go through the first stage.
+        The same images with stored posteriors, and stored conditions where these are the mode of pictures; their
+        samples are drawn anew each time, and so encoded each time.
 
     Raises:
         ConfigError: the images are cropped at random, or the folder cannot be used; in one process.
@@ -81,7 +82,7 @@ def cache_latents(
     """
     stage = encoder.stage
     encoders: dict[str, Callable[[Tensor], Posterior]] = {"images": lambda image: Posterior(*stage.posterior(image))}
-    if encoder.concat_through_vae:
+    if encoder.concat_through_vae == "mode":
         encoders["conditions"] = lambda picture: Posterior(concat_condition(stage, picture, "mode"))
     jobs: dict[int, CacheJob] = {}
     with fail_together(accelerator):

@@ -18,6 +18,7 @@ from diffusers_ddpm_ext.training.data.condition_dropout import ConditionDropout
 from diffusers_ddpm_ext.training.data.image_set import ImageSet
 from diffusers_ddpm_ext.training.data.posterior import Posterior, encode_posterior, one_by_one
 from diffusers_ddpm_ext.utils import random_keys as keys
+from diffusers_ddpm_ext.utils.vocabulary import ConcatThroughVae
 
 KEPT_BYTES = 2**28
 """Latents of a validation set that are kept in memory."""
@@ -31,7 +32,7 @@ class LatentEncoder:
         stage: the first stage, on the run's device, with the scale of the run; replaced when that is measured.
         seed: of the run.
         mode: take the posterior's mode instead of a sample.
-        concat_through_vae: encode concatenated pictures, too, instead of averaging them to the latents' size.
+        concat_through_vae: how concatenated pictures are encoded; None: they are averaged to the latents' size.
         concat_dropout: dropout of concatenated pictures, which fills what the network gets, not the picture.
         measured_std: standard deviation of the scaled latents; None where it was not measured.
     """
@@ -39,7 +40,7 @@ class LatentEncoder:
     stage: FirstStage
     seed: int
     mode: bool = False
-    concat_through_vae: bool = False
+    concat_through_vae: ConcatThroughVae | None = None
     concat_dropout: ConditionDropout | None = None
     measured_std: float | None = None
 
@@ -59,12 +60,12 @@ class LatentEncoder:
 
     def concat_channels(self, channels: int) -> int:
         """Channels that the network gets for concatenated pictures; ValueError if they cannot be encoded."""
-        return concat_channels(self.stage, channels, "mode" if self.concat_through_vae else None)
+        return concat_channels(self.stage, channels, self.concat_through_vae)
 
     def encode_batch(self, batch: Batch) -> Batch:
         """A training batch with scaled latents, (b, C, h, w), float32, instead of pixels, and encoded conditions.
 
-        The posterior's noise depends on seed, step and position in the effective batch alone.
+        The noise of posteriors depends on seed, step and position in the effective batch alone.
         """
         posterior = batch.posterior
         if posterior is None:
@@ -73,7 +74,8 @@ class LatentEncoder:
         if posterior.std is not None and not self.mode:
             shape = posterior.mean.shape[1:]
             _, noise = keys.sample_draws(self.seed, batch.step, batch.positions, shape, 1, keys.LATENT)
-        conditions = self.encode_conditions(batch.conditions, is_encoded=batch.concat_is_encoded)
+        noise_keys = [(keys.LATENT_CONCAT, self.seed, batch.step, place) for place in batch.positions.tolist()]
+        conditions = self.encode_conditions(batch.conditions, noise_keys, batch.concat_is_encoded)
         if self.concat_dropout is not None:
             conditions = self.concat_dropout.apply(conditions, self.seed, batch.step, batch.positions)
         return replace(batch, pixels=self.scaled(posterior, noise), conditions=conditions)
@@ -85,16 +87,28 @@ class LatentEncoder:
             z = z + posterior.std.to(self.device, non_blocking=True) * noise.to(self.device, non_blocking=True)
         return self.stage.normalize(z)
 
-    def encode_conditions(self, conditions: Conditions, is_encoded: bool = False) -> Conditions:
-        """Conditions on the run's device, with concatenated pictures as the network takes them."""
+    def encode_conditions(
+        self, conditions: Conditions, noise_keys: Sequence[tuple[str | int, ...]], is_encoded: bool = False
+    ) -> Conditions:
+        """Conditions on the run's device, with concatenated pictures as the network takes them.
+
+        Args:
+            conditions: of b samples.
+            noise_keys: (b,), of the noise where pictures are sampled.
+            is_encoded: whether the pictures are stored ones, as the network takes them.
+        """
         conditions = conditions.to(self.device)
         pictures = conditions.concat_inputs
         if pictures is None or is_encoded:
             return conditions
-        if not self.concat_through_vae:
+        way = self.concat_through_vae
+        if way is None:
             return replace(conditions, concat_inputs=concat_condition(self.stage, pictures, None))
-        encoded = one_by_one(lambda picture: concat_condition(self.stage, picture, "mode"), pictures)
-        return replace(conditions, concat_inputs=torch.cat(encoded))
+
+        def encode(picture: Tensor, key: tuple[str | int, ...]) -> Tensor:
+            return concat_condition(self.stage, picture, way, keys.generator(*key))
+
+        return replace(conditions, concat_inputs=torch.cat(one_by_one(encode, pictures, noise_keys)))
 
     @torch.no_grad()
     def decode(self, latents: Tensor, batch_size: int = 16) -> Tensor:
@@ -157,7 +171,8 @@ class LatentSet:
             indices: which images of the set, (b,).
         """
         is_encoded = self.images.concat_latents is not None
-        return self.encoder.encode_conditions(self.images.conditions(indices), is_encoded)
+        noise_keys = [(keys.LATENT_CONCAT_SET, self.encoder.seed, n) for n in torch.as_tensor(indices).tolist()]
+        return self.encoder.encode_conditions(self.images.conditions(indices), noise_keys, is_encoded)
 
 
 def image_posterior(

@@ -7,9 +7,9 @@ computes, and a run on two processes equals the run on one. Hence one image per 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -54,22 +54,23 @@ def encode_posterior(stage: FirstStage, pixels: Tensor) -> Posterior:
     return Posterior(torch.cat(means), None if stds[0] is None else torch.cat(stds))
 
 
-def one_by_one(function: Callable[[Tensor], T], images: Tensor) -> list[T]:
+def one_by_one(function: Callable[..., T], images: Tensor, *more: Sequence[Any]) -> list[T]:
     """Results of a function for each image (1, C, H, W) of a batch, in order; on a CPU on one thread per image.
 
     Args:
-        function: of one image, safe to call from several threads.
+        function: of one image and its element of each of ``more``, safe to call from several threads.
         images: (b, C, H, W), b at least 1.
+        *more: each of length b.
     """
     # Copies, because the result of a matrix product may depend on the alignment of its input.
     singles = [image.clone(memory_format=torch.contiguous_format) for image in images.split(1)]
     threads = torch.get_num_threads()
     if images.device.type != "cpu" or threads == 1:
-        return [function(image) for image in singles]
+        return list(map(function, singles, *more))
     # A thread's number of OpenMP threads is its own, but torch also keeps it as the default of new threads.
     pool = ThreadPoolExecutor(min(threads, len(singles)), initializer=torch.set_num_threads, initargs=(1,))
     try:
         with pool:
-            return list(pool.map(function, singles))
+            return list(pool.map(function, singles, *more))
     finally:
         torch.set_num_threads(threads)

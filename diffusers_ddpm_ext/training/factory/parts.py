@@ -121,7 +121,7 @@ class Parts:
         """Arguments of the pipeline that state how conditions reach the network."""
         first_stage: dict[str, Any] = {}
         if self.latents is not None:
-            through = "mode" if self.latents.concat_through_vae else None
+            through = self.latents.concat_through_vae
             first_stage = {"vae": self.latents.stage.autoencoder, "concat_through_vae": through}
         return first_stage | {
             "conditioning_key": self.conditioning.conditioning_key,
