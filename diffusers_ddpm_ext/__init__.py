@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from diffusers_ddpm_ext.diffusion.schedule import NoiseSchedule
     from diffusers_ddpm_ext.losses.objective import DDPMObjective, ObjectiveOutput
     from diffusers_ddpm_ext.models.ema import LitEMA
+    from diffusers_ddpm_ext.models.spatial_rescaler import SpatialRescaler
     from diffusers_ddpm_ext.models.unet_2d_ext import UNet2DExtModel
     from diffusers_ddpm_ext.pipelines.pipeline_ddpm_ext import DDPMExtPipeline, DDPMExtPipelineOutput
     from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
@@ -37,6 +38,7 @@ __all__ = [
     "LitEMA",
     "NoiseSchedule",
     "ObjectiveOutput",
+    "SpatialRescaler",
     "UNet2DExtModel",
     "__version__",
 ]
@@ -52,12 +54,16 @@ _MODULES = {
     "LitEMA": "models.ema",
     "NoiseSchedule": "diffusion.schedule",
     "ObjectiveOutput": "losses.objective",
+    "SpatialRescaler": "models.spatial_rescaler",
     "UNet2DExtModel": "models.unet_2d_ext",
 }
 # Diffusers finds a class of ours by its name in its own namespace: when a saved folder names it, when a scheduler
 # lists what it is compatible with. A folder names our pipeline with the package in front, so that the error of a
 # program that did not import the package says what to import.
-_KNOWN_TO_DIFFUSERS = ("DDPMExtPipeline", "DDPMExtScheduler", "UNet2DExtModel", f"{__name__}.DDPMExtPipeline")
+_KNOWN_TO_DIFFUSERS = (
+    *("DDPMExtPipeline", "DDPMExtScheduler", "SpatialRescaler", "UNet2DExtModel"),
+    f"{__name__}.DDPMExtPipeline",
+)
 
 
 def __getattr__(name: str) -> Any:

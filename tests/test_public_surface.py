@@ -25,6 +25,7 @@ PUBLIC = {
     "LitEMA",
     "NoiseSchedule",
     "ObjectiveOutput",
+    "SpatialRescaler",
     "UNet2DExtModel",
     "__version__",
 }
