@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import secrets
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -30,6 +32,7 @@ from diffusers_ddpm_ext.utils.pipeline_files import MODEL_INDEX, owned_files
 T = TypeVar("T")
 COMMITTED, DRAFT_PREFIX, STALE = ".committed", ".writing-pipeline-", ".stale.json"
 DIRECT_ATTEMPTS, ATTEMPTS = 2, 200
+LOADING_LOGGER = "diffusers.models.modeling_utils"
 
 
 # ------------------------------------------------------------------ reading
@@ -51,7 +54,7 @@ def read_one_generation(folder: str | os.PathLike[str], load: Callable[[Path], T
         Exception: any error of ``load`` in a folder that was not replaced meanwhile.
     """
     for attempt in range(ATTEMPTS):
-        with _Generation(Path(folder)) as generation, ExitStack() as stack:
+        with _Generation(Path(folder)) as generation, ExitStack() as stack, _held_messages() as messages:
             try:
                 path = generation.path
                 if attempt >= DIRECT_ATTEMPTS:
@@ -63,11 +66,37 @@ def read_one_generation(folder: str | os.PathLike[str], load: Callable[[Path], T
             except Exception:
                 if generation.is_current():
                     raise
+                messages.clear()
                 continue
             if generation.is_current():
                 return result
+            messages.clear()
         time.sleep(0.001 * min(attempt, 20))
     raise ConfigError(f"{printable(os.fspath(folder))} is being replaced all the time: stop the other program first.")
+
+
+@contextmanager
+def _held_messages() -> Iterator[list[logging.LogRecord]]:
+    """Hold what Diffusers logs of files that it cannot read, until it is known whether they were just replaced.
+
+    Yields:
+        The messages of this thread, in order. Those that remain at the end are logged then.
+    """
+    logger, thread = logging.getLogger(LOADING_LOGGER), threading.get_ident()
+    messages: list[logging.LogRecord] = []
+
+    def hold(record: logging.LogRecord) -> bool:
+        if record.thread == thread:
+            messages.append(record)
+        return record.thread != thread
+
+    logger.addFilter(hold)
+    try:
+        yield messages
+    finally:
+        logger.removeFilter(hold)
+        for message in messages:
+            logger.handle(message)
 
 
 class _Generation:

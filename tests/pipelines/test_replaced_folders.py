@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -236,6 +237,33 @@ def test_a_reader_reads_again_what_was_replaced_meanwhile(tmp_path, way):
 
     assert read_one_generation(folder, load) == (2, 10)
     assert attempts == 3
+
+
+def test_diffusers_messages_on_files_that_were_just_replaced_are_not_logged(tmp_path, monkeypatch):
+    """A file that is missing at the first attempt alone is no error; one that stays missing is reported once."""
+    pipeline(0).save_pretrained(tmp_path)
+    messages: list[str] = []
+    logger = logging.getLogger("diffusers.models.modeling_utils")
+    monkeypatch.setattr(logger, "callHandlers", lambda record: messages.append(record.getMessage()))
+    is_replaced = True
+
+    def load(path: Path) -> UNet2DModel:
+        try:
+            return UNet2DModel.from_pretrained(path / "unet", use_safetensors=True)
+        except OSError:
+            if is_replaced:
+                pipeline(1).save_pretrained(tmp_path)
+            raise
+
+    (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    assert float(read_one_generation(tmp_path, load).conv_in.bias.detach()[0]) == 1
+    assert messages == []
+    is_replaced = False
+    (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(OSError, match="no file named"):
+        read_one_generation(tmp_path, load)
+    assert len(messages) == 1
+    assert "An error occurred while trying to fetch" in messages[0]
 
 
 def test_an_error_of_a_folder_at_rest_is_raised_at_once(tmp_path):
