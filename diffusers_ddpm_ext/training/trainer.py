@@ -118,7 +118,7 @@ def run_training(run: Run, start_time: float) -> None:
     with fail_together(accelerator):
         if accelerator.is_main_process:
             mark_finished(run.folder, progress.step, progress.stopped_early)
-    accelerator.print(printable_lines(workload.describe_end(run.folder)))
+    accelerator.print(printable_lines(workload.describe_end(setup, run.folder)))
 
 
 def fit(run: Run, poller: RequestPoller) -> None:

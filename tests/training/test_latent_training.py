@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -392,8 +393,9 @@ def test_other_concatenated_pictures_are_averaged_to_the_size_of_the_latents(sta
     ],
 )
 def test_concatenated_pictures_train_validate_and_are_drawn(
-    column, through, channels, saved, stages, pictures, tmp_path
+    column, through, channels, saved, stages, pictures, tmp_path, capsys
 ):
+    """And the run's last line is the command that draws, but for the folder of pictures."""
     options = concat_options(pictures, column, concat_through_vae=through, max_train_steps=2, validation_steps=1)
     train(tmp_path, stages, **options, conditioning_dropout={"concat_inputs": 0.5}, preview_guidance_scale=2.0)
     pipeline = DDPMExtPipeline.from_pretrained(tmp_path)
@@ -402,6 +404,10 @@ def test_concatenated_pictures_train_validate_and_are_drawn(
     inputs = torch.zeros(1, channels - 2, 4, 4)
     assert pipeline(num_inference_steps=2, concat_inputs=inputs, output_type="np").images.shape == (1, 8, 8, 1)
     assert (tmp_path / "samples.png").is_file()
+    words = capsys.readouterr().out.splitlines()[-1].partition("ddpm-ext ")[2].replace("DIR", str(tmp_path / "in"))
+    (tmp_path / "in").mkdir()
+    shutil.copy(pictures / ".more" / f"{column}0.png", tmp_path / "in")
+    assert main([*shlex.split(words), "--num_inference_steps", "2", "--out", str(tmp_path / "out")]) == 0
     if saved is not None:
         assert main(["evaluate", str(tmp_path), "--num_timesteps", "2", "--max_images", "2", "--device", "cpu"]) == 0
 

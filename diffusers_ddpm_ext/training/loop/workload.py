@@ -27,6 +27,9 @@ from diffusers_ddpm_ext.training.loop.validation import validation_metrics
 from diffusers_ddpm_ext.training.tracking.plan import describe_loss, describe_schedule
 from diffusers_ddpm_ext.utils.files import METRICS
 
+SAMPLE_FLAGS = {"concat_inputs": "--concat DIR", "encoder_hidden_states": "--encoder_hidden_states FILE.npy"}
+"""What `ddpm-ext sample` needs for a condition of the network."""
+
 
 class Workload(Protocol):
     """Validation, images and files of one kind of model.
@@ -63,7 +66,7 @@ class Workload(Protocol):
     def describe(self, setup: Setup) -> list[tuple[str, str]]:
         """Rows of the printed plan."""
 
-    def describe_end(self, folder: Path) -> str:
+    def describe_end(self, setup: Setup, folder: Path) -> str:
         """The last line of a run: where its results are, and what to do with them."""
 
 
@@ -109,11 +112,12 @@ class Diffusion:
         loss = describe_loss(config.objective, setup.parts.objective.loss_weighting)
         return [*describe_first_stage(setup), ("schedule", describe_schedule(config.schedule)), ("loss", loss)]
 
-    def describe_end(self, folder: Path) -> str:
-        """The command that samples."""
+    def describe_end(self, setup: Setup, folder: Path) -> str:
+        """The command that samples, with the conditions that it requires."""
+        flags = [flag for name, flag in SAMPLE_FLAGS.items() if name in setup.parts.conditioning.required]
         return (
             f"The pipeline, its samples ({FINAL_SAMPLES}) and its metrics ({METRICS}) are in {folder}; "
-            f"draw from it: ddpm-ext sample {shlex.quote(str(folder))}"
+            f"draw from it: {' '.join(['ddpm-ext sample', shlex.quote(str(folder)), *flags])}"
         )
 
 
@@ -155,7 +159,7 @@ class Reconstruction:
         """Latents and loss."""
         return describe_autoencoder(setup)
 
-    def describe_end(self, folder: Path) -> str:
+    def describe_end(self, setup: Setup, folder: Path) -> str:
         """The command that trains in its latents."""
         return (
             f"The first stage, its reconstructions ({FINAL_RECONSTRUCTIONS}) and its metrics ({METRICS}) are in"
