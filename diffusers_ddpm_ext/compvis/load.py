@@ -18,6 +18,8 @@ from typing import Any
 from diffusers import AutoencoderKL, VQModel
 from torch import Tensor, nn
 
+from diffusers_ddpm_ext.compvis.conditioner.kinds import STAGE_PREFIXES, ConditionerConfig, ConvertedConditioner
+from diffusers_ddpm_ext.compvis.conditioner.weights import convert_conditioner
 from diffusers_ddpm_ext.compvis.config.ddpm import (
     FIRST_STAGE,
     FIRST_STAGE_AS_CONDITION,
@@ -27,6 +29,7 @@ from diffusers_ddpm_ext.compvis.config.ddpm import (
 from diffusers_ddpm_ext.compvis.first_stage.architecture import KINDS, FirstStageConfig, read_first_stage
 from diffusers_ddpm_ext.compvis.first_stage.checkpoint_keys import FIRST_STAGE_PREFIX, KnownStages
 from diffusers_ddpm_ext.compvis.first_stage.weights import convert_first_stage, first_stage_keys
+from diffusers_ddpm_ext.compvis.load_conditioners import conditioner_configs, prepare_tokenizer
 from diffusers_ddpm_ext.compvis.load_notes import (
     check_classes,
     foreign_classes,
@@ -39,6 +42,7 @@ from diffusers_ddpm_ext.compvis.reader.archive import PathLike, read_tensors
 from diffusers_ddpm_ext.compvis.report import Report
 from diffusers_ddpm_ext.compvis.schema import (
     CONDITION_STAGE,
+    CONDITIONERS,
     FIRST_STAGE_SECTION,
     FIXED_LOGVAR,
     SCALE_FACTOR_BUFFER,
@@ -63,6 +67,8 @@ class CompVisCheckpoint:
         contents: the tensors by role.
         scheduler: with the requested schedule.
         first_stage_config: of the first stage in the file; None if there is none, or it is left out.
+        conditioner_configs: of the conditioning stages in the file that are converted, by section.
+        tokenizer: of the text encoder, if there is one.
         notes: sentences for the user.
     """
 
@@ -70,6 +76,8 @@ class CompVisCheckpoint:
     contents: CheckpointContents
     scheduler: DDPMExtScheduler
     first_stage_config: FirstStageConfig | None
+    conditioner_configs: dict[str, ConditionerConfig]
+    tokenizer: Any
     notes: list[str]
 
     def weights(self, which: WeightSet) -> dict[str, Tensor]:
@@ -89,9 +97,31 @@ class CompVisCheckpoint:
         scale = 1.0 if self.scale_factor is None else self.scale_factor
         return convert_first_stage(self.contents.first_stage, self.first_stage_config, scale)
 
+    @cached_property
+    def conditioners(self) -> dict[str, ConvertedConditioner]:
+        """The conditioning stages as components of a pipeline, by section."""
+        tensors = self.contents.conditioners
+        return {
+            name: convert_conditioner(tensors[STAGE_PREFIXES[name]], config)
+            for name, config in self.conditioner_configs.items()
+        }
+
+    @property
+    def conditioner_rows(self) -> dict[str, list[ConvertedTensor]]:
+        """By component of the pipeline, one row per tensor of a conditioning stage."""
+        return {
+            self.conditioner_configs[name].kind.component: converted.rows
+            for name, converted in self.conditioners.items()
+        }
+
     def pipeline(self, network: nn.Module, rows: list[ConvertedTensor]) -> DDPMExtPipeline:
         """Make a pipeline of a network and its rows, with everything else that the checkpoint has."""
         is_latent, first_stage = self.config.samples.latent, self.first_stage
+        components: dict[str, Any] = {
+            config.kind.component: self.conditioners[name].module for name, config in self.conditioner_configs.items()
+        }
+        if self.tokenizer is not None:
+            components["tokenizer"] = self.tokenizer
         pipeline = DDPMExtPipeline(
             network,
             self.scheduler,
@@ -99,6 +129,7 @@ class CompVisCheckpoint:
             latent_scaling_factor=self.scale_factor if is_latent and first_stage is None else None,
             concat_through_vae=self.config.concat_through_vae,
             vae=None if first_stage is None else first_stage[0],
+            **components,
         )
         pipeline.compvis_facts, pipeline.compvis_weights = self.facts, (self.contents, rows)  # for save_compvis
         if self.learns_logvar:
@@ -126,6 +157,11 @@ class CompVisCheckpoint:
             facts[CONDITION_STAGE] = self.config.cond_stage
         if self.first_stage_config is not None:
             facts[FIRST_STAGE_SECTION] = self.first_stage_config.section
+        if self.conditioners:
+            facts[CONDITIONERS] = {
+                name: {"section": self.conditioner_configs[name].section, "layout": dict(converted.plan.layout)}
+                for name, converted in self.conditioners.items()
+            }
         if self.contents.scale_factor is not None:
             facts[SCALE_FACTOR_BUFFER] = True
         if self.contents.logvar is not None and not self.learns_logvar:
@@ -147,6 +183,7 @@ def load_compvis(
     ignore_keys: Iterable[str] = (),
     load_only_unet: bool = False,
     schedule_from: ScheduleSource = "config",
+    tokenizer: Any = None,
 ) -> DDPMExtPipeline:
     """Load an original checkpoint as a pipeline. Nothing that a file names is imported or executed.
 
@@ -158,17 +195,21 @@ def load_compvis(
             of this are re-initialized, with a warning.
         load_only_unet: load the network only, without logvar.
         schedule_from: ``config``, with a warning if the file holds a different schedule, or ``checkpoint``.
+        tokenizer: of the text encoder, which no checkpoint has: of Transformers, a folder, or an id on the Hub. It is
+            set to pad and cut prompts as the original does.
 
     Returns:
         The pipeline; ``.unet`` is the Diffusers network, ``.vae`` the first stage if the file has it, with the scale
-        of the latents, both float32, in eval mode. Of conditioning stages only a ClassEmbedder is part of it.
+        of the latents, ``.text_encoder`` that of texts, all float32, in eval mode. Conditioning stages of other
+        classes are left out: pass their output.
 
     Raises:
         ValueError: an argument is not one of the allowed values, the file cannot be read, or it does not belong to the
             configuration: missing and unexpected keys are listed.
     """
     prefixes = (ignore_keys,) if isinstance(ignore_keys, str) else tuple(ignore_keys)
-    checkpoint = read_compvis_checkpoint(path, config, LoadOptions(weights, prefixes, load_only_unet, schedule_from))
+    options = LoadOptions(weights, prefixes, load_only_unet, schedule_from)
+    checkpoint = read_compvis_checkpoint(path, config, options, tokenizer)
     for note in checkpoint.notes:
         warnings.warn(note, stacklevel=2)
     which = choose_weights(checkpoint, weights)
@@ -192,16 +233,19 @@ def choose_weights(checkpoint: CompVisCheckpoint, weights: WeightChoice) -> Weig
 
 
 def read_compvis_checkpoint(
-    path: PathLike, config: PathLike | Mapping[str, Any], options: LoadOptions
+    path: PathLike, config: PathLike | Mapping[str, Any], options: LoadOptions, tokenizer: Any = None
 ) -> CompVisCheckpoint:
     """Read a checkpoint and its configuration; see `load_compvis` for arguments and errors."""
     translated = read_compvis_config(config, for_training=False)
     tensors = read_tensors(path)
     first_stage = _first_stage_config(translated, tensors, options)
+    conditioners, more_notes = conditioner_configs(translated, tensors, options)
+    tokenizer, tokenizer_notes = prepare_tokenizer(tokenizer, conditioners)
     stages = KnownStages(
         class_embedder=(translated.cond_stage or "").rpartition(".")[2] == "ClassEmbedder",
         first_stage=None if first_stage is None else frozenset(first_stage_keys(first_stage)),
         first_stage_as_condition=translated.cond_stage == FIRST_STAGE_AS_CONDITION,
+        conditioners=tuple(STAGE_PREFIXES[name] for name in conditioners),
     )
     contents = classify_tensors(
         tensors,
@@ -233,7 +277,8 @@ def read_compvis_checkpoint(
         notes.append(f"The first stage is left out: {one_line(foreign)} is not one of CompVis' classes ({known}).")
     if contents.filled:
         notes.append(f"The EMA lacks {len(contents.filled)} frozen tensors; they are copied from the raw weights.")
-    return CompVisCheckpoint(translated, contents, scheduler, first_stage, notes)
+    notes += [*more_notes, *tokenizer_notes]
+    return CompVisCheckpoint(translated, contents, scheduler, first_stage, conditioners, tokenizer, notes)
 
 
 def _first_stage_config(
@@ -280,6 +325,7 @@ def report_compvis(
     """Report on the conversion of a checkpoint to networks by set of weights, the default one first."""
     contents, config = checkpoint.contents, checkpoint.config
     first_stage_rows = () if checkpoint.first_stage_config is None else checkpoint.first_stage_config.rows
+    conditioner_rows = [row for each in checkpoint.conditioner_configs.values() for row in each.rows]
     facts: dict[str, Any] = {}
     if checkpoint.ema_metadata is not None:
         facts |= {"ema_decay": checkpoint.ema_metadata.decay, "ema_num_updates": checkpoint.ema_metadata.num_updates}
@@ -298,9 +344,9 @@ def report_compvis(
         "compvis",
         Path(source).name,
         networks,
-        first_stage=[] if first_stage is None else first_stage[1],
+        stages=({} if first_stage is None else {"first_stage": first_stage[1]}) | checkpoint.conditioner_rows,
         left_out=contents.left_out,
-        configuration=[*config.rows, *first_stage_rows],
+        configuration=[*config.rows, *first_stage_rows, *conditioner_rows],
         facts=facts,
         notes=checkpoint.notes + stage_notes(config, contents) + foreign_classes(config),
     )

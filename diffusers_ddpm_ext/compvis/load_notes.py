@@ -35,7 +35,7 @@ def check_classes(config: CompVisConfig, table: Tensor | None) -> None:
     Raises:
         ValueError: they differ.
     """
-    stage = next((row.value for row in config.rows if row.key == "model.params.cond_stage_config"), None)
+    stage = config.section("cond_stage_config")
     params = stage.get("params") if isinstance(stage, Mapping) else None
     classes = params.get("n_classes") if isinstance(params, Mapping) else None
     if table is not None and classes is not None and table.shape[:1] != (classes,):

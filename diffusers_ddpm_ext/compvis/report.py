@@ -32,7 +32,8 @@ class Report:
         default: which weights are the default files: ``ema`` or ``raw``.
         raw_variant: whether the raw weights are saved too, as ``variant="raw"``.
         parameters: number of the network's parameters.
-        tensors: by set of weights (``raw``, ``ema``, ``first_stage``), one row per target.
+        tensors: by set of weights (``raw``, ``ema``) and stage (``first_stage``, ``text_encoder``, ...), one row per
+            target.
         left_out: tensors that are not part of the pipeline.
         configuration: one row per key.
         facts: what is converted in addition to the weights, by name.
@@ -57,10 +58,13 @@ class Report:
         family: Family,
         source: str,
         networks: Mapping[WeightSet, tuple[nn.Module, list[ConvertedTensor]]],
-        first_stage: Sequence[ConvertedTensor] = (),
+        stages: Mapping[str, list[ConvertedTensor]] | None = None,
         **more: Any,
     ) -> Report:
-        """Report on networks by set of weights, the default one first; ``more`` are the other fields."""
+        """Report on networks by set of weights, the default one first, and on stages by their component.
+
+        ``more`` are the other fields.
+        """
         default = next(iter(networks))
         network = networks[default][0]
         return cls(
@@ -70,8 +74,7 @@ class Report:
             default=default,
             raw_variant=len(networks) > 1,
             parameters=sum(parameter.numel() for parameter in network.parameters()),
-            tensors={which: rows for which, (_, rows) in networks.items()}
-            | ({"first_stage": list(first_stage)} if first_stage else {}),
+            tensors={**{which: rows for which, (_, rows) in networks.items()}, **(stages or {})},
             **more,
         )
 

@@ -6,7 +6,8 @@ betas, alphas_cumprod, ...       the tables of the schedule
 logvar, scale_factor             learned log-variances, factor of the latents
 cond_stage_model.embedding.*     of a ClassEmbedder, used in place of a text encoder
 first_stage_model.*              the autoencoder; cond_stage_model.* again, where it is the conditioning stage too
-all others                       conditioning stage, training losses: not part of a pipeline here
+cond_stage_model.*, embedder.*   conditioning stages that are converted
+all others                       other conditioning stages, training losses: not part of a pipeline here
 """
 
 from __future__ import annotations
@@ -76,6 +77,7 @@ class CheckpointContents:
         scale_factor: of the latents, None if the file has none.
         class_embedding: (classes, dim), of a ClassEmbedder.
         first_stage: the autoencoder's weights by its own keys; empty if the file has none, or they are left out.
+        conditioners: of each conditioning stage that is converted, by its prefix, the tensors by their own keys.
         left_out: tensors that are not converted.
         ignored: UNetModel's keys of tensors that ``ignore_keys`` left out.
         filled: keys missing in the EMA because they were frozen, filled in from the raw weights.
@@ -89,6 +91,7 @@ class CheckpointContents:
     scale_factor: float | None
     class_embedding: Tensor | None
     first_stage: dict[str, Tensor]
+    conditioners: dict[str, dict[str, Tensor]]
     left_out: list[LeftOut]
     ignored: set[str]
     filled: list[str]
@@ -119,7 +122,7 @@ def classify_tensors(
     prefixes = (ignore_keys,) if isinstance(ignore_keys, str) else tuple(ignore_keys)
     stages = stages or KnownStages()
     known = _KnownKeys(set(unet_keys(unet_params)), ema_buffer_names(unet_params), stages)
-    roles: tuple[Role, ...] = ("raw", "ema", "ema_metadata", "extra", "first stage", "condition")
+    roles: tuple[Role, ...] = ("raw", "ema", "ema_metadata", "extra", "first stage", "condition", "conditioner")
     by_role: dict[Role, dict[str, Tensor]] = {role: {} for role in roles}
     left_out: list[LeftOut] = []
     ignored: set[str] = set()
@@ -146,12 +149,17 @@ def classify_tensors(
     _check_has_network(list(tensors), by_role, ignored)
     if strict and by_role["first stage"]:
         check_first_stage(by_role["first stage"], by_role["condition"], stages.first_stage or ())
-    return _contents(by_role, left_out, ignored, known.unet if strict else None)
+    contents = _contents(by_role, left_out, ignored, known.unet if strict else None)
+    for prefix in stages.conditioners:
+        own = {key.removeprefix(prefix): t for key, t in by_role["conditioner"].items() if key.startswith(prefix)}
+        contents.conditioners[prefix] = own
+    return contents
 
 
 Role = Literal[
-    "raw", "ema", "ema_metadata", "extra", "first stage", "condition", "not converted", "other network", "unknown"
-]
+    "raw", "ema", "ema_metadata", "extra", "first stage", "condition", "conditioner", "not converted",
+    "other network", "unknown",
+]  # fmt: skip
 
 
 NETWORK_ROLES: tuple[Role, ...] = ("raw", "ema", "ema_metadata", "other network")
@@ -185,6 +193,8 @@ class _KnownKeys:
             key == CLASS_EMBEDDING_KEY and self.stages.class_embedder
         ):
             return "extra", key
+        if key.startswith(self.stages.conditioners):
+            return "conditioner", key
         for role, prefix in self.stages.prefixes:
             if key.startswith(prefix):
                 return self._role_in_first_stage(role, key.removeprefix(prefix))
@@ -244,6 +254,7 @@ def _contents(
         scale_factor=_scalar(extra, "scale_factor", 1e-30, 1e30) if "scale_factor" in extra else None,
         class_embedding=extra.get(CLASS_EMBEDDING_KEY),
         first_stage=by_role["first stage"],
+        conditioners={},
         left_out=left_out,
         ignored=ignored,
         filled=filled,

@@ -16,9 +16,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from diffusers_ddpm_ext.compvis.conditioner.clip import module_shapes
-from diffusers_ddpm_ext.compvis.conditioner.kinds import Argument, ConditionerKind, ConditionerPlan, unused
+from diffusers_ddpm_ext.compvis.conditioner.kinds import (
+    Argument,
+    ConditionerKind,
+    ConditionerPlan,
+    TokenizerRule,
+    unused,
+)
 from diffusers_ddpm_ext.compvis.key_map import TensorMapping
 from diffusers_ddpm_ext.compvis.schema import BOOLEAN, LAYERS, POSITIVE_INT, WIDTH, whole
+from diffusers_ddpm_ext.models.text_encoder_loading import transformers_class
 from diffusers_ddpm_ext.utils.network_budget import MAX_CLASSES
 from diffusers_ddpm_ext.utils.wrappers import network_class, plain_state_dict, unwrap
 
@@ -45,10 +52,9 @@ def _source(name: str) -> str:
 
 
 def _build(params: Mapping[str, Any]) -> nn.Module:
-    from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
-
     width = params["n_embed"]
-    config = LDMBertConfig(
+    config_class, model_class = (transformers_class("diffusers", name) for name in ("LDMBertConfig", "LDMBertModel"))
+    config = config_class(
         vocab_size=params["vocab_size"],
         max_position_embeddings=params["max_seq_len"],
         encoder_layers=params["n_layer"],
@@ -58,7 +64,8 @@ def _build(params: Mapping[str, Any]) -> nn.Module:
         d_model=width,
         dropout=0.0,
     )
-    return LDMBertModel(config)
+    model: nn.Module = model_class(config)
+    return model
 
 
 def _plan(params: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ConditionerPlan:
@@ -115,6 +122,7 @@ BERT = ConditionerKind(
     _plan,
     _export,
     _params_of,
+    tokenizer_rule=lambda params: TokenizerRule(params["max_seq_len"]) if params["use_tokenizer"] else None,
 )
 TRANSFORMER = ConditionerKind(
     "TransformerEmbedder",

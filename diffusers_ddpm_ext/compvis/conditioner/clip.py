@@ -14,10 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffusers_ddpm_ext.compvis.conditioner.kinds import Argument, ConditionerKind, ConditionerPlan, unused
+from diffusers_ddpm_ext.compvis.conditioner.kinds import (
+    Argument,
+    ConditionerKind,
+    ConditionerPlan,
+    TokenizerRule,
+    unused,
+)
 from diffusers_ddpm_ext.compvis.conditioner.sizes import LEAVE_OUT, count_layers, folder_config, head_count, size_of
 from diffusers_ddpm_ext.compvis.key_map import TensorMapping
 from diffusers_ddpm_ext.compvis.schema import BOOLEAN, NULL, POSITIVE_INT, TEXT, ValueType
+from diffusers_ddpm_ext.models.text_encoder_loading import transformers_class
 from diffusers_ddpm_ext.utils.wrappers import network_class, plain_state_dict, unwrap
 
 PREFIX, INNER = "transformer.", "text_model."
@@ -62,9 +69,19 @@ def text_config(tensors: Mapping[str, Tensor], known: Mapping[str, Any], key: st
 
 def build_text_model(config: Mapping[str, Any]) -> nn.Module:
     """transformers' `CLIPTextModel` with random weights."""
-    from transformers import CLIPTextConfig, CLIPTextModel
+    config_class, model_class = (
+        transformers_class("transformers", name) for name in ("CLIPTextConfig", "CLIPTextModel")
+    )
+    model: nn.Module = model_class(config_class(**config))
+    return model
 
-    return CLIPTextModel(CLIPTextConfig(**config))
+
+def fill_positions(module: nn.Module) -> None:
+    """Give values to the buffers that no file has: positions, which count from 0."""
+    for name, buffer in list(module.named_buffers()):
+        if buffer.is_meta:
+            path, _, leaf = name.rpartition(".")
+            setattr(module.get_submodule(path), leaf, torch.arange(buffer.shape[-1]).expand(buffer.shape))
 
 
 def module_shapes(build: Any) -> dict[str, tuple[int, ...]]:
@@ -104,7 +121,7 @@ def _plan(params: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Condition
         TensorMapping(name, by_name.get(bare(name), start + bare(name)), "same", 1, shape)
         for name, shape in module_shapes(lambda: build_text_model(config)).items()
     )
-    return ConditionerPlan(lambda: build_text_model(config), mappings, left_out, layout)
+    return ConditionerPlan(lambda: build_text_model(config), mappings, left_out, layout, fill_positions)
 
 
 def _check_released(version: Any, config: Mapping[str, Any]) -> None:
@@ -168,4 +185,5 @@ CLIP = ConditionerKind(
     _export,
     _params_of,
     _reason_to_leave_out,
+    lambda params: TokenizerRule(params["max_length"]),
 )

@@ -39,6 +39,19 @@ def unused(note: str) -> Argument:
 
 
 @dataclass(frozen=True)
+class TokenizerRule:
+    """How an original stage makes tokens of a prompt.
+
+    Attributes:
+        length: to which prompts are padded, and at which they are cut.
+        pad_token_id: with which they are padded; None for the tokenizer's own.
+    """
+
+    length: int
+    pad_token_id: int | None = None
+
+
+@dataclass(frozen=True)
 class ConditionerPlan:
     """How the tensors of a stage become a module.
 
@@ -46,6 +59,7 @@ class ConditionerPlan:
         build: makes the module; called inside ``torch.device("meta")``.
         mappings: one per tensor of the module; sources are the stage's keys without its prefix.
         left_out: keys of the stage that are not converted, and why.
+        finish: called with the module after its weights are loaded.
         layout: how its file is arranged, if that is not always the same; for the way back, as JSON.
         notes: sentences for the user.
     """
@@ -54,6 +68,7 @@ class ConditionerPlan:
     mappings: tuple[TensorMapping, ...]
     left_out: Mapping[str, str] = field(default_factory=dict)
     layout: Mapping[str, Any] = field(default_factory=dict)
+    finish: Callable[[Any], None] = lambda module: None
     notes: tuple[str, ...] = ()
 
 
@@ -72,6 +87,7 @@ class ConditionerKind:
             stage; the inverse of the conversion. ValueError if the class cannot express the module.
         params_of: arguments of the class that a module has, where none are recorded.
         reason_to_leave_out: why a stage with these arguments is not converted; empty if it is.
+        tokenizer_rule: how a stage with these arguments tokenizes; None if it does not.
     """
 
     name: str
@@ -83,6 +99,7 @@ class ConditionerKind:
     export: Callable[[nn.Module, Mapping[str, Any], Mapping[str, Tensor]], dict[str, Tensor]]
     params_of: Callable[[nn.Module], dict[str, Any]]
     reason_to_leave_out: Callable[[Mapping[str, Any]], str] = lambda params: ""
+    tokenizer_rule: Callable[[Mapping[str, Any]], TokenizerRule | None] = lambda params: None
 
 
 @dataclass(frozen=True)

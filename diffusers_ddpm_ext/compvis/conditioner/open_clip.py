@@ -21,8 +21,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffusers_ddpm_ext.compvis.conditioner.clip import bare, build_text_model, module_shapes, one_of, text_config
-from diffusers_ddpm_ext.compvis.conditioner.kinds import Argument, ConditionerKind, ConditionerPlan, unused
+from diffusers_ddpm_ext.compvis.conditioner.clip import (
+    bare,
+    build_text_model,
+    fill_positions,
+    module_shapes,
+    one_of,
+    text_config,
+)
+from diffusers_ddpm_ext.compvis.conditioner.kinds import (
+    Argument,
+    ConditionerKind,
+    ConditionerPlan,
+    TokenizerRule,
+    unused,
+)
 from diffusers_ddpm_ext.compvis.conditioner.sizes import LEAVE_OUT, count_layers, size_of
 from diffusers_ddpm_ext.compvis.key_map import TensorMapping, Transform
 from diffusers_ddpm_ext.compvis.schema import BOOLEAN, TEXT, listed
@@ -45,6 +58,7 @@ IN_BLOCK = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc",
             "self_attn.out_proj": "attn.out_proj"}  # fmt: skip
 # Width and blocks of open_clip's released text encoders, against which a file is checked.
 RELEASED = {"ViT-H-14": (1024, 24), "ViT-g-14": (1024, 24), "ViT-bigG-14": (1280, 32), "ViT-L-14": (768, 12)}
+CONTEXT_LENGTH = 77  # of open_clip.tokenize
 SKIPPED = {"last": 0, "penultimate": 1}
 
 
@@ -99,7 +113,8 @@ def _plan(params: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Condition
         TensorMapping(name, *_source(name), 1, shape)
         for name, shape in module_shapes(lambda: build_text_model(config)).items()
     )
-    return ConditionerPlan(lambda: build_text_model(config), mappings, left_out, {"left_out": sorted(left_out)})
+    layout = {"left_out": sorted(left_out)}
+    return ConditionerPlan(lambda: build_text_model(config), mappings, left_out, layout, fill_positions)
 
 
 def _export(module: nn.Module, layout: Mapping[str, Any], base: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -148,4 +163,5 @@ OPEN_CLIP = ConditionerKind(
     _plan,
     _export,
     _params_of,
+    tokenizer_rule=lambda params: TokenizerRule(CONTEXT_LENGTH, pad_token_id=0),
 )

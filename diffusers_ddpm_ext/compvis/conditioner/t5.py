@@ -12,10 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from diffusers_ddpm_ext.compvis.conditioner.clip import module_shapes
-from diffusers_ddpm_ext.compvis.conditioner.kinds import Argument, ConditionerKind, ConditionerPlan, unused
+from diffusers_ddpm_ext.compvis.conditioner.kinds import (
+    Argument,
+    ConditionerKind,
+    ConditionerPlan,
+    TokenizerRule,
+    unused,
+)
 from diffusers_ddpm_ext.compvis.conditioner.sizes import LEAVE_OUT, count_layers, folder_config, size_of
 from diffusers_ddpm_ext.compvis.key_map import TensorMapping
 from diffusers_ddpm_ext.compvis.schema import BOOLEAN, POSITIVE_INT, TEXT
+from diffusers_ddpm_ext.models.text_encoder_loading import transformers_class
 from diffusers_ddpm_ext.utils.wrappers import network_class, plain_state_dict, unwrap
 
 PREFIX, FIRST = "transformer.", "encoder.block.0.layer."
@@ -23,9 +30,9 @@ TABLES = ("shared.weight", "encoder.embed_tokens.weight")
 
 
 def _build(config: Mapping[str, Any]) -> nn.Module:
-    from transformers import T5Config, T5EncoderModel
-
-    return T5EncoderModel(T5Config(**config))
+    config_class, model_class = (transformers_class("transformers", name) for name in ("T5Config", "T5EncoderModel"))
+    model: nn.Module = model_class(config_class(**config))
+    return model
 
 
 def _config(tensors: Mapping[str, Tensor], known: Mapping[str, Any]) -> dict[str, Any]:
@@ -68,7 +75,8 @@ def _plan(params: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Condition
         for name, shape in module_shapes(lambda: _build(config)).items()
     )
     left_out = {PREFIX + name: "the table of tokens again" for name in tables[1:]}
-    return ConditionerPlan(lambda: _build(config), mappings, left_out, {"tables": tables})
+    layout = {"tables": tables}
+    return ConditionerPlan(lambda: _build(config), mappings, left_out, layout, lambda module: module.tie_weights())
 
 
 def _export(module: nn.Module, layout: Mapping[str, Any], base: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -99,4 +107,5 @@ T5 = ConditionerKind(
     _plan,
     _export,
     _params_of,
+    tokenizer_rule=lambda params: TokenizerRule(params["max_length"]),
 )

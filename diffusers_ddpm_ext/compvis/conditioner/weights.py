@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from diffusers_ddpm_ext.compvis.conditioner.kinds import ConditionerConfig, ConvertedConditioner
 from diffusers_ddpm_ext.compvis.conditioner.registry import KINDS
@@ -34,19 +33,8 @@ def convert_conditioner(tensors: Mapping[str, Tensor], config: ConditionerConfig
     with torch.device("meta"):
         module = plan.build()
     module.load_state_dict(converted, strict=True, assign=True)
-    _fill_buffers(module)
-    if isinstance(module, PreTrainedModel):
-        module.tie_weights()
+    plan.finish(module)
     return ConvertedConditioner(module.requires_grad_(False).eval(), rows, plan)
-
-
-def _fill_buffers(module: nn.Module) -> None:
-    """Give values to the buffers that no file has: positions, which count from 0."""
-    for name, buffer in list(module.named_buffers()):
-        if buffer.is_meta:
-            assert name.endswith("position_ids"), name
-            owner = module.get_submodule(name.rpartition(".")[0])
-            owner.position_ids = torch.arange(buffer.shape[-1]).expand(buffer.shape)
 
 
 def export_conditioner(

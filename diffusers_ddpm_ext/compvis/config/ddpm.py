@@ -98,6 +98,10 @@ class CompVisConfig:
     training: dict[str, Any]
     rows: tuple[ConfigRow, ...] = ()
 
+    def section(self, name: str) -> Any:
+        """A section of ``model.params``, such as ``cond_stage_config``, as in the file; None if it has none."""
+        return next((row.value for row in self.rows if row.key == f"model.params.{name}"), None)
+
     @property
     def embeds_classes(self) -> bool:
         """Whether a class becomes a token of cross attention, by CompVis' ``ClassEmbedder``."""
@@ -380,6 +384,8 @@ class _ConfigReader(RunKeyReader):
             note = "pipeline.class_embedder; class_labels choose rows"
         elif target in (UNCONDITIONAL_STAGE, FIRST_STAGE_AS_CONDITION):
             note = "conditioning_key"
+        elif last in targets.CONDITIONERS:
+            note = targets.CONDITIONERS[last]
         else:
             fate, note = "without effect", f"{last} is not part of the pipeline: pass its output as a condition"
         self.note(f"model.params.{name}", stage, fate, note)

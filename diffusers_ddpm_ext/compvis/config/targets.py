@@ -23,6 +23,11 @@ OTHER_NETWORKS = {
     "EncoderUNetModel": "EncoderUNetModel is the encoder half of a network, for a classifier.",
     "EncoderUNetModelWT": "EncoderUNetModelWT is the structure encoder of StableSR.",
 }
+# Conditioning stages that are converted -> their counterparts here.
+CONDITIONERS = dict.fromkeys(
+    ("FrozenCLIPEmbedder", "FrozenOpenCLIPEmbedder", "BERTEmbedder", "TransformerEmbedder", "FrozenT5Embedder"),
+    "pipeline.text_encoder; --text_encoder",
+)
 LR_LAMBDAS = ("LambdaWarmUpCosineScheduler", "LambdaWarmUpCosineScheduler2", "LambdaLinearScheduler")
 # Parameters that are options of the same names here.
 NEEDS_CKPT_PATH = ("ignore_keys", "load_only_unet", "make_it_fit", "reset_ema", "reset_num_ema_updates")

@@ -30,11 +30,13 @@ class KnownStages:
         class_embedder: whether the conditioning stage is a ClassEmbedder.
         first_stage: keys of the first stage, without the prefix; None if it is not converted.
         first_stage_as_condition: whether the conditioning stage is the first stage again.
+        conditioners: prefixes of the conditioning stages that are converted.
     """
 
     class_embedder: bool = False
     first_stage: frozenset[str] | None = None
     first_stage_as_condition: bool = False
+    conditioners: tuple[str, ...] = ()
 
     @property
     def prefixes(self) -> list[tuple[StageRole, str]]:

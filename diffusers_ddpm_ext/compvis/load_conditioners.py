@@ -1,0 +1,89 @@
+"""Conditioning stages of a checkpoint: which of them are converted, as which components, and their tokenizer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from diffusers_ddpm_ext.compvis.conditioner.architecture import read_conditioner
+from diffusers_ddpm_ext.compvis.conditioner.kinds import STAGE_PREFIXES, Component, ConditionerConfig
+from diffusers_ddpm_ext.compvis.config.ddpm import CompVisConfig
+from diffusers_ddpm_ext.compvis.load_options import LoadOptions
+from diffusers_ddpm_ext.compvis.schema import one_line
+from diffusers_ddpm_ext.compvis.wrapper_names import plain_keys
+from diffusers_ddpm_ext.models.text_encoder import load_tokenizer
+from diffusers_ddpm_ext.utils.vocabulary import REQUIRED_CONDITIONS
+
+# Component of a pipeline -> the conditions that it makes, of which the network must take one.
+MADE_CONDITIONS: dict[Component, tuple[str, ...]] = {
+    "text_encoder": ("encoder_hidden_states",),
+    "concat_encoder": ("concat_inputs",),
+    "image_encoder": ("encoder_hidden_states", "class_labels"),
+}
+
+
+def conditioner_configs(
+    config: CompVisConfig, keys: Iterable[str], options: LoadOptions
+) -> tuple[dict[str, ConditionerConfig], list[str]]:
+    """The conditioning stages of a checkpoint that are converted, by their section, and notes on others.
+
+    Args:
+        config: translated.
+        keys: of the file.
+        options: which may leave a stage out.
+
+    Raises:
+        ValueError: an argument of a stage is not allowed.
+    """
+    configs: dict[str, ConditionerConfig] = {}
+    notes: list[str] = []
+    plain = list(plain_keys(keys))
+    for name, prefix in STAGE_PREFIXES.items():
+        in_file = any(key.startswith(prefix) and not key.startswith(options.ignore_keys) for key in plain)
+        if options.load_only_unet or not in_file:
+            continue
+        try:
+            conditioner = read_conditioner(config.section(name), f"model.params.{name}")
+        except ValueError as error:
+            message = str(error).removesuffix(".")
+            raise ValueError(f"{message}; or leave the stage out: ignore_keys {prefix}") from None
+        if conditioner is None:
+            continue
+        reason = conditioner.reason_to_leave_out
+        made = MADE_CONDITIONS[conditioner.kind.component]
+        if not reason and not set(made) & set(REQUIRED_CONDITIONS[config.conditioning_key]):
+            reason = f"conditioning_key {config.conditioning_key} takes no {' nor '.join(made)}"
+        if reason:
+            notes.append(f"{conditioner.kind.name} is left out, its embeddings can be given: {one_line(reason, 200)}.")
+        else:
+            configs[name] = conditioner
+    return configs, notes
+
+
+def prepare_tokenizer(tokenizer: Any, configs: Mapping[str, ConditionerConfig]) -> tuple[Any, list[str]]:
+    """Load a tokenizer and let it pad and cut as the original does; also notes for the user.
+
+    Args:
+        tokenizer: of Transformers, a folder, an id on the Hub, or None.
+        configs: of the conditioning stages, by their section.
+
+    Raises:
+        ValueError: it cannot be loaded, or there is no text encoder that uses it.
+    """
+    if tokenizer is None:
+        return None, []
+    text = next((each for each in configs.values() if each.kind.component == "text_encoder"), None)
+    rule = None if text is None else text.kind.tokenizer_rule(text.params)
+    if rule is None:
+        why = "the checkpoint has no text encoder that is converted"
+        if text is not None:
+            why = f"{text.kind.name} takes token ids, input_ids, without a tokenizer"
+        raise ValueError(f"tokenizer is {one_line(repr(tokenizer), 100)}, but {why}: leave it out.")
+    loaded: Any = load_tokenizer(tokenizer) if isinstance(tokenizer, str | os.PathLike) else tokenizer
+    notes = []
+    if rule.pad_token_id not in (None, loaded.pad_token_id):
+        loaded.pad_token = loaded.convert_ids_to_tokens(rule.pad_token_id)
+        notes.append(f"The tokenizer pads with token {rule.pad_token_id}, {loaded.pad_token!r}, as the original does.")
+    loaded.model_max_length = rule.length
+    return loaded, notes
