@@ -27,6 +27,7 @@ from diffusers_ddpm_ext.training.loop.hub_publisher import Publisher, move_token
 from diffusers_ddpm_ext.training.loop.latents import open_latent_cache, settle_scale
 from diffusers_ddpm_ext.training.loop.metrics_logging import log_losses, open_metrics_logger
 from diffusers_ddpm_ext.training.loop.nonfinite import recover
+from diffusers_ddpm_ext.training.loop.previews import preview_prompts
 from diffusers_ddpm_ext.training.loop.resume import resume
 from diffusers_ddpm_ext.training.loop.run import Run, acquire_folder
 from diffusers_ddpm_ext.training.loop.saving import mark_finished, save_checkpoint
@@ -41,6 +42,10 @@ from diffusers_ddpm_ext.training.tracking.console import describe_end
 from diffusers_ddpm_ext.training.tracking.plan import describe_trial
 from diffusers_ddpm_ext.training.tracking.step_losses import LossMeter
 from diffusers_ddpm_ext.utils.files import CONFIG, ENVIRONMENT, write_text_atomically
+
+
+MAX_PROMPTS = 9
+"""Prompts of preview images in ``environment.json``, for the model card."""
 
 
 def train(config: TrainConfig) -> Path | None:
@@ -192,6 +197,8 @@ def write_run_files(setup: Setup, folder: Path) -> None:
     }
     if classes := count_classes(data):
         facts["data"]["classes"] = [{"name": each.name, "images": each.train} for each in classes]
+    if setup.captions is not None:
+        facts["data"]["prompts"] = preview_prompts(setup, range(MAX_PROMPTS))
     with as_run_error(folder):
         setup.config.write_resolved(folder / CONFIG)
         write_text_atomically(folder / ENVIRONMENT, json.dumps(facts, indent=2) + "\n")

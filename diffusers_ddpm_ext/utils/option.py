@@ -32,6 +32,7 @@ def option(
     flag: str = "",
     path: bool = False,
     bare: str = "",
+    phrases: bool = False,
 ) -> T:
     """Declare an option as a dataclass field. Its type is the field's annotation; a `Literal` lists the choices.
 
@@ -51,6 +52,7 @@ def option(
         flag: name of the flag where it is not the field's, such as ``from``.
         path: whether its text is, or may be, a path on this machine: ``~`` is the home folder.
         bare: value of a flag without a value; true and false, on the command line or in YAML, stand for it and None.
+        phrases: for several texts: whether they are prompts, which may be empty, and of which one may have spaces.
 
     Returns:
         A `dataclasses.Field`, typed as its value.
@@ -67,6 +69,7 @@ def option(
         "flag": flag,
         "path": path,
         "bare": bare,
+        "phrases": phrases,
     }
     declared: Any = (
         field(default_factory=lambda: type(default)(default), metadata=metadata)

@@ -198,8 +198,14 @@ def _shown(value: Any) -> str:
 
 
 def _read_texts(option: Option, value: Any) -> tuple[str, ...]:
-    value = value.split() if isinstance(value, str) else value
-    if not isinstance(value, (list, tuple)) or not value or not all(isinstance(v, str) and v.strip() for v in value):
+    phrases = option.metadata["phrases"]
+    if isinstance(value, str):
+        value = [value] if phrases else value.split()
+    if not isinstance(value, (list, tuple)) or not value or not all(isinstance(text, str) for text in value):
+        raise ValueError
+    if phrases:
+        check_nesting(list(value), "the value")  # a lone surrogate, from bytes that are not UTF-8
+    elif not all(text.strip() for text in value):
         raise ValueError
     return tuple(value)
 

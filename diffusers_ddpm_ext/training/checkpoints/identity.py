@@ -26,7 +26,9 @@ MODEL_OPTIONS = (
     "resolution", "center_crop", "random_flip", "channels", "mixed_precision", "seed",
     "class_column", "concat_column", "context_column", "caption_column", "conditioning_dropout",
 )  # fmt: skip
-FIRST_STAGE = "vae"
+FIRST_STAGE, TEXT_ENCODER = "vae", "text_encoder"
+HASHED = {FIRST_STAGE: "first stage", TEXT_ENCODER: "text encoder, or has another tokenizer"}
+"""What may be anywhere, and is known by its content."""
 SCALE_IDENTITY = (FIRST_STAGE, "scale_factor", "latent_stats")
 """What the scale of latents follows from, besides the images."""
 LATENT_OPTIONS = ("scale_factor", "latent_stats", "latent_mode", "concat_through_vae")
@@ -44,7 +46,11 @@ FIRST_STAGE_TYPE = "first_stage_type"
 
 
 def run_identity(
-    config: TrainConfig, effective_batch: int, steps: int | None, first_stage: str | None
+    config: TrainConfig,
+    effective_batch: int,
+    steps: int | None,
+    first_stage: str | None,
+    text_encoder: str | None = None,
 ) -> dict[str, Any]:
     """Every option that determines a run's results, as JSON: stored in a checkpoint, and compared with it.
 
@@ -53,6 +59,7 @@ def run_identity(
         effective_batch: samples per optimizer step, over all processes.
         steps: length of the run; None if it depends on the images, which were not read yet.
         first_stage: hash of the first stage, which may be anywhere; None for a run on pixels.
+        text_encoder: hash of the text encoder with its tokenizer; None for a run without captions.
     """
     sections = [section for section in MODEL_SECTIONS if section in config.table.sections]
     chosen = {name: value for section in sections for name, value in vars(getattr(config, section)).items()}
@@ -63,6 +70,8 @@ def run_identity(
         chosen |= {name: getattr(latents, name) for name in LATENT_OPTIONS} | {FIRST_STAGE: first_stage}
         # Latents cached in float32 are those that are encoded each time.
         chosen["cache_latents_dtype"] = "float32" if latents.cache_latents is None else latents.cache_latents_dtype
+    if text_encoder is not None:
+        chosen |= {TEXT_ENCODER: text_encoder, "train_text_encoder": config.text.train_text_encoder}
     if config.optim.lr_scheduler not in SCHEDULES_WITHOUT_END:
         chosen[STEPS] = steps
     plain: dict[str, Any] = json.loads(json.dumps(chosen))
@@ -84,9 +93,9 @@ def changed_options(own: Mapping[str, Any], saved: Mapping[str, Any], ignored: C
 
 
 def _changed(name: str, value: Any, was: Any) -> str:
-    """What has changed, in a phrase; of a first stage the hash."""
-    if name == FIRST_STAGE and isinstance(value, str) and isinstance(was, str):
-        return f"--{name} is another first stage (sha256 {value[:12]}, was {_shown(was)[:12]})"
+    """What has changed, in a phrase; of a first stage or text encoder the hash."""
+    if name in HASHED and isinstance(value, str) and isinstance(was, str):
+        return f"--{name} is another {HASHED[name]} (sha256 {value[:12]}, was {_shown(was)[:12]})"
     return f"--{printable(name, 60)} is {_shown(value)} and was {_shown(was)}"
 
 
@@ -139,12 +148,12 @@ def check_resume(config: TrainConfig) -> None:
     except (ValueError, OSError):
         return
     loop, processes = config.loop, _processes()
-    vae = config.latents.vae
+    stages = {FIRST_STAGE: config.latents.vae, TEXT_ENCODER: config.text.text_encoder}
     effective_batch = loop.train_batch_size * loop.gradient_accumulation_steps * processes
-    own = run_identity(config, effective_batch, loop.max_train_steps, vae)
+    own = run_identity(config, effective_batch, loop.max_train_steps, *stages.values())
     ignored = {STEPS} if loop.max_train_steps is None else set()
-    if vae is not None and saved.get(FIRST_STAGE) is not None:
-        ignored.add(FIRST_STAGE)  # the hash is compared once the first stage is loaded
+    # Their hashes are compared once they are loaded.
+    ignored |= {name for name, path in stages.items() if path is not None and saved.get(name) is not None}
     refuse_changes(changed_options(own, saved, ignored), folder)
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from diffusers_ddpm_ext.training.config.latent_options import LatentOptions
+from diffusers_ddpm_ext.training.config.text_options import TextOptions
 from diffusers_ddpm_ext.utils.option import option, options_of
 from diffusers_ddpm_ext.utils.vocabulary import (
     FROM_COMPVIS_PREDICTION_TYPE,
@@ -491,6 +492,7 @@ class HubOptions:
 SECTIONS: dict[str, type] = {
     "data": DataOptions,
     "latents": LatentOptions,
+    "text": TextOptions,
     "model": ModelOptions,
     "start": StartOptions,
     "schedule": ScheduleOptions,

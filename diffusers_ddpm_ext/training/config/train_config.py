@@ -42,6 +42,7 @@ from diffusers_ddpm_ext.training.config.options import (
     StartOptions,
     ValidationOptions,
 )
+from diffusers_ddpm_ext.training.config.text_options import TextOptions, check_text_options, text_defaults
 from diffusers_ddpm_ext.utils.files import write_text_atomically
 from diffusers_ddpm_ext.utils.lr_lambdas import WITHOUT_WARMUP
 from diffusers_ddpm_ext.utils.option import option, options_of
@@ -83,6 +84,7 @@ class TrainConfig:
     folder_suffix: ClassVar[str] = ""
     data: DataOptions = field(default_factory=DataOptions)
     latents: LatentOptions = field(default_factory=LatentOptions)
+    text: TextOptions = field(default_factory=TextOptions)
     model: ModelOptions = field(default_factory=ModelOptions)
     start: StartOptions = field(default_factory=StartOptions)
     schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
@@ -137,12 +139,13 @@ class TrainConfig:
     @classmethod
     def derived_defaults(cls, flat: Mapping[str, Any], explicit: Mapping[str, Any]) -> dict[str, Any]:
         """Defaults that depend on other options, for options that are not set explicitly."""
-        latent = latent_defaults(flat, explicit)
-        return latent | _derived_defaults({**flat, **latent}, explicit)
+        derived = latent_defaults(flat, explicit) | text_defaults(flat, explicit)
+        return derived | _derived_defaults({**flat, **derived}, explicit)
 
     @classmethod
     def check(cls, flat: Mapping[str, Any], typed: set[str]) -> None:
         """Check all options against each other; a ConfigError for the first contradiction."""
+        check_text_options(flat, typed)
         check_options(flat, typed)
         check_latent_options(flat, typed)
 

@@ -158,6 +158,11 @@ class AutoencoderParts:
         return self.autoencoder
 
     @property
+    def weights(self) -> list[nn.Parameter]:
+        """Those of the network."""
+        return list(self.autoencoder.parameters())
+
+    @property
     def logvar_parameters(self) -> list[nn.Parameter]:
         """None."""
         return []

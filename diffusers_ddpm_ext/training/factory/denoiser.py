@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 
-from diffusers_ddpm_ext.errors import ConfigError, as_config_error
+from diffusers_ddpm_ext.errors import ConfigError, as_config_error, printable
 from diffusers_ddpm_ext.models.class_token_unet import ClassTokenUNet
 from diffusers_ddpm_ext.models.unet_2d_ext import UNet2DExtModel
 from diffusers_ddpm_ext.training.config.model_file import MODEL_OPTION, read_model_file
@@ -48,8 +48,10 @@ def build_denoiser(options: ModelOptions, shape: DenoiserShape, seed: int) -> UN
     config = {key: value for key, value in config.items() if key != LATENTS_KEY}
     config = config | {"sample_size": size[0] if size[0] == size[1] else list(size)}
     config = {"in_channels": shape.in_channels, "out_channels": shape.out_channels} | config
-    if shape.class_tokens is not None:
-        config = {"cross_attention_dim": TOKEN_WIDTH} | config
+    if shape.needs("encoder_hidden_states"):
+        width = TOKEN_WIDTH if shape.context_shape is None else shape.context_shape[1]
+        config = {"cross_attention_dim": width} | config
+        _check_token_width(config, shape, option)
     if shape.needs("class_labels") and not config.get("class_embed_type"):
         config = {"num_class_embeds": shape.num_classes} | config
     check_network_config(config, option)
@@ -93,8 +95,6 @@ def _config_from_sizes(options: ModelOptions, shape: DenoiserShape) -> dict[str,
         config |= {"class_embed_type": "projection", "projection_class_embeddings_input_dim": width}
     if crosses:  # UNet2DConditionModel reads attention_head_dim as the number of heads
         config |= {"attention_head_dim": [max(1, width // (options.attention_head_dim or width)) for width in widths]}
-    if shape.context_shape is not None:
-        config |= {"cross_attention_dim": shape.context_shape[1]}
     return config
 
 
@@ -165,6 +165,19 @@ def _check_labels(config: Mapping[str, Any], shape: DenoiserShape, option: str) 
         )
     if shape.label_width is not None and kind is None:
         raise ConfigError(f"{option}: the labels are vectors, which need class_embed_type projection.")
+
+
+def _check_token_width(config: Mapping[str, Any], shape: DenoiserShape, option: str) -> None:
+    """Check that the cross attention takes tokens of the embeddings' width."""
+    if shape.context_shape is None:
+        return
+    key = "encoder_hid_dim" if config.get("encoder_hid_dim") is not None else "cross_attention_dim"
+    widths = config[key] if isinstance(config[key], list | tuple) else [config[key]]
+    if any(width != shape.context_shape[1] for width in widths):
+        raise ConfigError(
+            f"{option}: {key} is {printable(str(config[key]), 60)}, and the tokens of {shape.token_source} have width"
+            f" {shape.context_shape[1]}: use others, or correct it"
+        )
 
 
 def _check_halvings(config: dict[str, Any], shape: DenoiserShape, option: str) -> None:

@@ -29,6 +29,7 @@ class DenoiserShape:
         context_shape: tokens and width of the embeddings.
         learned_variance: ``learned`` or ``learned_range`` where the network also predicts its variance.
         factor: pixels per latent, along each side; None for images.
+        token_source: the option that the embeddings are from.
     """
 
     size: tuple[int, int]
@@ -40,6 +41,7 @@ class DenoiserShape:
     context_shape: tuple[int, int] | None = None
     learned_variance: str | None = None
     factor: int | None = None
+    token_source: str = "--context_column"
 
     @property
     def out_channels(self) -> int:

@@ -6,7 +6,7 @@ An option that a library rejects is reported as a ConfigError.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
 from diffusers_ddpm_ext.training.config.condition_checks import data_conditions, embeds_classes
 from diffusers_ddpm_ext.training.config.options import EmaOptions, ObjectiveOptions, ScheduleOptions
 from diffusers_ddpm_ext.training.config.train_config import TrainConfig
+from diffusers_ddpm_ext.training.data.caption_encoder import CaptionEncoder
 from diffusers_ddpm_ext.training.data.condition_dropout import ConditionDropout, make_condition_dropout
 from diffusers_ddpm_ext.training.data.image_set import ImageSet
 from diffusers_ddpm_ext.training.data.latents import LatentEncoder
@@ -58,6 +59,7 @@ class Parts:
         class_names: their names by number; empty where classes have only numbers.
         sampler: of the timesteps of a batch; None samples uniformly.
         latents: the first stage, which is not trained; None for a run on pixels.
+        captions: the text encoder; None for a run without captions.
     """
 
     denoiser: UNet2DModel
@@ -70,11 +72,19 @@ class Parts:
     class_names: Mapping[int, str] = field(default_factory=dict)
     sampler: TimestepSampler | None = None
     latents: LatentEncoder | None = None
+    captions: CaptionEncoder | None = None
 
     @property
     def network(self) -> UNet2DModel:
         """The network."""
         return self.denoiser
+
+    @property
+    def weights(self) -> list[nn.Parameter]:
+        """Those of the network, and of a text encoder that is trained."""
+        is_trained = self.captions is not None and self.captions.is_trained
+        text = self.captions.module.parameters() if self.captions is not None and is_trained else ()
+        return [*self.denoiser.parameters(), *(weight for weight in text if weight.requires_grad)]
 
     @property
     def logvar_parameters(self) -> list[nn.Parameter]:
@@ -114,16 +124,18 @@ class Parts:
 
     def make_task(self) -> DenoisingTask:
         """Network and objective in one module."""
-        return DenoisingTask(self.denoiser, self.objective, self.conditioning, self.sampler)
+        return DenoisingTask(self.denoiser, self.objective, self.conditioning, self.sampler, self.captions)
 
     @property
     def pipeline_kwargs(self) -> dict[str, Any]:
         """Arguments of the pipeline that state how conditions reach the network."""
-        first_stage: dict[str, Any] = {}
+        stages: dict[str, Any] = {}
         if self.latents is not None:
             through = self.latents.concat_through_vae
-            first_stage = {"vae": self.latents.stage.autoencoder, "concat_through_vae": through}
-        return first_stage | {
+            stages = {"vae": self.latents.stage.autoencoder, "concat_through_vae": through}
+        if self.captions is not None:
+            stages |= {"text_encoder": self.captions.module, "tokenizer": self.captions.stage.tokenizer}
+        return stages | {
             "conditioning_key": self.conditioning.conditioning_key,
             "use_positional_encodings": self.conditioning.use_positional_encodings,
             "null_class_label": self.null_class,
@@ -131,8 +143,16 @@ class Parts:
         }
 
 
-def build_parts(config: TrainConfig, images: ImageSet, latents: LatentEncoder | None = None) -> Parts:
+def build_parts(
+    config: TrainConfig, images: ImageSet, latents: LatentEncoder | None = None, captions: CaptionEncoder | None = None
+) -> Parts:
     """Build everything that is trained on these images, or their latents; the network, which takes longest, last.
+
+    Args:
+        config: of the run.
+        images: the training set.
+        latents: the first stage; None for a run on pixels.
+        captions: the text encoder; None for a run without captions.
 
     Raises:
         ConfigError: an option cannot be satisfied; the message names it.
@@ -157,9 +177,21 @@ def build_parts(config: TrainConfig, images: ImageSet, latents: LatentEncoder | 
         latents.concat_dropout = dropout.only("concat_inputs")
         dropout = dropout.only("class_labels", "encoder_hidden_states", "captions")
     shape = denoiser_shape(config.model, conditioning, images, null_class, config.schedule.variance_type, latents)
+    if captions is not None:
+        shape = replace(shape, context_shape=captions.shape, token_source="--text_encoder")
     denoiser = build_denoiser(config.model, shape, config.loop.seed)
     return Parts(
-        denoiser, scheduler, objective, shape.conditioning, dropout, null_class, classes, names, sampler, latents
+        denoiser,
+        scheduler,
+        objective,
+        shape.conditioning,
+        dropout,
+        null_class,
+        classes,
+        names,
+        sampler,
+        latents,
+        captions,
     )
 
 

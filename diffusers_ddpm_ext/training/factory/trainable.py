@@ -20,6 +20,10 @@ class Trainable(Protocol):
         """The Diffusers model that is averaged, clipped and saved."""
 
     @property
+    def weights(self) -> list[nn.Parameter]:
+        """Parameters that share a learning rate and are clipped together: the network's, and those trained with it."""
+
+    @property
     def logvar_parameters(self) -> list[nn.Parameter]:
         """Parameters of learned log-variances, with a learning rate of their own; empty without."""
 

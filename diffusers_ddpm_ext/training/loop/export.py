@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,11 @@ from diffusers_ddpm_ext.models.class_token_unet import CLASS_TABLE, ClassTokenUN
 from diffusers_ddpm_ext.models.ema import EmaMetadata, LitEMA, save_ema_metadata
 from diffusers_ddpm_ext.pipelines.pipeline_ddpm_ext import DDPMExtPipeline
 from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
+from diffusers_ddpm_ext.training.factory.parts import Parts
 from diffusers_ddpm_ext.utils.dtensor import full_tensor, is_main_process, is_sharded
 from diffusers_ddpm_ext.utils.files import os_errors
 from diffusers_ddpm_ext.utils.generations import replace_pipeline
+from diffusers_ddpm_ext.utils.wrappers import network_class
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class ExportedNetworks:
         logvar: the learned log-variances, (T,); None where they are not learned.
         logvar_network: the function that computes them, of the continuous kind; None where it is sharded.
         class_embedder: the tokens of the classes, (num_classes, dim); None where classes do not become tokens.
+        text_encoder: one that is trained and sharded, gathered; None where the run's own can be used.
     """
 
     default: Any
@@ -42,6 +45,11 @@ class ExportedNetworks:
     logvar: Tensor | None
     logvar_network: ContinuousLogvar | None
     class_embedder: Tensor | None = None
+    text_encoder: Any = None
+
+    def pipeline_kwargs(self, own: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments of the run's pipeline, with the gathered text encoder in place of the sharded one."""
+        return dict(own) | ({} if self.text_encoder is None else {"text_encoder": self.text_encoder})
 
 
 @torch.no_grad()
@@ -71,6 +79,22 @@ def export_networks(denoiser: Any, ema: LitEMA | None, objective: DDPMObjective 
     metadata = EmaMetadata(ema.decay, ema.num_updates)
     default = _network(denoiser, raw | average)
     return ExportedNetworks(default, _network(denoiser, raw), metadata, logvar, logvar_network, table)
+
+
+def export_parts(parts: Parts, ema: LitEMA | None) -> ExportedNetworks | None:
+    """`export_networks` of a diffusion model, with a text encoder that is trained and sharded. Collective call."""
+    networks = export_networks(parts.denoiser, ema, parts.objective)
+    captions = parts.captions
+    if captions is None or not any(map(is_sharded, captions.module.parameters())):
+        return networks
+    weights = {name: _unshard(tensor) for name, tensor in captions.module.state_dict().items()}
+    if networks is None:
+        return None
+    encoder: Any = captions.module
+    with init_empty_weights(include_buffers=False):
+        copy = network_class(encoder)(encoder.config)
+    copy.load_state_dict(weights, assign=True)
+    return replace(networks, text_encoder=copy.eval())
 
 
 @torch.no_grad()
@@ -125,7 +149,8 @@ def save_pipeline(
     Raises:
         OSError: the disk is full, or the folder cannot be written; the existing files stay.
     """
-    pipeline = DDPMExtPipeline(unet=networks.default, scheduler=scheduler, **pipeline_kwargs)
+    kwargs = networks.pipeline_kwargs(pipeline_kwargs)
+    pipeline = DDPMExtPipeline(unet=networks.default, scheduler=scheduler, **kwargs)
     pipeline.logvar = None if networks.logvar is None else networks.logvar.detach().float().cpu()
     pipeline.logvar_network = networks.logvar_network
     pipeline.class_embedder = networks.class_embedder

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from diffusers_ddpm_ext.training.data.image_set import ImageSet
 from diffusers_ddpm_ext.training.data.latents import LatentEncoder, sample_set
 from diffusers_ddpm_ext.training.evaluation.logvar_distance import logvar_warning
 from diffusers_ddpm_ext.training.evaluation.validation_loss import log_loss_per_step
-from diffusers_ddpm_ext.training.loop.export import ExportedNetworks, export_networks, gather_logvar
+from diffusers_ddpm_ext.training.loop.export import ExportedNetworks, export_parts, gather_logvar
 from diffusers_ddpm_ext.training.loop.run import Run
 from diffusers_ddpm_ext.training.loop.setup import Setup
 from diffusers_ddpm_ext.utils import random_keys as keys
@@ -58,7 +58,7 @@ class Preview:
         pipeline_kwargs: how conditions reach the network: arguments of the pipeline.
         conditions: arguments of the pipeline's call for some of the images; none by default.
         guidance_scale: of the samples.
-        class_names: drawn under the samples, by number; empty where classes have none.
+        class_names: drawn under the samples, as prompts are; by number, empty where classes have none.
         latents: decodes samples that are latents; None for those of a pixel model.
     """
 
@@ -106,9 +106,11 @@ class Preview:
         return images.unflatten(0, samples.shape[:-3])
 
     def _captions(self) -> list[str] | None:
-        """Names of the classes of the samples; None where classes have none."""
-        labels = self.conditions(range(self.num_images)).get("class_labels") if self.class_names else None
-        return None if labels is None else [self.class_names[int(label)] for label in labels]
+        """Prompts of the samples, or names of their classes; None where there are none."""
+        conditions = self.conditions(range(self.num_images))
+        labels = conditions.get("class_labels") if self.class_names else None
+        prompts: list[str] | None = conditions.get("prompt")
+        return prompts if labels is None else [self.class_names[int(label)] for label in labels]
 
     def _check_stop(self, *_: Any) -> dict[str, Any]:
         if self.stop_requested():
@@ -195,13 +197,27 @@ def make_preview(run: Run) -> Preview:
 
 
 def preview_conditions(setup: Setup, images: range) -> dict[str, Any]:
-    """Arguments of the pipeline's call for preview images: the classes in turn, conditions of held-out images."""
+    """Arguments of the pipeline's call for preview images: classes, or prompts, in turn; what held-out images have."""
     data = setup.data.validation if setup.data.validation is not None else setup.data.train
     samples = setup.samples(data)
-    conditions = samples.conditions([image % len(data) for image in images]).to(setup.accelerator.device).as_dict()
+    chosen = samples.conditions([image % len(data) for image in images]).to(setup.accelerator.device)
+    conditions: dict[str, Any] = chosen.as_dict()
+    if conditions.pop("captions", None) is not None:
+        conditions["prompt"] = preview_prompts(setup, images)
     if setup.parts.num_classes is not None and "class_labels" in conditions:
         conditions["class_labels"] = torch.tensor([image % setup.parts.num_classes for image in images])
     return conditions
+
+
+def preview_prompts(setup: Setup, images: range) -> list[str]:
+    """Prompts of preview images, in turn: those of the options, or captions of the images that conditions are of."""
+    prompts = setup.config.text.preview_prompts
+    if prompts is not None:
+        return [prompts[image % len(prompts)] for image in images]
+    assert setup.captions is not None and setup.captions.table is not None
+    data = setup.data.validation if setup.data.validation is not None else setup.data.train
+    numbers = data.conditions([image % len(data) for image in images]).captions
+    return setup.captions.table.texts([] if numbers is None else numbers.tolist())
 
 
 def draw_data(run: Run) -> None:
@@ -237,7 +253,7 @@ def draw_final(run: Run) -> None:
 
 def sampling_networks(setup: Setup) -> ExportedNetworks | None:
     """What the saved pipeline samples with, its network on the run's device; None outside the main process."""
-    networks = export_networks(setup.denoiser, setup.ema, setup.parts.objective)
+    networks = export_parts(setup.parts, setup.ema)
     if networks is not None:
         networks.default.to(setup.accelerator.device)
     return networks
@@ -246,7 +262,9 @@ def sampling_networks(setup: Setup) -> ExportedNetworks | None:
 def draw_grid(run: Run, networks: ExportedNetworks) -> Path:
     """Draw the samples of the present step; return the file."""
     scheduler, step = run.setup.parts.scheduler, run.progress.step
-    samples, _ = make_preview(run).draw_samples(networks.default, scheduler, step, networks.class_embedder)
+    preview = make_preview(run)
+    preview = replace(preview, pipeline_kwargs=networks.pipeline_kwargs(preview.pipeline_kwargs))
+    samples, _ = preview.draw_samples(networks.default, scheduler, step, networks.class_embedder)
     return samples
 
 

@@ -53,7 +53,8 @@ def training_objects(setup: Setup) -> TrainingObjects:
 def own_identity(setup: Setup) -> dict[str, Any]:
     """`run_identity` of this run."""
     first_stage = None if setup.latents is None else setup.latents.content_hash
-    return run_identity(setup.config, setup.plan.effective_batch, setup.plan.steps, first_stage)
+    text_encoder = None if setup.captions is None else setup.captions.content_hash
+    return run_identity(setup.config, setup.plan.effective_batch, setup.plan.steps, first_stage, text_encoder)
 
 
 def resume(setup: Setup, folder: Path) -> RunProgress | None:

@@ -20,6 +20,7 @@ from diffusers_ddpm_ext.training.config.autoencoder_config import AutoencoderCon
 from diffusers_ddpm_ext.training.config.checks import tracker_names
 from diffusers_ddpm_ext.training.config.options import LoopOptions, OptimOptions
 from diffusers_ddpm_ext.training.config.train_config import TrainConfig
+from diffusers_ddpm_ext.training.data.caption_encoder import CaptionEncoder
 from diffusers_ddpm_ext.training.data.conditions import check_precision
 from diffusers_ddpm_ext.training.data.dataset import ImageData, load_data
 from diffusers_ddpm_ext.training.data.image_set import ImageSet
@@ -42,6 +43,7 @@ from diffusers_ddpm_ext.training.factory.optimizer import (
     scale_learning_rate,
 )
 from diffusers_ddpm_ext.training.factory.parts import Parts, build_ema, build_parts
+from diffusers_ddpm_ext.training.factory.text_encoder import build_caption_encoder
 from diffusers_ddpm_ext.training.factory.trainable import Trainable
 from diffusers_ddpm_ext.training.factory.warm_start import initialize_ema, load_initial_weights
 from diffusers_ddpm_ext.training.loop.hub_publisher import check_hub_token
@@ -105,6 +107,11 @@ class Setup:
         """The first stage, which makes latents of images; None for a run on pixels."""
         return self.trained.latents if isinstance(self.trained, Parts) else None
 
+    @property
+    def captions(self) -> CaptionEncoder | None:
+        """The text encoder, which makes tokens of captions; None for a run without them."""
+        return self.trained.captions if isinstance(self.trained, Parts) else None
+
     def samples(self, images: ImageSet) -> SampleSet:
         """What the network denoises for a set of images."""
         return sample_set(images, self.latents)
@@ -128,8 +135,8 @@ class Setup:
 
     @cached_property
     def network_parameters(self) -> list[nn.Parameter]:
-        """The network's parameters; cached, since walking the modules takes time."""
-        return list(self.trained.network.parameters())
+        """`Trainable.weights`; cached, since walking the modules takes time."""
+        return self.trained.weights
 
     @cached_property
     def logvar_parameters(self) -> list[nn.Parameter]:
@@ -185,15 +192,21 @@ def build_setup(config: TrainConfig) -> Setup:
             check_output_dir(config.output, config.resumes)
         check_hub_token(config.hub)
         latents = build_latent_encoder(config, accelerator.device)
+        captions = build_caption_encoder(config.text, accelerator.device)
         data = load_data(
-            data_options(config.data, latents), config.model.conditioning_key, progress=accelerator.is_main_process
+            data_options(config.data, latents),
+            config.model.conditioning_key,
+            tokenizer=None if captions is None else captions.stage,
+            progress=accelerator.is_main_process,
         )
+        if captions is not None and data.captions is not None:
+            captions.read(data.captions, config.text.cache_text_embeddings)
         check_precision(data.train.columns, accelerator.mixed_precision)
         trained: Trainable
         if isinstance(config, AutoencoderConfig):
             trained = build_autoencoder_parts(config, data.train)
         else:
-            trained = build_parts(config, data.train, latents)
+            trained = build_parts(config, data.train, latents, captions)
         data = replace(data, train=replace(data.train, dropout=trained.dropout))
         plan = make_plan(loop, len(data.train), accelerator.num_processes)
         initial = None
@@ -275,8 +288,9 @@ def make_optimizer(
     options: OptimOptions, logvar_learning_rate: float, trained: Trainable, effective_batch: int
 ) -> torch.optim.Optimizer:
     """AdamW over the network and, in a separate group, the log-variances; a ConfigError where it is not available."""
-    network, logvar = trained.network.parameters(), trained.logvar_parameters
-    groups = parameter_groups(network, logvar, options.adam_weight_decay, logvar_learning_rate)
+    groups = parameter_groups(
+        trained.weights, trained.logvar_parameters, options.adam_weight_decay, logvar_learning_rate
+    )
     rate = scale_learning_rate(options.learning_rate, options.lr_scaling, effective_batch)
     make = adamw_8bit if options.use_8bit_adam else adamw
     with as_config_error("--use_8bit_adam" if options.use_8bit_adam else ""):

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from diffusers_ddpm_ext.diffusion.likelihood_estimate import Strata, estimate
-from diffusers_ddpm_ext.models.conditioning import Conditions
 from diffusers_ddpm_ext.training.data.latents import SampleSet
 from diffusers_ddpm_ext.training.evaluation.bound import BoundEvaluation, evaluate_bound
 from diffusers_ddpm_ext.training.evaluation.processes import Processes
@@ -42,7 +39,7 @@ def validation_bpd(setup: Setup, images: SampleSet, processes: Processes) -> flo
 
     It is the mean over the images that validation uses, with the same timesteps and noise every time.
     """
-    options, parts, denoiser = setup.config.validation, setup.parts, setup.denoiser
+    options, parts = setup.config.validation, setup.parts
     kept = parts.scheduler.kept
     strata = Strata.from_schedule(kept, min(len(kept), options.validation_bpd_steps))
     evaluation = BoundEvaluation(
@@ -56,14 +53,10 @@ def validation_bpd(setup: Setup, images: SampleSet, processes: Processes) -> flo
         bin_width=parts.objective.bin_width,
     )
 
-    def network(xt: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
-        inputs, kwargs = parts.conditioning(xt, conditions)
-        output: Tensor = denoiser(inputs, t, **kwargs).sample
-        return output
-
-    training = denoiser.training
-    denoiser.eval()
-    rows = evaluate_bound(network, evaluation, processes)
-    denoiser.train(training)
-    reshard(denoiser)
+    task = setup.accelerator.unwrap_model(setup.task)
+    training = task.training
+    task.eval()
+    rows = evaluate_bound(task.predict, evaluation, processes)
+    task.train(training)
+    reshard(task)
     return estimate(rows.bits, rows.prior, strata).bits_per_dim

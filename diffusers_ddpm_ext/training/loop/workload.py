@@ -8,7 +8,8 @@ from typing import Protocol
 
 from diffusers_ddpm_ext.training.evaluation.processes import Processes
 from diffusers_ddpm_ext.training.factory.parts import Parts
-from diffusers_ddpm_ext.training.loop.export import ExportedNetworks, export_networks, save_pipeline
+from diffusers_ddpm_ext.training.loop.captions import describe_text_encoder
+from diffusers_ddpm_ext.training.loop.export import ExportedNetworks, export_parts, save_pipeline
 from diffusers_ddpm_ext.training.loop.latents import describe_first_stage
 from diffusers_ddpm_ext.training.loop.previews import FINAL_SAMPLES, draw_data, draw_final, draw_samples
 from diffusers_ddpm_ext.training.loop.reconstruction import (
@@ -98,7 +99,7 @@ class Diffusion:
 
     def export(self, setup: Setup) -> ExportedNetworks | None:
         """The network with raw and averaged weights, and the log-variances."""
-        return export_networks(setup.denoiser, setup.ema, setup.parts.objective)
+        return export_parts(setup.parts, setup.ema)
 
     def save(self, setup: Setup, folder: Path, networks: ExportedNetworks, warn: bool) -> None:
         """Save a pipeline."""
@@ -107,10 +108,15 @@ class Diffusion:
             pipeline.warn_if_stock_fails()
 
     def describe(self, setup: Setup) -> list[tuple[str, str]]:
-        """First stage, noise schedule and loss."""
+        """First stage, text encoder, noise schedule and loss."""
         config = setup.config
         loss = describe_loss(config.objective, setup.parts.objective.loss_weighting)
-        return [*describe_first_stage(setup), ("schedule", describe_schedule(config.schedule)), ("loss", loss)]
+        return [
+            *describe_first_stage(setup),
+            *describe_text_encoder(setup),
+            ("schedule", describe_schedule(config.schedule)),
+            ("loss", loss),
+        ]
 
     def describe_end(self, setup: Setup, folder: Path) -> str:
         """The command that samples, with the conditions that it requires."""

@@ -1,0 +1,117 @@
+"""Tokens of cross attention of a run's captions, by a text encoder that is frozen, or trained with the network.
+
+A frozen encoder gets one caption at a time, like a first stage its images (`posterior`): the tokens of a caption
+depend neither on the batch nor on whether they were stored.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from diffusers_ddpm_ext.models.conditioning import Conditions
+from diffusers_ddpm_ext.models.text_encoder import TextEncoder
+from diffusers_ddpm_ext.training.data.captions import CaptionTable
+from diffusers_ddpm_ext.training.data.posterior import one_by_one
+
+KEPT_BYTES = 2**30
+"""Embeddings of captions that are kept in memory."""
+
+
+class EmbeddingStore(Protocol):
+    """Embeddings of all captions, computed before."""
+
+    def load(self, numbers: Tensor) -> Tensor:
+        """Return the embeddings of captions (b,), (b, T, width), float32, on the CPU."""
+
+
+@dataclass
+class CaptionEncoder:
+    """Turns the numbers of captions into tokens of cross attention.
+
+    Attributes:
+        stage: text encoder and tokenizer, on the run's device.
+        is_trained: whether the encoder is trained with the network.
+        keeps_embeddings: whether embeddings of a frozen encoder are kept in memory, once they are encoded.
+        table: the captions of the run, set once they are read.
+        store: embeddings of all captions, where they were computed before.
+    """
+
+    stage: TextEncoder
+    is_trained: bool = False
+    keeps_embeddings: bool = False
+    table: CaptionTable | None = None
+    store: EmbeddingStore | None = None
+    _kept: dict[int, Tensor] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def content_hash(self) -> str:
+        """sha256 of encoder and tokenizer, as they are at the start of a run."""
+        return self.stage.content_hash()
+
+    @property
+    def module(self) -> nn.Module:
+        """The network."""
+        module: nn.Module = self.stage.encoder
+        return module
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the encoder."""
+        return next(self.module.parameters()).device
+
+    def read(self, table: CaptionTable, use_cache: bool) -> None:
+        """Take the captions of the run, whose embeddings a frozen encoder keeps if ``use_cache`` and memory allow."""
+        self.table = table
+        self.keeps_embeddings = use_cache and not self.is_trained and self.nbytes <= KEPT_BYTES
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the embeddings of all captions."""
+        assert self.table is not None
+        return 4 * len(self.table) * math.prod(self.shape)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Tokens of a caption, and their width."""
+        assert self.table is not None
+        return self.table.num_tokens, self.stage.width
+
+    def encode_conditions(self, conditions: Conditions) -> Conditions:
+        """Conditions with the tokens of captions, (B, T, width), in place of their numbers.
+
+        Of an encoder that is trained, they have gradients, in the precision of the surrounding autocast.
+        """
+        if conditions.captions is None:
+            return conditions
+        return replace(conditions, captions=None, encoder_hidden_states=self._tokens(conditions.captions))
+
+    def encode_prompts(self, prompts: list[str]) -> Tensor:
+        """Tokens of prompts, which need not be captions: (B, T, width), float32, without gradients."""
+        return self._one_by_one(self.stage.tokenize(prompts))
+
+    def encode_numbers(self, numbers: Tensor) -> Tensor:
+        """Tokens of captions (B,) by a frozen encoder: (B, T, width), float32, on its device."""
+        assert self.table is not None
+        return self._one_by_one(self.table.input_ids(numbers))
+
+    def _one_by_one(self, input_ids: Tensor) -> Tensor:
+        return torch.cat(one_by_one(self.stage.encode, input_ids))
+
+    def _tokens(self, numbers: Tensor) -> Tensor:
+        assert self.table is not None
+        if self.is_trained:
+            return self.stage.encode(self.table.input_ids(numbers), requires_grad=True)
+        if self.store is not None:
+            return self.store.load(numbers).to(self.device, non_blocking=True)
+        wanted = numbers.tolist()
+        new = [number for number in dict.fromkeys(wanted) if number not in self._kept]
+        encoded = dict(zip(new, self.encode_numbers(torch.tensor(new)).unbind() if new else (), strict=True))
+        if self.keeps_embeddings:
+            self._kept.update(encoded)
+        return torch.stack([encoded[number] if number in encoded else self._kept[number] for number in wanted])

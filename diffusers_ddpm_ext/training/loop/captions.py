@@ -1,0 +1,28 @@
+"""Text encoder of a run: its part of the printed plan."""
+
+from __future__ import annotations
+
+from diffusers_ddpm_ext.errors import printable
+from diffusers_ddpm_ext.training.loop.setup import Setup
+from diffusers_ddpm_ext.training.tracking.plan import format_bytes
+
+
+def describe_text_encoder(setup: Setup) -> list[tuple[str, str]]:
+    """Rows of the printed plan on the text encoder and its captions; none for a run without."""
+    encoder, options = setup.captions, setup.config.text
+    if encoder is None or encoder.table is None:
+        return []
+    weights = list(encoder.module.parameters())
+    count, size = sum(w.numel() for w in weights), sum(w.numel() * w.element_size() for w in weights)
+    source = printable(str(options.text_encoder), 200)
+    source += f"/{options.text_encoder_subfolder}" if options.text_encoder_subfolder else ""
+    tokens, width = encoder.shape
+    name, fate = type(encoder.module).__name__, "trained" if encoder.is_trained else "frozen"
+    captions = f"{len(encoder.table) - 1:,} different ones, {tokens} tokens of width {width}"
+    if not encoder.is_trained:
+        captions += ", " + ("encoded once" if options.cache_text_embeddings else "encoded each time")
+        captions += f" ({format_bytes(encoder.nbytes)})" if options.cache_text_embeddings else ""
+    return [
+        ("text encoder", f"{name} of {source}, {count:,} parameters ({format_bytes(size)}), {fate}"),
+        ("captions", captions),
+    ]
