@@ -43,7 +43,6 @@ from diffusers_ddpm_ext.training.tracking.plan import describe_trial
 from diffusers_ddpm_ext.training.tracking.step_losses import LossMeter
 from diffusers_ddpm_ext.utils.files import CONFIG, ENVIRONMENT, write_text_atomically
 
-
 MAX_PROMPTS = 9
 """Prompts of preview images in ``environment.json``, for the model card."""
 

@@ -50,7 +50,7 @@ def tiny_text_encoder(kind: str = "clip", width: int = 16, length: int = LENGTH,
                     num_layers=1,
                     num_heads=2,
                     dropout_rate=0.0,
-                )  # fmt: skip
+                )
             )
         else:
             config = CLIPTextConfig(

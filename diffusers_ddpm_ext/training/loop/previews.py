@@ -214,7 +214,8 @@ def preview_prompts(setup: Setup, images: range) -> list[str]:
     prompts = setup.config.text.preview_prompts
     if prompts is not None:
         return [prompts[image % len(prompts)] for image in images]
-    assert setup.captions is not None and setup.captions.table is not None
+    assert setup.captions is not None
+    assert setup.captions.table is not None
     data = setup.data.validation if setup.data.validation is not None else setup.data.train
     numbers = data.conditions([image % len(data) for image in images]).captions
     return setup.captions.table.texts([] if numbers is None else numbers.tolist())
