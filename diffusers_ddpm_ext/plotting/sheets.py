@@ -115,7 +115,8 @@ def _wrap(text: str, width: int) -> list[str]:
     def fits(line: str) -> bool:
         return font.getlength(line) <= width - 2
 
-    lines, rest = [], text
+    lines: list[str] = []
+    rest = text
     while rest and len(lines) < MAX_CAPTION_LINES:
         end = len(rest)
         if not fits(rest):

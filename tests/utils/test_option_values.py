@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from diffusers_ddpm_ext.errors import ConfigError
 from diffusers_ddpm_ext.training.config.options import OPTIONS
 from diffusers_ddpm_ext.training.config.train_config import TrainConfig, parse_train_args
 from diffusers_ddpm_ext.utils.network_budget import check_network_config
-from diffusers_ddpm_ext.utils.option import Option, options_of
+from diffusers_ddpm_ext.utils.option import Option, option, options_of
 from diffusers_ddpm_ext.utils.option_values import convert_value
 
 
@@ -37,8 +38,8 @@ def test_every_option_that_names_a_file_or_folder_is_a_path():
     """Texts without ``path=True`` are listed here, so that a new option cannot be forgotten."""
     texts = {option.name for option in every_option() if option.hint is str and not option.is_path}
     assert texts <= {
-        "class_column", "commit_message", "concat_column", "context_column", "dataset_config_name", "device",
-        "hub_model_id", "hub_token", "image_column", "license", "monitor", "report_to", "resume_from_hub", "revision",
+        "caption_column", "class_column", "commit_message", "concat_column", "context_column", "dataset_config_name",
+        "device", "hub_model_id", "hub_token", "image_column", "license", "monitor", "report_to", "resume_from_hub", "revision",
         "scheduler", "vae_subfolder", "validation_split", "variant",
     }  # fmt: skip
 
@@ -46,11 +47,11 @@ def test_every_option_that_names_a_file_or_folder_is_a_path():
 @pytest.mark.parametrize("name", PATH_OPTIONS)
 def test_the_home_folder_is_expanded_in_every_path(name, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    for option in every_option():
-        if option.name == name and option.is_path:
+    for each in every_option():
+        if each.name == name and each.is_path:
             for text in ("~/x", "~", "~/a b/~c"):
-                assert str(convert_value(option, text, "--x")) == text.replace("~", "/home/me", 1)
-            assert str(convert_value(option, "a/~/x", "--x")) == "a/~/x"
+                assert str(convert_value(each, text, "--x")) == text.replace("~", "/home/me", 1)
+            assert str(convert_value(each, "a/~/x", "--x")) == "a/~/x"
 
 
 def test_the_home_folder_is_expanded_in_files_and_python(tmp_path, monkeypatch):
@@ -119,6 +120,24 @@ def test_wrong_values_are_one_short_sentence(name):
         convert_value(OPTIONS[option], value, f"--{option}")
     assert f"--{option}" in str(caught.value)
     assert len(str(caught.value)) < 500
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """An option of prompts, and one of names."""
+
+    prompts: tuple[str, ...] | None = option(None, "Prompts.", phrases=True)
+    names: tuple[str, ...] | None = option(None, "Names.")
+
+
+def test_prompts_keep_their_spaces_and_may_be_empty():
+    prompts, names = options_of(Prompts).values()
+    assert convert_value(prompts, "a cat", "--prompts") == ("a cat",)
+    assert convert_value(prompts, ["a cat", "", " "], "--prompts") == ("a cat", "", " ")
+    assert convert_value(names, "a cat", "--names") == ("a", "cat")
+    for texts, value in ((names, [""]), (prompts, []), (prompts, [3]), (prompts, ["\udcff"])):
+        with pytest.raises(ConfigError):
+            convert_value(texts, value, "--texts")
 
 
 @pytest.mark.parametrize(
