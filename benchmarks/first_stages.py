@@ -6,8 +6,7 @@ DIR is a checkout of CompVis/latent-diffusion or Stability-AI/stablediffusion; t
 CompVis/taming-transformers. Nothing of them is copied. Weights are a function of their keys. For each configuration in
 ``models/first_stage_models`` (Stability's: the first stages of its models) it prints the largest difference of
 encoding and decoding in float32 and float64, the number of different codes, and whether the original class loads the
-converted weights back, strictly and bit-equal. In float32, random weights amplify the rounding of Diffusers'
-attention; its other operations are the same to the bit, or rounded once more.
+converted weights back, strictly and bit-equal. ``--layers 2`` gives every level another number of blocks.
 
 With ``--record`` the keys and some numbers go to ``tests/golden/latent_models``, where the tests read them.
 """
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 
 from diffusers_ddpm_ext.compvis.first_stage.architecture import FirstStageConfig, read_first_stage
 from diffusers_ddpm_ext.compvis.first_stage.weights import convert_first_stage, export_first_stage
+from diffusers_ddpm_ext.models.first_stage import FirstStage
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -77,13 +77,18 @@ def compare(original: Any, config: FirstStageConfig) -> tuple[dict[str, Any], di
     for precision, dtype in (("float32", torch.float32), ("float64", torch.float64)):
         original, ours, images = original.to(dtype), nn.Module.to(ours, dtype), images.to(dtype)
         hidden = original.quant_conv(original.encoder(images))
-        encoded = ours.encode(images)
-        encoded = encoded.latents if config.kind == "vq" else encoded.latent_dist.parameters
+        stage = FirstStage(ours)
+        encoded, std = stage.posterior(images)
         latents = hidden[:, : config.embed_dim]
         quantized = latents if config.kind == "kl" else original.quantize(latents)[0]
         decoded = original.decoder(original.post_quant_conv(quantized))
-        result[f"encode {precision}"] = difference(hidden, encoded)
-        result[f"decode {precision}"] = difference(decoded, ours.decode(latents).sample)
+        result[f"encode {precision}"] = difference(latents, encoded)
+        if std is not None:
+            log_variance = hidden[:, config.embed_dim :].clamp(-30, 20)
+            result[f"encode {precision}"] = max(
+                result[f"encode {precision}"], difference((log_variance / 2).exp(), std)
+            )
+        result[f"decode {precision}"] = difference(decoded, stage.decode(stage.normalize(latents)))
         numbers |= {"encoded": samples_of(hidden), "decoded": samples_of(decoded)}
     return result, numbers
 
@@ -100,6 +105,7 @@ def main() -> None:
     parser.add_argument("--checkout", type=Path, required=True)
     parser.add_argument("--taming", type=Path)
     parser.add_argument("--full_width", nargs="*", default=(), metavar="NAME", help="at their own width")
+    parser.add_argument("--layers", type=int, help="blocks per level, instead of 1 (or the file's, at full width)")
     parser.add_argument("--record", action="store_true", help=f"add to {FOLDER.relative_to(ROOT)}/first_stages.json")
     options = parser.parse_args()
     module = import_original("ldm.models.autoencoder", options.checkout, options.taming)
@@ -108,6 +114,8 @@ def main() -> None:
     for name, stage in configurations(options.checkout).items():
         full = name in options.full_width
         section = tiny_first_stage(stage, full_width=full)
+        if options.layers:
+            section["params"]["ddconfig"]["num_res_blocks"] = options.layers
         config = read_first_stage(section, name)
         result, numbers = compare(seeded_original(module, section), config)
         recorded[name] = {"section": section, **numbers}

@@ -27,6 +27,7 @@ from diffusers_ddpm_ext.models.latent_scale import (
     latent_rule,
     per_channel_tensor,
 )
+from diffusers_ddpm_ext.models.plain_operations import PlainOperations
 from diffusers_ddpm_ext.utils.checks import describe
 from diffusers_ddpm_ext.utils.dtensor import full_tensor
 from diffusers_ddpm_ext.utils.wrappers import network_class, plain_state_dict, unwrap
@@ -38,7 +39,8 @@ class FirstStage:
     """An autoencoder between pixels and the latents of a diffusion model.
 
     It computes in float32 or more, outside autocast: an autoencoder in half precision is cast to float32, which is
-    exact, and stays so. Slicing and tiling are those of the autoencoder (``enable_tiling()``).
+    exact, and stays so. On a CPU it rounds as CompVis' autoencoders do (`PlainOperations`). Slicing and tiling are
+    those of the autoencoder (``enable_tiling()``).
 
     Args:
         autoencoder: an ``AutoencoderKL``, ``VQModel``, ``AutoencoderTiny`` or ``AutoencoderDC``; wrappers such as
@@ -247,8 +249,9 @@ class FirstStage:
 
     @contextmanager
     def _exact(self, tensor: Tensor) -> Iterator[None]:
-        """Evaluation mode, without autocast."""
-        with torch.autocast(tensor.device.type, enabled=False), evaluation_mode(self.autoencoder):
+        """Evaluation mode, without autocast, and on a CPU with CompVis' operations."""
+        autocast = torch.autocast(tensor.device.type, enabled=False)
+        with autocast, evaluation_mode(self.autoencoder), PlainOperations():
             yield
 
     def _check_images(self, name: str, images: Any, channels: int) -> None:
