@@ -106,9 +106,10 @@ def load_conditions(
             digest.update(labels.labels.numpy().tobytes())
             continue
         if condition == "captions":
+            texts = source.read_captions(column)
             if caption_reader is None:
                 raise ConfigError(f"{label} needs --text_encoder: captions are tokenized and encoded by one")
-            captions = caption_reader.read(label, source.read_captions(column), names)
+            captions = caption_reader.read(label, texts, names)
             digest.update(captions.fingerprint.encode())
             continue
         values = source.read_files(column)

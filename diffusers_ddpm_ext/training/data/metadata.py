@@ -21,7 +21,7 @@ FILE_NAME = "file_name"
 MAX_CSV_BYTES = 2**28
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Cell:
     """A value of a metadata column, and the folder that paths in it start from."""
 

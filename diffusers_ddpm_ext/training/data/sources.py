@@ -100,11 +100,12 @@ class FolderSource:
     def _cells(self, column: str) -> dict[str, Cell]:
         require_metadata(self.option, self.metadata)
         cells = read_metadata_column(self.folder, self.metadata, self.names, column)
-        for name in self.names:
-            if name not in cells or cells[name].value == "":
-                raise ConfigError(
-                    f"column {printable(column, 60)!r} of {self.option} has no value for {printable(name)!r}"
-                )
+        missing = [name for name in self.names if name not in cells or cells[name].value == ""]
+        if missing:
+            count = "" if len(missing) == 1 else f"; {len(missing):,} of {len(self.names):,} images have none"
+            raise ConfigError(
+                f"column {printable(column, 60)!r} of {self.option} has no value for {printable(missing[0])!r}{count}"
+            )
         return cells
 
 
