@@ -10,17 +10,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from diffusers import AutoencoderKL, VQModel
+from helpers.accelerate_state import fresh_accelerate, reset_accelerate  # noqa: F401
 from helpers.paths import PYTHONPATH
 from helpers.runs import TINY_VAE, losses, rows, tiny_vae_run
+from helpers.tiny import tiny_autoencoder
 from PIL import Image
 
 from diffusers_ddpm_ext.errors import ConfigError, RunError
@@ -29,6 +29,7 @@ from diffusers_ddpm_ext.models.first_stage import FirstStage
 from diffusers_ddpm_ext.models.first_stage_loading import load_first_stage
 from diffusers_ddpm_ext.plotting.sheets import image_grid
 from diffusers_ddpm_ext.training import trainer
+from diffusers_ddpm_ext.training.config.autoencoder_config import AutoencoderConfig
 from diffusers_ddpm_ext.training.data.dataset import load_data
 from diffusers_ddpm_ext.training.loop import reconstruction, saving, workload
 from diffusers_ddpm_ext.training.loop.setup import build_setup
@@ -37,19 +38,8 @@ from diffusers_ddpm_ext.training.loop.step import train_step
 EVERY = {"checkpointing_steps": 2, "max_train_steps": 7, "validation_steps": 3, "save_images_steps": 4, "seed": 5}
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> Iterator[None]:
-    yield
-    reset()
-
-
-def reset() -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
 def run(folder: Path, **options: Any) -> Path:
-    reset()
+    reset_accelerate()
     made = trainer.train(tiny_vae_run(folder, **(EVERY | options)))
     assert made is not None
     return made
@@ -146,6 +136,26 @@ def test_codes(tmp_path):
     assert (stage.kind, stage.factor, stage.autoencoder.config.num_vq_embeddings) == ("vq", 2, 16)
     assert VQModel.from_pretrained(folder).config.scaling_factor == stage.autoencoder.config.scaling_factor != 0.18215
     assert {"train/loss_codebook", "train/codes_per_batch"} <= rows(folder)[0].keys()
+
+
+@pytest.mark.parametrize("kind", ["kl", "vq"])
+def test_a_run_starts_from_an_autoencoder(kind, tmp_path):
+    """Whatever its sizes and scale: at a learning rate of almost 0 its weights stay, and its scale is measured."""
+    config = {"shift_factor": 2.0, "use_quant_conv": False} if kind == "kl" else {"vq_embed_dim": 5}
+    first = tiny_autoencoder(kind, channels=1, latent_channels=3, layers_per_block=2, **config)
+    first.save_pretrained(tmp_path / "first")
+    sizes = {"compression", "latent_channels", "block_out_channels", "norm_num_groups"}
+    options = {name: value for name, value in TINY_VAE.items() if name not in sizes} | EVERY
+    options |= {"ckpt_path": str(tmp_path / "first"), "output_dir": str(tmp_path / "run"), "learning_rate": 1e-9}
+    trainer.train(AutoencoderConfig.from_flat(options | {"max_train_steps": 1}))
+    stage = FirstStage(load_first_stage(tmp_path / "run"))
+    assert type(stage.autoencoder) is type(first)
+    assert stage.autoencoder.state_dict().keys() == first.state_dict().keys()
+    for name, tensor in stage.autoencoder.state_dict().items():
+        torch.testing.assert_close(tensor, first.state_dict()[name], rtol=0, atol=1e-7)
+    images = load_data(tiny_vae_run(Path("x")).data).train.pixels(range(512))
+    assert stage.encode(images, torch.Generator().manual_seed(0)).std().item() == pytest.approx(1, rel=0.05)
+    assert not stage.shift.any()
 
 
 def test_without_average_and_validation(tmp_path):
@@ -266,7 +276,7 @@ def test_a_step_is_the_same_for_every_split(tmp_path):
     """The noise of the posterior belongs to the position in the effective batch: 1 x 8 is 2 x 4."""
     found = []
     for batch, accumulation in ((8, 1), (4, 2)):
-        reset()
+        reset_accelerate()
         setup = build_setup(
             tiny_vae_run(
                 tmp_path / "run", train_batch_size=batch, gradient_accumulation_steps=accumulation, kl_weight=1

@@ -16,6 +16,7 @@ from diffusers_ddpm_ext.training.config.checks import (
     check_resume,
     check_run_length,
 )
+from diffusers_ddpm_ext.training.config.initial_autoencoder import architecture_of
 from diffusers_ddpm_ext.training.config.layers import OptionLayer
 from diffusers_ddpm_ext.training.config.option_table import OptionTable
 from diffusers_ddpm_ext.training.config.train_config import TrainConfig, parse_run_args
@@ -75,8 +76,9 @@ class AutoencoderConfig(TrainConfig):
     @classmethod
     def derived_defaults(cls, flat: Mapping[str, Any], explicit: Mapping[str, Any]) -> dict[str, Any]:
         """Defaults that depend on other options, for options that are not set explicitly."""
-        derived: dict[str, Any] = {}
-        if flat["block_out_channels"] is None:
+        path = flat["ckpt_path"]
+        derived: dict[str, Any] = {} if path is None else architecture_of(path, explicit)
+        if path is None and flat["block_out_channels"] is None:
             derived["block_out_channels"] = DEFAULT_WIDTHS[: _levels(flat["compression"])]
         if "lr_warmup_steps" not in explicit and flat["lr_scheduler"] in WITHOUT_WARMUP:
             derived["lr_warmup_steps"] = 0

@@ -20,6 +20,13 @@ class AutoencoderOptions:
     first_stage_type: Literal["kl", "vq"] = option(
         "kl", "Diffusers' AutoencoderKL, whose latents have a little noise, or VQModel, whose latents are codes."
     )
+    ckpt_path: str | None = option(
+        None,
+        "Start from this autoencoder: its folder, or that of a pipeline with one. It decides the kind and the sizes of"
+        " the network, so that their options are left out.",
+        unset="random weights",
+        path=True,
+    )
     compression: Literal[2, 4, 8, 16, 32] = option(
         4, "Pixels per latent along each side: the images are halved 1 to 5 times."
     )

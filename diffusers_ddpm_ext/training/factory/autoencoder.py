@@ -28,9 +28,11 @@ from diffusers import AutoencoderKL, VQModel
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
-from diffusers_ddpm_ext.errors import as_config_error
+from diffusers_ddpm_ext.errors import ConfigError, as_config_error
 from diffusers_ddpm_ext.losses.distances import Distance, PerceptualDistance, get_distance
 from diffusers_ddpm_ext.models.conditioning import Conditioning
+from diffusers_ddpm_ext.models.first_stage import FirstStage
+from diffusers_ddpm_ext.models.first_stage_loading import load_first_stage
 from diffusers_ddpm_ext.training.config.autoencoder_config import AutoencoderConfig
 from diffusers_ddpm_ext.training.config.autoencoder_options import AutoencoderOptions
 from diffusers_ddpm_ext.training.data.image_set import ImageSet
@@ -201,12 +203,18 @@ class AutoencoderParts:
 def build_autoencoder_parts(config: AutoencoderConfig, images: ImageSet) -> AutoencoderParts:
     """Build and initialize the first stage of a run on these images.
 
-    The initial weights depend on the seed alone, so they are equal on every process.
+    Without ``ckpt_path`` the initial weights depend on the seed alone, so they are equal on every process.
 
     Raises:
         ConfigError: an option cannot be satisfied; the message names it.
     """
     options = config.autoencoder
+    with as_config_error():
+        features = None
+        if options.perceptual_model is not None:
+            features = PerceptualDistance.from_pretrained(options.perceptual_model)
+    if options.ckpt_path is not None:
+        return AutoencoderParts(_load_initial(options.ckpt_path), options, features)
     channels, height, width = images.shape
     widths = options.block_out_channels or ()
     arguments: dict[str, Any] = {
@@ -222,12 +230,18 @@ def build_autoencoder_parts(config: AutoencoderConfig, images: ImageSet) -> Auto
         "scaling_factor": 1.0,
         "mid_block_add_attention": options.mid_block_attention,
     }
-    with as_config_error():
-        features = None
-        if options.perceptual_model is not None:
-            features = PerceptualDistance.from_pretrained(options.perceptual_model)
     with torch.random.fork_rng(devices=[]), as_config_error("--block_out_channels"):
         torch.manual_seed(keys.key(WEIGHTS_STREAM, config.loop.seed))
         if options.first_stage_type == "kl":
             return AutoencoderParts(AutoencoderKL(**arguments), options, features)
         return AutoencoderParts(VQModel(**arguments, num_vq_embeddings=options.num_vq_embeddings), options, features)
+
+
+def _load_initial(path: str) -> AutoencoderKL | VQModel:
+    """The autoencoder of ``ckpt_path``, to be trained: its scale is left out, since its latents will change."""
+    try:
+        stage = FirstStage(load_first_stage(path)).with_scale(1.0)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--ckpt_path: {' '.join(str(error).split())}") from None
+    autoencoder: AutoencoderKL | VQModel = stage.autoencoder.requires_grad_(True)
+    return autoencoder

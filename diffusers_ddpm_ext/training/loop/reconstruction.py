@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKL, VQModel
 from torch import Tensor
 
-from diffusers_ddpm_ext.errors import Interrupted, RunError
+from diffusers_ddpm_ext.errors import Interrupted, RunError, printable
 from diffusers_ddpm_ext.models.ema import save_ema_metadata
 from diffusers_ddpm_ext.models.first_stage import FirstStage
 from diffusers_ddpm_ext.plotting.curves import RUN_LOSSES, plot_run_losses
@@ -126,7 +126,8 @@ def describe_autoencoder(setup: Setup) -> list[tuple[str, str]]:
         loss += f", {options.kl_weight:g} x KL"
     if options.perceptual_model is not None:
         loss += f", {options.perceptual_weight:g} x perceptual distance ({options.perceptual_model})"
-    return [("latents", f"{size}, {options.latent_channels} channels, {kind}"), ("loss", loss)]
+    rows = [("latents", f"{size}, {options.latent_channels} channels, {kind}"), ("loss", loss)]
+    return rows if options.ckpt_path is None else [("starts from", printable(options.ckpt_path, 200)), *rows]
 
 
 def export_autoencoder(setup: Setup) -> ExportedNetworks | None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+
 import pytest
 
 from diffusers_ddpm_ext.errors import ConfigError
@@ -81,6 +84,54 @@ def test_refused_in_one_sentence(line):
         parse_train_vae_args([*PHOTOS, *line.split()])
     assert REFUSED[line] in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.fixture
+def first(tmp_path):
+    """The configuration of a VQModel in the folder of a pipeline, and of other autoencoders."""
+    config = {"_class_name": "VQModel", "in_channels": 1, "latent_channels": 2, "num_vq_embeddings": 9}
+    config |= {"block_out_channels": [8, 12, 16], "norm_num_groups": 4, "mid_block_add_attention": False}
+    for name, content in {
+        "pipe/vqvae/config": config,
+        "pipe/model_index": {"vqvae": ["diffusers", "VQModel"]},
+        "other/config": config | {"_class_name": "AutoencoderTiny"},
+        "flat/config": config | {"block_out_channels": [8]},
+        "bare/model_index": {"unet": ["diffusers", "UNet2DModel"]},
+    }.items():
+        path = tmp_path / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content))
+
+
+def test_the_autoencoder_to_start_from_decides_the_network(first):
+    """A written file repeats all of it, and what it has must not differ from the folder."""
+    config = parse_train_vae_args([*PHOTOS, "--ckpt_path", "pipe"])
+    network = config.autoencoder
+    assert (network.first_stage_type, network.compression, network.latent_channels) == ("vq", 4, 2)
+    assert (network.block_out_channels, network.norm_num_groups, network.layers_per_block) == ((8, 12, 16), 4, 1)
+    assert (network.num_vq_embeddings, network.mid_block_attention, config.data.channels) == (9, False, 1)
+    config.write_resolved("run.yaml")
+    assert parse_train_vae_args(["--config", "run.yaml"]) == config
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("pipe --latent_channels 3", "--latent_channels 3: --ckpt_path pipe has 2; leave --latent_channels out"),
+        ("pipe --block_out_channels 8 8 8", "--block_out_channels 8 8 8: --ckpt_path pipe has 8 12 16"),
+        ("pipe --channels 3", "--channels 3: --ckpt_path pipe has 1"),
+        ("pipe --first_stage_type kl", "--first_stage_type kl: --ckpt_path pipe has vq"),
+        ("pipe --kl_weight 1", "--kl_weight 1.0 has no effect without --first_stage_type kl"),
+        ("pipe --resolution 30", "--resolution 30 is not divisible by --compression 4"),
+        ("other", "is of class AutoencoderTiny, and train-vae trains AutoencoderKL and VQModel"),
+        ("flat", "compresses 1 channels by 1; train-vae takes"),
+        ("bare", "must be the folder of a Diffusers autoencoder, or of a pipeline with one"),
+        ("nowhere", "must be the folder of a Diffusers autoencoder, or of a pipeline with one"),
+    ],
+)
+def test_autoencoders_that_cannot_be_started_from(line, message, first):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        parse_train_vae_args([*PHOTOS, "--ckpt_path", *line.split()])
 
 
 def test_the_written_options_make_the_same_run(tmp_path):
