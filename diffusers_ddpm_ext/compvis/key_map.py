@@ -21,7 +21,7 @@ import torch
 
 from diffusers_ddpm_ext.compvis.architecture import attention_levels, complete_unet_params, head_counts, translate_unet
 
-Transform = Literal["same", "q", "k", "v", "squeeze", "pool", "pool_unpadded", "nearest"]
+Transform = Literal["same", "q", "k", "v", "squeeze", "transpose", "pool", "pool_unpadded", "nearest"]
 BlockKind = Literal["same", "resnet", "attention", "pool", "nearest"]
 
 RESNET_KEYS = {
@@ -40,8 +40,8 @@ class TensorMapping:
         target: key in the Diffusers network.
         source: key in UNetModel; empty if it has none (resampling without weights).
         transform: ``same``; a third of a ``qkv`` (``q``, ``k``, ``v``); ``squeeze``: without the last axes;
-            ``pool`` (padding 1), ``pool_unpadded`` and ``nearest``: the convolution that averages 2x2 pixels, and the
-            identity convolution.
+            ``transpose``: rows and columns swapped; ``pool`` (padding 1), ``pool_unpadded`` and ``nearest``: the
+            convolution that averages 2x2 pixels, and the identity convolution.
         heads: number of attention heads.
         shape: of the target.
     """

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from diffusers_ddpm_ext.compvis.conditioner.architecture import read_conditioner
+from diffusers_ddpm_ext.compvis.conditioner.architecture import find_kind, read_conditioner
 from diffusers_ddpm_ext.compvis.conditioner.kinds import STAGE_PREFIXES, Component, ConditionerConfig
 from diffusers_ddpm_ext.compvis.config.ddpm import CompVisConfig
 from diffusers_ddpm_ext.compvis.load_options import LoadOptions
@@ -40,15 +40,19 @@ def conditioner_configs(
     notes: list[str] = []
     plain = list(plain_keys(keys))
     for name, prefix in STAGE_PREFIXES.items():
+        if options.load_only_unet or prefix.startswith(options.ignore_keys):
+            continue
         in_file = any(key.startswith(prefix) and not key.startswith(options.ignore_keys) for key in plain)
-        if options.load_only_unet or not in_file:
+        kind = find_kind(config.section(name))
+        if kind is None or (kind.has_tensors is None and not in_file):
             continue
         try:
             conditioner = read_conditioner(config.section(name), f"model.params.{name}")
         except ValueError as error:
             message = str(error).removesuffix(".")
             raise ValueError(f"{message}; or leave the stage out: ignore_keys {prefix}") from None
-        if conditioner is None:
+        assert conditioner is not None
+        if not in_file and kind.has_tensors is not None and kind.has_tensors(conditioner.params):
             continue
         reason = conditioner.reason_to_leave_out
         made = MADE_CONDITIONS[conditioner.kind.component]

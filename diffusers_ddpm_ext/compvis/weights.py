@@ -210,6 +210,8 @@ def _transformed(mapping: TensorMapping, source: Tensor, new_order: bool) -> Ten
     if mapping.transform == "squeeze":
         fits = source.shape[:2] == mapping.shape and source.numel() == torch.Size(mapping.shape).numel()
         return source.reshape(mapping.shape) if fits else None
+    if mapping.transform == "transpose":
+        return source.T if source.ndim == 2 else None
     width = mapping.shape[0]
     if source.shape[0] != 3 * width:
         return None

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from diffusers_ddpm_ext.compvis.conditioner.kinds import ConditionerConfig
+from diffusers_ddpm_ext.compvis.conditioner.kinds import ConditionerConfig, ConditionerKind
 from diffusers_ddpm_ext.compvis.conditioner.registry import KINDS
 from diffusers_ddpm_ext.compvis.config.ddpm import suggestion
 from diffusers_ddpm_ext.compvis.config.run_keys import as_mapping
 from diffusers_ddpm_ext.compvis.schema import ConfigRow, check_values, one_line
+
+
+def find_kind(section: Any) -> ConditionerKind | None:
+    """The kind of an original conditioning stage; None for a class that is not in the registry."""
+    return KINDS.get(str(section.get("target")).rpartition(".")[2]) if isinstance(section, dict) else None
 
 
 def read_conditioner(section: Any, prefix: str) -> ConditionerConfig | None:
@@ -24,9 +29,9 @@ def read_conditioner(section: Any, prefix: str) -> ConditionerConfig | None:
     Raises:
         ValueError: an argument is missing, unknown, or not allowed; the message names it.
     """
-    if not isinstance(section, dict) or str(section.get("target")).rpartition(".")[2] not in KINDS:
+    kind = find_kind(section)
+    if kind is None:
         return None
-    kind = KINDS[section["target"].rpartition(".")[2]]
     path = f"{prefix}.params"
     given = as_mapping(section.get("params"), path)
     types = {name: argument.allowed for name, argument in kind.arguments.items() if argument.allowed is not None}

@@ -88,6 +88,8 @@ class ConditionerKind:
         params_of: arguments of the class that a module has, where none are recorded.
         reason_to_leave_out: why a stage with these arguments is not converted; empty if it is.
         tokenizer_rule: how a stage with these arguments tokenizes; None if it does not.
+        has_tensors: whether a stage with these arguments has any, so that a file without them has no such stage. None:
+            it always has.
     """
 
     name: str
@@ -100,6 +102,7 @@ class ConditionerKind:
     params_of: Callable[[nn.Module], dict[str, Any]]
     reason_to_leave_out: Callable[[Mapping[str, Any]], str] = lambda params: ""
     tokenizer_rule: Callable[[Mapping[str, Any]], TokenizerRule | None] = lambda params: None
+    has_tensors: Callable[[Mapping[str, Any]], bool] | None = None
 
 
 @dataclass(frozen=True)

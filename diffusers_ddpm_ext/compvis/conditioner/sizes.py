@@ -61,13 +61,13 @@ def head_count(width: int, known: Any, key: str) -> int:
     """
     if known is None and width > HEAD_WIDTH and width % HEAD_WIDTH:
         raise ValueError(
-            f"The number of attention heads of a text encoder of width {width} is not known: let {key} name a folder "
+            f"The number of attention heads of an encoder of width {width} is not known: let {key} name a folder "
             f"with its config.json, {LEAVE_OUT}"
         )
     heads = max(1, width // HEAD_WIDTH) if known is None else known
     if type(heads) is not int or heads < 1 or width % heads:
         raise ValueError(
-            f"num_attention_heads {one_line(heads)} of {key} does not divide the width {width} of the text encoder in "
+            f"num_attention_heads {one_line(heads)} of {key} does not divide the width {width} of the encoder in "
             "the checkpoint: give the configuration that belongs to it."
         )
     return heads
