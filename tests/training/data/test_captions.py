@@ -342,4 +342,4 @@ def test_a_caption_column_selects_cross_attention(tmp_path):
     assert config.data.caption_column == "text"
 
 
-WITH_ENCODER: dict[str, str] = {}
+WITH_ENCODER = {"text_encoder": "user/encoder"}
