@@ -22,6 +22,7 @@ from diffusers_ddpm_ext.training.config.train_config import TrainConfig
 from diffusers_ddpm_ext.training.data.batches import Batch, batch_stream
 from diffusers_ddpm_ext.training.data.class_table import count_classes
 from diffusers_ddpm_ext.training.distributed import fail_together
+from diffusers_ddpm_ext.training.loop.captions import open_text_cache
 from diffusers_ddpm_ext.training.loop.description import describe_run
 from diffusers_ddpm_ext.training.loop.hub_publisher import Publisher, move_token_to_environment
 from diffusers_ddpm_ext.training.loop.latents import open_latent_cache, settle_scale
@@ -72,6 +73,7 @@ def train(config: TrainConfig) -> Path | None:
         end_training(accelerator, config.output.report_to)
         return None
     setup = open_latent_cache(setup)
+    open_text_cache(setup)
     folder, lock = acquire_folder(config, accelerator)
     publisher = Publisher(folder, config.hub) if accelerator.is_main_process and pushes else None
     try:

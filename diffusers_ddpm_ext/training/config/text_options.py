@@ -12,6 +12,7 @@ from diffusers_ddpm_ext.utils.input_files import exists
 from diffusers_ddpm_ext.utils.option import option
 from diffusers_ddpm_ext.utils.vocabulary import REQUIRED_CONDITIONS
 
+TEXT_CACHE = "runs/text_embeddings"
 TEXT_ENCODER_FOLDERS = ("text_encoder", "bert")
 
 
@@ -42,8 +43,8 @@ class TextOptions:
     )
     cache_text_embeddings: bool = option(
         True,
-        "Encode each caption once instead of each time: in memory, or, from 1 GiB on, in files in"
-        " runs/text_embeddings. A text encoder that is trained is never cached.",
+        "Encode each caption once instead of each time, and keep its embedding: in memory, or, from 1 GiB on, in"
+        f" files in {TEXT_CACHE}. Off where the text encoder is trained.",
     )
     preview_prompts: tuple[str, ...] | None = option(
         None,

@@ -1,4 +1,4 @@
-"""Folder of a latent cache: its manifest, its undamaged files, and the lock of the run that completes it.
+"""Folder of a cache: its manifest, its undamaged files, and the lock of the run that completes it.
 
 A folder is complete once it has ``manifest.json``, which is renamed into place and lists every file with its size and
 checksum. Without it, and after damage, each undamaged record of its files counts.
@@ -36,9 +36,26 @@ from diffusers_ddpm_ext.utils.files import fsync_folder, write_atomically
 from diffusers_ddpm_ext.utils.folder_lock import FolderBusy, FolderLock
 from diffusers_ddpm_ext.utils.input_files import read_json
 
-OPTION = "--cache_latents"
 MANIFEST = "manifest.json"
 SECONDS_BETWEEN_ATTEMPTS = 1.0
+
+
+class CacheKind(NamedTuple):
+    """What a cache holds, for messages.
+
+    Attributes:
+        option: that asks for it.
+        source: what is encoded, one of them.
+        value: what that becomes.
+        if_unwritable: the way out where the folder cannot be written.
+        if_too_large: the way out where the disk has no space for it.
+    """
+
+    option: str
+    source: str
+    value: str
+    if_unwritable: str
+    if_too_large: str
 
 
 class CacheFile(NamedTuple):
@@ -78,12 +95,14 @@ class CacheFolder:
         key: what determines the content, as JSON.
         layout: of the records; its key is the folder's name.
         entries: number of posteriors of the complete cache.
+        kind: what it holds.
     """
 
     parent: Path
     key: Mapping[str, Any]
     layout: RecordFormat
     entries: int
+    kind: CacheKind
 
     @property
     def path(self) -> Path:
@@ -93,11 +112,12 @@ class CacheFolder:
     @property
     def label(self) -> str:
         """The option with its value, for messages."""
-        return f"{OPTION} {printable(str(self.parent), 200)}"
+        return f"{self.kind.option} {printable(str(self.parent), 200)}"
 
     def store(self, content: CacheContent) -> StoredPosteriors:
         """The posteriors of a cache that lacks none."""
-        return StoredPosteriors(self.path, self.layout, bool(self.key["flips"]), list(content.files), content.table)
+        flips = bool(self.key.get("flips"))
+        return StoredPosteriors(self.path, self.layout, flips, list(content.files), content.table)
 
     # ------------------------------------------------------------------ manifest
 
@@ -197,7 +217,7 @@ class CacheFolder:
         while any_rank(accelerator, self._is_busy(lock, accelerator)):
             if not is_waiting:
                 accelerator.print(
-                    f"Another run is encoding the same images into {printable(str(self.path))}: waiting."
+                    f"Another run is encoding the same {self.kind.source}s into {printable(str(self.path))}: waiting."
                 )
             is_waiting = True
             time.sleep(SECONDS_BETWEEN_ATTEMPTS)
@@ -219,7 +239,7 @@ class CacheFolder:
                     return True
                 except OSError as error:
                     raise ConfigError(
-                        f"{self.label} cannot be written: {error.strerror or error}; name another folder"
+                        f"{self.label} cannot be written: {error.strerror or error}; {self.kind.if_unwritable}"
                     ) from None
         return False
 

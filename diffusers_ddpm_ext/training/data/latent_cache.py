@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -20,44 +19,45 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from tqdm import tqdm
 
-from diffusers_ddpm_ext.errors import ConfigError, printable, warn
+from diffusers_ddpm_ext.errors import ConfigError, printable
 from diffusers_ddpm_ext.models.concat_condition import concat_condition
-from diffusers_ddpm_ext.training.data.cache_folder import (
-    MANIFEST,
-    OPTION,
-    CacheContent,
-    CacheFile,
-    CacheFolder,
-    from_main,
-    written_files,
-)
+from diffusers_ddpm_ext.training.data.cache_building import CacheJob, open_cache
+from diffusers_ddpm_ext.training.data.cache_folder import CacheFolder, CacheKind
 from diffusers_ddpm_ext.training.data.dataset import ImageData
 from diffusers_ddpm_ext.training.data.image_set import ImageSet, levels_to_pixels
 from diffusers_ddpm_ext.training.data.latents import LatentEncoder
 from diffusers_ddpm_ext.training.data.posterior import Posterior, one_by_one
-from diffusers_ddpm_ext.training.data.posterior_files import RecordFormat, RecordWriter, StoredPosteriors
+from diffusers_ddpm_ext.training.data.posterior_files import RecordFormat
 from diffusers_ddpm_ext.training.distributed import fail_together
 
+OPTION = "--cache_latents"
 FORMAT = 1
 
 
 @dataclass(frozen=True)
-class CacheJob:
-    """What one cache holds.
+class ImageEncoding:
+    """What the cache of latents holds.
 
     Attributes:
         images: all loaded images in their order, without conditions.
         encode: the posterior of one image (1, C, H, W), on the device.
         device: on which it is encoded.
-        folder: of the cache.
+        layout: of the records.
+        has_flips: whether each image is stored a second time, mirrored.
     """
 
     images: ImageSet
     encode: Callable[[Tensor], Posterior]
     device: torch.device
-    folder: CacheFolder
+    layout: RecordFormat
+    has_flips: bool
+
+    def records(self, numbers: np.ndarray) -> Iterator[list[np.ndarray]]:
+        """Records of the posteriors with these numbers, a few at a time, in order."""
+        for chunk, pixels in _load(self, numbers):
+            posteriors = one_by_one(self.encode, pixels)
+            yield [_record(self, number, posterior) for number, posterior in zip(chunk, posteriors, strict=True)]
 
 
 def cache_latents(
@@ -144,83 +144,17 @@ def _job(
     _, channels, *size = blank.mean.shape
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
     layout = RecordFormat(name, 1 if blank.std is None else 2, (channels, size[0], size[1]), key["dtype"])
-    folder = CacheFolder(parent, key, layout, len(images) * (2 if key["flips"] else 1))
-    return CacheJob(images, encode, device, folder)
+    smaller = "" if layout.dtype == "float16" else ", or halve it by --cache_latents_dtype float16"
+    kind = CacheKind(OPTION, "image", "latent", "name another folder", f"name a folder on a larger disk{smaller}")
+    folder = CacheFolder(parent, key, layout, len(images) * (2 if key["flips"] else 1), kind)
+    return CacheJob(folder, ImageEncoding(images, encode, device, layout, bool(key["flips"])).records)
 
 
-def open_cache(job: CacheJob, accelerator: Accelerator) -> StoredPosteriors:
-    """Open a cache that is complete; otherwise complete it, or wait for another run that does. Collective call."""
-    folder = job.folder
-    content = _open_complete(folder, accelerator)
-    if content is None:
-        with folder.locked(accelerator):
-            content = _open_complete(folder, accelerator) or _complete(job, accelerator)
-    return folder.store(content)
-
-
-def _open_complete(folder: CacheFolder, accelerator: Accelerator) -> CacheContent | None:
-    """Content of a cache that is complete and undamaged; otherwise None."""
-    listed = from_main(accelerator, folder.read_manifest)
-    if listed is None:
-        return None
-    content = folder.verify(listed, accelerator)
-    return None if set(content.files) < set(listed) or len(content.missing) else content
-
-
-def _complete(job: CacheJob, accelerator: Accelerator) -> CacheContent:
-    """Encode what a cache lacks, and write its manifest. Collective call, by the run that has the lock."""
-    folder = job.folder
-    own = folder.recover(accelerator)
-    content = folder.merge(own, accelerator)
-    missing = content.missing
-    if accelerator.is_main_process and (folder.path / MANIFEST).exists():
-        warn(f"{folder.label}: {folder.path.name} is damaged; {len(missing):,} latents of it are encoded again")
-    with fail_together(accelerator), folder.os_errors():
-        if accelerator.is_main_process:
-            _check_free_space(folder, len(missing))
-    share = missing[accelerator.process_index :: accelerator.num_processes]
-    bar = tqdm(
-        total=len(missing), desc="encoding images", unit="image", delay=1, leave=False,
-        disable=not accelerator.is_main_process,
-    )  # fmt: skip
-    with fail_together(accelerator), folder.os_errors(), bar:
-        own += _encode(job, share, bar, accelerator.num_processes)
-    content = folder.merge(own, accelerator)
-    with fail_together(accelerator), folder.os_errors():
-        if accelerator.is_main_process:
-            folder.write_manifest(content)
-    return content
-
-
-def _check_free_space(folder: CacheFolder, missing: int) -> None:
-    """Refuse a cache that the disk has no space for, before hours are spent on it."""
-    needed, free = missing * folder.layout.record.itemsize, shutil.disk_usage(folder.path).free
-    if needed > free:
-        advice = "" if folder.layout.dtype == "float16" else ", or halve it by --cache_latents_dtype float16"
-        raise ConfigError(
-            f"{folder.label}: the latents take {needed:,} bytes, and {free:,} are free: name a folder on a larger"
-            f" disk{advice}"
-        )
-
-
-def _encode(job: CacheJob, numbers: np.ndarray, bar: Any, processes: int) -> list[CacheFile]:
-    """Encode the posteriors with these numbers, each of which is on the disk before the next few are begun."""
-    writer = RecordWriter(job.folder.path, job.folder.layout)
-    try:
-        for chunk, pixels in _load(job, numbers):
-            for number, posterior in zip(chunk, one_by_one(job.encode, pixels), strict=True):
-                writer.append(_record(job, number, posterior))
-            bar.update(min(len(chunk) * processes, bar.total - bar.n))  # the other processes are as fast
-    finally:
-        writer.close()
-    return written_files(writer)
-
-
-def _load(job: CacheJob, numbers: np.ndarray) -> Iterator[tuple[list[int], Tensor]]:
+def _load(job: ImageEncoding, numbers: np.ndarray) -> Iterator[tuple[list[int], Tensor]]:
     """Numbers and pixels (b, C, H, W), on the device, a few at a time; the next ones are decoded meanwhile."""
     step = torch.get_num_threads() if job.device.type == "cpu" else 8
     chunks = [numbers[start : start + step].tolist() for start in range(0, len(numbers), step)]
-    mirrored = 2 if job.folder.key["flips"] else 1
+    mirrored = 2 if job.has_flips else 1
 
     def load(chunk: list[int]) -> Tensor:
         return job.images.load_levels([number // mirrored for number in chunk]).values
@@ -236,12 +170,12 @@ def _load(job: CacheJob, numbers: np.ndarray) -> Iterator[tuple[list[int], Tenso
             yield chunk, pixels
 
 
-def _record(job: CacheJob, number: int, posterior: Posterior) -> np.ndarray:
-    layout = job.folder.layout
+def _record(job: ImageEncoding, number: int, posterior: Posterior) -> np.ndarray:
+    layout = job.layout
     try:
         return layout.encode(number, posterior)
     except OverflowError as error:
-        name = printable(job.images.name(number // 2 if job.folder.key["flips"] else number), 200)
+        name = printable(job.images.name(number // 2 if job.has_flips else number), 200)
         if layout.dtype == "float16" and posterior.mean.isfinite().all():
             raise ConfigError(
                 f"--cache_latents_dtype float16: the latents of {name} reach {error}, more than float16 can hold: use"

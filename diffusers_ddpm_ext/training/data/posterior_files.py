@@ -225,8 +225,8 @@ class StoredPosteriors:
             record = self._records(file)[place]
             if record["number"] != number or not self.layout.is_valid(record):
                 raise RunError(
-                    f"a latent in {self.folder / self.files[file]} is damaged: resume from the last checkpoint, which"
-                    " encodes its image again"
+                    f"an entry of {self.folder / self.files[file]} is damaged: resume from the last checkpoint, which"
+                    " encodes it again"
                 )
             values[:, position] = record["values"]
         mean, *std = torch.from_numpy(values)
@@ -239,7 +239,7 @@ class StoredPosteriors:
                 self._maps[file] = map_records(path, self.layout)[0]
             except OSError as error:
                 raise RunError(
-                    f"latents cannot be read from {path} ({error.strerror}): resume from the last checkpoint, which"
+                    f"{path} cannot be read ({error.strerror}): resume from the last checkpoint, which"
                     " encodes missing ones again"
                 ) from None
         return self._maps[file]

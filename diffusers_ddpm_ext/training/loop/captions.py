@@ -1,10 +1,19 @@
-"""Text encoder of a run: its part of the printed plan."""
+"""Text encoder of a run: the cache of its embeddings, and its part of the printed plan."""
 
 from __future__ import annotations
 
 from diffusers_ddpm_ext.errors import printable
+from diffusers_ddpm_ext.training.config.text_options import TEXT_CACHE
+from diffusers_ddpm_ext.training.data.text_cache import cache_embeddings
 from diffusers_ddpm_ext.training.loop.setup import Setup
 from diffusers_ddpm_ext.training.tracking.plan import format_bytes
+
+
+def open_text_cache(setup: Setup) -> None:
+    """Open the cache of the captions' embeddings where they are too large for memory. Collective call."""
+    encoder, options = setup.captions, setup.config.text
+    if encoder is not None and options.cache_text_embeddings and not encoder.keeps_embeddings:
+        encoder.store = cache_embeddings(TEXT_CACHE, encoder, setup.accelerator)
 
 
 def describe_text_encoder(setup: Setup) -> list[tuple[str, str]]:
@@ -20,8 +29,9 @@ def describe_text_encoder(setup: Setup) -> list[tuple[str, str]]:
     name, fate = type(encoder.module).__name__, "trained" if encoder.is_trained else "frozen"
     captions = f"{len(encoder.table) - 1:,} different ones, {tokens} tokens of width {width}"
     if not encoder.is_trained:
-        captions += ", " + ("encoded once" if options.cache_text_embeddings else "encoded each time")
-        captions += f" ({format_bytes(encoder.nbytes)})" if options.cache_text_embeddings else ""
+        place = "in memory" if encoder.keeps_embeddings else f"in {TEXT_CACHE}"
+        cached = f"encoded once, {format_bytes(encoder.nbytes)} {place}"
+        captions += f", {cached if options.cache_text_embeddings else 'encoded each time'}"
     return [
         ("text encoder", f"{name} of {source}, {count:,} parameters ({format_bytes(size)}), {fate}"),
         ("captions", captions),

@@ -22,7 +22,7 @@ from helpers.paths import PYTHONPATH, TESTS
 
 from diffusers_ddpm_ext.errors import ConfigError, RunError
 from diffusers_ddpm_ext.models.first_stage import FirstStage
-from diffusers_ddpm_ext.training.data import cache_folder, latent_cache
+from diffusers_ddpm_ext.training.data import cache_building, cache_folder, latent_cache
 from diffusers_ddpm_ext.training.data.conditions import ConditionColumns
 from diffusers_ddpm_ext.training.data.image_set import levels_to_pixels
 from diffusers_ddpm_ext.training.data.latents import LatentEncoder
@@ -167,7 +167,7 @@ def test_concatenated_pictures_have_a_cache_of_their_own(stage, accelerator, tmp
     columns = ConditionColumns(None, concat, None, "")
     sets = [replace(images, columns=columns) for images in (data.train, data.validation)]
     data = replace(data, train=sets[0], validation=sets[1])
-    cached = cache_latents(str(tmp_path), "float32", data, stage, accelerator, through=True)
+    cached = cache_latents(str(tmp_path), "float32", data, stage, accelerator, through="mode")
     for epoch in range(3):
         pictures = data.train.conditions(range(COUNT - HELD_OUT), 3, [epoch] * (COUNT - HELD_OUT)).concat_inputs
         stored = cached.train.conditions(range(COUNT - HELD_OUT), 3, [epoch] * (COUNT - HELD_OUT)).concat_inputs
@@ -322,7 +322,7 @@ def test_a_run_keeps_what_another_run_replaces(stage, accelerator, tmp_path):
     cache_latents(str(tmp_path), "float32", make_data(), stage, accelerator)
     assert not file.exists()
     assert_same(cached.train.posteriors.load(*request), expected)
-    with pytest.raises(RunError, match=r"latents cannot be read from .* resume from the last checkpoint"):
+    with pytest.raises(RunError, match=r"cannot be read .* resume from the last checkpoint"):
         pickle.loads(pickle.dumps(cached.train.posteriors)).load(*request)
 
 
@@ -398,7 +398,7 @@ def test_a_complete_cache_may_be_read_only(stage, accelerator, tmp_path, monkeyp
         raise AssertionError
 
     monkeypatch.setattr(FolderLock, "acquire", refuse)
-    monkeypatch.setattr(latent_cache.RecordWriter, "append", refuse)
+    monkeypatch.setattr(cache_building.RecordWriter, "append", refuse)
     assert_complete(cache_latents(str(tmp_path), "float32", data, stage, accelerator), data, stage)
 
 
@@ -470,8 +470,8 @@ def test_a_folder_that_cannot_be_written_is_refused(stage, accelerator, tmp_path
 def test_a_disk_without_space_is_refused_before_anything_is_encoded(
     stage, accelerator, tmp_path, monkeypatch, encoded
 ):
-    usage = latent_cache.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(latent_cache.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    usage = cache_building.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(cache_building.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(ConfigError, match=r"the latents take 6,336 bytes, and 1,000 are free: .* float16"):
         cache_latents(str(tmp_path), "float32", make_data(), stage, accelerator)
     assert encoded == []
@@ -479,7 +479,7 @@ def test_a_disk_without_space_is_refused_before_anything_is_encoded(
 
 def test_what_a_full_disk_has_kept_is_not_encoded_again(stage, accelerator, tmp_path, monkeypatch, encoded):
     data = make_data()
-    append = latent_cache.RecordWriter.append
+    append = cache_building.RecordWriter.append
 
     def fill(self, record):
         if len(self.locations) == 5:
@@ -488,7 +488,7 @@ def test_what_a_full_disk_has_kept_is_not_encoded_again(stage, accelerator, tmp_
         append(self, record)
 
     with monkeypatch.context() as context:
-        context.setattr(latent_cache.RecordWriter, "append", fill)
+        context.setattr(cache_building.RecordWriter, "append", fill)
         with pytest.raises(RunError, match=r"--cache_latents .* No space left on device; .* what is encoded stays"):
             cache_latents(str(tmp_path), "float32", data, stage, accelerator)
     encoded.clear()
