@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL, VQModel
 from torch import Tensor, nn
 
 from diffusers_ddpm_ext.compvis.config.ddpm import FIRST_STAGE_AS_CONDITION, UNCONDITIONAL_STAGE
+from diffusers_ddpm_ext.compvis.export_conditioners import conditioner_tensors, conditioning_stages
 from diffusers_ddpm_ext.compvis.first_stage.arguments import original_config
 from diffusers_ddpm_ext.compvis.first_stage.checkpoint_keys import CONDITION_PREFIX, FIRST_STAGE_PREFIX
 from diffusers_ddpm_ext.compvis.first_stage.weights import export_first_stage
@@ -26,6 +27,7 @@ from diffusers_ddpm_ext.utils.pipeline_files import MODEL_INDEX
 from diffusers_ddpm_ext.utils.wrappers import unwrap
 
 CLASS_EMBEDDER, IDENTITY_STAGE = "ldm.modules.encoders.modules.ClassEmbedder", "torch.nn.Identity"
+IDENTITY_FIRST_STAGE = "ldm.models.autoencoder.IdentityFirstStage"
 CLASS_KEY = "class_label"
 
 
@@ -54,25 +56,29 @@ def bare_first_stage(source: DDPMExtPipeline | nn.Module | PathLike) -> tuple[nn
     return load_first_stage(folder), read_facts(folder).get(FIRST_STAGE_SECTION)
 
 
-def stage_tensors(pipeline: DDPMExtPipeline, facts: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The first stage, again where it is the conditioning stage too, class embeddings, and the latents' factor.
+def stage_tensors(
+    pipeline: DDPMExtPipeline, facts: Mapping[str, Any], base: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The first stage, again where it is the conditioning stage too, other conditioning stages, and the factor.
 
     Args:
         pipeline: to export.
         facts: what its conversion recorded.
+        base: tensors of another original checkpoint, for what a conditioning stage here does not have.
 
     Raises:
-        ValueError: the original's classes cannot express the first stage.
+        ValueError: the original's classes cannot express a stage, or tensors of ``base`` are needed.
     """
     state: dict[str, Tensor] = {}
     factor = pipeline.config.get("latent_scaling_factor")
     if pipeline.vae is not None:
         autoencoder = _with_scale_alone(pipeline)
         weights = export_first_stage(autoencoder, facts.get(FIRST_STAGE_SECTION))
-        state = {FIRST_STAGE_PREFIX + name: tensor for name, tensor in weights.items()}
+        state |= {FIRST_STAGE_PREFIX + name: tensor for name, tensor in weights.items()}
         if _condition_stage(pipeline, facts) == FIRST_STAGE_AS_CONDITION:
             state |= {CONDITION_PREFIX + name: tensor for name, tensor in weights.items()}
         factor = float(autoencoder.config.scaling_factor)
+    state |= conditioner_tensors(pipeline, facts, base)
     if pipeline.class_embedder is not None:
         state[CLASS_EMBEDDING_KEY] = pipeline.class_embedder
     if facts.get(SCALE_FACTOR_BUFFER) and factor is not None:
@@ -80,15 +86,21 @@ def stage_tensors(pipeline: DDPMExtPipeline, facts: Mapping[str, Any]) -> dict[s
     return state
 
 
-def stage_params(pipeline: DDPMExtPipeline, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters of LatentDiffusion, besides those of its base class, for a pipeline with a first stage.
+def has_stages(pipeline: DDPMExtPipeline, facts: Mapping[str, Any], base: Mapping[str, Tensor]) -> bool:
+    """Whether a pipeline is a LatentDiffusion of the original, not its base class; arguments as `stage_params`."""
+    return pipeline.vae is not None or bool(conditioning_stages(pipeline, facts, base))
+
+
+def stage_params(pipeline: DDPMExtPipeline, facts: Mapping[str, Any], base: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Parameters of LatentDiffusion, besides those of its base class, for a pipeline with stages.
 
     Args:
         pipeline: to export.
         facts: what its conversion recorded.
+        base: as in `stage_tensors`.
 
     Raises:
-        ValueError: the original's classes cannot express the first stage.
+        ValueError: the original's classes cannot express a stage.
     """
     target, more = _condition_stage(pipeline, facts), {}
     stage: Any = target if target in (UNCONDITIONAL_STAGE, FIRST_STAGE_AS_CONDITION) else {"target": target}
@@ -96,13 +108,20 @@ def stage_params(pipeline: DDPMExtPipeline, facts: Mapping[str, Any]) -> dict[st
         classes, width = pipeline.class_embedder.shape
         stage["params"] = {"embed_dim": width, "n_classes": classes, "key": CLASS_KEY}
         more = {"cond_stage_key": CLASS_KEY}
-    measured, autoencoder = bool(facts.get(SCALE_FACTOR_BUFFER)), _with_scale_alone(pipeline)
+    measured = bool(facts.get(SCALE_FACTOR_BUFFER))
+    if pipeline.vae is None:
+        factor, first = pipeline.config.get("latent_scaling_factor") or 1.0, {"target": IDENTITY_FIRST_STAGE}
+    else:
+        autoencoder = _with_scale_alone(pipeline)
+        factor = float(autoencoder.config.scaling_factor)
+        first = original_config(autoencoder, facts.get(FIRST_STAGE_SECTION)).section
     return {
-        "scale_factor": 1.0 if measured else float(autoencoder.config.scaling_factor),
+        "scale_factor": 1.0 if measured else factor,
         "scale_by_std": measured,
-        "first_stage_config": original_config(autoencoder, facts.get(FIRST_STAGE_SECTION)).section,
+        "first_stage_config": first,
         "cond_stage_config": stage,
         **more,
+        **{each.name: each.section for each in conditioning_stages(pipeline, facts, base)},
     }
 
 

@@ -12,7 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from diffusers_ddpm_ext.compvis.architecture import complete_unet_params
-from diffusers_ddpm_ext.compvis.export_stages import bare_first_stage, read_facts, stage_params, stage_tensors
+from diffusers_ddpm_ext.compvis.export_stages import (
+    bare_first_stage,
+    has_stages,
+    read_facts,
+    stage_params,
+    stage_tensors,
+)
 from diffusers_ddpm_ext.compvis.first_stage.arguments import original_config
 from diffusers_ddpm_ext.compvis.first_stage.weights import export_first_stage
 from diffusers_ddpm_ext.compvis.reader.archive import PathLike, read_tensors
@@ -83,8 +89,8 @@ def save_compvis(
             `load_compvis` read. An autoencoder, or the folder of one, is written as the original's autoencoder.
         path: ``.ckpt``, ``.pt`` or ``.pth``: ``{"state_dict": ...}``, read by ``torch.load(weights_only=True)``. It is
             written atomically.
-        base: an original checkpoint, whose tensors that the pipeline does not have, such as a text encoder, are
-            copied.
+        base: an original checkpoint, whose tensors that the pipeline does not have, such as a text encoder, or the
+            part of one that conditioning does not use, are copied.
         use_ema: write ``model_ema.*`` too; if there is a single set of weights, a copy of them with 0 updates.
 
     Raises:
@@ -94,13 +100,13 @@ def save_compvis(
     target = Path(path)
     if target.suffix not in (".ckpt", ".pt", ".pth"):
         raise ValueError(f"path is {target.name}; the name of an original checkpoint must end in .ckpt, .pt or .pth.")
-    stage = bare_first_stage(pipeline_or_folder)
+    stage, other = bare_first_stage(pipeline_or_folder), read_base(base)
     if stage is None:
-        state = compvis_state_dict(_export_source(pipeline_or_folder), use_ema)
+        state = compvis_state_dict(_export_source(pipeline_or_folder), use_ema, other)
     else:
         state = _on_cpu(export_first_stage(*stage))
     if base is not None:
-        state = _with_base(state, base)
+        state = _with_base(state, other, Path(base).name)
     write_atomically(target, lambda file: torch.save({"state_dict": state}, file), make_parents=False, fsync=True)
 
 
@@ -147,7 +153,21 @@ def _params(source: ExportSource) -> dict[str, Any]:
     return {name: value for name, value in params.items() if name not in defaults}
 
 
-def compvis_state_dict(source: ExportSource, use_ema: bool = True) -> dict[str, Tensor]:
+def read_base(base: PathLike | None) -> dict[str, Tensor]:
+    """Tensors of another original checkpoint by its keys without wrappers; none for None.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    if base is None:
+        return {}
+    tensors = read_tensors(base)
+    return {name: tensors[key] for name, key in plain_keys(tensors).items()}
+
+
+def compvis_state_dict(
+    source: ExportSource, use_ema: bool = True, base: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """The tensors of a pipeline by the original's keys, on the CPU, contiguous, not sharing memory.
 
     Raises:
@@ -171,11 +191,23 @@ def compvis_state_dict(source: ExportSource, use_ema: bool = True) -> dict[str, 
         state[EMA_NUM_UPDATES_KEY] = torch.tensor(metadata.num_updates, dtype=torch.int)
         state |= {buffer: ema[key] for buffer, key in ema_buffer_names(params).items()}
     state |= {name: getattr(scheduler, name) for name in SAVED_TABLES}
-    state |= stage_tensors(pipeline, source.facts)
+    state |= stage_tensors(pipeline, source.facts, base or _own_base(source))
     logvar = source.facts.get(FIXED_LOGVAR) if pipeline.logvar is None else pipeline.logvar
     if logvar is not None:
         state["logvar"] = make_logvar(len(scheduler.schedule), torch.as_tensor(logvar))
     return _on_cpu(state)
+
+
+def _own_base(source: ExportSource) -> dict[str, Tensor]:
+    """Conditioning stages of the checkpoint that a pipeline was loaded from, float32; none for one from a folder."""
+    if source.weights is None:
+        return {}
+    stages = source.weights[0].conditioners
+    return {
+        prefix + name: tensor.float() if tensor.is_floating_point() else tensor
+        for prefix, tensors in stages.items()
+        for name, tensor in tensors.items()
+    }
 
 
 def _on_cpu(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -207,7 +239,9 @@ def _check_variance(scheduler: DDPMExtScheduler) -> None:
         )
 
 
-def compvis_config(pipeline_or_folder: DDPMExtPipeline | nn.Module | PathLike, use_ema: bool = True) -> dict[str, Any]:
+def compvis_config(
+    pipeline_or_folder: DDPMExtPipeline | nn.Module | PathLike, use_ema: bool = True, base: PathLike | None = None
+) -> dict[str, Any]:
     """The content of the YAML file that belongs to `save_compvis`' checkpoint: of LatentDiffusion, or its base class.
 
     Betas without a name there (see `has_named_betas`) are not in it, since a YAML file cannot give the class an array:
@@ -216,6 +250,7 @@ def compvis_config(pipeline_or_folder: DDPMExtPipeline | nn.Module | PathLike, u
     Args:
         pipeline_or_folder: as in `save_compvis`.
         use_ema: as in `save_compvis`.
+        base: as in `save_compvis`: the class of its text encoder is that of the pipeline's, where none is recorded.
 
     Raises:
         ValueError: as in `save_compvis`.
@@ -241,9 +276,10 @@ def compvis_config(pipeline_or_folder: DDPMExtPipeline | nn.Module | PathLike, u
         "channels": pipeline.unet.config.out_channels,
         "unet_config": {"target": UNET_TARGET, "params": _params(source)},
     }
-    if pipeline.vae is None:
+    other = read_base(base)
+    if not has_stages(pipeline, source.facts, other):
         return {"model": {"target": DDPM_TARGET, "params": params}}
-    return {"model": {"target": LATENT_TARGET, "params": params | stage_params(pipeline, source.facts)}}
+    return {"model": {"target": LATENT_TARGET, "params": params | stage_params(pipeline, source.facts, other)}}
 
 
 def has_named_betas(pipeline_or_folder: DDPMExtPipeline | PathLike) -> bool:
@@ -273,15 +309,13 @@ def _schedule_params(scheduler: DDPMExtScheduler) -> tuple[dict[str, Any], bool]
     }, match is not None
 
 
-def _with_base(state: dict[str, Tensor], base: PathLike) -> dict[str, Tensor]:
-    """Add another checkpoint's tensors that the pipeline does not have."""
+def _with_base(state: dict[str, Tensor], other: Mapping[str, Tensor], base: str) -> dict[str, Tensor]:
+    """Add the tensors of another checkpoint, ``base``, that the pipeline does not have."""
     ours = (*UNET_PREFIXES, EMA_PREFIX, "logvar", *SAVED_TABLES)
-    tensors = read_tensors(base)
-    other = {name: tensors[key] for name, key in plain_keys(tensors).items()}
     for name in state.keys() & other.keys():
         if state[name].shape != other[name].shape:
             raise ValueError(
-                f"base {Path(base).name} belongs to another model: its {name} has shape "
+                f"base {base} belongs to another model: its {name} has shape "
                 f"{tuple(other[name].shape)}, this pipeline's {tuple(state[name].shape)}."
             )
     return {**{name: tensor for name, tensor in other.items() if not name.startswith(ours)}, **state}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from diffusers_ddpm_ext.compvis.conditioner.kinds import ConditionerConfig, ConditionerKind
@@ -13,7 +14,7 @@ from diffusers_ddpm_ext.compvis.schema import ConfigRow, check_values, one_line
 
 def find_kind(section: Any) -> ConditionerKind | None:
     """The kind of an original conditioning stage; None for a class that is not in the registry."""
-    return KINDS.get(str(section.get("target")).rpartition(".")[2]) if isinstance(section, dict) else None
+    return KINDS.get(str(section.get("target")).rpartition(".")[2]) if isinstance(section, Mapping) else None
 
 
 def read_conditioner(section: Any, prefix: str) -> ConditionerConfig | None:
@@ -36,7 +37,7 @@ def read_conditioner(section: Any, prefix: str) -> ConditionerConfig | None:
     given = as_mapping(section.get("params"), path)
     types = {name: argument.allowed for name, argument in kind.arguments.items() if argument.allowed is not None}
     given = check_values(given, types, f"{path}.")
-    missing = [name for name in kind.required if given.get(name) is None]
+    missing = [name for name, argument in kind.arguments.items() if argument.required and given.get(name) is None]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}: give the configuration that belongs to the weights.")
     rows = []

@@ -27,7 +27,7 @@ from diffusers_ddpm_ext.compvis.key_map import TensorMapping
 from diffusers_ddpm_ext.compvis.schema import BOOLEAN, LAYERS, POSITIVE_INT, WIDTH, whole
 from diffusers_ddpm_ext.models.text_encoder_loading import transformers_class
 from diffusers_ddpm_ext.utils.network_budget import MAX_CLASSES
-from diffusers_ddpm_ext.utils.wrappers import network_class, plain_state_dict, unwrap
+from diffusers_ddpm_ext.utils.wrappers import plain_state_dict, unwrap
 
 HEADS, HEAD_WIDTH, FEED_FORWARD = 8, 64, 4  # of the original's class, whatever the width
 RENAMED = {"model.embed_tokens": "token_emb", "model.embed_positions": "pos_emb.emb", "model.layer_norm": "norm",
@@ -82,9 +82,6 @@ def _export(module: nn.Module, layout: Mapping[str, Any], base: Mapping[str, Ten
 
 
 def _check(module: nn.Module) -> None:
-    name = network_class(module).__name__
-    if name != "LDMBertModel":
-        raise ValueError(f"The text encoder is {name}, which cannot be exported as BERTEmbedder.")
     config: Any = unwrap(module).config
     only = {"encoder_attention_heads": HEADS, "head_dim": HEAD_WIDTH, "activation_function": "gelu",
             "encoder_ffn_dim": FEED_FORWARD * config.d_model}  # fmt: skip
@@ -96,29 +93,29 @@ def _check(module: nn.Module) -> None:
             )
 
 
-def _params_of(module: nn.Module) -> dict[str, Any]:
+def _params_of(module: nn.Module, recorded: Mapping[str, Any]) -> dict[str, Any]:
     config: Any = unwrap(module).config
-    return {"n_embed": config.d_model, "n_layer": config.encoder_layers, "vocab_size": config.vocab_size,
+    return {**recorded, "n_embed": config.d_model, "n_layer": config.encoder_layers, "vocab_size": config.vocab_size,
             "max_seq_len": config.max_position_embeddings}  # fmt: skip
 
 
 _SIZES = {
-    "n_embed": Argument("width of pipeline.text_encoder", WIDTH),
-    "n_layer": Argument("layers of pipeline.text_encoder", LAYERS),
+    "n_embed": Argument("width of pipeline.text_encoder", WIDTH, required=True),
+    "n_layer": Argument("layers of pipeline.text_encoder", LAYERS, required=True),
     "vocab_size": Argument("tokens of pipeline.text_encoder", whole(MAX_CLASSES), 30522),
     "max_seq_len": Argument("positions of pipeline.text_encoder", POSITIVE_INT, 77),
     "device": unused("pipe.to(device)"),
 }
 BERT = ConditionerKind(
     "BERTEmbedder",
-    "ldm.modules.encoders.modules.BERTEmbedder",
     "text_encoder",
+    "LDMBertModel",
+    "transformer.attn_layers.",
     {
         **_SIZES,
         "use_tokenizer": Argument("whether there is a pipeline.tokenizer", BOOLEAN, True),
         "embedding_dropout": unused("only used in training"),
     },
-    ("n_embed", "n_layer"),
     _plan,
     _export,
     _params_of,
@@ -126,10 +123,10 @@ BERT = ConditionerKind(
 )
 TRANSFORMER = ConditionerKind(
     "TransformerEmbedder",
-    "ldm.modules.encoders.modules.TransformerEmbedder",
     "text_encoder",
-    _SIZES | {"vocab_size": Argument("tokens of pipeline.text_encoder", whole(MAX_CLASSES))},
-    ("n_embed", "n_layer", "vocab_size"),
+    "LDMBertModel",
+    "transformer.attn_layers.",
+    _SIZES | {"vocab_size": Argument("tokens of pipeline.text_encoder", whole(MAX_CLASSES), required=True)},
     _plan,
     _export,
     _params_of,

@@ -25,10 +25,11 @@ from diffusers_ddpm_ext.compvis.conditioner.sizes import LEAVE_OUT, count_layers
 from diffusers_ddpm_ext.compvis.key_map import TensorMapping
 from diffusers_ddpm_ext.compvis.schema import BOOLEAN, NULL, POSITIVE_INT, TEXT, ValueType
 from diffusers_ddpm_ext.models.text_encoder_loading import transformers_class
-from diffusers_ddpm_ext.utils.wrappers import network_class, plain_state_dict, unwrap
+from diffusers_ddpm_ext.utils.wrappers import plain_state_dict, unwrap
 
 PREFIX, INNER = "transformer.", "text_model."
 POSITIONS = "embeddings.position_ids"
+POSITION_TYPES = ("int64", "int32", "float32", "float16", "bfloat16", "float64")
 # Width and layers of released encoders, against which a file is checked.
 RELEASED = {
     "openai/clip-vit-large-patch14": (768, 12),
@@ -101,27 +102,27 @@ def _known(version: Any) -> dict[str, Any]:
 
 
 def _plan(params: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ConditionerPlan:
-    by_name: dict[str, str] = {}
-    left_out: dict[str, str] = {}
-    layout: dict[str, Any] = {}
-    for key in tensors:
-        name = bare(key.removeprefix(PREFIX)) if key.startswith(PREFIX) else key
-        if name == POSITIONS:
-            left_out[key] = "positions, which count from 0"
-            layout["position_ids"] = str(tensors[key].dtype).removeprefix("torch.")
-        else:
-            by_name[name] = key
-    has_inner = any(key.startswith(PREFIX + INNER) for key in tensors)
-    layout["text_model"] = has_inner
+    by_name = {bare(key.removeprefix(PREFIX)): key for key in tensors if key.startswith(PREFIX)}
+    layout = _layout_of(tensors)
+    left_out = {by_name[POSITIONS]: "positions, which count from 0"} if POSITIONS in by_name else {}
+    start = PREFIX + (INNER if layout["text_model"] else "")
     config = text_config({name: tensors[key] for name, key in by_name.items()}, _known(params["version"]), "version")
     _check_released(params["version"], config)
     _check_length(params["max_length"], config["max_position_embeddings"])
-    start = PREFIX + (INNER if has_inner else "")
     mappings = tuple(
         TensorMapping(name, by_name.get(bare(name), start + bare(name)), "same", 1, shape)
         for name, shape in module_shapes(lambda: build_text_model(config)).items()
     )
     return ConditionerPlan(lambda: build_text_model(config), mappings, left_out, layout, fill_positions)
+
+
+def _layout_of(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Whether names have ``text_model.``, and the type of the positions, if the file has them."""
+    has_inner = any(key.startswith(PREFIX + INNER) for key in tensors) or not tensors
+    positions = tensors.get(PREFIX + (INNER if has_inner else "") + POSITIONS)
+    return {"text_model": has_inner} | (
+        {} if positions is None else {"position_ids": str(positions.dtype).removeprefix("torch.")}
+    )
 
 
 def _check_released(version: Any, config: Mapping[str, Any]) -> None:
@@ -142,19 +143,20 @@ def _check_length(length: int, positions: int) -> None:
 
 
 def _export(module: nn.Module, layout: Mapping[str, Any], base: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    name = network_class(module).__name__
-    if name != "CLIPTextModel":
-        raise ValueError(f"The text encoder is {name}, which cannot be exported as FrozenCLIPEmbedder.")
     start = PREFIX + (INNER if layout.get("text_model", True) else "")
     state = {start + bare(key): tensor.detach() for key, tensor in plain_state_dict(module).items()}
-    if layout.get("position_ids"):
+    if "position_ids" in layout:
         config: Any = unwrap(module).config
+        if layout["position_ids"] not in POSITION_TYPES:
+            raise ValueError(f"position_ids of the recorded layout is not one of {', '.join(POSITION_TYPES)}.")
         positions = torch.arange(config.max_position_embeddings)[None]
         state[start + POSITIONS] = positions.to(getattr(torch, layout["position_ids"]))
     return state
 
 
-def _params_of(module: nn.Module) -> dict[str, Any]:
+def _params_of(module: nn.Module, recorded: Mapping[str, Any]) -> dict[str, Any]:
+    if recorded:
+        return dict(recorded)
     config: Any = unwrap(module).config
     return {"version": config._name_or_path or next(iter(RELEASED)), "max_length": config.max_position_embeddings}
 
@@ -170,8 +172,9 @@ def _reason_to_leave_out(params: Mapping[str, Any]) -> str:
 
 CLIP = ConditionerKind(
     "FrozenCLIPEmbedder",
-    "ldm.modules.encoders.modules.FrozenCLIPEmbedder",
     "text_encoder",
+    "CLIPTextModel",
+    PREFIX,
     {
         "version": Argument("heads and activation of pipeline.text_encoder", TEXT, "openai/clip-vit-large-patch14"),
         "device": unused("pipe.to(device)"),
@@ -180,10 +183,10 @@ CLIP = ConditionerKind(
         "layer": Argument("the output of the last layer", one_of(*LAYERS), "last"),
         "layer_idx": Argument("of layer hidden", ValueType("a whole number", lambda v: type(v) is int) | NULL),
     },
-    (),
     _plan,
     _export,
     _params_of,
+    _layout_of,
     _reason_to_leave_out,
     lambda params: TokenizerRule(params["max_length"]),
 )

@@ -26,9 +26,10 @@ from diffusers_ddpm_ext.compvis.conditioner.sizes import count_layers, folder_co
 from diffusers_ddpm_ext.compvis.key_map import TensorMapping, Transform
 from diffusers_ddpm_ext.compvis.schema import BOOLEAN, TEXT, listed, number
 from diffusers_ddpm_ext.compvis.weights import QKV
-from diffusers_ddpm_ext.utils.wrappers import network_class, plain_state_dict
+from diffusers_ddpm_ext.utils.wrappers import plain_state_dict
 
 VISUAL, INNER = "model.visual.", "vision_model."
+MODULE_CLASS = "CLIPVisionModelWithProjection"
 BLOCKS = f"{VISUAL}transformer.resblocks."
 RENAMED: dict[str, tuple[str, Transform]] = {
     "vision_model.embeddings.class_embedding": ("class_embedding", "same"),
@@ -123,9 +124,6 @@ def _plan(params: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Condition
 
 
 def _export(module: nn.Module, layout: Mapping[str, Any], base: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    name = network_class(module).__name__
-    if name != "CLIPVisionModelWithProjection":
-        raise ValueError(f"image_encoder is {name}, which the original's image encoders are not.")
     state: dict[str, Tensor] = {}
     thirds: dict[str, dict[str, Tensor]] = {}
     for target, tensor in plain_state_dict(module).items():
@@ -156,7 +154,10 @@ _SHARED = {
     "antialias": unused("prepares pictures: pipeline.feature_extractor"),
     "ucg_rate": Argument("only used in training: --conditioning_dropout", number(0, 1), 0.0, "without effect"),
 }
-_OPENAI = {"model": Argument("activation of pipeline.image_encoder", TEXT), "jit": unused("weights only")} | _SHARED
+_OPENAI = {
+    "model": Argument("activation of pipeline.image_encoder", TEXT, required=True),
+    "jit": unused("weights only"),
+} | _SHARED
 _OPEN_CLIP = {
     "arch": Argument("heads of pipeline.image_encoder", TEXT, "ViT-H-14"),
     "version": Argument("activation of pipeline.image_encoder", TEXT, "laion2b_s32b_b79k"),
@@ -166,33 +167,33 @@ _OPEN_CLIP = {
 } | _SHARED
 
 
-def _openai(name: str, required: tuple[str, ...], **more: Argument) -> ConditionerKind:
-    path = f"ldm.modules.encoders.modules.{name}"
-    arguments = _OPENAI | more
+def _openai(name: str, **more: Argument) -> ConditionerKind:
+    def params_of(module: nn.Module, recorded: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(recorded) or {"model": "ViT-L/14"}
+
     return ConditionerKind(
-        name, path, "image_encoder", arguments, required, _plan, _export,
-        lambda module: {"model": "ViT-L/14"}, _reason_to_leave_out,
+        name, "image_encoder", MODULE_CLASS, VISUAL, _OPENAI | more, _plan, _export, params_of,
+        reason_to_leave_out=_reason_to_leave_out,
     )  # fmt: skip
 
 
 IMAGE_ENCODERS = (
-    _openai("FrozenClipImageEmbedder", ("model",)),
-    _openai("ClipImageEmbedder", ("model",)),
+    _openai("FrozenClipImageEmbedder"),
+    _openai("ClipImageEmbedder"),
     # Forks have a default model, or with ``version`` further layers.
     _openai(
         "FrozenCLIPImageEmbedder",
-        (),
         model=Argument("activation of pipeline.image_encoder", TEXT, "ViT-L/14"),
         version=unused("of an encoder with further layers"),
     ),
     ConditionerKind(
         "FrozenOpenCLIPImageEmbedder",
-        "ldm.modules.encoders.modules.FrozenOpenCLIPImageEmbedder",
         "image_encoder",
+        MODULE_CLASS,
+        VISUAL,
         _OPEN_CLIP,
-        (),
         _plan,
         _export,
-        lambda module: {"freeze": True},
+        lambda module, recorded: dict(recorded) or {"freeze": True},
     ),
 )

@@ -25,12 +25,14 @@ class Argument:
         allowed: its values; None if it has no effect, so that they are not checked.
         default: of the original's class.
         fate: for the report.
+        required: whether it has no default.
     """
 
     note: str
     allowed: ValueType | None = None
     default: Any = None
     fate: Fate = "translated"
+    required: bool = False
 
 
 def unused(note: str) -> Argument:
@@ -78,14 +80,15 @@ class ConditionerKind:
 
     Attributes:
         name: last part of its path.
-        path: the whole path, written where no other is recorded.
         component: of the pipeline that it becomes.
+        module_class: name of the component's class.
+        mark: beginning of a key that only its files have, among those of one ``module_class``.
         arguments: of the class, by name.
-        required: names of arguments without a default.
         plan: from arguments, with their defaults, and tensors; ValueError if they do not belong together.
-        export: the stage's tensors of a module, given the recorded layout and the tensors of another checkpoint's
-            stage; the inverse of the conversion. ValueError if the class cannot express the module.
-        params_of: arguments of the class that a module has, where none are recorded.
+        export: the stage's tensors of a module, given their layout and the tensors of another checkpoint's stage; the
+            inverse of the conversion. ValueError if the class cannot express the module.
+        params_of: arguments of the class for a module, given the recorded ones, if there are any.
+        layout_of: layout of a file's tensors, for modules without a recorded one.
         reason_to_leave_out: why a stage with these arguments is not converted; empty if it is.
         tokenizer_rule: how a stage with these arguments tokenizes; None if it does not.
         has_tensors: whether a stage with these arguments has any, so that a file without them has no such stage. None:
@@ -93,16 +96,22 @@ class ConditionerKind:
     """
 
     name: str
-    path: str
     component: Component
+    module_class: str
+    mark: str
     arguments: Mapping[str, Argument]
-    required: tuple[str, ...]
     plan: Callable[[Mapping[str, Any], Mapping[str, Tensor]], ConditionerPlan]
     export: Callable[[nn.Module, Mapping[str, Any], Mapping[str, Tensor]], dict[str, Tensor]]
-    params_of: Callable[[nn.Module], dict[str, Any]]
+    params_of: Callable[[nn.Module, Mapping[str, Any]], dict[str, Any]]
+    layout_of: Callable[[Mapping[str, Tensor]], dict[str, Any]] = lambda tensors: {}
     reason_to_leave_out: Callable[[Mapping[str, Any]], str] = lambda params: ""
     tokenizer_rule: Callable[[Mapping[str, Any]], TokenizerRule | None] = lambda params: None
     has_tensors: Callable[[Mapping[str, Any]], bool] | None = None
+
+    @property
+    def path(self) -> str:
+        """The whole path of the class, written where no other is recorded."""
+        return f"ldm.modules.encoders.modules.{self.name}"
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ from diffusers_ddpm_ext.compvis.conditioner.kinds import (
 from diffusers_ddpm_ext.compvis.conditioner.sizes import LEAVE_OUT, count_layers, size_of
 from diffusers_ddpm_ext.compvis.key_map import TensorMapping, Transform
 from diffusers_ddpm_ext.compvis.schema import BOOLEAN, TEXT, listed
-from diffusers_ddpm_ext.utils.wrappers import network_class, plain_state_dict, unwrap
+from diffusers_ddpm_ext.utils.wrappers import plain_state_dict
 
 BLOCKS = "model.transformer.resblocks."
 UNUSED = {
@@ -118,9 +118,6 @@ def _plan(params: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Condition
 
 
 def _export(module: nn.Module, layout: Mapping[str, Any], base: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    name, config = network_class(module).__name__, unwrap(module).config
-    if name != "CLIPTextModel":
-        raise ValueError(f"The text encoder is {name}, which cannot be exported as FrozenOpenCLIPEmbedder.")
     state: dict[str, Tensor] = {}
     thirds: dict[str, dict[str, Tensor]] = {}
     for target, tensor in plain_state_dict(module).items():
@@ -132,25 +129,25 @@ def _export(module: nn.Module, layout: Mapping[str, Any], base: Mapping[str, Ten
         parts[transform] = tensor.detach()
         if len(parts) == 3:
             state[source] = torch.cat([parts[third] for third in ("q", "k", "v")])
-    needed = layout.get("left_out", sorted(set(UNUSED) - {"model.attn_mask"}))
-    missing = [key for key in needed if key not in base]
+    needed = layout.get("left_out", sorted(set(base) - set(state)) or sorted(set(UNUSED) - {"model.attn_mask"}))
+    missing = [str(key) for key in needed if key not in base] if isinstance(needed, list) else ["left_out"]
     if missing:
         raise ValueError(
-            f"The original's text encoder has {len(missing)} tensors that its conditioning does not use, and that the "
-            f"pipeline does not have: {listed(missing, 4)}. Give the checkpoint that has them with base (--base)."
+            f"The original's text encoder has {len(missing)} tensors that its conditioning does not use and the "
+            f"pipeline does not have: {listed(missing, 4)}. Give the checkpoint that has them as base (--base)."
         )
-    del config
     return state | {key: base[key] for key in needed}
 
 
-def _params_of(module: nn.Module) -> dict[str, Any]:
-    return {"freeze": True, "layer": "penultimate"}
+def _params_of(module: nn.Module, recorded: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(recorded) or {"freeze": True, "layer": "penultimate"}
 
 
 OPEN_CLIP = ConditionerKind(
     "FrozenOpenCLIPEmbedder",
-    "ldm.modules.encoders.modules.FrozenOpenCLIPEmbedder",
     "text_encoder",
+    "CLIPTextModel",
+    BLOCKS,
     {
         "arch": Argument("sizes of pipeline.text_encoder", TEXT, "ViT-H-14"),
         "version": Argument("activation of pipeline.text_encoder", TEXT, "laion2b_s32b_b79k"),
@@ -159,7 +156,6 @@ OPEN_CLIP = ConditionerKind(
         "freeze": Argument("--train_text_encoder", BOOLEAN, True),
         "layer": Argument("number of layers of pipeline.text_encoder", one_of(*SKIPPED), "last"),
     },
-    (),
     _plan,
     _export,
     _params_of,

@@ -14,7 +14,7 @@ from diffusers_ddpm_ext.compvis.key_map import TensorMapping
 from diffusers_ddpm_ext.compvis.schema import BOOLEAN, NULL, WIDTH, ValueType, number
 from diffusers_ddpm_ext.models.spatial_rescaler import METHODS, SpatialRescaler
 from diffusers_ddpm_ext.utils.network_budget import MAX_LEVELS
-from diffusers_ddpm_ext.utils.wrappers import network_class, plain_state_dict, unwrap
+from diffusers_ddpm_ext.utils.wrappers import plain_state_dict, unwrap
 
 MAPPER = "channel_mapper."
 NOTE = "pipeline.concat_encoder"
@@ -38,12 +38,10 @@ def _plan(params: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Condition
 
 
 def _export(module: nn.Module, layout: Mapping[str, Any], base: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    if network_class(module) is not SpatialRescaler:
-        raise ValueError(f"concat_encoder is {network_class(module).__name__}, which the original's classes are not.")
     return {name: t.detach() for name, t in plain_state_dict(module).items() if name.startswith(MAPPER)}
 
 
-def _params_of(module: nn.Module) -> dict[str, Any]:
+def _params_of(module: nn.Module, recorded: Mapping[str, Any]) -> dict[str, Any]:
     config: Any = unwrap(module).config
     return {name: config[name] for name in ARGUMENTS}
 
@@ -58,10 +56,10 @@ ARGUMENTS = {
 }
 RESCALER = ConditionerKind(
     "SpatialRescaler",
-    "ldm.modules.encoders.modules.SpatialRescaler",
     "concat_encoder",
+    "SpatialRescaler",
+    MAPPER,
     ARGUMENTS,
-    (),
     _plan,
     _export,
     _params_of,

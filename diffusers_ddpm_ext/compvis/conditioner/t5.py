@@ -23,7 +23,7 @@ from diffusers_ddpm_ext.compvis.conditioner.sizes import LEAVE_OUT, count_layers
 from diffusers_ddpm_ext.compvis.key_map import TensorMapping
 from diffusers_ddpm_ext.compvis.schema import BOOLEAN, POSITIVE_INT, TEXT
 from diffusers_ddpm_ext.models.text_encoder_loading import transformers_class
-from diffusers_ddpm_ext.utils.wrappers import network_class, plain_state_dict, unwrap
+from diffusers_ddpm_ext.utils.wrappers import plain_state_dict, unwrap
 
 PREFIX, FIRST = "transformer.", "encoder.block.0.layer."
 TABLES = ("shared.weight", "encoder.embed_tokens.weight")
@@ -61,7 +61,8 @@ def _config(tensors: Mapping[str, Tensor], known: Mapping[str, Any]) -> dict[str
 
 def _plan(params: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ConditionerPlan:
     own = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items() if key.startswith(PREFIX)}
-    tables = [name for name in TABLES if name in own]
+    layout = _layout_of(tensors)
+    tables = layout["tables"]
     if len(tables) == 2 and not torch.equal(*(own[name] for name in tables)):
         raise ValueError(
             f"The checkpoint's {' and '.join(tables)} differ, which are one table of tokens in a T5 encoder: the file "
@@ -75,37 +76,41 @@ def _plan(params: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Condition
         for name, shape in module_shapes(lambda: _build(config)).items()
     )
     left_out = {PREFIX + name: "the table of tokens again" for name in tables[1:]}
-    layout = {"tables": tables}
     return ConditionerPlan(lambda: _build(config), mappings, left_out, layout, lambda module: module.tie_weights())
 
 
 def _export(module: nn.Module, layout: Mapping[str, Any], base: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    name = network_class(module).__name__
-    if name != "T5EncoderModel":
-        raise ValueError(f"The text encoder is {name}, which cannot be exported as FrozenT5Embedder.")
     state = {PREFIX + name: tensor.detach() for name, tensor in plain_state_dict(module).items() if name not in TABLES}
     table = plain_state_dict(module)[TABLES[0]].detach()
-    return state | {PREFIX + name: table for name in layout.get("tables", TABLES)}
+    return state | {PREFIX + name: table for name in TABLES if name in (layout.get("tables") or TABLES)}
 
 
-def _params_of(module: nn.Module) -> dict[str, Any]:
+def _layout_of(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Names of the table of tokens."""
+    return {"tables": [name for name in TABLES if PREFIX + name in tensors]}
+
+
+def _params_of(module: nn.Module, recorded: Mapping[str, Any]) -> dict[str, Any]:
+    if recorded:
+        return dict(recorded)
     config: Any = unwrap(module).config
     return {"version": config._name_or_path or "google/t5-v1_1-large"}
 
 
 T5 = ConditionerKind(
     "FrozenT5Embedder",
-    "ldm.modules.encoders.modules.FrozenT5Embedder",
     "text_encoder",
+    "T5EncoderModel",
+    "transformer.encoder.block.",
     {
         "version": Argument("pipeline.text_encoder", TEXT, "google/t5-v1_1-large"),
         "device": unused("pipe.to(device)"),
         "max_length": Argument("model_max_length of pipeline.tokenizer", POSITIVE_INT, 77),
         "freeze": Argument("--train_text_encoder", BOOLEAN, True),
     },
-    (),
     _plan,
     _export,
     _params_of,
+    _layout_of,
     tokenizer_rule=lambda params: TokenizerRule(params["max_length"]),
 )

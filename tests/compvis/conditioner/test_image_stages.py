@@ -156,7 +156,7 @@ def test_rescalers_go_both_ways(bias):
     assert back.keys() == state.keys()
     assert all(torch.equal(back[key], state[key]) for key in state)
     kind = config("SpatialRescaler").kind
-    assert kind.params_of(converted.module) == params | {"method": "bilinear", "multiplier": 0.5}
+    assert kind.params_of(converted.module, {}) == params | {"method": "bilinear", "multiplier": 0.5}
 
 
 def test_a_rescaler_without_a_convolution_has_no_tensors():
