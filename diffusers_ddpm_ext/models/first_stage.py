@@ -40,7 +40,8 @@ class FirstStage:
 
     It computes in float32 or more, outside autocast: an autoencoder in half precision is cast to float32, which is
     exact, and stays so. On a CPU it rounds as CompVis' autoencoders do (`PlainOperations`). Slicing and tiling are
-    those of the autoencoder (``enable_tiling()``).
+    those of the autoencoder (``enable_tiling()``); that of an ``AutoencoderTiny`` only works with 3 channels, 4 latent
+    channels and 8x8 pixels per latent, and is refused for others.
 
     Args:
         autoencoder: an ``AutoencoderKL``, ``VQModel``, ``AutoencoderTiny`` or ``AutoencoderDC``; wrappers such as
@@ -179,7 +180,8 @@ class FirstStage:
         """
         self._check_images("pixels", pixels, self.pixel_channels)
         self.latent_size(pixels.shape[2], pixels.shape[3])
-        self._to_float32()
+        self._check_tiling()
+        self.to_float32()
         pixels = pixels.to(self._dtype)
         with self._exact(pixels):
             output = self.autoencoder.encode(pixels)
@@ -234,7 +236,8 @@ class FirstStage:
             ValueError: the latents have another shape or type.
         """
         self._check_images("latents", latents, self.latent_channels)
-        self._to_float32()
+        self._check_tiling()
+        self.to_float32()
         with self._exact(latents):
             pixels: Tensor = self.autoencoder.decode(self.denormalize(latents.to(self._dtype))).sample
         return pixels
@@ -243,7 +246,8 @@ class FirstStage:
     def _dtype(self) -> torch.dtype:
         return torch.promote_types(torch.float32, self.autoencoder.dtype)
 
-    def _to_float32(self) -> None:
+    def to_float32(self) -> None:
+        """Cast an autoencoder in half precision to float32, in place."""
         if self.autoencoder.dtype != self._dtype:
             self.autoencoder.to(self._dtype)
 
@@ -253,6 +257,15 @@ class FirstStage:
         autocast = torch.autocast(tensor.device.type, enabled=False)
         with autocast, evaluation_mode(self.autoencoder), PlainOperations():
             yield
+
+    def _check_tiling(self) -> None:
+        is_tiled = self.kind == "tiny" and self.autoencoder.use_tiling
+        if is_tiled and (self.pixel_channels, self.latent_channels, self.factor) != (3, 4, 8):
+            raise ValueError(
+                "Tiling of an AutoencoderTiny is for 3 channels, 4 latent channels and 8x8 pixels per latent;"
+                f" this one has {self.pixel_channels}, {self.latent_channels} and {self.factor}x{self.factor}: call "
+                "disable_tiling(), and enable_slicing() to save memory."
+            )
 
     def _check_images(self, name: str, images: Any, channels: int) -> None:
         shape = tuple(getattr(images, "shape", ()))

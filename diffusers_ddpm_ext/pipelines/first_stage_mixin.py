@@ -97,6 +97,12 @@ class FirstStageMixin(PipelineAttributes, DiffusionPipeline):
         """Undo `enable_vae_tiling`."""
         self._required_first_stage("disable_vae_tiling").autoencoder.disable_tiling()
 
+    def enable_sequential_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
+        """Diffusers' method; a first stage in half precision is cast to float32 first, since it cannot be later."""
+        if (stage := self.first_stage) is not None:
+            stage.to_float32()
+        super().enable_sequential_cpu_offload(*args, **kwargs)
+
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """Diffusers' method; a dtype is that of the network, the first stage keeps its own and computes in float32."""
         dtype = kwargs.get("dtype") or next((value for value in args if isinstance(value, torch.dtype)), None)

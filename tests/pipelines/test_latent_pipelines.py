@@ -212,6 +212,15 @@ def test_offloaded_models_draw_the_same():
     assert [hook.model for hook in pipe._all_hooks] == [pipe.unet, pipe.vae]
 
 
+def test_sequential_offloading_keeps_a_first_stage_in_float32():
+    """The weights that its modules fetch; Accelerate's hooks themselves need an accelerator."""
+    pipe = pipeline(vae=tiny_autoencoder("kl").half())
+    pipe.enable_sequential_cpu_offload(device="cpu")
+    module = pipe.vae.encoder.conv_in
+    assert module.weight.device.type == "meta"
+    assert module._hf_hook.weights_map["weight"].dtype == torch.float32
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # of torch.compile's own imports
 def test_a_compiled_first_stage(tmp_path):
     vae = tiny_autoencoder("vq", scaling_factor=0.6)
