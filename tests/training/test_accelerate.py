@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
+from helpers.accelerate_state import fresh_accelerate, reset_accelerate  # noqa: F401
 from helpers.paths import ROOT
 from helpers.runs import tiny_run
 from safetensors.torch import load_file
@@ -28,15 +27,6 @@ EXPECTED = {
     "multi_gpu.yaml": (2, "no", False),
     "fsdp2.yaml": (2, "no", True),
 }
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> Iterator[None]:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 def environment(path: Path) -> dict[str, str]:
@@ -104,11 +94,9 @@ def test_8_bit_adam_resumes_bit_exactly(tmp_path):
     pytest.importorskip("bitsandbytes")
     options = {"use_8bit_adam": True, "checkpointing_steps": 2, "max_train_steps": 4, "block_out_channels": [32, 64]}
     for folder, minutes in (("straight", None), ("run", 1e-9)):
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+        reset_accelerate()
         trainer.train(tiny_run(tmp_path / folder, **options, max_train_minutes=minutes))
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    reset_accelerate()
     trainer.train(tiny_run(tmp_path / "run", **options, resume_from_checkpoint="latest"))
     for name in ("model", "ema", "optimizer"):
         paths = [tmp_path / folder / "checkpoint-4" / f"{name}.safetensors" for folder in ("straight", "run")]

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from diffusers import UNet2DConditionModel
+from helpers.accelerate_state import fresh_accelerate, reset_accelerate  # noqa: F401
 from helpers.runs import TINY, losses, rows, tiny_run
 from PIL import Image
 from safetensors.torch import load_file
@@ -33,13 +33,6 @@ COLUMNS = {
     "concat_inputs": ("concat_column", "hint"),
     "encoder_hidden_states": ("context_column", "words"),
 }
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +60,7 @@ def options(key: str, images: Path, **more: Any) -> dict[str, Any]:
 
 
 def train(folder: Path, **overrides: Any) -> Path | None:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    reset_accelerate()
     return trainer.train(tiny_run(folder, **overrides))
 
 

@@ -8,14 +8,13 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
+from helpers.accelerate_state import fresh_accelerate, reset_accelerate  # noqa: F401
 from helpers.paths import PYTHONPATH, TESTS
 from helpers.runs import losses, rows, tiny_run
 from PIL import Image
@@ -34,20 +33,8 @@ MODEL = "unet/diffusion_pytorch_model.safetensors"
 RAW = "unet/diffusion_pytorch_model.raw.safetensors"
 
 
-def fresh() -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> Iterator[None]:
-    fresh()
-    yield
-    fresh()
-
-
 def train(folder: Path, **options: Any) -> Path:
-    fresh()
+    reset_accelerate()
     trainer.train(tiny_run(folder, **options))
     return folder
 

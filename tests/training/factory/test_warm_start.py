@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
+from helpers.accelerate_state import fresh_accelerate, reset_accelerate  # noqa: F401
 from helpers.conversion_cases import random_weights
 from helpers.paths import TESTS
 from helpers.runs import TINY, tiny_run
@@ -29,13 +29,6 @@ PARAMS = {
     "attention_resolutions": [2], "channel_mult": [1, 2], "num_heads": -1, "num_head_channels": 16,
 }  # fmt: skip
 SIZES = ("block_out_channels", "layers_per_block", "attention_levels", "attention_head_dim", "norm_num_groups")
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 def config(folder: Path, params: dict[str, Any] | None = None, **options: Any) -> TrainConfig:
@@ -63,8 +56,7 @@ def original(tmp_path) -> Path:
 
 def built(settings: TrainConfig) -> Setup:
     """A run before its first step."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    reset_accelerate()
     return build_setup(settings)
 
 
@@ -204,8 +196,7 @@ def test_a_resumed_run_does_not_need_the_file(original, tmp_path):
     options = {"ckpt_path": str(path), "resume_from_checkpoint": "auto", "checkpointing_steps": 2}
     trainer.train(config(tmp_path / "run", max_train_minutes=1e-9, **options))
     path.unlink()
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    reset_accelerate()
     assert trainer.train(config(tmp_path / "run", **options)) is not None
     with pytest.raises(ConfigError, match="does not exist"):
         trainer.train(config(tmp_path / "other", **options))

@@ -6,13 +6,12 @@ import csv
 import itertools
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
+from helpers.accelerate_state import fresh_accelerate, reset_accelerate  # noqa: F401
 from helpers.runs import rows, tiny_run
 from safetensors.torch import load_file
 
@@ -25,20 +24,8 @@ from diffusers_ddpm_ext.training.loop import nonfinite, step
 OPTIONS = {"max_train_steps": 7, "checkpointing_steps": 3, "validation_steps": 0, "seed": 5, "logging_steps": 2}
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> Iterator[None]:
-    fresh()
-    yield
-    fresh()
-
-
-def fresh() -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
 def run_once(folder: Path, **options: Any) -> None:
-    fresh()
+    reset_accelerate()
     trainer.train(tiny_run(folder, **(OPTIONS | options)))
 
 

@@ -8,12 +8,12 @@ import json
 import os
 import resource
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from accelerate.state import AcceleratorState, GradientState
+from helpers.accelerate_state import fresh_accelerate, reset_accelerate  # noqa: F401
 from helpers.runs import rows, tiny_run
 
 from diffusers_ddpm_ext import DDPMExtPipeline
@@ -33,17 +33,9 @@ class Killed(BaseException):
     """Stands for `kill -9`: no code runs between here and the next start of the same command."""
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate() -> Iterator[None]:
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
 def run_once(folder: Path, **options: Any) -> Path | None:
     """One start of the same command."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    reset_accelerate()
     return trainer.train(tiny_run(folder, **(EVERY | {"resume_from_checkpoint": "auto"} | options)))
 
 

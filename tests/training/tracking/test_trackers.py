@@ -8,21 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from accelerate.state import AcceleratorState, GradientState
+from helpers.accelerate_state import fresh_accelerate  # noqa: F401
 from helpers.runs import rows, tiny_run
 
 from diffusers_ddpm_ext.training import trainer
 
 THEIR_WARNINGS = pytest.mark.filterwarnings("ignore")
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 def test_tensorboard(tmp_path):
