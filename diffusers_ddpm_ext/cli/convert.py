@@ -64,6 +64,18 @@ class ConvertOptions:
     schedule: ScheduleSource = option("config", "compvis: whose schedule to use if they differ.")
     ignore_keys: tuple[str, ...] = option((), "compvis: prefixes of tensors to leave out.", metavar="PREFIX")
     load_only_unet: bool = option(False, "compvis: the network only.")
+    tokenizer: str | None = option(
+        None,
+        "compvis: the tokenizer of the text encoder, which no checkpoint has; without one the pipeline takes token ids.",
+        metavar="FOLDER_OR_ID",
+    )
+    text_heads: int | None = option(
+        None,
+        "compvis: attention heads of a CLIP text encoder, which no checkpoint tells.",
+        low=1,
+        metavar="N",
+        unset="config.json beside the tokenizer, else width / 64",
+    )
     base: Path | None = option(
         None, "--to: copy first stage, conditioning stage and scale factor from this checkpoint.", metavar="FILE"
     )
@@ -86,6 +98,7 @@ class CompVisSource:
     checkpoint: Path
     config: Path
     load: LoadOptions
+    tokenizer: str | None
 
 
 @dataclass(frozen=True)
@@ -162,7 +175,11 @@ def _source(options: ConvertOptions, mode: str, is_openai: bool) -> CompVisSourc
     missing = [f"--{name}" for name in needed if getattr(options, name) is None]
     if missing:
         raise ConfigError(f"{mode} needs {' and '.join(missing)}; see ddpm-ext convert --help")
-    _refuse_set(options, ("config",) if is_openai else ("model_flags", "ema_checkpoint"), "this conversion")
+    _refuse_set(
+        options,
+        ("config", "tokenizer", "text_heads") if is_openai else ("model_flags", "ema_checkpoint"),
+        "this conversion",
+    )
     _refuse_set(options, ("base", "config_out"), "this conversion")
     if is_openai and (options.ignore_keys or options.load_only_unet or options.schedule != "config"):
         raise ConfigError("--ignore_keys, --load_only_unet and --schedule are for --from compvis: leave them out")
@@ -173,8 +190,10 @@ def _source(options: ConvertOptions, mode: str, is_openai: bool) -> CompVisSourc
     if options.model_flags is not None:
         return OpenAISource(options.checkpoint, options.model_flags, options.ema_checkpoint)
     assert options.config is not None
-    load = LoadOptions(options.weights, options.ignore_keys, options.load_only_unet, options.schedule)
-    return CompVisSource(options.checkpoint, options.config, load)
+    load = LoadOptions(
+        options.weights, options.ignore_keys, options.load_only_unet, options.schedule, options.text_heads
+    )
+    return CompVisSource(options.checkpoint, options.config, load, options.tokenizer)
 
 
 def _export(options: ConvertOptions) -> CheckpointExport:
@@ -183,7 +202,9 @@ def _export(options: ConvertOptions) -> CheckpointExport:
             "--to compvis needs the folder of a pipeline: ddpm-ext convert --to compvis FOLDER --out FILE"
         )
     _check_has_model("", options.folder)
-    _refuse_set(options, ("checkpoint", "config", "model_flags", "ema_checkpoint"), "--to compvis")
+    _refuse_set(
+        options, ("checkpoint", "config", "model_flags", "ema_checkpoint", "tokenizer", "text_heads"), "--to compvis"
+    )
     if options.samples:
         raise ConfigError("--samples has no effect with --to compvis: ddpm-ext sample draws from the folder")
     if options.config_out is not None and options.config_out.exists() and not options.overwrite:
@@ -259,8 +280,10 @@ def _convert(source: CompVisSource | OpenAISource) -> Converted | ConvertedFirst
     if isinstance(source, OpenAISource):
         return convert_openai(source.checkpoint, source.model_flags, source.ema_checkpoint)
     if is_first_stage_config(source.config):
+        if source.tokenizer is not None:
+            raise ConfigError(f"--tokenizer {source.tokenizer}: an autoencoder has no text encoder: leave it out")
         return convert_first_stage_file(source.checkpoint, source.config, source.load)
-    return convert_compvis(source.checkpoint, source.config, source.load)
+    return convert_compvis(source.checkpoint, source.config, source.load, source.tokenizer)
 
 
 def _write_folder(mode: FolderConversion, converted: Converted | ConvertedFirstStage) -> str:
@@ -293,7 +316,10 @@ def _draw_samples(pipeline: Any, path: Path, mode: FolderConversion) -> None:
 
     key = pipeline.config.get("conditioning_key")
     if key is not None and not (key == "adm" or pipeline.class_embedder is not None):
-        raise ConfigError(f"--samples {mode.samples}: the model needs conditions ({key}), which are not in its folder")
+        raise ConfigError(
+            f"--samples {mode.samples}: the model needs conditions ({key}), which are not in its folder: leave "
+            f"it out, and use ddpm-ext sample {mode.out}, with --prompt for a text"
+        )
     stage = pipeline.first_stage
     channels = pipeline.channels if stage is None else stage.pixel_channels
     lacks_stage = stage is None and pipeline.config.get("latent_scaling_factor") is not None
@@ -332,7 +358,9 @@ def _write_checkpoint(mode: CheckpointExport) -> str:
     from diffusers_ddpm_ext.utils.files import write_text_atomically
     from diffusers_ddpm_ext.utils.yaml_io import dump_options
 
-    config = None if mode.config_out is None else compvis_config(mode.folder, mode.use_ema)  # errors come first
+    config = (
+        None if mode.config_out is None else compvis_config(mode.folder, mode.use_ema, mode.base)
+    )  # errors come first
     save_compvis(mode.folder, mode.out, base=mode.base, use_ema=mode.use_ema)
     size = mode.out.stat().st_size / 2**20
     report = f"{mode.out} written, {size:.1f} MiB: the original classes load its state_dict with strict=True"

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from diffusers_ddpm_ext.compvis.compare import network_differences, tensor_difference
+from diffusers_ddpm_ext.compvis.compare import component_differences, network_differences, tensor_difference
 from diffusers_ddpm_ext.compvis.config.openai import read_flags
 from diffusers_ddpm_ext.compvis.load import choose_weights, read_compvis_checkpoint, report_compvis
 from diffusers_ddpm_ext.compvis.load_options import LoadOptions, WeightSet
@@ -18,10 +18,17 @@ from diffusers_ddpm_ext.compvis.report import Report
 from diffusers_ddpm_ext.compvis.state_dict import SAVED_TABLES
 from diffusers_ddpm_ext.compvis.weights import build_network, strip_prefixes
 from diffusers_ddpm_ext.models.ema import EmaMetadata, load_ema_metadata, save_ema_metadata
+from diffusers_ddpm_ext.models.tokenizers import tokenizer_facts
 from diffusers_ddpm_ext.pipelines.pipeline_ddpm_ext import DDPMExtPipeline
 from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
 
 RAW_VARIANT = "raw"
+COMPONENTS = {
+    "vae": "first stage",
+    "text_encoder": "text encoder",
+    "concat_encoder": "encoder of concatenated pictures",
+    "image_encoder": "image encoder",
+}
 
 
 @dataclass(frozen=True)
@@ -59,13 +66,10 @@ class Converted:
                 differences += network_differences('unet (variant="raw")', self.raw, raw)
             except OSError:
                 differences.append('unet has no variant="raw"')
-        if self.pipeline.vae is not None and other.vae is not None:
-            differences += network_differences("vae", self.pipeline.vae, other.vae)
-        elif self.pipeline.vae is not None or other.vae is not None:
-            what = (
-                "has a first stage, the checkpoint has not" if self.pipeline.vae is None else "lacks the first stage"
-            )
-            differences.append(f"the pipeline {what}")
+        for name, what in COMPONENTS.items():
+            ours, theirs = (getattr(pipeline, name, None) for pipeline in (self.pipeline, other))
+            differences += component_differences(name, what, ours, theirs)
+        differences += _tokenizer_differences(self.pipeline, other)
         for name in ("logvar", "class_embedder"):
             differences += tensor_difference(name, getattr(self.pipeline, name, None), getattr(other, name, None))
         for name in SAVED_TABLES:
@@ -82,15 +86,26 @@ class Converted:
         return differences
 
 
+def _tokenizer_differences(ours: DDPMExtPipeline, theirs: DDPMExtPipeline) -> list[str]:
+    """Compare the tokenizers, where the conversion was given one: what they do to prompts."""
+    mine, other = (getattr(pipeline, "text_encoder_stage", None) for pipeline in (ours, theirs))
+    if mine is None or other is None or mine.tokenizer is None:
+        return []
+    if other.tokenizer is None:
+        return ["the pipeline lacks the tokenizer"]
+    same = tokenizer_facts(mine.tokenizer, mine.max_length) == tokenizer_facts(other.tokenizer, other.max_length)
+    return [] if same else ["the pipeline has another tokenizer"]
+
+
 def convert_compvis(
-    path: PathLike, config: PathLike | Mapping[str, Any], options: LoadOptions | None = None
+    path: PathLike, config: PathLike | Mapping[str, Any], options: LoadOptions | None = None, tokenizer: Any = None
 ) -> Converted:
     """Convert a checkpoint of CompVis' classes; see `load_compvis` for arguments and errors.
 
     The pipeline has the EMA weights by default and the raw ones too if the file has both.
     """
     options = options or LoadOptions()
-    checkpoint = read_compvis_checkpoint(path, config, options)
+    checkpoint = read_compvis_checkpoint(path, config, options, tokenizer)
     default = choose_weights(checkpoint, options.weights)
     networks = {default: checkpoint.network(default)}
     if default == "ema" and checkpoint.weights("raw"):

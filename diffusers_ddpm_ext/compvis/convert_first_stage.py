@@ -81,7 +81,9 @@ def convert_first_stage_file(
     """
     options = options or LoadOptions()
     if options != LoadOptions(ignore_keys=options.ignore_keys):
-        raise ValueError("weights, load_only_unet and schedule_from are for diffusion models: leave them out.")
+        raise ValueError(
+            "weights, load_only_unet, schedule_from and text_heads are for diffusion models: leave them out."
+        )
     content = load_compvis_yaml(config) if not isinstance(config, Mapping) else config
     model = as_mapping(resolve_references(content)["model"], "model")
     stage = read_first_stage({"target": model["target"], "params": model.get("params")}, "model")

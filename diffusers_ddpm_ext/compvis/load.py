@@ -29,7 +29,11 @@ from diffusers_ddpm_ext.compvis.config.ddpm import (
 from diffusers_ddpm_ext.compvis.first_stage.architecture import KINDS, FirstStageConfig, read_first_stage
 from diffusers_ddpm_ext.compvis.first_stage.checkpoint_keys import FIRST_STAGE_PREFIX, KnownStages
 from diffusers_ddpm_ext.compvis.first_stage.weights import convert_first_stage, first_stage_keys
-from diffusers_ddpm_ext.compvis.load_conditioners import conditioner_configs, prepare_tokenizer
+from diffusers_ddpm_ext.compvis.load_conditioners import (
+    conditioner_configs,
+    prepare_tokenizer,
+    with_config_of_tokenizer,
+)
 from diffusers_ddpm_ext.compvis.load_notes import (
     check_classes,
     foreign_classes,
@@ -184,6 +188,7 @@ def load_compvis(
     load_only_unet: bool = False,
     schedule_from: ScheduleSource = "config",
     tokenizer: Any = None,
+    text_heads: int | None = None,
 ) -> DDPMExtPipeline:
     """Load an original checkpoint as a pipeline. Nothing that a file names is imported or executed.
 
@@ -196,7 +201,10 @@ def load_compvis(
         load_only_unet: load the network only, without logvar.
         schedule_from: ``config``, with a warning if the file holds a different schedule, or ``checkpoint``.
         tokenizer: of the text encoder, which no checkpoint has: of Transformers, a folder, or an id on the Hub. It is
-            set to pad and cut prompts as the original does.
+            set to pad and cut prompts as the original does. A ``config.json`` of the encoder in its folder, or in
+            ``text_encoder`` beside it, tells the number of attention heads.
+        text_heads: number of attention heads of a CLIP text encoder, which no checkpoint tells; by default that of the
+            ``config.json`` in the folder that ``version`` names, or beside the tokenizer, else width / 64.
 
     Returns:
         The pipeline; ``.unet`` is the Diffusers network, ``.vae`` the first stage if the file has it, with the scale
@@ -208,7 +216,7 @@ def load_compvis(
             configuration: missing and unexpected keys are listed.
     """
     prefixes = (ignore_keys,) if isinstance(ignore_keys, str) else tuple(ignore_keys)
-    options = LoadOptions(weights, prefixes, load_only_unet, schedule_from)
+    options = LoadOptions(weights, prefixes, load_only_unet, schedule_from, text_heads)
     checkpoint = read_compvis_checkpoint(path, config, options, tokenizer)
     for note in checkpoint.notes:
         warnings.warn(note, stacklevel=2)
@@ -241,6 +249,7 @@ def read_compvis_checkpoint(
     first_stage = _first_stage_config(translated, tensors, options)
     conditioners, more_notes = conditioner_configs(translated, tensors, options)
     tokenizer, tokenizer_notes = prepare_tokenizer(tokenizer, conditioners)
+    conditioners = with_config_of_tokenizer(conditioners, tokenizer)
     stages = KnownStages(
         class_embedder=(translated.cond_stage or "").rpartition(".")[2] == "ClassEmbedder",
         first_stage=None if first_stage is None else frozenset(first_stage_keys(first_stage)),

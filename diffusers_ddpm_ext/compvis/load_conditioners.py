@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import sys
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from diffusers_ddpm_ext.compvis.conditioner.architecture import find_kind, read_conditioner
+from diffusers_ddpm_ext.compvis.conditioner.clip import CLIP, TEXT_CONFIG, TEXT_HEADS
 from diffusers_ddpm_ext.compvis.conditioner.kinds import STAGE_PREFIXES, Component, ConditionerConfig
+from diffusers_ddpm_ext.compvis.conditioner.sizes import folder_config
 from diffusers_ddpm_ext.compvis.config.ddpm import CompVisConfig
 from diffusers_ddpm_ext.compvis.load_options import LoadOptions
 from diffusers_ddpm_ext.compvis.schema import one_line
 from diffusers_ddpm_ext.compvis.wrapper_names import plain_keys
 from diffusers_ddpm_ext.models.text_encoder import load_tokenizer
+from diffusers_ddpm_ext.models.tokenizers import check_tokenizer
 from diffusers_ddpm_ext.utils.vocabulary import REQUIRED_CONDITIONS
 
 # Component of a pipeline -> the conditions that it makes, of which the network must take one.
@@ -62,7 +69,45 @@ def conditioner_configs(
             notes.append(f"{conditioner.kind.name} is left out, its embeddings can be given: {one_line(reason, 200)}.")
         else:
             configs[name] = conditioner
-    return configs, notes
+    return _with_heads(configs, options.text_heads), notes
+
+
+def _with_heads(configs: dict[str, ConditionerConfig], heads: int | None) -> dict[str, ConditionerConfig]:
+    """The same, with the number of attention heads that the caller gives."""
+    if heads is None:
+        return configs
+    if not any(_is_clip_text(config) for config in configs.values()):
+        raise ValueError(
+            f"text_heads {heads} has no effect: the checkpoint has no text encoder of CLIP: leave it out."
+        )
+    return _with_params(configs, TEXT_HEADS, heads)
+
+
+def _with_params(configs: Mapping[str, ConditionerConfig], key: str, value: Any) -> dict[str, ConditionerConfig]:
+    return {
+        name: replace(config, params={**config.params, key: value}) if _is_clip_text(config) else config
+        for name, config in configs.items()
+    }
+
+
+def _is_clip_text(config: ConditionerConfig) -> bool:
+    return config.kind.module_class == CLIP.module_class
+
+
+def with_config_of_tokenizer(configs: dict[str, ConditionerConfig], tokenizer: Any) -> dict[str, ConditionerConfig]:
+    """The same, with the encoder's ``config.json`` in the tokenizer's folder, or in ``text_encoder`` beside it.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    source = getattr(tokenizer, "name_or_path", None)
+    if not source or not Path(source).is_dir():
+        return configs
+    for folder in (Path(source), Path(source).parent / "text_encoder"):
+        config = folder_config(folder, "text_config")
+        if "hidden_size" in config:
+            return _with_params(configs, TEXT_CONFIG, config)
+    return configs
 
 
 def prepare_tokenizer(tokenizer: Any, configs: Mapping[str, ConditionerConfig]) -> tuple[Any, list[str]]:
@@ -84,7 +129,9 @@ def prepare_tokenizer(tokenizer: Any, configs: Mapping[str, ConditionerConfig]) 
         if text is not None:
             why = f"{text.kind.name} takes token ids, input_ids, without a tokenizer"
         raise ValueError(f"tokenizer is {one_line(repr(tokenizer), 100)}, but {why}: leave it out.")
-    loaded: Any = load_tokenizer(tokenizer) if isinstance(tokenizer, str | os.PathLike) else tokenizer
+    is_path = isinstance(tokenizer, str | os.PathLike)
+    loaded: Any = load_tokenizer(tokenizer) if is_path else copy.deepcopy(tokenizer)
+    check_tokenizer(loaded, sys.maxsize)  # the pipeline checks its ids
     notes = []
     if rule.pad_token_id not in (None, loaded.pad_token_id):
         loaded.pad_token = loaded.convert_ids_to_tokens(rule.pad_token_id)

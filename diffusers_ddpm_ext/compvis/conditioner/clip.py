@@ -28,6 +28,7 @@ from diffusers_ddpm_ext.models.text_encoder_loading import transformers_class
 from diffusers_ddpm_ext.utils.wrappers import plain_state_dict, unwrap
 
 PREFIX, INNER = "transformer.", "text_model."
+TOKENS = "embeddings.token_embedding.weight"
 POSITIONS = "embeddings.position_ids"
 POSITION_TYPES = ("int64", "int32", "float32", "float16", "bfloat16", "float64")
 # Width and layers of released encoders, against which a file is checked.
@@ -37,6 +38,10 @@ RELEASED = {
     "openai/clip-vit-base-patch32": (512, 12),
     "openai/clip-vit-base-patch16": (512, 12),
 }
+RELEASED_WIDTHS = (256, 384, 512, 640, 768, 1024, 1280)  # of OpenAI's and open_clip's, with 64 channels per head
+HEADS_KEY = "text_heads (--text_heads)"
+# Keys beside the arguments: what the caller says, and a config.json beside the tokenizer.
+TEXT_HEADS, TEXT_CONFIG = "text_heads", "text_config"
 LAYERS = ("last", "pooled", "hidden")
 
 
@@ -45,13 +50,13 @@ def one_of(*names: str) -> ValueType:
     return ValueType(f"one of {', '.join(names)}", lambda value: isinstance(value, str) and value in names)
 
 
-def text_config(tensors: Mapping[str, Tensor], known: Mapping[str, Any], key: str) -> dict[str, Any]:
+def text_config(tensors: Mapping[str, Tensor], known: Mapping[str, Any]) -> dict[str, Any]:
     """Keyword arguments of `CLIPTextConfig`: sizes of the tensors, by the names of `CLIPTextModel`, and what is known.
 
     Raises:
         ValueError: a tensor is missing or has no such shape, or the number of heads is not known.
     """
-    vocabulary, width = (size_of(tensors, "embeddings.token_embedding.weight", axis) for axis in (0, 1))
+    vocabulary, width = (size_of(tensors, TOKENS, axis) for axis in (0, 1))
     is_small = vocabulary < 49408  # else the class' defaults
     ends = {"bos_token_id": max(0, vocabulary - 2), "eos_token_id": vocabulary - 1, "pad_token_id": 0}
     return {
@@ -60,7 +65,7 @@ def text_config(tensors: Mapping[str, Tensor], known: Mapping[str, Any], key: st
         "intermediate_size": size_of(tensors, "encoder.layers.0.mlp.fc1.weight", 0),
         "projection_dim": width,
         "num_hidden_layers": count_layers(tensors, "encoder.layers."),
-        "num_attention_heads": head_count(width, known.get("num_attention_heads"), key),
+        "num_attention_heads": head_count(width, known.get("num_attention_heads"), HEADS_KEY),
         "max_position_embeddings": size_of(tensors, "embeddings.position_embedding.weight", 0),
         "hidden_act": known.get("hidden_act", "quick_gelu"),
         "layer_norm_eps": known.get("layer_norm_eps", 1e-5),
@@ -96,9 +101,37 @@ def bare(name: str) -> str:
     return name.removeprefix(INNER)
 
 
-def _known(version: Any) -> dict[str, Any]:
-    activation = {"hidden_act": "gelu"} if str(version).startswith("laion/") else {}
-    return activation | folder_config(version, "text_config")
+def _known(params: Mapping[str, Any], width: int) -> dict[str, Any]:
+    """What the version and the caller tell of an encoder, beside the shapes of its tensors."""
+    activation = {"hidden_act": "gelu"} if str(params["version"]).startswith("laion/") else {}
+    return (
+        activation
+        | beside_tokenizer(params, width)
+        | folder_config(params["version"], "text_config")
+        | heads_of(params)
+    )
+
+
+def beside_tokenizer(params: Mapping[str, Any], width: int) -> dict[str, Any]:
+    """A ``config.json`` beside the tokenizer, if it is of an encoder of that width."""
+    config = params.get(TEXT_CONFIG, {})
+    return dict(config) if config.get("hidden_size") == width else {}
+
+
+def heads_of(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The number of heads that the caller gives."""
+    return {} if params.get(TEXT_HEADS) is None else {"num_attention_heads": params[TEXT_HEADS]}
+
+
+def heads_notes(config: Mapping[str, Any], known: Mapping[str, Any]) -> tuple[str, ...]:
+    """A note where the number of heads is assumed, and no released text encoder has that width."""
+    width, heads = config["hidden_size"], config["num_attention_heads"]
+    if "num_attention_heads" in known or width in RELEASED_WIDTHS:
+        return ()
+    return (
+        f"No file tells the number of attention heads of the text encoder, of width {width}: {heads} is assumed; give "
+        f"another with {HEADS_KEY}.",
+    )
 
 
 def _plan(params: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ConditionerPlan:
@@ -106,14 +139,17 @@ def _plan(params: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Condition
     layout = _layout_of(tensors)
     left_out = {by_name[POSITIONS]: "positions, which count from 0"} if POSITIONS in by_name else {}
     start = PREFIX + (INNER if layout["text_model"] else "")
-    config = text_config({name: tensors[key] for name, key in by_name.items()}, _known(params["version"]), "version")
+    own = {name: tensors[key] for name, key in by_name.items()}
+    known = _known(params, size_of(own, TOKENS, 1))
+    config = text_config(own, known)
     _check_released(params["version"], config)
     _check_length(params["max_length"], config["max_position_embeddings"])
     mappings = tuple(
         TensorMapping(name, by_name.get(bare(name), start + bare(name)), "same", 1, shape)
         for name, shape in module_shapes(lambda: build_text_model(config)).items()
     )
-    return ConditionerPlan(lambda: build_text_model(config), mappings, left_out, layout, fill_positions)
+    notes = heads_notes(config, known)
+    return ConditionerPlan(lambda: build_text_model(config), mappings, left_out, layout, fill_positions, notes)
 
 
 def _layout_of(tensors: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -90,7 +90,7 @@ def _vision_config(params: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> 
         "intermediate_size": size_of(tensors, f"{BLOCKS}0.mlp.c_fc.weight", 0),
         "projection_dim": size_of(tensors, f"{VISUAL}proj", 1),
         "num_hidden_layers": count_layers(tensors, BLOCKS),
-        "num_attention_heads": head_count(width, heads, "arch" if "arch" in params else "model"),
+        "num_attention_heads": head_count(width, heads, "an arch or model that is known"),
         "num_channels": int(patch.shape[1]),
         "patch_size": int(patch.shape[2]),
         "image_size": side * int(patch.shape[2]),

@@ -23,8 +23,11 @@ from torch import Tensor, nn
 
 from diffusers_ddpm_ext.compvis.conditioner.clip import (
     bare,
+    beside_tokenizer,
     build_text_model,
     fill_positions,
+    heads_notes,
+    heads_of,
     module_shapes,
     one_of,
     text_config,
@@ -108,13 +111,15 @@ def _plan(params: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Condition
         },
     }
     sizes |= {f"encoder.layers.{used - 1}.x": tensors["model.token_embedding.weight"]}
-    config = text_config(sizes, {"hidden_act": _activation(params)}, "arch")
+    known = beside_tokenizer(params, width) | {"hidden_act": _activation(params)} | heads_of(params)
+    config = text_config(sizes, known)
     mappings = tuple(
         TensorMapping(name, *_source(name), 1, shape)
         for name, shape in module_shapes(lambda: build_text_model(config)).items()
     )
     layout = {"left_out": sorted(left_out)}
-    return ConditionerPlan(lambda: build_text_model(config), mappings, left_out, layout, fill_positions)
+    notes = heads_notes(config, known)
+    return ConditionerPlan(lambda: build_text_model(config), mappings, left_out, layout, fill_positions, notes)
 
 
 def _export(module: nn.Module, layout: Mapping[str, Any], base: Mapping[str, Tensor]) -> dict[str, Tensor]:

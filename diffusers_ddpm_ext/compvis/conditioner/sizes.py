@@ -56,19 +56,24 @@ def count_layers(tensors: Mapping[str, Tensor], prefix: str) -> int:
 def head_count(width: int, known: Any, key: str) -> int:
     """Number of attention heads, which no shape tells: the known one, else heads of 64 channels.
 
+    Args:
+        width: of the encoder.
+        known: the number, if something tells it.
+        key: what tells it, or may do so.
+
     Raises:
         ValueError: the number does not divide the width, or is not known.
     """
     if known is None and width > HEAD_WIDTH and width % HEAD_WIDTH:
         raise ValueError(
-            f"The number of attention heads of an encoder of width {width} is not known: let {key} name a folder "
-            f"with its config.json, {LEAVE_OUT}"
+            f"The number of attention heads of an encoder of width {width} is not known: give it with {key}, "
+            f"{LEAVE_OUT}"
         )
     heads = max(1, width // HEAD_WIDTH) if known is None else known
     if type(heads) is not int or heads < 1 or width % heads:
         raise ValueError(
-            f"num_attention_heads {one_line(heads)} of {key} does not divide the width {width} of the encoder in "
-            "the checkpoint: give the configuration that belongs to it."
+            f"{one_line(heads)} attention heads ({key}) do not divide the width {width} of the encoder in the "
+            "checkpoint: give the number that belongs to it."
         )
     return heads
 
