@@ -83,11 +83,6 @@ def _list_of_texts(row: str, cell: str) -> Any:
     return value if isinstance(value, list) and all(isinstance(each, str) for each in value) else cell
 
 
-def caption_file(image: str) -> str:
-    """Name of the text file beside an image, whose name is a path with forward slashes."""
-    return str(PurePosixPath(image).with_suffix(".txt"))
-
-
 def read_caption_files(label: str, root: Path, images: Sequence[str]) -> dict[str, list[str]]:
     """Read the text files beside images: one caption in each line that is not empty.
 
@@ -99,10 +94,8 @@ def read_caption_files(label: str, root: Path, images: Sequence[str]) -> dict[st
     Raises:
         ConfigError: an image has no such file, or it is empty, too large or not UTF-8.
     """
-    check_caption_files(label, root, images)
     captions = {}
-    for image in images:
-        name = caption_file(image)
+    for image, name in find_caption_files(label, root, images).items():
         text = read_text(root / name, "the captions", MAX_FILE_BYTES)
         lines = [line for line in re.split(r"\r\n|\r|\n", text) if line.strip()]
         if not lines:
@@ -111,13 +104,25 @@ def read_caption_files(label: str, root: Path, images: Sequence[str]) -> dict[st
     return captions
 
 
-def check_caption_files(label: str, root: Path, images: Sequence[str]) -> None:
-    """Refuse images without a text file beside them; the first is named."""
-    missing = [image for image in images if not exists(root / caption_file(image))]
+def find_caption_files(label: str, root: Path, images: Sequence[str]) -> dict[str, str]:
+    """The text file beside each image, by its name inside the folder; arguments as in `read_caption_files`.
+
+    Raises:
+        ConfigError: images have none; the first is named.
+    """
+    files, missing = {}, []
+    for image in images:
+        names = [str(PurePosixPath(image).with_suffix(suffix)) for suffix in (".txt", ".TXT")]
+        found = next((name for name in names if exists(root / name)), None)
+        if found is None:
+            missing.append((image, names[0]))
+        else:
+            files[image] = found
     if missing:
-        first = printable(missing[0])
+        image, name = map(printable, missing[0])
         count = "" if len(missing) == 1 else f"; {len(missing):,} of {len(images):,} images have none"
-        raise ConfigError(f"{label}: {first} has no text file {printable(caption_file(missing[0]))} beside it{count}")
+        raise ConfigError(f"{label}: {image} has no text file {name} beside it{count}")
+    return files
 
 
 def _caption(row: str, text: str) -> str:

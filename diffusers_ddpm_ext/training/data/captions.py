@@ -61,12 +61,14 @@ class CaptionTable:
         tokens: ids without the padding: of each row's last run of equal ids, the first; int32.
         num_tokens: length T of a row with its padding.
         fingerprint: sha256 over texts and tokens, in hexadecimal.
+        warning: about captions without tokens of their own; None if all have some.
     """
 
     utf8: RaggedArray
     tokens: RaggedArray
     num_tokens: int
     fingerprint: str
+    warning: str | None = None
 
     def __len__(self) -> int:
         return len(self.utf8)
@@ -108,6 +110,11 @@ class CaptionColumn:
 
     def __len__(self) -> int:
         return len(self.numbers)
+
+    @property
+    def most_per_image(self) -> int:
+        """The largest number of captions of an image."""
+        return int(np.diff(self.numbers.ends, prepend=0).max(initial=0))
 
     def draw(self, rows: Tensor, indices: Tensor, seed: int, epochs: Sequence[int] | None) -> Tensor:
         """The number of a caption of each image: (b,), int64, on the CPU.
@@ -166,7 +173,7 @@ class CaptionReader:
         digest = hashlib.sha256()
         tokens: list[np.ndarray] = []
         lengths: list[np.ndarray] = []
-        num_tokens = 0
+        num_tokens, unknown = 0, array("q")
         blocks = range(0, len(texts), TEXTS_PER_BLOCK)
         for start in tqdm(blocks, "tokenize captions", disable=not progress, delay=1, leave=False):
             with as_config_error("--tokenizer"):
@@ -175,7 +182,9 @@ class CaptionReader:
                 raise ConfigError(
                     f"--tokenizer makes rows of {num_tokens} and of {ids.shape[1]} tokens: it must pad all alike"
                 )
-            num_tokens = ids.shape[1]
+            if not start:
+                empty, num_tokens = ids[EMPTY_PROMPT], ids.shape[1]
+            unknown.extend((start + np.flatnonzero((ids == empty).all(1))).tolist())
             digest.update(np.ascontiguousarray(ids, dtype="<i8").tobytes())
             own = _lengths_without_padding(ids)
             lengths.append(own)
@@ -184,7 +193,17 @@ class CaptionReader:
         utf8 = RaggedArray(np.frombuffer(b"".join(encoded), np.uint8), np.cumsum([len(each) for each in encoded]))
         digest.update(utf8.values.tobytes())
         ragged = RaggedArray(np.concatenate(tokens), np.cumsum(np.concatenate(lengths)))
-        return CaptionTable(utf8, ragged, num_tokens, digest.hexdigest())
+        warning = _unknown_warning([texts[number] for number in unknown[1:]])  # the first is the empty prompt itself
+        return CaptionTable(utf8, ragged, num_tokens, digest.hexdigest(), warning)
+
+
+def _unknown_warning(captions: Sequence[str]) -> str | None:
+    """Warn of captions whose tokens are those of the empty prompt."""
+    if not captions:
+        return None
+    first = printable(repr(captions[0]), 60)
+    others = "" if len(captions) == 1 else f" and {len(captions) - 1:,} more captions"
+    return f"--tokenizer knows nothing of {first}{others}: their tokens are those of the empty prompt"
 
 
 def _lengths_without_padding(ids: np.ndarray) -> np.ndarray:

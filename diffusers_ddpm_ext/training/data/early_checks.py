@@ -11,7 +11,7 @@ from diffusers_ddpm_ext.errors import ConfigError
 from diffusers_ddpm_ext.training.config.condition_checks import TEXT_FILES, select_columns
 from diffusers_ddpm_ext.training.config.model_file import MODEL_OPTION, read_model_file
 from diffusers_ddpm_ext.training.config.train_config import TrainConfig
-from diffusers_ddpm_ext.training.data.caption_text import check_caption_files
+from diffusers_ddpm_ext.training.data.caption_text import find_caption_files
 from diffusers_ddpm_ext.training.data.image_files import find_files, first_image, open_image
 from diffusers_ddpm_ext.training.data.metadata import METADATA_FILES, read_metadata_column, require_metadata
 
@@ -87,7 +87,7 @@ def _check_columns(config: TrainConfig, columns: Mapping[str, str]) -> None:
         found = find_files(Path(folder), METADATA_FILES)
         label = f"{option} {folder!r}"
         if in_files:
-            check_caption_files(f"--caption_column {TEXT_FILES} of {label}", Path(folder), found.images)
+            find_caption_files(f"--caption_column {TEXT_FILES} of {label}", Path(folder), found.images)
         if wanted:
             require_metadata(label, found.metadata)
         for column in wanted:

@@ -30,7 +30,13 @@ from diffusers_ddpm_ext.training.config.condition_checks import TEXT_FILES
 from diffusers_ddpm_ext.training.data.caption_text import csv_cells, read_caption_files
 from diffusers_ddpm_ext.training.data.class_labels import Column
 from diffusers_ddpm_ext.training.data.image_files import Payload, RemoteFile, find_files, locate
-from diffusers_ddpm_ext.training.data.metadata import METADATA_FILES, Cell, read_metadata_column, require_metadata
+from diffusers_ddpm_ext.training.data.metadata import (
+    FILE_NAME,
+    METADATA_FILES,
+    Cell,
+    read_metadata_column,
+    require_metadata,
+)
 
 FOLDER_COLUMN = "folder"
 
@@ -75,6 +81,10 @@ class FolderSource:
             return read_caption_files(f"--caption_column {TEXT_FILES} of {self.option}", self.folder, self.names)
         if column == FOLDER_COLUMN:
             return self._folders("caption", "--caption_column")
+        if column == FILE_NAME:
+            raise ConfigError(
+                f"--caption_column {FILE_NAME} has the names of the files: name the column with captions"
+            )
         cells = {name: cell.value for name, cell in self._cells(column).items()}
         is_csv = all(file.endswith(".csv") for file in self.metadata)
         return csv_cells(f"--caption_column {printable(column, 60)}", cells) if is_csv else cells

@@ -91,7 +91,7 @@ def test_text_files_beside_the_images_have_a_caption_in_each_line(tmp_path):
     images(tmp_path, ["", "", ""], ["a.png", "x/b.c.png", "x/d.JPG"], kind="none")
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfa cat\r\n\r\n  a pet \r\n")
     (tmp_path / "x/b.c.txt").write_bytes("caf\u00e9".encode())
-    (tmp_path / "x/d.txt").write_bytes(b"old\rlines\r")
+    (tmp_path / "x/d.TXT").write_bytes(b"old\rlines\r")
     data = load(tmp_path, "txt")
     assert first_captions(data) == ["a cat", "caf\u00e9", "old"]
     assert data.captions.texts(range(len(data.captions))) == ["", "a cat", "a pet", "caf\u00e9", "old", "lines"]
@@ -127,6 +127,22 @@ def test_each_text_is_tokenized_once_and_padding_is_restored():
     assert torch.equal(table.input_ids(range(len(table))), Letters().tokenize(tokenizer.tokenized))
     assert table.input_ids([3, 0]).dtype == torch.int64
     assert [first.numbers[0].tolist(), first.numbers[1].tolist(), second.numbers[0].tolist()] == [[1, 2], [1], [3]]
+
+
+def test_captions_that_the_tokenizer_does_not_know_are_counted():
+    class Digits(Letters):
+        def tokenize(self, prompts):
+            return super().tokenize(["".join(filter(str.isdigit, prompt)) for prompt in prompts])
+
+    def warning(*captions):
+        reader = CaptionReader(Digits())
+        reader.read("x", {str(i): caption for i, caption in enumerate(captions)}, [*map(str, range(len(captions)))])
+        return reader.table().warning
+
+    assert warning("cat 7", "8") is None
+    assert warning("cat 7", "dog", "a\nbird") == (
+        "--tokenizer knows nothing of 'dog' and 1 more captions: their tokens are those of the empty prompt"
+    )
 
 
 def test_a_caption_that_is_all_one_token_keeps_its_length():
@@ -296,6 +312,8 @@ def test_a_wrong_column_is_named_with_the_ones_there_are(tmp_path):
     images(tmp_path / "named", ["a cat"])
     with pytest.raises(ConfigError, match=r"column 'caption' is not in .*: it has file_name, text"):
         load(tmp_path / "named", "caption")
+    with pytest.raises(ConfigError, match="file_name has the names of the files"):
+        load(tmp_path / "named", "file_name")
     images(tmp_path / "bare", ["a cat"], kind="none")
     with pytest.raises(ConfigError, match=r"no metadata.csv or metadata.jsonl: .*--caption_column txt"):
         load(tmp_path / "bare")
