@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -19,22 +21,30 @@ def build_caption_encoder(options: TextOptions, device: torch.device) -> Caption
     """
     if options.text_encoder is None:
         return None
-    label = f"--text_encoder {printable(options.text_encoder, 200)}"
-    with as_config_error("--text_encoder"):
+    try:
         encoder = load_text_encoder(options.text_encoder, options.text_encoder_subfolder)
+    except ConfigError as error:
+        raise ConfigError(f"--text_encoder: {error}") from None
+    tokenizer = _load_tokenizer(options.text_encoder, options.tokenizer)
     with as_config_error("--tokenizer"):
-        if options.tokenizer is not None:
-            tokenizer = load_tokenizer(options.tokenizer)
-        else:
-            try:
-                tokenizer = load_tokenizer(options.text_encoder)
-            except ConfigError as error:
-                raise ConfigError(f"there is none with {label}: name its folder or Hub id ({error})") from None
         stage = TextEncoder(encoder.to(device), tokenizer)
         stage.tokenize([""])
     if options.train_text_encoder:
         enable_training(stage)
     return CaptionEncoder(stage, options.train_text_encoder)
+
+
+def _load_tokenizer(encoder: str, tokenizer: str | None) -> Any:
+    """The tokenizer that is named, or that of the encoder."""
+    try:
+        return load_tokenizer(encoder if tokenizer is None else tokenizer)
+    except ConfigError as error:
+        if tokenizer is not None:
+            raise ConfigError(f"--tokenizer: {error}") from None
+        raise ConfigError(
+            f"--text_encoder {printable(encoder, 200)} comes without a tokenizer: name one with --tokenizer, a folder"
+            f" or Hub id ({error})"
+        ) from None
 
 
 def enable_training(stage: TextEncoder) -> None:
