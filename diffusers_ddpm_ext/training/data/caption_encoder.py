@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -36,6 +35,7 @@ class CaptionEncoder:
 
     Attributes:
         stage: text encoder and tokenizer, on the run's device.
+        content_hash: sha256 of both at the start of the run, before the encoder is trained.
         is_trained: whether the encoder is trained with the network.
         keeps_embeddings: whether embeddings of a frozen encoder are kept in memory, once they are encoded.
         table: the captions of the run, set once they are read.
@@ -43,16 +43,12 @@ class CaptionEncoder:
     """
 
     stage: TextEncoder
+    content_hash: str
     is_trained: bool = False
     keeps_embeddings: bool = False
     table: CaptionTable | None = None
     store: EmbeddingStore | None = None
     _kept: dict[int, Tensor] = field(default_factory=dict, repr=False)
-
-    @cached_property
-    def content_hash(self) -> str:
-        """sha256 of encoder and tokenizer, as they are at the start of a run."""
-        return self.stage.content_hash()
 
     @property
     def module(self) -> nn.Module:

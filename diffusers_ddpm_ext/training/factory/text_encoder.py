@@ -31,7 +31,7 @@ def build_caption_encoder(options: TextOptions, device: torch.device) -> Caption
         stage.tokenize([""])
     if options.train_text_encoder:
         enable_training(stage)
-    return CaptionEncoder(stage, options.train_text_encoder)
+    return CaptionEncoder(stage, stage.content_hash(), options.train_text_encoder)
 
 
 def _load_tokenizer(encoder: str, tokenizer: str | None) -> Any:

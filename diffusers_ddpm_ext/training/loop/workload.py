@@ -120,7 +120,8 @@ class Diffusion:
 
     def describe_end(self, setup: Setup, folder: Path) -> str:
         """The command that samples, with the conditions that it requires."""
-        flags = [flag for name, flag in SAMPLE_FLAGS.items() if name in setup.parts.conditioning.required]
+        prompt = {} if setup.captions is None else {"encoder_hidden_states": "--prompt TEXT"}
+        flags = [flag for name, flag in (SAMPLE_FLAGS | prompt).items() if name in setup.parts.conditioning.required]
         return (
             f"The pipeline, its samples ({FINAL_SAMPLES}) and its metrics ({METRICS}) are in {folder}; "
             f"draw from it: {' '.join(['ddpm-ext sample', shlex.quote(str(folder)), *flags])}"
