@@ -261,7 +261,7 @@ REFUSED: list[tuple[Callable[[Path], dict[str, Any]], str]] = [
     (lambda folder: {"conditioning_dropout": None}, "--conditioning_dropout is None and was"),
     (
         lambda folder: {"train_data_dir": str(write_pictures(folder / "p", captions=1))},
-        "the images are not those of the run",
+        "the images or their conditions are not those of the run",
     ),
 ]
 

@@ -142,21 +142,24 @@ class DatasetSource:
 
     def read_captions(self, column: str) -> Mapping[str, Any]:
         """Return the captions in a column, texts or lists of texts, by name of the row."""
-        values = self.read_files(column)
+        self._check_column(column)
         if isinstance(getattr(self.table.features[column], "names", None), list):
             raise ConfigError(f"column {column!r} of {self.option} holds classes, not captions: use --class_column")
-        return values
+        return dict(zip(self.names, self.table.with_format(None)[column][:], strict=True))
 
     def read_files(self, column: str) -> dict[str, Any]:
         """Return the values of a column, images undecoded, by name of the row."""
-        if column not in self.table.column_names:
-            known = ", ".join(self.table.column_names)
-            raise ConfigError(f"column {column!r} is not in {self.option}: its columns are {known}")
+        self._check_column(column)
         table = self.table.select_columns([column])
         if type(table.features[column]).__name__ == "Image":
             table = table.cast_column(column, type(table.features[column])(decode=False))
         values = [locate(row[column]) if isinstance(row[column], Path) else row[column] for row in table]
         return dict(zip(self.names, values, strict=True))
+
+    def _check_column(self, column: str) -> None:
+        if column not in self.table.column_names:
+            known = ", ".join(self.table.column_names)
+            raise ConfigError(f"column {column!r} is not in {self.option}: its columns are {known}")
 
 
 @dataclass(frozen=True)

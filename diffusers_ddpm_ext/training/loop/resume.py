@@ -179,7 +179,7 @@ def read_checkpoint(setup: Setup, folder: Path, checkpoint: Checkpoint) -> Snaps
     if not may_change:
         changed = changed_options(own_identity(setup), progress.config)
         if progress.data_fingerprint != setup.data.fingerprint:
-            changed.append("the images are not those of the run")
+            changed.append("the images or their conditions are not those of the run")
         refuse_changes(changed, folder)
         epoch = progress.samples // setup.plan.images
         if progress.epoch != epoch:

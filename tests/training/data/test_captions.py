@@ -117,6 +117,29 @@ def test_columns_of_datasets_have_texts_or_lists_of_texts(tmp_path):
         load_data(options, "crossattn", tokenizer=Letters())
 
 
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        (["a", None], "row 1 has no caption: its value is empty"),
+        (["a", ""], "row 1 has no caption"),
+        ([1, 2], r"row 0 has the caption 1 \(a number\)"),
+        ([["a"], []], "row 1 has a list of 0 captions"),
+        ([["a"], None], "row 1 has no caption"),
+        ([["a"], ["b", None]], "row 1 has a list whose caption 2 is empty"),
+        ([b"a", b"b"], "row 0 .*of type bytes"),
+        ([{"en": "a"}, {"en": "b"}], "row 0 .*of type dict"),
+        ([[[0.5]], [[0.5]]], "row 0 has a list whose caption 1 is .*of type list"),
+    ],
+)
+def test_a_bad_cell_of_a_dataset_is_refused_by_its_row(column, message, tmp_path):
+    pictures = [Image.new("L", (8, 8), number) for number in range(2)]
+    table = datasets.Dataset.from_dict({"image": pictures, "text": column})
+    table.cast_column("image", datasets.Image()).with_format("numpy").save_to_disk(tmp_path / "saved")
+    options = DataOptions(dataset_name=str(tmp_path / "saved"), resolution=(8, 8), caption_column="text")
+    with pytest.raises(ConfigError, match=f"--caption_column text: {message}"):
+        load_data(options, "crossattn", tokenizer=Letters())
+
+
 def test_each_text_is_tokenized_once_and_padding_is_restored():
     tokenizer = Letters()
     reader = CaptionReader(tokenizer)
