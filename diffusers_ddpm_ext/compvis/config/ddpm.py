@@ -11,10 +11,12 @@ import difflib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from diffusers_ddpm_ext.compvis.architecture import UNET_DEFAULTS, UNET_PARAMS_WITHOUT_EFFECT
 from diffusers_ddpm_ext.compvis.config import targets
+from diffusers_ddpm_ext.compvis.config.condition_dropout import number_of_classes, read_condition_dropout
 from diffusers_ddpm_ext.compvis.config.references import resolve_references
 from diffusers_ddpm_ext.compvis.config.run_keys import RunKeyReader, as_mapping
 from diffusers_ddpm_ext.compvis.schema import (
@@ -24,7 +26,6 @@ from diffusers_ddpm_ext.compvis.schema import (
     REFERENCE,
     REFERENCE_ERROR,
     TRAINING_PARAMS,
-    UCG_TYPES,
     ConfigRow,
     Fate,
     check_values,
@@ -43,7 +44,6 @@ from diffusers_ddpm_ext.utils.yaml_io import load_compvis_yaml
 FIRST_STAGE = "model.params.first_stage_config"
 NO_KEY = ("none", "null", "~", "")  # a text in a file whose author meant nothing
 LOSS_PARAMS = ("loss_type", "l_simple_weight", "original_elbo_weight")
-DEFAULT_CLASSES, MAX_CLASSES = 1000, 1_000_000  # of ClassEmbedder, and of --num_class_embeds
 UNCONDITIONAL_STAGE, FIRST_STAGE_AS_CONDITION = "__is_unconditional__", "__is_first_stage__"
 
 
@@ -198,11 +198,10 @@ class _ConfigReader(RunKeyReader):
         )
         self._stage("first_stage_config")
         cond_stage = self._stage("cond_stage_config")
-        ucg = self.training_only(
-            lambda: self._condition_dropout(key, cond_stage), {}, "model.params", ("ucg_training",), self.params
-        )
+        read_ucg = partial(read_condition_dropout, self, key, cond_stage)
+        ucg = self.training_only(read_ucg, {}, "model.params", ("ucg_training",), self.params)
         if str(cond_stage).rpartition(".")[2] == "ClassEmbedder" and key in CLASS_TOKEN_KEYS and self.for_training:
-            self.training["num_class_embeds"] = self._number_of_classes()
+            self.training["num_class_embeds"] = number_of_classes(self)
         self._read_other_params(key)
         return {
             "unet_params": unet_params,
@@ -327,38 +326,6 @@ class _ConfigReader(RunKeyReader):
         if not self.latent or (stage is None and "cond_stage_config" in self.params):
             return key
         return None if dropped else key or ("concat" if concat else "crossattn")
-
-    def _condition_dropout(self, key: str | None, stage: str | None) -> dict[str, Any]:
-        """Random dropout of conditions: ours drops a network's input, the original's the input of a stage."""
-        ucg = dict(as_mapping(self.params.get("ucg_training"), "model.params.ucg_training"))
-        direct = not self.latent or str(stage).rpartition(".")[2] == "Identity"
-        dropout = {}
-        for name, entry in ucg.items():
-            full = f"model.params.ucg_training.{name}"
-            entry = check_values(as_mapping(entry, full), UCG_TYPES, f"{full}.")
-            if "p" not in entry:
-                raise ValueError(f"{full} lacks p, the probability.")
-            own = not self.latent or name == self.params.get("cond_stage_key", "image")
-            if direct and own and len(REQUIRED_CONDITIONS[key]) == 1 and not isinstance(entry.get("val"), str):
-                dropout[REQUIRED_CONDITIONS[key][0]] = {k: entry[k] for k in ("p", "val") if entry.get(k) is not None}
-                self.note(full, ucg[name], "translated", f"--conditioning_dropout of {REQUIRED_CONDITIONS[key][0]}")
-            else:
-                why = "it replaces the input of a stage; --conditioning_dropout replaces an input of the network"
-                self.note(full, ucg[name], "without effect", why if key else "there is no condition")
-        if not ucg and "ucg_training" in self.params:
-            self.note("model.params.ucg_training", self.params["ucg_training"], "translated", "no dropout")
-        if dropout:
-            self.training["conditioning_dropout"] = dropout
-        return ucg
-
-    def _number_of_classes(self) -> int:
-        """Rows of the class embedder's table."""
-        stage = as_mapping(self.params["cond_stage_config"], "model.params.cond_stage_config")
-        name = "model.params.cond_stage_config.params"
-        classes = as_mapping(stage.get("params"), name).get("n_classes", DEFAULT_CLASSES)
-        if type(classes) is not int or not 1 <= classes <= MAX_CLASSES:
-            raise ValueError(f"{name}.n_classes is {one_line(repr(classes))}; it must be from 1 to {MAX_CLASSES:,}.")
-        return classes
 
     def _has_first_stage(self) -> bool:
         """Whether the samples are latents of an autoencoder, not images."""

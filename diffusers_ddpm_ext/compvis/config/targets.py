@@ -24,10 +24,18 @@ OTHER_NETWORKS = {
     "EncoderUNetModelWT": "EncoderUNetModelWT is the structure encoder of StableSR.",
 }
 # Conditioning stages that are converted -> their counterparts here.
-CONDITIONERS = dict.fromkeys(
-    ("FrozenCLIPEmbedder", "FrozenOpenCLIPEmbedder", "BERTEmbedder", "TransformerEmbedder", "FrozenT5Embedder"),
-    "pipeline.text_encoder; --text_encoder",
-)
+TEXT_ENCODER = "pipeline.text_encoder; --text_encoder"
+CONDITIONERS = {
+    **dict.fromkeys(
+        ("FrozenCLIPEmbedder", "FrozenOpenCLIPEmbedder", "BERTEmbedder", "TransformerEmbedder", "FrozenT5Embedder"),
+        TEXT_ENCODER,
+    ),
+    "SpatialRescaler": "pipeline.concat_encoder; concat_images are its input",
+    **dict.fromkeys(
+        ("FrozenClipImageEmbedder", "ClipImageEmbedder", "FrozenCLIPImageEmbedder", "FrozenOpenCLIPImageEmbedder"),
+        "pipeline.image_encoder; image is its input",
+    ),
+}
 LR_LAMBDAS = ("LambdaWarmUpCosineScheduler", "LambdaWarmUpCosineScheduler2", "LambdaLinearScheduler")
 # Parameters that are options of the same names here.
 NEEDS_CKPT_PATH = ("ignore_keys", "load_only_unet", "make_it_fit", "reset_ema", "reset_num_ema_updates")

@@ -339,8 +339,14 @@ def test_every_key_of_an_unknown_learning_rate_schedule_is_refused():
         (LATENT, "adm", "torch.nn.Identity", {"class_label": {"p": 0.2, "val": 4}},
          {"class_labels": {"p": 0.2, "val": 4}}),
         (LATENT, "adm", "torch.nn.Identity", {"image": {"p": 0.2, "val": 4}}, None),
-        (LATENT, "crossattn", "ldm.FrozenCLIPEmbedder", {"class_label": {"p": 0.2, "val": ""}}, None),
+        (LATENT, "crossattn", "ldm.FrozenCLIPEmbedder", {"class_label": {"p": 0.2, "val": ""}},
+         {"captions": {"p": 0.2}}),
+        (LATENT, "crossattn", "ldm.FrozenCLIPEmbedder", {"image": {"p": 0.2, "val": ""}}, None),
         (LATENT, "crossattn", "ldm.ClassEmbedder", {"class_label": {"p": 0.2, "val": 4}}, None),
+        (LATENT, "crossattn", "ldm.ClassEmbedder", {"class": {"p": 0.2, "val": 4}},
+         {"class_labels": {"p": 0.2, "val": 4}}),
+        (LATENT, "hybrid", "ldm.BERTEmbedder", {"class_label": {"p": 0.2}}, {"captions": {"p": 0.2}}),
+        (LATENT, "concat", "ldm.SpatialRescaler", {"class_label": {"p": 0.2, "val": 0}}, None),
     ],
 )  # fmt: skip
 def test_condition_dropout_is_translated_or_reported(target, key, stage, entry, expected):
@@ -355,6 +361,60 @@ def test_condition_dropout_is_translated_or_reported(target, key, stage, entry, 
     (row,) = [row for row in read.rows if row.key.startswith("model.params.ucg_training")]
     assert row.fate == ("translated" if expected else "without effect")
     assert recipe(read).get("data", {}).get("conditioning_dropout") == expected
+
+
+def class_embedder(ucg: dict[str, Any] | None, **params: Any) -> dict[str, Any]:
+    config = changed("model.params.ucg_training", ucg or {})
+    config["model"]["target"] = LATENT
+    stage = {
+        "target": "ldm.modules.encoders.modules.ClassEmbedder",
+        "params": {"embed_dim": 8, "n_classes": 5} | params,
+    }
+    config["model"]["params"] |= {"conditioning_key": "crossattn", "cond_stage_config": stage}
+    return config
+
+
+@pytest.mark.parametrize(
+    ("ucg", "rate", "expected"),
+    [
+        (None, 0.1, {"p": 0.1, "val": 4}),
+        (None, 0, None),
+        ({"class": {"p": 0.5, "val": 4}}, 0.1, {"p": 0.55, "val": 4}),
+        ({"class": {"p": 0.5, "val": 3}}, 0.0, {"p": 0.5, "val": 3}),
+    ],
+)
+def test_the_dropout_of_classes_themselves(ucg, rate, expected):
+    """Stable Diffusion 2's ClassEmbedder replaces classes by the last one, of what ucg_training left."""
+    read = read_compvis_config(class_embedder(ucg, ucg_rate=rate))
+    dropout = read.training.get("conditioning_dropout", {})
+    assert dropout.get("class_labels") == (None if expected is None else pytest.approx(expected))
+    assert any(row.key.endswith("params.ucg_rate") and row.fate == "translated" for row in read.rows)
+
+
+@pytest.mark.parametrize(
+    ("ucg", "params", "message"),
+    [
+        ({"class": {"p": 0.5}}, {}, "from 0 to 4"),
+        ({"class": {"p": 0.5, "val": 5}}, {}, "from 0 to 4"),
+        ({"class": {"p": 0.5, "val": 1.5}}, {}, "from 0 to 4"),
+        ({"class": {"p": 0.5, "val": "none"}}, {}, "replaces no number"),
+        ({"class": {"p": 0.5, "val": 3}}, {"ucg_rate": 0.1}, "keep one"),
+        (None, {"ucg_rate": 2}, "ucg_rate takes a number from 0 to 1"),
+    ],
+)
+def test_dropout_that_no_run_can_do_is_refused_for_a_run_alone(ucg, params, message):
+    config = class_embedder(ucg, **params)
+    with pytest.raises(ValueError, match=message):
+        read_compvis_config(config)
+    assert read_compvis_config(config, for_training=False).conditioning_key == "crossattn"
+
+
+def test_the_dropout_of_an_images_embedding():
+    config = changed("model.params.embedding_dropout", 0.25)
+    config["model"]["target"] = LATENT.replace("LatentDiffusion", "ImageEmbeddingConditionedLatentDiffusion")
+    stage = {"target": "ldm.modules.encoders.modules.FrozenOpenCLIPEmbedder"}
+    config["model"]["params"] |= {"conditioning_key": "crossattn-adm", "cond_stage_config": stage}
+    assert read_compvis_config(config).training["conditioning_dropout"] == {"class_labels": {"p": 0.25}}
 
 
 def test_options_of_ckpt_path_have_no_effect_without_it():
