@@ -12,6 +12,7 @@ import types
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 REPLACED = ("pytorch_lightning", "torchvision", "clip", "kornia", "omegaconf")
@@ -23,7 +24,9 @@ class _Replacement(types.ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return nn.Module if name == "LightningModule" else type(name, (), {"__init__": lambda self, *a, **k: None})
+        if name == "LightningModule":
+            return type(name, (nn.Module,), {"device": torch.device("cpu")})
+        return type(name, (), {"__init__": lambda self, *a, **k: None})
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -49,6 +52,12 @@ def import_original(module: str, *checkouts: Path | None) -> Any:
     sys.path[:0] = [str(path) for path in checkouts if path is not None]
     with contextlib.redirect_stdout(io.StringIO()):
         return importlib.import_module(module)
+
+
+def forget_original() -> None:
+    """Let the next `import_original` import another checkout's package of the same name."""
+    for name in [name for name in sys.modules if name.split(".")[0] == "ldm"]:
+        del sys.modules[name]
 
 
 def build_quietly(cls: Any, **arguments: Any) -> Any:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from diffusers_ddpm_ext.compvis.architecture import translate_unet
 from diffusers_ddpm_ext.compvis.first_stage.architecture import FirstStageConfig, read_first_stage
@@ -18,12 +19,20 @@ from diffusers_ddpm_ext.compvis.weights import export_unet
 from helpers.paths import GOLDEN
 
 STEPS, SEED, WIDTH, CONTEXT, BATCH = 6, 3, 32, 16, 2
+VOCABULARY, POSITIONS, EMBEDDING = 64, 7, 24
+"""Tokens of a text encoder's table, its positions, and the width of an image's embedding."""
 FOLDER = GOLDEN / "latent_models"
 
 
 def facts() -> dict[str, Any]:
     """Name of a released model to its configuration at tiny width."""
     loaded: dict[str, Any] = json.loads((FOLDER / "models.json").read_text())
+    return loaded
+
+
+def stage_shapes() -> dict[str, Any]:
+    """Name of a released model to the shapes of its conditioning stages' tensors, by their keys in a checkpoint."""
+    loaded: dict[str, Any] = json.loads((FOLDER / "stages.json").read_text())
     return loaded
 
 
@@ -43,13 +52,36 @@ def tiny(content: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("monitor", "scheduler_config", "loss_type", "ckpt_path"):
         params.pop(name, None)
     unet |= {"model_channels": WIDTH, "num_res_blocks": 1, "image_size": size, "use_checkpoint": False}
+    unet |= {name: False for name in ("use_fp16", "use_bf16") if name in unet}
     if "context_dim" in unet:
         unet["context_dim"] = CONTEXT
+    if unet.get("num_head_channels", 0) > WIDTH:
+        unet["num_head_channels"] = WIDTH
+    if "adm_in_channels" in unet:
+        unet["adm_in_channels"] = 2 * EMBEDDING
     tiny_first_stage(params["first_stage_config"])
-    stage = params["cond_stage_config"]
-    if isinstance(stage, dict) and stage["target"].endswith(".ClassEmbedder"):
-        stage["params"] |= {"embed_dim": CONTEXT, "n_classes": 11}
+    for name in ("cond_stage_config", "embedder_config", "noise_aug_config", "low_scale_config"):
+        if isinstance(params.get(name), dict):
+            tiny_stage(params[name])
+    if "depth_stage_config" in params:  # the depth itself is given
+        params["depth_stage_config"] = {"target": "torch.nn.Identity"}
     return content
+
+
+TINY_ARGUMENTS: dict[str, dict[str, Any]] = {
+    "ClassEmbedder": {"embed_dim": CONTEXT, "n_classes": 11},
+    "BERTEmbedder": {"n_embed": CONTEXT, "n_layer": 2, "vocab_size": VOCABULARY, "max_seq_len": POSITIONS},
+    "FrozenOpenCLIPEmbedder": {"device": "cpu"},
+    "FrozenCLIPEmbedder": {"max_length": POSITIONS},
+    "CLIPEmbeddingNoiseAugmentation": {"timestep_dim": EMBEDDING, "clip_stats_path": None},
+}
+
+
+def tiny_stage(section: dict[str, Any]) -> None:
+    """A conditioning stage at tiny width; changed in place."""
+    arguments = TINY_ARGUMENTS.get(section["target"].rpartition(".")[2])
+    if arguments is not None:
+        section["params"] = dict(section.get("params") or {}) | arguments
 
 
 def tiny_first_stage(section: dict[str, Any], full_width: bool = False) -> dict[str, Any]:
@@ -57,6 +89,8 @@ def tiny_first_stage(section: dict[str, Any], full_width: bool = False) -> dict[
     section["params"]["lossconfig"] = {"target": "torch.nn.Identity"}
     for name in ("monitor", "ckpt_path"):
         section["params"].pop(name, None)
+    if section["params"]["ddconfig"].get("attn_type") == "vanilla-xformers":  # the same function, on a GPU
+        section["params"]["ddconfig"]["attn_type"] = "vanilla"
     if not full_width:
         section["params"]["ddconfig"] |= {"ch": WIDTH, "num_res_blocks": 1}
     return section
@@ -90,8 +124,13 @@ def digest(shapes: Mapping[str, tuple[int, ...]]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def seeded_state(content: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a whole model, named by our export, with seeded values; without tables of the schedule."""
+def seeded_state(content: Mapping[str, Any], stages: Mapping[str, Sequence[int]] | None = None) -> dict[str, Tensor]:
+    """The tensors of a whole model, named by our export, with seeded values; without tables of the schedule.
+
+    Args:
+        content: of its configuration.
+        stages: shapes of further tensors by their keys.
+    """
     params = content["model"]["params"]
     unet = params["unet_config"]["params"]
     weights = {f"model.diffusion_model.{key}": t for key, t in export_unet(translate_unet(unet).build(), unet).items()}
@@ -104,13 +143,14 @@ def seeded_state(content: Mapping[str, Any]) -> dict[str, Tensor]:
     elif isinstance(stage, dict) and "n_classes" in stage.get("params", {}):
         key = "cond_stage_model.embedding.weight"
         state[key] = seeded_tensor(key, (stage["params"]["n_classes"], stage["params"]["embed_dim"]))
+    state |= {key: seeded_tensor(key, tuple(shape)) for key, shape in (stages or {}).items()}
     if params.get("scale_by_std"):
         state["scale_factor"] = torch.tensor(0.75)
     return state
 
 
 def conditions(content: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Inputs of a model: a picture, a small picture, a mask, class labels or stored embeddings."""
+    """Inputs of a model: pictures, a mask, depth, a map of one of 182 segments a pixel, labels, embeddings, tokens."""
     generator = torch.Generator().manual_seed(SEED)
     ddconfig = content["model"]["params"]["first_stage_config"]["params"]["ddconfig"]
     size = content["model"]["params"]["image_size"]
@@ -121,4 +161,9 @@ def conditions(content: Mapping[str, Any]) -> dict[str, Tensor]:
         "mask": (torch.rand(BATCH, 1, size, size, generator=generator) > 0.5).float() * 2 - 1,
         "classes": torch.randint(11, (BATCH,), generator=generator),
         "embeddings": torch.randn(BATCH, 3, CONTEXT, generator=generator),
+        "tokens": torch.randint(VOCABULARY, (BATCH, POSITIONS), generator=torch.Generator().manual_seed(SEED)),
+        "depth": torch.rand(BATCH, 1, side, side, generator=generator),
+        "segments": functional.one_hot(torch.randint(182, (BATCH, side, side), generator=generator), 182)
+        .permute(0, 3, 1, 2)
+        .float(),
     }
