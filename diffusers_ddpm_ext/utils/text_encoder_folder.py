@@ -43,11 +43,7 @@ def check_text_encoder_folder(folder: Path, variant: str | None = None) -> JsonO
     config = read_json_object(folder / "config.json")
     inner = config.content.get("text_config")
     settings = inner if isinstance(inner, dict) and config.content.get("model_type") == "clip" else config.content
-    for key, largest in LIMITS.items():
-        value = settings.get(key)
-        if value is not None and (type(value) is not int or not 1 <= value <= largest):
-            shown = printable(repr(value), 60)
-            raise ConfigError(f"{config.name}: {key} is {shown}; it must be an integer from 1 to {largest:,}.")
+    check_settings(config.name, settings)
     files = [path for path in folder.iterdir() if is_weights(path.name)]
     for path in files:
         open_input(path).close()  # a named pipe would be waited for
@@ -62,11 +58,27 @@ def check_text_encoder_folder(folder: Path, variant: str | None = None) -> JsonO
             f"{config.name} describes a text encoder of over {least:,} parameters, but the files of its weights have "
             f"{size:,} bytes: one of them is damaged, or of another model."
         )
-    if 4 * least > physical_memory():
-        raise ConfigError(
-            f"{config.name}: the weights take at least {4 * least / 1e9:,.0f} GB, more than this machine has."
-        )
     return config
+
+
+def check_settings(name: str, settings: Mapping[str, Any]) -> None:
+    """Check the counts of a text encoder's configuration.
+
+    Args:
+        name: of the file or option, for messages.
+        settings: the configuration.
+
+    Raises:
+        ConfigError: a count is none, or the network does not fit into this machine's memory.
+    """
+    for key, largest in LIMITS.items():
+        value = settings.get(key)
+        if value is not None and (type(value) is not int or not 1 <= value <= largest):
+            shown = printable(repr(value), 60)
+            raise ConfigError(f"{name}: {key} is {shown}; it must be an integer from 1 to {largest:,}.")
+    least = least_parameters(settings)
+    if 4 * least > physical_memory():
+        raise ConfigError(f"{name}: the weights take at least {4 * least / 1e9:,.0f} GB, more than this machine has.")
 
 
 def least_parameters(settings: Mapping[str, Any]) -> int:

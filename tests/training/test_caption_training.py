@@ -21,10 +21,13 @@ from diffusers_ddpm_ext.errors import ConfigError
 from diffusers_ddpm_ext.models.text_encoder import TextEncoder
 from diffusers_ddpm_ext.training import trainer
 from diffusers_ddpm_ext.training.config.checks import MODEL_SIZES
+from diffusers_ddpm_ext.training.config.train_config import parse_train_args
 from diffusers_ddpm_ext.training.data import caption_encoder
 from diffusers_ddpm_ext.training.loop import captions as loop_captions
 from diffusers_ddpm_ext.training.loop.setup import build_setup
 from diffusers_ddpm_ext.training.trainer import open_batches
+
+TOKENIZER = "the tokenizer of the inputs"
 
 
 class Killed(BaseException):
@@ -346,6 +349,18 @@ def network(width: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def new_encoder(**changes: Any) -> dict[str, Any]:
+    """Options of a run that trains a text encoder from random weights; other names are settings of the encoder."""
+    options: dict[str, Any] = {"train_text_encoder": True, "tokenizer": TOKENIZER, "cache_text_embeddings": False}
+    settings = {
+        "_class_name": "LDMBertModel", "vocab_size": len(tiny_tokenizer()), "max_position_embeddings": 8,
+        "d_model": 16, "encoder_layers": 1, "encoder_ffn_dim": 32, "encoder_attention_heads": 2, "head_dim": 8, "dropout": 0.0,
+    }  # fmt: skip
+    settings |= {name: value for name, value in changes.items() if name not in options}
+    changes = {name: value for name, value in changes.items() if name in options}
+    return options | {"text_encoder_config": settings} | changes
+
+
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"caption_column": None}, "--text_encoder .* needs --caption_column"),
     ({"text_encoder": None}, "--caption_column text needs --text_encoder"),
@@ -358,18 +373,55 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"model_config": network(24)}, "cross_attention_dim is 24, and the tokens of --text_encoder have width 16"),
     ({"model_config": network([16, 32])}, r"cross_attention_dim is \[16, 32\], and the tokens"),
     ({"context_column": "x"}, "--context_column x .*--caption_column"),
-    ({"text_encoder": None, "caption_column": None, "train_text_encoder": True}, "no effect without --text_encoder"),
-    ({"text_encoder": None, "caption_column": None, "preview_prompts": ["x"]}, "no effect without --text_encoder"),
+    (
+        {"text_encoder_config": {"_class_name": "CLIPTextModel"}},
+        "--text_encoder and --text_encoder_config .*contradict",
+    ),
+    (
+        {"text_encoder": None} | new_encoder(train_text_encoder=False),
+        "--text_encoder_config needs --train_text_encoder",
+    ),
+    ({"text_encoder": None} | new_encoder(tokenizer=None), "--text_encoder_config needs --tokenizer: it has none"),
+    ({"text_encoder": None} | new_encoder(_class_name="GPT2Model"), "_class_name is 'GPT2Model'; it must be one of"),
+    ({"text_encoder": None} | new_encoder(n_embed=8), "--text_encoder_config: LDMBertModel has no n_embed"),
+    ({"text_encoder": None} | new_encoder(d_model=0), "--text_encoder_config: d_model is 0; it must be an integer"),
+    (
+        {"text_encoder": None} | new_encoder(d_model=60_000, vocab_size=9_000_000),
+        "--text_encoder_config: the weights take",
+    ),
+    ({"text_encoder": None} | new_encoder(vocab_size=100), "--tokenizer: .* the text encoder has the tokens 0..99"),
 ]
 
 
 @pytest.mark.parametrize(("change", "message"), WRONG)
 def test_wrong_options_are_one_line(change, message, inputs, tmp_path):
     sizes = dict.fromkeys(MODEL_SIZES) if "model_config" in change else {}
+    if change.get("tokenizer") == TOKENIZER:
+        change = change | {"tokenizer": inputs["text_encoder"]}
     with pytest.raises(ConfigError, match=message) as error:
         setup_of(tmp_path / "run", inputs, **sizes, **change)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("flag", ["--train_text_encoder", "--preview_prompts x", "--tokenizer gpt2"])
+def test_options_of_captions_need_captions(flag):
+    with pytest.raises(ConfigError, match=f"{flag.split()[0]} .* has no effect without --text_encoder"):
+        parse_train_args(flag.split())
+
+
+def test_a_new_encoder_depends_on_the_seed_alone(inputs, tmp_path):
+    options = inputs | {"text_encoder": None} | new_encoder(tokenizer=inputs["text_encoder"])
+    first, again, other = (setup_of(tmp_path / "run", options, seed=seed).captions for seed in (1, 1, 2))
+    assert first.content_hash == again.content_hash != other.content_hash
+    run = train(tmp_path / "whole", options)
+    assert DDPMExtPipeline.from_pretrained(run).text_encoder.config.d_model == 16
+    changed = options | {"text_encoder_config": options["text_encoder_config"] | {"encoder_ffn_dim": 64}}
+    copy = copy_of(run, tmp_path / "copy")
+    with pytest.raises(ConfigError, match="is another text encoder"):
+        train(copy, changed, resume_from_checkpoint="latest")
+    train(tmp_path / "copy", options, resume_from_checkpoint="latest")
+    assert contents(tmp_path / "copy") == contents(run)
 
 
 def test_an_encoder_without_a_tokenizer_says_how_to_name_one(inputs, tmp_path):

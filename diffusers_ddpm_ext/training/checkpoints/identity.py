@@ -148,7 +148,8 @@ def check_resume(config: TrainConfig) -> None:
     except (ValueError, OSError):
         return
     loop, processes = config.loop, _processes()
-    stages = {FIRST_STAGE: config.latents.vae, TEXT_ENCODER: config.text.text_encoder}
+    # The option that a run has a text encoder for stands for either option that names it.
+    stages = {FIRST_STAGE: config.latents.vae, TEXT_ENCODER: config.data.caption_column}
     effective_batch = loop.train_batch_size * loop.gradient_accumulation_steps * processes
     own = run_identity(config, effective_batch, loop.max_train_steps, *stages.values())
     ignored = {STEPS} if loop.max_train_steps is None else set()

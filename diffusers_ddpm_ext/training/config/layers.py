@@ -23,6 +23,7 @@ ALTERNATIVES: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("num_epochs",), ("max_train_steps",)),
     (("train_data_dir",), ("dataset_name",)),
     (("validation_fraction",), ("validation_split",), ("validation_data_dir",)),
+    (("text_encoder",), ("text_encoder_config",)),
     (("model_config_name_or_path",), ("model_config",), MODEL_SIZES),
     (("save_images_epochs",), ("save_images_steps",)),
     (("resume_from_checkpoint",), ("resume_from_hub",)),

@@ -30,6 +30,12 @@ class TextOptions:
     text_encoder_subfolder: str | None = option(
         None, "Subfolder of --text_encoder with the encoder.", unset="`text_encoder` or `bert`"
     )
+    text_encoder_config: dict[str, Any] | None = option(
+        None,
+        "Configuration of a text encoder that is trained from random weights, as a JSON object; its _class_name is"
+        " CLIPTextModel, T5EncoderModel, LDMBertModel or another of --text_encoder.",
+        unset="--text_encoder",
+    )
     tokenizer: str | None = option(
         None,
         "Tokenizer of the text encoder: its folder, or that of a pipeline with one, or a Hub id.",
@@ -64,22 +70,12 @@ def check_text_options(flat: Mapping[str, Any], typed: Set[str]) -> None:
     Raises:
         ConfigError: the first contradiction, with the option, its value and the way out.
     """
-    encoder, key = flat["text_encoder"], flat["conditioning_key"]
-    if encoder is None:
-        for item in fields(TextOptions):
-            if flat[item.name] != item.default and (item.name in typed or item.name != "cache_text_embeddings"):
-                value = printable(str(flat[item.name]), 200)
-                raise ConfigError(
-                    f"--{item.name} {value} has no effect without --text_encoder: add that, or leave --{item.name} out"
-                )
-        if flat["caption_column"] is not None:
-            raise ConfigError(
-                f"--caption_column {printable(flat['caption_column'], 60)} needs --text_encoder: the folder or Hub id"
-                " of the network that turns captions into tokens"
-            )
+    encoder, key, captions = flat["text_encoder"], flat["conditioning_key"], flat["caption_column"]
+    label = "--text_encoder_config" if encoder is None else f"--text_encoder {printable(encoder, 200)}"
+    if encoder is None and (flat["text_encoder_config"] is None or captions is None):
+        _check_unused(flat, typed)
         return
-    label = f"--text_encoder {printable(encoder, 200)}"
-    if flat["caption_column"] is None:
+    if captions is None:
         raise ConfigError(f"{label} needs --caption_column: the column with the captions of the images")
     if "encoder_hidden_states" not in REQUIRED_CONDITIONS[key]:
         raise ConfigError(
@@ -91,9 +87,31 @@ def check_text_options(flat: Mapping[str, Any], typed: Set[str]) -> None:
             "--cache_text_embeddings has no effect with --train_text_encoder, whose embeddings change in each step:"
             " leave one of them out"
         )
-    check_model_folder("text_encoder", encoder, flat["text_encoder_subfolder"])
     if flat["tokenizer"] is not None:
         check_model_folder("tokenizer", flat["tokenizer"])
+    if encoder is None:
+        for name, why in (("train_text_encoder", "its weights are random"), ("tokenizer", "it has none")):
+            if not flat[name]:
+                raise ConfigError(f"--text_encoder_config needs --{name}: {why}")
+        return
+    check_model_folder("text_encoder", encoder, flat["text_encoder_subfolder"])
+
+
+def _check_unused(flat: Mapping[str, Any], typed: Set[str]) -> None:
+    """Refuse options that have no effect in a run without a text encoder."""
+    captions = flat["caption_column"]
+    if captions is not None:
+        raise ConfigError(
+            f"--caption_column {printable(captions, 60)} needs --text_encoder: the folder or Hub id of the network"
+            " that turns captions into tokens"
+        )
+    for item in fields(TextOptions):
+        if item.name in typed and flat[item.name] not in (False, None):
+            missing = "--caption_column" if item.name == "text_encoder_config" else "--text_encoder"
+            value = printable(str(flat[item.name]), 200)
+            raise ConfigError(
+                f"--{item.name} {value} has no effect without {missing}: add that, or leave --{item.name} out"
+            )
 
 
 def check_model_folder(name: str, path: str, subfolder: str | None = None) -> None:
@@ -128,11 +146,11 @@ def text_defaults(flat: Mapping[str, Any], explicit: Mapping[str, Any]) -> dict[
         explicit: the options that are set.
     """
     derived: dict[str, Any] = {}
-    encoder, start = flat["text_encoder"], explicit.get("ckpt_path")
-    if encoder is None and flat["caption_column"] is not None and start is not None and has_text_encoder(Path(start)):
-        derived["text_encoder"] = encoder = start
-    if encoder is None:
-        return {}
+    if flat["caption_column"] is None:
+        return derived
+    start = explicit.get("ckpt_path")
+    if flat["text_encoder"] is None and start is not None and has_text_encoder(Path(start)):
+        derived |= {"text_encoder": start, "text_encoder_config": None}
     if flat["train_text_encoder"] and "cache_text_embeddings" not in explicit:
         derived["cache_text_embeddings"] = False
     return derived

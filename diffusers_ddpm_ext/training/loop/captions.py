@@ -25,7 +25,7 @@ def describe_text_encoder(setup: Setup) -> list[tuple[str, str]]:
         return []
     weights = list(encoder.module.parameters())
     count, size = sum(w.numel() for w in weights), sum(w.numel() * w.element_size() for w in weights)
-    source = printable(str(options.text_encoder), 200)
+    source = f" of {printable(str(options.text_encoder), 200)}" if options.text_encoder else ""
     source += f"/{options.text_encoder_subfolder}" if options.text_encoder_subfolder else ""
     tokens, width = encoder.shape
     name, fate = type(encoder.module).__name__, "trained" if encoder.is_trained else "frozen"
@@ -35,7 +35,7 @@ def describe_text_encoder(setup: Setup) -> list[tuple[str, str]]:
         cached = f"encoded once, {format_bytes(encoder.nbytes)} {place}"
         captions += f", {cached if options.cache_text_embeddings else 'encoded each time'}"
     return [
-        ("text encoder", f"{name} of {source}, {count:,} parameters ({format_bytes(size)}), {fate}"),
+        ("text encoder", f"{name}{source}, {count:,} parameters ({format_bytes(size)}), {fate}"),
         ("captions", captions),
     ]
 

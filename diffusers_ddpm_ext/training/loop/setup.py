@@ -192,7 +192,7 @@ def build_setup(config: TrainConfig) -> Setup:
             check_output_dir(config.output, config.resumes)
         check_hub_token(config.hub)
         latents = build_latent_encoder(config, accelerator.device)
-        captions = build_caption_encoder(config.text, accelerator.device)
+        captions = build_caption_encoder(config, accelerator.device)
         data = load_data(
             data_options(config.data, latents),
             config.model.conditioning_key,
