@@ -61,7 +61,7 @@ def conditioner_configs(
         assert conditioner is not None
         if not in_file and kind.has_tensors is not None and kind.has_tensors(conditioner.params):
             continue
-        reason = conditioner.reason_to_leave_out
+        reason = conditioner.reason_to_leave_out or _other_method(config, name)
         made = MADE_CONDITIONS[conditioner.kind.component]
         if not reason and not set(made) & set(REQUIRED_CONDITIONS[config.conditioning_key]):
             reason = f"conditioning_key {config.conditioning_key} takes no {' nor '.join(made)}"
@@ -108,6 +108,14 @@ def with_config_of_tokenizer(configs: dict[str, ConditionerConfig], tokenizer: A
         if "hidden_size" in config:
             return _with_params(configs, TEXT_CONFIG, config)
     return configs
+
+
+def _other_method(config: CompVisConfig, name: str) -> str:
+    """Why a stage is left out whose output is that of a method of another name; empty if it is not."""
+    method = config.section("cond_stage_forward") if name == "cond_stage_config" else None
+    if method in (None, "encode", "forward"):
+        return ""
+    return f"cond_stage_forward {one_line(method, 60)} is another method than encode"
 
 
 def prepare_tokenizer(tokenizer: Any, configs: Mapping[str, ConditionerConfig]) -> tuple[Any, list[str]]:

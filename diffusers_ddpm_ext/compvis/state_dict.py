@@ -34,13 +34,13 @@ SAVED_TABLES = tuple(name for name in TABLE_NAMES if name != "lvlb_weights")
 # Prefix -> why such tensors are not converted.
 LEFT_OUT_PREFIXES = {
     "first_stage_model.": "first stage (autoencoder): not part of the network",
-    "cond_stage_model.": "conditioning stage (such as a text encoder): pass its output as encoder_hidden_states",
-    "cond_stage_models.": "conditioning stages: pass their output as encoder_hidden_states",
+    "cond_stage_model.": "conditioning stage: pass its output as encoder_hidden_states or concat_inputs",
+    "cond_stage_models.": "conditioning stages: pass their output as encoder_hidden_states or concat_inputs",
     "structcond_stage_model.": "structure encoder of StableSR: not part of the network",
     "low_scale_model.": "noise augmentation of the low-resolution input: not weights of the network",
     "noise_augmentor.": "noise augmentation of the conditioning: not weights of the network",
-    "depth_model.": "depth estimator: pass its output as concat_inputs",
-    "embedder.": "image encoder: pass its output as encoder_hidden_states",
+    "depth_model.": "depth estimator, the released Intel/dpt-hybrid-midas: pass its output as concat_inputs",
+    "embedder.": "image encoder: pass its output as class_labels",
     "loss.": "training loss of the first stage",
     "ddim_": "left by a DDIM sampler; follows from the schedule",
     "lvlb_weights": "follows from the schedule",

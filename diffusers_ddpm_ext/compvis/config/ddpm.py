@@ -231,6 +231,8 @@ class _ConfigReader(RunKeyReader):
             elif name in targets.START_PARAMS:
                 self.training[name] = bool(value) if MODEL_PARAM_TYPES[name] is BOOLEAN else value
                 fate, note = "translated", f"--{name}"
+            elif name == "embedder_config" and _class_name(value) in targets.CONDITIONERS:
+                fate, note = "translated", targets.CONDITIONERS[_class_name(value)]
             elif name in targets.PARAMS_WITHOUT_EFFECT:
                 note = targets.PARAMS_WITHOUT_EFFECT[name]
             elif name in targets.PARAMS_REFUSED_UNLESS_EMPTY:
@@ -357,6 +359,11 @@ class _ConfigReader(RunKeyReader):
             fate, note = "without effect", f"{last} is not part of the pipeline: pass its output as a condition"
         self.note(f"model.params.{name}", stage, fate, note)
         return target
+
+
+def _class_name(section: Any) -> str:
+    """The last part of the target of a section."""
+    return str(section.get("target")).rpartition(".")[2] if isinstance(section, Mapping) else ""
 
 
 def suggestion(name: object, known: Mapping[str, Any] | tuple[str, ...], otherwise: str) -> str:
