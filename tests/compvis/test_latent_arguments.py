@@ -39,7 +39,9 @@ def test_methods_of_a_stage_have_no_effect():
 def test_the_key_of_a_condition_is_a_column():
     action, note = fate(read(conditioning_key="crossattn", cond_stage_key="caption"), "cond_stage_key")
     assert action == "without effect"
-    assert all(option in note for option in ("--class_column", "--concat_column", "--context_column"))
+    assert all(
+        option in note for option in ("--class_column", "--caption_column", "--concat_column", "--context_column")
+    )
 
 
 @pytest.mark.parametrize(
