@@ -51,6 +51,7 @@ from hostile_cases import (
     SAMPLE,
     TABLE,
     TO_COMPVIS,
+    TRAIN,
     VERIFY,
     reader_name,
     reprove,
@@ -60,7 +61,7 @@ from hostile_cases import (
     unfinish,
 )
 from mutate import Mutation
-from subjects import SIZE, command
+from subjects import LATENTS, SIZE, command
 
 Mutate = Callable[[bytes, random.Random], Mutation]
 Oracle = Literal["computes", "shows", "proves", "mends"]
@@ -71,6 +72,8 @@ STATES = ["sample", "tokens", *OUT[2:], "--encoder_hidden_states", "states.npy"]
 INPUTS = ["sample", "joined", *OUT[2:], "--concat_inputs", "inputs.npy"]
 SMALL = ["train", "--config", "options.yaml", *SIZE, "--max_train_steps", "2", "--output_dir", "new"]
 """Small even where the changed file has lost the size."""
+CACHED = [*TRAIN, *LATENTS]
+DECODED = ["sample", "latent", *OUT[2:]]
 TRANSLATE = ["convert-config", "compvis/model.yaml", "--out", "run.yaml"]
 LATEST = [*RESUME, "--resume_from_checkpoint", "latest"]
 UNREADABLE = ("NaN", "Infinity", "-Infinity", "1e999", "4000 digits", "10^30", "deep", "lone surrogate", "twice")
@@ -92,7 +95,7 @@ class Target:
     """A file, how it is changed, who reads it, and which files are the result.
 
     Attributes:
-        path: of the file.
+        path: of the file; a pattern where a part of it is random.
         mutate: from `mutate`.
         reader: a command line, or a name of `hostile_cases.READERS`.
         results: patterns of the files that are the result, below the working folder.
@@ -150,6 +153,11 @@ def targets() -> list[Target]:
         Target("inputs.npy", array, INPUTS, ("out.npy",),
                intact="options/inputs.npy"),
         Target("betas.npy", array, [*IMAGES, "--trained_betas", "betas.npy"], new, intact="options/betas.npy"),
+        Target("vae/config.json", json_, CACHED, new),
+        Target("latent/vqvae/config.json", json_, DECODED, ("out.npy",)),
+        Target("latent/vqvae/diffusion_pytorch_model.safetensors", header, DECODED, ("out.npy",)),
+        Target("cache/*/manifest.json", json_, CACHED, new, "mends"),
+        Target("cache/*/records-*.bin", any_bytes, CACHED, new, "mends"),
         Target("compvis/model.yaml", yaml_, FROM_COMPVIS, out),
         Target("compvis/model.yaml", yaml_, TRANSLATE, ("run.yaml",)),
         Target("compvis/model.ckpt", any_bytes, FROM_COMPVIS, out),
@@ -210,12 +218,17 @@ def digest_of(work: Path, target: Target, outcome: Outcome) -> str:
     return digest.hexdigest()
 
 
+def path_of(folder: Path, pattern: str) -> Path:
+    """The path in a folder that a pattern means."""
+    return next(folder.glob(pattern)) if "*" in pattern else folder / pattern
+
+
 def run_target(target: Target, mutation: Mutation | None, source: Path, scratch: Path) -> tuple[Outcome, str]:
     """Run a target's reader on a changed file, or (None) on the intact one."""
     shutil.rmtree(scratch, ignore_errors=True)
     work = scratch / "work"
     shutil.copytree(source, work)
-    path = work / target.path
+    path = path_of(work, target.path)
     if target.intact is not None:
         shutil.copy(source / target.intact, path)
     if mutation is not None:
@@ -271,7 +284,7 @@ def main() -> int:
             intact[target] = run_target(target, None, source, place / "case")
             if intact[target][0].status:
                 raise SystemExit(f"{target.name} fails on intact files: {intact[target][0].stderr[-2000:]}")
-            data[target] = (source / (target.intact or target.path)).read_bytes()
+            data[target] = path_of(source, target.intact or target.path).read_bytes()
         results, broken = [], []
         with suppress(KeyboardInterrupt):  # what was done until then is summarized
             for number in range(arguments.count):

@@ -5,6 +5,7 @@
 | ``images`` | 24 color images in two class folders |
 | ``run`` | a class-conditional run on them: checkpoints, ``best``, log-variance, evaluation, fit, card and proof |
 | ``tokens``, ``joined`` | pipelines with cross attention and with concatenated inputs |
+| ``vae``, ``latent``, ``cache`` | a first stage, a run in its latents, and the cache of these |
 | ``table``, ``hints`` | 12 images with ``metadata.csv``: classes, joined images, embeddings |
 | ``options`` | files that options name: betas, conditions |
 | ``compvis`` | an original checkpoint, its YAML file, and ``converted``, the folder made of it |
@@ -32,6 +33,7 @@ LOOP += ["--ddpm_num_inference_steps", "2", "--validation_steps", "2", "--checkp
 TINY = [*SIZE, *LOOP]
 """Options of a run of some ten thousand weights."""
 CLASSES = ["--conditioning_dropout", '{"class_labels": 0.1}', "--max_train_steps", "6", "--output_dir", "run"]
+LATENTS = ["--train_data_dir", "images", "--center_crop", "--vae", "vae", "--cache_latents", "cache"]
 ORIGINAL = ["--checkpoint", "compvis/model.ckpt", "--config", "compvis/model.yaml"]
 
 
@@ -103,6 +105,7 @@ def build(place: Path) -> None:
         command(
             ["train", "--train_data_dir", "images", *TINY, "--conditioning_key", "adm", "--learn_logvar", *CLASSES]
         ),
+        command(["train", *LATENTS, *TINY, "--max_train_steps", "2", "--output_dir", "latent"]),
         command(["evaluate", "run", "--num_timesteps", "2"]),
         command(["fit-variance", "run", "--draws", "2", "--max_steps", "5"]),
         lambda: _forget_last_checkpoint(place / "run"),
@@ -153,7 +156,7 @@ def _options(place: Path, rows: list[dict[str, str]]) -> None:
 def _pipelines(place: Path) -> int:
     import torch
     from diffusers import UNet2DConditionModel
-    from helpers.tiny import tiny_unet
+    from helpers.tiny import tiny_autoencoder, tiny_unet
 
     from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtScheduler, UNet2DExtModel
 
@@ -166,6 +169,7 @@ def _pipelines(place: Path) -> int:
     DDPMExtPipeline(network, DDPMExtScheduler(20), "crossattn").save_pretrained(place / "tokens")
     joined = UNet2DExtModel(**dict(tiny_unet(3).config) | {"in_channels": 6})
     DDPMExtPipeline(joined, DDPMExtScheduler(20), "concat").save_pretrained(place / "joined")
+    tiny_autoencoder("kl").save_pretrained(place / "vae")
     return 0
 
 
