@@ -354,7 +354,8 @@ def new_encoder(**changes: Any) -> dict[str, Any]:
     options: dict[str, Any] = {"train_text_encoder": True, "tokenizer": TOKENIZER, "cache_text_embeddings": False}
     settings = {
         "_class_name": "LDMBertModel", "vocab_size": len(tiny_tokenizer()), "max_position_embeddings": 8,
-        "d_model": 16, "encoder_layers": 1, "encoder_ffn_dim": 32, "encoder_attention_heads": 2, "head_dim": 8, "dropout": 0.0,
+        "d_model": 16, "encoder_layers": 1, "encoder_ffn_dim": 32, "encoder_attention_heads": 2, "head_dim": 8,
+        "dropout": 0.0,
     }  # fmt: skip
     settings |= {name: value for name, value in changes.items() if name not in options}
     changes = {name: value for name, value in changes.items() if name in options}

@@ -43,7 +43,7 @@ START_PARAMS = ("ckpt_path", *NEEDS_CKPT_PATH, "use_positional_encodings")
 PARAMS_WITHOUT_EFFECT = {
     "load_ema": "the EMA of a file is loaded, unless --reset_ema",
     "first_stage_key": "name the images' column with --image_column",
-    "cond_stage_key": "name the condition's column: --class_column, --caption_column, --concat_column, --context_column",
+    "cond_stage_key": "name its column by --class_column, --caption_column, --concat_column or --context_column",
     "log_every_t": "pipe(log_every_t=...)",
     "cond_stage_trainable": "conditioning stages are not trained here: store their outputs",
     "cond_stage_forward": "the method of the conditioning stage: encode and forward are the same",
