@@ -111,10 +111,12 @@ def _why_not_trained(config: CompVisConfig) -> str:
 
 def _next_command(config: CompVisConfig, out: Path) -> str:
     """The command that trains with a recipe; the words in capitals are to be replaced."""
-    from diffusers_ddpm_ext.compvis.config.recipe import image_size
+    from diffusers_ddpm_ext.compvis.config.recipe import image_size, text_flags
 
     needed = REQUIRED_CONDITIONS[config.conditioning_key]
     flags = COLUMN_FLAGS | ({"encoder_hidden_states": "--class_column COLUMN"} if config.embeds_classes else {})
+    if captions := text_flags(config):
+        flags = flags | {"encoder_hidden_states": captions}
     columns = [f" {flag}" for condition, flag in flags.items() if condition in needed]
     if config.samples.latent:
         columns.append(" --vae FOLDER" + ("" if image_size(config) is not None else " --resolution PIXELS"))

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from helpers.accelerate_state import fresh_accelerate, reset_accelerate  # noqa: F401
 from helpers.caption_runs import COLORS, caption_inputs, contents, train, weights, write_pictures
 from helpers.runs import tiny_run
@@ -17,6 +18,7 @@ from helpers.text_models import save_text_model, tiny_text_encoder, tiny_tokeniz
 from helpers.tiny import tiny_autoencoder
 
 from diffusers_ddpm_ext import DDPMExtPipeline
+from diffusers_ddpm_ext.cli import main
 from diffusers_ddpm_ext.errors import ConfigError
 from diffusers_ddpm_ext.models.text_encoder import TextEncoder
 from diffusers_ddpm_ext.training import trainer
@@ -433,3 +435,72 @@ def test_an_encoder_without_a_tokenizer_says_how_to_name_one(inputs, tmp_path):
         setup_of(tmp_path / "run", inputs, text_encoder=str(tmp_path / "alone"))
     setup = setup_of(tmp_path / "run", inputs, text_encoder=str(tmp_path / "alone"), tokenizer=inputs["text_encoder"])
     assert setup.captions.shape == (8, 16)
+
+
+# ------------------------------------------------------------------ recipes of CompVis' configurations
+
+
+def compvis_config(stage: dict[str, Any], latent: bool, **params: Any) -> dict[str, Any]:
+    unet = {
+        "image_size": 8, "in_channels": 2 if latent else 3, "out_channels": 2 if latent else 3, "model_channels": 32,
+        "attention_resolutions": [2], "num_res_blocks": 1, "channel_mult": [1, 1], "num_heads": 2,
+        "use_spatial_transformer": True, "transformer_depth": 1, "context_dim": 16, "legacy": False,
+    }  # fmt: skip
+    first = {"target": "ldm.models.autoencoder.IdentityFirstStage"}
+    if latent:
+        dd = {"double_z": True, "z_channels": 2, "resolution": 8, "in_channels": 3, "out_ch": 3, "ch": 32,
+              "ch_mult": [1, 1], "num_res_blocks": 1, "attn_resolutions": [], "dropout": 0.0}  # fmt: skip
+        first = {"target": "ldm.models.autoencoder.AutoencoderKL", "params": {"embed_dim": 2, "ddconfig": dd}}
+    model = {
+        "unet_config": {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": unet},
+        "first_stage_config": first, "cond_stage_config": stage, "conditioning_key": "crossattn", "timesteps": 20,
+        "image_size": 4 if latent else 8, "channels": 2 if latent else 3, "cond_stage_key": "caption", **params,
+    }  # fmt: skip
+    return {
+        "model": {"target": "ldm.models.diffusion.ddpm.LatentDiffusion", "base_learning_rate": 1e-4, "params": model}
+    }
+
+
+STAGES = {
+    "bert": {"target": "ldm.modules.encoders.modules.BERTEmbedder", "params": {"n_embed": 16, "n_layer": 1}},
+    "clip": {"target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder", "params": {}},
+    "openclip": {"target": "ldm.modules.encoders.modules.FrozenOpenCLIPEmbedder", "params": {"freeze": False}},
+}
+FLAGS = {
+    "bert": "--caption_column COLUMN",
+    "clip": "--text_encoder openai/clip-vit-large-patch14 --caption_column COLUMN",
+    "openclip": "--text_encoder FOLDER --caption_column COLUMN",
+}
+
+
+@pytest.mark.parametrize("kind", STAGES)
+@pytest.mark.parametrize("latent", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["pixels", "latents"])
+def test_the_recipe_of_a_text_model_runs(latent, kind, inputs, tmp_path, capsys):
+    """The stage is trained where the original trains it: not where its class freezes its weights."""
+    dropout = {"caption": {"p": 0.1, "val": ""}}
+    content = compvis_config(STAGES[kind], latent, cond_stage_trainable=True, ucg_training=dropout)
+    (tmp_path / "model.yaml").write_text(yaml.safe_dump(content))
+    assert main(["convert-config", str(tmp_path / "model.yaml"), "--out", str(tmp_path / "run.yaml")]) == 0
+    assert f"--train_data_dir FOLDER {FLAGS[kind]}" in capsys.readouterr().out
+    flags = [
+        "--config",
+        str(tmp_path / "run.yaml"),
+        "--train_data_dir",
+        inputs["train_data_dir"],
+        "--report_to",
+        "none",
+    ]
+    flags += ["--output_dir", str(tmp_path / "run"), "--caption_column", "text", "--tokenizer", inputs["text_encoder"]]
+    flags += ["--max_train_steps", "1", "--num_preview_images", "1", "--train_batch_size", "4"]
+    flags += ["--ddpm_num_inference_steps", "2"]
+    if kind != "bert":
+        flags += ["--text_encoder", inputs["text_encoder"]]
+    if latent:
+        tiny_autoencoder("kl", channels=3, latent_channels=2).save_pretrained(tmp_path / "vae")
+        flags += ["--vae", str(tmp_path / "vae"), "--cache_latents", str(tmp_path / "cache"), "--center_crop"]
+    reset_accelerate()
+    assert main(["train", *flags]) == 0, capsys.readouterr().err
+    output = capsys.readouterr().out
+    assert ("frozen" if kind == "clip" else "trained") in output.split("text encoder ")[1].splitlines()[0]
+    pipeline = DDPMExtPipeline.from_pretrained(tmp_path / "run")
+    assert pipeline.text_encoder_stage.kind == ("bert" if kind == "bert" else "clip")

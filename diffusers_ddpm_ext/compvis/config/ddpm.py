@@ -19,6 +19,7 @@ from diffusers_ddpm_ext.compvis.config import targets
 from diffusers_ddpm_ext.compvis.config.condition_dropout import number_of_classes, read_condition_dropout
 from diffusers_ddpm_ext.compvis.config.references import resolve_references
 from diffusers_ddpm_ext.compvis.config.run_keys import RunKeyReader, as_mapping
+from diffusers_ddpm_ext.compvis.config.text_stage import read_text_stage
 from diffusers_ddpm_ext.compvis.schema import (
     BOOLEAN,
     LEARNING_RATE_TYPES,
@@ -226,6 +227,8 @@ class _ConfigReader(RunKeyReader):
                 note = "only used in training"
             elif name == "num_timesteps_cond":
                 fate, note = self._num_timesteps_cond(value, conditioning_key)
+            elif name == "cond_stage_trainable":
+                fate, note = self._stage_training(value)
             elif name in targets.NEEDS_CKPT_PATH and not self.params.get("ckpt_path"):
                 note = "there is no ckpt_path"
             elif name in targets.START_PARAMS:
@@ -241,6 +244,21 @@ class _ConfigReader(RunKeyReader):
             else:
                 fate, note = "refused", suggestion(name, targets.KNOWN_PARAMS, "not a parameter of these classes")
             self.note(f"model.params.{name}", value, fate, note)
+
+    def _stage_training(self, is_trained: Any) -> tuple[Fate, str]:
+        """Fate of training the conditioning stage with the network."""
+        section = self.params.get("cond_stage_config")
+        stage = read_text_stage(section)
+        if stage is None:
+            target = str(section.get("target")) if isinstance(section, Mapping) else ""
+            if target.endswith("ClassEmbedder"):
+                return "without effect", "--class_column: the tokens of classes are always trained"
+            return "without effect", "only text encoders are trained here"
+        if is_trained and stage.is_frozen:
+            return "without effect", "the class freezes its weights (freeze)"
+        if is_trained:
+            self.training["train_text_encoder"] = True
+        return "translated", "--train_text_encoder"
 
     def _num_timesteps_cond(self, count: Any, conditioning_key: str | None) -> tuple[Fate, str]:
         """Fate of the number of steps at which LatentDiffusion noises the condition, in training and sampling."""

@@ -8,9 +8,10 @@ from typing import Any
 
 from diffusers_ddpm_ext.compvis.architecture import translate_unet
 from diffusers_ddpm_ext.compvis.config.ddpm import CompVisConfig
+from diffusers_ddpm_ext.compvis.config.text_stage import read_text_stage
 from diffusers_ddpm_ext.compvis.schema import COMPVIS_EMA_DECAY, one_line
 from diffusers_ddpm_ext.utils.files import write_text_atomically
-from diffusers_ddpm_ext.utils.vocabulary import LATENTS_KEY
+from diffusers_ddpm_ext.utils.vocabulary import LATENTS_KEY, REQUIRED_CONDITIONS
 
 # Where the published classes differ from our defaults: PyTorch's AdamW, and no gradient clipping in Lightning.
 OPTIMIZER_DEFAULTS = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_weight_decay": 0.01}
@@ -20,10 +21,12 @@ LATENT_NOTE = (
     "The samples are latents: name their first stage with --vae, a folder that `ddpm-ext convert --from compvis` makes"
     " of its checkpoint, or of that of the whole model."
 )
+TEXT_NOTE = "It is conditioned on captions: name them and their text encoder with {flags}."
 SIZE_NOTE = "The first stage names no ch_mult: give the images' size in pixels with --resolution."
 RECIPE_SECTIONS: dict[str, tuple[str, ...]] = {
     "data": ("resolution", "channels", "dataloader_num_workers", "conditioning_dropout"),
     "latents": ("scale_factor", "scale_by_std", "concat_through_vae"),
+    "text": ("text_encoder_config", "tokenizer", "train_text_encoder"),
     "model": ("model_config", "conditioning_key", "num_class_embeds", "use_positional_encodings"),
     "start": ("ckpt_path", "ignore_keys", "load_only_unet", "make_it_fit", "reset_ema", "reset_num_ema_updates"),
     "schedule": ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "cosine_s", "trained_betas",
@@ -62,6 +65,7 @@ def recipe(config: CompVisConfig) -> dict[str, dict[str, Any]]:
         **config.objective,
         **config.training,
         **_latent_options(config),
+        **_text_options(config),
     }
     monitor = options.get("monitor")
     if monitor and not config.use_ema:
@@ -106,11 +110,31 @@ def _latent_options(config: CompVisConfig) -> dict[str, Any]:
     }
 
 
+def _text_options(config: CompVisConfig) -> dict[str, Any]:
+    """A text encoder that the original trains from random weights; nothing for others, which `train` is told of."""
+    stage = read_text_stage(config.section("cond_stage_config"))
+    if stage is None or stage.new is None or not config.training.get("train_text_encoder"):
+        return {}
+    return {"text_encoder_config": stage.new, "tokenizer": stage.tokenizer}
+
+
+def text_flags(config: CompVisConfig) -> str:
+    """What the command line of `train` must name for the captions of a configuration; empty if it has no prompts."""
+    stage = read_text_stage(config.section("cond_stage_config"))
+    if stage is None or "encoder_hidden_states" not in REQUIRED_CONDITIONS[config.conditioning_key]:
+        return ""
+    if _text_options(config):
+        return "--caption_column COLUMN"
+    return f"--text_encoder {stage.source or 'FOLDER'} --caption_column COLUMN"
+
+
 def recipe_notes(config: CompVisConfig) -> list[str]:
     """What else a run of the recipe needs, or does otherwise than the original; sentences."""
+    flags = text_flags(config)
+    notes = [TEXT_NOTE.format(flags=flags)] if flags else []
     if not config.samples.latent:
-        return []
-    notes = [LATENT_NOTE]
+        return notes
+    notes.append(LATENT_NOTE)
     if image_size(config) is None:
         notes.append(SIZE_NOTE)
     return notes

@@ -45,7 +45,6 @@ PARAMS_WITHOUT_EFFECT = {
     "first_stage_key": "name the images' column with --image_column",
     "cond_stage_key": "name its column by --class_column, --caption_column, --concat_column or --context_column",
     "log_every_t": "pipe(log_every_t=...)",
-    "cond_stage_trainable": "conditioning stages are not trained here: store their outputs",
     "cond_stage_forward": "the method of the conditioning stage: encode and forward are the same",
     "depth_stage_config": "pass the depth as concat_inputs, such as that of transformers' DPTForDepthEstimation",
     "low_scale_config": "pass the noised low-resolution input as concat_inputs, its noise level as class_labels",
@@ -79,7 +78,7 @@ KNOWN_PARAMS = (
     "unet_config", "timesteps", "beta_schedule", "loss_type", "monitor", "use_ema", "image_size", "channels",
     "clip_denoised", "linear_start", "linear_end", "cosine_s", "given_betas", "original_elbo_weight", "v_posterior",
     "l_simple_weight", "conditioning_key", "parameterization", "scheduler_config", "learn_logvar", "logvar_init",
-    "ucg_training", "first_stage_config", "cond_stage_config", "concat_mode", "scale_factor",
+    "ucg_training", "first_stage_config", "cond_stage_config", "cond_stage_trainable", "concat_mode", "scale_factor",
     "scale_by_std", "force_null_conditioning", "num_timesteps_cond", *START_PARAMS, *PARAMS_WITHOUT_EFFECT,
     *PARAMS_REFUSED_UNLESS_EMPTY,
 )  # fmt: skip
