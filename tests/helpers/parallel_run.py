@@ -1,10 +1,11 @@
 """One process of a small run that remembers the gradients of its first step; started by test_parallel.py.
 
-python parallel_run.py FOLDER GRADIENTS RANK_THAT_FAILS BATCH ACCUMULATION STEPS [FIRST_STAGE]
+python parallel_run.py FOLDER GRADIENTS RANK_THAT_FAILS BATCH ACCUMULATION STEPS OPTIONS_AS_JSON
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ def main() -> None:
     """Train."""
     folder, gradients = Path(sys.argv[1]), Path(sys.argv[2])
     failing, batch, accumulation, length = map(int, sys.argv[3:7])
-    latents = {"vae": sys.argv[7], "scale_factor": "data"} if sys.argv[7:] else {}
+    options = json.loads(sys.argv[7])
     torch.set_num_threads(1)
     processes.EXIT_DELAY = 2
 
@@ -32,10 +33,10 @@ def main() -> None:
             torch.save([parameter.grad.clone() for parameter in parameters], gradients)
         return clip_gradients(parameters, max_norm, *norms)
 
-    def load_or_fail(*args: Any, **options: Any) -> Any:
+    def load_or_fail(*args: Any, **named: Any) -> Any:
         if processes_rank() == failing:
             raise ConfigError(f"--train_data_dir: rank {failing} cannot read")
-        return load_data(*args, **options)
+        return load_data(*args, **named)
 
     load_data, setup.load_data, step.clip_gradients = setup.load_data, load_or_fail, remember
     trainer.train(
@@ -47,7 +48,7 @@ def main() -> None:
             validation_steps=10,
             logging_steps=7,
             overwrite_output_dir=True,
-            **latents,
+            **options,
         )
     )
 

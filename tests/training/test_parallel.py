@@ -8,11 +8,14 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from helpers.caption_runs import caption_inputs
 from helpers.paths import PYTHONPATH, TESTS
 from helpers.runs import losses, rows
+from helpers.text_models import save_text_model
 from helpers.tiny import tiny_autoencoder
 from safetensors.torch import load_file
 
@@ -30,13 +33,13 @@ class Finished:
 
 
 def launch(
-    folder: Path, batch: int, accumulation: int, processes: int, failing: int = -1, first_stage: Path | None = None
+    folder: Path, batch: int, accumulation: int, processes: int, failing: int = -1, **options: Any
 ) -> subprocess.CompletedProcess:
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     arguments = [folder / "run", folder / "gradients.pt", failing, batch, accumulation, STEPS]
-    arguments += [] if first_stage is None else [first_stage]
+    arguments.append(json.dumps(options))
     environment = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH}
     return subprocess.run(
@@ -115,7 +118,7 @@ def test_a_run_in_latents_is_the_same_for_every_split(tmp_path: Path):
     for name, batch, accumulation, processes in (("a", 8, 1, 1), ("b", 4, 2, 1), ("c", 4, 1, 2)):
         folder = tmp_path / name
         folder.mkdir()
-        done = launch(folder, batch, accumulation, processes, first_stage=tmp_path / "stage")
+        done = launch(folder, batch, accumulation, processes, vae=str(tmp_path / "stage"), scale_factor="data")
         assert done.returncode == 0, done.stderr[-3000:]
         state = json.loads((folder / "run" / f"checkpoint-{STEPS}" / "state.json").read_text())
         scales.append(state["progress"]["records"]["latent_scale"]["scaling_factor"])
@@ -128,3 +131,27 @@ def test_a_run_in_latents_is_the_same_for_every_split(tmp_path: Path):
         assert off < 1e-5 * norm
         assert values[0] == pytest.approx(steps[0][0], abs=1e-6)
         assert values == pytest.approx(steps[0], abs=1e-3)
+
+
+@pytest.mark.slow
+def test_a_text_encoder_is_trained_alike_for_every_split(tmp_path: Path):
+    """Weights that no token depends on (text_projection) do not keep two processes from averaging the gradients."""
+    options = caption_inputs(tmp_path)
+    options |= {"text_encoder": str(save_text_model(tmp_path / "text", "projection")), "train_text_encoder": True}
+    for name in ("max_train_steps", "validation_steps"):
+        del options[name]
+    gradients, weights = [], []
+    for name, batch, accumulation, processes in (("a", 8, 1, 1), ("b", 4, 2, 1), ("c", 4, 1, 2)):
+        folder = tmp_path / name
+        folder.mkdir()
+        done = launch(folder, batch, accumulation, processes, **options)
+        assert done.returncode == 0, done.stderr[-3000:]
+        gradients.append(torch.load(folder / "gradients.pt"))
+        weights.append(load_file(folder / "run" / f"checkpoint-{STEPS}" / "model.safetensors"))
+    norm = torch.nn.utils.get_total_norm(gradients[0])
+    for parts, others in zip(gradients[1:], weights[1:], strict=True):
+        assert len(parts) == len(gradients[0])
+        off = torch.nn.utils.get_total_norm([a - b for a, b in zip(gradients[0], parts, strict=True)])
+        assert off < 1e-5 * norm
+        for name in weights[0]:
+            torch.testing.assert_close(others[name], weights[0][name], rtol=1e-2, atol=2e-3)
