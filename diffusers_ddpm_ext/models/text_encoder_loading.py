@@ -13,20 +13,14 @@ import torch
 from huggingface_hub import snapshot_download
 
 from diffusers_ddpm_ext.errors import ConfigError, printable
-from diffusers_ddpm_ext.models.text_kinds import CLASS_NAMES, KINDS, TextKind, kind_named
+from diffusers_ddpm_ext.models.text_kinds import CLASS_NAMES, ENCODER_SLOTS, KINDS, TextKind, kind_named
 from diffusers_ddpm_ext.utils.generations import read_one_generation
 from diffusers_ddpm_ext.utils.input_files import JsonObject, file_name, read_json_object
 from diffusers_ddpm_ext.utils.network_folder import as_folder_error
-from diffusers_ddpm_ext.utils.pipeline_files import MODEL_INDEX
+from diffusers_ddpm_ext.utils.pipeline_files import MODEL_INDEX, TOKENIZER_FILES, is_weights, weights_variant
 from diffusers_ddpm_ext.utils.text_encoder_folder import check_text_encoder_folder
 
-ENCODER_SLOTS = ("text_encoder", "bert")
-"""Names of a text encoder in a pipeline; the second is that of `LDMTextToImagePipeline`."""
 TOKENIZER_SLOTS = ("tokenizer",)
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
-    *("merges.txt", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model"),
-)
 OF_TOKENIZER = (
     "tokenizer.json",
     "vocab.json",
@@ -53,7 +47,7 @@ def load_text_encoder(path_or_id: str | os.PathLike[str], subfolder: str | None 
         ConfigError: it does not exist, cannot be read, is no text encoder, or lacks weights; one sentence.
     """
     files = ("config.json", "*.safetensors", "*.safetensors.index.json")
-    return _load(path_or_id, subfolder, ENCODER_SLOTS, files, _load_encoder)
+    return _load(path_or_id, subfolder, ENCODER_SLOTS, files, load_encoder_folder)
 
 
 def load_tokenizer(path_or_id: str | os.PathLike[str], subfolder: str | None = None) -> Any:
@@ -134,17 +128,26 @@ def _find(folder: Path, subfolder: str | None, slots: Sequence[str]) -> Path:
 # ------------------------------------------------------------------ the encoder
 
 
-def _load_encoder(folder: Path) -> Any:
-    config = check_text_encoder_folder(folder)
+def load_encoder_folder(folder: Path, variant: str | None = None) -> Any:
+    """Load a text encoder from its own folder; see `load_text_encoder`.
+
+    Args:
+        folder: with ``config.json`` and weights.
+        variant: of the weights, where the folder has it.
+    """
+    config = check_text_encoder_folder(folder, variant)
     kind, class_name = _class_of(config)
     cls = transformers_class(kind.library, class_name)
+    has_variant = variant is not None and any(
+        is_weights(path.name) and weights_variant(path.name) == variant for path in folder.iterdir()
+    )
     with as_folder_error(folder), quiet_transformers():
         encoder, info = cls.from_pretrained(
             os.fspath(folder),
             torch_dtype=torch.float32,
             local_files_only=True,
-            use_safetensors=True,
             output_loading_info=True,
+            **({"variant": variant} if has_variant else {}),
         )
     check_all_loaded(info, kind, folder)
     if not all(bool(torch.isfinite(weight).all()) for weight in encoder.parameters()):

@@ -60,6 +60,30 @@ def prefix_names(folder: Path) -> None:
         file.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def write_vocabulary(folder: Path) -> None:
+    """Write ``vocab.json`` and ``merges.txt``, or ``vocab.txt``, next to the ``tokenizer.json`` of a tokenizer.
+
+    Transformers 5 writes ``tokenizer.json`` alone; the classes of Transformers 4 that pipelines name do not read it.
+
+    Args:
+        folder: of a tokenizer; files that are there stay.
+    """
+    file = folder / "tokenizer.json"
+    model = json.loads(file.read_text(encoding="utf-8")).get("model", {}) if file.is_file() else {}
+    vocabulary = model.get("vocab")
+    if not isinstance(vocabulary, dict):
+        return
+    if model.get("type") == "BPE" and not (folder / "vocab.json").exists():
+        merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model.get("merges", [])]
+        (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False) + "\n", encoding="utf-8")
+        lines = ["#version: 0.2", *merges]
+        (folder / "merges.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    if model.get("type") == "WordPiece" and not (folder / "vocab.txt").exists():
+        words = sorted(vocabulary, key=vocabulary.__getitem__)
+        if [vocabulary[word] for word in words] == list(range(len(words))):
+            (folder / "vocab.txt").write_text("".join(f"{word}\n" for word in words), encoding="utf-8")
+
+
 def _with_prefix(name: str, prefix: str) -> str:
     outside = ("text_model.", "vision_model.", "text_projection.", "visual_projection.")
     return name if name.startswith(outside) else prefix + name

@@ -10,6 +10,8 @@ from torch import nn
 
 from diffusers_ddpm_ext.utils.wrappers import network_class, unwrap
 
+ENCODER_SLOTS = ("text_encoder", "bert")
+"""Names of a text encoder in a pipeline; the second is that of `LDMTextToImagePipeline`."""
 UNBOUNDED_LENGTH = 512
 """Tokens of an encoder without positions, where no tokenizer says how many it takes: T5 was trained with these."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -15,8 +14,9 @@ from torch import Tensor
 from diffusers_ddpm_ext.diffusion.arguments import check_generators
 from diffusers_ddpm_ext.models.conditioning import Conditioning
 from diffusers_ddpm_ext.models.first_stage import FirstStage
-from diffusers_ddpm_ext.models.latent_scale import SLOTS, latent_rule
+from diffusers_ddpm_ext.models.latent_scale import latent_rule
 from diffusers_ddpm_ext.pipelines.call_arguments import check_finite_samples
+from diffusers_ddpm_ext.pipelines.condition_encoders import FLOAT32_COMPONENTS
 from diffusers_ddpm_ext.pipelines.pipeline_attributes import PipelineAttributes
 from diffusers_ddpm_ext.utils.checks import check_one_of
 from diffusers_ddpm_ext.utils.vocabulary import CONCAT_THROUGH_VAE
@@ -104,12 +104,13 @@ class FirstStageMixin(PipelineAttributes, DiffusionPipeline):
         super().enable_sequential_cpu_offload(*args, **kwargs)
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
-        """Diffusers' method; a dtype is that of the network, the first stage keeps its own and computes in float32."""
+        """Diffusers' method; a dtype is that of the network: first stage and encoders keep theirs, in float32."""
         dtype = kwargs.get("dtype") or next((value for value in args if isinstance(value, torch.dtype)), None)
-        if dtype is None or self.__dict__.get("vae") is None:
+        kept = [name for name in FLOAT32_COMPONENTS if self.__dict__.get(name) is not None]
+        if dtype is None or not kept:
             return super().to(*args, **kwargs)
         without = copy.copy(self)
-        without.__dict__["vae"] = None
+        without.__dict__.update(dict.fromkeys(kept))
         DiffusionPipeline.to(without, *args, **kwargs)
         device = kwargs.get("device") or next((value for value in args if not isinstance(value, torch.dtype)), None)
         return self if device is None else super().to(device)
@@ -180,23 +181,6 @@ class FirstStageMixin(PipelineAttributes, DiffusionPipeline):
             return images
         array: np.ndarray = images.cpu().permute(0, 2, 3, 1).float().numpy()
         return self.numpy_to_pil(array) if output_type == "pil" else array
-
-
-def checked_vae(vae: Any, vqvae: Any) -> Any:
-    """The one of two components that is not None.
-
-    Raises:
-        ValueError: both are given.
-    """
-    if vae is not None and vqvae is not None:
-        raise ValueError("vae and vqvae are both given; they are two names of the one first stage: give one.")
-    return vqvae if vae is None else vae
-
-
-def first_stage_dtype(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of Diffusers' ``from_pretrained`` that load a first stage in float32, whatever the network's dtype."""
-    dtypes = {key: kwargs[key] for key in ("torch_dtype", "dtype") if isinstance(kwargs.get(key), torch.dtype)}
-    return {key: {"default": dtype} | dict.fromkeys(SLOTS, torch.float32) for key, dtype in dtypes.items()}
 
 
 def single_factor(stage: FirstStage) -> float:

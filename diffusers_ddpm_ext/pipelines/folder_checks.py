@@ -13,6 +13,9 @@ from diffusers import ModelMixin, SchedulerMixin
 from diffusers_ddpm_ext.diffusion.schedule import MAX_TRAIN_TIMESTEPS
 from diffusers_ddpm_ext.errors import ConfigError, printable
 from diffusers_ddpm_ext.models.latent_scale import KINDS, SLOTS, compression_factor
+from diffusers_ddpm_ext.models.text_kinds import ENCODER_SLOTS
+from diffusers_ddpm_ext.models.text_kinds import KINDS as TEXT_KINDS
+from diffusers_ddpm_ext.pipelines.condition_encoders import VISION_CLASSES
 from diffusers_ddpm_ext.utils.input_files import JsonObject, read_json_object
 from diffusers_ddpm_ext.utils.network_folder import (
     as_folder_error,
@@ -21,6 +24,7 @@ from diffusers_ddpm_ext.utils.network_folder import (
     check_network_folder,
 )
 from diffusers_ddpm_ext.utils.pipeline_files import MODEL_INDEX
+from diffusers_ddpm_ext.utils.text_encoder_folder import check_text_encoder_folder
 from diffusers_ddpm_ext.utils.wrappers import unwrap
 
 
@@ -47,6 +51,7 @@ def check_pipeline_folder(folder: Path, variant: str | None, replaced: frozenset
         _check_first_stage(index, slot)
     if len(slots) > 1:
         raise ConfigError(f"{index.name} has vae and vqvae; they are two names of the one first stage: remove one.")
+    _check_encoders(index, folder, replaced)
     for name in ("unet", *slots):
         if name not in replaced and (folder / name / "config.json").is_file():
             check_network_folder(folder / name, variant)
@@ -89,6 +94,29 @@ def _check_first_stage(index: JsonObject, slot: str) -> None:
             f"{index.name}: {slot} is {printable(json.dumps(entry), 80)}; it must be a list of diffusers and one of "
             f"{', '.join(known)}."
         )
+
+
+def _check_encoders(index: JsonObject, folder: Path, replaced: frozenset[str]) -> None:
+    """Check what the index says of text and image encoders."""
+    for name in ("text_encoder_2", "text_encoder_3", "transformer", "prior"):
+        if any(index.list(name, [])):
+            raise ConfigError(f"{index.name} has a {name}: such models are not CompVis', and cannot be sampled here.")
+    slots = [name for name in ENCODER_SLOTS if any(index.list(name, []))]
+    if len(slots) > 1:
+        raise ConfigError(f"{index.name} has text_encoder and bert; they are two names of one component: remove one.")
+    allowed = {slot: [cls for kind in TEXT_KINDS for cls in kind.classes] for slot in ENCODER_SLOTS}
+    allowed |= {"image_encoder": list(VISION_CLASSES), "concat_encoder": ["SpatialRescaler"]}
+    for name, classes in allowed.items():
+        entry = index.list(name, [])
+        if any(entry) and name not in replaced and (len(entry) != 2 or entry[1] not in classes):
+            raise ConfigError(
+                f"{index.name}: {name} is {printable(json.dumps(entry), 80)}; its class must be one of "
+                f"{', '.join(classes)}."
+            )
+    if slots and replaced.isdisjoint(ENCODER_SLOTS):
+        check_text_encoder_folder(folder / slots[0])
+    if any(index.list("tokenizer", [])) and not slots and replaced.isdisjoint((*ENCODER_SLOTS, "tokenizer")):
+        raise ConfigError(f"{index.name} has a tokenizer, but no text encoder that would take its tokens: remove it.")
 
 
 def _check_component(index: JsonObject, name: str, base: type) -> None:

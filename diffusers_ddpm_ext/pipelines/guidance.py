@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from diffusers_ddpm_ext.models.conditioning import Conditioning, Conditions, classifier_free_guidance
+from diffusers_ddpm_ext.models.text_encoder import TextEncoder
 from diffusers_ddpm_ext.pipelines.class_names import labels_of_names
+from diffusers_ddpm_ext.pipelines.prompts import empty_prompt
 from diffusers_ddpm_ext.utils.checks import describe
 from diffusers_ddpm_ext.utils.wrappers import unwrap
 
@@ -29,6 +31,13 @@ class ConditionArguments:
     class_labels: Labels | None = None
     concat_inputs: Tensor | Sequence[Tensor] | None = None
     encoder_hidden_states: Tensor | Sequence[Tensor] | None = None
+    context_name: str = "encoder_hidden_states"
+    """The argument that the tokens came from, for messages."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is no condition."""
+        return self.class_labels is None and self.concat_inputs is None and self.encoder_hidden_states is None
 
     @property
     def batch_size(self) -> int:
@@ -39,11 +48,32 @@ class ConditionArguments:
                 sizes.append(len(value))
         return max(sizes)
 
+    def repeated(self, times: int, size: int) -> ConditionArguments:
+        """The same with each entry of the conditions that have ``size`` entries repeated, one after the other."""
+
+        def repeat(value: Any) -> Any:
+            if isinstance(value, (Tensor, np.ndarray)):
+                value = torch.as_tensor(value)
+                return value.repeat_interleave(times, dim=0) if value.ndim and len(value) == size else value
+            if isinstance(value, (list, tuple)) and len(value) == size:
+                return [entry for entry in value for _ in range(times)]
+            return value
+
+        concat, context = _concatenated(self.concat_inputs), _concatenated(self.encoder_hidden_states)
+        return ConditionArguments(repeat(self.class_labels), repeat(concat), repeat(context), self.context_name)
+
 
 def network_config(network: nn.Module) -> Mapping[str, Any]:
     """The configuration of a Diffusers network, which the type ``nn.Module`` lacks."""
     config: Any = unwrap(network).config
     return config
+
+
+def context_width(config: Mapping[str, Any]) -> int | None:
+    """Width of the tokens that a network's cross attention takes; None if it has none, or several."""
+    width = config.get("encoder_hid_dim") or config.get("cross_attention_dim")
+    widths = set(width) if isinstance(width, list | tuple) else {width}
+    return widths.pop() if len(widths) == 1 else None
 
 
 @dataclass(frozen=True)
@@ -59,6 +89,7 @@ class ConditionedModel:
         device: of the network.
         dtype: of the network.
         class_names: name of a class by its number, where classes have names.
+        text: the text encoder, whose empty prompt stands for no text.
     """
 
     unet: nn.Module
@@ -69,6 +100,7 @@ class ConditionedModel:
     device: torch.device
     dtype: torch.dtype = torch.float32
     class_names: Mapping[int, str] = field(default_factory=dict)
+    text: TextEncoder | None = None
 
     @property
     def embeds_classes(self) -> bool:
@@ -108,17 +140,17 @@ def prepare_conditions(
     Raises:
         ValueError: a label is unknown or out of range, a condition is of another batch or type, or not finite.
     """
-    name = f"{prefix}class_labels"
+    name, context_name = f"{prefix}class_labels", f"{prefix}{arguments.context_name}"
     labels = None if arguments.class_labels is None else _labels(arguments.class_labels, model, batch_size, name)
-    context = _checked(f"{prefix}encoder_hidden_states", _concatenated(arguments.encoder_hidden_states), model.dtype)
+    context = _checked(context_name, _concatenated(arguments.encoder_hidden_states), model.dtype)
+    if context is not None:
+        _check_width(context_name, context, model)
     concat = _checked(f"{prefix}concat_inputs", _concatenated(arguments.concat_inputs), model.dtype)
     if labels is not None and context is None and model.embeds_classes:
         assert model.class_embedder is not None
         context, labels = Conditions(labels).with_class_tokens(model.class_embedder).encoder_hidden_states, None
     return Conditions(
-        labels,
-        _expanded(f"{prefix}concat_inputs", concat, batch_size),
-        _expanded(f"{prefix}encoder_hidden_states", context, batch_size),
+        labels, _expanded(f"{prefix}concat_inputs", concat, batch_size), _expanded(context_name, context, batch_size)
     ).to(model.device)
 
 
@@ -137,6 +169,15 @@ def _checked(name: str, value: Any, dtype: torch.dtype) -> Any:
         largest = torch.finfo(dtype).max
         raise ValueError(f"{name} has values that are NaN, infinite, or above {largest:.4g}, the largest of {dtype}.")
     return floating
+
+
+def _check_width(name: str, context: Tensor, model: ConditionedModel) -> None:
+    width = context_width(network_config(model.unet))
+    if "encoder_hidden_states" not in model.conditioning.required or width is None:
+        return
+    if context.ndim != 3 or context.shape[2] != width:
+        shape = tuple(context.shape)
+        raise ValueError(f"{name} has shape {shape}; the network's cross attention takes (batch, tokens, {width}).")
 
 
 def _concatenated(value: Any) -> Any:
@@ -199,10 +240,21 @@ def unconditional_arguments(
 ) -> ConditionArguments:
     """Complete the negative conditions by the null class, and by zeros for embeddings and concatenated inputs.
 
+    With a text encoder there is guidance against the empty prompt, as in CompVis' scripts: concatenated inputs, and
+    labels without a null class, are the same on both sides, and embeddings in the place of labels become zeros.
+
     Raises:
         ValueError: the model has no null class, and the caller gave no negative label.
     """
     labels, concat, context = negative.class_labels, negative.concat_inputs, negative.encoder_hidden_states
+    if model.text is not None:
+        if context is None:
+            context = empty_prompt(model.text)
+        if concat is None:
+            concat = positive.concat_inputs
+        if labels is None and positive.class_labels is not None and model.null_class_label is None:
+            given = positive.class_labels
+            labels = torch.zeros_like(given) if given.is_floating_point() else given
     if model.takes_labels and labels is None and not (model.embeds_classes and context is not None):
         if model.null_class_label is None:
             raise ValueError(
@@ -214,7 +266,7 @@ def unconditional_arguments(
         context = torch.zeros_like(positive.encoder_hidden_states)
     if concat is None and positive.concat_inputs is not None:
         concat = torch.zeros_like(positive.concat_inputs)
-    return ConditionArguments(labels, concat, context)
+    return ConditionArguments(labels, concat, context, negative.context_name)
 
 
 @dataclass(frozen=True)
@@ -251,8 +303,11 @@ class Guidance:
         """
         if scale == 1 or not self._in_interval(float(t)):
             return self._call(xt, t, self.positive)
-        negative = self.negative.as_dict()
-        both = {name: torch.cat([value, negative[name]]) for name, value in self.positive.as_dict().items()}
+        positive, negative = self.positive.as_dict(), self.negative.as_dict()
+        if any(value.shape[1:] != negative[name].shape[1:] for name, value in positive.items()):  # other tokens
+            conditional, unconditional = self._call(xt, t, self.positive), self._call(xt, t, self.negative)
+            return classifier_free_guidance(conditional, unconditional, scale, self.model.channels)
+        both = {name: torch.cat([value, negative[name]]) for name, value in positive.items()}
         out = self._call(torch.cat([xt, xt]), t, Conditions(**both))
         conditional, unconditional = out.chunk(2)
         return classifier_free_guidance(conditional, unconditional, scale, self.model.channels)
@@ -289,7 +344,7 @@ def prepare_guidance(
     """
     positive = prepare_conditions(arguments, model, batch_size)
     model.conditioning.check(positive)
-    if any(value is not None for value in vars(negative).values()) and scale == 1:
+    if not negative.is_empty and scale == 1:
         raise ValueError("negative conditions have no effect at guidance_scale 1: give a scale, or leave them out.")
     guidance = Guidance(model, positive, negative, batch_size, interval)
     if scale != 1:

@@ -29,6 +29,7 @@ class PipelineAttributes:
         _logvar: Tensor | None
         _class_embedder: Tensor | None
         _last_call: PipelineCall
+        text_encoder_stage: Any
 
     # ------------------------------------------------------------------ the model
 
@@ -139,6 +140,7 @@ class PipelineAttributes:
             device,
             self._network.dtype,
             self.class_names,
+            self.text_encoder_stage,
         )
 
     # ------------------------------------------------------------------ the call

@@ -36,6 +36,7 @@ from diffusers_ddpm_ext.diffusion.reverse_step import LEARNED_VARIANCES
 from diffusers_ddpm_ext.models.conditioning import Conditioning
 from diffusers_ddpm_ext.models.evaluation_mode import evaluation_mode
 from diffusers_ddpm_ext.models.latent_scale import SLOTS
+from diffusers_ddpm_ext.models.spatial_rescaler import SpatialRescaler
 from diffusers_ddpm_ext.models.unet_2d_ext import UNet2DExtModel
 from diffusers_ddpm_ext.pipelines.call_arguments import (
     CALLBACK_TENSORS,
@@ -59,21 +60,22 @@ from diffusers_ddpm_ext.pipelines.call_state import (
     scheduler_of_call,
 )
 from diffusers_ddpm_ext.pipelines.class_names import read_class_names
-from diffusers_ddpm_ext.pipelines.first_stage_mixin import (
-    FirstStageMixin,
-    check_concat_through_vae,
-    check_same_scale,
-    checked_vae,
-)
+from diffusers_ddpm_ext.pipelines.condition_encoders import ENCODER_COMPONENTS, ConditionEncodersMixin, checked_alias
+from diffusers_ddpm_ext.pipelines.first_stage_mixin import FirstStageMixin, check_concat_through_vae, check_same_scale
 from diffusers_ddpm_ext.pipelines.guidance import ConditionArguments, Guidance, Labels, prepare_guidance
+from diffusers_ddpm_ext.pipelines.prompts import Prompts, split_first_argument
 from diffusers_ddpm_ext.pipelines.serialization import SavedPipeline
 from diffusers_ddpm_ext.pipelines.stock_layout import needs_guard
+from diffusers_ddpm_ext.pipelines.stock_text import with_stock_offset
 from diffusers_ddpm_ext.schedulers.adapter import SchedulerAdapter, adapt_scheduler, supports_temperature
 from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
 from diffusers_ddpm_ext.utils.checks import checked_integer
 from diffusers_ddpm_ext.utils.wrappers import has_inner_wrappers, network_class, unwrap
 
 logger = logging.getLogger(__name__)
+
+OTHER_NAMES = {"vqvae": "vae", "bert": "text_encoder"}
+"""Components of stock pipelines -> their names here."""
 
 
 @dataclass
@@ -95,7 +97,7 @@ class DDPMExtPipelineOutput(ImagePipelineOutput):
     pred_x0: list[Tensor] | None = None
 
 
-class DDPMExtPipeline(FirstStageMixin, SavedPipeline):
+class DDPMExtPipeline(FirstStageMixin, ConditionEncodersMixin, SavedPipeline):
     """Samples images from a diffusion model ([DDPM] algorithm 2), with the steps of CompVis' ``DDPM``.
 
     Args:
@@ -120,14 +122,22 @@ class DDPMExtPipeline(FirstStageMixin, SavedPipeline):
         vae: the first stage: an ``AutoencoderKL``, ``VQModel``, ``AutoencoderTiny`` or ``AutoencoderDC`` whose
             latents the network denoises. It computes in float32.
         vqvae: another name of ``vae``, that of ``LDMPipeline``; afterwards the component is ``vae``.
+        text_encoder: makes the tokens of cross attention from prompts; see
+            `diffusers_ddpm_ext.models.text_encoder.TextEncoder` for the classes. It computes in float32.
+        tokenizer: of ``text_encoder``; without one a call takes ``input_ids`` instead of prompts.
+        bert: another name of ``text_encoder``, that of ``LDMTextToImagePipeline``.
+        concat_encoder: a `SpatialRescaler`, which makes ``concat_inputs`` from ``concat_images``.
+        image_encoder: a ``CLIPVisionModelWithProjection`` or ``CLIPVisionModel``, whose embeddings of ``image`` are
+            class labels (where the network projects these) or the only token of cross attention.
+        feature_extractor: the image processor of ``image_encoder``, for PIL images.
 
     Raises:
         ValueError: an argument is of the wrong kind, names classes that the network does not have, or is a first stage
-            of other latents.
+            or an encoder of another model.
     """
 
-    model_cpu_offload_seq = "unet->vae"
-    _optional_components: ClassVar[list[str]] = list(SLOTS)
+    model_cpu_offload_seq = "text_encoder->image_encoder->concat_encoder->unet->vae"
+    _optional_components: ClassVar[list[str]] = [*SLOTS, *ENCODER_COMPONENTS]
     _callback_tensor_inputs: ClassVar[list[str]] = list(CALLBACK_TENSORS)
 
     def __init__(
@@ -143,6 +153,13 @@ class DDPMExtPipeline(FirstStageMixin, SavedPipeline):
         # Each class by name: Diffusers' from_pipe takes over no other.
         vae: AutoencoderKL | VQModel | AutoencoderTiny | AutoencoderDC | None = None,
         vqvae: AutoencoderKL | VQModel | AutoencoderTiny | AutoencoderDC | None = None,
+        # Of Transformers, which is not imported for models without text: any class, checked where it is assigned.
+        text_encoder: nn.Module | None = None,
+        tokenizer: Any = None,
+        bert: nn.Module | None = None,
+        concat_encoder: SpatialRescaler | None = None,
+        image_encoder: nn.Module | None = None,
+        feature_extractor: Any = None,
     ) -> None:
         super().__init__()
         check_network(unet)
@@ -166,7 +183,14 @@ class DDPMExtPipeline(FirstStageMixin, SavedPipeline):
             "latent_scaling_factor": checked_scaling_factor(latent_scaling_factor),
             "concat_through_vae": concat_through_vae,
         }
-        vae = checked_vae(vae, vqvae)
+        vae = checked_alias("vae", vae, "vqvae", vqvae)
+        encoders = {
+            "text_encoder": checked_alias("text_encoder", text_encoder, "bert", bert),
+            "tokenizer": tokenizer,
+            "concat_encoder": concat_encoder,
+            "image_encoder": image_encoder,
+            "feature_extractor": feature_extractor,
+        }
         check_same_scale(settings["latent_scaling_factor"], vae)
         if vae is not None:
             settings["latent_scaling_factor"] = None
@@ -174,22 +198,26 @@ class DDPMExtPipeline(FirstStageMixin, SavedPipeline):
         is_plain = type(unet) is UNet2DModel and not has_inner_wrappers(unet)  # others are guarded when they are saved
         if is_plain and needs_guard(scheduler, settings):
             unet = UNet2DExtModel.from_unet(unet)
-        self.register_modules(unet=unet, scheduler=scheduler, vae=None, vqvae=None)
+        self.register_modules(unet=unet, scheduler=scheduler, **dict.fromkeys(self._optional_components))
         # Settings at their defaults are left out, so that the folder of an unconditional model is a stock one.
         self.register_to_config(**{name: value for name, value in settings.items() if value is not None})
         _check_classes(null_class_label, self.class_names, self.num_classes)
-        if vae is not None:
-            self.vae = vae
+        for name, component in ({"vae": vae} | encoders).items():
+            if component is not None:
+                setattr(self, name, component)
+        self._match_stock_offset()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Assign an attribute; a stock scheduler becomes ours, and ``vqvae`` is ``vae``.
+        """Assign an attribute; a stock scheduler becomes ours, ``vqvae`` is ``vae``, and ``bert`` ``text_encoder``.
 
         Without its first stage a pipeline returns latents; with one it decodes them.
         """
-        if name == "vqvae" and value is not None:
-            name = "vae"
+        if name in OTHER_NAMES and value is not None:
+            name = OTHER_NAMES[name]
         if name == "vae":
             self._assign_first_stage(value)
+        if name in ENCODER_COMPONENTS:
+            self._assign_encoder(name, value)
         if name == "unet":
             check_network(value)
         if name == "scheduler":
@@ -201,13 +229,15 @@ class DDPMExtPipeline(FirstStageMixin, SavedPipeline):
             if is_trained and isinstance(value, DDPMExtScheduler):
                 self._trained_scheduler = value
         super().__setattr__(name, value)
+        if name in ("scheduler", "tokenizer") and value is not None:
+            self._match_stock_offset()
 
     # ------------------------------------------------------------------ sampling
 
     @torch.no_grad()
     def __call__(
         self,
-        batch_size: int = 1,
+        batch_size: int | str | Sequence[str] = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         num_inference_steps: int | None = None,
         output_type: str | None = "pil",
@@ -229,11 +259,21 @@ class DDPMExtPipeline(FirstStageMixin, SavedPipeline):
         optimal_timesteps: bool = False,
         eta: float | None = None,
         step_kwargs: Mapping[str, Any] | None = None,
+        prompt: str | Sequence[str] | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        num_images_per_prompt: int = 1,
+        input_ids: Tensor | Sequence[Sequence[int]] | None = None,
+        negative_input_ids: Tensor | Sequence[Sequence[int]] | None = None,
+        prompt_embeds: Tensor | Sequence[Tensor] | None = None,
+        negative_prompt_embeds: Tensor | Sequence[Tensor] | None = None,
+        concat_images: Tensor | Sequence[Tensor] | None = None,
+        image: Any = None,
     ) -> DDPMExtPipelineOutput | tuple[Any, ...]:
         """Sample a batch of images.
 
         Args:
-            batch_size: number of images; at 1, as many as the conditions are for.
+            batch_size: number of images; at 1, as many as the conditions are for. Or the prompts:
+                ``pipeline("a cat")``, ``pipeline(["a cat", "a dog"])``.
             generator: source of all noise, or a list with one per image: then image i depends only on generator i,
                 regardless of the batch.
             num_inference_steps: number K of sampling steps out of the T training steps. None uses all T.
@@ -259,12 +299,21 @@ class DDPMExtPipeline(FirstStageMixin, SavedPipeline):
                 is c alone, and one network call instead of two.
             guidance_interval: lowest and highest timestep of the training schedule at which there is guidance.
             negative_class_labels: instead of the null class.
-            negative_concat_inputs: instead of zeros.
-            negative_encoder_hidden_states: instead of zeros, or of the null class.
+            negative_concat_inputs: instead of zeros; with a text encoder instead of the ``concat_inputs``.
+            negative_encoder_hidden_states: instead of zeros, of the null class, or of the empty prompt.
             optimal_timesteps: use the K timesteps that `ddpm-ext fit-variance` found best for the bound, from the
                 scheduler's config, instead of evenly spaced ones.
             eta: for schedulers whose ``step`` has it: 0 is deterministic, 1 as noisy as DDPM.
             step_kwargs: further arguments of the scheduler's ``step``, by name (``s_noise``, ``s_churn``, ...).
+            prompt: one text for all images or one per image.
+            negative_prompt: instead of the empty prompt, in guidance.
+            num_images_per_prompt: images of each prompt, one after the other.
+            input_ids: (B, T), the tokens of prompts as numbers, instead of ``prompt``.
+            negative_input_ids: instead of those of the empty prompt.
+            prompt_embeds: another name of ``encoder_hidden_states``.
+            negative_prompt_embeds: another name of ``negative_encoder_hidden_states``.
+            concat_images: (B, c, H, W), floating, of which ``concat_encoder`` makes ``concat_inputs``.
+            image: for ``image_encoder``: a PIL image, a list of them, or (B, 3, H, W) in [-1, 1].
 
         Returns:
             `DDPMExtPipelineOutput`, or a tuple whose first entry is the images.
@@ -274,9 +323,15 @@ class DDPMExtPipeline(FirstStageMixin, SavedPipeline):
                 the samples are not finite.
         """
         settings = CallSettings.checked(output_type, log_every_t, temperature, guidance_scale, guidance_interval)
-        conditions = ConditionArguments(class_labels, concat_inputs, encoder_hidden_states)
+        batch_size, prompt = split_first_argument(batch_size, prompt, self.text_encoder_stage is not None)
         batch_size = checked_batch_size(batch_size)
-        batch_size = conditions.batch_size if batch_size == 1 else batch_size
+        prompts = Prompts(prompt, input_ids, prompt_embeds, encoder_hidden_states)
+        negative_prompts = Prompts(
+            negative_prompt, negative_input_ids, negative_prompt_embeds, negative_encoder_hidden_states, "negative_"
+        )
+        conditions = self._encoded(ConditionArguments(class_labels, concat_inputs), prompts, concat_images, image)
+        negative = self._encoded(ConditionArguments(negative_class_labels, negative_concat_inputs), negative_prompts)
+        batch_size, conditions, negative = self._repeated(batch_size, num_images_per_prompt, conditions, negative)
         generators = _check_generators(generator, batch_size)
         callback = StepCallback.checked(callback_on_step_end, callback_on_step_end_tensor_inputs)
         shape = checked_sample_shape(batch_size, self.channels, self._network.config.sample_size)
@@ -284,7 +339,6 @@ class DDPMExtPipeline(FirstStageMixin, SavedPipeline):
         device = self._execution_device
         step_arguments = checked_step_kwargs(step_kwargs, eta)
         sampler = self._sampler(step_arguments, settings.temperature)
-        negative = ConditionArguments(negative_class_labels, negative_concat_inputs, negative_encoder_hidden_states)
         denoise = prepare_guidance(
             self._model(device), conditions, negative, batch_size, settings.guidance_scale, settings.guidance_interval
         )
@@ -305,6 +359,14 @@ class DDPMExtPipeline(FirstStageMixin, SavedPipeline):
         )
         self.maybe_free_model_hooks()
         return output if return_dict else output.to_tuple()
+
+    def _match_stock_offset(self) -> None:
+        """Give the scheduler the ``steps_offset`` of ``StableDiffusionPipeline``, where that samples this model."""
+        if self.__dict__.get("tokenizer") is None:
+            return
+        scheduler = with_stock_offset(self.parts)
+        if scheduler is not self.scheduler:
+            self.scheduler = scheduler
 
     def _sampler(self, step_kwargs: Mapping[str, Any], temperature: float) -> SchedulerAdapter:
         """A copy of the scheduler, adapted to the network: its steps and its state belong to one call."""
@@ -380,11 +442,18 @@ class DDPMExtPipeline(FirstStageMixin, SavedPipeline):
             if count < 1:
                 raise ValueError(f"num_inference_steps is {count}; it must be 1 or more, or None for all steps.")
             arguments["num_inference_steps"] = count
+            if count == scheduler.config.num_train_timesteps and self._is_moved(sampler):
+                arguments = {"timesteps": list(range(count))[::-1]}  # all of them: an offset has no room
         scheduler.set_timesteps(**arguments, device=device)
         with SHARED_SCHEDULER:
             # Only for the eyes of callbacks and callers: the call steps with its copy.
             self.scheduler.set_timesteps(**arguments, device=device)
         return scheduler.timesteps
+
+    def _is_moved(self, sampler: SchedulerAdapter) -> bool:
+        """Whether the scheduler is ours with an offset that only fewer steps than T leave room for."""
+        config = sampler.scheduler.config
+        return bool(sampler.is_ours and config.timestep_spacing == "leading" and config.steps_offset == 1)
 
     def _initial_sample(
         self,

@@ -40,13 +40,17 @@ from diffusers_ddpm_ext.losses.logvar import (
 )
 from diffusers_ddpm_ext.models.class_embedder import CLASS_EMBEDDER_FOLDER, load_class_embedder, save_class_embedder
 from diffusers_ddpm_ext.models.latent_scale import SLOTS
-from diffusers_ddpm_ext.pipelines.first_stage_mixin import checked_vae, first_stage_dtype
+from diffusers_ddpm_ext.models.text_kinds import ENCODER_SLOTS
+from diffusers_ddpm_ext.pipelines.condition_encoders import ENCODER_COMPONENTS, checked_alias, float32_dtypes
 from diffusers_ddpm_ext.pipelines.folder_checks import check_loaded, check_pipeline_folder
+from diffusers_ddpm_ext.pipelines.pipeline_parts import PipelineParts
+from diffusers_ddpm_ext.pipelines.saved_encoders import finish_encoders, place_encoders, quiet_saving, split_encoders
 from diffusers_ddpm_ext.pipelines.stock_layout import (
     needs_guard,
     plain_network,
     reason_to_refuse_stock,
     saved_first_stage,
+    stock_class,
     stock_model_index,
 )
 from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
@@ -140,15 +144,40 @@ class SavedPipeline(DiffusionPipeline):
             save_class_embedder(folder, self.class_embedder)
         plain = copy.copy(self)
         plain.unet = plain_network(self.unet, needs_guard(self.scheduler, self.config))
+        stock = stock_class(self.parts)
         if self.vae is not None:
-            slot, vae = saved_first_stage(self.vae, is_stock=not self._reason_to_refuse_stock())
+            slot, vae = saved_first_stage(self.vae, stock)
             plain.__dict__.update(dict.fromkeys(SLOTS) | {slot: vae})
             entries = dict.fromkeys(SLOTS, (None, None)) | {slot: ("diffusers", type(vae).__name__)}
             plain.register_to_config(**entries)
-        super(SavedPipeline, plain).save_pretrained(os.fspath(folder), *args, **kwargs)
+        place_encoders(plain, stock)
+        with quiet_saving(self):
+            super(SavedPipeline, plain).save_pretrained(os.fspath(folder), *args, **kwargs)
+
+    def save_config(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Diffusers' method, which is the last step of saving before an upload."""
+        finish_encoders(Path(save_directory))
+        super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    @property
+    def parts(self) -> PipelineParts:
+        """What decides which class the folder of this pipeline names."""
+
+        def first(*names: str) -> Any:
+            return next((self.__dict__[name] for name in names if self.__dict__.get(name) is not None), None)
+
+        return PipelineParts(
+            self.unet,
+            self.scheduler,
+            self.config,
+            first(*SLOTS),
+            first(*ENCODER_SLOTS),
+            first("tokenizer"),
+            first("concat_encoder", "image_encoder") is not None,
+        )
 
     def _reason_to_refuse_stock(self) -> str:
-        return reason_to_refuse_stock(self.unet, self.scheduler, self.config, self.vae)
+        return reason_to_refuse_stock(self.parts)
 
     def _absent_tables(self) -> list[str]:
         """Folders of the tables that this pipeline does not have."""
@@ -157,8 +186,7 @@ class SavedPipeline(DiffusionPipeline):
 
     def to_json_file(self, json_file_path: str | os.PathLike[str]) -> None:
         """Write ``model_index.json`` with class names that stock Diffusers knows."""
-        vae = next((self.__dict__[slot] for slot in SLOTS if self.__dict__.get(slot) is not None), None)
-        index = stock_model_index(json.loads(self.to_json_string()), self.unet, self.scheduler, self.config, vae)
+        index = stock_model_index(json.loads(self.to_json_string()), self.parts)
         Path(json_file_path).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     def _upload_folder(
@@ -237,15 +265,20 @@ class SavedPipeline(DiffusionPipeline):
         """Load from a folder, which a repository was downloaded to if ``hub`` says so."""
         kwargs = dict(kwargs)
         without = any(slot in kwargs and kwargs[slot] is None for slot in SLOTS)
-        vae = checked_vae(*(kwargs.pop(slot, None) for slot in SLOTS))
+        vae = checked_alias("vae", kwargs.pop("vae", None), "vqvae", kwargs.pop("vqvae", None))
         if vae is not None:
             kwargs |= {"vae": vae, "vqvae": None}  # instead of the folder's, in whatever slot that is
         given = frozenset(name for name in ("unet", "scheduler", *SLOTS) if kwargs.get(name) is not None)
+        given |= {name for name in ENCODER_COMPONENTS if name in kwargs}
         check_pipeline_folder(folder, kwargs.get("variant"), given)
+        kwargs, encoders = split_encoders(folder, kwargs)
         with as_folder_error(folder):
-            pipeline = super().from_pretrained(os.fspath(folder), **kwargs | first_stage_dtype(kwargs))
+            pipeline = super().from_pretrained(os.fspath(folder), **kwargs | float32_dtypes(kwargs))
         if kwargs.get("device_map") is None:
             check_loaded(pipeline, folder, kwargs.get("variant"), given)
+        for name, component in encoders.items():
+            if component is not None:
+                setattr(pipeline, name, component)
         if without and vae is None and pipeline.vae is not None:
             pipeline.vae = None
         if isinstance(kwargs.get("scheduler"), SchedulerMixin):  # then a download has none
@@ -286,6 +319,10 @@ class SavedPipeline(DiffusionPipeline):
             kwargs = {
                 name: pipeline.config[name] for name in CONDITIONING_ARGUMENTS if name in pipeline.config
             } | kwargs
+        if kwargs.get("image_encoder", pipeline.components.get("image_encoder")) is None:
+            kwargs.setdefault("feature_extractor", None)  # of a safety checker, which this class does not have
+        if any(name in kwargs and kwargs[name] is None for name in ENCODER_SLOTS):
+            kwargs.setdefault("tokenizer", None)
         new = super().from_pipe(pipeline, **kwargs)
         if isinstance(pipeline, SavedPipeline) and isinstance(new, SavedPipeline):
             new.logvar, new.class_embedder = pipeline.logvar, pipeline.class_embedder

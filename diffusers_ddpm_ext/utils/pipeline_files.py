@@ -16,8 +16,13 @@ from diffusers_ddpm_ext.utils.input_files import read_json
 
 MODEL_INDEX = "model_index.json"
 COMPONENTS = ("unet", "scheduler")
-NETWORKS = ("unet", "vae", "vqvae")
-"""Components with weights: the network, and the first stage in one of its slots, where the pipeline names it."""
+NETWORKS = ("unet", "vae", "vqvae", "text_encoder", "bert", "image_encoder", "concat_encoder")
+"""Components with weights: the network, the first stage and the text encoder each in one of their slots, and encoders
+of pictures, where the pipeline names them."""
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+    *("merges.txt", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model"),
+)
 NETWORK_RECORDS = ("ema.json",)
 """Files about the weights, valid with any scheduler."""
 RESULTS = (
@@ -37,7 +42,13 @@ TABLES = tuple(
     for folder in ("logvar", "class_embedder")
     for name in ("config.json", "diffusion_pytorch_model.safetensors")
 )
-CONFIGS = ("config.json", "scheduler_config.json", "preprocessor_config.json")
+CONFIGS = (
+    "config.json",
+    "scheduler_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "generation_config.json",
+)
 _WEIGHTS = re.compile(
     r"(?:diffusion_pytorch_model|pytorch_model|model)"  # Diffusers' and Transformers' names
     r"(?:\.(?P<first>[\w.-]+?))?(?:-\d{5}-of-\d{5})?(?:\.(?P<second>[\w.-]+?))?\.(?:safetensors|bin|flashpack)"
@@ -67,7 +78,8 @@ def owned_files(folder: Path) -> set[str]:
     for component in component_folders(folder):
         place = folder / component
         names = [path.name for path in place.iterdir() if _is_file(path)] if place.is_dir() else []
-        files |= {f"{component}/{name}" for name in names if name in CONFIGS or is_weights(name)}
+        own = TOKENIZER_FILES if component == "tokenizer" else ()
+        files |= {f"{component}/{name}" for name in names if name in (*CONFIGS, *own) or is_weights(name)}
     return files
 
 
