@@ -80,12 +80,15 @@ def tokenize(tokenizer: Any, prompts: Sequence[str], length: int, find_cut: bool
     Returns:
         Ids (B, length), int64, and the prompt or None.
     """
+    encoded = tokenizer(
+        list(prompts), padding="max_length", max_length=length, truncation=True, return_attention_mask=True
+    )
     cut = None
     if find_cut:
-        whole = tokenizer(list(prompts), truncation=False, padding=False, verbose=False).input_ids
-        cut = next((prompt for prompt, row in zip(prompts, whole, strict=True) if len(row) > length), None)
-    ids = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True).input_ids
-    return torch.tensor(ids, dtype=torch.int64), cut
+        full = [prompt for prompt, mask in zip(prompts, encoded.attention_mask, strict=True) if all(mask)]
+        whole = tokenizer(full, truncation=False, padding=False, verbose=False).input_ids if full else []
+        cut = next((prompt for prompt, row in zip(full, whole, strict=True) if len(row) > length), None)
+    return torch.tensor(encoded.input_ids, dtype=torch.int64), cut
 
 
 def tokenizer_facts(tokenizer: Any, length: int) -> str:
