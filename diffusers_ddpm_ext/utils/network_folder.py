@@ -35,6 +35,8 @@ UNREADABLE = (
 @contextmanager
 def as_folder_error(folder: Path) -> Iterator[None]:
     """Re-raise what Diffusers raises about a folder's contents as a ConfigError of one line (an OSError stays one)."""
+    from safetensors import SafetensorError  # not at the top: `--help` does not wait for it
+
     try:
         yield
     except ConfigError:
@@ -44,7 +46,7 @@ def as_folder_error(folder: Path) -> Iterator[None]:
         if isinstance(error, ValueError) or error.errno is None:
             raise (ConfigError if isinstance(error, ValueError) else OSError)(text) from error
         raise
-    except UNREADABLE as error:
+    except (*UNREADABLE, SafetensorError) as error:
         text = printable(" ".join(str(error).split()), 300)
         raise ConfigError(f"{file_name(folder)} cannot be loaded: {type(error).__name__}: {text}") from error
 
