@@ -66,7 +66,7 @@ class ConvertOptions:
     load_only_unet: bool = option(False, "compvis: the network only.")
     tokenizer: str | None = option(
         None,
-        "compvis: the tokenizer of the text encoder, which no checkpoint has; without one the pipeline takes token ids.",
+        "compvis: the tokenizer of the text encoder, which no checkpoint has; without it the pipeline takes ids.",
         metavar="FOLDER_OR_ID",
     )
     text_heads: int | None = option(
