@@ -15,7 +15,14 @@ from typing import Any
 import torch
 from torch import nn
 
-REPLACED = ("pytorch_lightning", "torchvision", "clip", "kornia", "omegaconf")
+REPLACED = ("pytorch_lightning", "torchvision", "clip", "kornia", "omegaconf", "ftfy")
+
+
+class _AnyAttribute(type):
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return None
 
 
 class _Replacement(types.ModuleType):
@@ -26,7 +33,7 @@ class _Replacement(types.ModuleType):
             raise AttributeError(name)
         if name == "LightningModule":
             return type(name, (nn.Module,), {"device": torch.device("cpu")})
-        return type(name, (), {"__init__": lambda self, *a, **k: None})
+        return _AnyAttribute(name, (), {"__init__": lambda self, *a, **k: None})
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
