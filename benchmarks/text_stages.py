@@ -28,6 +28,7 @@ from torch import Tensor
 from diffusers_ddpm_ext.compvis import load_compvis, save_compvis
 from diffusers_ddpm_ext.compvis.conditioner.architecture import read_conditioner
 from diffusers_ddpm_ext.compvis.conditioner.weights import convert_conditioner, export_conditioner
+from diffusers_ddpm_ext.models.text_encoder import TextEncoder
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -107,7 +108,7 @@ def compare(original: Any, shape: TextShape) -> tuple[dict[str, Any], dict[str, 
     converted = convert_conditioner(weights, shape.with_heads(config))
     ids = token_ids(shape)
     theirs = original.encode(ids)
-    ours = converted.module(input_ids=ids).last_hidden_state
+    ours = TextEncoder(converted.module).encode(ids)
     back = export_conditioner(converted.module, shape.name, converted.plan.layout, weights)
     original.load_state_dict(back, strict=True)
     same = back.keys() == weights.keys() and all(torch.equal(back[name], weights[name]) for name in weights)

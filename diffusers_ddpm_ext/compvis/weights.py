@@ -213,7 +213,7 @@ def _transformed(mapping: TensorMapping, source: Tensor, new_order: bool) -> Ten
     if mapping.transform == "transpose":
         return source.T if source.ndim == 2 else None
     width = mapping.shape[0]
-    if source.shape[0] != 3 * width:
+    if source.shape[:1] != (3 * width,):
         return None
     third = QKV.index(mapping.transform)
     if new_order:

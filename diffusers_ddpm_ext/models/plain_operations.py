@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -30,6 +31,22 @@ class PlainOperations(TorchFunctionMode):
         if replacement is None or not args or args[0].device.type != "cpu":
             return func(*args, **kwargs)
         return replacement(*args, **kwargs)
+
+
+class ContiguousProducts(TorchFunctionMode):
+    """While it is entered, Diffusers' `LDMBertModel` computes on a CPU what CompVis' encoders compute, to the bit.
+
+    Their products of several prompts are of contiguous matrices; PyTorch's kernels for short transposed ones add in
+    another order.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Call ``func``, batched products with contiguous matrices."""
+        if func is torch.bmm and args[0].device.type == "cpu":
+            args = [matrix.contiguous() for matrix in args]
+        return func(*args, **(kwargs or {}))
 
 
 def _silu(values: Tensor, inplace: bool = False) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusers_ddpm_ext.models.evaluation_mode import evaluation_mode
+from diffusers_ddpm_ext.models.plain_operations import ContiguousProducts
 from diffusers_ddpm_ext.models.text_encoder_loading import load_text_encoder, load_tokenizer
 from diffusers_ddpm_ext.models.text_encoder_saving import encoder_tensors, save_encoder
 from diffusers_ddpm_ext.models.text_kinds import UNBOUNDED_LENGTH, architecture, encoder_config, kind_of
@@ -131,7 +132,7 @@ class TextEncoder:
             return tokens
         self._to_float32()
         with ExitStack() as stack:
-            for context in self._exact(ids.device):
+            for context in self._exact(ids):
                 stack.enter_context(context)
             tokens = self.encoder(input_ids=ids, return_dict=True).last_hidden_state
         if not bool(torch.isfinite(tokens).all()):
@@ -192,10 +193,12 @@ class TextEncoder:
         if self.encoder.dtype != dtype:
             self.encoder.to(dtype)
 
-    def _exact(self, device: torch.device) -> tuple[AbstractContextManager[Any], ...]:
-        """Evaluation mode, without gradients and autocast."""
-        autocast: Any = nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
-        return torch.no_grad(), autocast, evaluation_mode(self.encoder)
+    def _exact(self, ids: Tensor) -> tuple[AbstractContextManager[Any], ...]:
+        """Evaluation mode, without gradients and autocast, and with the products of the original's class."""
+        device = ids.device.type
+        autocast: Any = nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
+        products: Any = ContiguousProducts() if self.kind == "bert" and len(ids) > 1 else nullcontext()
+        return torch.no_grad(), autocast, evaluation_mode(self.encoder), products
 
     # ------------------------------------------------------------------ identity
 
