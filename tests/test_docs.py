@@ -22,11 +22,14 @@ from diffusers import AutoencoderKL, UNet2DModel
 from helpers.latent_cases import write_pictures
 from helpers.paths import ROOT
 from helpers.runs import tiny_run
+from helpers.text_cases import text_pipeline, tiny_conditional_unet
+from helpers.text_models import save_text_model, tiny_tokenizer
 from helpers.tiny import tiny_unet
 from PIL import Image
 from test_public_surface import FROZEN_PATHS, PUBLIC
 
 from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtScheduler, cli
+from diffusers_ddpm_ext.models.spatial_rescaler import SpatialRescaler
 from diffusers_ddpm_ext.training import trainer
 
 PACKAGE = ROOT / "diffusers_ddpm_ext"
@@ -79,6 +82,7 @@ def workspace(tmp_path_factory):
         noise = np.random.default_rng(index).integers(0, 255, (64, 64, 3), dtype=np.uint8)
         Image.fromarray(noise).save(root / "photos" / f"{index}.png")
     add_latent_models(root)
+    add_text_models(root)
     return root
 
 
@@ -110,6 +114,23 @@ def add_latent_models(root: Path) -> None:
     rows = [f"{index}.png,holes/{index}.png" for index in range(20)]
     rows += [f"holes/{index}.png,holes/{index}.png" for index in range(20)]
     (root / "pairs" / "metadata.csv").write_text("\n".join(["file_name,condition", *rows, ""]))
+
+
+def add_text_models(root: Path) -> None:
+    """Models that draw what a prompt says, an encoder, captioned pictures, prompts and maps, for conditioning.md."""
+    save_text_model(root / "clip")
+    text_pipeline("clip", is_latent=True).save_pretrained(root / "runs" / "text")
+    text_pipeline("clip", tokenizer=None).save_pretrained(root / "runs" / "untokenized")
+    rescaler = SpatialRescaler(n_stages=1, in_channels=6, out_channels=2)
+    arguments = {"unet": tiny_conditional_unet(5, 3), "conditioning_key": "hybrid", "concat_encoder": rescaler}
+    text_pipeline("clip", **arguments).save_pretrained(root / "runs" / "maps")
+    (root / "prompts.txt").write_text("a red apple\na cat\n")
+    np.save(root / "ids.npy", np.array(tiny_tokenizer()(["a cat"], padding="max_length").input_ids))
+    write_pictures(root / "emoji", [f"{index}.png" for index in range(20)], (64, 64))
+    rows = [f"{index}.png,a {('red', 'blue')[index % 2]} cat" for index in range(20)]
+    (root / "emoji" / "metadata.csv").write_text("\n".join(["file_name,text", *rows, ""]))
+    (root / "maps").mkdir()
+    Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16) % 6).save(root / "maps" / "a.png")
 
 
 def run_commands(text: str) -> None:

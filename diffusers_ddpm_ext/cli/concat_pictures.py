@@ -52,8 +52,12 @@ class PictureFolder:
         return digest.hexdigest()
 
 
-def find_pictures(folder: Path) -> PictureFolder:
+def find_pictures(folder: Path, option: str = OPTION) -> PictureFolder:
     """The pictures of a folder and its subfolders. Imports no torch.
+
+    Args:
+        folder: where they are.
+        option: that named it, for messages.
 
     Raises:
         ConfigError: the folder cannot be read or has none, or two pictures would have one output.
@@ -61,28 +65,37 @@ def find_pictures(folder: Path) -> PictureFolder:
     from diffusers_ddpm_ext.training.config.checks import check_image_folder
     from diffusers_ddpm_ext.training.data.image_files import find_files
 
-    names = find_files(check_image_folder(OPTION, str(folder)), ()).images
+    names = find_files(check_image_folder(option, str(folder)), ()).images
     if not names:
-        raise ConfigError(f"{OPTION} {printable(str(folder), 300)} has no picture that Pillow reads (.png, .jpg, ...)")
+        raise ConfigError(f"{option} {printable(str(folder), 300)} has no picture that Pillow reads (.png, .jpg, ...)")
     stems = [str(PurePosixPath(name).with_suffix("")) for name in names]
     taken: dict[str, str] = {}
     for name, stem in zip(names, stems, strict=True):
         if stem in taken:
             both = f"{printable(taken[stem], 120)} and {printable(name, 120)}"
-            raise ConfigError(f"{OPTION}: {both} would both become {printable(stem, 120)}.png: rename one of them")
+            raise ConfigError(f"{option}: {both} would both become {printable(stem, 120)}.png: rename one of them")
         taken[stem] = name
     return PictureFolder(folder, tuple(names), tuple(stems))
 
 
-def check_turns(pictures: PictureFolder, num_images: int) -> None:
-    """Refuse a number of images whose numbered outputs would have the name of another picture's."""
+def check_turns(pictures: PictureFolder, num_images: int, option: str = OPTION) -> None:
+    """Refuse a number of images whose numbered outputs would have the name of another picture's.
+
+    Args:
+        pictures: that the outputs are named after.
+        num_images: to draw.
+        option: that named their folder, for messages.
+
+    Raises:
+        ConfigError: two outputs would have one name.
+    """
     turns = -(-num_images // len(pictures.stems))
     known = set(pictures.stems)
     for stem in pictures.stems:
         base, _, number = stem.rpartition("-")
         if base in known and number.isascii() and number.isdigit() and 2 <= int(number[:18]) <= turns:
             raise ConfigError(
-                f"{OPTION}: with --num_images {num_images}, the {number}. image of {printable(base, 120)} would be "
+                f"{option}: with --num_images {num_images}, the {number}. image of {printable(base, 120)} would be "
                 f"called {printable(stem, 120)}, as another picture is: rename it, or draw {len(known)}"
             )
 
@@ -94,6 +107,8 @@ def check_channels(facts: PipelineFacts) -> None:
         ConfigError: the network takes another number of channels than a picture, or its latents, have.
     """
     channels = facts.concat_channels
+    if facts.concat_encoder is not None:
+        return
     if facts.concat_through_vae is None:
         if channels not in PICTURE_CHANNELS:
             raise ConfigError(
@@ -155,14 +170,14 @@ class ConcatInputs:
 
         stage, through = self.pipeline.first_stage, self.pipeline.config.get("concat_through_vae")
         if stage is None or (through is None and self._size_of(index) == self.size):
-            return self._decode(index, self.size, self.channels)
+            return decode_picture(self.pictures, index, self.size, self.channels)
         height, width = self.size
         channels = self.channels if through is None else stage.pixel_channels + self.channels - stage.latent_channels
-        picture = self._decode(index, (height * stage.factor, width * stage.factor), channels)
+        picture = decode_picture(self.pictures, index, (height * stage.factor, width * stage.factor), channels)
         if channels > stage.pixel_channels and through is not None and not bool((picture[:, -1] < 0).any()):
+            name = printable(self.pictures.names[index], 200)
             raise ConfigError(
-                f"{OPTION}: {self._name(index)} has no transparent part, and that is what the model paints: erase it "
-                "there"
+                f"{OPTION}: {name} has no transparent part, and that is what the model paints: erase it there"
             )
         noise = generator("sample/concat", self.seed, index)
         return concat_condition(stage, picture.to(self.pipeline.device), through, noise).cpu()
@@ -177,21 +192,24 @@ class ConcatInputs:
         except (ConfigError, OSError, SyntaxError, ValueError):
             return None
 
-    def _decode(self, index: int, size: tuple[int, int], channels: int) -> Tensor:
-        """A picture, (1, channels, height, width), in [-1, 1]; ConfigError if it cannot be read."""
-        import torch
 
-        from diffusers_ddpm_ext.training.data.decoding import Preprocessing, UnreadableImage, decode_image, levels_of
-        from diffusers_ddpm_ext.training.data.image_set import levels_to_pixels
+def decode_picture(pictures: PictureFolder, index: int, size: tuple[int, int], channels: int) -> Tensor:
+    """A picture of a folder, resized and cropped: (1, channels, height, width), in [-1, 1].
 
-        preprocessing: Preprocessing = Preprocessing(size, channels, center_crop=True)
-        try:
-            pixels = decode_image(self.pictures.folder / self.pictures.names[index], preprocessing).pixels
-        except (UnreadableImage, ConfigError) as error:
-            raise ConfigError(f"{OPTION}: {self._name(index)} cannot be read: {error}") from None
-        if len(pixels) != channels:
-            raise ConfigError(f"{OPTION}: {self._name(index)} has {len(pixels)} channels; the model takes {channels}")
-        return levels_to_pixels(torch.from_numpy(pixels)[None], levels_of(pixels))
+    Raises:
+        ConfigError: it cannot be read, or has other channels.
+    """
+    import torch
 
-    def _name(self, index: int) -> str:
-        return printable(self.pictures.names[index], 200)
+    from diffusers_ddpm_ext.training.data.decoding import Preprocessing, UnreadableImage, decode_image, levels_of
+    from diffusers_ddpm_ext.training.data.image_set import levels_to_pixels
+
+    name = printable(pictures.names[index], 200)
+    preprocessing: Preprocessing = Preprocessing(size, channels, center_crop=True)
+    try:
+        pixels = decode_image(pictures.folder / pictures.names[index], preprocessing).pixels
+    except (UnreadableImage, ConfigError) as error:
+        raise ConfigError(f"{OPTION}: {name} cannot be read: {error}") from None
+    if len(pixels) != channels:
+        raise ConfigError(f"{OPTION}: {name} has {len(pixels)} channels; the model takes {channels}")
+    return levels_to_pixels(torch.from_numpy(pixels)[None], levels_of(pixels))

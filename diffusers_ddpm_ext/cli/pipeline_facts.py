@@ -21,10 +21,21 @@ from diffusers_ddpm_ext.utils.first_stage_config import (
 from diffusers_ddpm_ext.utils.generations import read_one_generation
 from diffusers_ddpm_ext.utils.input_files import JsonObject, json_object, read_json_object
 from diffusers_ddpm_ext.utils.network_budget import check_network_config, check_network_types
+from diffusers_ddpm_ext.utils.text_encoder_config import (
+    TEXT_ENCODER_SLOTS,
+    TOKENIZER_SLOT,
+    TextEncoderConfig,
+    read_text_encoder_config,
+)
 from diffusers_ddpm_ext.utils.vocabulary import CONCAT_THROUGH_VAE, CONDITIONING_KEYS
 
 LEARNED_VARIANCES = ("learned", "learned_range")
 MAX_SIZE = 2**20
+COMPONENTS = (
+    *("unet", "scheduler", *FIRST_STAGE_SLOTS, *TEXT_ENCODER_SLOTS, TOKENIZER_SLOT),
+    *("concat_encoder", "image_encoder", "feature_extractor"),
+)
+"""What a pipeline of ours may consist of."""
 DEFAULT_CHANNELS, DEFAULT_TIMESTEPS = 3, 1000
 """Of UNet2DModel and DDPMScheduler, where their config leaves the key out."""
 
@@ -40,6 +51,8 @@ class PipelineFacts:
         scheduler: of the scheduler.
         has_class_embedder: whether classes become tokens of cross attention.
         first_stage: of the autoencoder that decodes the samples; None for a model of pixels, or of latents alone.
+        text_encoder: of the network that makes tokens of prompts; None for a model without one.
+        concat_encoder: of the one that makes concatenated inputs of pictures; None for a model without one.
     """
 
     source: str
@@ -48,11 +61,18 @@ class PipelineFacts:
     scheduler: JsonObject
     has_class_embedder: bool
     first_stage: FirstStageConfig | None = None
+    text_encoder: TextEncoderConfig | None = None
+    concat_encoder: JsonObject | None = None
 
     @cached_property
     def conditioning_key(self) -> str | None:
-        """How conditions reach the network; None for an unconditional model."""
+        """How conditions reach the network; None for an unconditional model, or where class labels speak for it."""
         key = _present(self.index, "conditioning_key")
+        if key is None and (_present(self.index, "unet") or [""])[-1] == "UNet2DConditionModel":
+            has_classes = any(
+                _present(self.unet, name) is not None for name in ("num_class_embeds", "class_embed_type")
+            )
+            return "crossattn-adm" if has_classes else "crossattn"
         if key is not None and key not in CONDITIONING_KEYS:
             raise ConfigError(
                 f"{self.index.name}: conditioning_key is {key!r}; it must be one of {', '.join(CONDITIONING_KEYS)}"
@@ -68,6 +88,16 @@ class PipelineFacts:
     def takes_hidden_states(self) -> bool:
         """Whether the network has cross attention, to embeddings or to classes."""
         return (self.conditioning_key or "").startswith(("crossattn", "hybrid"))
+
+    @property
+    def takes_image(self) -> bool:
+        """Whether a network of the pipeline makes conditions of pictures."""
+        return names_class(self.index.content.get("image_encoder"))
+
+    @property
+    def image_is_label(self) -> bool:
+        """Whether such a condition takes the place of a class label, and not of tokens of cross attention."""
+        return self.takes_image and (self.conditioning_key or "").endswith("adm")
 
     @property
     def takes_labels(self) -> bool:
@@ -187,11 +217,11 @@ def _read_facts(source: str, folder: Path, variant: str | None, variant_option: 
                 f"{index.name} names no {part}: this is no pipeline of a network and a scheduler, such as DDPMPipeline"
             )
     components = [name for name, value in index.content.items() if names_class(value)]
-    others = [name for name in components if name not in ("unet", "scheduler", *FIRST_STAGE_SLOTS)]
+    others = [name for name in components if name not in COMPONENTS]
     if others:
         raise ConfigError(
             f"{index.name} has a component {printable(others[0], 60)!r}, and ddpm-ext runs pipelines of a network, a "
-            "scheduler and a first stage alone; use the pipeline's own class in Diffusers"
+            "scheduler, a first stage and encoders of conditions alone; use the pipeline's own class in Diffusers"
         )
     first_stage = read_first_stage_config(folder, index)
     if first_stage is not None:
@@ -203,6 +233,8 @@ def _read_facts(source: str, folder: Path, variant: str | None, variant_option: 
         read_json_object(folder / "scheduler" / "scheduler_config.json", allow_infinity=True),
         (folder / "class_embedder" / "config.json").is_file(),
         first_stage,
+        read_text_encoder_config(folder, index),
+        read_json_object(folder / "concat_encoder" / "config.json") if "concat_encoder" in components else None,
     )
     check_network_types(facts.unet.content, facts.unet.name)
     check_network_config(facts.unet.content, facts.unet.name)
@@ -217,7 +249,7 @@ def facts_of_pipeline(source: str, pipeline: Any) -> PipelineFacts:
         as_saved = json.loads(json.dumps(dict(config), default=str))  # tuples as lists
         return json_object(as_saved, f"{part} of {source}")
 
-    first_stage = None
+    first_stage, rescaler = None, pipeline.concat_encoder
     if pipeline.first_stage is not None:
         first_stage = FirstStageConfig(
             "vae", type(pipeline.vae).__name__, named("vae/config.json", pipeline.vae.config)
@@ -229,7 +261,17 @@ def facts_of_pipeline(source: str, pipeline: Any) -> PipelineFacts:
         named("scheduler_config.json", pipeline.trained_scheduler.config),
         pipeline.class_embedder is not None,
         first_stage,
+        _text_encoder_of(source, pipeline),
+        None if rescaler is None else named("concat_encoder/config.json", rescaler.config),
     )
+
+
+def _text_encoder_of(source: str, pipeline: Any) -> TextEncoderConfig | None:
+    stage = pipeline.text_encoder_stage
+    if stage is None:
+        return None
+    config = json_object(json.loads(stage.encoder.config.to_json_string(use_diff=False)), f"text_encoder of {source}")
+    return TextEncoderConfig("text_encoder", type(stage.encoder).__name__, config, stage.tokenizer is not None)
 
 
 def _check_weights(folder: Path, variant: str | None, variant_option: str) -> None:

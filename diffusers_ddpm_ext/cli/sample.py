@@ -5,38 +5,30 @@ from __future__ import annotations
 import difflib
 import hashlib
 import inspect
-import itertools
 import json
-import math
 import os
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from diffusers_ddpm_ext.cli.concat_pictures import ConcatInputs
+from diffusers_ddpm_ext.cli.encoder_pictures import ImageConditions, concat_images
 from diffusers_ddpm_ext.cli.pipeline_facts import PipelineFacts, facts_of_pipeline, read_pipeline_facts
 from diffusers_ddpm_ext.cli.sample_conditions import SampleConditions, check_sample
-from diffusers_ddpm_ext.cli.sample_options import SampleOptions, parse_sample_args
+from diffusers_ddpm_ext.cli.sample_options import ARRAYS, SampleOptions, parse_sample_args
 from diffusers_ddpm_ext.errors import ConfigError
 from diffusers_ddpm_ext.pipelines.loading import load_pipeline, quiet_diffusers, select_device
 
 if TYPE_CHECKING:
+    from diffusers_ddpm_ext.cli.sample_drawing import Processes
     from diffusers_ddpm_ext.cli.sample_output import OneFile, PngFolder
 
-# options that change neither the images nor how they are drawn
-NOT_IN_SETTINGS = ("out", "individual", "num_images", "batch_size", "device", "bit_depth", "concat")
-
-
-class _Processes(NamedTuple):
-    """This process among those that a launcher started."""
-
-    rank: int
-    world_size: int
-    device: Any
-    wait: Callable[[], None]
-    leave: Callable[[], None]
+# options that change neither the images nor how they are drawn, or whose content is recorded in their place
+NOT_IN_SETTINGS = (
+    *("out", "individual", "num_images", "batch_size", "device", "bit_depth", "concat", "image"),
+    *("prompt", "negative_prompt", "prompts", "input_ids", "negative_input_ids", "text_encoder", "tokenizer"),
+)
 
 
 def sample_command(argv: Sequence[str]) -> str:
@@ -57,7 +49,9 @@ def sample_command(argv: Sequence[str]) -> str:
         check_unused(options.output_path)
     conditions = None if facts is None else check_sample(options, facts)  # before torch is imported
     processes = _join_processes(options.device)
-    pipeline = load_pipeline(options.folder, options.variant, processes.device, options.dtype, variant)
+    pipeline = load_pipeline(
+        options.folder, options.variant, processes.device, options.dtype, variant, _load_encoders(options)
+    )
     if facts is None or conditions is None:
         facts = facts_of_pipeline(options.folder, pipeline)
         conditions = check_sample(options, facts)
@@ -73,11 +67,17 @@ def sample_command(argv: Sequence[str]) -> str:
 
 
 def _sample(
-    pipeline: Any, options: SampleOptions, facts: PipelineFacts, read: SampleConditions, processes: _Processes
+    pipeline: Any, options: SampleOptions, facts: PipelineFacts, read: SampleConditions, processes: Processes
 ) -> str:
     """Draw and write the images; the line that says so."""
-    conditions = _condition_tensors(pipeline, read)
-    if read.pictures is not None and facts.image_size is not None:
+    from diffusers_ddpm_ext.cli.sample_drawing import Drawing, draw_missing
+
+    conditions = _condition_tensors(pipeline, read) | read.text.arguments(options.guidance_scale != 1)
+    if read.image is not None:
+        conditions["image"] = ImageConditions(read.image)
+    if read.pictures is not None and facts.concat_encoder is not None:
+        conditions["concat_images"] = concat_images(read.pictures, facts)
+    elif read.pictures is not None and facts.image_size is not None:
         conditions["concat_inputs"] = ConcatInputs(
             read.pictures, pipeline, facts.concat_channels, facts.image_size, options.seed
         )
@@ -89,7 +89,7 @@ def _sample(
     with output.locked() if is_main else nullcontext():
         if is_main:
             output.check()
-        _draw_missing(pipeline, options, conditions, output, read.num_images, calls, processes)
+        draw_missing(Drawing(pipeline, options, read, conditions, calls), output, processes)
         if not is_main:
             return ""
         output.finish(read.num_images)
@@ -103,14 +103,35 @@ def _sample(
     )
 
 
-def _join_processes(device_name: str | None) -> _Processes:
+def _load_encoders(options: SampleOptions) -> dict[str, Any]:
+    """The components of ``--text_encoder`` and ``--tokenizer``; ConfigError if one cannot be loaded."""
+    places = {"text_encoder": options.text_encoder, "tokenizer": options.tokenizer}
+    if options.text_encoder is not None and options.tokenizer is None and options.input_ids is None:
+        places["tokenizer"] = options.text_encoder
+    if not any(places.values()):
+        return {}
+    from diffusers_ddpm_ext.models.text_encoder import load_text_encoder, load_tokenizer
+
+    components = {}
+    for (name, place), load in zip(places.items(), (load_text_encoder, load_tokenizer), strict=True):
+        if place is not None:
+            try:
+                components[name] = load(place)
+            except ConfigError as error:
+                raise ConfigError(f"--{name}: {error}") from None
+    return components
+
+
+def _join_processes(device_name: str | None) -> Processes:
+    from diffusers_ddpm_ext.cli.sample_drawing import Processes
+
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return _Processes(0, 1, select_device(device_name), lambda: None, lambda: None)
+        return Processes(0, 1, select_device(device_name), lambda: None, lambda: None)
     from accelerate import PartialState
 
     state = PartialState(cpu=device_name == "cpu")
     device = state.device if device_name is None else select_device(device_name)
-    return _Processes(
+    return Processes(
         state.process_index, state.num_processes, device, state.wait_for_everyone, state.destroy_process_group
     )
 
@@ -166,6 +187,8 @@ def _count_network_calls(pipeline: Any, options: SampleOptions) -> int:
     if optimal and not sampler.is_ours:
         raise ConfigError(f"--optimal_timesteps needs DDPMExtScheduler; this is a {type(pipeline.scheduler).__name__}")
     steps = options.num_inference_steps or pipeline.scheduler.config.num_train_timesteps
+    if steps == pipeline.scheduler.config.num_train_timesteps and pipeline.is_moved(sampler):
+        return int(steps)
     sampler.scheduler.set_timesteps(steps, **optimal)
     return len(sampler.scheduler.timesteps)
 
@@ -174,6 +197,7 @@ def _make_output(
     pipeline: Any, options: SampleOptions, facts: PipelineFacts, read: SampleConditions, labels: Any, calls: int
 ) -> OneFile | PngFolder:
     """Where the images are written, with the settings that they depend on."""
+    from diffusers_ddpm_ext.cli.sample_drawing import frame_steps
     from diffusers_ddpm_ext.cli.sample_output import VIDEO_SUFFIX, OneFile, PngFolder, number_of
 
     settings = _settings(pipeline, options, facts, read, labels)
@@ -182,14 +206,15 @@ def _make_output(
             f"{options.folder}: sample_size of the network is not set, so the size of an image is unknown"
         )
     shape = _picture_shape(pipeline, facts.image_size)
-    stem = number_of if read.pictures is None else read.pictures.stem
+    named_after = read.pictures or read.image
+    stem = number_of if named_after is None else named_after.stem
     if options.is_folder:
         return PngFolder(options.output_path, settings, shape, options.bit_depth, stem)
-    captions: Sequence[str] = ()
-    if labels is not None and facts.class_names:
+    captions: Sequence[str] = [row.prompt for row in read.text.rows]
+    if not captions and labels is not None and facts.class_names:
         captions = [_class_name(facts, label) for label in labels.tolist()]
     is_video = options.output_path.suffix.lower() == VIDEO_SUFFIX
-    num_frames = len(_frame_steps(calls)) + 1 if is_video else None
+    num_frames = len(frame_steps(calls)) + 1 if is_video else None
     return OneFile(
         options.output_path,
         settings,
@@ -221,11 +246,15 @@ def _settings(
         if facts.class_names:
             settings["class_names"] = [_class_name(facts, label) for label in settings["class_labels"]]
     settings["scheduler"] = type(pipeline.scheduler).__name__
-    for name in ("concat_inputs", "encoder_hidden_states"):
+    settings |= {"concat_inputs": None, "encoder_hidden_states": None}
+    for name in ARRAYS:
         path = getattr(options, name)
-        settings[name] = None if path is None else hashlib.sha256(path.read_bytes()).hexdigest()
-    if read.pictures is not None:
-        settings["concat"] = read.pictures.fingerprint()
+        if path is not None:
+            settings[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    for name, pictures in (("concat", read.pictures), ("image", read.image)):
+        if pictures is not None:
+            settings[name] = pictures.fingerprint()
+    settings |= read.text.settings()
     settings["model"] = _model_fingerprint(pipeline)
     loaded: dict[str, Any] = json.loads(json.dumps(settings))
     return loaded
@@ -246,110 +275,9 @@ def _model_fingerprint(pipeline: Any) -> str:
     if first_stage is not None:
         scaling = [first_stage.shift.flatten().tolist(), first_stage.scale.flatten().tolist()]
         digest.update(f"{first_stage.content_hash()}{scaling}".encode())
+    if pipeline.text_encoder_stage is not None:
+        digest.update(pipeline.text_encoder_stage.content_hash().encode())
     return digest.hexdigest()[:16]
-
-
-def _draw_missing(
-    pipeline: Any,
-    options: SampleOptions,
-    conditions: Mapping[str, Any],
-    output: OneFile | PngFolder,
-    num_images: int,
-    calls: int,
-    processes: _Processes,
-) -> None:
-    """Draw the images that the output does not have yet, this process' share of them."""
-    from tqdm import tqdm
-
-    is_main = processes.rank == 0
-    processes.wait()
-    existing = output.existing(num_images)
-    if is_main and existing:
-        sys.stderr.write(f"{len(existing)} of {num_images} images exist already; resuming\n")
-    processes.wait()
-    count = num_images - len(existing)
-    missing = (index for index in range(num_images) if index not in existing)
-    share = itertools.islice(missing, processes.rank, None, processes.world_size)
-    num_batches = math.ceil(len(range(processes.rank, count, processes.world_size)) / options.batch_size)
-    hidden = None if is_main else True
-    started = False
-
-    def start() -> None:
-        """Write the record: only now, since the first batch shows what the network does not accept."""
-        nonlocal started
-        if not started:
-            processes.wait()
-            if is_main:
-                output.start()
-            processes.wait()
-        started = True
-
-    with tqdm(total=num_batches * calls, desc="sampling", unit="step", leave=False, disable=hidden) as bar:
-        while batch := list(itertools.islice(share, options.batch_size)):
-            chosen = {name: value[[index % len(value) for index in batch]] for name, value in conditions.items()}
-            images, frames = _draw_batch(pipeline, options, chosen, batch, calls, bar.update)
-            start()
-            for position, index in enumerate(batch):
-                output.put(index, images[position], None if frames is None else frames[position])
-    start()
-    processes.wait()
-    processes.leave()
-
-
-def _draw_batch(
-    pipeline: Any,
-    options: SampleOptions,
-    conditions: Mapping[str, Any],
-    indices: Sequence[int],
-    calls: int,
-    on_step: Callable[[], Any],
-) -> tuple[Any, Any]:
-    """Draw images by their indices, float32 (B, height, width, C) in [0, 1].
-
-    For a video, also its frames, uint8 (B, F, height, width, C), else None.
-    """
-    import numpy as np
-
-    from diffusers_ddpm_ext.cli.sample_output import VIDEO_SUFFIX
-    from diffusers_ddpm_ext.utils.random_keys import generator
-
-    is_video = options.output_path.suffix.lower() == VIDEO_SUFFIX
-    frame_steps = _frame_steps(calls)
-    frames: list[Any] = []
-
-    def on_step_end(pipe: Any, i: int, t: int, tensors: dict[str, Any]) -> dict[str, Any]:
-        on_step()
-        if is_video and i in frame_steps:
-            sample = tensors["model_input"].float()
-            pixels = sample if pipe.first_stage is None else pipe.decode_latents(sample)
-            frames.append(pixels.cpu().permute(0, 2, 3, 1).numpy() / 2 + 0.5)
-        return {}
-
-    images = pipeline(
-        batch_size=len(indices),
-        generator=[generator("sample", options.seed, index) for index in indices],
-        num_inference_steps=options.num_inference_steps,
-        temperature=options.temperature,
-        output_type="np",
-        callback_on_step_end=on_step_end,
-        callback_on_step_end_tensor_inputs=["model_input"] if is_video else [],
-        guidance_scale=options.guidance_scale,
-        guidance_interval=options.guidance_interval,
-        eta=options.eta,
-        step_kwargs=options.step_args,
-        optimal_timesteps=options.optimal_timesteps,
-        **conditions,
-    ).images
-    if not is_video:
-        return images, None
-    return images, (np.stack([*frames, images], axis=1).clip(0, 1) * 255).round().astype(np.uint8)
-
-
-def _frame_steps(calls: int) -> set[int]:
-    """The steps whose inputs are frames of a video."""
-    from diffusers_ddpm_ext.cli.sample_output import NUM_FRAMES
-
-    return {round(frame * (calls - 1) / max(NUM_FRAMES - 2, 1)) for frame in range(NUM_FRAMES - 1)}
 
 
 def _condition_tensors(pipeline: Any, conditions: SampleConditions) -> dict[str, Any]:
@@ -357,13 +285,13 @@ def _condition_tensors(pipeline: Any, conditions: SampleConditions) -> dict[str,
     import torch
 
     tensors: dict[str, Any] = {name: torch.from_numpy(array) for name, array in conditions.arrays.items()}
-    classes = pipeline.num_classes
+    classes, has_tokens = pipeline.num_classes, "encoder_hidden_states" in tensors
     if conditions.labels is not None:
         for label in conditions.labels:
             if classes is not None and label >= classes:
                 raise ConfigError(f"--class_labels {label}: the classes of this model are 0 to {classes - 1}")
         tensors["class_labels"] = torch.tensor(conditions.labels)
-    elif classes is not None and "encoder_hidden_states" not in tensors:
+    elif classes is not None and (pipeline.class_embedder is None or not has_tokens):
         null_class = pipeline.config.get("null_class_label")
         labels = [label for label in range(classes) if label != null_class]
         tensors["class_labels"] = torch.tensor(labels)

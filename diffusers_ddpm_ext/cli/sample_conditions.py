@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from diffusers_ddpm_ext.cli.concat_pictures import PictureFolder, check_channels, check_turns, find_pictures
 from diffusers_ddpm_ext.cli.pipeline_facts import PipelineFacts
 from diffusers_ddpm_ext.cli.sample_options import DEFAULT_IMAGES, SampleOptions
+from diffusers_ddpm_ext.cli.text_conditions import TEXT_SOURCES, TextConditions, check_text, token_options
 from diffusers_ddpm_ext.errors import ConfigError, printable
 from diffusers_ddpm_ext.pipelines.class_names import label_of_name
 from diffusers_ddpm_ext.utils.array_files import read_array
@@ -39,12 +40,16 @@ class SampleConditions:
         labels: class numbers, as typed; None without ``--class_labels``.
         arrays: concat_inputs (N, C, height, width) and encoder_hidden_states (N, tokens, width), float32, by name.
         pictures: of ``--concat``; None without it.
-        num_images: to draw: ``--num_images``, or one for each picture, or 16.
+        image: pictures of ``--image``; None without it.
+        text: prompts or token ids.
+        num_images: to draw: ``--num_images``, or one for each picture or prompt of a file, or 16.
     """
 
     labels: tuple[int, ...] | None
     arrays: dict[str, NDArray[Any]]
     pictures: PictureFolder | None
+    image: PictureFolder | None
+    text: TextConditions
     num_images: int
 
 
@@ -64,12 +69,12 @@ def check_sample(options: SampleOptions, facts: PipelineFacts) -> SampleConditio
             "them"
         )
     _check_presence(options, facts)
-    pictures, num_images = None, options.num_images or DEFAULT_IMAGES
+    text = check_text(options, facts)
     if options.concat is not None:
         check_channels(facts)
-        pictures = find_pictures(options.concat)
-        num_images = options.num_images or len(pictures.names)
-        check_turns(pictures, num_images)
+    pictures = None if options.concat is None else find_pictures(options.concat)
+    image = None if options.image is None else find_pictures(options.image, "--image")
+    num_images = _num_images(options, text, pictures, image)
     labels = None if options.class_labels is None else read_labels(options.class_labels, facts)
     arrays = {
         name: read_condition(f"--{name}", path, _expected_shape(name, facts), options.dtype)
@@ -86,7 +91,37 @@ def check_sample(options: SampleOptions, facts: PipelineFacts) -> SampleConditio
             "use --out FILE.npz without --individual"
         )
     _check_memory(options, facts, num_images)
-    return SampleConditions(labels, arrays, pictures, num_images)
+    return SampleConditions(labels, arrays, pictures, image, text, num_images)
+
+
+def _num_images(
+    options: SampleOptions, text: TextConditions, pictures: PictureFolder | None, image: PictureFolder | None
+) -> int:
+    """Images to draw: as many as were asked for, or one for each picture or prompt of a file.
+
+    Raises:
+        ConfigError: there are more or fewer pictures than prompts, or two images would have one name.
+    """
+    counts = {
+        "--concat": len(pictures.names) if pictures is not None else 0,
+        "--image": len(image.names) if image is not None else 0,
+        "--prompts": len(text.rows) if options.prompts is not None else 0,
+    }
+    several = {name: count for name, count in counts.items() if count > 1}
+    if len(set(several.values())) > 1:
+        (one, first), (other, second) = list(several.items())[:2]
+        if first == second:
+            other, second = list(several.items())[2]
+        raise ConfigError(
+            f"{one} has {first} and {other} has {second}: give as many of both, which belong together in their order, "
+            "or one for all"
+        )
+    count = options.num_images or max(counts.values()) or DEFAULT_IMAGES
+    if pictures is not None:
+        check_turns(pictures, count)
+    elif image is not None:
+        check_turns(image, count, "--image")
+    return count
 
 
 def read_labels(texts: Sequence[str], facts: PipelineFacts) -> tuple[int, ...]:
@@ -187,7 +222,10 @@ def _check_presence(options: SampleOptions, facts: PipelineFacts) -> None:
         "class_labels": facts.takes_labels,
         "concat": facts.takes_concat_inputs,
         "concat_inputs": facts.takes_concat_inputs,
-        "encoder_hidden_states": facts.takes_hidden_states,
+        "image": facts.takes_image,
+        **dict.fromkeys(
+            ("encoder_hidden_states", *TEXT_SOURCES, "text_encoder", "tokenizer"), facts.takes_hidden_states
+        ),
     }
     for name, takes in wanted.items():
         value = getattr(options, name)
@@ -200,15 +238,25 @@ def _check_presence(options: SampleOptions, facts: PipelineFacts) -> None:
         raise ConfigError(
             f"{facts.source} needs --concat DIR or --concat_inputs FILE.npy: its conditioning_key is {key}"
         )
-    if facts.takes_hidden_states and not facts.has_class_embedder and options.encoder_hidden_states is None:
-        raise ConfigError(
-            f"{facts.source} needs --encoder_hidden_states FILE.npy: its conditioning_key is {key}; for a model of "
-            "text these are embeddings of the prompts, since text encoders are not supported yet"
-        )
+    if facts.image_is_label and options.image is None and options.class_labels is None:
+        raise ConfigError(f"{facts.source} needs --image DIR: its conditioning_key is {key}")
+    if facts.takes_hidden_states and not facts.has_class_embedder and not token_options(options, facts):
+        raise ConfigError(f"{facts.source} needs {_text_options(facts)}: its conditioning_key is {key}")
     if options.guidance_scale != 1 and not any(wanted.values()):
         raise ConfigError(
             f"--guidance_scale {options.guidance_scale:g}: {facts.source} is unconditional; leave it out"
         )
+
+
+def _text_options(facts: PipelineFacts) -> str:
+    """The options that give a model its tokens of cross attention, for a message."""
+    if facts.takes_image and not facts.image_is_label:
+        return "--image DIR"
+    if facts.text_encoder is None:
+        return "--encoder_hidden_states FILE.npy, or --prompt TEXT with --text_encoder FOLDER_OR_ID"
+    if facts.text_encoder.has_tokenizer:
+        return "--prompt TEXT or --prompts FILE"
+    return "--prompt TEXT with --tokenizer FOLDER_OR_ID, or --input_ids FILE.npy"
 
 
 def _check_memory(options: SampleOptions, facts: PipelineFacts, num_images: int) -> None:

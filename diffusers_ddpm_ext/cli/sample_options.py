@@ -21,6 +21,8 @@ from diffusers_ddpm_ext.errors import ConfigError
 from diffusers_ddpm_ext.utils.folder_lock import FolderLock
 from diffusers_ddpm_ext.utils.option import option, positional
 
+ARRAYS = ("concat_inputs", "encoder_hidden_states", "input_ids", "negative_input_ids")
+"""Options that name a .npy file."""
 FILE_TYPES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".npy", ".npz")
 OTHER_SCHEDULER_STEPS = 50
 DEFAULT_IMAGES, MAX_IMAGES = 16, 10**9
@@ -35,6 +37,8 @@ SAMPLE_EXAMPLES = """examples:
   ddpm-ext sample google/ddpm-cifar10-32 --device cuda --dtype bfloat16
   ddpm-ext sample runs/classes --class_labels 3 --guidance_scale 2     one class for all images; several: in turn
   ddpm-ext sample runs/food --class_labels Bread "Dairy product" 7     by name, where the classes have names
+  ddpm-ext sample runs/emoji --prompt "a red apple" "a cat" --guidance_scale 3     in turn over the images
+  ddpm-ext sample runs/emoji --prompts prompts.txt --out drawn         drawn/00000.png of its first line, and so on
   ddpm-ext sample runs/sharp --concat small --out large                large/cat.png from small/cat.jpg, and so on
   accelerate launch -m diffusers_ddpm_ext sample runs/digits --num_images 50000 --out samples     on all devices
 
@@ -57,7 +61,7 @@ class SampleOptions:
         low=1,
         high=MAX_IMAGES,
         metavar="N",
-        unset=f"{DEFAULT_IMAGES}, or one for each picture of --concat",
+        unset=f"{DEFAULT_IMAGES}, or one for each prompt of --prompts, or picture of --concat or --image",
     )
     out: Path | None = option(
         None,
@@ -96,14 +100,60 @@ class SampleOptions:
     concat: Path | None = option(
         None,
         "Pictures to concatenate to the input, in turn over the images, which are named after them: resized, cropped,"
-        " and sent through the first stage where the model was trained so. Where it also takes a mask (inpainting),"
-        " the transparent part of a picture is painted.",
+        " and sent through the first stage or the concat_encoder where the model was trained so. Where it also takes a"
+        " mask (inpainting), the transparent part of a picture is painted; where it takes labels, the levels of a gray"
+        " picture are these.",
         metavar="DIR",
+    )
+    image: Path | None = option(
+        None,
+        "Pictures for the image encoder of a model that has one, in turn over the images, which are named after them.",
+        metavar="DIR",
+    )
+    prompt: tuple[str, ...] | None = option(
+        None, "Prompts, each in quotes, in turn over the images.", metavar="TEXT", phrases=True
+    )
+    negative_prompt: tuple[str, ...] | None = option(
+        None,
+        "What guidance leads away from: one text for all prompts, or one for each.",
+        metavar="TEXT",
+        unset="the empty prompt",
+        phrases=True,
+    )
+    prompts: Path | None = option(
+        None,
+        "A file of prompts, in turn over the images: .txt with one a line, or .jsonl with an object a line, its keys"
+        " prompt, negative_prompt and seed. Blank lines are skipped; a line that begins with # is a prompt.",
+        metavar="FILE",
+    )
+    input_ids: Path | None = option(
+        None,
+        "Token ids in place of prompts, where there is no tokenizer: .npy (N, tokens), integers, in turn over the"
+        " images.",
+        metavar="FILE",
+    )
+    negative_input_ids: Path | None = option(
+        None,
+        "Token ids in place of --negative_prompt: .npy (1, tokens), or one row for each of --input_ids.",
+        metavar="FILE",
+    )
+    text_encoder: str | None = option(
+        None,
+        "A text encoder of Transformers or Diffusers: its folder or Hub id, or that of a pipeline which has one.",
+        metavar="FOLDER_OR_ID",
+        unset="the one in FOLDER",
+        path=True,
+    )
+    tokenizer: str | None = option(
+        None,
+        "A tokenizer of Transformers, likewise. Checkpoints of CompVis have none.",
+        metavar="FOLDER_OR_ID",
+        unset="that of --text_encoder, or the one in FOLDER",
+        path=True,
     )
     encoder_hidden_states: Path | None = option(
         None,
-        "Embeddings for cross attention: .npy (N, tokens, width), in turn over the images. Models of text take the"
-        " embeddings of their prompts: text encoders are not supported yet.",
+        "Embeddings for cross attention, in place of prompts: .npy (N, tokens, width), in turn over the images.",
         metavar="FILE",
     )
     guidance_scale: float = option(1.0, "Classifier-free guidance: u + S (c - u); 1: no guidance.", metavar="S")
@@ -163,7 +213,7 @@ def parse_sample_args(argv: Sequence[str]) -> SampleOptions:
 def _check_sample_options(options: SampleOptions) -> None:
     if options.optimal_timesteps and options.num_inference_steps is None:
         raise ConfigError("--optimal_timesteps needs --num_inference_steps: how many of them")
-    for name in ("concat_inputs", "encoder_hidden_states"):
+    for name in ARRAYS:
         path = getattr(options, name)
         if path is not None and path.suffix != ".npy":
             raise ConfigError(f"--{name} {path} is not a .npy file: give an array")
@@ -180,12 +230,13 @@ def _check_sample_paths(options: SampleOptions) -> None:
     if out.suffix.lower() not in ("", *FILE_TYPES):
         raise ConfigError(f"--out {out} must end in one of {', '.join(FILE_TYPES)}, or in nothing for a folder")
     check_output_path("--out", out, "folder" if options.is_folder else "file")
-    inputs = {f"--{name}": getattr(options, name) for name in ("concat", "concat_inputs", "encoder_hidden_states")}
+    inputs = {f"--{name}": getattr(options, name) for name in ("concat", "image", "prompts", *ARRAYS)}
     check_no_input("--out", out, inputs)
-    pictures = None if options.concat is None else options.concat.resolve()
-    for name, place in (("--out", out), ("--individual", individual)):
-        if pictures is not None and place is not None and place.resolve().is_relative_to(pictures):
-            raise ConfigError(f"{name} {place} is in the folder that --concat reads: name another place")
+    for option_name in ("concat", "image"):
+        folder = getattr(options, option_name)
+        for name, place in (("--out", out), ("--individual", individual)):
+            if folder is not None and place is not None and place.resolve().is_relative_to(folder.resolve()):
+                raise ConfigError(f"{name} {place} is in the folder that --{option_name} reads: name another place")
     if options.is_folder and individual is not None:
         raise ConfigError("--individual has no effect where --out is a folder: leave it out")
     lock = FolderLock(out) if options.is_folder else FolderLock(out.parent, out.name)

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from diffusers_ddpm_ext.errors import ConfigError, printable, warn
-from diffusers_ddpm_ext.hub.card_code import conditions_code, images_code, latents_code
+from diffusers_ddpm_ext.hub.card_code import conditions_code, images_code, latents_code, prompts_code
+from diffusers_ddpm_ext.hub.card_components import first_stage_section, text_encoder_section
 from diffusers_ddpm_ext.hub.card_facts import BITS_PER_DIM, BITS_PER_LATENT, FolderFacts
 from diffusers_ddpm_ext.hub.markdown import code_span, inline_text, preformatted
 from diffusers_ddpm_ext.hub.proof import CARD_GRID
@@ -35,7 +36,12 @@ CARD_FIGURES = (
     ("plots/timesteps.png", "The best few steps for the bound."),
     ("evaluation/steps.png", "What each step adds to the bound."),
 )
-STOCK_PIPELINES = ("DDPMPipeline", "LDMPipeline")
+TEXT_TASK = "text-to-image"
+STOCK_PIPELINES = {
+    "UNet2DModel": ("DDPMPipeline", "LDMPipeline"),
+    "UNet2DConditionModel": ("StableDiffusionPipeline", "LDMTextToImagePipeline"),
+}
+"""Class of the network -> classes of stock Diffusers that sample it."""
 MAX_CLASS_ROWS, MAX_PACKAGES, MAX_CONFIG_CHARACTERS = 200, 50, 2**16
 
 
@@ -89,7 +95,7 @@ class _Card:
         self.index = facts.pipeline_file("model_index.json")
         self.unet = facts.pipeline_file("unet/config.json")
         self.scheduler = facts.pipeline_file("scheduler/scheduler_config.json")
-        self.first_stage = facts.first_stage(self.index)
+        self.first_stage, self.text_encoder = facts.first_stage(self.index), facts.text_encoder(self.index)
         self.class_names = facts.class_names(self.index)
         self.key = "" if self.index.content.get("conditioning_key") is None else self.index.string("conditioning_key")
         self.environment, self.images, self.bound = facts.record(ENVIRONMENT), facts.images(), facts.bound()
@@ -138,8 +144,14 @@ class _Card:
     def stock_pipeline(self) -> str | None:
         """The class of stock Diffusers that samples it; None where none does."""
         unet, name = self.index.content.get("unet"), self.index.content.get("_class_name")
-        plain = isinstance(unet, list) and unet[1:] == ["UNet2DModel"]
-        return str(name) if plain and name in STOCK_PIPELINES else None
+        network = str(unet[1]) if isinstance(unet, list) and len(unet) == 2 else ""
+        return str(name) if name in STOCK_PIPELINES.get(network, ()) else None
+
+    @property
+    def takes_prompts(self) -> bool:
+        """Whether a prompt alone says what the images show."""
+        text = self.text_encoder is not None and self.text_encoder.has_tokenizer
+        return text and self.key in ("", "crossattn")
 
     def metadata(self, license_name: str | None) -> str:
         """YAML for the Hub."""
@@ -149,7 +161,7 @@ class _Card:
         if self.bound:
             results.append(
                 EvalResult(
-                    task_type=CARD_TASK,
+                    task_type=TEXT_TASK if self.takes_prompts else CARD_TASK,
                     dataset_type=self.dataset or "images",
                     dataset_name=printable(self.dataset_name),
                     dataset_split=printable(self.bound.split),
@@ -158,14 +170,18 @@ class _Card:
                     metric_value=round(self.bound.bits_per_dim, 4),
                 )
             )
+        task = TEXT_TASK if self.takes_prompts else CARD_TASK
+        prompts = [text for text in self.facts.prompts() if text] if self.takes_prompts else []
+        widget: dict[str, Any] = {"widget": [{"text": printable(text)} for text in prompts]} if prompts else {}
         data = ModelCardData(
             library_name="diffusers",
-            pipeline_tag=CARD_TASK,
-            tags=["diffusers", CARD_TASK, "ddpm", "diffusers-ddpm-ext"],
+            pipeline_tag=task,
+            tags=["diffusers", task, "ddpm", "diffusers-ddpm-ext"],
             license=None if license_name is None else printable(license_name),
             datasets=[self.dataset] if self.dataset else None,
             model_name=self.name if results else None,
             eval_results=results or None,
+            **widget,
         )
         return str(data.to_yaml())
 
@@ -179,7 +195,7 @@ class _Card:
             )
         elif self.facts.file("samples.png"):
             parts.append("![images drawn from this model](samples.png)")
-        parts += [self._classes(), self._loading(), self._first_stage(), self._metrics()]
+        parts += [self._classes(), self._loading(), *self._components(), self._metrics()]
         figures = [f"![{text}]({name})\n\n{text}" for name, text in CARD_FIGURES if self.facts.file(name)]
         if figures:
             parts.append("## Curves\n\n" + "\n\n".join(figures))
@@ -191,6 +207,7 @@ class _Card:
         predicts = targets.get(self.scheduler.string("prediction_type", "epsilon"), "?")
         steps = self.scheduler.integer("num_train_timesteps", default=1000)
         conditioned = f" It is conditioned ({inline_text(self.key)})." if self.key else ""
+        conditioned = " It draws what a prompt says." if self.takes_prompts else conditioned
         name = inline_text(self.dataset_name) if self.dataset or self.images else self.dataset_name
         size, stage = self.size, self.first_stage
         images = f"{size} latents of images" if self.lacks_first_stage else f"{size} images"
@@ -215,6 +232,8 @@ class _Card:
         if self.lacks_first_stage:
             return latents_code(self.repo_id)
         classes = self.num_classes
+        if self.takes_prompts:
+            return prompts_code(self.repo_id, self.stock_pipeline, self.facts.prompts())
         if self.key and not (classes and self.key in ("adm", "crossattn")):
             return conditions_code(self.repo_id)
         return images_code(self.repo_id, self.stock_pipeline, classes)
@@ -227,28 +246,14 @@ class _Card:
             return embedder.integer("num_classes", 1) if embedder.content else 0
         return 0 if self.unet.content.get("num_class_embeds") is None else self.unet.integer("num_class_embeds", 1)
 
-    def _first_stage(self) -> str:
-        """The section about the autoencoder; empty for a model of pixels."""
-        stage = self.first_stage
-        if stage is None:
-            return ""
-        class_name = stage.class_name.rpartition(".")[2]
-        rows = [
-            ("class", f"{inline_text(class_name, in_table=True)}, in `{stage.slot}/`"),
-            ("pixels per latent", f"{stage.factor} x {stage.factor}"),
-            ("latents of an image", _size_text(*self.sample_shape)),
-            ("scale factor", f"{stage.scaling_factor:.6g}"),
+    def _components(self) -> list[str]:
+        """The sections about the networks around the denoising one."""
+        options, latents = self.facts.options(), _size_text(*self.sample_shape)
+        stage, encoder = self.first_stage, self.text_encoder
+        return [
+            "" if stage is None else first_stage_section(stage, latents, options),
+            "" if encoder is None else text_encoder_section(encoder, options),
         ]
-        if stage.has_channel_statistics:
-            rows.append(("mean and standard deviation", "of each channel, in its config.json"))
-        table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-        origin = self.facts.options().get("vae")
-        source = f"The run took it from {code_span(origin)} (`--vae`). " if isinstance(origin, str) else ""
-        return (
-            "## First stage\n\nThe network draws latents, which this autoencoder decodes to images.\n\n"
-            f"| | |\n|---|---|\n{table}\n\n{source}The license of the autoencoder, where it is not yours, applies "
-            "to its weights here too."
-        )
 
     def _metrics(self) -> str:
         rows, bound = [], self.bound

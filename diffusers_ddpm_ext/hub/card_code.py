@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+
+from diffusers_ddpm_ext.errors import printable
+
 OURS = """## Load it
 
 ```python
@@ -16,6 +21,8 @@ IMAGES = f"images = pipe({FOUR}, num_inference_steps=50, generator=torch.Generat
 CONDITIONS = IMAGES.replace(FOUR, f"{FOUR}, ...")
 LATENTS = """noise = torch.Generator().manual_seed(0)
 latents = pipe(batch_size=4, num_inference_steps=50, generator=noise, output_type="latent").images"""
+PROMPTS = """generator = torch.Generator().manual_seed(0)
+images = pipe([{prompts}], num_inference_steps=50, guidance_scale=3, generator=generator).images"""
 OTHER_SCHEDULER = """Any other sampler of Diffusers:
 
 ```python
@@ -51,6 +58,22 @@ def images_code(repo_id: str, stock: str | None, num_classes: int = 0) -> str:
     if num_classes:
         ours = ours.replace(FOUR, f"class_labels={[index % num_classes for index in range(4)]}")
     return f"{ours}\n\n{last}"
+
+
+def prompts_code(repo_id: str, stock: str | None, prompts: Sequence[str]) -> str:
+    """Of a model that draws what a prompt says.
+
+    Args:
+        repo_id: of the repository.
+        stock: the class of stock Diffusers that samples it; None where none does.
+        prompts: examples.
+    """
+    texts = [json.dumps(printable(text, 100), ensure_ascii=False) for text in prompts]
+    call = PROMPTS.format(prompts=", ".join(texts[:2]))
+    last = "Stock Diffusers cannot sample this model, and refuses it."
+    if stock is not None:
+        last = STOCK.format(repo_id=repo_id, stock=stock).replace(FOUR, texts[0])
+    return f"{OURS.format(repo_id=repo_id, call=call)}\n\n{last}"
 
 
 def conditions_code(repo_id: str) -> str:

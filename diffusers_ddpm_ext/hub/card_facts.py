@@ -18,6 +18,7 @@ from diffusers_ddpm_ext.utils.first_stage_config import FirstStageConfig, read_f
 from diffusers_ddpm_ext.utils.folder_scan import is_below_link
 from diffusers_ddpm_ext.utils.input_files import JsonObject, exists, read_json_object, read_text
 from diffusers_ddpm_ext.utils.run_metrics import RunMetrics, read_metrics
+from diffusers_ddpm_ext.utils.text_encoder_config import TextEncoderConfig, read_text_encoder_config
 from diffusers_ddpm_ext.utils.yaml_io import load_options
 
 METRIC_NAMES = (
@@ -26,6 +27,7 @@ METRIC_NAMES = (
 )  # fmt: skip
 MAX_CONFIG_BYTES = 2**20
 MAX_FACTS_BYTES = 4 * 2**20
+MAX_PROMPTS, MAX_PROMPT_CHARACTERS = 64, 2000
 
 BITS_PER_DIM, BITS_PER_LATENT = "bits per dimension", "bits per latent dimension"
 """Names of a bound: the second is of the density of latents, and comparable only for one first stage and scale."""
@@ -144,6 +146,18 @@ class FolderFacts:
         """The first stage of the pipeline; ConfigError where its files cannot be read, as those of the network."""
         stage = read_first_stage_config(self.folder, index)
         return None if stage is None or self.file(f"{stage.slot}/config.json") is None else stage
+
+    def text_encoder(self, index: JsonObject) -> TextEncoderConfig | None:
+        """The text encoder of the pipeline; ConfigError where its files cannot be read, as those of the network."""
+        encoder = read_text_encoder_config(self.folder, index)
+        return None if encoder is None or self.file(f"{encoder.slot}/config.json") is None else encoder
+
+    def prompts(self) -> list[str]:
+        """Prompts that the run draws with, to show what the model does; the empty prompt where none are recorded."""
+        data = self.attempt(lambda: self.record(ENVIRONMENT).object("data", {}), JsonObject(ENVIRONMENT, {}))
+        empty: Sequence[str] = ()
+        texts = self.attempt(lambda: data.strings("prompts", ()), empty)
+        return [text for text in texts[:MAX_PROMPTS] if len(text) <= MAX_PROMPT_CHARACTERS] or [""]
 
     def images(self) -> ImageCounts | None:
         """The images that the run trained on."""

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffusers_ddpm_ext.errors import printable
+from diffusers_ddpm_ext.hub.card_facts import MAX_PROMPT_CHARACTERS
 from diffusers_ddpm_ext.hub.upload import belongs_on_hub, is_hidden
 from diffusers_ddpm_ext.utils.array_files import MAX_EXPANSION, read_array
 from diffusers_ddpm_ext.utils.files import write_text_atomically
@@ -102,6 +104,9 @@ def read_proof(place: Path) -> dict[str, Any] | None:
         settings.integer("count", low=1, high=MAX_CARD_IMAGES)
         settings.integer("num_inference_steps", low=1, high=MAX_CARD_STEPS)
         settings.integer("seed", low=0, high=2**63 - 1)
+        prompts = settings.strings("prompts", ("",))
+        if not 1 <= len(prompts) <= MAX_CARD_IMAGES or max(map(len, prompts)) > MAX_PROMPT_CHARACTERS:
+            raise ValueError(f"{PROOF_NAME} has {len(prompts)} prompts, or one that is too long")
     return proof
 
 
@@ -172,15 +177,35 @@ def _swapped_weights(files: dict[str, Any], digests: dict[str, str]) -> list[str
     return ["the EMA weights and the raw ones are swapped"] if swapped else []
 
 
-def card_draw_settings(pipeline: Any) -> dict[str, Any] | None:
-    """What a card's images are drawn with; None for latents, and for other conditions than classes."""
+def card_draw_settings(pipeline: Any, prompts: Sequence[str] = ("",)) -> dict[str, Any] | None:
+    """What a card's images are drawn with; None for latents, and for other conditions than classes and prompts.
+
+    Args:
+        pipeline: a loaded one.
+        prompts: in turn over the images of a model with a text encoder and its tokenizer.
+    """
     if pipeline.is_latent:
         return None
+    stage = pipeline.text_encoder_stage
+    takes_prompts = stage is not None and stage.tokenizer is not None
     needs = set(pipeline.conditioning.required) - {"class_labels"}
-    if needs and not (needs == {"encoder_hidden_states"} and pipeline.class_embedder is not None):
+    if needs and not (needs == {"encoder_hidden_states"} and (takes_prompts or pipeline.class_embedder is not None)):
         return None
     steps = min(CARD_STEPS, len(pipeline.trained_scheduler))
-    return {"count": CARD_IMAGE_COUNT, "seed": CARD_SEED, "num_inference_steps": steps}
+    settings = {"count": CARD_IMAGE_COUNT, "seed": CARD_SEED, "num_inference_steps": steps}
+    return settings | {"prompts": list(prompts)} if needs and takes_prompts else settings
+
+
+def card_captions(pipeline: Any, settings: dict[str, Any]) -> list[str] | None:
+    """What is written below the card's images: prompts, or names of classes; None without either."""
+    if "prompts" in settings:
+        return _in_turn(settings["prompts"], settings["count"])
+    names, labels = pipeline.class_names, card_labels(pipeline, settings["count"])
+    return [names.get(label, str(label)) for label in labels] if names and labels else None
+
+
+def _in_turn(values: Sequence[Any], count: int) -> list[Any]:
+    return [values[index % len(values)] for index in range(count)]
 
 
 def card_labels(pipeline: Any, count: int) -> list[int] | None:
@@ -188,7 +213,7 @@ def card_labels(pipeline: Any, count: int) -> list[int] | None:
     if pipeline.num_classes is None:
         return None
     labels = [label for label in range(pipeline.num_classes) if label != pipeline.config.get("null_class_label")]
-    return [labels[index % len(labels)] for index in range(count)]
+    return _in_turn(labels, count)
 
 
 def draw_card_images(pipeline: Any, settings: dict[str, Any]) -> NDArray[np.uint8]:
@@ -202,6 +227,8 @@ def draw_card_images(pipeline: Any, settings: dict[str, Any]) -> NDArray[np.uint
 
     labels = card_labels(pipeline, settings["count"])
     conditions: dict[str, Any] = {} if labels is None else {"class_labels": labels}
+    if "prompts" in settings:
+        conditions["prompt"] = _in_turn(settings["prompts"], settings["count"])
     images = pipeline(
         batch_size=settings["count"],
         generator=[generator("card", settings["seed"], index) for index in range(settings["count"])],

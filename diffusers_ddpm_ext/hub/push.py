@@ -28,6 +28,7 @@ from diffusers_ddpm_ext.utils.generations import read_one_generation
 from diffusers_ddpm_ext.utils.input_files import read_json_object
 from diffusers_ddpm_ext.utils.option import option, positional
 from diffusers_ddpm_ext.utils.pipeline_files import MODEL_INDEX, owned_files
+from diffusers_ddpm_ext.utils.text_encoder_config import TEXT_ENCODER_SLOTS
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def push(options: PushOptions, checkpoint: Path | None = None) -> str:
             uploads = _copy_one_generation(options.folder, checkpoint, place)
             if uploads.warning:
                 warn(uploads.warning)
-            _check_latent_model(place, options.folder)
+            _check_components(place, options.folder)
             target = replace(target, repo_id=create_repo(target, warn))
             _add_card_and_proof(place, target.repo_id, options.license, not options.no_images)
             result = upload(place, target, options.commit_message, warn)
@@ -120,10 +121,10 @@ def _copy_one_generation(folder: Path, checkpoint: Path | None, place: Path) -> 
     return read_one_generation(folder, copy)
 
 
-def _check_latent_model(place: Path, folder: Path) -> None:
-    """Raise ConfigError for a copy of a model of latents that cannot be opened, before a repository is created."""
+def _check_components(place: Path, folder: Path) -> None:
+    """Raise ConfigError for a copy with encoders that cannot be opened, before a repository is created."""
     index = read_json_object(place / MODEL_INDEX).content if (place / MODEL_INDEX).is_file() else {}
-    if not any(isinstance(index.get(slot), list) for slot in FIRST_STAGE_SLOTS):
+    if not any(isinstance(index.get(slot), list) for slot in (*FIRST_STAGE_SLOTS, *TEXT_ENCODER_SLOTS)):
         return
     from diffusers_ddpm_ext.pipelines.loading import load_pipeline, select_device
 
@@ -149,18 +150,24 @@ def _add_card_and_proof(place: Path, repo_id: str, license_name: str | None, dra
 def _draw_card(place: Path) -> dict[str, object] | None:
     import numpy as np
 
-    from diffusers_ddpm_ext.hub.proof import CARD_GRID, CARD_IMAGES, card_draw_settings, card_labels, draw_card_images
+    from diffusers_ddpm_ext.hub.card_facts import FolderFacts
+    from diffusers_ddpm_ext.hub.proof import (
+        CARD_GRID,
+        CARD_IMAGES,
+        card_captions,
+        card_draw_settings,
+        draw_card_images,
+    )
     from diffusers_ddpm_ext.pipelines.loading import load_pipeline, select_device
     from diffusers_ddpm_ext.plotting.sheets import save_grid
 
     pipeline = load_pipeline(str(place), None, select_device("cpu"), "float32")
-    settings = card_draw_settings(pipeline)
+    settings = card_draw_settings(pipeline, FolderFacts(place).prompts())
     if settings is None:
         return None
     images = draw_card_images(pipeline, settings)
     write_atomically(place / CARD_IMAGES, lambda file: np.savez_compressed(file, images=images))
-    names, labels = pipeline.class_names, card_labels(pipeline, len(images))
-    captions = [names.get(label, str(label)) for label in labels] if names and labels else None
+    captions = card_captions(pipeline, settings)
     save_grid(images.transpose(0, 3, 1, 2) / 127.5 - 1, place / CARD_GRID, captions=captions)
     return settings
 

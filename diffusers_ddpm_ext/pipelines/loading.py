@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,14 @@ def select_device(name: str | None) -> Any:
     return device
 
 
-def load_pipeline(folder: str, variant: str | None, device: Any, dtype: str, variant_option: str = "") -> Any:
+def load_pipeline(
+    folder: str,
+    variant: str | None,
+    device: Any,
+    dtype: str,
+    variant_option: str = "",
+    components: Mapping[str, Any] | None = None,
+) -> Any:
     """Load a pipeline onto a device.
 
     Args:
@@ -57,6 +64,7 @@ def load_pipeline(folder: str, variant: str | None, device: Any, dtype: str, var
         device: from `select_device`.
         dtype: name of the weights' precision.
         variant_option: the option that requested the variant, for an error.
+        components: in place of the folder's, by name.
 
     Raises:
         ConfigError: it cannot be loaded, or its weights are not finite.
@@ -67,7 +75,7 @@ def load_pipeline(folder: str, variant: str | None, device: Any, dtype: str, var
 
     try:
         with quiet_diffusers():
-            pipeline = DDPMExtPipeline.from_pretrained(folder, variant=variant)
+            pipeline = DDPMExtPipeline.from_pretrained(folder, variant=variant, **components or {})
     except (OSError, ValueError) as error:
         with_variant = f" with {variant_option}" if variant else ""
         if not Path(folder).is_dir():

@@ -442,7 +442,7 @@ class DDPMExtPipeline(FirstStageMixin, ConditionEncodersMixin, SavedPipeline):
             if count < 1:
                 raise ValueError(f"num_inference_steps is {count}; it must be 1 or more, or None for all steps.")
             arguments["num_inference_steps"] = count
-            if count == scheduler.config.num_train_timesteps and self._is_moved(sampler):
+            if count == scheduler.config.num_train_timesteps and self.is_moved(sampler):
                 arguments = {"timesteps": list(range(count))[::-1]}  # all of them: an offset has no room
         scheduler.set_timesteps(**arguments, device=device)
         with SHARED_SCHEDULER:
@@ -450,7 +450,7 @@ class DDPMExtPipeline(FirstStageMixin, ConditionEncodersMixin, SavedPipeline):
             self.scheduler.set_timesteps(**arguments, device=device)
         return scheduler.timesteps
 
-    def _is_moved(self, sampler: SchedulerAdapter) -> bool:
+    def is_moved(self, sampler: SchedulerAdapter) -> bool:
         """Whether the scheduler is ours with an offset that only fewer steps than T leave room for."""
         config = sampler.scheduler.config
         return bool(sampler.is_ours and config.timestep_spacing == "leading" and config.steps_offset == 1)

@@ -231,4 +231,4 @@ def test_a_model_of_text_takes_embeddings_as_a_file(folders, sample, tmp_path_fa
     (folder / "model_index.json").write_text(
         json.dumps(index | {"conditioning_key": "crossattn", "_class_name": "diffusers_ddpm_ext.DDPMExtPipeline"})
     )
-    assert "text encoders are not supported yet" in sample(str(folder), "--out", "a.png")[1]
+    assert "needs --encoder_hidden_states FILE.npy, or --prompt TEXT with --text_encoder" in sample(str(folder))[1]
