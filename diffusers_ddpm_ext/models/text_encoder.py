@@ -130,7 +130,7 @@ class TextEncoder:
         if requires_grad:
             tokens: Tensor = self.encoder(input_ids=ids, return_dict=True).last_hidden_state
             return tokens
-        self._to_float32()
+        self.to_float32()
         with ExitStack() as stack:
             for context in self._exact(ids):
                 stack.enter_context(context)
@@ -188,7 +188,8 @@ class TextEncoder:
             )
         return ids.long()
 
-    def _to_float32(self) -> None:
+    def to_float32(self) -> None:
+        """Cast a network in half precision, for good."""
         dtype = torch.promote_types(torch.float32, self.encoder.dtype)
         if self.encoder.dtype != dtype:
             self.encoder.to(dtype)

@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import snapshot_download
 
 from diffusers_ddpm_ext.errors import ConfigError, printable
-from diffusers_ddpm_ext.models.text_kinds import CLASS_NAMES, ENCODER_SLOTS, KINDS, TextKind, kind_named
+from diffusers_ddpm_ext.models.text_kinds import ENCODER_SLOTS, KINDS, TextKind
 from diffusers_ddpm_ext.utils.generations import read_one_generation
 from diffusers_ddpm_ext.utils.input_files import JsonObject, file_name, read_json_object
 from diffusers_ddpm_ext.utils.network_folder import as_folder_error
@@ -128,31 +128,51 @@ def _find(folder: Path, subfolder: str | None, slots: Sequence[str]) -> Path:
 # ------------------------------------------------------------------ the encoder
 
 
-def load_encoder_folder(folder: Path, variant: str | None = None) -> Any:
-    """Load a text encoder from its own folder; see `load_text_encoder`.
+def load_encoder_folder(folder: Path, variant: str | None = None, kinds: Sequence[TextKind] = KINDS) -> Any:
+    """Load an encoder from its own folder; see `load_text_encoder`.
 
     Args:
         folder: with ``config.json`` and weights.
         variant: of the weights, where the folder has it.
+        kinds: that it may be of; the first one's are those of a text encoder.
     """
     config = check_text_encoder_folder(folder, variant)
-    kind, class_name = _class_of(config)
+    kind, class_name = _class_of(config, kinds)
     cls = transformers_class(kind.library, class_name)
-    has_variant = variant is not None and any(
-        is_weights(path.name) and weights_variant(path.name) == variant for path in folder.iterdir()
-    )
-    with as_folder_error(folder), quiet_transformers():
+    weights = [path.name for path in folder.iterdir() if is_weights(path.name)]
+    if not weights:
+        raise ConfigError(f"{file_name(folder)} has no weights (model.safetensors): copy the folder again")
+    has_variant = variant is not None and any(weights_variant(name) == variant for name in weights)
+    with as_component_error(folder), quiet_transformers():
         encoder, info = cls.from_pretrained(
             os.fspath(folder),
             torch_dtype=torch.float32,
             local_files_only=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are an error below, which names one
             **({"variant": variant} if has_variant else {}),
         )
     check_all_loaded(info, kind, folder)
     if not all(bool(torch.isfinite(weight).all()) for weight in encoder.parameters()):
-        raise ConfigError(f"{file_name(folder)}: the text encoder's weights are not finite (NaN or infinity)")
+        raise ConfigError(f"{file_name(folder)}: the encoder's weights are not finite (NaN or infinity)")
     return encoder.eval().requires_grad_(False)
+
+
+@contextmanager
+def as_component_error(folder: Path) -> Iterator[None]:
+    """`as_folder_error` for Transformers, which also raises errors that are of no common class."""
+    try:
+        with as_folder_error(folder):
+            yield
+    except (ConfigError, OSError) as error:
+        if "trust_remote_code" in str(error):
+            raise ConfigError(f"{file_name(folder)} needs code of its own, which is never run: give another") from None
+        if file_name(folder) in str(error):
+            raise
+        raise ConfigError(f"{file_name(folder)} cannot be loaded: {error}") from error
+    except Exception as error:
+        text = printable(" ".join(str(error).split()), 300)
+        raise ConfigError(f"{file_name(folder)} cannot be loaded: {text}") from error
 
 
 def check_all_loaded(info: Any, kind: TextKind, folder: Path) -> None:
@@ -172,30 +192,30 @@ def check_all_loaded(info: Any, kind: TextKind, folder: Path) -> None:
     )
     if missing:
         raise ConfigError(
-            f"{file_name(folder)}: the weights lack {len(missing)} tensors of the text encoder, e.g. {missing[0]}: "
+            f"{file_name(folder)}: the weights lack {len(missing)} tensors of the encoder, e.g. {missing[0]}: "
             "they are damaged, or of another model"
         )
     if extra or info["mismatched_keys"]:
-        name = printable(str([*extra, *sorted(map(str, info["mismatched_keys"]))][0]), 120)
+        name = printable(str([*extra, *sorted(each[0] for each in info["mismatched_keys"])][0]), 120)
         raise ConfigError(
             f"{file_name(folder)}: the weights have tensors that do not fit the encoder of config.json, e.g. {name}: "
             "they are damaged, or of another model"
         )
 
 
-def _class_of(config: JsonObject) -> tuple[TextKind, str]:
+def _class_of(config: JsonObject, kinds: Sequence[TextKind]) -> tuple[TextKind, str]:
     """The class of an encoder by its configuration: the one that it names, or the one of its kind of model."""
     names = config.content.get("architectures")
     name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
-    kind = kind_named(name)
-    if kind is not None:
-        return kind, name
+    for kind in kinds:
+        if name in kind.classes:
+            return kind, name
     model_type = config.content.get("model_type")
-    for kind in KINDS:
+    for kind in kinds:
         if model_type in kind.model_types:
-            return kind, kind.classes[max(kind.model_types.index(model_type), 0) if kind.name == "t5" else 0]
-    shown = printable(str(name or model_type), 80)
-    raise ConfigError(f"{config.name} is of a {shown}; a text encoder is one of {CLASS_NAMES}")
+            return kind, kind.classes[kind.model_types.index(model_type) if kind.name == "t5" else 0]
+    shown, known = printable(str(name or model_type), 80), ", ".join(name for kind in kinds for name in kind.classes)
+    raise ConfigError(f"{config.name} is of a {shown}; it must be one of {known}")
 
 
 # ------------------------------------------------------------------ the tokenizer
@@ -208,7 +228,7 @@ def _load_tokenizer(folder: Path) -> Any:
             "tokenizer, or of a pipeline with one"
         )
     auto = transformers_class("transformers", "AutoTokenizer")
-    with as_folder_error(folder), quiet_transformers():
+    with as_component_error(folder), quiet_transformers():
         return auto.from_pretrained(os.fspath(folder), local_files_only=True, trust_remote_code=False)
 
 

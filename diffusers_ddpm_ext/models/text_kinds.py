@@ -18,7 +18,7 @@ UNBOUNDED_LENGTH = 512
 
 @dataclass(frozen=True)
 class TextKind:
-    """A family of text encoders.
+    """A family of encoders.
 
     Attributes:
         name: short, for code that differs between them.
@@ -79,6 +79,17 @@ KINDS = (
     ),
 )
 CLASS_NAMES = ", ".join(name for kind in KINDS for name in kind.classes)
+VISION_KIND = TextKind(
+    "clip_vision",
+    "transformers",
+    ("CLIPVisionModelWithProjection", "CLIPVisionModel"),
+    ("clip_vision_model", "clip"),
+    "hidden_size",
+    None,
+    (),
+    ("text_model", "visual_projection", "text_projection", "logit_scale"),
+)
+"""Encoders of pictures, which are loaded in the same way."""
 
 
 def kind_of(encoder: nn.Module) -> TextKind:

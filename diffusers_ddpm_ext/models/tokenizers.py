@@ -28,6 +28,11 @@ def check_tokenizer(tokenizer: Any, vocab_size: int) -> None:
             f"tokenizer, a {type(tokenizer).__name__}, has no padding token, and prompts are padded to one length: "
             "set tokenizer.pad_token, e.g. to its end-of-text token."
         )
+    length = tokenizer.model_max_length
+    if isinstance(length, bool) or not isinstance(length, int | float) or not length >= 1:
+        raise ValueError(
+            f"tokenizer.model_max_length is {describe(length)}; it must be a number of tokens, 1 or more."
+        )
     vocabulary = tokenizer.get_vocab()
     highest = max(vocabulary, key=vocabulary.get, default=None)
     if highest is None:

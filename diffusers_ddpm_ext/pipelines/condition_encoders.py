@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from diffusers_ddpm_ext.models.spatial_rescaler import SpatialRescaler
 from diffusers_ddpm_ext.models.text_encoder import TextEncoder
-from diffusers_ddpm_ext.models.text_kinds import ENCODER_SLOTS
+from diffusers_ddpm_ext.models.text_kinds import ENCODER_SLOTS, VISION_KIND
 from diffusers_ddpm_ext.pipelines.guidance import ConditionArguments, context_width
 from diffusers_ddpm_ext.pipelines.image_conditions import encode_image
 from diffusers_ddpm_ext.pipelines.pipeline_attributes import PipelineAttributes
@@ -24,7 +24,7 @@ ENCODER_COMPONENTS = (*ENCODER_SLOTS, "tokenizer", "concat_encoder", "image_enco
 """Components that make conditions; all are optional."""
 FLOAT32_COMPONENTS = ("vae", "vqvae", *ENCODER_SLOTS, "concat_encoder", "image_encoder")
 """Networks that compute in float32, whatever the precision of the denoising network."""
-VISION_CLASSES = ("CLIPVisionModelWithProjection", "CLIPVisionModel")
+VISION_CLASSES = VISION_KIND.classes
 
 
 class ConditionEncodersMixin(PipelineAttributes, DiffusionPipeline):
@@ -189,7 +189,9 @@ class ConditionEncodersMixin(PipelineAttributes, DiffusionPipeline):
                 f"{network.config.in_channels}, height, width)."
             )
         with torch.autocast(self._execution_device.type, enabled=False):
-            tensor: Tensor = encoder.float()(images.float().to(self._execution_device))
+            if network.dtype != torch.float32:
+                network.float()
+            tensor: Tensor = encoder(images.float().to(self._execution_device))
         return tensor
 
 

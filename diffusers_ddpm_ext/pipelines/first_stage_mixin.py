@@ -98,9 +98,13 @@ class FirstStageMixin(PipelineAttributes, DiffusionPipeline):
         self._required_first_stage("disable_vae_tiling").autoencoder.disable_tiling()
 
     def enable_sequential_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
-        """Diffusers' method; a first stage in half precision is cast to float32 first, since it cannot be later."""
-        if (stage := self.first_stage) is not None:
-            stage.to_float32()
+        """Diffusers' method; what computes in float32 is cast to it first, since it cannot be later."""
+        for stage in (self.first_stage, self.text_encoder_stage):
+            if stage is not None:
+                stage.to_float32()
+        for name in ("image_encoder", "concat_encoder"):
+            if self.__dict__.get(name) is not None:
+                self.__dict__[name].float()
         super().enable_sequential_cpu_offload(*args, **kwargs)
 
     def to(self, *args: Any, **kwargs: Any) -> Any:

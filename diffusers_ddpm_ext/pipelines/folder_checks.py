@@ -115,7 +115,12 @@ def _check_encoders(index: JsonObject, folder: Path, replaced: frozenset[str]) -
             )
     if slots and replaced.isdisjoint(ENCODER_SLOTS):
         check_text_encoder_folder(folder / slots[0])
-    if any(index.list("tokenizer", [])) and not slots and replaced.isdisjoint((*ENCODER_SLOTS, "tokenizer")):
+    entry = index.list("tokenizer", [])
+    is_tokenizer = len(entry) == 2 and entry[0] == "transformers" and "Tokenizer" in str(entry[1])
+    if any(entry) and "tokenizer" not in replaced and not is_tokenizer:
+        shown = printable(json.dumps(entry), 80)
+        raise ConfigError(f"{index.name}: tokenizer is {shown}; it must be a list of transformers and a tokenizer.")
+    if any(entry) and not slots and replaced.isdisjoint((*ENCODER_SLOTS, "tokenizer")):
         raise ConfigError(f"{index.name} has a tokenizer, but no text encoder that would take its tokens: remove it.")
 
 

@@ -13,7 +13,7 @@ import torch
 from diffusers_ddpm_ext.models.text_encoder import TextEncoder
 from diffusers_ddpm_ext.models.text_encoder_loading import load_encoder_folder, load_tokenizer, quiet_transformers
 from diffusers_ddpm_ext.models.text_encoder_saving import prefix_names, write_vocabulary
-from diffusers_ddpm_ext.models.text_kinds import ENCODER_SLOTS
+from diffusers_ddpm_ext.models.text_kinds import ENCODER_SLOTS, VISION_KIND
 from diffusers_ddpm_ext.pipelines.condition_encoders import ENCODER_COMPONENTS, checked_alias, library_and_class
 from diffusers_ddpm_ext.pipelines.stock_text import LDM_TEXT
 from diffusers_ddpm_ext.utils.input_files import JsonObject, read_json_object
@@ -98,6 +98,9 @@ def split_encoders(folder: Path, kwargs: Mapping[str, Any]) -> tuple[dict[str, A
     slot = next((name for name in ENCODER_SLOTS if has_component(index, name)), None)
     if slot is not None and not is_given:
         text = load_encoder_folder(folder / slot, kwargs.get("variant")).to(_dtype(kwargs))
+    if has_component(index, "image_encoder") and "image_encoder" not in result:
+        image = load_encoder_folder(folder / "image_encoder", kwargs.get("variant"), (VISION_KIND,))
+        result["image_encoder"] = image
     has_own = text is not None and "tokenizer" not in result and has_component(index, "tokenizer")
     tokenizer = load_tokenizer(folder, "tokenizer") if has_own else result.pop("tokenizer", None)
     result |= dict.fromkeys((*ENCODER_SLOTS, "tokenizer"))
