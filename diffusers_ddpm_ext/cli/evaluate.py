@@ -25,6 +25,7 @@ from diffusers_ddpm_ext.cli.extras import TRAIN_MODULES, require_modules
 from diffusers_ddpm_ext.cli.measuring import (
     ConditionedUNet,
     MeasuringOptions,
+    caption_encoder,
     check_bin_width,
     choose_decoder,
     data_inputs,
@@ -169,7 +170,8 @@ def evaluate(options: EvaluateOptions) -> str:
     folder, is_main = options.output_folder, processes.rank == 0
     with lock_output_folder("--out", folder) if is_main else nullcontext():
         cache = EvaluationCache(folder, _fingerprint(options, data.fingerprint, pipeline), processes)
-        values = _evaluate_bound(pipeline, evaluation, processes, cache, options.folder)
+        network = ConditionedUNet(pipeline, caption_encoder(pipeline, data))
+        values = _evaluate_bound(network, evaluation, processes, cache, options.folder)
         leave_process_group()
         if not is_main:
             return ""
@@ -216,7 +218,7 @@ def _choose_strata(options: EvaluateOptions, scheduler: DDPMExtScheduler) -> Str
 
 
 def _evaluate_bound(
-    pipeline: Any, evaluation: BoundEvaluation, processes: Processes, cache: EvaluationCache, folder: str
+    network: ConditionedUNet, evaluation: BoundEvaluation, processes: Processes, cache: EvaluationCache, folder: str
 ) -> BoundValues:
     """Evaluate with a progress bar; raise RunError if the bound is not finite."""
     import numpy as np
@@ -224,10 +226,10 @@ def _evaluate_bound(
 
     from diffusers_ddpm_ext.training.evaluation.bound import evaluate_bound
 
-    pipeline.unet.eval()
+    network.pipeline.unet.eval()
     total = -(-evaluation.rows // processes.world_size)
     with tqdm(total=total, desc="evaluating", unit="row", disable=processes.rank > 0) as bar:
-        values = evaluate_bound(ConditionedUNet(pipeline), evaluation, processes, cache, bar.update)
+        values = evaluate_bound(network, evaluation, processes, cache, bar.update)
     if not np.isfinite(values.bits).all():
         index = int(values.places[~np.isfinite(values.bits)].min())
         step = int(evaluation.scheduler.kept.timesteps[index])
@@ -304,6 +306,8 @@ def _fingerprint(options: EvaluateOptions, data_fingerprint: str, pipeline: Any)
     parts = [json.dumps(relevant, sort_keys=True, default=str), data_fingerprint, weights.hexdigest()]
     parts.append(json.dumps(dict(pipeline.scheduler.config), sort_keys=True, default=str))
     parts.append(json.dumps(describe_first_stage(pipeline)))
+    if pipeline.text_encoder_stage is not None:
+        parts.append(pipeline.text_encoder_stage.content_hash())
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

@@ -21,6 +21,7 @@ from diffusers_ddpm_ext.cli.extras import TRAIN_MODULES, require_modules
 from diffusers_ddpm_ext.cli.measuring import (
     ConditionedUNet,
     MeasuringOptions,
+    caption_encoder,
     check_bin_width,
     choose_decoder,
     ddpm_scheduler,
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from diffusers_ddpm_ext.diffusion.variance_fit import VarianceFit, VarianceMeter
-    from diffusers_ddpm_ext.training.data.image_set import ImageSet
+    from diffusers_ddpm_ext.training.data.dataset import ImageData
     from diffusers_ddpm_ext.utils.vocabulary import Decoder
 
 FIT_RECORD = "variance_fit.json"
@@ -130,10 +131,10 @@ def _fit(folder: Path, options: FitVarianceOptions) -> str:
 
     pipeline = load_pipeline(options.folder, None, select_device(options.device), options.dtype)
     _check_pipeline(options, pipeline)
-    images = load_images(options.folder, pipeline, image_data, progress=True).train
+    data = load_images(options.folder, pipeline, image_data, progress=True)
     scheduler = pipeline.scheduler
     schedule = scheduler.schedule
-    meter = _measure(options, pipeline, images, decoder)
+    meter = _measure(options, pipeline, data, decoder)
     try:
         error = None
         if options.source == "logvar":
@@ -174,7 +175,7 @@ def _check_pipeline(options: FitVarianceOptions, pipeline: Any) -> None:
         )
 
 
-def _measure(options: FitVarianceOptions, pipeline: Any, images: ImageSet, decoder: Decoder) -> VarianceMeter:
+def _measure(options: FitVarianceOptions, pipeline: Any, data: ImageData, decoder: Decoder) -> VarianceMeter:
     """Measure with noise from the random keys of this command."""
     import torch
     from tqdm import tqdm
@@ -183,8 +184,9 @@ def _measure(options: FitVarianceOptions, pipeline: Any, images: ImageSet, decod
     from diffusers_ddpm_ext.diffusion.variance_fit import measure_errors
     from diffusers_ddpm_ext.utils import random_keys as keys
 
-    network, device, dtype = ConditionedUNet(pipeline), pipeline.device, getattr(torch, options.dtype)
-    samples = as_samples(pipeline, images, options.seed, options.folder)
+    network = ConditionedUNet(pipeline, caption_encoder(pipeline, data))
+    device, dtype = pipeline.device, getattr(torch, options.dtype)
+    samples = as_samples(pipeline, data.train, options.seed, options.folder)
 
     def draw(indices: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         x0 = samples.samples(indices)
@@ -199,12 +201,12 @@ def _measure(options: FitVarianceOptions, pipeline: Any, images: ImageSet, decod
     with tqdm(total=total, desc="measuring", unit="row") as bar:
         return measure_errors(
             pipeline.scheduler,
-            len(images),
+            len(data.train),
             draw,
             denoise,
             draws=options.draws,
             decoder=decoder,
-            bin_width=2 / (images.levels - 1) if options.bin_width is None else options.bin_width,
+            bin_width=2 / (data.train.levels - 1) if options.bin_width is None else options.bin_width,
             rows=options.batch_size,
             progress=bar.update,
         )

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from diffusers_ddpm_ext.models.conditioning import Conditions
     from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
+    from diffusers_ddpm_ext.training.data.caption_encoder import CaptionEncoder
     from diffusers_ddpm_ext.training.data.conditions import ConditionColumns
     from diffusers_ddpm_ext.training.data.dataset import ImageData
     from diffusers_ddpm_ext.training.data.image_set import ImageSet
@@ -133,7 +134,14 @@ def load_images(folder: str, pipeline: Any, options: DataOptions, progress: bool
     if stage is not None:
         with as_config_error("--resolution"):
             stage.latent_size(*options.resolution)
-    data = load_data(options, pipeline.config.get("conditioning_key"), progress=progress)
+    key, encoder = pipeline.config.get("conditioning_key"), pipeline.text_encoder_stage
+    if encoder is None and options.caption_column is not None:
+        raise ConfigError(
+            f"--caption_column {printable(options.caption_column, 60)}: {folder} has no text encoder: leave it out"
+        )
+    if encoder is not None and options.caption_column is None and options.context_column is None:
+        raise ConfigError(f"{folder} takes prompts: name the column with the captions by --caption_column")
+    data = load_data(options, key, tokenizer=encoder, progress=progress)
     channels = pipeline.channels if stage is None else stage.pixel_channels
     if data.channels != channels:
         raise ConfigError(
@@ -194,14 +202,34 @@ def images_of_split(data: ImageData, split: str) -> ImageSet:
     return data.validation
 
 
+def caption_encoder(pipeline: Any, data: ImageData) -> CaptionEncoder | None:
+    """The text encoder of a pipeline, with the captions of the data; None where these have none."""
+    if data.captions is None or data.train.columns is None or data.train.columns.captions is None:
+        return None
+    from diffusers_ddpm_ext.training.data.caption_encoder import CaptionEncoder
+
+    stage = pipeline.text_encoder_stage
+    encoder = CaptionEncoder(stage, stage.content_hash())
+    encoder.read(data.captions, use_cache=True)
+    return encoder
+
+
 @dataclass(frozen=True)
 class ConditionedUNet:
-    """A pipeline's network, called with the conditions of a dataset."""
+    """A pipeline's network, called with the conditions of a dataset.
+
+    Attributes:
+        pipeline: whose network it is.
+        captions: from `caption_encoder`.
+    """
 
     pipeline: Any
+    captions: CaptionEncoder | None = None
 
     def __call__(self, xt: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
         """Map noisy samples (R, C, H, W), steps (R,) and conditions to the network's output."""
+        if self.captions is not None:
+            conditions = self.captions.encode_conditions(conditions)
         table = self.pipeline.class_embedder
         if table is not None and conditions.class_labels is not None:
             conditions = conditions.with_class_tokens(table)
