@@ -21,6 +21,7 @@ from diffusers_ddpm_ext import DDPMExtPipeline
 from diffusers_ddpm_ext.cli import main
 from diffusers_ddpm_ext.errors import ConfigError
 from diffusers_ddpm_ext.models.text_encoder import TextEncoder
+from diffusers_ddpm_ext.models.text_encoder_saving import save_encoder
 from diffusers_ddpm_ext.training import trainer
 from diffusers_ddpm_ext.training.config.checks import MODEL_SIZES
 from diffusers_ddpm_ext.training.config.train_config import parse_train_args
@@ -427,9 +428,17 @@ def test_a_new_encoder_depends_on_the_seed_alone(inputs, tmp_path):
     assert contents(tmp_path / "copy") == contents(run)
 
 
-def test_an_encoder_without_a_tokenizer_says_how_to_name_one(inputs, tmp_path):
-    from diffusers_ddpm_ext.models.text_encoder_saving import save_encoder
+def test_tokens_that_are_not_finite_are_one_line(inputs, tmp_path):
+    encoder = tiny_text_encoder()
+    torch.nn.init.constant_(encoder.get_parameter("final_layer_norm.weight"), 3e38)
+    save_encoder(encoder, tmp_path / "large")
+    tiny_tokenizer().save_pretrained(tmp_path / "large")
+    setup = setup_of(tmp_path / "run", inputs, text_encoder=str(tmp_path / "large"))
+    with pytest.raises(ConfigError, match=r"--text_encoder: .*not finite"):
+        setup.captions.encode_numbers(torch.tensor([0]))
 
+
+def test_an_encoder_without_a_tokenizer_says_how_to_name_one(inputs, tmp_path):
     save_encoder(tiny_text_encoder(), tmp_path / "alone")
     with pytest.raises(ConfigError, match=r"--text_encoder .* comes without a tokenizer: name one with --tokenizer"):
         setup_of(tmp_path / "run", inputs, text_encoder=str(tmp_path / "alone"))

@@ -1,8 +1,8 @@
 """Snapshot of a training run, and the files of a checkpoint that store it: safetensors and JSON, no pickle.
 
 ====================  =================================================================================================
-model.safetensors     network and log-variances, named as in DenoisingTask: ``denoiser.*`` and ``objective.logvar``; with
-                      a trained text encoder ``text_encoder.*``
+model.safetensors     network and log-variances, named as in DenoisingTask: ``denoiser.*`` and ``objective.logvar``
+                      (and ``text_encoder.*`` of one that is trained)
 ema.safetensors       the EMA weights, named as in the network; absent if the run has no EMA
 optimizer.safetensors ``<parameter>.<slot>``, e.g. ``denoiser.conv_in.weight.exp_avg``; empty before the first step
 state.json            ``"format": 1``; everything that is not a tensor, and dtype and shape of every tensor

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from diffusers_ddpm_ext.errors import as_config_error
 from diffusers_ddpm_ext.models.conditioning import Conditions
 from diffusers_ddpm_ext.models.text_encoder import TextEncoder
 from diffusers_ddpm_ext.training.data.captions import CaptionTable
@@ -87,17 +88,15 @@ class CaptionEncoder:
             return conditions
         return replace(conditions, captions=None, encoder_hidden_states=self._tokens(conditions.captions))
 
-    def encode_prompts(self, prompts: list[str]) -> Tensor:
-        """Tokens of prompts, which need not be captions: (B, T, width), float32, without gradients."""
-        return self._one_by_one(self.stage.tokenize(prompts))
-
     def encode_numbers(self, numbers: Tensor) -> Tensor:
-        """Tokens of captions (B,) by a frozen encoder: (B, T, width), float32, on its device."""
-        assert self.table is not None
-        return self._one_by_one(self.table.input_ids(numbers))
+        """Tokens of captions (B,) by a frozen encoder: (B, T, width), float32, on its device.
 
-    def _one_by_one(self, input_ids: Tensor) -> Tensor:
-        return torch.cat(one_by_one(self.stage.encode, input_ids))
+        Raises:
+            ConfigError: a token is not finite.
+        """
+        assert self.table is not None
+        with as_config_error("--text_encoder"):
+            return torch.cat(one_by_one(self.stage.encode, self.table.input_ids(numbers)))
 
     def _tokens(self, numbers: Tensor) -> Tensor:
         assert self.table is not None

@@ -18,7 +18,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from diffusers_ddpm_ext.errors import ConfigError, printable
 from diffusers_ddpm_ext.training.data.cache_building import CacheJob, open_cache
 from diffusers_ddpm_ext.training.data.cache_folder import CacheFolder, CacheKind
 from diffusers_ddpm_ext.training.data.caption_encoder import CaptionEncoder
@@ -82,16 +81,6 @@ def _job(parent: Path, encoder: CaptionEncoder) -> CacheJob:
         for start in range(0, len(numbers), CAPTIONS_PER_CHUNK):
             chunk = torch.from_numpy(numbers[start : start + CAPTIONS_PER_CHUNK])
             tokens = zip(chunk.tolist(), encoder.encode_numbers(chunk), strict=True)
-            yield [_record(layout, number, values, table.text(number)) for number, values in tokens]
+            yield [layout.encode(number, Posterior(values[None, None])) for number, values in tokens]
 
     return CacheJob(CacheFolder(parent, key, layout, len(table), kind), records)
-
-
-def _record(layout: RecordFormat, number: int, tokens: Tensor, caption: str) -> np.ndarray:
-    try:
-        return layout.encode(number, Posterior(tokens[None, None]))
-    except OverflowError:
-        raise ConfigError(
-            f"--text_encoder: it encodes {printable(repr(caption), 200)} as values that are not finite: its weights"
-            " are damaged"
-        ) from None
