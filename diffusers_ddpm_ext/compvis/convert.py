@@ -88,7 +88,7 @@ class Converted:
 
 def _tokenizer_differences(ours: DDPMExtPipeline, theirs: DDPMExtPipeline) -> list[str]:
     """Compare the tokenizers, where the conversion was given one: what they do to prompts."""
-    mine, other = (getattr(pipeline, "text_encoder_stage", None) for pipeline in (ours, theirs))
+    mine, other = ours.text_encoder_stage, theirs.text_encoder_stage
     if mine is None or other is None or mine.tokenizer is None:
         return []
     if other.tokenizer is None:
