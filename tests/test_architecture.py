@@ -16,7 +16,7 @@ FLOORS = {  # of the package, of training/ and of compvis/: the lowest first
     "training": "signals | distributed | config | data checkpoints | factory | evaluation tracking | loop | trainer",
     "compvis": "reader schema load_options wrapper_names | architecture | key_map unet_params config | weights"
     " | first_stage conditioner | state_dict"
-    " | report export_conditioners compare load_notes load_conditioners | export_stages | save | load"
+    " | report export_conditioners compare load_notes load_conditioners | export_stages checkpoint | save | load"
     " | convert convert_first_stage",
 }
 LIGHT = ("training/config", "cli/dispatch.py", "training/checkpoints/__init__.py")  # imported before torch

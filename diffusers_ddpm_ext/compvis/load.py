@@ -10,16 +10,13 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from diffusers import AutoencoderKL, VQModel
 from torch import Tensor, nn
 
-from diffusers_ddpm_ext.compvis.conditioner.kinds import STAGE_PREFIXES, ConditionerConfig, ConvertedConditioner
-from diffusers_ddpm_ext.compvis.conditioner.weights import convert_conditioner
+from diffusers_ddpm_ext.compvis.checkpoint import CompVisCheckpoint
+from diffusers_ddpm_ext.compvis.conditioner.kinds import STAGE_PREFIXES
 from diffusers_ddpm_ext.compvis.config.ddpm import (
     FIRST_STAGE,
     FIRST_STAGE_AS_CONDITION,
@@ -28,8 +25,9 @@ from diffusers_ddpm_ext.compvis.config.ddpm import (
 )
 from diffusers_ddpm_ext.compvis.first_stage.architecture import KINDS, FirstStageConfig, read_first_stage
 from diffusers_ddpm_ext.compvis.first_stage.checkpoint_keys import FIRST_STAGE_PREFIX, KnownStages
-from diffusers_ddpm_ext.compvis.first_stage.weights import convert_first_stage, first_stage_keys
+from diffusers_ddpm_ext.compvis.first_stage.weights import first_stage_keys
 from diffusers_ddpm_ext.compvis.load_conditioners import (
+    ConditioningStages,
     conditioner_configs,
     prepare_tokenizer,
     with_config_of_tokenizer,
@@ -44,139 +42,14 @@ from diffusers_ddpm_ext.compvis.load_notes import (
 from diffusers_ddpm_ext.compvis.load_options import LoadOptions, ScheduleSource, WeightChoice, WeightSet
 from diffusers_ddpm_ext.compvis.reader.archive import PathLike, read_tensors
 from diffusers_ddpm_ext.compvis.report import Report
-from diffusers_ddpm_ext.compvis.schema import (
-    CONDITION_STAGE,
-    CONDITIONERS,
-    FIRST_STAGE_SECTION,
-    FIXED_LOGVAR,
-    SCALE_FACTOR_BUFFER,
-    one_line,
-)
-from diffusers_ddpm_ext.compvis.state_dict import CheckpointContents, classify_tensors, describe_schedule_difference
-from diffusers_ddpm_ext.compvis.weights import ConvertedTensor, build_network
+from diffusers_ddpm_ext.compvis.schema import one_line
+from diffusers_ddpm_ext.compvis.state_dict import classify_tensors, describe_schedule_difference
+from diffusers_ddpm_ext.compvis.weights import ConvertedTensor
 from diffusers_ddpm_ext.compvis.wrapper_names import plain_keys
-from diffusers_ddpm_ext.models.ema import EmaMetadata
 from diffusers_ddpm_ext.pipelines.pipeline_ddpm_ext import DDPMExtPipeline
 from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class CompVisCheckpoint:
-    """A checkpoint and its configuration, read and checked; no network is built yet.
-
-    Attributes:
-        config: translated.
-        contents: the tensors by role.
-        scheduler: with the requested schedule.
-        first_stage_config: of the first stage in the file; None if there is none, or it is left out.
-        conditioner_configs: of the conditioning stages in the file that are converted, by section.
-        tokenizer: of the text encoder, if there is one.
-        notes: sentences for the user.
-    """
-
-    config: CompVisConfig
-    contents: CheckpointContents
-    scheduler: DDPMExtScheduler
-    first_stage_config: FirstStageConfig | None
-    conditioner_configs: dict[str, ConditionerConfig]
-    tokenizer: Any
-    notes: list[str]
-
-    def weights(self, which: WeightSet) -> dict[str, Tensor]:
-        """One set of weights by UNetModel's keys; empty if the file does not have it."""
-        return self.contents.ema if which == "ema" else self.contents.raw
-
-    def network(self, which: WeightSet) -> tuple[nn.Module, list[ConvertedTensor]]:
-        """Build the Diffusers network with one set of weights, float32, in eval mode; also one row per tensor."""
-        config = self.config
-        return build_network(self.weights(which), config.unet_params, config.conditioning_key, self.contents.ignored)
-
-    @cached_property
-    def first_stage(self) -> tuple[AutoencoderKL | VQModel, list[ConvertedTensor]] | None:
-        """The first stage with the scale of its latents, float32, in eval mode; also one row per tensor."""
-        if self.first_stage_config is None:
-            return None
-        scale = 1.0 if self.scale_factor is None else self.scale_factor
-        return convert_first_stage(self.contents.first_stage, self.first_stage_config, scale)
-
-    @cached_property
-    def conditioners(self) -> dict[str, ConvertedConditioner]:
-        """The conditioning stages as components of a pipeline, by section."""
-        tensors = self.contents.conditioners
-        return {
-            name: convert_conditioner(tensors[STAGE_PREFIXES[name]], config)
-            for name, config in self.conditioner_configs.items()
-        }
-
-    @property
-    def conditioner_rows(self) -> dict[str, list[ConvertedTensor]]:
-        """By component of the pipeline, one row per tensor of a conditioning stage."""
-        return {
-            self.conditioner_configs[name].kind.component: converted.rows
-            for name, converted in self.conditioners.items()
-        }
-
-    def pipeline(self, network: nn.Module, rows: list[ConvertedTensor]) -> DDPMExtPipeline:
-        """Make a pipeline of a network and its rows, with everything else that the checkpoint has."""
-        is_latent, first_stage = self.config.samples.latent, self.first_stage
-        components: dict[str, Any] = {
-            config.kind.component: self.conditioners[name].module for name, config in self.conditioner_configs.items()
-        }
-        if self.tokenizer is not None:
-            components["tokenizer"] = self.tokenizer
-        pipeline = DDPMExtPipeline(
-            network,
-            self.scheduler,
-            conditioning_key=self.config.conditioning_key,
-            latent_scaling_factor=self.scale_factor if is_latent and first_stage is None else None,
-            concat_through_vae=self.config.concat_through_vae,
-            vae=None if first_stage is None else first_stage[0],
-            **components,
-        )
-        pipeline.compvis_facts, pipeline.compvis_weights = self.facts, (self.contents, rows)  # for save_compvis
-        if self.learns_logvar:
-            pipeline.logvar = self.contents.logvar
-        if self.contents.class_embedding is not None:
-            pipeline.class_embedder = self.contents.class_embedding.float()
-        return pipeline
-
-    @property
-    def scale_factor(self) -> float | None:
-        """Factor of the latents: the file's, which may have been measured, else the configuration's."""
-        own = self.contents.scale_factor
-        return self.config.samples.scale_factor if own is None else own
-
-    @property
-    def learns_logvar(self) -> bool:
-        """Whether the file has a logvar that was learned; forks also save one that was not."""
-        return self.contents.logvar is not None and self.config.objective["learn_logvar"]
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """What going back to an original checkpoint needs, and the pipeline does not have."""
-        facts: dict[str, Any] = {"unet_params": dict(self.config.unet_params)}
-        if self.config.cond_stage is not None:
-            facts[CONDITION_STAGE] = self.config.cond_stage
-        if self.first_stage_config is not None:
-            facts[FIRST_STAGE_SECTION] = self.first_stage_config.section
-        if self.conditioners:
-            facts[CONDITIONERS] = {
-                name: {"section": self.conditioner_configs[name].section, "layout": dict(converted.plan.layout)}
-                for name, converted in self.conditioners.items()
-            }
-        if self.contents.scale_factor is not None:
-            facts[SCALE_FACTOR_BUFFER] = True
-        if self.contents.logvar is not None and not self.learns_logvar:
-            values = self.contents.logvar.float().tolist()
-            facts[FIXED_LOGVAR] = values[0] if len(set(values)) == 1 else values
-        return facts
-
-    @property
-    def ema_metadata(self) -> EmaMetadata | None:
-        """Decay and number of updates of the EMA; None if the file has none."""
-        return self.contents.ema_metadata if self.contents.ema else None
 
 
 def load_compvis(
@@ -218,7 +91,7 @@ def load_compvis(
     prefixes = (ignore_keys,) if isinstance(ignore_keys, str) else tuple(ignore_keys)
     options = LoadOptions(weights, prefixes, load_only_unet, schedule_from, text_heads)
     checkpoint = read_compvis_checkpoint(path, config, options, tokenizer)
-    for note in checkpoint.notes:
+    for note in checkpoint.notes + checkpoint.conditioning.notes:
         warnings.warn(note, stacklevel=2)
     which = choose_weights(checkpoint, weights)
     if weights == "auto":
@@ -287,7 +160,8 @@ def read_compvis_checkpoint(
     if contents.filled:
         notes.append(f"The EMA lacks {len(contents.filled)} frozen tensors; they are copied from the raw weights.")
     notes += [*more_notes, *tokenizer_notes]
-    return CompVisCheckpoint(translated, contents, scheduler, first_stage, conditioners, tokenizer, notes)
+    conditioning = ConditioningStages(conditioners, contents.conditioners, tokenizer)
+    return CompVisCheckpoint(translated, contents, scheduler, first_stage, conditioning, notes)
 
 
 def _first_stage_config(
@@ -334,7 +208,6 @@ def report_compvis(
     """Report on the conversion of a checkpoint to networks by set of weights, the default one first."""
     contents, config = checkpoint.contents, checkpoint.config
     first_stage_rows = () if checkpoint.first_stage_config is None else checkpoint.first_stage_config.rows
-    conditioner_rows = [row for each in checkpoint.conditioner_configs.values() for row in each.rows]
     facts: dict[str, Any] = {}
     if checkpoint.ema_metadata is not None:
         facts |= {"ema_decay": checkpoint.ema_metadata.decay, "ema_num_updates": checkpoint.ema_metadata.num_updates}
@@ -353,9 +226,12 @@ def report_compvis(
         "compvis",
         Path(source).name,
         networks,
-        stages=({} if first_stage is None else {"first_stage": first_stage[1]}) | checkpoint.conditioner_rows,
-        left_out=contents.left_out,
-        configuration=[*config.rows, *first_stage_rows, *conditioner_rows],
+        stages=({} if first_stage is None else {"first_stage": first_stage[1]}) | checkpoint.conditioning.rows,
+        left_out=[*contents.left_out, *checkpoint.conditioning.left_out],
+        configuration=[*config.rows, *first_stage_rows, *checkpoint.conditioning.config_rows],
         facts=facts,
-        notes=checkpoint.notes + stage_notes(config, contents) + foreign_classes(config),
+        notes=checkpoint.notes
+        + checkpoint.conditioning.notes
+        + stage_notes(config, contents)
+        + foreign_classes(config),
     )

@@ -6,17 +6,28 @@ import copy
 import os
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from diffusers_ddpm_ext.compvis.conditioner.architecture import find_kind, read_conditioner
 from diffusers_ddpm_ext.compvis.conditioner.clip import CLIP, TEXT_CONFIG, TEXT_HEADS
-from diffusers_ddpm_ext.compvis.conditioner.kinds import STAGE_PREFIXES, Component, ConditionerConfig
+from diffusers_ddpm_ext.compvis.conditioner.kinds import (
+    STAGE_PREFIXES,
+    Component,
+    ConditionerConfig,
+    ConvertedConditioner,
+)
 from diffusers_ddpm_ext.compvis.conditioner.sizes import folder_config
+from diffusers_ddpm_ext.compvis.conditioner.weights import convert_conditioner
 from diffusers_ddpm_ext.compvis.config.ddpm import CompVisConfig
 from diffusers_ddpm_ext.compvis.load_options import LoadOptions
-from diffusers_ddpm_ext.compvis.schema import one_line
+from diffusers_ddpm_ext.compvis.schema import ConfigRow, one_line
+from diffusers_ddpm_ext.compvis.state_dict import LeftOut
+from diffusers_ddpm_ext.compvis.weights import ConvertedTensor
 from diffusers_ddpm_ext.compvis.wrapper_names import plain_keys
 from diffusers_ddpm_ext.models.text_encoder import load_tokenizer
 from diffusers_ddpm_ext.models.tokenizers import check_tokenizer
@@ -28,6 +39,69 @@ MADE_CONDITIONS: dict[Component, tuple[str, ...]] = {
     "concat_encoder": ("concat_inputs",),
     "image_encoder": ("encoder_hidden_states", "class_labels"),
 }
+
+
+@dataclass(frozen=True)
+class ConditioningStages:
+    """The conditioning stages of a checkpoint that are converted.
+
+    Attributes:
+        configs: by section.
+        tensors: by prefix of the keys, by keys without it.
+        tokenizer: of the text encoder; None without one.
+    """
+
+    configs: Mapping[str, ConditionerConfig]
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    tokenizer: Any
+
+    @cached_property
+    def converted(self) -> dict[str, ConvertedConditioner]:
+        """The stages as modules, by section."""
+        return {
+            name: convert_conditioner(self.tensors[STAGE_PREFIXES[name]], config)
+            for name, config in self.configs.items()
+        }
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """Components of a pipeline, by name."""
+        modules: dict[str, Any] = {
+            self.configs[name].kind.component: each.module for name, each in self.converted.items()
+        }
+        return modules if self.tokenizer is None else modules | {"tokenizer": self.tokenizer}
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What going back to an original checkpoint needs, by section."""
+        return {
+            name: {"section": self.configs[name].section, "layout": dict(each.plan.layout)}
+            for name, each in self.converted.items()
+        }
+
+    @property
+    def notes(self) -> list[str]:
+        """Sentences for the user on how they were converted."""
+        return [note for each in self.converted.values() for note in each.plan.notes]
+
+    @property
+    def rows(self) -> dict[str, list[ConvertedTensor]]:
+        """One row per tensor, by component."""
+        return {self.configs[name].kind.component: each.rows for name, each in self.converted.items()}
+
+    @property
+    def config_rows(self) -> list[ConfigRow]:
+        """One row per argument."""
+        return [row for config in self.configs.values() for row in config.rows]
+
+    @property
+    def left_out(self) -> list[LeftOut]:
+        """Tensors that are not converted."""
+        return [
+            LeftOut(prefix + key, tuple(self.tensors[prefix][key].shape), why)
+            for prefix, plan in ((STAGE_PREFIXES[name], each.plan) for name, each in self.converted.items())
+            for key, why in plan.left_out.items()
+        ]
 
 
 def conditioner_configs(

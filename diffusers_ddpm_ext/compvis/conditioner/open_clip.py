@@ -135,7 +135,7 @@ def _export(module: nn.Module, layout: Mapping[str, Any], base: Mapping[str, Ten
         if len(parts) == 3:
             state[source] = torch.cat([parts[third] for third in ("q", "k", "v")])
     needed = layout.get("left_out", sorted(set(base) - set(state)) or sorted(set(UNUSED) - {"model.attn_mask"}))
-    missing = [str(key) for key in needed if key not in base] if isinstance(needed, list) else ["left_out"]
+    missing = [str(key) for key in needed if str(key) not in base] if isinstance(needed, list) else ["left_out"]
     if missing:
         raise ValueError(
             f"The original's text encoder has {len(missing)} tensors that its conditioning does not use and the "
