@@ -109,6 +109,11 @@ def samples_of(tensor: Tensor, count: int = 24) -> list[float]:
     return [round(float(flat[index]), 12) for index in torch.linspace(0, len(flat) - 1, count).long()]
 
 
+def some_pixels(images: Tensor) -> Tensor:
+    """Every third row and column of images, to record."""
+    return images[..., ::3, ::3]
+
+
 def seeded_tensor(key: str, shape: tuple[int, ...]) -> Tensor:
     """A weight as a function of its key, about as large as an initial one."""
     generator = torch.Generator().manual_seed(int(hashlib.sha256(key.encode()).hexdigest()[:12], 16))
@@ -147,6 +152,29 @@ def seeded_state(content: Mapping[str, Any], stages: Mapping[str, Sequence[int]]
     if params.get("scale_by_std"):
         state["scale_factor"] = torch.tensor(0.75)
     return state
+
+
+def call_arguments(pipeline: Any, content: Mapping[str, Any], recorded: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Arguments of a pipeline's call for the condition that the original was recorded with.
+
+    Args:
+        pipeline: converted.
+        content: of its configuration.
+        recorded: conditions that no part of the pipeline makes.
+    """
+    given, stage = conditions(content), content["model"]["params"]["cond_stage_config"]
+    arguments: dict[str, Any] = dict(recorded)
+    if pipeline.text_encoder is not None:
+        arguments["input_ids"] = given["tokens"]
+    elif pipeline.class_embedder is not None:
+        arguments["class_labels"] = given["classes"].tolist()
+    elif pipeline.concat_encoder is not None:
+        arguments["concat_images"] = given["segments"]
+    elif pipeline.config.get("conditioning_key") == "crossattn":
+        arguments["encoder_hidden_states"] = given["embeddings"]
+    elif pipeline.config.get("conditioning_key") == "concat" and stage != "__is_first_stage__":
+        arguments["concat_inputs"] = given["small"]
+    return arguments
 
 
 def conditions(content: Mapping[str, Any]) -> dict[str, Tensor]:
