@@ -66,6 +66,8 @@ class ReportPage:
         yield f"<h1>{name}</h1>\n"
         yield self._overview(metrics)
         yield self._classes()
+        prompts = [(str(number), prompt) for number, prompt in enumerate(facts.prompts(), 1) if prompt]
+        yield _section("Prompts of the previews", _table(prompts))
         final = "Sampled at the end, with the averaged weights if there are any."
         yield _section("Samples", self._figure(facts.file("samples.png"), final))
         above = "Held-out images above their reconstructions at the end, with the averaged weights if there are any."
@@ -100,6 +102,9 @@ class ReportPage:
         stage = facts.attempt(lambda: facts.first_stage(facts.pipeline_file("model_index.json")), None)
         if stage is not None:
             pairs.append(("first stage", facts.attempt(stage.describe, stage.class_name)))
+        encoder = facts.attempt(lambda: facts.text_encoder(facts.pipeline_file("model_index.json")), None)
+        if encoder is not None:
+            pairs.append(("text encoder", facts.attempt(encoder.describe, encoder.class_name)))
         checkpoints = _numbered(facts.folder, r"checkpoint-([0-9]+)")
         if checkpoints:
             pairs.append(("checkpoints", list_names([path.name for _, path in checkpoints], limit=40)))
