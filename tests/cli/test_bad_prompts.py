@@ -251,9 +251,10 @@ def config(part: str, **changes: Any) -> Callable[[Path], None]:
     return damage
 
 
-def remove(part: str) -> Callable[[Path], None]:
+def remove(*parts: str) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
-        shutil.rmtree(folder / part) if (folder / part).is_dir() else (folder / part).unlink()
+        for part in parts:
+            shutil.rmtree(folder / part) if (folder / part).is_dir() else (folder / part).unlink()
 
     return damage
 
@@ -279,7 +280,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "no tokenizer": (remove("tokenizer"), "tokenizer"),
     "no configuration": (remove(ENCODER), "config.json"),
     "no weights": (remove("text_encoder/model.safetensors"), "text_encoder"),
-    "no vocabulary": (remove("tokenizer/tokenizer.json"), "tokenizer"),
+    "no vocabulary": (remove("tokenizer/tokenizer.json", "tokenizer/vocab.json"), "tokenizer"),
     "no JSON": (content(ENCODER, b"{"), "config.json"),
     "a list": (content(ENCODER, b"[]"), "config.json"),
     "no text": (content(ENCODER, b"\xff\xfe"), "config.json"),
