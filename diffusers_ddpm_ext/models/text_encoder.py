@@ -100,16 +100,20 @@ class TextEncoder:
         Raises:
             ValueError: there is no tokenizer, or the prompts are not texts.
         """
+        ids, cut = self.tokenize_and_find_cut(prompts)
+        if cut and not self._has_warned:
+            self._has_warned = True
+            logger.warning("A prompt is longer than %d tokens and is cut there: %s", self.max_length, describe(cut[0]))
+        return ids
+
+    def tokenize_and_find_cut(self, prompts: Sequence[str]) -> tuple[Tensor, list[str]]:
+        """`tokenize` without a warning: the ids, and the prompts that are longer than ``max_length`` tokens."""
         if self.tokenizer is None:
             raise ValueError(
                 "prompts need a tokenizer, and this text encoder has none: pass input_ids or prompt_embeds, or load "
                 "the model with tokenizer=."
             )
-        ids, cut = tokenize(self.tokenizer, checked_prompts(prompts), self.max_length, not self._has_warned)
-        if cut is not None:
-            self._has_warned = True
-            logger.warning("A prompt is longer than %d tokens and is cut there: %s", self.max_length, describe(cut))
-        return ids
+        return tokenize(self.tokenizer, checked_prompts(prompts), self.max_length)
 
     def encode(self, input_ids: Tensor, requires_grad: bool = False) -> Tensor:
         """Token ids as tokens of cross attention: the network's last hidden state, after the final norm.

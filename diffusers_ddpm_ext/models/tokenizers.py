@@ -73,31 +73,28 @@ def checked_prompts(prompts: Any, name: str = "prompt") -> list[str]:
     return list(texts)
 
 
-def tokenize(tokenizer: Any, prompts: Sequence[str], length: int, find_cut: bool) -> tuple[Tensor, str | None]:
-    """Token ids, and the first prompt that is cut.
+def tokenize(tokenizer: Any, prompts: Sequence[str], length: int) -> tuple[Tensor, list[str]]:
+    """Token ids, and the prompts that are cut.
 
     Args:
         tokenizer: that can pad.
         prompts: from `checked_prompts`.
         length: tokens per prompt.
-        find_cut: whether to look for a prompt that is longer.
 
     Returns:
-        Ids (B, length), int64, and the prompt or None.
+        Ids (B, length), int64, and the prompts that are longer.
     """
     encoded = tokenizer(
         list(prompts), padding="max_length", max_length=length, truncation=True, return_attention_mask=True
     )
-    cut = None
-    if find_cut:
-        full = [prompt for prompt, mask in zip(prompts, encoded.attention_mask, strict=True) if all(mask)]
-        whole = tokenizer(full, truncation=False, padding=False, verbose=False).input_ids if full else []
-        cut = next((prompt for prompt, row in zip(full, whole, strict=True) if len(row) > length), None)
+    full = [prompt for prompt, mask in zip(prompts, encoded.attention_mask, strict=True) if all(mask)]
+    whole = tokenizer(full, truncation=False, padding=False, verbose=False).input_ids if full else []
+    cut = [prompt for prompt, row in zip(full, whole, strict=True) if len(row) > length]
     return torch.tensor(encoded.input_ids, dtype=torch.int64), cut
 
 
 def tokenizer_facts(tokenizer: Any, length: int) -> str:
     """What a tokenizer does, as a text: its vocabulary, its length, and the ids of texts that tell settings apart."""
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=True)
-    ids = tokenize(tokenizer, PROBE, length, find_cut=False)[0].tolist()
+    ids = tokenize(tokenizer, PROBE, length)[0].tolist()
     return hashlib.sha256(f"{vocabulary}\n{length}\n{ids}".encode()).hexdigest()

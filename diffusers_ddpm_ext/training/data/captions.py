@@ -28,8 +28,8 @@ TEXTS_PER_BLOCK = 1_024
 class Tokenizes(Protocol):
     """What makes tokens of texts, such as a `TextEncoder`."""
 
-    def tokenize(self, prompts: Sequence[str]) -> Tensor:
-        """Token ids of texts, (B, T), int64, each row padded to the same T."""
+    def tokenize_and_find_cut(self, prompts: Sequence[str]) -> tuple[Tensor, list[str]]:
+        """Token ids of texts, (B, T), int64, each row padded to the same T; and the texts that do not fit into it."""
 
 
 @dataclass(frozen=True)
@@ -61,14 +61,14 @@ class CaptionTable:
         tokens: ids without the padding: of each row's last run of equal ids, the first; int32.
         num_tokens: length T of a row with its padding.
         fingerprint: sha256 over texts and tokens, in hexadecimal.
-        warning: about captions without tokens of their own; None if all have some.
+        warnings: about captions that are cut, or without tokens of their own.
     """
 
     utf8: RaggedArray
     tokens: RaggedArray
     num_tokens: int
     fingerprint: str
-    warning: str | None = None
+    warnings: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.utf8)
@@ -173,11 +173,13 @@ class CaptionReader:
         digest = hashlib.sha256()
         tokens: list[np.ndarray] = []
         lengths: list[np.ndarray] = []
-        num_tokens, unknown = 0, array("q")
+        num_tokens, unknown, cut = 0, array("q"), list[str]()
         blocks = range(0, len(texts), TEXTS_PER_BLOCK)
         for start in tqdm(blocks, "tokenize captions", disable=not progress, delay=1, leave=False):
             with as_config_error("--tokenizer"):
-                ids = self._tokenizer.tokenize(texts[start : start + TEXTS_PER_BLOCK]).numpy()
+                tokenized = self._tokenizer.tokenize_and_find_cut(texts[start : start + TEXTS_PER_BLOCK])
+            ids = tokenized[0].numpy()
+            cut += tokenized[1]
             if start and ids.shape[1] != num_tokens:
                 raise ConfigError(
                     f"--tokenizer makes rows of {num_tokens} and of {ids.shape[1]} tokens: it must pad all alike"
@@ -193,17 +195,26 @@ class CaptionReader:
         utf8 = RaggedArray(np.frombuffer(b"".join(encoded), np.uint8), np.cumsum([len(each) for each in encoded]))
         digest.update(utf8.values.tobytes())
         ragged = RaggedArray(np.concatenate(tokens), np.cumsum(np.concatenate(lengths)))
-        warning = _unknown_warning([texts[number] for number in unknown[1:]])  # the first is the empty prompt itself
-        return CaptionTable(utf8, ragged, num_tokens, digest.hexdigest(), warning)
+        warnings = _warnings(
+            [texts[number] for number in unknown[1:]], cut, num_tokens
+        )  # 0 is the empty prompt itself
+        return CaptionTable(utf8, ragged, num_tokens, digest.hexdigest(), warnings)
 
 
-def _unknown_warning(captions: Sequence[str]) -> str | None:
-    """Warn of captions whose tokens are those of the empty prompt."""
-    if not captions:
-        return None
-    first = printable(repr(captions[0]), 60)
-    others = "" if len(captions) == 1 else f" and {len(captions) - 1:,} more captions"
-    return f"--tokenizer knows nothing of {first}{others}: their tokens are those of the empty prompt"
+def _warnings(unknown: Sequence[str], cut: Sequence[str], num_tokens: int) -> list[str]:
+    """Warn of captions whose tokens are those of the empty prompt, and of captions that are cut."""
+    warnings = []
+    if unknown:
+        warnings.append(f"--tokenizer knows nothing of {_first_of(unknown)}: the tokens are those of the empty prompt")
+    if cut:
+        warnings.append(f"captions are cut after {num_tokens} tokens: {_first_of(cut)}")
+    return warnings
+
+
+def _first_of(captions: Sequence[str]) -> str:
+    """The first of some captions, and the number of others."""
+    more = f" and {len(captions) - 1:,} more" if len(captions) > 1 else ""
+    return printable(repr(captions[0]), 60) + more
 
 
 def _lengths_without_padding(ids: np.ndarray) -> np.ndarray:

@@ -242,7 +242,7 @@ def setup_warnings(setup: Setup) -> list[str]:
     smaller = SMALLER if denoises else "half the --block_out_channels"
     warnings = [
         setup.data.warning,
-        None if setup.data.captions is None else setup.data.captions.warning,
+        *([] if setup.data.captions is None else setup.data.captions.warnings),
         schedule_warning(setup.parts.objective.schedule) if denoises else None,
         model_size_warning(size, device, setup.samples(setup.data.train).shape[1:], smaller),
         clipping_warning(setup.config.schedule, setup.latents is not None),

@@ -38,10 +38,11 @@ class Letters:
     def __init__(self) -> None:
         self.tokenized: list[str] = []
 
-    def tokenize(self, prompts: list[str]) -> torch.Tensor:
+    def tokenize_and_find_cut(self, prompts: list[str]) -> tuple[torch.Tensor, list[str]]:
         self.tokenized += prompts
         rows = [[1, *map(ord, prompt[: self.length - 2])] for prompt in prompts]
-        return torch.tensor([row + [2] * (self.length - len(row)) for row in rows])
+        ids = torch.tensor([row + [2] * (self.length - len(row)) for row in rows])
+        return ids, [prompt for prompt in prompts if len(prompt) > self.length - 2]
 
 
 def images(folder: Path, captions: list[Any], names: list[str] | None = None, kind: str = "jsonl") -> Path:
@@ -147,31 +148,32 @@ def test_each_text_is_tokenized_once_and_padding_is_restored():
     first, second = reader.read("--caption_column x", cells, ["a", "b"]), reader.read("-", cells, ["c"])
     table = reader.table()
     assert tokenizer.tokenized == ["", "same", "x" * 40, "other"]
-    assert torch.equal(table.input_ids(range(len(table))), Letters().tokenize(tokenizer.tokenized))
+    assert torch.equal(table.input_ids(range(len(table))), Letters().tokenize_and_find_cut(tokenizer.tokenized)[0])
     assert table.input_ids([3, 0]).dtype == torch.int64
     assert [first.numbers[0].tolist(), first.numbers[1].tolist(), second.numbers[0].tolist()] == [[1, 2], [1], [3]]
 
 
-def test_captions_that_the_tokenizer_does_not_know_are_counted():
+def test_captions_that_the_tokenizer_does_not_know_or_cuts_are_counted():
     class Digits(Letters):
-        def tokenize(self, prompts):
-            return super().tokenize(["".join(filter(str.isdigit, prompt)) for prompt in prompts])
+        def tokenize_and_find_cut(self, prompts):
+            return super().tokenize_and_find_cut(["".join(filter(str.isdigit, prompt)) for prompt in prompts])
 
-    def warning(*captions):
+    def warnings(*captions):
         reader = CaptionReader(Digits())
         reader.read("x", {str(i): caption for i, caption in enumerate(captions)}, [*map(str, range(len(captions)))])
-        return reader.table().warning
+        return reader.table().warnings
 
-    assert warning("cat 7", "8") is None
-    assert warning("cat 7", "dog", "a\nbird") == (
-        "--tokenizer knows nothing of 'dog' and 1 more captions: their tokens are those of the empty prompt"
-    )
+    assert warnings("cat 7", "8") == []
+    assert warnings("cat 7", "dog", "a\nbird", "1" * 14, "2" * 15) == [
+        "--tokenizer knows nothing of 'dog' and 1 more: the tokens are those of the empty prompt",
+        "captions are cut after 16 tokens: '222222222222222'",
+    ]
 
 
 def test_a_caption_that_is_all_one_token_keeps_its_length():
     class Constant:
-        def tokenize(self, prompts):
-            return torch.full((len(prompts), 5), 3)
+        def tokenize_and_find_cut(self, prompts):
+            return torch.full((len(prompts), 5), 3), []
 
     reader = CaptionReader(Constant())
     reader.read("x", {"a": "cat"}, ["a"])
