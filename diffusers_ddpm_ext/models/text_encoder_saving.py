@@ -64,12 +64,19 @@ def write_vocabulary(folder: Path) -> None:
     """Write ``vocab.json`` and ``merges.txt``, or ``vocab.txt``, next to the ``tokenizer.json`` of a tokenizer.
 
     Transformers 5 writes ``tokenizer.json`` alone; the classes of Transformers 4 that pipelines name do not read it.
+    What the last call padded and cut to, which is written there too, is taken out.
 
     Args:
         folder: of a tokenizer; files that are there stay.
     """
     file = folder / "tokenizer.json"
-    model = json.loads(file.read_text(encoding="utf-8")).get("model", {}) if file.is_file() else {}
+    if not file.is_file():
+        return
+    content = json.loads(file.read_text(encoding="utf-8"))
+    if content.get("truncation") or content.get("padding"):
+        content |= {"truncation": None, "padding": None}
+        file.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
+    model = content.get("model", {})
     vocabulary = model.get("vocab")
     if not isinstance(vocabulary, dict):
         return

@@ -1,4 +1,4 @@
-"""Tiny pipelines that draw what a prompt says, untrained: of pixels and of latents, with each kind of encoder."""
+"""Tiny pipelines of latents with a text encoder."""
 
 from __future__ import annotations
 
@@ -8,42 +8,61 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtScheduler
-from helpers.latent_cases import tiny_first_stage
-from helpers.text_models import tiny_text_encoder, tiny_tokenizer
+from helpers.text_folder_cases import CASES
+from helpers.text_models import LENGTH, tiny_text_encoder, tiny_tokenizer
+from helpers.tiny import tiny_autoencoder
 
-WIDTH = 16
-"""Of the tokens of cross attention."""
+EIGHTH = {
+    "block_out_channels": (4, 4, 4, 8),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+}
+"""Levels of a first stage of 8x8 pixels a latent."""
 
 
-def tiny_conditional_unet(channels: int = 3, out_channels: int | None = None, **changes: Any) -> UNet2DConditionModel:
-    """A network of 8 x 8 samples with cross attention, random but the same in every test."""
-    config = {
-        "sample_size": 8, "in_channels": channels, "out_channels": out_channels or channels, "norm_num_groups": 4,
-        "block_out_channels": (8, 8), "layers_per_block": 1, "cross_attention_dim": WIDTH, "attention_head_dim": 4,
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-    }  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
+def tiny_text_unet(channels: int = 4, out_channels: int = 4, width: int = 16, **config: Any) -> UNet2DConditionModel:
+    """A network with cross attention, random but the same in every test."""
+    with torch.random.fork_rng():
         torch.manual_seed(0)
-        unet = UNet2DConditionModel(**config | changes)
-        for weight in unet.parameters():  # so that prompts make a difference
-            weight.data.mul_(2)
-    return unet.eval()
+        return UNet2DConditionModel(
+            sample_size=8,
+            in_channels=channels,
+            out_channels=out_channels,
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            norm_num_groups=4,
+            cross_attention_dim=width,
+            attention_head_dim=2,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            **config,
+        ).eval()
 
 
-def text_pipeline(kind: str = "clip", is_latent: bool = False, tokenizer: Any = "tiny", **arguments: Any) -> Any:
-    """A pipeline of 8 x 8 pixels or latents.
+def text_pipeline(
+    kind: str = "clip", first_stage: str = "kl", length: int = LENGTH, tokenizer: Any = True, **arguments: Any
+) -> DDPMExtPipeline:
+    """A pipeline whose latents are 8 x 8 x 4; ``arguments`` are those of `DDPMExtPipeline`, and ``scheduler``'s."""
+    scheduler = DDPMExtScheduler(50, clip_sample=False, **arguments.pop("schedule", {}))
+    unet = arguments.pop("unet", None) or tiny_text_unet()
+    vae = arguments.pop("vae", None) or tiny_autoencoder(first_stage, scaling_factor=0.3)
+    pipeline = DDPMExtPipeline(
+        unet,
+        scheduler,
+        vae=vae,
+        text_encoder=tiny_text_encoder(kind, length=length),
+        tokenizer=tiny_tokenizer(length) if tokenizer is True else tokenizer,
+        **arguments,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
-    Args:
-        kind: of the text encoder, as `tiny_text_encoder` names them; "" for none.
-        is_latent: whether there is a first stage.
-        tokenizer: of the pipeline; None for none.
-        arguments: those of `DDPMExtPipeline`.
-    """
-    encoders = {} if not kind else {"text_encoder": tiny_text_encoder(kind, WIDTH)}
-    if kind and tokenizer is not None:
-        encoders["tokenizer"] = tiny_tokenizer() if tokenizer == "tiny" else tokenizer
-    stage = {"vae": tiny_first_stage("kl")} if is_latent else {}
-    unet = arguments.pop("unet", None) or tiny_conditional_unet(4 if is_latent else 3)
-    scheduler = DDPMExtScheduler(20, clip_sample=not is_latent)
-    return DDPMExtPipeline(unet, scheduler, **encoders | stage | arguments)
+
+def build(case: str) -> DDPMExtPipeline:
+    """The pipeline of one of `CASES`."""
+    _, kind, first_stage = CASES[case]
+    if kind == "bert":
+        return text_pipeline(kind, length=77, vae=tiny_autoencoder(first_stage, **EIGHTH, scaling_factor=0.3))
+    config = {"latents_mean": [0.5] * 4, "latents_std": [0.5, 1.0, 2.0, 3.0]} if case == "clip_stats" else {}
+    schedule = {"timestep_spacing": "trailing"} if case == "clip_trailing" else {}
+    return text_pipeline(kind, vae=tiny_autoencoder(first_stage, scaling_factor=0.3, **config), schedule=schedule)
