@@ -12,10 +12,12 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from helpers.text_models import tiny_text_encoder, tiny_tokenizer
 from PIL import Image
 
 from diffusers_ddpm_ext.errors import ConfigError
 from diffusers_ddpm_ext.models.conditioning import Conditions
+from diffusers_ddpm_ext.models.text_encoder import TextEncoder
 from diffusers_ddpm_ext.training.config.condition_checks import data_conditions, select_columns
 from diffusers_ddpm_ext.training.config.options import DataOptions
 from diffusers_ddpm_ext.training.config.train_config import TrainConfig, parse_train_args
@@ -168,6 +170,19 @@ def test_captions_that_the_tokenizer_does_not_know_or_cuts_are_counted():
         "--tokenizer knows nothing of 'dog' and 1 more: the tokens are those of the empty prompt",
         "captions are cut after 16 tokens: '222222222222222'",
     ]
+
+
+def test_the_tokens_of_a_text_encoder_are_those_of_its_tokenizer():
+    """With CLIP's own class: a caption that just fits is not cut."""
+    tokenizer = tiny_tokenizer(length=8)
+    reader = CaptionReader(TextEncoder(tiny_text_encoder(length=8), tokenizer))
+    captions = ["a cat", "A  CAT", "a b c d e f", "a b c d e f g", "red " * 20]
+    reader.read("x", {"image": captions}, ["image"])
+    table = reader.table()
+    texts = table.texts(range(len(table)))
+    expected = tokenizer(texts, padding="max_length", truncation=True, max_length=8, return_tensors="pt").input_ids
+    assert torch.equal(table.input_ids(range(len(table))), expected)
+    assert table.warnings == ["captions are cut after 8 tokens: 'a b c d e f g' and 1 more"]
 
 
 def test_a_caption_that_is_all_one_token_keeps_its_length():
