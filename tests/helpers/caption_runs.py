@@ -49,6 +49,8 @@ def caption_inputs(folder: Path) -> dict[str, Any]:
         "max_grad_norm": 0.1,
         "ema_decay": 0.5,
         "seed": 3,
+        "num_preview_images": 2,
+        "ddpm_num_inference_steps": 2,
     }
 
 
