@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.accelerate_state import fresh_accelerate, reset_accelerate  # noqa: F401
+from helpers.caption_runs import caption_inputs
 from helpers.paths import PYTHONPATH, TESTS
 from helpers.runs import losses, rows, tiny_run
 from PIL import Image
@@ -253,6 +254,15 @@ def test_a_sharded_run_is_the_same_run(one_process, tmp_path):
     assert (sharded / "samples" / "samples-10.png").is_file()
     images = [np.asarray(Image.open(folder / "samples.png"), dtype=float) for folder in (back, one_process)]
     assert np.abs(images[0] - images[1]).mean() < 4
+
+
+@pytest.mark.slow
+def test_a_trained_text_encoder_is_sharded_too(tmp_path):
+    options = caption_inputs(tmp_path) | {"train_text_encoder": True}
+    whole = train(tmp_path / "whole", **options)
+    on_two_processes([(tmp_path / "sharded", options | {"train_batch_size": 4})], "sharded")
+    for name in (MODEL, RAW, "text_encoder/model.safetensors", "checkpoint-4/model.safetensors"):
+        close(tmp_path / "sharded" / name, whole / name, 2e-3)
 
 
 # --- failures ------------------------------------------------------------------------------------------------------
