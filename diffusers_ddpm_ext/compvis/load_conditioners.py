@@ -58,10 +58,13 @@ class ConditioningStages:
     @cached_property
     def converted(self) -> dict[str, ConvertedConditioner]:
         """The stages as modules, by section."""
-        return {
-            name: convert_conditioner(self.tensors[STAGE_PREFIXES[name]], config)
-            for name, config in self.configs.items()
-        }
+        return {name: self._convert(STAGE_PREFIXES[name], config) for name, config in self.configs.items()}
+
+    def _convert(self, prefix: str, config: ConditionerConfig) -> ConvertedConditioner:
+        try:
+            return convert_conditioner(self.tensors[prefix], config)
+        except ValueError as error:
+            raise ValueError(f"{config.kind.name}: {leave_out(error, prefix)}") from None
 
     @property
     def components(self) -> dict[str, Any]:
@@ -130,8 +133,7 @@ def conditioner_configs(
         try:
             conditioner = read_conditioner(config.section(name), f"model.params.{name}")
         except ValueError as error:
-            message = str(error).removesuffix(".")
-            raise ValueError(f"{message}; or leave the stage out: ignore_keys {prefix}") from None
+            raise ValueError(leave_out(error, prefix)) from None
         assert conditioner is not None
         if not in_file and kind.has_tensors is not None and kind.has_tensors(conditioner.params):
             continue
@@ -144,6 +146,11 @@ def conditioner_configs(
         else:
             configs[name] = conditioner
     return _with_heads(configs, options.text_heads), notes
+
+
+def leave_out(error: ValueError, prefix: str) -> str:
+    """The message of an error in a stage, with the way out that remains."""
+    return f"{str(error).removesuffix('.')}; or leave the stage out: ignore_keys {prefix}"
 
 
 def _with_heads(configs: dict[str, ConditionerConfig], heads: int | None) -> dict[str, ConditionerConfig]:
@@ -175,7 +182,7 @@ def with_config_of_tokenizer(configs: dict[str, ConditionerConfig], tokenizer: A
         ValueError: the file cannot be read.
     """
     source = getattr(tokenizer, "name_or_path", None)
-    if not source or not Path(source).is_dir():
+    if not source or not Path(source).is_dir() or not any(map(_is_clip_text, configs.values())):
         return configs
     for folder in (Path(source), Path(source).parent / "text_encoder"):
         config = folder_config(folder, "text_config")

@@ -240,4 +240,4 @@ def one_line(value: Any, max_length: int = 60) -> str:
 def listed(names: list[str], most: int = 8) -> str:
     """Names separated by commas; of many names the first and the number of the others."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    return ", ".join(one_line(name, 200) for name in names[:most]) + more

@@ -23,8 +23,9 @@ from diffusers_ddpm_ext.compvis.conditioner.kinds import (
     TokenizerRule,
     unused,
 )
+from diffusers_ddpm_ext.compvis.conditioner.sizes import LENGTH
 from diffusers_ddpm_ext.compvis.key_map import TensorMapping
-from diffusers_ddpm_ext.compvis.schema import BOOLEAN, LAYERS, POSITIVE_INT, WIDTH, whole
+from diffusers_ddpm_ext.compvis.schema import BOOLEAN, LAYERS, WIDTH, whole
 from diffusers_ddpm_ext.models.text_encoder_loading import transformers_class
 from diffusers_ddpm_ext.utils.network_budget import MAX_CLASSES
 from diffusers_ddpm_ext.utils.wrappers import plain_state_dict, unwrap
@@ -103,7 +104,7 @@ _SIZES = {
     "n_embed": Argument("width of pipeline.text_encoder", WIDTH, required=True),
     "n_layer": Argument("layers of pipeline.text_encoder", LAYERS, required=True),
     "vocab_size": Argument("tokens of pipeline.text_encoder", whole(MAX_CLASSES), 30522),
-    "max_seq_len": Argument("positions of pipeline.text_encoder", POSITIVE_INT, 77),
+    "max_seq_len": Argument("positions of pipeline.text_encoder", LENGTH, 77),
     "device": unused("pipe.to(device)"),
 }
 BERT = ConditionerKind(

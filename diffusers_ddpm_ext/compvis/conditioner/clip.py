@@ -21,9 +21,16 @@ from diffusers_ddpm_ext.compvis.conditioner.kinds import (
     TokenizerRule,
     unused,
 )
-from diffusers_ddpm_ext.compvis.conditioner.sizes import LEAVE_OUT, count_layers, folder_config, head_count, size_of
+from diffusers_ddpm_ext.compvis.conditioner.sizes import (
+    LENGTH,
+    count_layers,
+    folder_config,
+    head_count,
+    one_of,
+    size_of,
+)
 from diffusers_ddpm_ext.compvis.key_map import TensorMapping
-from diffusers_ddpm_ext.compvis.schema import BOOLEAN, NULL, POSITIVE_INT, TEXT, ValueType
+from diffusers_ddpm_ext.compvis.schema import BOOLEAN, NULL, TEXT, ValueType, one_line
 from diffusers_ddpm_ext.models.text_encoder_loading import transformers_class
 from diffusers_ddpm_ext.utils.wrappers import plain_state_dict, unwrap
 
@@ -38,16 +45,12 @@ RELEASED = {
     "openai/clip-vit-base-patch32": (512, 12),
     "openai/clip-vit-base-patch16": (512, 12),
 }
+LARGE = {"width": 768, "layers": 12, "activation": "quick_gelu"}  # the first of them, Stable Diffusion's
 RELEASED_WIDTHS = (256, 384, 512, 640, 768, 1024, 1280)  # of OpenAI's and open_clip's, with 64 channels per head
 HEADS_KEY = "text_heads (--text_heads)"
 # Keys beside the arguments: what the caller says, and a config.json beside the tokenizer.
 TEXT_HEADS, TEXT_CONFIG = "text_heads", "text_config"
 LAYERS = ("last", "pooled", "hidden")
-
-
-def one_of(*names: str) -> ValueType:
-    """Names of a list."""
-    return ValueType(f"one of {', '.join(names)}", lambda value: isinstance(value, str) and value in names)
 
 
 def text_config(tensors: Mapping[str, Tensor], known: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,12 +107,13 @@ def bare(name: str) -> str:
 def _known(params: Mapping[str, Any], width: int) -> dict[str, Any]:
     """What the version and the caller tell of an encoder, beside the shapes of its tensors."""
     activation = {"hidden_act": "gelu"} if str(params["version"]).startswith("laion/") else {}
-    return (
-        activation
-        | beside_tokenizer(params, width)
-        | folder_config(params["version"], "text_config")
-        | heads_of(params)
-    )
+    folder = folder_config(params["version"], "text_config")
+    if folder.get("hidden_size", width) != width:
+        raise ValueError(
+            f"version names an encoder of width {folder['hidden_size']}, but the checkpoint's has {width}: give the "
+            "configuration that belongs to it."
+        )
+    return activation | beside_tokenizer(params, width) | folder | heads_of(params)
 
 
 def beside_tokenizer(params: Mapping[str, Any], width: int) -> dict[str, Any]:
@@ -138,6 +142,7 @@ def _plan(params: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Condition
     by_name = {bare(key.removeprefix(PREFIX)): key for key in tensors if key.startswith(PREFIX)}
     layout = _layout_of(tensors)
     left_out = {by_name[POSITIONS]: "positions, which count from 0"} if POSITIONS in by_name else {}
+    notes = _position_notes(tensors[by_name[POSITIONS]]) if left_out else ()
     start = PREFIX + (INNER if layout["text_model"] else "")
     own = {name: tensors[key] for name, key in by_name.items()}
     known = _known(params, size_of(own, TOKENS, 1))
@@ -148,7 +153,7 @@ def _plan(params: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Condition
         TensorMapping(name, by_name.get(bare(name), start + bare(name)), "same", 1, shape)
         for name, shape in module_shapes(lambda: build_text_model(config)).items()
     )
-    notes = heads_notes(config, known)
+    notes += heads_notes(config, known) + _activation_notes(params["version"], known)
     return ConditionerPlan(lambda: build_text_model(config), mappings, left_out, layout, fill_positions, notes)
 
 
@@ -161,12 +166,29 @@ def _layout_of(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     )
 
 
+def _position_notes(positions: Tensor) -> tuple[str, ...]:
+    """A note where positions do not count from 0, as in some merges of half precision."""
+    if torch.equal(positions.flatten().double(), torch.arange(positions.numel(), dtype=torch.float64)):
+        return ()
+    return ("The text encoder's position_ids do not count from 0, as in some merged checkpoints: here they do.",)
+
+
+def _activation_notes(version: Any, known: Mapping[str, Any]) -> tuple[str, ...]:
+    """A note where the activation is assumed, because the version is not known."""
+    if "hidden_act" in known or str(version).startswith("openai/"):
+        return ()
+    return (
+        f"The activation of the text encoder {one_line(version)} is not known, and OpenAI's, quick_gelu, is assumed: "
+        "let version name a folder with its config.json.",
+    )
+
+
 def _check_released(version: Any, config: Mapping[str, Any]) -> None:
     width, layers = RELEASED.get(str(version), (None, None))
     if width == config["hidden_size"] and layers != config["num_hidden_layers"]:
         raise ValueError(
             f"The checkpoint has {config['num_hidden_layers']} layers of {version}, which has {layers}: the file is "
-            f"damaged, {LEAVE_OUT}"
+            "damaged."
         )
 
 
@@ -194,7 +216,9 @@ def _params_of(module: nn.Module, recorded: Mapping[str, Any]) -> dict[str, Any]
     if recorded:
         return dict(recorded)
     config: Any = unwrap(module).config
-    return {"version": config._name_or_path or next(iter(RELEASED)), "max_length": config.max_position_embeddings}
+    sizes = {"width": config.hidden_size, "layers": config.num_hidden_layers, "activation": config.hidden_act}
+    known = next(iter(RELEASED)) if sizes == LARGE else config._name_or_path
+    return {"version": known or next(iter(RELEASED)), "max_length": config.max_position_embeddings}
 
 
 def _reason_to_leave_out(params: Mapping[str, Any]) -> str:
@@ -214,7 +238,7 @@ CLIP = ConditionerKind(
     {
         "version": Argument("heads and activation of pipeline.text_encoder", TEXT, "openai/clip-vit-large-patch14"),
         "device": unused("pipe.to(device)"),
-        "max_length": Argument("model_max_length of pipeline.tokenizer", POSITIVE_INT, 77),
+        "max_length": Argument("model_max_length of pipeline.tokenizer", LENGTH, 77),
         "freeze": Argument("--train_text_encoder", BOOLEAN, True),
         "layer": Argument("the output of the last layer", one_of(*LAYERS), "last"),
         "layer_idx": Argument("of layer hidden", ValueType("a whole number", lambda v: type(v) is int) | NULL),

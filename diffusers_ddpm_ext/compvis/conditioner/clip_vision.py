@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffusers_ddpm_ext.compvis.conditioner.clip import fill_positions, one_of
+from diffusers_ddpm_ext.compvis.conditioner.clip import fill_positions
 from diffusers_ddpm_ext.compvis.conditioner.kinds import Argument, ConditionerKind, ConditionerPlan, unused
 from diffusers_ddpm_ext.compvis.conditioner.open_clip import IN_BLOCK
-from diffusers_ddpm_ext.compvis.conditioner.sizes import count_layers, folder_config, head_count, size_of
+from diffusers_ddpm_ext.compvis.conditioner.sizes import count_layers, folder_config, head_count, one_of, size_of
 from diffusers_ddpm_ext.compvis.key_map import TensorMapping, Transform
 from diffusers_ddpm_ext.compvis.schema import BOOLEAN, TEXT, listed, number
 from diffusers_ddpm_ext.compvis.weights import QKV

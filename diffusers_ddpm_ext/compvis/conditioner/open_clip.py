@@ -29,7 +29,6 @@ from diffusers_ddpm_ext.compvis.conditioner.clip import (
     heads_notes,
     heads_of,
     module_shapes,
-    one_of,
     text_config,
 )
 from diffusers_ddpm_ext.compvis.conditioner.kinds import (
@@ -39,7 +38,7 @@ from diffusers_ddpm_ext.compvis.conditioner.kinds import (
     TokenizerRule,
     unused,
 )
-from diffusers_ddpm_ext.compvis.conditioner.sizes import LEAVE_OUT, count_layers, size_of
+from diffusers_ddpm_ext.compvis.conditioner.sizes import count_layers, one_of, size_of
 from diffusers_ddpm_ext.compvis.key_map import TensorMapping, Transform
 from diffusers_ddpm_ext.compvis.schema import BOOLEAN, TEXT, listed
 from diffusers_ddpm_ext.utils.wrappers import plain_state_dict
@@ -94,7 +93,7 @@ def _plan(params: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Condition
     if not 0 < used <= blocks <= depth:
         raise ValueError(
             f"The checkpoint has {blocks} blocks of a text encoder {params['arch']} of {depth}, of which layer "
-            f"{params['layer']} computes {used}: the file is damaged, {LEAVE_OUT}"
+            f"{params['layer']} computes {used}: the file is damaged."
         )
     left_out = {key: UNUSED[key] for key in tensors if key in UNUSED}
     beyond = tuple(f"{BLOCKS}{index}." for index in range(used, blocks))

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffusers_ddpm_ext.compvis.conditioner.clip import one_of
 from diffusers_ddpm_ext.compvis.conditioner.kinds import Argument, ConditionerKind, ConditionerPlan
+from diffusers_ddpm_ext.compvis.conditioner.sizes import one_of
 from diffusers_ddpm_ext.compvis.key_map import TensorMapping
 from diffusers_ddpm_ext.compvis.schema import BOOLEAN, NULL, WIDTH, ValueType, number
 from diffusers_ddpm_ext.models.spatial_rescaler import METHODS, SpatialRescaler

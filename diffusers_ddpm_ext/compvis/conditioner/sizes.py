@@ -8,13 +8,31 @@ from typing import Any
 
 from torch import Tensor
 
-from diffusers_ddpm_ext.compvis.schema import one_line
+from diffusers_ddpm_ext.compvis.schema import POSITIVE_INT, WIDTH, ValueType, check_values, number, one_line, whole
 from diffusers_ddpm_ext.errors import printable
 from diffusers_ddpm_ext.utils.input_files import read_json_object
 from diffusers_ddpm_ext.utils.network_budget import MAX_LAYERS
 
+LENGTH = whole(2**15)
+"""Of prompts, in tokens."""
 HEAD_WIDTH = 64  # of all released CLIP text encoders
-LEAVE_OUT = "or leave the whole stage out with ignore_keys cond_stage_model."
+
+
+def one_of(*names: str) -> ValueType:
+    """Names of a list."""
+    return ValueType(f"one of {', '.join(names)}", lambda value: isinstance(value, str) and value in names)
+
+
+# Settings of a config.json that count here.
+KNOWN_TYPES = {
+    "hidden_size": WIDTH,
+    "num_attention_heads": POSITIVE_INT,
+    "hidden_act": one_of("quick_gelu", "gelu"),
+    "layer_norm_eps": number(0, 1, exclusive=True),
+    "relative_attention_max_distance": LENGTH,
+    "layer_norm_epsilon": number(0, 1, exclusive=True),
+    "feed_forward_proj": one_of("relu", "gated-gelu", "gated-silu"),
+}
 
 
 def size_of(tensors: Mapping[str, Tensor], name: str, axis: int) -> int:
@@ -26,13 +44,12 @@ def size_of(tensors: Mapping[str, Tensor], name: str, axis: int) -> int:
     if name not in tensors:
         raise ValueError(
             f"The checkpoint lacks {name} of the conditioning stage that the configuration describes: give the "
-            f"configuration that belongs to it, {LEAVE_OUT}"
+            "configuration that belongs to it."
         )
     shape = tuple(tensors[name].shape)
     if len(shape) != 2 or 0 in shape:
         raise ValueError(
-            f"The checkpoint's {name} has shape {shape}; a conditioning stage has a matrix there: the file is damaged,"
-            f" {LEAVE_OUT}"
+            f"The checkpoint's {name} has shape {shape}; a conditioning stage has a matrix there: the file is damaged."
         )
     return int(shape[axis])
 
@@ -48,7 +65,7 @@ def count_layers(tensors: Mapping[str, Tensor], prefix: str) -> int:
     if not 0 < count <= MAX_LAYERS:
         raise ValueError(
             f"The checkpoint has {count} layers under {prefix} of its conditioning stage; it must be from 1 to "
-            f"{MAX_LAYERS}: give the configuration that belongs to it, {LEAVE_OUT}"
+            f"{MAX_LAYERS}: give the configuration that belongs to it."
         )
     return count
 
@@ -66,8 +83,7 @@ def head_count(width: int, known: Any, key: str) -> int:
     """
     if known is None and width > HEAD_WIDTH and width % HEAD_WIDTH:
         raise ValueError(
-            f"The number of attention heads of an encoder of width {width} is not known: give it with {key}, "
-            f"{LEAVE_OUT}"
+            f"The number of attention heads of an encoder of width {width} is not known: give it with {key}."
         )
     heads = max(1, width // HEAD_WIDTH) if known is None else known
     if type(heads) is not int or heads < 1 or width % heads:
@@ -98,4 +114,4 @@ def folder_config(version: Any, section: str) -> dict[str, Any]:
     inner = content.get(section, content)
     if not isinstance(inner, dict):
         raise ValueError(f"{printable(str(path), 200)}: {section} must be an object.")
-    return dict(inner)
+    return check_values(inner, KNOWN_TYPES, f"{printable(str(path), 200)}: ")

@@ -19,9 +19,9 @@ from diffusers_ddpm_ext.compvis.conditioner.kinds import (
     TokenizerRule,
     unused,
 )
-from diffusers_ddpm_ext.compvis.conditioner.sizes import LEAVE_OUT, count_layers, folder_config, size_of
+from diffusers_ddpm_ext.compvis.conditioner.sizes import LENGTH, count_layers, folder_config, size_of
 from diffusers_ddpm_ext.compvis.key_map import TensorMapping
-from diffusers_ddpm_ext.compvis.schema import BOOLEAN, POSITIVE_INT, TEXT
+from diffusers_ddpm_ext.compvis.schema import BOOLEAN, TEXT
 from diffusers_ddpm_ext.models.text_encoder_loading import transformers_class
 from diffusers_ddpm_ext.utils.wrappers import plain_state_dict, unwrap
 
@@ -42,8 +42,7 @@ def _config(tensors: Mapping[str, Tensor], known: Mapping[str, Any]) -> dict[str
     gated = f"{FIRST}1.DenseReluDense.wi_0.weight" in tensors
     if inner % heads:
         raise ValueError(
-            f"The checkpoint's T5 encoder has {heads} heads of {inner} channels together: the file is damaged, "
-            f"{LEAVE_OUT}"
+            f"The checkpoint's T5 encoder has {heads} heads of {inner} channels together: the file is damaged."
         )
     return {
         "vocab_size": size_of(tensors, TABLES[0], 0),
@@ -66,7 +65,7 @@ def _plan(params: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Condition
     if len(tables) == 2 and not torch.equal(*(own[name] for name in tables)):
         raise ValueError(
             f"The checkpoint's {' and '.join(tables)} differ, which are one table of tokens in a T5 encoder: the file "
-            f"is damaged, {LEAVE_OUT}"
+            "is damaged."
         )
     own |= {name: own[tables[0]] for name in TABLES if tables}
     config = _config(own, folder_config(params["version"], "encoder"))
@@ -105,7 +104,7 @@ T5 = ConditionerKind(
     {
         "version": Argument("pipeline.text_encoder", TEXT, "google/t5-v1_1-large"),
         "device": unused("pipe.to(device)"),
-        "max_length": Argument("model_max_length of pipeline.tokenizer", POSITIVE_INT, 77),
+        "max_length": Argument("model_max_length of pipeline.tokenizer", LENGTH, 77),
         "freeze": Argument("--train_text_encoder", BOOLEAN, True),
     },
     _plan,

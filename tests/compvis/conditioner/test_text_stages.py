@@ -71,6 +71,20 @@ def test_names_of_all_releases_of_transformers(inner, positions):
     assert_same(export_conditioner(converted.module, "FrozenCLIPEmbedder", layout), plain)
 
 
+def test_damaged_positions_are_named():
+    """Merges in half precision have left some that are no whole numbers."""
+    key = "transformer.embeddings.position_ids"
+    assert convert(CLIP, tensors_of(CLIP) | {key: torch.arange(77.0)[None]}).plan.notes[:-1] == ()
+    damaged = tensors_of(CLIP) | {key: torch.arange(77.0)[None] * 0.99}
+    assert "position_ids do not count from 0" in convert(CLIP, damaged).plan.notes[0]
+
+
+def test_an_unknown_activation_is_named():
+    assert "activation of the text encoder a/b is not known" in convert(CLIP, version="a/b").plan.notes[-1]
+    assert not any("activation" in note for note in convert(CLIP).plan.notes)
+    assert not any("activation" in note for note in convert("clip 3").plan.notes)
+
+
 @pytest.mark.parametrize("table", ["shared", "encoder.embed_tokens"])
 def test_one_table_of_tokens_under_either_name(table):
     source = tensors_of(T5)
@@ -161,6 +175,7 @@ def test_damaged_stages_are_refused_in_one_line(name, damage):
     [
         (CLIP, {"transformer.text_model.encoder.layers.99999.layer_norm1.weight": torch.ones(64)}, "layers"),
         (CLIP, {"transformer.text_model.encoder.layers.x.weight": torch.ones(64)}, "unexpected"),
+        (BERT, {"transformer.x\n\x1b[2J": torch.ones(64)}, r"unexpected: transformer\.x \?\[2J\.$"),
         (OPEN_CLIP, {"model.transformer.resblocks.7.ln_1.weight": torch.ones(64)}, "missing"),
         (T5, {"transformer.encoder.embed_tokens.weight": torch.zeros(40, 32)}, "differ"),
         (BERT, {"transformer.attn_layers.layers.9.0.weight": torch.ones(32)}, "unexpected"),
@@ -178,6 +193,9 @@ def test_keys_that_do_not_belong_there(name, change, message):
         (CLIP, {"layer": "penultimate"}, "layer takes one of last, pooled, hidden"),
         (CLIP, {"layer": 3}, "layer takes"),
         (CLIP, {"max_length": 0}, "max_length takes a whole number from 1"),
+        (CLIP, {"max_length": 10**30}, "max_length takes a whole number from 1"),
+        (T5, {"max_length": 10**9}, "max_length takes a whole number from 1"),
+        (BERT, {"max_seq_len": 10**30}, "max_seq_len takes"),
         (CLIP, {"max_length": 78}, "78 is more than the 77 positions"),
         (CLIP, {"version": 7}, "version takes text"),
         (OPEN_CLIP, {"layer": "pooled"}, "layer takes one of last, penultimate"),
@@ -246,6 +264,10 @@ class TestHeads:
     def test_a_folder_as_version(self, tmp_path):
         save_encoder(convert("clip 3").module, tmp_path / "encoder")
         assert self.heads(version=str(tmp_path / "encoder")) == (8, ())
-        (tmp_path / "encoder" / "config.json").write_text("{")
-        with pytest.raises(ValueError, match=r"config\.json"):
-            self.heads(version=str(tmp_path / "encoder"))
+        with pytest.raises(ValueError, match="names an encoder of width 128, but the checkpoint's has 64"):
+            self.heads(version=str(tmp_path / "encoder"), width=64)
+        for text in ("{", "[]", '{"hidden_act": 3}', '{"hidden_size": 128, "num_attention_heads": "x"}',
+                     '{"layer_norm_eps": -1}', '{"text_config": 7}'):  # fmt: skip
+            (tmp_path / "encoder" / "config.json").write_text(text)
+            with pytest.raises(ValueError, match=r"config\.json"):
+                self.heads(version=str(tmp_path / "encoder"))
