@@ -65,14 +65,14 @@ def csv_cells(label: str, cells: Mapping[str, str]) -> dict[str, Any]:
             f"{label} holds only numbers ({printable(cell.strip(), 40)} for {printable(image)}): name the column with"
             " the captions; numbers that are captions go into metadata.jsonl, in quotes"
         )
-    return {image: _list_of_texts(f"{label}: {printable(image)}", cell) for image, cell in cells.items()}
+    return {image: _list_or_text(f"{label}: {printable(image)}", cell) for image, cell in cells.items()}
 
 
-def _list_of_texts(row: str, cell: str) -> Any:
+def _list_or_text(row: str, cell: str) -> Any:
     if not (cell.startswith("[") and cell.endswith("]")):
         return cell
     try:
-        value = json.loads(cell)
+        return json.loads(cell)
     except (ValueError, RecursionError):
         if _PYTHON_LIST.fullmatch(cell):
             raise ConfigError(
@@ -80,7 +80,6 @@ def _list_of_texts(row: str, cell: str) -> Any:
                 ' ["a cat", "a pet"]'
             ) from None
         return cell  # a text in brackets
-    return value if isinstance(value, list) and all(isinstance(each, str) for each in value) else cell
 
 
 def read_caption_files(label: str, root: Path, images: Sequence[str]) -> dict[str, list[str]]:

@@ -339,10 +339,12 @@ def test_images_without_text_files_are_counted_before_anything_is_decoded(tmp_pa
 
 
 def test_cells_of_csv_files(tmp_path):
-    lists = {"a": '["a cat", "a pet"]', "b": "[portrait] of [me]", "c": '[1, "x"]', "d": "['so' they said]"}
+    lists = {"a": '["a cat", "a pet"]', "b": "[portrait] of [me]", "c": "[1, 2", "d": "['so' they said]"}
     assert csv_cells("x", lists) == lists | {"a": ["a cat", "a pet"]}
     with pytest.raises(ConfigError, match=r"x: a has a list that is not JSON \(\['a cat', 'a pet'\]\)"):
         csv_cells("x", {"a": "['a cat', 'a pet']"})
+    with pytest.raises(ConfigError, match=r"01.png has a list whose caption 2 is 7 \(a number\)"):
+        load(images(tmp_path, ["x", '["y", 7]'], kind="csv"))
     with pytest.raises(ConfigError, match=r"--caption_column text holds only numbers .*0 for 00.png"):
         load(images(tmp_path, ["0", "-1.5", "2e3"], kind="csv"))
     assert first_captions(load(images(tmp_path / "quoted", ["0", "1"]))) == ["0", "1"]  # JSON: these are texts
