@@ -148,7 +148,10 @@ def run_commands(text: str) -> None:
             arguments.append("--offline")
         if arguments[1] == "fit-variance":
             arguments += ["--draws", "2", "--max_steps", "10"]
-        if arguments[1] == "evaluate" and "--optimal_timesteps" not in arguments:
+        if "--metrics" in arguments or "--memorization" in arguments:
+            arguments = ["16" if argument == "2000" else argument for argument in arguments]
+            arguments += [] if "--num_inference_steps" in arguments else ["--num_inference_steps", "3"]
+        elif arguments[1] == "evaluate" and "--optimal_timesteps" not in arguments:
             arguments += ["--max_images", "6"]
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()

@@ -1,4 +1,4 @@
-"""`ddpm-ext evaluate`: bits per dimension of held-out images, with a confidence interval."""
+"""`ddpm-ext evaluate`: bits per dimension of held-out images, with a confidence interval; or metrics of samples."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import csv
 import hashlib
 import io
 import json
-import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -32,15 +31,17 @@ from diffusers_ddpm_ext.cli.measuring import (
     ddpm_scheduler,
     image_options,
     images_of_split,
+    join_processes,
     load_images,
 )
 from diffusers_ddpm_ext.cli.parser import parse_options
 from diffusers_ddpm_ext.cli.pipeline_facts import PipelineFacts, facts_of_pipeline, read_pipeline_facts
-from diffusers_ddpm_ext.errors import ConfigError, RunError, as_run_error
-from diffusers_ddpm_ext.pipelines.loading import load_pipeline, select_device
+from diffusers_ddpm_ext.cli.sample_metrics_options import SAMPLES_HELP, SampleMetricsOptions, sample_metrics_options
+from diffusers_ddpm_ext.errors import ConfigError, RunError, as_run_error, printable
+from diffusers_ddpm_ext.pipelines.loading import load_pipeline
 from diffusers_ddpm_ext.utils.folder_lock import FolderLock
 from diffusers_ddpm_ext.utils.input_files import read_json_object
-from diffusers_ddpm_ext.utils.option import option, positional
+from diffusers_ddpm_ext.utils.option import embedded, option, options_of, positional
 
 if TYPE_CHECKING:
     from diffusers_ddpm_ext.diffusion.likelihood_estimate import StepBits, Strata
@@ -57,9 +58,14 @@ EVALUATE_EXAMPLES = """examples:
   ddpm-ext evaluate runs/digits --num_inference_steps 50     the bound of the chain of 50 steps that sampling takes
   ddpm-ext evaluate runs/photos --validation_data_dir other --json bits.json --device cuda
   accelerate launch -m diffusers_ddpm_ext evaluate runs/photos      on as many devices as configured
+  ddpm-ext evaluate runs/digits --metrics fd kid prdc --num_samples 2000          quality of samples
+  ddpm-ext evaluate runs/photos --metrics kid --feature_extractor facebook/dinov2-base --scheduler DDIMScheduler
+  ddpm-ext evaluate runs/digits --metrics kid --samples elsewhere.npz
+  ddpm-ext evaluate runs/digits --memorization                      are samples copies of training images?
 
 Writes evaluation.json, steps.csv (every step that was drawn) and steps.png to FOLDER/evaluation (--out). The same
-command resumes where it was interrupted."""
+command resumes where it was interrupted. Metrics of samples go to sample_metrics.json there, --memorization also to
+copies.png (samples beside their nearest training images) and loss_gap.png."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +73,7 @@ class EvaluateOptions(MeasuringOptions):
     """Bits per dimension of held-out images: the variational bound on their negative log-likelihood.
 
     Prints the bound and its parts (prior, steps, decoder), with a confidence interval over images. By default it uses
-    the run's own validation images, and all T steps of each.
+    the run's own validation images, and all T steps of each. With --metrics: how good samples are.
     """
 
     folder: str = positional("FOLDER", FOLDER_HELP, path=True)
@@ -84,6 +90,7 @@ class EvaluateOptions(MeasuringOptions):
     dtype: Literal["float32", "float64", "bfloat16", "float16"] = option("float32", "Precision of the network.")
     json: Path | None = option(None, "Also write the result to this file.", metavar="FILE")
     out: Path | None = option(None, "Folder of the result.", metavar="DIR", unset="FOLDER/evaluation")
+    sample_metrics: dict[str, Any] = embedded(SampleMetricsOptions, SAMPLES_HELP)
 
     @property
     def output_folder(self) -> Path:
@@ -98,13 +105,21 @@ def evaluate_command(argv: Sequence[str]) -> str:
     """Parse the command line and run the command; arguments and errors are those of the two functions below."""
     options = parse_evaluate_args(argv)
     require_modules({**TRAIN_MODULES, "scipy": "scipy"})
-    return evaluate(options)
+    samples_options = sample_metrics_options(options.sample_metrics)
+    if samples_options is None:
+        return evaluate(options)
+    from diffusers_ddpm_ext.cli.sample_metrics import evaluate_samples
+
+    return evaluate_samples(options, samples_options)
 
 
 def parse_evaluate_args(argv: Sequence[str]) -> EvaluateOptions:
     """The options of a command line, checked; errors are those of `parse_options`."""
     options = parse_options(EvaluateOptions, argv, "evaluate", EVALUATE_EXAMPLES)
     check_bin_width(options)
+    samples_options = sample_metrics_options(options.sample_metrics)
+    if samples_options is not None:
+        _check_sample_metrics(options, samples_options)
     if options.optimal_timesteps and options.num_inference_steps is None:
         raise ConfigError("--optimal_timesteps needs --num_inference_steps: the number of steps")
     check_pipeline_source(options.folder)
@@ -117,12 +132,30 @@ def parse_evaluate_args(argv: Sequence[str]) -> EvaluateOptions:
     return options
 
 
+def _check_sample_metrics(options: EvaluateOptions, samples_options: SampleMetricsOptions) -> None:
+    """Refuse options that have no effect on metrics of samples, and paths that cannot be."""
+    defaults = {name: each.default for name, each in options_of(EvaluateOptions).items()}
+    for name in ("num_timesteps", "clip_denoised", "decoder", "bin_width"):
+        if getattr(options, name) != defaults[name]:
+            raise ConfigError(f"--{name} has no effect on --metrics and --memorization: leave it out")
+    if samples_options.samples is not None:
+        for name in ("num_inference_steps", "optimal_timesteps", "weights"):
+            if getattr(options, name) != defaults[name]:
+                raise ConfigError(f"--{name} has no effect on --samples, which are not drawn: leave one out")
+        if not samples_options.samples.exists():
+            raise ConfigError(f"--samples {printable(str(samples_options.samples), 300)} does not exist")
+        check_no_input("--out", options.output_folder, {"--samples": samples_options.samples})
+    if samples_options.feature_cache is not None:
+        check_output_path("--feature_cache", samples_options.feature_cache, "folder")
+
+
 def _check_json_target(path: Path) -> None:
     """Refuse to replace a file that is neither empty nor an earlier result."""
     if not path.exists() or not path.stat().st_size:
         return
     try:
-        is_result = "bits_per_dim" in read_json_object(path)
+        content = read_json_object(path)
+        is_result = "bits_per_dim" in content or "features" in content
     except ConfigError:
         is_result = False
     if not is_result:
@@ -137,7 +170,7 @@ def evaluate(options: EvaluateOptions) -> str:
         RunError: the bound is not finite, or the result cannot be written.
     """
     weights_option = f"--weights {options.weights}"
-    facts = read_pipeline_facts(options.folder, _variant(options), weights_option)
+    facts = read_pipeline_facts(options.folder, weights_variant(options), weights_option)
     image_data = None if facts is None else check_evaluation(options, facts)  # before torch is imported
     import torch
 
@@ -147,8 +180,8 @@ def evaluate(options: EvaluateOptions) -> str:
     from diffusers_ddpm_ext.training.evaluation.bound import BoundEvaluation
     from diffusers_ddpm_ext.training.evaluation.cache import EvaluationCache
 
-    processes = _processes(options.device)
-    pipeline = load_pipeline(options.folder, _variant(options), processes.device, options.dtype, weights_option)
+    processes = join_processes(options.device)
+    pipeline = load_pipeline(options.folder, weights_variant(options), processes.device, options.dtype, weights_option)
     scheduler = ddpm_scheduler(pipeline, options.folder, "chain to evaluate")
     if facts is None or image_data is None:
         facts = facts_of_pipeline(options.folder, pipeline)
@@ -263,7 +296,7 @@ def _result(
     }
 
 
-def _variant(options: EvaluateOptions) -> str | None:
+def weights_variant(options: EvaluateOptions) -> str | None:
     """Variant of the weights: averaged weights are the default files, raw ones are the variant ``raw``."""
     has_ema = (Path(options.folder) / "ema.json").is_file()
     if options.weights == "ema" and Path(options.folder).is_dir() and not has_ema:
@@ -272,32 +305,13 @@ def _variant(options: EvaluateOptions) -> str | None:
     return "raw" if is_raw else None
 
 
-def _processes(device: str | None) -> Processes:
-    """This process alone, or all processes of the launcher."""
-    from diffusers_ddpm_ext.training.evaluation.processes import Processes
-
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return Processes(0, 1, select_device(device), lambda tensor: tensor)
-    from diffusers_ddpm_ext.training.distributed import make_accelerator, sum_over_ranks
-
-    accelerator = make_accelerator(None, 1, [])
-    if device is not None and select_device(device).type != accelerator.device.type:
-        raise ConfigError(f"--device {device}: the launcher assigns a device to each process: leave it out")
-    return Processes(
-        accelerator.process_index,
-        accelerator.num_processes,
-        accelerator.device,
-        lambda tensor: sum_over_ranks(accelerator, tensor),
-    )
-
-
 def _fingerprint(options: EvaluateOptions, data_fingerprint: str, pipeline: Any) -> str:
     """Hash of everything that the rows depend on."""
     import torch
 
     from diffusers_ddpm_ext.cli.measured_latents import describe_first_stage
 
-    unused = ("json", "out", "data", "confidence")
+    unused = ("json", "out", "data", "confidence", "sample_metrics")
     relevant = {name: value for name, value in vars(options).items() if name not in unused}
     weights = hashlib.sha256()
     for name, tensor in sorted(pipeline.unet.state_dict().items()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from diffusers_ddpm_ext.cli.arguments import DEVICE_HELP
 from diffusers_ddpm_ext.cli.pipeline_facts import PipelineFacts
 from diffusers_ddpm_ext.errors import ConfigError, as_config_error, printable
+from diffusers_ddpm_ext.pipelines.loading import select_device
 from diffusers_ddpm_ext.training.config.options import DataOptions
 from diffusers_ddpm_ext.utils.files import CONFIG
 from diffusers_ddpm_ext.utils.option import embedded, option, options_of
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from diffusers_ddpm_ext.training.data.conditions import ConditionColumns
     from diffusers_ddpm_ext.training.data.dataset import ImageData
     from diffusers_ddpm_ext.training.data.image_set import ImageSet
+    from diffusers_ddpm_ext.training.evaluation.processes import Processes
 
 DATA_HELP = """Images, by default those of the run: the default of each option is its value in FOLDER/config.yaml. They
 are prepared as in validation: center crop, never flipped."""
@@ -92,6 +95,25 @@ def ddpm_scheduler(pipeline: Any, folder: str, missing: str) -> DDPMExtScheduler
     if not isinstance(pipeline.scheduler, DDPMExtScheduler):
         raise ConfigError(f"{folder}: a {type(pipeline.scheduler).__name__} has no {missing}; it must be DDPM's")
     return pipeline.scheduler
+
+
+def join_processes(device: str | None) -> Processes:
+    """This process alone, or all processes of the launcher; ``device`` is ``--device``."""
+    from diffusers_ddpm_ext.training.evaluation.processes import Processes
+
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return Processes(0, 1, select_device(device), lambda tensor: tensor)
+    from diffusers_ddpm_ext.training.distributed import make_accelerator, sum_over_ranks
+
+    accelerator = make_accelerator(None, 1, [])
+    if device is not None and select_device(device).type != accelerator.device.type:
+        raise ConfigError(f"--device {device}: the launcher assigns a device to each process: leave it out")
+    return Processes(
+        accelerator.process_index,
+        accelerator.num_processes,
+        accelerator.device,
+        lambda tensor: sum_over_ranks(accelerator, tensor),
+    )
 
 
 def image_options(facts: PipelineFacts, typed: Mapping[str, Any]) -> DataOptions:

@@ -15,11 +15,12 @@ from functools import partial
 from pathlib import Path
 
 from diffusers_ddpm_ext.errors import ConfigError, printable, printable_lines
-from diffusers_ddpm_ext.hub.card_facts import BITS_PER_LATENT, METRIC_NAMES, FolderFacts
+from diffusers_ddpm_ext.hub.card_facts import BITS_PER_LATENT, METRIC_NAMES, SCORE_NAMES, FolderFacts
 from diffusers_ddpm_ext.utils.files import CONFIG, ENVIRONMENT
 from diffusers_ddpm_ext.utils.folder_scan import list_names
 from diffusers_ddpm_ext.utils.input_files import read_bytes
 from diffusers_ddpm_ext.utils.run_metrics import RunMetrics
+from diffusers_ddpm_ext.utils.vocabulary import SCORES
 
 MAX_GRIDS = 12  # grids of samples on the page, evenly spaced over the run
 MAX_IMAGE_BYTES, MAX_PAGE_IMAGE_BYTES, MAX_PIXELS = 16 * 2**20, 64 * 2**20, 2**26
@@ -76,6 +77,7 @@ class ReportPage:
         yield self._grids()
         yield self._plots()
         yield self._evaluation()
+        yield self._samples()
         for title, file in (("Every option", CONFIG), ("Environment", ENVIRONMENT)):
             text = printable_lines(facts.text(file))
             if len(text) > MAX_TEXT:
@@ -92,7 +94,9 @@ class ReportPage:
             pairs.append(("optimizer steps", f"{int(last['step']):,}"))
         for key in METRIC_NAMES:
             if key in last:
-                has_least = key.startswith("val") and key in metrics.least and "psnr" not in key
+                has_least = (
+                    key.startswith("val") and key in metrics.least and "psnr" not in key and key not in SCORE_NAMES
+                )
                 least = f" (least {metrics.least[key]:.5f})" if has_least else ""
                 unit = f" {BITS_PER_LATENT}" if "latent_bpd" in key else ""
                 pairs.append((key, f"{last[key]:.5f}{unit}{least}"))
@@ -130,6 +134,8 @@ class ReportPage:
         losses = plot_run_losses(metrics.curves, self.temporary / "loss.png", name)
         logvar = self.facts.file("samples/logvar.png")
         figures = self._figure(losses, "Losses over optimizer steps.")
+        for score in (score for scores in SCORES.values() for score in scores):
+            figures += self._figure(self.facts.file(f"samples/{score}.png"), f"Of samples: {score}.")
         figures += self._figure(logvar, "The learned log-variance against the measured log loss.")
         return _section("Curves", figures)
 
@@ -164,6 +170,19 @@ class ReportPage:
             draw = partial(draw_plot, name, facts.folder, scheduler, self.temporary / f"{name}.png")
             figures.append(self._figure(facts.attempt(draw, None), caption))
         return _section("Schedule and variances", "".join(figures))
+
+    def _samples(self) -> str:
+        samples = self.facts.sample_scores()
+        if samples is None:
+            return ""
+        pairs = [(score.name, score.text) for score in samples.scores]
+        pairs.append(("of", f"{samples.conditions}; {samples.confidence:.0%} intervals"))
+        figures = [
+            ("copies.png", "Samples most like a training image: sample, nearest, second, nearest by pixels."),
+            ("loss_gap.png", "The loss of held-out images minus that of training images, at each step."),
+        ]
+        shown = "".join(self._figure(self.facts.file(f"evaluation/{name}"), text) for name, text in figures)
+        return _section("Quality of samples", _table(pairs) + shown)
 
     def _evaluation(self) -> str:
         bound = self.facts.bound()

@@ -55,7 +55,7 @@ def sample_command(argv: Sequence[str]) -> str:
     if facts is None or conditions is None:
         facts = facts_of_pipeline(options.folder, pipeline)
         conditions = check_sample(options, facts)
-    _set_scheduler(pipeline, options.scheduler, options.scheduler_args)
+    set_scheduler(pipeline, options.scheduler, options.scheduler_args)
     try:
         return _sample(pipeline, options, facts, conditions, processes)
     except ConfigError:
@@ -144,7 +144,7 @@ def _is_scheduler_class(value: Any) -> bool:
     return isinstance(value, type) and (issubclass(value, SchedulerMixin) or has_backends)
 
 
-def _set_scheduler(pipeline: Any, name: str | None, changes: Mapping[str, Any]) -> None:
+def set_scheduler(pipeline: Any, name: str | None, changes: Mapping[str, Any]) -> None:
     """Replace the pipeline's scheduler by the class of a name, or change its configuration."""
     import diffusers
 

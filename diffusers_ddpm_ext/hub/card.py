@@ -158,10 +158,11 @@ class _Card:
         from huggingface_hub import EvalResult, ModelCardData
 
         results = []
+        task = TEXT_TASK if self.takes_prompts else CARD_TASK
         if self.bound:
             results.append(
                 EvalResult(
-                    task_type=TEXT_TASK if self.takes_prompts else CARD_TASK,
+                    task_type=task,
                     dataset_type=self.dataset or "images",
                     dataset_name=printable(self.dataset_name),
                     dataset_split=printable(self.bound.split),
@@ -170,9 +171,22 @@ class _Card:
                     metric_value=round(self.bound.bits_per_dim, 4),
                 )
             )
-        task = TEXT_TASK if self.takes_prompts else CARD_TASK
         prompts = [text for text in self.facts.prompts() if text] if self.takes_prompts else []
         widget: dict[str, Any] = {"widget": [{"text": printable(text)} for text in prompts]} if prompts else {}
+        samples = self.facts.sample_scores()
+        if samples is not None:
+            results += [
+                EvalResult(
+                    task_type=task,
+                    dataset_type=self.dataset or "images",
+                    dataset_name=printable(self.dataset_name),
+                    dataset_split=printable(samples.split),
+                    metric_type=score.type,
+                    metric_name=f"{score.name} ({samples.conditions})",
+                    metric_value=float(f"{score.value:.5g}"),
+                )
+                for score in samples.scores
+            ]
         data = ModelCardData(
             library_name="diffusers",
             pipeline_tag=task,
@@ -270,6 +284,10 @@ class _Card:
             "val/latent_bpd_ema": f"{BITS_PER_LATENT} of validation, averaged weights",
         }
         rows += [f"| {text} | {self.last[name]:.4f} |" for name, text in names.items() if name in self.last]
+        samples = self.facts.sample_scores()
+        if samples is not None:
+            of = code_span(samples.conditions, in_table=True)
+            rows += [f"| {score.name}, {of} | {score.text} |" for score in samples.scores]
         if "step" in self.last:
             rows.append(f"| optimizer steps | {int(self.last['step']):,} |")
         return "## Numbers\n\n| | |\n|---|---|\n" + "\n".join(rows) if rows else ""

@@ -12,18 +12,23 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from diffusers_ddpm_ext.errors import ConfigError
+from diffusers_ddpm_ext.hub.sample_scores import SampleScores, read_sample_scores
 from diffusers_ddpm_ext.pipelines.class_names import read_class_names
-from diffusers_ddpm_ext.utils.files import CONFIG, ENVIRONMENT, EVALUATION, METRICS
+from diffusers_ddpm_ext.utils.files import CONFIG, ENVIRONMENT, EVALUATION, METRICS, SAMPLE_METRICS_FILE
 from diffusers_ddpm_ext.utils.first_stage_config import FirstStageConfig, read_first_stage_config
 from diffusers_ddpm_ext.utils.folder_scan import is_below_link
 from diffusers_ddpm_ext.utils.input_files import JsonObject, exists, read_json_object, read_text
 from diffusers_ddpm_ext.utils.run_metrics import RunMetrics, read_metrics
 from diffusers_ddpm_ext.utils.text_encoder_config import TextEncoderConfig, read_text_encoder_config
+from diffusers_ddpm_ext.utils.vocabulary import SCORES
 from diffusers_ddpm_ext.utils.yaml_io import load_options
 
+SCORE_NAMES = tuple(
+    f"val/{score}{suffix}" for scores in SCORES.values() for score in scores for suffix in ("", "_ema")
+)
 METRIC_NAMES = (
     "train/loss_simple", "val/loss_simple", "val/loss_simple_ema", "val/bpd", "val/bpd_ema", "val/latent_bpd",
-    "val/latent_bpd_ema", "val/psnr", "val/psnr_ema",
+    "val/latent_bpd_ema", "val/psnr", "val/psnr_ema", *SCORE_NAMES,
 )  # fmt: skip
 MAX_CONFIG_BYTES = 2**20
 MAX_FACTS_BYTES = 4 * 2**20
@@ -174,6 +179,11 @@ class FolderFacts:
         """The last evaluation of the bound."""
         record = self.record(EVALUATION)
         return self.attempt(lambda: _bound(record), None) if record.content else None
+
+    def sample_scores(self) -> SampleScores | None:
+        """The last evaluation of samples."""
+        record = self.record(SAMPLE_METRICS_FILE)
+        return self.attempt(lambda: read_sample_scores(record), None) if record.content else None
 
 
 def _load(text: str) -> dict[Any, Any]:

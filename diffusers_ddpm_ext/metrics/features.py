@@ -76,11 +76,14 @@ def load_feature_extractor(
         ConfigError: there is no such model, it cannot be read, or it is a file that is not trusted.
     """
     device = torch.device(device)
+    is_file = name not in (PIXELS, DIGITS) and os.path.isfile(name)
+    if trust_file and not is_file:
+        raise ConfigError(f"--trust_feature_extractor is for a TorchScript file; {printable(name)} is none: remove it")
     if name == PIXELS:
         return FeatureExtractor(name, "not resized", fingerprint(name), lambda image: image.flatten(1), device)
     if name == DIGITS:
         return _digit_features(device)
-    if os.path.isfile(name):
+    if is_file:
         from diffusers_ddpm_ext.metrics.torchscript_features import torchscript_features
 
         if not trust_file:
@@ -89,8 +92,6 @@ def load_feature_extractor(
                 "its author, add --trust_feature_extractor"
             )
         return torchscript_features(name, device)
-    if trust_file:
-        raise ConfigError(f"--trust_feature_extractor is for a TorchScript file; {printable(name)} is none: remove it")
     from diffusers_ddpm_ext.metrics.vision_models import vision_model_features
 
     return vision_model_features(name, device)

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 
 CONFIG, ENVIRONMENT, METRICS = "config.yaml", "environment.json", "metrics.jsonl"
 EVALUATION = "evaluation/evaluation.json"
+SAMPLE_METRICS_FILE = "evaluation/sample_metrics.json"
 NO_FOLDER_FSYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
 """Errors of network file systems that cannot fsync a folder, and need not."""
 

@@ -23,6 +23,7 @@ Streams and their coordinates (the name goes first, so that two streams never sh
 ``LATENT_CONCAT``       seed, optimizer step, position in the effective batch
 ``LATENT_CONCAT_SET``   seed, image
 ``LATENT_SCALE``        number of images (no seed: all runs on the same images measure the same scale)
+``METRICS``             purpose (no seed: all runs are measured alike)
 ``SPLIT``               name of the image (no seed: all runs are validated on the same images)
 ======================  ================================================
 """
@@ -54,6 +55,7 @@ LATENT_SET = "latent/set"
 LATENT_SCALE = "latent/scale"
 LATENT_CONCAT = "latent/concat"
 LATENT_CONCAT_SET = "latent/concat-set"
+METRICS = "metrics"
 SPLIT = "split"
 
 

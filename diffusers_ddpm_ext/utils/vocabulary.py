@@ -70,3 +70,8 @@ FROM_COMPVIS_ARGUMENT: dict[str, str] = {
     "given_betas": "trained_betas",
     "clip_denoised": "clip_sample",
 }
+
+SAMPLE_METRICS = ("fd", "kid", "prdc")
+"""Of `ddpm-ext evaluate --metrics` and `--validation_metrics`."""
+SCORES = {"fd": ("fd", "fd_extrapolated"), "kid": ("kid",), "prdc": ("precision", "recall", "density", "coverage")}
+"""The numbers of each."""

@@ -225,6 +225,8 @@ def test_a_full_chain_and_a_single_image(tmp_path):
         ("evaluation/evaluation.json", '{"bits_per_dim": NaN}'),
         ("evaluation/evaluation.json", '{"bits_per_dim": 3, "low": [], "high": 1}'),
         ("evaluation/evaluation.json", '{"bits_per_dim": 3, "chain_timesteps": [null]}'),
+        ("evaluation/sample_metrics.json", '{"format": 1}'),
+        ("evaluation/sample_metrics.json", '{"metrics": {"kid": {"value": "small"}}}'),
         ("metrics.jsonl", '{"step": "seven"}\n'),
         ("metrics.jsonl", '{"val/loss_simple": 1}\n'),
         ("metrics.jsonl", '{"step": 1e300}\n'),

@@ -11,6 +11,7 @@ from diffusers_ddpm_ext.errors import ConfigError
 from diffusers_ddpm_ext.training.config.condition_checks import data_conditions, read_dropout
 from diffusers_ddpm_ext.utils.lr_lambdas import check_lr_schedule
 from diffusers_ddpm_ext.utils.network_budget import check_network_config
+from diffusers_ddpm_ext.utils.vocabulary import SAMPLE_METRICS
 
 Flat = Mapping[str, Any]
 
@@ -184,6 +185,7 @@ def _check_objective(flat: Flat, typed: Set[str]) -> None:
     validation_set = flat["validation_split"] is not None or flat["validation_data_dir"] is not None
     if flat["validation_bpd"] and not flat["validation_fraction"] and not validation_set:
         raise ConfigError("--validation_bpd needs images that are held out: use a --validation_fraction above 0")
+    _check_sample_metrics(flat, typed, validation_set)
     if not bound and not flat["validation_bpd"]:
         for name in ("decoder", "bin_width"):
             if name in typed and flat[name] is not None:
@@ -198,6 +200,22 @@ def _check_objective(flat: Flat, typed: Set[str]) -> None:
         raise ConfigError(
             "--l_simple_weight 0 with --original_elbo_weight 0 leaves no loss: use a weight above 0 for one of them"
         )
+
+
+def _check_sample_metrics(flat: Flat, typed: Set[str], validation_set: bool) -> None:
+    names = flat["validation_metrics"]
+    if names is None:
+        for name in ("validation_samples", "feature_extractor", "trust_feature_extractor"):
+            if name in typed and flat[name] not in (None, False):
+                raise ConfigError(f"--{name} has no effect without --validation_metrics: leave it out")
+        return
+    unknown = [name for name in names if name not in SAMPLE_METRICS]
+    if unknown or len(set(names)) < len(names):
+        raise ConfigError(
+            f"--validation_metrics {' '.join(names)} must be some of {', '.join(SAMPLE_METRICS)}, each once"
+        )
+    if not flat["validation_fraction"] and not validation_set:
+        raise ConfigError("--validation_metrics needs images that are held out: use a --validation_fraction above 0")
 
 
 def _check_model(flat: Flat) -> None:

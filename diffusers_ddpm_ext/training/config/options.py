@@ -384,6 +384,22 @@ class ValidationOptions:
     validation_bpd_steps: int = option(10, "Timesteps per image that --validation_bpd evaluates; at most T.", low=2)
     validation_max_images: int | None = option(1000, "Maximum number of validation images.", low=1)
     eval_batch_size: int = option(16, "Batch size of validation and previews.", low=1, high=1_000_000)
+    validation_metrics: tuple[str, ...] | None = option(
+        None,
+        "Also measure samples against the validation images: fd (Frechet distance), kid (kernel distance), prdc"
+        " (precision, recall, density, coverage), which --monitor can follow. They are drawn with"
+        " --ddpm_num_inference_steps.",
+        metavar="NAME",
+    )
+    validation_samples: int = option(500, "Samples that --validation_metrics draws.", low=12, high=10_000_000)
+    feature_extractor: str | None = option(
+        None,
+        "What --validation_metrics compares: pixels; digits; the folder or Hub id of a vision model of `transformers`,"
+        " e.g. facebook/dinov2-base; or a TorchScript file.",
+        unset="digits for the digits, else pixels",
+        path=True,
+    )
+    trust_feature_extractor: bool = option(False, "Run a TorchScript file as --feature_extractor.")
 
 
 @dataclass(frozen=True)

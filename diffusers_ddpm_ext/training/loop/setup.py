@@ -33,6 +33,7 @@ from diffusers_ddpm_ext.training.distributed import (
     sum_over_ranks,
 )
 from diffusers_ddpm_ext.training.evaluation.processes import Processes
+from diffusers_ddpm_ext.training.evaluation.sample_scores import SampleScores, build_sample_scores
 from diffusers_ddpm_ext.training.factory.autoencoder import AutoencoderParts, build_autoencoder_parts
 from diffusers_ddpm_ext.training.factory.first_stage import build_latent_encoder, data_options
 from diffusers_ddpm_ext.training.factory.optimizer import (
@@ -59,6 +60,7 @@ from diffusers_ddpm_ext.training.tracking.plan import (
     warmup_warning,
 )
 from diffusers_ddpm_ext.utils.dtensor import is_sharded
+from diffusers_ddpm_ext.utils.vocabulary import SCORES
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class Setup:
         lr_scheduler: stepped once per optimizer step, for any number of processes and micro-batches.
         ema: the moving average; None without one.
         monitor: ranks the validations; None where nothing is monitored.
+        sample_scores: measures samples at each validation; None without ``validation_metrics``.
         ckpt_path_missing: whether ``ckpt_path`` does not exist, which is an error unless the run resumes.
     """
 
@@ -89,6 +92,7 @@ class Setup:
     lr_scheduler: LambdaLR
     ema: LitEMA | None
     monitor: Monitor | None
+    sample_scores: SampleScores | None
     ckpt_path_missing: bool
 
     @property
@@ -224,10 +228,13 @@ def build_setup(config: TrainConfig) -> Setup:
                 optim.lr_scheduler, optimizer, plan.steps, optim.lr_warmup_steps, optim.lr_scheduler_args
             )
         monitor = make_monitor(config, trained, has_validation=data.validation is not None)
+        scores = build_sample_scores(config.validation, data, accelerator.device)
     # Accelerate does not get the scheduler: its wrapper steps once per process and step.
     wrapped, optimizer = accelerator.prepare(task, optimizer)
     missing = initial is None and config.start.ckpt_path is not None
-    setup = Setup(config, accelerator, data, trained, plan, wrapped, optimizer, lr_scheduler, ema, monitor, missing)
+    setup = Setup(
+        config, accelerator, data, trained, plan, wrapped, optimizer, lr_scheduler, ema, monitor, scores, missing
+    )
     if accelerator.is_main_process:
         for warning in setup_warnings(setup):
             warn(warning)
@@ -314,6 +321,8 @@ def make_monitor(config: TrainConfig, trained: Trainable, has_validation: bool) 
     )
     name = name or f"val/{kinds[0]}{suffixes[-1]}"
     validated = [f"val/{kind}{suffix}" for suffix in suffixes for kind in kinds]
+    scores = [score for metric in config.validation.validation_metrics or () for score in SCORES[metric]]
+    validated += [f"val/{score}{suffixes[-1]}" for score in scores]  # of the weights that the pipeline samples with
     names = [*trained.train_metrics, *(validated if has_validation else [])]
     if name not in names:
         raise ConfigError(f"--monitor {name} is not logged in this run: choose one of {', '.join(names)}")

@@ -1,4 +1,4 @@
-"""Validation metrics: losses, and optionally the bound, of raw and EMA weights on the same draws."""
+"""Validation metrics: losses, and optionally the bound, of raw and EMA weights; metrics of samples."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from diffusers_ddpm_ext.training.data.latents import SampleSet
 from diffusers_ddpm_ext.training.evaluation.bound import BoundEvaluation, evaluate_bound
 from diffusers_ddpm_ext.training.evaluation.processes import Processes
 from diffusers_ddpm_ext.training.evaluation.validation_loss import compute_validation_losses, validation_draws
+from diffusers_ddpm_ext.training.loop.sample_metrics import sample_metrics
 from diffusers_ddpm_ext.training.loop.setup import Setup
 from diffusers_ddpm_ext.utils.dtensor import reshard
 
@@ -31,7 +32,7 @@ def validation_metrics(setup: Setup, processes: Processes) -> dict[str, float]:
     if setup.ema is not None:
         with setup.ema.scope(setup.denoiser):
             values |= metrics("_ema")
-    return values
+    return values | sample_metrics(setup, processes)
 
 
 def validation_bpd(setup: Setup, images: SampleSet, processes: Processes) -> float:

@@ -23,6 +23,7 @@ from diffusers_ddpm_ext.training.loop.reconstruction import (
     save_autoencoder,
 )
 from diffusers_ddpm_ext.training.loop.run import Run
+from diffusers_ddpm_ext.training.loop.sample_metrics import draw_scores
 from diffusers_ddpm_ext.training.loop.setup import Setup
 from diffusers_ddpm_ext.training.loop.validation import validation_metrics
 from diffusers_ddpm_ext.training.tracking.plan import describe_loss, describe_schedule
@@ -90,8 +91,10 @@ class Diffusion:
         draw_samples(run)
 
     def draw_final(self, run: Run) -> None:
-        """Sample images, and draw the curves of loss and log-variances."""
+        """Sample images, and draw the curves of loss, log-variances and metrics of samples."""
         draw_final(run)
+        if run.setup.accelerator.is_main_process:
+            draw_scores(run)
 
     def sample_images(self, step: int) -> tuple[str, ...]:
         """The samples, and the denoising of some of them."""

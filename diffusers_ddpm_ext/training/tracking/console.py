@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from diffusers_ddpm_ext.errors import printable
 from diffusers_ddpm_ext.training.tracking.monitor import Monitor, MonitorDecision
+from diffusers_ddpm_ext.utils.vocabulary import SCORES
 
 SECONDS_BETWEEN_LINES = 30.0
 
@@ -89,7 +90,19 @@ def describe_validation(
     bound = validation_bound(values)
     if bound is not None:
         parts.append(describe_bound(bound, in_latents="val/latent_bpd" in values))
+    parts += describe_scores(values)
     return f"step {step:,}: {', '.join(parts)}"
+
+
+def describe_scores(values: Mapping[str, float]) -> list[str]:
+    """Metrics of samples among those of a validation, each with its interval; the number of samples comes last."""
+    texts = []
+    for score in (score for scores in SCORES.values() for score in scores):
+        for suffix in ("_ema", ""):
+            ends = [values.get(f"val/{score}{end}{suffix}") for end in ("", "_low", "_high")]
+            if None not in ends:
+                texts.append(f"{score} {ends[0]:.4g} ({ends[1]:.4g} to {ends[2]:.4g})")
+    return [*texts, f"N = {values['val/num_samples']:,}"] if texts else []
 
 
 def validation_bound(values: Mapping[str, float]) -> float | None:

@@ -14,7 +14,7 @@ from diffusers_ddpm_ext.errors import ConfigError
 from diffusers_ddpm_ext.utils.input_files import JsonObject, json_object
 
 MonitorMode = Literal["auto", "min", "max"]
-LARGER_IS_BETTER = ("acc", "psnr", "ssim", "score", "likelihood")
+LARGER_IS_BETTER = ("acc", "psnr", "ssim", "score", "likelihood", "precision", "recall", "density", "coverage")
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ class Monitor:
 
     Args:
         name: of the metric as logged, such as ``val/loss_simple_ema``.
-        mode: ``min``, ``max``, or ``auto``: larger is better for accuracies, scores and likelihoods, else smaller.
+        mode: ``min``, ``max``, or ``auto``: larger is better for accuracies, scores, likelihoods, precision, recall,
+            density and coverage, else smaller.
         save_top_k: how many of the best validations to keep, 0 or more.
         patience: validations without an improvement after which to stop; None never stops.
         min_delta: least difference to the last improvement that counts as one, 0 or more. It does not affect which
