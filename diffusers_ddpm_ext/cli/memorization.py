@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffusers_ddpm_ext.cli.measured_latents import as_samples
-from diffusers_ddpm_ext.cli.measuring import ConditionedUNet, images_of_split
+from diffusers_ddpm_ext.cli.measuring import ConditionedUNet, caption_encoder, images_of_split
 from diffusers_ddpm_ext.cli.sample_metrics import Measurement
 from diffusers_ddpm_ext.diffusion.likelihood_estimate import Strata
 from diffusers_ddpm_ext.errors import as_config_error, as_run_error
@@ -124,6 +124,7 @@ def _loss_gap(measurement: Measurement, held_out: ImageSet) -> dict[str, np.ndar
         return None
     scheduler = DDPMExtScheduler.from_config(scheduler.config)
     strata = Strata.from_schedule(scheduler.kept, min(GAP_STEPS, len(scheduler.kept)))
+    network = ConditionedUNet(pipeline, caption_encoder(pipeline, measurement.data))
     bits = []
     for images in (measurement.data.train, held_out):
         evaluation = BoundEvaluation(
@@ -137,7 +138,7 @@ def _loss_gap(measurement: Measurement, held_out: ImageSet) -> dict[str, np.ndar
             decoder="exact" if pipeline.first_stage is None else "continuous",
             bin_width=2 / (images.levels - 1),
         )
-        bits.append(evaluate_bound(ConditionedUNet(pipeline), evaluation, measurement.processes).bits)
+        bits.append(evaluate_bound(network, evaluation, measurement.processes).bits)
     train, unseen = bits
     error = np.sqrt(train.var(axis=0, ddof=1) / len(train) + unseen.var(axis=0, ddof=1) / len(unseen))
     width = t_quantile(options.confidence, min(len(train), len(unseen)) - 1) * error

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from diffusers_ddpm_ext.training.evaluation.processes import Processes
     from diffusers_ddpm_ext.training.evaluation.samples import Images, LevelImages
 
+NO_COLUMNS = dict.fromkeys(("class_column", "concat_column", "context_column", "caption_column"))
+"""Data options of images that only their features are taken of."""
 LABELS = {"fd": "Frechet distance", "fd_extrapolated": "  extrapolated to N = infinity", "kid": "kernel distance"}
 
 
@@ -236,7 +238,8 @@ def _prepare(options: EvaluateOptions, samples_options: SampleMetricsOptions) ->
     if facts is None or data_options is None:
         data_options = _data_options(facts_of_pipeline(options.folder, pipeline), options.data)
     if samples_options.samples is not None:
-        return Measurement(options, samples_options, None, load_data(data_options, progress=is_main), processes)
+        data = load_data(replace(data_options, **NO_COLUMNS), progress=is_main)
+        return Measurement(options, samples_options, None, data, processes)
     set_scheduler(pipeline, samples_options.scheduler, samples_options.scheduler_args)
     data = load_images(options.folder, pipeline, data_options, is_main)
     return Measurement(options, samples_options, pipeline, data, processes)
