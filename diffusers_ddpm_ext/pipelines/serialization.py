@@ -59,7 +59,9 @@ from diffusers_ddpm_ext.utils.network_folder import as_folder_error
 from diffusers_ddpm_ext.utils.pipeline_files import (
     MODEL_INDEX,
     NETWORK_RECORDS,
+    NETWORKS,
     RESULTS,
+    TOKENIZER_FILES,
     files_to_keep,
     is_weights,
     weights_variant,
@@ -202,9 +204,10 @@ class SavedPipeline(DiffusionPipeline):
         names = [path.name for path in Path(working_dir, "unet").glob("*") if is_weights(path.name)]
         patterns = [f"{name}/*" for name in self._absent_tables()]
         if any(weights_variant(name) is None for name in names):  # not a variant that is added to the others
-            networks = ("unet", *SLOTS)
-            patterns += [*NETWORK_RECORDS, *RESULTS, *(f"{slot}/config.json" for slot in SLOTS)]
-            patterns += [f"{name}/{end}" for name in networks for end in ("*.safetensors", "*.bin", "*.index*.json")]
+            patterns += [*NETWORK_RECORDS, *RESULTS, *(f"{name}/config.json" for name in NETWORKS if name != "unet")]
+            patterns += [f"{name}/{end}" for name in NETWORKS for end in ("*.safetensors", "*.bin", "*.index*.json")]
+            patterns += [f"tokenizer/{name}" for name in TOKENIZER_FILES]
+            patterns += ["feature_extractor/preprocessor_config.json", "feature_extractor/processor_config.json"]
         return upload_folder(
             repo_id=repo_id,
             folder_path=os.fspath(working_dir),
