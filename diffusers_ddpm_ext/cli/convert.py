@@ -68,6 +68,7 @@ class ConvertOptions:
         None,
         "compvis: the tokenizer of the text encoder, which no checkpoint has; without it the pipeline takes ids.",
         metavar="FOLDER_OR_ID",
+        path=True,
     )
     text_heads: int | None = option(
         None,
