@@ -66,7 +66,7 @@ LATENT_ARGUMENTS = [
     "reset_ema",
     "reset_num_ema_updates",
 ]
-DEFECTS = 31
+DEFECTS = 33
 
 
 def table(page: str, columns: int, section: str = "") -> list[list[str]]:
