@@ -21,8 +21,8 @@ from accelerate.state import AcceleratorState, GradientState
 from diffusers import AutoencoderKL, UNet2DModel
 from helpers.latent_cases import write_pictures
 from helpers.paths import ROOT
+from helpers.prompt_cases import text_pipeline, tiny_conditional_unet
 from helpers.runs import tiny_run
-from helpers.text_cases import text_pipeline, tiny_conditional_unet
 from helpers.text_models import save_text_model, tiny_tokenizer
 from helpers.tiny import tiny_unet
 from PIL import Image

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.latent_cases import latent_pipeline, write_pictures
-from helpers.text_cases import text_pipeline, tiny_conditional_unet
+from helpers.prompt_cases import text_pipeline, tiny_conditional_unet
 from helpers.text_models import save_text_model, tiny_text_encoder, tiny_tokenizer
 from helpers.tiny import tiny_unet
 from PIL import Image

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.text_cases import text_pipeline, tiny_conditional_unet
+from helpers.prompt_cases import text_pipeline, tiny_conditional_unet
 from helpers.text_models import save_text_model, tiny_text_encoder, tiny_tokenizer
 from PIL import Image
 

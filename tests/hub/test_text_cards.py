@@ -14,7 +14,7 @@ import pytest
 import yaml
 from helpers.hub_server import LoopbackHub
 from helpers.paths import TESTS
-from helpers.text_cases import text_pipeline
+from helpers.prompt_cases import text_pipeline
 from PIL import Image
 
 from diffusers_ddpm_ext import DDPMExtPipeline, cli

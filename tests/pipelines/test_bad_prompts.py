@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.text_cases import WIDTH, text_pipeline, tiny_conditional_unet
+from helpers.prompt_cases import WIDTH, text_pipeline, tiny_conditional_unet
 from helpers.text_models import tiny_text_encoder, tiny_tokenizer
 from helpers.tiny import tiny_unet
 from PIL import Image
