@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from diffusers_ddpm_ext.compvis.conditioner.architecture import read_conditioner
-from diffusers_ddpm_ext.compvis.conditioner.kinds import STAGE_PREFIXES, ConditionerConfig, ConditionerKind
+from diffusers_ddpm_ext.compvis.conditioner.kinds import STAGE_PREFIXES, Argument, ConditionerConfig, ConditionerKind
 from diffusers_ddpm_ext.compvis.conditioner.registry import KINDS
 from diffusers_ddpm_ext.compvis.conditioner.weights import export_conditioner
 from diffusers_ddpm_ext.compvis.config.run_keys import as_mapping
@@ -19,6 +19,7 @@ from diffusers_ddpm_ext.utils.wrappers import network_class
 
 COMPONENTS = ("text_encoder", "concat_encoder", "image_encoder")
 DEFAULT_SECTION = "cond_stage_config"
+NONE = Argument("")
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class ExportedStage:
         module: the component.
         recorded: its configuration when it was converted; None if it was not.
         layout: of its tensors then; None if it was not converted.
+        length: of prompts, of the pipeline's tokenizer; None without one.
     """
 
     name: str
@@ -38,13 +40,17 @@ class ExportedStage:
     module: nn.Module
     recorded: ConditionerConfig | None
     layout: Mapping[str, Any] | None
+    length: int | None = None
 
     @property
     def section(self) -> dict[str, Any]:
         """``target`` and ``params`` of the original."""
         given = {} if self.recorded is None else as_mapping(self.recorded.section.get("params"), self.name)
         target = self.kind.path if self.recorded is None else self.recorded.section["target"]
-        return {"target": target, "params": self.kind.params_of(self.module, given)}
+        params = self.kind.params_of(self.module, given)
+        if self.recorded is None and self.length is not None and self.kind.arguments.get("max_length", NONE).allowed:
+            params["max_length"] = self.length
+        return {"target": target, "params": params}
 
 
 def conditioning_stages(
@@ -71,7 +77,9 @@ def conditioning_stages(
             name, config, layout = known
             stages.append(ExportedStage(name, config.kind, module, config, layout))
         else:
-            stages.append(ExportedStage(DEFAULT_SECTION, _kind_of(component, module, base), module, None, None))
+            kind, text = _kind_of(component, module, base), pipeline.text_encoder_stage
+            length = text.max_length if text is not None and text.tokenizer is not None else None
+            stages.append(ExportedStage(DEFAULT_SECTION, kind, module, None, None, length))
     return stages
 
 

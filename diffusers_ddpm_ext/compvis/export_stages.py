@@ -28,7 +28,7 @@ from diffusers_ddpm_ext.utils.wrappers import unwrap
 
 CLASS_EMBEDDER, IDENTITY_STAGE = "ldm.modules.encoders.modules.ClassEmbedder", "torch.nn.Identity"
 IDENTITY_FIRST_STAGE = "ldm.models.autoencoder.IdentityFirstStage"
-CLASS_KEY = "class_label"
+CLASS_KEY, CAPTION_KEY = "class_label", "caption"
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
@@ -108,6 +108,8 @@ def stage_params(pipeline: DDPMExtPipeline, facts: Mapping[str, Any], base: Mapp
         classes, width = pipeline.class_embedder.shape
         stage["params"] = {"embed_dim": width, "n_classes": classes, "key": CLASS_KEY}
         more = {"cond_stage_key": CLASS_KEY}
+    if pipeline.text_encoder is not None:
+        more = {"cond_stage_key": CAPTION_KEY}
     measured = bool(facts.get(SCALE_FACTOR_BUFFER))
     if pipeline.vae is None:
         factor, first = pipeline.config.get("latent_scaling_factor") or 1.0, {"target": IDENTITY_FIRST_STAGE}

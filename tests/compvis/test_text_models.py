@@ -109,6 +109,7 @@ def test_the_command_both_ways(tmp_path, capsys):
     assert_back(back, checkpoint)
     params = yaml.safe_load((tmp_path / "back.yaml").read_text())["model"]["params"]
     assert params["cond_stage_config"] == section
+    assert params["cond_stage_key"] == "caption"
 
 
 def test_a_changed_text_encoder_is_a_difference(tmp_path, capsys):
@@ -270,6 +271,26 @@ def test_a_pipeline_of_unknown_origin(tmp_path):
     stage = compvis_config(pipeline)["model"]["params"]["cond_stage_config"]
     assert stage["target"].endswith(".FrozenCLIPEmbedder")
     assert f"{PREFIX}transformer.text_model.final_layer_norm.weight" in read_tensors(tmp_path / "clip.ckpt")
+
+
+@pytest.mark.parametrize("has_first_stage", [True, False])
+def test_a_pipeline_that_was_not_converted(has_first_stage, tmp_path):
+    """Its version is the folder of its encoder, whose config.json has the heads; max_length is the tokenizer's."""
+    checkpoint, config = write(tmp_path, "clip 1 kl", tiny_table=True)
+    ignored = [] if has_first_stage else ["first_stage_model."]
+    pipeline = load_compvis(checkpoint, config, tokenizer=tiny_tokenizer(), text_heads=4, ignore_keys=ignored)
+    pipeline.tokenizer.model_max_length = 9
+    pipeline.save_pretrained(tmp_path / "folder")
+    folder = tmp_path / "folder"
+    save_compvis(folder, tmp_path / "back.ckpt", use_ema=False)
+    content = compvis_config(folder, use_ema=False)
+    params = content["model"]["params"]
+    version = str(folder / "text_encoder")
+    assert params["cond_stage_config"]["params"] == {"version": version, "max_length": 9}
+    first = params["first_stage_config"]["target"].rpartition(".")[2]
+    assert first == ("AutoencoderKL" if has_first_stage else "IdentityFirstStage")
+    back = load_compvis(tmp_path / "back.ckpt", content, tokenizer=tiny_tokenizer())
+    assert torch.equal(draw(back, prompt="red cat"), draw(pipeline, prompt="red cat"))
 
 
 def test_damaged_facts(tmp_path):
