@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from diffusers_ddpm_ext.training.evaluation.processes import Processes
     from diffusers_ddpm_ext.training.evaluation.samples import Images, LevelImages
 
-NO_COLUMNS = dict.fromkeys(("class_column", "concat_column", "context_column", "caption_column"))
+NO_COLUMNS: dict[str, Any] = dict.fromkeys(("class_column", "concat_column", "context_column", "caption_column"))
 """Data options of images that only their features are taken of."""
 LABELS = {"fd": "Frechet distance", "fd_extrapolated": "  extrapolated to N = infinity", "kid": "kernel distance"}
 
