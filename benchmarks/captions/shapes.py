@@ -1,0 +1,96 @@
+"""Build a small set of pictures with captions: emoji whose names are a color and a shape, at 16 x 16.
+
+    python benchmarks/captions/shapes.py FOLDER [--font NotoColorEmoji.ttf --list emoji-test.txt]
+
+The captions are the names in Unicode's list: "red heart", "light blue heart", "white medium-small square", "large
+orange diamond". Each emoji is drawn eight times at positions that differ by up to two of the 16 pixels.
+``FOLDER/train`` has the pictures and ``metadata.jsonl``, where every picture has two captions, its name and the name
+with an article; ``FOLDER/all`` has the pictures of `LEFT_OUT` as well, whose names no run is trained on. Without
+``--font`` and ``--list`` the sources are those of ../latents/emoji.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageFont
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "latents"))
+import emoji  # noqa: E402
+
+SIZE, DRAWINGS, MARGIN = 16, 8, 8
+"""Pixels of a side; drawings of each emoji; pixels of 72 by which positions differ."""
+COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "brown", "black", "white", "pink", "grey")
+SHAPES = ("heart", "circle", "square", "diamond", "book", "apple", "mark", "flag", "up", "down")
+"""Last words of the names; "up" and "down" are triangles pointed there."""
+LEFT_OUT = ("blue circle", "green heart", "red square")
+
+
+def main() -> int:
+    """Build the set."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--font", type=Path, help="color bitmap font (default: Debian's Noto Color Emoji)")
+    parser.add_argument("--list", type=Path, dest="emoji_list", help="Unicode's emoji-test.txt (default: Debian's)")
+    options = parser.parse_args()
+    if options.folder.exists():
+        parser.error(f"{options.folder} exists")
+    with tempfile.TemporaryDirectory() as scratch:
+        if options.font is None or options.emoji_list is None:
+            emoji.unpack_packages(Path(scratch))
+        font = options.font or Path(scratch) / emoji.FONT
+        emoji_list = options.emoji_list or Path(scratch) / emoji.LIST
+        print(json.dumps(write_pictures(options.folder, font, emoji_list)))
+    return 0
+
+
+def write_pictures(folder: Path, font_path: Path, list_path: Path) -> dict[str, int]:
+    """Draw every emoji with a color and a shape in its name, and return the counts."""
+    font = ImageFont.truetype(str(font_path), emoji.STRIKE)
+    rows: dict[str, list[dict[str, object]]] = {"train": [], "all": []}
+    for name, characters in shape_names(list_path):
+        picture = emoji.draw(font, characters)
+        if picture is None:
+            continue
+        for number, drawing in enumerate(moved(picture, name)):
+            file = f"{name.replace(' ', '_')}-{number}.png"
+            article = "an" if name[0] in "aeiou" else "a"
+            for part in ("all",) if name in LEFT_OUT else ("all", "train"):
+                (folder / part).mkdir(parents=True, exist_ok=True)
+                drawing.save(folder / part / file)
+                rows[part].append({"file_name": file, "name": name, "text": [name, f"{article} {name}"]})
+    for part, lines in rows.items():
+        text = "".join(json.dumps(row) + "\n" for row in lines)
+        (folder / part / "metadata.jsonl").write_text(text, encoding="utf-8")
+    return {part: len(lines) for part, lines in rows.items()}
+
+
+def shape_names(list_path: Path) -> list[tuple[str, str]]:
+    """Name and characters of the emoji of Unicode's list that are named after a color and a shape."""
+    found = []
+    for _, name, characters in emoji.read_list(list_path.read_text(encoding="utf-8")):
+        words = name.split()
+        if set(COLORS) & set(words) and words[-1] in SHAPES:
+            found.append((name, characters))
+    return found
+
+
+def moved(picture: Image.Image, name: str) -> list[Image.Image]:
+    """Drawings of an emoji at random positions, the same for the same name."""
+    draw = np.random.default_rng(list(name.encode()))
+    drawings = []
+    for _ in range(DRAWINGS):
+        sheet = Image.new("RGB", (emoji.SIZE + MARGIN, emoji.SIZE + MARGIN), "white")
+        sheet.paste(picture, tuple(draw.integers(0, MARGIN + 1, 2).tolist()))
+        drawings.append(sheet.resize((SIZE, SIZE), Image.Resampling.BOX))
+    return drawings
+
+
+if __name__ == "__main__":
+    sys.exit(main())
