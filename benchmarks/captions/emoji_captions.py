@@ -7,7 +7,7 @@ One command: draws the set (shapes.py), writes a text encoder of random weights 
 (``--train_text_encoder``), and samples every caption. The same command goes on after the last step that was finished.
 Each training command has one thread; ``seconds.json`` has its processor time in user mode.
 
-A sample is right if its nearest neighbor among all drawings of all emoji, by the squared distance of the pixels, is
+A sample is right if its nearest neighbor among all pictures of the set, by the squared distance of the pixels, is
 the emoji of its prompt. ``FOLDER/captions.json`` has the shares, by guidance scale: of the names that the runs were
 trained on (at least 90 % with the better scale, else exit status 1), of these names after a word that no caption has,
 of the names that were left out of the training, and, for what chance gives, of the first ones where the prompts are
@@ -42,8 +42,8 @@ from diffusers_ddpm_ext import DDPMExtPipeline
 from diffusers_ddpm_ext.plotting.sheets import save_grid
 
 HERE = Path(__file__).parent
-STEPS, BATCH, PER_NAME, SCALES = 20, 51, 4, (1.0, 3.0)
-COMMON = ["--report_to", "none", "--seed", "0", "--resolution", "16", "--validation_fraction", "0",
+STEPS, BATCH, PER_NAME, SCALES = 20, 50, 4, (1.0, 3.0)
+COMMON = ["--report_to", "none", "--seed", "0", "--resolution", "12", "--validation_fraction", "0",
           "--save_images_epochs", "100000", "--save_model_epochs", "100000", "--caption_column", "text",
           "--conditioning_dropout", '{"captions": 0.1}', "--block_out_channels", "32", "64", "--attention_levels", "1",
           "--layers_per_block", "1", "--attention_head_dim", "16", "--norm_num_groups", "8",
