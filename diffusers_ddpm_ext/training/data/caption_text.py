@@ -95,7 +95,7 @@ def read_caption_files(label: str, root: Path, images: Sequence[str]) -> dict[st
     """
     captions = {}
     for image, name in find_caption_files(label, root, images).items():
-        text = read_text(root / name, "the captions", MAX_FILE_BYTES)
+        text = read_text(root / name, "the caption file", MAX_FILE_BYTES)
         lines = [line for line in re.split(r"\r\n|\r|\n", text) if line.strip()]
         if not lines:
             raise ConfigError(f"{label}: {printable(name)} is empty: write the caption of {printable(image)} into it")
