@@ -443,17 +443,25 @@ class DDPMExtPipeline(FirstStageMixin, ConditionEncodersMixin, SavedPipeline):
                 raise ValueError(f"num_inference_steps is {count}; it must be 1 or more, or None for all steps.")
             arguments["num_inference_steps"] = count
             if count == scheduler.config.num_train_timesteps and self.is_moved(sampler):
-                arguments = {"timesteps": list(range(count))[::-1]}  # all of them: an offset has no room
+                if sampler.is_ours:
+                    arguments = {"timesteps": list(range(count))[::-1]}  # all of them: an offset has no room
+                else:
+                    scheduler.register_to_config(steps_offset=0)  # of the call's copy, with which it steps
+                    scheduler.set_timesteps(count, device=device)
+                    all_steps: Tensor = scheduler.timesteps
+                    return all_steps
         scheduler.set_timesteps(**arguments, device=device)
         with SHARED_SCHEDULER:
             # Only for the eyes of callbacks and callers: the call steps with its copy.
             self.scheduler.set_timesteps(**arguments, device=device)
-        return scheduler.timesteps
+        steps: Tensor = scheduler.timesteps
+        return steps
 
     def is_moved(self, sampler: SchedulerAdapter) -> bool:
-        """Whether the scheduler is ours with an offset that only fewer steps than T leave room for."""
+        """Whether a model with a text encoder has an offset of steps, which only fewer steps than T leave room for."""
         config = sampler.scheduler.config
-        return bool(sampler.is_ours and config.timestep_spacing == "leading" and config.steps_offset == 1)
+        is_leading = config.get("timestep_spacing", "leading") == "leading" and config.get("steps_offset") == 1
+        return is_leading and self.text_encoder_stage is not None
 
     def _initial_sample(
         self,

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler, EulerDiscreteScheduler
 from helpers.latent_cases import latent_pipeline
 from helpers.text_cases import text_pipeline, tiny_text_unet
 from helpers.text_models import tiny_text_encoder, tiny_tokenizer
@@ -315,3 +316,15 @@ def test_text_and_an_image_as_label_together():
     arguments = {"class_labels": embeds, "negative_class_labels": torch.zeros_like(embeds), "negative_prompt": ""}
     assert torch.allclose(first, draw(pipeline, "a red cat", guidance_scale=2.0, **arguments), atol=1e-6)
     assert isinstance(pipeline.text_encoder_stage, TextEncoder)
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, EulerDiscreteScheduler])
+def test_all_steps_with_another_scheduler(scheduler):
+    pipeline = text_pipeline()
+    pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
+    without = scheduler.from_config(pipeline.scheduler.config, steps_offset=0)
+    images = pipeline("cat", generator=torch.Generator().manual_seed(3), output_type="latent").images
+    assert pipeline.scheduler.config.steps_offset == 1
+    pipeline.scheduler = without
+    expected = pipeline("cat", generator=torch.Generator().manual_seed(3), output_type="latent").images
+    assert torch.equal(images, expected)
