@@ -108,3 +108,18 @@ def reshard(module: nn.Module) -> None:
     for submodule in module.modules():
         if isinstance(submodule, FSDPModule):
             submodule.reshard()
+
+
+def gather_in_method(module: nn.Module, name: str) -> None:
+    """Let a method of a module gather sharded weights as ``forward`` does; nothing is done to one that is not sharded.
+
+    Args:
+        module: that ``fully_shard`` was applied to, or not.
+        name: of the method, which is called in place of ``forward``.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+
+    if isinstance(module, FSDPModule):
+        register_fsdp_forward_method(module, name)

@@ -258,11 +258,18 @@ def test_a_sharded_run_is_the_same_run(one_process, tmp_path):
 
 @pytest.mark.slow
 def test_a_trained_text_encoder_is_sharded_too(tmp_path):
-    options = caption_inputs(tmp_path) | {"train_text_encoder": True}
+    options = caption_inputs(tmp_path) | {
+        "train_text_encoder": True,
+        "validation_bpd": True,
+        "validation_bpd_steps": 2,
+    }
     whole = train(tmp_path / "whole", **options)
     on_two_processes([(tmp_path / "sharded", options | {"train_batch_size": 4})], "sharded")
     for name in (MODEL, RAW, "text_encoder/model.safetensors", "checkpoint-4/model.safetensors"):
         close(tmp_path / "sharded" / name, whole / name, 2e-3)
+    bounds = [[row["val/bpd"] for row in rows(folder) if "val/bpd" in row] for folder in (whole, tmp_path / "sharded")]
+    assert len(bounds[0]) == 2
+    assert bounds[1] == pytest.approx(bounds[0], rel=1e-3)
 
 
 # --- failures ------------------------------------------------------------------------------------------------------

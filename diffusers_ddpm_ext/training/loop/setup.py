@@ -59,7 +59,7 @@ from diffusers_ddpm_ext.training.tracking.plan import (
     steps_for_epochs,
     warmup_warning,
 )
-from diffusers_ddpm_ext.utils.dtensor import is_sharded
+from diffusers_ddpm_ext.utils.dtensor import gather_in_method, is_sharded
 from diffusers_ddpm_ext.utils.vocabulary import SCORES
 
 
@@ -231,6 +231,8 @@ def build_setup(config: TrainConfig) -> Setup:
         scores = build_sample_scores(config.validation, data, accelerator.device)
     # Accelerate does not get the scheduler: its wrapper steps once per process and step.
     wrapped, optimizer = accelerator.prepare(task, optimizer)
+    if isinstance(trained, Parts):
+        gather_in_method(accelerator.unwrap_model(wrapped), "predict")
     missing = initial is None and config.start.ckpt_path is not None
     setup = Setup(
         config, accelerator, data, trained, plan, wrapped, optimizer, lr_scheduler, ema, monitor, scores, missing
