@@ -42,7 +42,8 @@ SAMPLE_EXAMPLES = """examples:
   ddpm-ext sample runs/sharp --concat small --out large                large/cat.png from small/cat.jpg, and so on
   accelerate launch -m diffusers_ddpm_ext sample runs/digits --num_images 50000 --out samples     on all devices
 
-Image i depends on the seed and on i only: it is the same for any --num_images, --batch_size and number of processes.
+Image i depends on the seed, its conditions and i only: it is the same for any --num_images, --batch_size and number of
+processes.
 The same command resumes where it was interrupted. Samples of a model of latents are decoded by the first stage in its
 folder; without one they are written as they are, to .npy or .npz."""
 
@@ -51,7 +52,8 @@ folder; without one they are written as they are, to .npy or .npz."""
 class SampleOptions:
     """Draw images from a trained pipeline.
 
-    It is a folder of this package or of Diffusers' DDPMPipeline or LDMPipeline, or a Hub id.
+    It is a folder of this package or of Diffusers' DDPMPipeline, LDMPipeline, LDMTextToImagePipeline or
+    StableDiffusionPipeline (without safety checker), or a Hub id.
     """
 
     folder: str = positional("FOLDER", FOLDER_HELP, path=True)
