@@ -91,8 +91,10 @@ def load_compvis(
     prefixes = (ignore_keys,) if isinstance(ignore_keys, str) else tuple(ignore_keys)
     options = LoadOptions(weights, prefixes, load_only_unet, schedule_from, text_heads)
     checkpoint = read_compvis_checkpoint(path, config, options, tokenizer)
-    for note in checkpoint.notes + checkpoint.conditioning.notes:
+    for note in checkpoint.notes:
         warnings.warn(note, stacklevel=2)
+    for note in checkpoint.conditioning.notes:
+        logger.warning("%s: %s", path, note)
     which = choose_weights(checkpoint, weights)
     if weights == "auto":
         other = "" if which == "ema" and checkpoint.weights("raw") else "the only ones in the file; "
@@ -159,8 +161,8 @@ def read_compvis_checkpoint(
         notes.append(f"The first stage is left out: {one_line(foreign)} is not one of CompVis' classes ({known}).")
     if contents.filled:
         notes.append(f"The EMA lacks {len(contents.filled)} frozen tensors; they are copied from the raw weights.")
-    notes += [*more_notes, *tokenizer_notes]
-    conditioning = ConditioningStages(conditioners, contents.conditioners, tokenizer)
+    remarks = [*more_notes, *tokenizer_notes]
+    conditioning = ConditioningStages(conditioners, contents.conditioners, tokenizer, remarks)
     return CompVisCheckpoint(translated, contents, scheduler, first_stage, conditioning, notes)
 
 

@@ -49,11 +49,13 @@ class ConditioningStages:
         configs: by section.
         tensors: by prefix of the keys, by keys without it.
         tokenizer: of the text encoder; None without one.
+        remarks: sentences for the user on stages that are left out, and on the tokenizer.
     """
 
     configs: Mapping[str, ConditionerConfig]
     tensors: Mapping[str, Mapping[str, Tensor]]
     tokenizer: Any
+    remarks: list[str]
 
     @cached_property
     def converted(self) -> dict[str, ConvertedConditioner]:
@@ -84,8 +86,8 @@ class ConditioningStages:
 
     @property
     def notes(self) -> list[str]:
-        """Sentences for the user on how they were converted."""
-        return [note for each in self.converted.values() for note in each.plan.notes]
+        """Sentences for the user on what is assumed, and what is left out."""
+        return self.remarks + [note for each in self.converted.values() for note in each.plan.notes]
 
     @property
     def rows(self) -> dict[str, list[ConvertedTensor]]:
