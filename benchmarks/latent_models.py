@@ -5,7 +5,8 @@
 
 DIR are checkouts of the repositories of these names (open_clip at v2.0.2); nothing of them is copied. Weights are a
 function of their keys. The original class loads them strictly and samples with the global generator; the checkpoint
-that it saves is loaded with `load_compvis`, sampled with the same seed, and written back by `save_compvis`. With
+that it saves is loaded with `load_compvis`, sampled with the same seed, and written back by `save_compvis`; the class,
+built from the configuration that belongs to this file, loads it strictly. With
 ``--record`` the numbers go to ``tests/golden/latent_models``, where the tests read them.
 """
 
@@ -27,6 +28,7 @@ import yaml
 from torch import Tensor
 
 from diffusers_ddpm_ext.compvis import load_compvis, save_compvis
+from diffusers_ddpm_ext.compvis.save import compvis_config
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
@@ -117,8 +119,10 @@ def compare(original: Any, content: dict[str, Any], base: bool) -> tuple[dict[st
         pipeline = load_compvis(path, content)
         save_compvis(pipeline, target, base=path if base else None, use_ema=original.use_ema)
         back = torch.load(target, weights_only=True)["state_dict"]
+        written = compvis_config(pipeline, original.use_ema, path if base else None)["model"]
     state = original.state_dict()
-    original.load_state_dict(back, strict=True)
+    assert written["target"] == content["model"]["target"]
+    build_quietly(type(original), **written["params"]).load_state_dict(back, strict=True)
     condition, arguments = original_condition(original, content)
     shape = (BATCH, original.channels, original.image_size, original.image_size)
     torch.manual_seed(SEED)

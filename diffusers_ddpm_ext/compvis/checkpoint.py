@@ -19,6 +19,7 @@ from diffusers_ddpm_ext.compvis.schema import (
     CONDITIONERS,
     FIRST_STAGE_SECTION,
     FIXED_LOGVAR,
+    MODEL_CLASS,
     SCALE_FACTOR_BUFFER,
 )
 from diffusers_ddpm_ext.compvis.state_dict import CheckpointContents
@@ -101,6 +102,8 @@ class CompVisCheckpoint:
         facts: dict[str, Any] = {"unet_params": dict(self.config.unet_params)}
         if self.config.cond_stage is not None:
             facts[CONDITION_STAGE] = self.config.cond_stage
+        if self.config.subclass:
+            facts[MODEL_CLASS] = self.config.subclass
         if self.first_stage_config is not None:
             facts[FIRST_STAGE_SECTION] = self.first_stage_config.section
         if self.conditioning.configs:

@@ -11,12 +11,21 @@ from diffusers import AutoencoderKL, VQModel
 from torch import Tensor, nn
 
 from diffusers_ddpm_ext.compvis.config.ddpm import FIRST_STAGE_AS_CONDITION, UNCONDITIONAL_STAGE
+from diffusers_ddpm_ext.compvis.config.run_keys import as_mapping
+from diffusers_ddpm_ext.compvis.config.targets import IS_LATENT
 from diffusers_ddpm_ext.compvis.export_conditioners import conditioner_tensors, conditioning_stages
 from diffusers_ddpm_ext.compvis.first_stage.arguments import original_config
 from diffusers_ddpm_ext.compvis.first_stage.checkpoint_keys import CONDITION_PREFIX, FIRST_STAGE_PREFIX
 from diffusers_ddpm_ext.compvis.first_stage.weights import export_first_stage
 from diffusers_ddpm_ext.compvis.reader.archive import PathLike
-from diffusers_ddpm_ext.compvis.schema import CONDITION_STAGE, FIRST_STAGE_SECTION, REPORT_FILE, SCALE_FACTOR_BUFFER
+from diffusers_ddpm_ext.compvis.schema import (
+    CONDITION_STAGE,
+    FIRST_STAGE_SECTION,
+    MODEL_CLASS,
+    REPORT_FILE,
+    SCALE_FACTOR_BUFFER,
+    one_line,
+)
 from diffusers_ddpm_ext.compvis.state_dict import CLASS_EMBEDDING_KEY
 from diffusers_ddpm_ext.models.first_stage import load_first_stage
 from diffusers_ddpm_ext.models.fold_scale import fold_scale, reason_not_to_fold
@@ -89,6 +98,22 @@ def stage_tensors(
 def has_stages(pipeline: DDPMExtPipeline, facts: Mapping[str, Any], base: Mapping[str, Tensor]) -> bool:
     """Whether a pipeline is a LatentDiffusion of the original, not its base class; arguments as `stage_params`."""
     return pipeline.vae is not None or bool(conditioning_stages(pipeline, facts, base))
+
+
+def subclass(facts: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
+    """Target and own parameters of the recorded class, if it is another one than LatentDiffusion.
+
+    Raises:
+        ValueError: the record is damaged.
+    """
+    where = f"{REPORT_FILE} facts.{MODEL_CLASS}"
+    recorded = as_mapping(facts.get(MODEL_CLASS), where)
+    if not recorded:
+        return None
+    target = str(recorded.get("target"))
+    if not IS_LATENT.get(target.rpartition(".")[2]):
+        raise ValueError(f"{where}.target is {one_line(target)}, no known class: convert the checkpoint again.")
+    return target, dict(as_mapping(recorded.get("params"), f"{where}.params"))
 
 
 def stage_params(pipeline: DDPMExtPipeline, facts: Mapping[str, Any], base: Mapping[str, Tensor]) -> dict[str, Any]:

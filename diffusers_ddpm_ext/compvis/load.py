@@ -81,8 +81,8 @@ def load_compvis(
 
     Returns:
         The pipeline; ``.unet`` is the Diffusers network, ``.vae`` the first stage if the file has it, with the scale
-        of the latents, ``.text_encoder`` that of texts, all float32, in eval mode. Conditioning stages of other
-        classes are left out: pass their output.
+        of the latents, ``.text_encoder``, ``.concat_encoder`` and ``.image_encoder`` its conditioning stages, all
+        float32, in eval mode. Stages of other classes are left out: pass their output.
 
     Raises:
         ValueError: an argument is not one of the allowed values, the file cannot be read, or it does not belong to the

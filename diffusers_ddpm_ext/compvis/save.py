@@ -18,6 +18,7 @@ from diffusers_ddpm_ext.compvis.export_stages import (
     read_facts,
     stage_params,
     stage_tensors,
+    subclass,
 )
 from diffusers_ddpm_ext.compvis.first_stage.arguments import original_config
 from diffusers_ddpm_ext.compvis.first_stage.weights import export_first_stage
@@ -279,7 +280,8 @@ def compvis_config(
     other = read_base(base)
     if not has_stages(pipeline, source.facts, other):
         return {"model": {"target": DDPM_TARGET, "params": params}}
-    return {"model": {"target": LATENT_TARGET, "params": params | stage_params(pipeline, source.facts, other)}}
+    target, own = subclass(source.facts) or (LATENT_TARGET, {})
+    return {"model": {"target": target, "params": params | own | stage_params(pipeline, source.facts, other)}}
 
 
 def has_named_betas(pipeline_or_folder: DDPMExtPipeline | PathLike) -> bool:

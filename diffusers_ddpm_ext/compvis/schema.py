@@ -21,6 +21,7 @@ FIXED_LOGVAR = "fixed_logvar"  # a logvar that a class saves without learning it
 FIRST_STAGE_SECTION = "first_stage_config"
 CONDITION_STAGE = "cond_stage"  # the target of the conditioning stage
 CONDITIONERS = "conditioners"  # section and layout of each conditioning stage that is converted, by section
+MODEL_CLASS = "model_class"  # target and own parameters of a class other than LatentDiffusion and its base class
 SCALE_FACTOR_BUFFER = "scale_factor_buffer"  # whether the file had the factor, not only the configuration
 COMPVIS_EMA_DECAY = 0.9999
 REFERENCE = "${"  # OmegaConf's reference to another key

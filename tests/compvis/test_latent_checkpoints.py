@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from typing import Any
 
@@ -250,7 +251,8 @@ def test_released_models_draw_the_originals_pictures(name, tmp_path):
     shapes = stage_shapes().get(name, {})
     state = seeded_state(content, shapes)
     torch.save({"state_dict": state}, tmp_path / "m.ckpt")
-    pipeline = load_compvis(tmp_path / "m.ckpt", content)
+    is_clip = "CLIP" in str(content["model"]["params"]["cond_stage_config"])  # whose heads no file tells
+    pipeline = load_compvis(tmp_path / "m.ckpt", content, text_heads=1 if is_clip else None)
     mode = pipeline.first_stage.encode_condition(conditions(content)["picture"])
     assert largest(some_pixels(mode), truth.pop("mode")) <= 1e-5
     latents, picture = truth.pop("latents"), truth.pop("picture")
@@ -267,3 +269,38 @@ def test_released_models_draw_the_originals_pictures(name, tmp_path):
     back = torch.load(tmp_path / "back.ckpt", weights_only=True)["state_dict"]
     assert state.keys() <= back.keys()
     assert [key for key in state if not torch.equal(back[key], state[key])] == []
+    written = compvis_config(pipeline, use_ema=False, base=tmp_path / "m.ckpt" if shapes else None)
+    assert written["model"]["target"] == content["model"]["target"]
+    again = read_compvis_config(written, for_training=False)
+    assert again.concat_through_vae == pipeline.config.get("concat_through_vae")
+    for name in ("low_scale_config", "noise_aug_config", "depth_stage_config"):
+        assert written["model"]["params"].get(name) == content["model"]["params"].get(name)
+    assert ("finetune_keys" in written["model"]["params"]) == ("finetune_keys" in content["model"]["params"])
+
+
+def test_the_stage_of_a_segmentation_map(tmp_path, caplog):
+    """A rescaler without a convolution has no tensors; another method of a stage, or ignore_keys, leaves it out."""
+    content = copy.deepcopy(MODELS["latent-diffusion/semantic_synthesis256"])
+    params = content["model"]["params"]
+    params["cond_stage_config"]["params"] = {"n_stages": 2}
+    torch.save({"state_dict": seeded_state(content)}, tmp_path / "m.ckpt")
+    pipeline = load_compvis(tmp_path / "m.ckpt", content)
+    pictures = torch.rand(BATCH, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    small = torch.nn.functional.avg_pool2d(torch.nn.functional.avg_pool2d(pictures, 2), 2)
+    drawn = sample(pipeline, SEED, concat_images=pictures)
+    assert largest(drawn, sample(pipeline, SEED, concat_inputs=small)) <= 1e-5
+    pipeline.save_pretrained(tmp_path / "folder")
+    assert torch.equal(
+        sample(DDPMExtPipeline.from_pretrained(tmp_path / "folder"), SEED, concat_images=pictures), drawn
+    )
+    written = compvis_config(pipeline)["model"]["params"]["cond_stage_config"]
+    assert written["params"]["out_channels"] is None
+    assert load_compvis(tmp_path / "m.ckpt", content, ignore_keys=["cond_stage_model."]).concat_encoder is None
+    params["cond_stage_forward"] = "embed"
+    assert load_compvis(tmp_path / "m.ckpt", content).concat_encoder is None
+    assert "SpatialRescaler is left out" in caplog.text
+    assert "cond_stage_forward embed is another method" in caplog.text
+    params["cond_stage_forward"] = "encode"
+    params["cond_stage_config"]["params"] = {"n_stages": "2"}
+    with pytest.raises(ValueError, match=r"n_stages takes a whole number.*or leave the stage out: ignore_keys"):
+        load_compvis(tmp_path / "m.ckpt", content)

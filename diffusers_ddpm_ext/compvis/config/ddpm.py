@@ -109,6 +109,20 @@ class CompVisConfig:
         return str(self.cond_stage).rpartition(".")[2] == "ClassEmbedder"
 
     @property
+    def subclass(self) -> dict[str, Any]:
+        """Target and own parameters of a class other than LatentDiffusion and its base class; else empty."""
+        path = str(next(row.value for row in self.rows if row.key == "model.target"))
+        if self.target in ("DDPM", "LatentDiffusion") and path.split(".")[-2:-1] != ["ddpm_edit"]:
+            return {}
+        own = {row.key.removeprefix("model.params."): row.value for row in self.rows}
+        params = {name: own[name] for name in targets.SUBCLASS_PARAMS if name in own}
+        # Null: the class would widen the input layer of a checkpoint that it is given.
+        return {
+            "target": path,
+            "params": params | ({"finetune_keys": None} if self.target in targets.FINETUNED else {}),
+        }
+
+    @property
     def concat_through_vae(self) -> ConcatThroughVae | None:
         """How a concatenated condition goes through the first stage: its own, unscaled mode, or a scaled sample."""
         if not self.samples.latent or "concat_inputs" not in REQUIRED_CONDITIONS[self.conditioning_key]:

@@ -36,6 +36,14 @@ CONDITIONERS = {
         "pipeline.image_encoder; image is its input",
     ),
 }
+# Parameters of LatentDiffusion's subclasses, which these need where they are built.
+SUBCLASS_PARAMS = (
+    "concat_keys", "masked_image_key", "depth_stage_config", "low_scale_config", "low_scale_key", "noise_level_key",
+    "reshuffle_patch_size", "embedder_config", "embedding_key", "embedding_dropout", "freeze_embedder",
+    "noise_aug_config",
+)  # fmt: skip
+FINETUNED = ("LatentFinetuneDiffusion", "LatentInpaintDiffusion", "LatentDepth2ImageDiffusion",
+             "LatentUpscaleFinetuneDiffusion")  # fmt: skip
 LR_LAMBDAS = ("LambdaWarmUpCosineScheduler", "LambdaWarmUpCosineScheduler2", "LambdaLinearScheduler")
 # Parameters that are options of the same names here.
 NEEDS_CKPT_PATH = ("ignore_keys", "load_only_unet", "make_it_fit", "reset_ema", "reset_num_ema_updates")
@@ -66,6 +74,8 @@ PARAMS_WITHOUT_EFFECT = {
     "unfrozen_diff": "selects the trained part of StableSR",
     "init_sft": "selects the trained part of StableSR",
     "noise_level_key": "pass the noise level as class_labels",
+    "freeze_embedder": "image encoders are not trained here",
+    "reshuffle_patch_size": "reshuffle the low-resolution input before passing it as concat_inputs",
     "low_scale_class": "pass the low-resolution input as concat_inputs",
 }
 PARAMS_REFUSED_UNLESS_EMPTY = {
