@@ -42,7 +42,7 @@ from diffusers_ddpm_ext import DDPMExtPipeline
 from diffusers_ddpm_ext.plotting.sheets import save_grid
 
 HERE = Path(__file__).parent
-STEPS, BATCH, PER_NAME, SCALES = 20, 50, 4, (1.0, 3.0)
+STEPS, BATCH, PER_NAME, SCALES = 20, 50, 4, (1.0, 1.5)
 COMMON = ["--report_to", "none", "--seed", "0", "--resolution", "12", "--validation_fraction", "0",
           "--save_images_epochs", "100000", "--save_model_epochs", "100000", "--caption_column", "text",
           "--conditioning_dropout", '{"captions": 0.1}', "--block_out_channels", "32", "64", "--attention_levels", "1",
