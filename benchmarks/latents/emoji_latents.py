@@ -46,7 +46,7 @@ PIXELS = ["--block_out_channels", "32", "64", "128", "128", "--attention_levels"
 LATENTS = ["--block_out_channels", "64", "128", "192", "--attention_levels", "1", "2", "--layers_per_block", "1",
            "--attention_head_dim", "32"]  # fmt: skip
 FIRST_STAGE = ["--block_out_channels", "24", "48", "96", "--norm_num_groups", "8", "--train_batch_size", "8",
-               "--learning_rate", "2e-3", "--lr_warmup_steps", "50"]  # fmt: skip
+               "--learning_rate", "2e-3", "--lr_warmup_steps", "50", "--kl_weight", "3e-4"]  # fmt: skip
 TRAINING_STEPS = {"pixels": 700, "vae": 1200, "latents": 1100}
 """About 11 minutes a side at --scale 1, on the machine of the recorded figures."""
 
