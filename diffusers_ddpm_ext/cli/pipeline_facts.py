@@ -36,6 +36,8 @@ COMPONENTS = (
     *("concat_encoder", "image_encoder", "feature_extractor"),
 )
 """What a pipeline of ours may consist of."""
+SAFETY_CHECKER = "safety_checker"
+"""A component of Stable Diffusion, which is left out."""
 DEFAULT_CHANNELS, DEFAULT_TIMESTEPS = 3, 1000
 """Of UNet2DModel and DDPMScheduler, where their config leaves the key out."""
 
@@ -78,6 +80,11 @@ class PipelineFacts:
                 f"{self.index.name}: conditioning_key is {key!r}; it must be one of {', '.join(CONDITIONING_KEYS)}"
             )
         return key
+
+    @property
+    def has_safety_checker(self) -> bool:
+        """Whether the folder has Stable Diffusion's safety checker, which the pipeline leaves out."""
+        return names_class(self.index.content.get(SAFETY_CHECKER))
 
     @property
     def takes_concat_inputs(self) -> bool:
@@ -217,7 +224,7 @@ def _read_facts(source: str, folder: Path, variant: str | None, variant_option: 
                 f"{index.name} names no {part}: this is no pipeline of a network and a scheduler, such as DDPMPipeline"
             )
     components = [name for name, value in index.content.items() if names_class(value)]
-    others = [name for name in components if name not in COMPONENTS]
+    others = [name for name in components if name not in (*COMPONENTS, SAFETY_CHECKER)]
     if others:
         raise ConfigError(
             f"{index.name} has a component {printable(others[0], 60)!r}, and ddpm-ext runs pipelines of a network, a "

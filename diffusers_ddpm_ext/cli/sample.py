@@ -97,6 +97,8 @@ def _sample(
     what = "latents" if facts.lacks_first_stage else "images"
     individual = f" and, one by one, to {options.individual}" if options.individual else ""
     note = "; they are latents of an autoencoder that is not in the folder, not images" if what == "latents" else ""
+    if facts.has_safety_checker:
+        note += "; its safety checker was not run"
     return (
         f"{read.num_images} {what} of {height}x{width}x{channels} written to {options.output_path}"
         f"{individual} ({calls} calls of the network each){note}"

@@ -53,7 +53,7 @@ class SampleOptions:
     """Draw images from a trained pipeline.
 
     It is a folder of this package or of Diffusers' DDPMPipeline, LDMPipeline, LDMTextToImagePipeline or
-    StableDiffusionPipeline (without safety checker), or a Hub id.
+    StableDiffusionPipeline (whose safety checker is not run), or a Hub id.
     """
 
     folder: str = positional("FOLDER", FOLDER_HELP, path=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -211,3 +212,17 @@ def test_the_encoder_is_part_of_the_model(kind, tmp_path, sample, folders):
     status, error = sample(str(tmp_path / "two"), *flags)
     assert status == 2
     assert "holds images with model" in error
+
+
+def test_a_safety_checker_is_left_out_and_named(folders, sample, tmp_path):
+    arguments = ("--prompt", "red cat", "--num_images", "1")
+    assert "safety" not in sample("clip", *arguments, "--out", "a.npy")[1]
+    copy = shutil.copytree(folders / "clip", tmp_path / "checked")
+    index = json.loads((copy / "model_index.json").read_text(encoding="utf-8"))
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    (copy / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+    (copy / "safety_checker").mkdir()
+    status, printed = sample(str(copy), *arguments, "--out", "b.npy")
+    assert status == 0
+    assert printed.endswith("; its safety checker was not run\n")
+    assert np.array_equal(np.load("a.npy"), np.load("b.npy"))
