@@ -7,11 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.runs import tiny_run
 from helpers.tiny import tiny_unet
 from PIL import Image
 from sklearn.datasets import load_digits
 
 from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtScheduler, cli
+from diffusers_ddpm_ext.training.trainer import train
 
 TRAINED = 1617
 
@@ -69,3 +71,19 @@ def test_it_needs_held_out_images(folder, tmp_path, capsys):
     argv = ["evaluate", str(folder), "--memorization", "--samples", samples, "--validation_fraction", "0"]
     assert cli.main([*argv, "--out", str(tmp_path / "out")]) == 2
     assert "no images are held out" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_run_overfitted_to_32_images_is_flagged(tmp_path):
+    """Trained on 32 digits for 1,200 epochs, with all others held out."""
+    sizes = {"block_out_channels": [32, 64], "train_batch_size": 32, "max_train_steps": 1200, "ema_decay": 0.99}
+    chain = {"num_train_timesteps": 200, "beta_schedule": "squaredcos_cap_v2", "validation_steps": 0}
+    run = tiny_run(tmp_path / "run", validation_fraction=1765 / 1797, logging_steps=100, **sizes, **chain)
+    folder = train(run)
+    assert folder is not None
+    result = measure(folder, tmp_path / "out", "--num_samples", "200", "--num_inference_steps", "50")
+    assert result["num_training"] == 32
+    assert result["memorizes"]
+    assert result["rate"]["low"] > 0.3
+    gap = result["loss_gap"]
+    assert sum(low > 0 for low in gap["low"]) > len(gap["low"]) / 3
