@@ -1,6 +1,6 @@
 """Super-resolution and inpainting by concatenation, in the latents of a first stage: emoji at 64 x 64.
 
-    python benchmarks/latents/emoji_conditions.py FOLDER [--train_steps 800]
+    python benchmarks/latents/emoji_conditions.py FOLDER [--train_steps 2400]
 
 ``FOLDER`` is that of emoji_latents.py, whose set and first stage it takes. Both models draw latents (16 x 16):
 
@@ -47,7 +47,7 @@ def main() -> int:
     """Prepare the pictures, train, sample and measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--train_steps", type=int, default=800)
+    parser.add_argument("--train_steps", type=int, default=2400)
     options = parser.parse_args()
     folder = options.folder
     for part in ("train", "held_out"):
