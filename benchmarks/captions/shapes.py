@@ -11,10 +11,8 @@ with an article; ``FOLDER/all`` has the pictures of `LEFT_OUT` as well, whose na
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
-import tempfile
 from pathlib import Path
 
 from PIL import Image, ImageFont
@@ -28,24 +26,6 @@ COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "brown", "black"
 SHAPES = ("heart", "circle", "square", "diamond", "book", "apple", "mark", "flag", "up", "down")
 """Last words of the names; "up" and "down" are triangles pointed there."""
 LEFT_OUT = ("blue circle", "green heart", "red square")
-
-
-def main() -> int:
-    """Build the set."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--font", type=Path, help="color bitmap font (default: Debian's Noto Color Emoji)")
-    parser.add_argument("--list", type=Path, dest="emoji_list", help="Unicode's emoji-test.txt (default: Debian's)")
-    options = parser.parse_args()
-    if options.folder.exists():
-        parser.error(f"{options.folder} exists")
-    with tempfile.TemporaryDirectory() as scratch:
-        if options.font is None or options.emoji_list is None:
-            emoji.unpack_packages(Path(scratch))
-        font = options.font or Path(scratch) / emoji.FONT
-        emoji_list = options.emoji_list or Path(scratch) / emoji.LIST
-        print(json.dumps(write_pictures(options.folder, font, emoji_list)))
-    return 0
 
 
 def write_pictures(folder: Path, font_path: Path, list_path: Path) -> dict[str, int]:
@@ -79,4 +59,4 @@ def shape_names(list_path: Path) -> list[tuple[str, str]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(emoji.main(__doc__, write_pictures))

@@ -20,8 +20,9 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, features
@@ -35,9 +36,9 @@ GENDERS = re.compile(r"\b(man|woman|person|men|women|people)\b")
 HELD_OUT = 10  # one picture in so many
 
 
-def main() -> int:
-    """Build the set."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(description: str | None, write: Callable[[Path, Path, Path], dict[str, Any]]) -> int:
+    """Build a set from the command line: ``write`` draws it from the font and the list, and counts."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--font", type=Path, help="color bitmap font (default: Debian's Noto Color Emoji)")
     parser.add_argument("--list", type=Path, dest="emoji_list", help="Unicode's emoji-test.txt (default: Debian's)")
@@ -49,7 +50,7 @@ def main() -> int:
             unpack_packages(Path(scratch))
         font = options.font or Path(scratch) / FONT
         emoji_list = options.emoji_list or Path(scratch) / LIST
-        counts = write_pictures(options.folder, font, emoji_list)
+        counts = write(options.folder, font, emoji_list)
     print(json.dumps(counts, indent=2))
     return 0
 
@@ -119,4 +120,4 @@ def write_pictures(folder: Path, font_path: Path, list_path: Path) -> dict[str, 
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(__doc__, write_pictures))

@@ -10,9 +10,10 @@ import torch
 from huggingface_hub import snapshot_download
 
 from diffusers_ddpm_ext.errors import ConfigError, printable
+from diffusers_ddpm_ext.models.component_folder import as_hub_error, find_component
 from diffusers_ddpm_ext.models.latent_scale import CLASS_NAMES, KINDS, SLOTS, compression_factor, latent_rule
 from diffusers_ddpm_ext.utils.generations import read_one_generation
-from diffusers_ddpm_ext.utils.input_files import file_name, read_json_object
+from diffusers_ddpm_ext.utils.input_files import file_name
 from diffusers_ddpm_ext.utils.network_folder import (
     as_folder_error,
     check_all_used,
@@ -40,47 +41,24 @@ def load_first_stage(path_or_id: str | os.PathLike[str], subfolder: str | None =
     if os.path.isdir(source):
         autoencoder: Any = read_one_generation(source, lambda folder: _load(_find(folder, subfolder)))
         return autoencoder
-    try:
+    with as_hub_error(source):
         places = (subfolder,) if subfolder else (".", *SLOTS)
         patterns = [MODEL_INDEX, *(os.path.normpath(f"{place}/config.json") for place in places)]
         folder = Path(snapshot_download(source, allow_patterns=patterns))
         place = _find(folder, subfolder).relative_to(folder).as_posix()
         weights = [f"{place}/*.{kind}".removeprefix("./") for kind in ("safetensors", "bin", "index.json")]
         folder = Path(snapshot_download(source, revision=folder.name, allow_patterns=[*patterns, *weights]))
-    except ConfigError:
-        raise
-    except (OSError, ValueError) as error:
-        reason = printable(" ".join(str(error).split()).split(". ")[0], 300)
-        raise ConfigError(
-            f"{printable(source)} is not a folder on this machine and cannot be loaded from the Hub: check the name, "
-            f"the network and, for a private repository, `hf auth whoami` ({reason})"
-        ) from None
     return _load(_find(folder, subfolder))
 
 
 def _find(folder: Path, subfolder: str | None) -> Path:
     """The folder of the autoencoder inside another one."""
-    if subfolder is not None:
-        if os.path.isabs(subfolder) or ".." in Path(subfolder).parts:
-            raise ConfigError(f"subfolder is {printable(subfolder)}; it must be a folder inside {file_name(folder)}")
-        if not (folder / subfolder).is_dir():
-            raise ConfigError(f"{file_name(folder)} has no folder {printable(subfolder)}: correct the subfolder")
-        return folder / subfolder
-    if not (folder / MODEL_INDEX).is_file():
-        if not (folder / "config.json").is_file():
-            raise ConfigError(
-                f"{file_name(folder)} has neither config.json nor {MODEL_INDEX}: give the folder of a Diffusers "
-                "autoencoder, or of a pipeline with one"
-            )
-        return folder
-    index = read_json_object(folder / MODEL_INDEX)
-    slot = next((name for name in SLOTS if any(index.list(name, []))), None)
-    if slot is None:
+    if subfolder is None and not any((folder / name).is_file() for name in (MODEL_INDEX, "config.json")):
         raise ConfigError(
-            f"{file_name(folder)} is a pipeline without a first stage ({' or '.join(SLOTS)}): give another folder, or "
-            "the autoencoder's own"
+            f"{file_name(folder)} has neither config.json nor {MODEL_INDEX}: give the folder of a Diffusers "
+            "autoencoder, or of a pipeline with one"
         )
-    return folder / slot
+    return find_component(folder, subfolder, SLOTS, "first stage")
 
 
 def _load(folder: Path) -> Any:

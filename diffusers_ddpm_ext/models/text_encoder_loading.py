@@ -13,14 +13,16 @@ import torch
 from huggingface_hub import snapshot_download
 
 from diffusers_ddpm_ext.errors import ConfigError, printable
+from diffusers_ddpm_ext.models.component_folder import as_hub_error, find_component
 from diffusers_ddpm_ext.models.text_kinds import ENCODER_SLOTS, KINDS, TextKind
 from diffusers_ddpm_ext.utils.generations import read_one_generation
-from diffusers_ddpm_ext.utils.input_files import JsonObject, file_name, read_json_object
+from diffusers_ddpm_ext.utils.input_files import JsonObject, file_name
 from diffusers_ddpm_ext.utils.network_folder import as_folder_error
 from diffusers_ddpm_ext.utils.pipeline_files import MODEL_INDEX, TOKENIZER_FILES, is_weights, weights_variant
 from diffusers_ddpm_ext.utils.text_encoder_folder import check_text_encoder_folder
 
-TOKENIZER_SLOTS = ("tokenizer",)
+SLOTS = {"text encoder": ENCODER_SLOTS, "tokenizer": ("tokenizer",)}
+"""Names of a component in a pipeline."""
 OF_TOKENIZER = (
     "tokenizer.json",
     "vocab.json",
@@ -47,7 +49,7 @@ def load_text_encoder(path_or_id: str | os.PathLike[str], subfolder: str | None 
         ConfigError: it does not exist, cannot be read, is no text encoder, or lacks weights; one sentence.
     """
     files = ("config.json", "*.safetensors", "*.safetensors.index.json")
-    return _load(path_or_id, subfolder, ENCODER_SLOTS, files, load_encoder_folder)
+    return _load(path_or_id, subfolder, "text encoder", files, load_encoder_folder)
 
 
 def load_tokenizer(path_or_id: str | os.PathLike[str], subfolder: str | None = None) -> Any:
@@ -63,7 +65,7 @@ def load_tokenizer(path_or_id: str | os.PathLike[str], subfolder: str | None = N
     Raises:
         ConfigError: it does not exist or cannot be read; one sentence.
     """
-    return _load(path_or_id, subfolder, TOKENIZER_SLOTS, (*TOKENIZER_FILES, "config.json"), _load_tokenizer)
+    return _load(path_or_id, subfolder, "tokenizer", (*TOKENIZER_FILES, "config.json"), _load_tokenizer)
 
 
 def transformers_class(library: str, name: str) -> Any:
@@ -83,46 +85,17 @@ def transformers_class(library: str, name: str) -> Any:
         ) from None
 
 
-# ------------------------------------------------------------------ where it is
-
-
 def _load(
-    path_or_id: str | os.PathLike[str], subfolder: str | None, slots: Sequence[str], files: Sequence[str], load: Any
+    path_or_id: str | os.PathLike[str], subfolder: str | None, what: str, files: Sequence[str], load: Any
 ) -> Any:
-    source = os.fspath(path_or_id)
+    source, slots = os.fspath(path_or_id), SLOTS[what]
     if os.path.isdir(source):
-        return read_one_generation(source, lambda folder: load(_find(folder, subfolder, slots)))
-    try:
+        return read_one_generation(source, lambda folder: load(find_component(folder, subfolder, slots, what)))
+    with as_hub_error(source):
         places = (subfolder,) if subfolder else (".", *slots)
         patterns = [MODEL_INDEX, *(os.path.normpath(f"{place}/{name}") for place in places for name in files)]
         folder = Path(snapshot_download(source, allow_patterns=patterns))
-    except (OSError, ValueError) as error:
-        reason = printable(" ".join(str(error).split()).split(". ")[0], 300)
-        raise ConfigError(
-            f"{printable(source)} is not a folder on this machine and cannot be loaded from the Hub: check the name, "
-            f"the network and, for a private repository, `hf auth whoami` ({reason})"
-        ) from None
-    return load(_find(folder, subfolder, slots))
-
-
-def _find(folder: Path, subfolder: str | None, slots: Sequence[str]) -> Path:
-    """The folder of a component inside another one."""
-    if subfolder is not None:
-        if os.path.isabs(subfolder) or ".." in Path(subfolder).parts:
-            raise ConfigError(f"subfolder is {printable(subfolder)}; it must be a folder inside {file_name(folder)}")
-        if not (folder / subfolder).is_dir():
-            raise ConfigError(f"{file_name(folder)} has no folder {printable(subfolder)}: correct the subfolder")
-        return folder / subfolder
-    if not (folder / MODEL_INDEX).is_file():
-        return folder
-    index = read_json_object(folder / MODEL_INDEX)
-    slot = next((name for name in slots if any(index.list(name, []))), None)
-    if slot is None or not (folder / slot).is_dir():
-        raise ConfigError(
-            f"{file_name(folder)} is a pipeline without a {' or '.join(slots)}: give another folder, or the "
-            f"{slots[0]}'s own"
-        )
-    return folder / slot
+    return load(find_component(folder, subfolder, slots, what))
 
 
 # ------------------------------------------------------------------ the encoder

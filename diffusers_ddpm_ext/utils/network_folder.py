@@ -67,6 +67,22 @@ def check_network_folder(folder: Path, variant: str | None = None) -> JsonObject
     config = read_json_object(folder / "config.json")
     check_network_types(config.content, config.name)
     check_network_config(config.content, config.name)
+    check_weights_files(folder, variant, least_parameters(config.content), f"{config.name} describes a network")
+    return config
+
+
+def check_weights_files(folder: Path, variant: str | None, least: int, description: str) -> None:
+    """Check the indexes of a network's weights, and that the files are large enough.
+
+    Args:
+        folder: of the network.
+        variant: of the weights that will be loaded.
+        least: parameters that the network has.
+        description: beginning of a message: which file describes what.
+
+    Raises:
+        ConfigError: an index is damaged or names a file elsewhere, or the files are too small.
+    """
     files = [path for path in folder.iterdir() if is_weights(path.name)]
     for path in files:
         open_input(path).close()  # a named pipe would be waited for
@@ -77,13 +93,12 @@ def check_network_folder(folder: Path, variant: str | None = None) -> JsonObject
             for tensor in shards.content:
                 if shards.string(tensor) != Path(shards.string(tensor)).name:
                     raise ConfigError(f"{shards.name}: {printable(tensor, 80)} is in a file outside the folder.")
-    size, least = sum(path.stat().st_size for path in files if path.is_file()), least_parameters(config.content)
+    size = sum(path.stat().st_size for path in files if path.is_file())
     if files and least > size:
         raise ConfigError(
-            f"{config.name} describes a network of over {least:,} parameters, but the files of its weights have "
-            f"{size:,} bytes: one of them is damaged, or of another model."
+            f"{description} of over {least:,} parameters, but the files of its weights have {size:,} bytes: one of "
+            "them is damaged, or of another model."
         )
-    return config
 
 
 def check_complete(network: nn.Module, folder: Path) -> None:

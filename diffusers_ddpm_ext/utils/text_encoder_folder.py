@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from diffusers_ddpm_ext.errors import ConfigError, printable
-from diffusers_ddpm_ext.utils.input_files import JsonObject, open_input, read_json_object
+from diffusers_ddpm_ext.utils.input_files import JsonObject, read_json_object
 from diffusers_ddpm_ext.utils.network_budget import physical_memory
-from diffusers_ddpm_ext.utils.pipeline_files import is_weights, weights_variant
+from diffusers_ddpm_ext.utils.network_folder import check_weights_files
 
 MAX_WIDTH, MAX_LAYERS, MAX_VOCABULARY, MAX_POSITIONS = 65_536, 512, 10_000_000, 1_000_000
 LIMITS = (
@@ -44,20 +44,7 @@ def check_text_encoder_folder(folder: Path, variant: str | None = None) -> JsonO
     inner = config.content.get("text_config")
     settings = inner if isinstance(inner, dict) and config.content.get("model_type") == "clip" else config.content
     check_settings(config.name, settings)
-    files = [path for path in folder.iterdir() if is_weights(path.name)]
-    for path in files:
-        open_input(path).close()  # a named pipe would be waited for
-        if path.name.endswith(".json") and weights_variant(path.name) in (None, variant):
-            shards = read_json_object(path).object("weight_map")
-            for tensor in shards.content:
-                if shards.string(tensor) != Path(shards.string(tensor)).name:
-                    raise ConfigError(f"{shards.name}: {printable(tensor, 80)} is in a file outside the folder.")
-    size, least = sum(path.stat().st_size for path in files if path.is_file()), least_parameters(settings)
-    if files and least > size:
-        raise ConfigError(
-            f"{config.name} describes a text encoder of over {least:,} parameters, but the files of its weights have "
-            f"{size:,} bytes: one of them is damaged, or of another model."
-        )
+    check_weights_files(folder, variant, least_parameters(settings), f"{config.name} describes a text encoder")
     return config
 
 

@@ -162,8 +162,8 @@ def test_variants_of_a_whole_model_lacking_a_tensor_are_refused(tmp_path):
         ("nothing", load_tokenizer, "not a folder on this machine"),
         ("empty", load_text_encoder, "config.json does not exist"),
         ("empty", load_tokenizer, "has no tokenizer"),
-        ("pipeline", load_text_encoder, "pipeline without a text_encoder or bert"),
-        ("pipeline", load_tokenizer, "pipeline without a tokenizer"),
+        ("pipeline", load_text_encoder, r"pipeline without a text encoder \(text_encoder or bert\)"),
+        ("pipeline", load_tokenizer, r"pipeline without a tokenizer \(tokenizer\)"),
     ],
 )
 def test_what_is_not_there_is_one_sentence(name, load, words, tmp_path):
