@@ -76,7 +76,9 @@ def test_what_the_network_is_called_with(key):
 
 def test_several_inputs_and_contexts_are_concatenated():
     """Lists, as the original's dictionaries hold: channels after channels, tokens after tokens."""
-    model = ConditionedModel(nn.Identity(), Conditioning("hybrid"), None, None, 3, torch.device("cpu"))
+    network: Any = nn.Identity()
+    network.config = {"cross_attention_dim": GIVEN["encoder_hidden_states"].shape[-1]}
+    model = ConditionedModel(network, Conditioning("hybrid"), None, None, 3, torch.device("cpu"))
     parts, contexts = [X[:, :1], X[:, 1:2]], [GIVEN["encoder_hidden_states"], GIVEN["encoder_hidden_states"] + 1]
     conditions = prepare_conditions(ConditionArguments(None, parts, contexts), model, 4)
     assert torch.equal(conditions.concat_inputs, X[:, :2])

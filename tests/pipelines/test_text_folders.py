@@ -222,8 +222,9 @@ def test_components_can_be_replaced_and_left_out(results):
     assert DDPMExtPipeline.from_pretrained(folder, tokenizer=None).tokenizer is None
 
 
+@pytest.mark.filterwarnings("ignore:.torch_dtype. is deprecated")
 def test_the_encoders_are_in_float32_whatever_the_network_is(results):
-    half = DDPMExtPipeline.from_pretrained(results.folders / "clip", dtype=torch.float16)
+    half = DDPMExtPipeline.from_pretrained(results.folders / "clip", torch_dtype=torch.float16)
     assert (half.unet.dtype, half.vae.dtype, half.text_encoder.dtype) == (torch.float16, torch.float32, torch.float32)
     moved = DDPMExtPipeline.from_pretrained(results.folders / "clip").to(torch.float16)
     assert (moved.unet.dtype, moved.text_encoder.dtype) == (torch.float16, torch.float32)
