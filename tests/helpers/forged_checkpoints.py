@@ -83,7 +83,9 @@ def mutate(value: Any, chance: random.Random) -> str:
         new = chance.choice([old + 1, old - 1, -old, old * 2, old / 3])
     if kind == "add" and isinstance(holder, dict):
         holder["added"] = new
-        return f"add to {place[:-1]}"
+        return f"add {new!r:.60} to {place[:-1]}"
+    if repr(new) == repr(old):
+        return mutate(value, chance)
     holder[place[-1]] = new
     return f"{place}: {old!r:.60} -> {new!r:.60}"
 
