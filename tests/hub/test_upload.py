@@ -9,6 +9,7 @@ import sys
 import urllib.error
 import urllib.request
 
+import huggingface_hub
 import pytest
 from helpers.hub_server import LoopbackHub, Repo
 from helpers.paths import PYTHONPATH, TESTS
@@ -126,8 +127,9 @@ UPLOADED = {"unet/weights.safetensors": b"weights" * 1000, "config.yaml": b"seed
 
 @pytest.mark.parametrize("name", [None, *UPLOADED])
 @pytest.mark.parametrize("change", [lambda content: b"x" + content[1:], lambda content: content + b"x", None])
-def test_differences_between_a_folder_and_a_commit(name, change, tmp_path):
+def test_differences_between_a_folder_and_a_commit(name, change, tmp_path, monkeypatch):
     """A changed, longer or missing file on the Hub is named; files that only the Hub has are allowed."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)  # the server is on the loopback
     for path, content in UPLOADED.items():
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).write_bytes(content)
