@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         failure = describe_failure(error)
         if failure is None:
             raise
-        if isinstance(error, BrokenPipeError):
+        if isinstance(error, OSError) and error.filename is None:  # of a write, maybe to standard output
             _discard_output()
         return _report_error(*failure)
     return 0
