@@ -92,13 +92,12 @@ def test_cached_and_uncached_training_are_equal_to_the_bit(way, frozen, inputs, 
     assert (tmp_path / "runs").exists() == (way == "files")
     if way == "files":
         monkeypatch.setattr(TextEncoder, "encode", lambda *_: pytest.fail("encoded again"))
-        monkeypatch.setattr(DDPMExtPipeline, "__call__", lambda *_, **__: pytest.skip.Exception)
         setup = setup_of(tmp_path / "again", inputs)
         loop_captions.open_text_cache(setup)
         assert setup.captions.encode_conditions(next(open_batches(setup, 0)).conditions).captions is None
 
 
-def test_the_captions_of_two_processes_are_encoded_once(inputs, tmp_path, monkeypatch):
+def test_captions_are_encoded_once_also_after_a_killed_build(inputs, tmp_path, monkeypatch):
     """In files, each caption once, also after a build that was killed at any place."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(caption_encoder, "KEPT_BYTES", 0)
