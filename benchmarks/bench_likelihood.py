@@ -25,7 +25,7 @@ from torch import Tensor
 
 from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtScheduler
 from diffusers_ddpm_ext.diffusion.likelihood import bits_per_dim
-from diffusers_ddpm_ext.training.config.options import DataOptions
+from diffusers_ddpm_ext.training.config.data_options import DataOptions
 from diffusers_ddpm_ext.training.data.dataset import load_data
 
 

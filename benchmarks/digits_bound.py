@@ -30,7 +30,7 @@ from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtScheduler
 from diffusers_ddpm_ext.diffusion.likelihood import bits_per_dim
 from diffusers_ddpm_ext.diffusion.likelihood_estimate import half_width
 from diffusers_ddpm_ext.diffusion.variance_fit import VarianceFit, fit_logvar
-from diffusers_ddpm_ext.training.config.options import DataOptions
+from diffusers_ddpm_ext.training.config.data_options import DataOptions
 from diffusers_ddpm_ext.training.data.dataset import load_data
 from diffusers_ddpm_ext.utils import random_keys as keys
 

@@ -46,7 +46,7 @@ from diffusers_ddpm_ext.utils.option import embedded, option, options_of, positi
 if TYPE_CHECKING:
     from diffusers_ddpm_ext.diffusion.likelihood_estimate import StepBits, Strata
     from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
-    from diffusers_ddpm_ext.training.config.options import DataOptions
+    from diffusers_ddpm_ext.training.config.data_options import DataOptions
     from diffusers_ddpm_ext.training.evaluation.bound import BoundEvaluation, BoundValues
     from diffusers_ddpm_ext.training.evaluation.cache import EvaluationCache
     from diffusers_ddpm_ext.training.evaluation.processes import Processes

@@ -12,7 +12,7 @@ from diffusers_ddpm_ext.cli.arguments import DEVICE_HELP
 from diffusers_ddpm_ext.cli.pipeline_facts import PipelineFacts
 from diffusers_ddpm_ext.errors import ConfigError, as_config_error, printable
 from diffusers_ddpm_ext.pipelines.loading import select_device
-from diffusers_ddpm_ext.training.config.options import DataOptions
+from diffusers_ddpm_ext.training.config.data_options import DataOptions
 from diffusers_ddpm_ext.utils.files import CONFIG
 from diffusers_ddpm_ext.utils.option import embedded, option, options_of
 from diffusers_ddpm_ext.utils.vocabulary import Decoder

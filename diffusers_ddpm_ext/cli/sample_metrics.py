@@ -18,7 +18,7 @@ from diffusers_ddpm_ext.cli.pipeline_facts import facts_of_pipeline, read_pipeli
 from diffusers_ddpm_ext.cli.sample_metrics_options import DEFAULT_SAMPLES, OTHER_SCHEDULER_STEPS, SampleMetricsOptions
 from diffusers_ddpm_ext.errors import ConfigError, as_config_error, as_run_error, warn
 from diffusers_ddpm_ext.pipelines.loading import load_pipeline
-from diffusers_ddpm_ext.training.config.options import DataOptions
+from diffusers_ddpm_ext.training.config.data_options import DataOptions
 from diffusers_ddpm_ext.utils.files import SAMPLE_METRICS_FILE, write_text_atomically
 
 if TYPE_CHECKING:

@@ -26,7 +26,8 @@ from diffusers_ddpm_ext.cli.sample_options import SampleOptions
 from diffusers_ddpm_ext.cli.verify import VerifyOptions
 from diffusers_ddpm_ext.hub.push import PushOptions
 from diffusers_ddpm_ext.training.config.autoencoder_options import TRAIN_VAE
-from diffusers_ddpm_ext.training.config.options import OPTIONS, DataOptions
+from diffusers_ddpm_ext.training.config.data_options import DataOptions
+from diffusers_ddpm_ext.training.config.options import OPTIONS
 from diffusers_ddpm_ext.training.trainer import train
 from diffusers_ddpm_ext.utils.option import Option, options_of
 

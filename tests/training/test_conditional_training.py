@@ -23,7 +23,7 @@ from diffusers_ddpm_ext.errors import ConfigError
 from diffusers_ddpm_ext.models.class_embedder import load_class_embedder
 from diffusers_ddpm_ext.models.conditioning import CONDITIONING_KEYS, REQUIRED_CONDITIONS, Conditions
 from diffusers_ddpm_ext.training import trainer
-from diffusers_ddpm_ext.training.config.options import DataOptions
+from diffusers_ddpm_ext.training.config.data_options import DataOptions
 from diffusers_ddpm_ext.training.config.train_config import TrainConfig
 from diffusers_ddpm_ext.training.data.condition_dropout import make_condition_dropout
 from diffusers_ddpm_ext.training.data.dataset import load_data

@@ -16,7 +16,8 @@ from diffusers_ddpm_ext.training.checkpoints.run_folder import (
     remove_drafts,
     remove_run_files,
 )
-from diffusers_ddpm_ext.training.config.options import DataOptions, OutputOptions
+from diffusers_ddpm_ext.training.config.data_options import DataOptions
+from diffusers_ddpm_ext.training.config.options import OutputOptions
 from diffusers_ddpm_ext.utils.folder_lock import LOCK, FolderBusy, FolderLock
 
 DEFAULT_PARENT = Path("runs")

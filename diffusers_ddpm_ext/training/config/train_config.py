@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
 from diffusers_ddpm_ext.training.config.checks import check_data_options, check_options
+from diffusers_ddpm_ext.training.config.data_options import DataOptions
 from diffusers_ddpm_ext.training.config.flags import Parser
 from diffusers_ddpm_ext.training.config.latent_options import (
     LATENT_WIDTHS,
@@ -29,7 +30,6 @@ from diffusers_ddpm_ext.training.config.option_table import TRAIN, OptionTable
 from diffusers_ddpm_ext.training.config.options import (
     OPTIONS,
     CheckpointOptions,
-    DataOptions,
     EmaOptions,
     HubOptions,
     LoopOptions,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffusers_ddpm_ext.errors import ConfigError
 from diffusers_ddpm_ext.training.config.condition_checks import select_columns
-from diffusers_ddpm_ext.training.config.options import DataOptions
+from diffusers_ddpm_ext.training.config.data_options import DataOptions
 from diffusers_ddpm_ext.training.data.bit_depth import LEVELS_8_BIT, LEVELS_16_BIT
 from diffusers_ddpm_ext.training.data.captions import CaptionReader, CaptionTable, Tokenizes
 from diffusers_ddpm_ext.training.data.conditions import ConditionColumns, load_conditions

@@ -8,7 +8,7 @@ import torch
 
 from diffusers_ddpm_ext.errors import ConfigError, as_config_error
 from diffusers_ddpm_ext.models.first_stage import FirstStage, load_first_stage
-from diffusers_ddpm_ext.training.config.options import DataOptions
+from diffusers_ddpm_ext.training.config.data_options import DataOptions
 from diffusers_ddpm_ext.training.config.train_config import TrainConfig
 from diffusers_ddpm_ext.training.data.decoding import CHANNEL_NAMES
 from diffusers_ddpm_ext.training.data.latents import LatentEncoder

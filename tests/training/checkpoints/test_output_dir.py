@@ -12,7 +12,8 @@ import pytest
 from diffusers_ddpm_ext.errors import ConfigError
 from diffusers_ddpm_ext.training.checkpoints.output_dir import acquire_output_dir, check_output_dir, run_name
 from diffusers_ddpm_ext.training.checkpoints.writer import write_checkpoint
-from diffusers_ddpm_ext.training.config.options import DataOptions, OutputOptions
+from diffusers_ddpm_ext.training.config.data_options import DataOptions
+from diffusers_ddpm_ext.training.config.options import OutputOptions
 from diffusers_ddpm_ext.training.config.train_config import TrainConfig
 
 

@@ -19,7 +19,7 @@ from diffusers_ddpm_ext.errors import ConfigError
 from diffusers_ddpm_ext.models.conditioning import Conditions
 from diffusers_ddpm_ext.models.text_encoder import TextEncoder
 from diffusers_ddpm_ext.training.config.condition_checks import data_conditions, select_columns
-from diffusers_ddpm_ext.training.config.options import DataOptions
+from diffusers_ddpm_ext.training.config.data_options import DataOptions
 from diffusers_ddpm_ext.training.config.train_config import TrainConfig, parse_train_args
 from diffusers_ddpm_ext.training.data.batches import batch_stream
 from diffusers_ddpm_ext.training.data.caption_text import captions_of_cell, csv_cells

@@ -15,7 +15,7 @@ from PIL import Image
 
 from diffusers_ddpm_ext import DDPMExtPipeline
 from diffusers_ddpm_ext.errors import ConfigError
-from diffusers_ddpm_ext.training.config.options import DataOptions
+from diffusers_ddpm_ext.training.config.data_options import DataOptions
 from diffusers_ddpm_ext.training.data.class_labels import MAX_CLASSES
 from diffusers_ddpm_ext.training.data.class_table import ClassCount, count_classes, describe_classes
 from diffusers_ddpm_ext.training.data.dataset import load_data

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from diffusers_ddpm_ext.errors import ConfigError
-from diffusers_ddpm_ext.training.config.options import DataOptions
+from diffusers_ddpm_ext.training.config.data_options import DataOptions
 from diffusers_ddpm_ext.training.data.conditions import check_precision
 from diffusers_ddpm_ext.training.data.dataset import load_data
 from diffusers_ddpm_ext.training.data.embeddings import read_embedding

@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 from diffusers_ddpm_ext.errors import ConfigError
-from diffusers_ddpm_ext.training.config.options import DataOptions
+from diffusers_ddpm_ext.training.config.data_options import DataOptions
 from diffusers_ddpm_ext.training.data.dataset import load_data
 from diffusers_ddpm_ext.training.data.image_files import image_extensions
 from diffusers_ddpm_ext.training.data.sources import scan_folder
@@ -151,7 +151,7 @@ def test_no_file_of_1_mib_takes_a_gigabyte(size, tmp_path):
     code = textwrap.dedent(f"""
         import resource
         from diffusers_ddpm_ext.training.data.dataset import load_data
-        from diffusers_ddpm_ext.training.config.options import DataOptions
+        from diffusers_ddpm_ext.training.config.data_options import DataOptions
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         try:
             load_data(DataOptions(train_data_dir={str(tmp_path)!r}, resolution=(64, 64), channels=1))

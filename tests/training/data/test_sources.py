@@ -13,7 +13,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from diffusers_ddpm_ext.errors import ConfigError, RunError
-from diffusers_ddpm_ext.training.config.options import DataOptions
+from diffusers_ddpm_ext.training.config.data_options import DataOptions
 from diffusers_ddpm_ext.training.data.batches import batch_stream
 from diffusers_ddpm_ext.training.data.dataset import load_data
 from diffusers_ddpm_ext.training.data.sources import open_dataset_split, scan_folder
