@@ -7,44 +7,17 @@ decoded again for each use (`LazyImages`).
 
 from __future__ import annotations
 
-import hashlib
-import os
-import warnings
-from collections.abc import Iterator, Sequence, Set
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from diffusers_ddpm_ext.errors import ConfigError, RunError
-from diffusers_ddpm_ext.training.data.bit_depth import LEVELS_8_BIT, LEVELS_16_BIT
-from diffusers_ddpm_ext.training.data.decoding import (
-    CHANNEL_NAMES,
-    DecodedImage,
-    Preprocessing,
-    Size,
-    UnreadableImage,
-    decode_image,
-    levels_of,
-)
-from diffusers_ddpm_ext.training.data.image_files import Payload
-
-IMAGES_PER_BLOCK = 256  # submitted to the decoding threads at a time
-
-
-class ImageSource(Protocol):
-    """Undecoded images in a fixed order, and the option that selected them, for messages."""
-
-    @property
-    def option(self) -> str: ...
-    @property
-    def names(self) -> Sequence[str]: ...
-    def payload(self, index: int) -> Payload:
-        """Return the file of an image, or its content; None if it has none."""
+from diffusers_ddpm_ext.training.data.decoding import Preprocessing, Size, UnreadableImage, decode_image, levels_of
+from diffusers_ddpm_ext.training.data.image_scan import ImageScan, ImageSource, describe_kind, mixed_kinds, read_images
 
 
 class ImageStore(Protocol):
@@ -133,9 +106,9 @@ class LazyImages:
         except (UnreadableImage, ConfigError) as reason:
             raise RunError(f"{label} became unreadable: {reason}") from None
         if decoded.kind != (self.channels, self.levels):
-            expected = _describe_kind(self.channels, self.levels)
+            expected = describe_kind(self.channels, self.levels)
             raise RunError(
-                f"{label} became another kind of image: it is {_describe_kind(*decoded.kind)}, not {expected}"
+                f"{label} became another kind of image: it is {describe_kind(*decoded.kind)}, not {expected}"
             )
         return torch.from_numpy(decoded.pixels)
 
@@ -177,99 +150,27 @@ def decode_source(
         ConfigError: an image cannot be decoded, has unsupported values, or has other channels or another depth than
             the first one; or no image is left.
     """
-    bad: list[tuple[str, UnreadableImage]] = []
-    readable: list[int] = []
+    scan = ImageScan(source)
     pixels: list[Tensor] | None = []
-    total = enlarged = max_level = 0
-    sizes: set[Size] = set()
-    kind: tuple[int, int] | None = None
-    digest = hashlib.sha256()
-    count = len(source.names)
-    with tqdm(total=count, desc="reading images", unit="image", delay=1, leave=False, disable=not progress) as bar:
-        for index, decoded in enumerate(_decode_all(source, preprocessing)):
-            bar.update()
-            name = source.names[index]
-            if isinstance(decoded, UnreadableImage):
-                bad.append((name, decoded))
-                continue
-            if kind is not None and kind != decoded.kind:
-                raise _mixed_kinds(source.names[readable[0]], kind, name, decoded.kind)
-            kind = decoded.kind
-            readable.append(index)
-            max_level = max(max_level, int(decoded.pixels.max()))
-            enlarged += decoded.enlarged
-            total += decoded.pixels.nbytes
-            sizes.add((decoded.pixels.shape[1], decoded.pixels.shape[2]))
-            digest.update(os.fsencode(name) + b"\0" + str(decoded.pixels.shape).encode() + decoded.pixels.tobytes())
-            if total > memory_limit:
-                pixels = None
-            elif pixels is not None:
-                pixels.append(torch.from_numpy(decoded.pixels))
-    if kind is None or (bad and not skip_bad):
-        raise _unreadable(source, bad, skip_bad)
-    fingerprint, names = digest.hexdigest(), [source.names[i] for i in readable]
+    for row, decoded in read_images(source, preprocessing, progress=progress):
+        values = scan.add(row, decoded)
+        if scan.num_bytes > memory_limit:
+            pixels = None
+        elif values is not None and pixels is not None:
+            pixels.append(torch.from_numpy(values))
+    scan.check(skip_bad)
+    assert scan.kind is not None
     images: ImageStore
     if pixels:
-        images = PackedImages(pixels, fingerprint)
+        images = PackedImages(pixels, scan.fingerprint)
     else:
-        images = LazyImages(source, readable, preprocessing, *kind, fingerprint, sizes)
-    return LoadedImages(images, names, len(bad), enlarged, fingerprint, max_level)
-
-
-def _decode_all(source: ImageSource, preprocessing: Preprocessing) -> Iterator[DecodedImage | UnreadableImage]:
-    """Yield the images in order, decoded by several threads (Pillow's decoders release the GIL)."""
-
-    def decode(job: tuple[str, Payload]) -> DecodedImage | UnreadableImage:
-        name, payload = job
-        try:
-            return decode_image(payload, preprocessing)
-        except UnreadableImage as error:
-            return error
-        except ConfigError as error:
-            raise ConfigError(f"{name!r} of {source.option}: {error}") from None
-
-    threads = min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    with warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool:
-        warnings.simplefilter("ignore")  # Pillow warns about large images and unusual metadata
-        for start in range(0, len(source.names), IMAGES_PER_BLOCK):
-            block = range(start, min(start + IMAGES_PER_BLOCK, len(source.names)))
-            yield from pool.map(decode, [(source.names[index], source.payload(index)) for index in block])
+        images = LazyImages(source, scan.readable, preprocessing, *scan.kind, scan.fingerprint, scan.sizes)
+    names = source.names if not scan.num_bad else [source.names[row] for row in scan.readable]
+    return LoadedImages(images, names, scan.num_bad, scan.enlarged, scan.fingerprint, scan.max_level)
 
 
 def check_same_kind(first: LoadedImages, second: LoadedImages) -> None:
     """Raise a ConfigError, with the name of an image of each, if the channels or depths of two sets differ."""
     kinds = [(loaded.images.channels, loaded.images.levels) for loaded in (first, second)]
     if kinds[0] != kinds[1]:
-        raise _mixed_kinds(first.names[0], kinds[0], second.names[0], kinds[1])
-
-
-def _describe_kind(channels: int, levels: int) -> str:
-    """Channels of an image, and its depth if that is not 8 bits."""
-    return f"{CHANNEL_NAMES[channels]} ({channels}{' channel of 16 bits' if levels == LEVELS_16_BIT else ''})"
-
-
-def _mixed_kinds(first: str, first_kind: tuple[int, int], second: str, second_kind: tuple[int, int]) -> ConfigError:
-    """The error for two images whose channels or depths differ."""
-    if first_kind[1] != second_kind[1]:
-        bits = {LEVELS_8_BIT: 8, LEVELS_16_BIT: 16}
-        return ConfigError(
-            f"the images differ in depth: {first!r} has {bits[first_kind[1]]} bits per channel, {second!r} has"
-            f" {bits[second_kind[1]]}; convert them all to one of the two."
-        )
-    return ConfigError(
-        f"the images differ in channels: {first!r} is {_describe_kind(*first_kind)}, {second!r} is"
-        f" {_describe_kind(*second_kind)}; --channels 1, 3 or 4 converts them all."
-    )
-
-
-def _unreadable(source: ImageSource, bad: Sequence[tuple[str, UnreadableImage]], skip_bad: bool) -> ConfigError:
-    """The error for unreadable images: their number and the first one's name."""
-    name, reason = bad[0]
-    count = f"{len(bad)} of {len(source.names)} images cannot be read"
-    if skip_bad:
-        return ConfigError(f"{source.option}: no image is left, {count}: {name!r} ({reason}).")
-    first = "the first is " if len(bad) > 1 else ""
-    return ConfigError(
-        f"{source.option}: {count}: {first}{name!r} ({reason}); repair or remove such files, or leave them out by"
-        " --skip_bad_images."
-    )
+        raise mixed_kinds(first.names[0], kinds[0], second.names[0], kinds[1])

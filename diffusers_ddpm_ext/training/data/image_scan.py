@@ -1,0 +1,172 @@
+"""One pass over the images of a source: each is decoded once, in order, and what a run must know of them is noted.
+
+A broken image is so reported before the run, and not hours later.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from array import array
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+
+import numpy as np
+from tqdm import tqdm
+
+from diffusers_ddpm_ext.errors import ConfigError
+from diffusers_ddpm_ext.training.data.bit_depth import LEVELS_8_BIT, LEVELS_16_BIT
+from diffusers_ddpm_ext.training.data.decoding import (
+    CHANNEL_NAMES,
+    DecodedImage,
+    Preprocessing,
+    Size,
+    UnreadableImage,
+    decode_image,
+)
+from diffusers_ddpm_ext.training.data.image_files import Payload
+
+IMAGES_PER_BLOCK = 256  # submitted to the decoding threads at a time
+Kind = tuple[int, int]  # channels of an image, and number of values that a pixel can have
+
+
+class ImageSource(Protocol):
+    """Undecoded images in a fixed order, and the option that selected them, for messages."""
+
+    @property
+    def option(self) -> str: ...
+    @property
+    def names(self) -> Sequence[str]: ...
+    def payload(self, index: int) -> Payload:
+        """Return the file of an image, or its content; None if it has none."""
+
+
+class ImageScan:
+    """What a pass over the images of a source has found so far.
+
+    Attributes:
+        source: of the images.
+        readable: rows of the source whose images can be decoded, ascending.
+        kind: channels and levels of all of them; None before the first one.
+        enlarged: number of images smaller than the requested size.
+        max_level: the largest value of a pixel.
+        num_bytes: of all pixels.
+        sizes: heights and widths of the images.
+        num_bad: number of images that cannot be decoded.
+        first_bad: row of the first of them, and the reason; None without any.
+    """
+
+    def __init__(self, source: ImageSource) -> None:
+        self.source = source
+        self.readable = array("q")
+        self.kind: Kind | None = None
+        self.enlarged, self.max_level, self.num_bytes = 0, 0, 0
+        self.sizes: set[Size] = set()
+        self.num_bad = 0
+        self.first_bad: tuple[int, str] | None = None
+        self._digest = hashlib.sha256()
+
+    def add(self, row: int, decoded: DecodedImage | UnreadableImage) -> np.ndarray | None:
+        """Note an image; return its pixels, None if it has none.
+
+        Raises:
+            ConfigError: it has other channels or another depth than those before.
+        """
+        if isinstance(decoded, UnreadableImage):
+            self.num_bad += 1
+            self.first_bad = self.first_bad or (row, str(decoded))
+            return None
+        name, pixels = self.source.names[row], decoded.pixels
+        if self.kind is not None and self.kind != decoded.kind:
+            raise mixed_kinds(self.source.names[self.readable[0]], self.kind, name, decoded.kind)
+        self.kind = decoded.kind
+        self.readable.append(row)
+        self.max_level = max(self.max_level, int(pixels.max()))
+        self.enlarged += decoded.enlarged
+        self.num_bytes += pixels.nbytes
+        self.sizes.add((pixels.shape[1], pixels.shape[2]))
+        self._digest.update(os.fsencode(name) + b"\0" + str(pixels.shape).encode() + pixels.tobytes())
+        return pixels
+
+    @property
+    def fingerprint(self) -> str:
+        """Sha256 over names and pixels, in hexadecimal."""
+        return self._digest.hexdigest()
+
+    def check(self, skip_bad: bool) -> None:
+        """Refuse a source without images, or with unreadable ones unless they are to be left out; a ConfigError."""
+        if self.kind is None or (self.num_bad and not skip_bad):
+            raise _unreadable(self, skip_bad)
+
+
+def read_images(
+    source: ImageSource, preprocessing: Preprocessing, *, start: int = 0, progress: bool = False
+) -> Iterator[tuple[int, DecodedImage | UnreadableImage]]:
+    """Yield the images in order, each with its row, decoded by several threads (Pillow's decoders release the GIL).
+
+    Args:
+        source: the images.
+        preprocessing: of each image.
+        start: the first row.
+        progress: show a progress bar if it takes longer than a second.
+
+    Raises:
+        ConfigError: an image has unsupported values.
+    """
+
+    def decode(row: int, payload: Payload) -> DecodedImage | UnreadableImage:
+        try:
+            return decode_image(payload, preprocessing)
+        except UnreadableImage as error:
+            return error
+        except ConfigError as error:
+            raise ConfigError(f"{source.names[row]!r} of {source.option}: {error}") from None
+
+    count = len(source.names)
+    threads = min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    bar = tqdm(
+        total=count, initial=start, desc="reading images", unit="image", delay=1, leave=False, disable=not progress
+    )
+    with warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool, bar:
+        warnings.simplefilter("ignore")  # Pillow warns about large images and unusual metadata
+        for first in range(start, count, IMAGES_PER_BLOCK):
+            block = range(first, min(first + IMAGES_PER_BLOCK, count))
+            for row, decoded in zip(block, pool.map(decode, block, map(source.payload, block)), strict=True):
+                bar.update()
+                yield row, decoded
+
+
+def describe_kind(channels: int, levels: int) -> str:
+    """Channels of an image, and its depth if that is not 8 bits."""
+    return f"{CHANNEL_NAMES[channels]} ({channels}{' channel of 16 bits' if levels == LEVELS_16_BIT else ''})"
+
+
+def mixed_kinds(first: str, first_kind: Kind, second: str, second_kind: Kind) -> ConfigError:
+    """The error for two images, by name, whose channels or depths differ."""
+    if first_kind[1] != second_kind[1]:
+        bits = {LEVELS_8_BIT: 8, LEVELS_16_BIT: 16}
+        return ConfigError(
+            f"the images differ in depth: {first!r} has {bits[first_kind[1]]} bits per channel, {second!r} has"
+            f" {bits[second_kind[1]]}; convert them all to one of the two."
+        )
+    return ConfigError(
+        f"the images differ in channels: {first!r} is {describe_kind(*first_kind)}, {second!r} is"
+        f" {describe_kind(*second_kind)}; --channels 1, 3 or 4 converts them all."
+    )
+
+
+def _unreadable(scan: ImageScan, skip_bad: bool) -> ConfigError:
+    """The error for unreadable images: their number and the first one's name."""
+    assert scan.first_bad is not None
+    row, reason = scan.first_bad
+    source, name = scan.source, scan.source.names[row]
+    count = f"{scan.num_bad} of {len(source.names)} images cannot be read"
+    if skip_bad:
+        return ConfigError(f"{source.option}: no image is left, {count}: {name!r} ({reason}).")
+    first = "the first is " if scan.num_bad > 1 else ""
+    return ConfigError(
+        f"{source.option}: {count}: {first}{name!r} ({reason}); repair or remove such files, or leave them out by"
+        " --skip_bad_images."
+    )
