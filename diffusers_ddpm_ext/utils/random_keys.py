@@ -8,9 +8,10 @@ Streams and their coordinates (the name goes first, so that two streams never sh
 
 ======================  ================================================
 ``NOISE``               seed, optimizer step, position in the effective batch
-``ORDER``               seed, epoch
-``FLIP``, ``CROP``      seed, epoch, index in the data set
-``CAPTION``             seed, epoch, index in the data set
+``ORDER``               seed, epoch; of weighted draws seed, pass over the group, group
+``MIXTURE``             seed, block of samples (an epoch, or a part of a stream)
+``FLIP``, ``CROP``      seed, epoch (of weighted draws the pass), index in the data set
+``CAPTION``             the same
 ``DROPOUT``             seed, optimizer step, micro-batch, rank
 ``PREVIEW``             seed, kind of the plot, image
 ``VALIDATION``          seed, image
@@ -40,6 +41,7 @@ from torch import Tensor
 
 NOISE = "noise"
 ORDER = "order"
+MIXTURE = "mixture"
 FLIP = "augment/flip"
 CROP = "augment/crop"
 CAPTION = "caption"

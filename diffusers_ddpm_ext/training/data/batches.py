@@ -2,7 +2,8 @@
 
 Sample ``s`` of the run (``s = step * effective batch + position``) is in epoch ``s // n`` at place ``s % n`` of that
 epoch's shuffle. Epochs follow each other without a gap: an effective batch may contain the end of one and the start of
-the next, every sample occurs once per epoch, and a run can start at any step.
+the next, every sample occurs once per epoch, and a run can start at any step. In a set with weighted draws
+(`weighted_turns`) an epoch has as many samples, of which some are the same image.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ class MicroBatches(Dataset[WorkerBatch | RunError]):
     accumulation: int
     rank: int
     world: int
-    _orders: dict[int, Tensor] = field(default_factory=dict, repr=False)
+    _orders: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
     def __getitem__(self, request: tuple[int, int]) -> WorkerBatch | RunError:
         step, micro = request
@@ -92,31 +93,41 @@ class MicroBatches(Dataset[WorkerBatch | RunError]):
         positions = torch.arange(first, first + self.batch)
         samples = step * self.batch * self.accumulation * self.world + positions
         epochs, places = samples // len(self.images), samples % len(self.images)
-        indices = torch.empty_like(samples)
+        indices, passes = torch.empty_like(samples), torch.empty_like(samples)
         for epoch in epochs.unique().tolist():
             in_epoch = epochs == epoch
-            indices[in_epoch] = self.order(epoch)[places[in_epoch]]
+            order, pass_of = self.order(epoch)
+            indices[in_epoch], passes[in_epoch] = order[places[in_epoch]], pass_of[places[in_epoch]]
         try:
             levels, posterior = NO_LEVELS, None
             if self.images.posteriors is None:
-                levels = self.images.load_levels(indices, self.seed, epochs.tolist())
+                levels = self.images.load_levels(indices, self.seed, passes.tolist())
             else:
-                posterior = self.images.load_posteriors(indices, self.seed, epochs.tolist())
-            conditions = self.images.conditions(indices, self.seed, epochs.tolist())
+                posterior = self.images.load_posteriors(indices, self.seed, passes.tolist())
+            conditions = self.images.conditions(indices, self.seed, passes.tolist())
         except RunError as error:
             return error
         if self.images.dropout is not None:
             conditions = self.images.dropout.apply(conditions, self.seed, step, positions)
         return WorkerBatch(levels.values, positions, indices, step, micro, levels.replacements, conditions, posterior)
 
-    def order(self, epoch: int) -> Tensor:
-        """Return the shuffle of an epoch, (n,): a function of the seed and the epoch alone."""
+    def order(self, epoch: int) -> tuple[Tensor, Tensor]:
+        """Return the images of an epoch, (n,), and the pass of each, (n,), which determines its crop and flip.
+
+        Both are functions of the seed and the epoch alone. A pass is the epoch, unless an image may occur twice in it.
+        """
         if epoch not in self._orders:
             if len(self._orders) > 1:
                 self._orders.clear()  # a batch seldom contains more than two epochs
-            shuffle = torch.randperm(len(self.images), generator=keys.generator(keys.ORDER, self.seed, epoch))
-            self._orders[epoch] = shuffle
+            self._orders[epoch] = self._shuffle(epoch)
         return self._orders[epoch]
+
+    def _shuffle(self, epoch: int) -> tuple[Tensor, Tensor]:
+        if self.images.draws is not None:
+            return self.images.draws.order(self.seed, epoch)
+        count = len(self.images)
+        shuffle = torch.randperm(count, generator=keys.generator(keys.ORDER, self.seed, epoch))
+        return shuffle, torch.full((count,), epoch)
 
 
 def batch_stream(

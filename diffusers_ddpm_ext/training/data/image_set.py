@@ -17,6 +17,7 @@ from diffusers_ddpm_ext.training.data.conditions import ConditionColumns
 from diffusers_ddpm_ext.training.data.decoding import Size
 from diffusers_ddpm_ext.training.data.image_store import ImageStore
 from diffusers_ddpm_ext.training.data.posterior import Posterior, PosteriorStore
+from diffusers_ddpm_ext.training.data.weighted_turns import WeightedDraws
 from diffusers_ddpm_ext.utils import random_keys as keys
 
 
@@ -44,6 +45,7 @@ class ImageSet:
         dropout: of conditions, during training.
         posteriors: of all loaded images under the first stage, where they were computed before.
         concat_latents: the network's concatenated inputs, in place of the pictures, where they were computed before.
+        draws: how often each image is drawn in training; None: once per epoch.
     """
 
     images: ImageStore
@@ -57,6 +59,7 @@ class ImageSet:
     dropout: ConditionDropout | None = None
     posteriors: PosteriorStore | None = None
     concat_latents: PosteriorStore | None = None
+    draws: WeightedDraws | None = None
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -17,6 +17,7 @@ from diffusers_ddpm_ext.training.data.batches import MicroBatches, batch_stream
 from diffusers_ddpm_ext.training.data.dataset import load_data
 from diffusers_ddpm_ext.training.data.image_set import ImageSet, levels_to_pixels
 from diffusers_ddpm_ext.training.data.image_store import PackedImages
+from diffusers_ddpm_ext.training.data.weighted_turns import WeightedDraws
 from diffusers_ddpm_ext.utils import random_keys as keys
 
 DIGITS = DataOptions(resolution=(8, 8))
@@ -313,3 +314,40 @@ def test_12_bits_stored_in_16_give_a_warning(tmp_path, top, warned):
     assert (data.warning is not None) == warned
     if warned:
         assert "4,095 of 65,535" in data.warning
+
+
+# ---------------------------------------------------------------- weighted draws
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_weighted_draws_do_not_depend_on_the_split(name):
+    draws = WeightedDraws([torch.arange(0, 5), torch.arange(5, 30)], (3.0, 1.0))
+    images = numbered(30, 6, 9, random_flip=True, draws=draws)
+    expected_indices, expected = effective(take(images, 5, batch=8))
+    indices, pixels = effective(itertools.chain(*(take(images, 5, **split) for split in SPLITS[name])))
+    assert indices == expected_indices
+    assert torch.equal(pixels, expected)
+
+
+def test_weighted_draws_start_at_any_step_and_keep_their_shares():
+    draws = WeightedDraws([torch.arange(0, 5), torch.arange(5, 30)], (3.0, 1.0))
+    images = numbered(30, 6, 9, random_flip=True, draws=draws)
+    straight = take(images, 40, batch=6)
+    for step in (3, 17):
+        later = take(images, 2, batch=6, start_step=step)
+        assert [b.indices.tolist() for b in later] == [b.indices.tolist() for b in straight[step : step + 2]]
+        assert all(torch.equal(a.pixels, b.pixels) for a, b in zip(later, straight[step:], strict=False))
+    counts = Counter(int(index) for batch in straight for index in batch.indices)
+    assert sum(counts[index] for index in range(5)) == 180
+    assert {counts[index] for index in range(5)} == {36}
+    assert {counts[index] for index in range(5, 30)} == {2, 3}
+
+
+def test_an_image_drawn_again_in_an_epoch_has_another_crop_and_flip():
+    """Its pass over the group is the coordinate of its keys: 24 draws of one image in one epoch differ."""
+    draws = WeightedDraws([torch.tensor([0]), torch.arange(1, 48)], (1.0, 1.0))
+    images = numbered(48, 6, 9, random_flip=True, draws=draws)
+    batches = take(images, 1, batch=48)[0]
+    repeated = batches.pixels[batches.indices == 0]
+    assert len(repeated) == 24
+    assert len({bytes(row.numpy().tobytes()) for row in repeated}) > 10
