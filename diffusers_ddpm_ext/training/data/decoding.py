@@ -1,8 +1,9 @@
-"""Decoding of an image file to pixels: turned upright, converted to the channels, resized and cropped."""
+"""Decoding of an image file to pixels: turned upright, converted to the channels, and resized."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -17,12 +18,21 @@ from diffusers_ddpm_ext.training.data.bit_depth import (
     values_wider_than_8_bits,
 )
 from diffusers_ddpm_ext.training.data.image_files import Payload, open_image
+from diffusers_ddpm_ext.training.data.resizing import (
+    COVERING,
+    Picture,
+    Resizing,
+    Size,
+    Surface,
+    fit,
+    resized_size,
+    size_of,
+)
 
-Size = tuple[int, int]  # height, width in pixels
 CHANNEL_NAMES = {1: "grayscale", 3: "color", 4: "color with transparency"}
 MODE_OF_CHANNELS = {1: "L", 3: "RGB", 4: "RGBA"}
-MAX_STRIP, MIN_STRIP_PIXELS = 100, 2**20
-"""A resized image covers the size; a long strip may have so many times its pixels before it is cropped."""
+ANIMATED_FORMATS = ("GIF", "PNG", "WEBP", "AVIF", "FLI", "TIFF")
+"""Formats whose further frames or pages are images of their own; those of an MPO are parts of the same photograph."""
 
 
 class UnreadableImage(Exception):
@@ -31,19 +41,34 @@ class UnreadableImage(Exception):
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What is done to every image once."""
+    """What is done to every image once.
+
+    Attributes:
+        size: height and width that the images will have.
+        channels: 1, 3 or 4; None keeps those of the file.
+        center_crop: cut the center out of an image that covers the size; otherwise it is kept, to be cropped at random
+            places later.
+        resizing: how an image of another size becomes one of this size, or covers it.
+        keeps_size: leave the size to each use of the image, which resizes another part of it each time.
+    """
 
     size: Size
-    channels: int | None = None  # 1, 3 or 4; None keeps those of the file
-    center_crop: bool = False  # otherwise the uncropped image is kept, to be cropped at random places later
+    channels: int | None = None
+    center_crop: bool = False
+    resizing: Resizing = COVERING
+    keeps_size: bool = False
 
 
 @dataclass(frozen=True)
 class DecodedImage:
-    """A decoded image: pixels (C, h, w), uint8 or uint16, h and w at least the requested size."""
+    """A decoded image: pixels (C, h, w), uint8 or uint16, of the requested size or to be cropped to it.
+
+    ``enlarged``: whether it was smaller. ``is_animated``: whether the file has more images, which are not used.
+    """
 
     pixels: np.ndarray
     enlarged: bool
+    is_animated: bool = False
 
     @property
     def kind(self) -> tuple[int, int]:
@@ -59,11 +84,10 @@ def levels_of(pixels: np.ndarray | Tensor) -> int:
 def decode_image(payload: Payload, preprocessing: Preprocessing) -> DecodedImage:
     """Decode and preprocess an image, passed as its file or the file's bytes.
 
-    The short side is resized with antialiasing (bilinear), so that the image just covers the requested size. Of an
-    animation the first frame is used.
+    Of an animation the first frame is used.
 
     Raises:
-        UnreadableImage: the image cannot be decoded.
+        UnreadableImage: the image cannot be decoded, or is a strip that could not be cropped.
         ConfigError: its values are wider than 8 bits and it is not one channel of 16 bits.
     """
     if payload is None:
@@ -75,10 +99,11 @@ def decode_image(payload: Payload, preprocessing: Preprocessing) -> DecodedImage
             if unsupported is None:
                 image.load()
                 ImageOps.exif_transpose(image, in_place=True)
-                if is_16_bit:  # Pillow resizes 16 bits well only as floats, which hold them exactly
-                    converted = Image.fromarray(read_16_bit_gray(image).astype(np.float32))
+                if is_16_bit:
+                    picture, surface = _repeat_channel(read_16_bit_gray(image), preprocessing.channels)
                 else:
-                    converted = _convert(image, preprocessing.channels)
+                    picture, surface = _convert(image, preprocessing)
+                is_animated = _is_animated(image)
     except UnidentifiedImageError:
         raise UnreadableImage("not an image that Pillow knows") from None
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError, ...
@@ -89,16 +114,26 @@ def decode_image(payload: Payload, preprocessing: Preprocessing) -> DecodedImage
             f"{unsupported} are not supported yet (truncating them to 8 bits would lose most of it): convert it to"
             " 8 bits per channel, or to one channel of 16 bits (PNG, TIFF, PGM)."
         )
-    decoded = _resize(converted, preprocessing)
-    if is_16_bit and preprocessing.channels in (3, 4):
-        return replace(decoded, pixels=_repeat_channel(decoded.pixels, preprocessing.channels))
-    return decoded
+    return _fit(picture, preprocessing, surface, is_animated)
 
 
-def _repeat_channel(pixels: np.ndarray, channels: int) -> np.ndarray:
-    """One channel of 16 bits as color, opaque if there is a fourth channel."""
-    color = pixels.repeat(3, axis=0)
-    return color if channels == 3 else np.concatenate([color, np.full_like(pixels, 65535)])
+def _is_animated(image: Image.Image) -> bool:
+    """Whether the file of a decoded image has more than one."""
+    with suppress(Exception):  # a damaged second frame, which is not used
+        return image.format in ANIMATED_FORMATS and bool(getattr(image, "is_animated", False))
+    return False
+
+
+def _repeat_channel(gray: np.ndarray, channels: int | None) -> tuple[np.ndarray, Surface]:
+    """Values (h, w) of 16 bits as an array (h, w, C): as color with three channels, and opaque with a fourth."""
+    if channels not in (3, 4):
+        return gray[..., None], Surface()
+    color = np.dstack([gray] * 3)
+    return (
+        (color, Surface())
+        if channels == 3
+        else (np.dstack([color, np.full_like(gray, 65535)]), Surface(has_alpha=True))
+    )
 
 
 def _natural_channels(image: Image.Image) -> int:
@@ -112,39 +147,33 @@ def _natural_channels(image: Image.Image) -> int:
     return 3
 
 
-def _convert(image: Image.Image, channels: int | None) -> Image.Image:
-    """Return the image with this number of channels; dropped transparency becomes white."""
+def _convert(image: Image.Image, preprocessing: Preprocessing) -> tuple[Image.Image, Surface]:
+    """Return the image with the channels that are requested; dropped transparency becomes the background."""
     natural = _natural_channels(image)
-    target = natural if channels is None else channels
+    target = natural if preprocessing.channels is None else preprocessing.channels
     if natural == 4 and target != 4:
         foreground = image.convert("RGBA")
-        image = Image.new("RGBA", foreground.size, "white")
+        image = Image.new("RGBA", foreground.size, preprocessing.resizing.flat_color)
         image.alpha_composite(foreground)
     if target == 1 and image.mode not in ("1", "L"):
         image = image.convert("RGB")  # a direct conversion of palettes and CMYK to gray would ignore their colors
-    return image.convert(MODE_OF_CHANNELS[target])
+    surface = Surface(has_alpha=target == 4, was_transparent=natural == 4 and target != 4)
+    return image.convert(MODE_OF_CHANNELS[target]), surface
 
 
-def _resize(image: Image.Image, preprocessing: Preprocessing) -> DecodedImage:
-    """Resize so that the image just covers the size, and crop its center if requested."""
-    height, width = preprocessing.size
-    enlarged = image.height < height or image.width < width
-    if height * image.width >= width * image.height:
-        scaled = (max(width, image.width * height // image.height), height)
-    else:
-        scaled = (width, max(height, image.height * width // image.width))
-    if scaled[0] * scaled[1] > max(MAX_STRIP * height * width, MIN_STRIP_PIXELS):
-        raise UnreadableImage(
-            f"{image.width:,} x {image.height:,} pixels are a strip, which would be resized to {scaled[0]:,} x"
-            f" {scaled[1]:,}: crop it"
-        )
-    if image.size != scaled:
-        image = image.resize(scaled, Image.Resampling.BILINEAR)
-    if preprocessing.center_crop:
-        left, top = (image.width - width) // 2, (image.height - height) // 2
-        image = image.crop((left, top, left + width, top + height))
-    values = np.asarray(image)
-    if image.mode == "F":
-        values = values.round().clip(0, 65535).astype(np.uint16)
+def _fit(picture: Picture, preprocessing: Preprocessing, surface: Surface, is_animated: bool) -> DecodedImage:
+    """Resize an image, unless that is left to its uses."""
+    own, size, resizing = size_of(picture), preprocessing.size, preprocessing.resizing
+    try:
+        target = resized_size(own, size, resizing.mode)
+        if preprocessing.keeps_size:
+            values = np.atleast_3d(np.asarray(picture))
+        else:
+            values = fit(picture, size, resizing, preprocessing.center_crop, surface)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise UnreadableImage(str(error)) from None
     # A copy, because Pillow's own array is read-only, which torch warns about.
-    return DecodedImage(np.array(np.atleast_3d(values).transpose(2, 0, 1), order="C"), enlarged)
+    pixels = np.array(values.transpose(2, 0, 1), order="C")
+    return DecodedImage(pixels, target[0] > own[0] or target[1] > own[1], is_animated)

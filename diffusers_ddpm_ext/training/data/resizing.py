@@ -49,6 +49,10 @@ class Resizing:
         return parse_color("white" if self.background is None else self.background)
 
 
+COVERING = Resizing()
+"""The default: images cover the size and are cropped."""
+
+
 @dataclass(frozen=True)
 class Surface:
     """What the values of an image mean, where resizing depends on it.
