@@ -86,7 +86,8 @@ def test_json_round_trip(dtype):
 
 def test_ordinary_images_are_the_default():
     """uint8 in 0..255 is 8-bit; a part of that range is not, since its levels mean something else."""
-    assert PixelFormat().is_8_bit and PixelFormat(suffix=".npy").is_8_bit
+    assert PixelFormat().is_8_bit
+    assert PixelFormat(suffix=".npy").is_8_bit
     assert not PixelFormat("uint8", 0, 100).is_8_bit
     assert PixelFormat("uint8", 0, 100).num_levels == 101
 
