@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from diffusers_ddpm_ext.pipelines.call_arguments import check_finite_samples
 from diffusers_ddpm_ext.pipelines.condition_encoders import FLOAT32_COMPONENTS
 from diffusers_ddpm_ext.pipelines.pipeline_attributes import PipelineAttributes
 from diffusers_ddpm_ext.utils.checks import check_one_of
+from diffusers_ddpm_ext.utils.pixel_format import PixelFormat
 from diffusers_ddpm_ext.utils.vocabulary import CONCAT_THROUGH_VAE
 from diffusers_ddpm_ext.utils.wrappers import unwrap
 
@@ -43,6 +45,31 @@ class FirstStageMixin(PipelineAttributes, DiffusionPipeline):
             stage = FirstStage(vae)
             self.__dict__["_first_stage"] = stage
         return stage
+
+    @property
+    def picture_channels(self) -> int:
+        """Channels of an image, decoded if there is a first stage."""
+        stage = self.first_stage
+        return self.channels if stage is None else stage.pixel_channels
+
+    @property
+    def pixel_format(self) -> PixelFormat:
+        """Dtype and range of the training data; that of 8-bit images where nothing else was recorded.
+
+        Assigned, it is saved with the pipeline. ``pipeline.pixel_format.from_model(x)`` maps [-1, 1] to the data.
+        """
+        content = self.config.get("pixel_format")
+        return PixelFormat() if content is None else PixelFormat.from_dict(content)
+
+    @pixel_format.setter
+    def pixel_format(self, pixels: PixelFormat | Mapping[str, Any] | None) -> None:
+        pixels = PixelFormat() if pixels is None else pixels
+        pixels = pixels if isinstance(pixels, PixelFormat) else PixelFormat.from_dict(pixels)
+        if not self.is_latent:  # whose images nobody knows
+            pixels.check_channels(self.picture_channels)
+        content = None if pixels == PixelFormat() else pixels.to_dict()
+        if content is not None or self.config.get("pixel_format") is not None:
+            self.register_to_config(pixel_format=content)
 
     def encode_images(
         self, pixels: Tensor, generator: torch.Generator | list[torch.Generator] | None = None
@@ -155,22 +182,21 @@ class FirstStageMixin(PipelineAttributes, DiffusionPipeline):
             self.register_to_config(latent_scaling_factor=None)
 
     def _check_pictures(self, output_type: str | None) -> None:
-        """Raise ValueError for PIL images that the samples cannot be."""
-        if output_type != "pil":
+        """Raise ValueError for PIL images or values of the data that the samples cannot be."""
+        if output_type not in ("pil", "array"):
             return
         if self.is_latent:
             raise ValueError(
-                'output_type is "pil", but the samples of this model are latents of an autoencoder, not images, and '
-                "the pipeline has no first stage to decode them. Pass it as vae=, or use "
+                f'output_type is "{output_type}", but the samples of this model are latents of an autoencoder, not '
+                "images, and the pipeline has no first stage to decode them. Pass it as vae=, or use "
                 'output_type="latent" and decode them yourself.'
             )
-        stage = self.first_stage
-        channels = self.channels if stage is None else stage.pixel_channels
-        if channels not in PIL_MODES:
+        channels = self.picture_channels
+        if output_type == "pil" and channels not in PIL_MODES:
             known = ", ".join(f"{count} ({mode})" for count, mode in PIL_MODES.items())
             raise ValueError(
                 f'output_type is "pil", but the images have {channels} channels; PIL images have {known}. '
-                'Use output_type="np" or output_type="pt".'
+                'Use output_type="array" for the values of the data, "np" or "pt" for [0, 1].'
             )
 
     def _as_images(self, sample: Tensor, output_type: str | None) -> Any:
@@ -180,6 +206,8 @@ class FirstStageMixin(PipelineAttributes, DiffusionPipeline):
         if self.first_stage is not None:
             sample = self.decode_latents(sample)
             check_finite_samples(sample, "the decoded images")
+        if output_type == "array":
+            return self.pixel_format.from_model(sample.permute(0, 2, 3, 1).cpu().float().numpy())
         images = sample if self.is_latent else (sample / 2 + 0.5).clamp(0, 1)
         if output_type == "pt":
             return images

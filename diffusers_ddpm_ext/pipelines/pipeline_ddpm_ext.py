@@ -70,6 +70,7 @@ from diffusers_ddpm_ext.pipelines.stock_text import with_stock_offset
 from diffusers_ddpm_ext.schedulers.adapter import SchedulerAdapter, adapt_scheduler, supports_temperature
 from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
 from diffusers_ddpm_ext.utils.checks import checked_integer
+from diffusers_ddpm_ext.utils.pixel_format import PixelFormat
 from diffusers_ddpm_ext.utils.wrappers import has_inner_wrappers, network_class, unwrap
 
 logger = logging.getLogger(__name__)
@@ -84,8 +85,9 @@ class DDPMExtPipelineOutput(ImagePipelineOutput):
 
     Args:
         images: list of PIL images, or an array (B, H, W, C) in [0, 1] for "np", a tensor (B, C, H, W) in [0, 1] for
-            "pt". For "latent" what the network denoises: the first stage's latents, in its scale, or images in data
-            units, unclipped. Of a model of latents without its first stage these are returned for "np" and "pt" too.
+            "pt", an array (B, H, W, C) in the dtype and range of the training data for "array". For "latent" what the
+            network denoises: the first stage's latents, in its scale, or images in data units, unclipped. Of a model
+            of latents without its first stage these are returned for "np" and "pt" too.
         intermediates: with ``log_every_t``, CompVis' list: x_T, then the sample after each logged step, each
             (B, C, H, W) in data units on the pipeline's device. None otherwise. With a first stage they are latents
             (``decode_latents``), and so is ``pred_x0``.
@@ -119,6 +121,8 @@ class DDPMExtPipeline(FirstStageMixin, ConditionEncodersMixin, SavedPipeline):
         concat_through_vae: for a model that takes a concatenated picture through its first stage: "mode" is
             `FirstStage.encode_condition`, not scaled, "sample" is ``encode_images``. It says how ``concat_inputs`` are
             to be made, which a call takes as the network does.
+        pixel_format: dtype and range of the training data, a `PixelFormat` or what its ``to_dict`` returns, for
+            ``output_type="array"``. None: 8-bit images.
         vae: the first stage: an ``AutoencoderKL``, ``VQModel``, ``AutoencoderTiny`` or ``AutoencoderDC`` whose
             latents the network denoises. It computes in float32.
         vqvae: another name of ``vae``, that of ``LDMPipeline``; afterwards the component is ``vae``.
@@ -150,6 +154,7 @@ class DDPMExtPipeline(FirstStageMixin, ConditionEncodersMixin, SavedPipeline):
         id2label: Mapping[int, str] | Mapping[str, str] | None = None,
         latent_scaling_factor: float | None = None,
         concat_through_vae: str | None = None,  # Diffusers checks values against this, and fails on a Literal
+        pixel_format: PixelFormat | Mapping[str, Any] | None = None,
         # Each class by name: Diffusers' from_pipe takes over no other.
         vae: AutoencoderKL | VQModel | AutoencoderTiny | AutoencoderDC | None = None,
         vqvae: AutoencoderKL | VQModel | AutoencoderTiny | AutoencoderDC | None = None,
@@ -205,6 +210,7 @@ class DDPMExtPipeline(FirstStageMixin, ConditionEncodersMixin, SavedPipeline):
         for name, component in ({"vae": vae} | encoders).items():
             if component is not None:
                 setattr(self, name, component)
+        self.pixel_format = pixel_format
         self._match_stock_offset()
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -277,7 +283,8 @@ class DDPMExtPipeline(FirstStageMixin, ConditionEncodersMixin, SavedPipeline):
             generator: source of all noise, or a list with one per image: then image i depends only on generator i,
                 regardless of the batch.
             num_inference_steps: number K of sampling steps out of the T training steps. None uses all T.
-            output_type: "pil", "np", "pt", or "latent" (the sample in data units, as the scheduler left it).
+            output_type: "pil", "np", "pt", "array" (the values of the training data, in its dtype and range:
+                `PixelFormat.from_model`), or "latent" (the sample in the model's units, as the scheduler left it).
             return_dict: whether to return a `DDPMExtPipelineOutput` or a tuple of its fields that are not None.
             log_every_t: with n, the output also has ``intermediates`` and ``pred_x0`` for each sampling step i,
                 counted from K - 1 down to 0, with ``i % n == 0`` or ``i == K - 1`` (CompVis' ``log_every_t``).

@@ -81,6 +81,7 @@ CONDITIONING_ARGUMENTS = (
     "id2label",
     "latent_scaling_factor",
     "concat_through_vae",
+    "pixel_format",
 )
 
 

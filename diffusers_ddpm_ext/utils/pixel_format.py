@@ -33,7 +33,9 @@ class PixelFormat:
         high: the value that becomes 1, larger than ``low``.
         suffix: of the files that samples are written to by default: ``.png``, ``.npy``, ``.npz`` or ``.tif``.
         preview_channels: numbers of the channels that previews show, one in gray or three in color. None: all of them
-            where they are gray, color or color with transparency.
+            where they are gray, color or color with transparency, else ``preview_components`` or the first.
+        preview_components: three rows (w_1, ..., w_C, b), of which previews make red, green and blue as the sums
+            w_c x_c + b of a pixel's channels x in the model's units; None without.
 
     Raises:
         ValueError: a value is not allowed, or the file type cannot hold the dtype.
@@ -44,6 +46,7 @@ class PixelFormat:
     high: float = 255
     suffix: str = ".png"
     preview_channels: tuple[int, ...] | None = None
+    preview_components: tuple[tuple[float, ...], ...] | None = None
 
     def __post_init__(self) -> None:
         """Check every field and store numbers as Python's own."""
@@ -57,6 +60,8 @@ class PixelFormat:
             raise ValueError(f"low={self.low} must be smaller than high={self.high}, as values of {self.dtype}.")
         if self.preview_channels is not None:
             object.__setattr__(self, "preview_channels", checked_preview_channels(self.preview_channels))
+        if self.preview_components is not None:
+            object.__setattr__(self, "preview_components", _checked_components(self.preview_components))
 
     @property
     def is_integer(self) -> bool:
@@ -72,6 +77,15 @@ class PixelFormat:
     def num_levels(self) -> int | None:
         """Number of values that a pixel can have, for integers; None for floats."""
         return int(self.high - self.low) + 1 if self.is_integer else None
+
+    def check_channels(self, channels: int) -> None:
+        """Raise ValueError unless the preview is one of images with so many channels."""
+        picked = self.preview_channels
+        if picked is not None and max(picked) >= channels:
+            raise ValueError(f"preview_channels={list(picked)} must be below {channels}, the images' channels.")
+        if self.preview_components is not None and len(self.preview_components[0]) != channels + 1:
+            count = len(self.preview_components[0]) - 1
+            raise ValueError(f"preview_components are of {count} channels, and the images have {channels}.")
 
     def to_model(self, values: ArrayLike) -> np.ndarray:
         """Map values of the data to the model's.
@@ -111,10 +125,13 @@ class PixelFormat:
         return (np.rint(scaled) if self.is_integer else scaled).astype(self.dtype)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON holds them, without ``preview_channels`` where it is None."""
-        content = {"dtype": self.dtype, "low": self.low, "high": self.high, "suffix": self.suffix}
-        channels = {} if self.preview_channels is None else {"preview_channels": list(self.preview_channels)}
-        return content | channels
+        """The fields as JSON holds them, without those of previews where they are None."""
+        content: dict[str, Any] = {"dtype": self.dtype, "low": self.low, "high": self.high, "suffix": self.suffix}
+        if self.preview_channels is not None:
+            content["preview_channels"] = list(self.preview_channels)
+        if self.preview_components is not None:
+            content["preview_components"] = [list(row) for row in self.preview_components]
+        return content
 
     @classmethod
     def from_dict(cls, content: Any) -> PixelFormat:
@@ -126,14 +143,14 @@ class PixelFormat:
         Raises:
             ValueError: it is no such description: a key is missing or unknown, or a value is not allowed.
         """
-        required = ("dtype", "low", "high", "suffix")
+        required, optional = ("dtype", "low", "high", "suffix"), ("preview_channels", "preview_components")
         if not isinstance(content, Mapping):
             raise ValueError(f"pixel_format={describe(content)} must be an object with {', '.join(required)}.")
         missing = [name for name in required if name not in content]
-        unknown = [name for name in content if name not in (*required, "preview_channels")]
+        unknown = [name for name in content if name not in (*required, *optional)]
         if missing or unknown:
             what = f"has no {missing[0]}" if missing else f"has an unknown key {describe(unknown[0])}"
-            raise ValueError(f"pixel_format {what}; its keys are {', '.join(required)} and preview_channels.")
+            raise ValueError(f"pixel_format {what}; its keys are {', '.join((*required, *optional))}.")
         try:
             return cls(**content)
         except ValueError as error:
@@ -146,6 +163,19 @@ def checked_preview_channels(channels: Any) -> tuple[int, ...]:
     if isinstance(channels, str) or not isinstance(channels, Sequence) or len(channels) not in (1, 3):
         raise ValueError(f"preview_channels={describe(channels)} must be {allowed}.")
     return tuple(checked_integer("preview_channels", channel, allowed, low=0) for channel in channels)
+
+
+def _checked_components(rows: Any) -> tuple[tuple[float, ...], ...]:
+    """Three rows of as many finite numbers, two or more."""
+    allowed = "three rows of as many numbers"
+    if not isinstance(rows, Sequence) or len(rows) != 3 or not all(isinstance(row, (list, tuple)) for row in rows):
+        raise ValueError(f"preview_components={describe(rows)} must be {allowed}.")
+    if len({len(row) for row in rows}) != 1 or len(rows[0]) < 2:
+        raise ValueError(
+            f"preview_components has rows of {', '.join(str(len(row)) for row in rows)} numbers; {allowed}."
+        )
+    name = "a number of preview_components"
+    return tuple(tuple(checked_number(name, value, "a finite number") for value in row) for row in rows)
 
 
 def _checked_end(name: Literal["low", "high"], value: Any, dtype: str) -> float:

@@ -80,7 +80,9 @@ def test_ends_are_those_that_the_dtype_can_hold():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_json_round_trip(dtype):
     """What JSON holds is the whole format."""
-    for pixels in (full_range(dtype), full_range(dtype, preview_channels=(3, 1, 0))):
+    components = ((0.5, -0.25, 0.0), (0.0, 1e-9, 0.125), (1.0, 2.0, -3.0))
+    for fields in ({}, {"preview_channels": (3, 1, 0)}, {"preview_components": components}):
+        pixels = full_range(dtype, **fields)
         assert PixelFormat.from_dict(json.loads(json.dumps(pixels.to_dict()))) == pixels
 
 
@@ -113,6 +115,9 @@ def test_ordinary_images_are_the_default():
         ({"preview_channels": (0, 1, -1)}, "preview_channels=-1"),
         ({"preview_channels": "012"}, "preview_channels='012'"),
         ({"preview_channels": [0.5]}, "preview_channels=0.5"),
+        ({"preview_components": [[1, 2]]}, "preview_components=[[1, 2]]"),
+        ({"preview_components": [[1, 2], [1, 2], [1]]}, "rows of 2, 2, 1 numbers"),
+        ({"preview_components": [[1, 2], [1, 2], [1, None]]}, "=None must be a finite number"),
         ({"gamma": 2}, "unknown key 'gamma'"),
     ],
 )
