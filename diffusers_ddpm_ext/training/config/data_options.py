@@ -17,7 +17,7 @@ class SourceOptions:
         None, "Folder of images of any type, including its subfolders.", unset="digits", path=True
     )
     dataset_name: str | None = option(
-        None, "Dataset on the Hub, or the path of a local one; read by `datasets`.", path=True
+        None, "Dataset on the Hub, or a local one: a folder, a file, or a pattern of files; read by `datasets`.", path=True
     )
     dataset_config_name: str | None = option(None, "Configuration of --dataset_name, if it has several.")
     image_column: str | None = option(None, "Column of --dataset_name that holds the images.", unset="the only one")

@@ -29,6 +29,7 @@ from diffusers_ddpm_ext.training.config.checks import check_image_folder
 from diffusers_ddpm_ext.training.config.condition_checks import TEXT_FILES
 from diffusers_ddpm_ext.training.data.caption_text import csv_cells, read_caption_files
 from diffusers_ddpm_ext.training.data.class_labels import Column
+from diffusers_ddpm_ext.training.data.dataset_files import builder_arguments, is_saved_dataset, saved_split
 from diffusers_ddpm_ext.training.data.image_files import Payload, RemoteFile, find_files, locate
 from diffusers_ddpm_ext.training.data.metadata import (
     FILE_NAME,
@@ -241,7 +242,7 @@ def open_dataset_split(
     """Open one split of a dataset on the Hub, or of a local path (a script-free dataset, or `save_to_disk`'s folder).
 
     Args:
-        name: Hub id or path.
+        name: Hub id, folder, file, or pattern of files.
         split: of the dataset.
         config_name: configuration, if the dataset has several.
         image_column: column of the images; None selects the only image column.
@@ -256,27 +257,24 @@ def open_dataset_split(
         raise ConfigError("--dataset_name needs `datasets`: pip install diffusers-ddpm-ext[hub-datasets]") from None
     label = f"--dataset_name {name!r}"
     try:
-        if any(Path(name, marker).is_file() for marker in ("state.json", "dataset_dict.json")):
-            saved = datasets.load_from_disk(name)
-            splits = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
-            if split not in splits:
-                raise ValueError(f"it has only the splits {', '.join(splits)}")
-            table = splits[split]
+        if is_saved_dataset(name):
+            table = saved_split(name, split)
         else:
-            table = datasets.load_dataset(name, config_name, split=split, cache_dir=cache_dir)
+            path, files = builder_arguments(name)
+            table = datasets.load_dataset(path, config_name, data_files=files, split=split, cache_dir=cache_dir)
     except Exception as error:  # `datasets` raises any exception of its readers and the network
-        raise ConfigError(f"{label}, split {split!r}, cannot be opened: {_one_line(error)}") from error
-    column = _image_column(label, table.features, datasets.Image, image_column)
+        raise ConfigError(f"{label}, split {split!r}, cannot be opened: {one_line(error)}") from error
+    column = image_column_of(label, table.features, datasets.Image, image_column)
     try:
         rows = table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
     except Exception as error:
-        raise ConfigError(f"--image_column {column!r} of {label} has no images: {_one_line(error)}") from error
+        raise ConfigError(f"--image_column {column!r} of {label} has no images: {one_line(error)}") from error
     if len(rows) == 0:
         raise ConfigError(f"{label}, split {split!r}, has no rows.")
     return DatasetSource(label, rows, column, [f"row {index}" for index in range(len(rows))], table)
 
 
-def _image_column(label: str, features: dict[str, object], image_type: type, requested: str | None) -> str:
+def image_column_of(label: str, features: dict[str, object], image_type: type, requested: str | None) -> str:
     """Return the requested column, or the only one of images."""
     columns = ", ".join(features)
     if requested is not None:
@@ -303,7 +301,7 @@ def digit_levels() -> Tensor:
     return torch.from_numpy(load_digits().images.astype(np.uint8)).unsqueeze(1)
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """First lines of an error and of its cause."""
     lines = [str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__]
     if error.__cause__ is not None and str(error.__cause__).strip():
