@@ -6,6 +6,7 @@ It is written from the files of the folder; what they lack is left out. Imports 
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -100,14 +101,9 @@ class _Card:
         self.key = "" if self.index.content.get("conditioning_key") is None else self.index.string("conditioning_key")
         self.environment, self.images, self.bound = facts.record(ENVIRONMENT), facts.images(), facts.bound()
         self.last = facts.metrics().last
-        self.dataset = self._read_dataset()  # its id on the Hub, if it has one
-
-    def _read_dataset(self) -> str | None:
-        name = self.facts.options().get("dataset_name")
-        try:
-            return check_repo_id(name) if isinstance(name, str) else None
-        except ConfigError:  # a path
-            return None
+        names = facts.options().get("dataset_name")
+        self.datasets = _hub_ids(names if isinstance(names, list) else [names])
+        self.dataset = self.datasets[0] if self.datasets and isinstance(names, str) else None  # not one of a mixture
 
     @property
     def dataset_name(self) -> str:
@@ -192,7 +188,7 @@ class _Card:
             pipeline_tag=task,
             tags=["diffusers", task, "ddpm", "diffusers-ddpm-ext"],
             license=None if license_name is None else printable(license_name),
-            datasets=[self.dataset] if self.dataset else None,
+            datasets=self.datasets or None,
             model_name=self.name if results else None,
             eval_results=results or None,
             **widget,
@@ -320,6 +316,15 @@ class _Card:
         device = f" on {inline_text(environment.string('device'))}" if environment.content.get("device") else ""
         python = inline_text(environment.string("python"))
         return [f"{action}{device} with Python {python}, {', '.join(versions[:MAX_PACKAGES])}."]
+
+
+def _hub_ids(names: Sequence[Any]) -> list[str]:
+    """Those names of datasets that are ids on the Hub, and not paths."""
+    ids = []
+    for name in names:
+        with suppress(ConfigError):
+            ids += [check_repo_id(name)] if isinstance(name, str) else []
+    return ids
 
 
 def _size_text(height: float, width: float, channels: int) -> str:

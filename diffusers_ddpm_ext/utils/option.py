@@ -33,6 +33,7 @@ def option(
     path: bool = False,
     bare: str = "",
     phrases: bool = False,
+    several: bool = False,
 ) -> T:
     """Declare an option as a dataclass field. Its type is the field's annotation; a `Literal` lists the choices.
 
@@ -53,6 +54,8 @@ def option(
         path: whether its text is, or may be, a path on this machine: ``~`` is the home folder.
         bare: value of a flag without a value; true and false, on the command line or in YAML, stand for it and None.
         phrases: for several texts: whether they are prompts, which may be empty, and of which one may have spaces.
+        several: whether the flag takes several texts or numbers, separated by spaces. One text stays a text, which
+            may have spaces; several become a tuple.
 
     Returns:
         A `dataclasses.Field`, typed as its value.
@@ -70,6 +73,7 @@ def option(
         "path": path,
         "bare": bare,
         "phrases": phrases,
+        "several": several,
     }
     declared: Any = (
         field(default_factory=lambda: type(default)(default), metadata=metadata)

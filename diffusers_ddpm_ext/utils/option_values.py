@@ -7,7 +7,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ def convert_value(option: Option, value: Any, label: str) -> Any:
         ConfigError: it cannot be read as that type, is not one of the choices, or is out of range; ``label`` names
             the option in the message.
     """
+    if option.metadata["several"] and isinstance(value, list | tuple) and len(value) == 1:
+        value = value[0] if isinstance(value[0], str | int | float) else value
     is_none = isinstance(value, str) and value.lower() in NONE and option.hint not in (str, Path)
     if value and isinstance(value, str) and option.metadata["none"] == value:
         return None
@@ -37,6 +39,8 @@ def convert_value(option: Option, value: Any, label: str) -> Any:
         return value
     if option.metadata["bare"] and str(value).lower() in ("true", "false"):
         value = option.metadata["bare"] if str(value).lower() == "true" else None
+    if option.metadata["several"] and option.hint is str and isinstance(value, list | tuple):
+        return _read_several(option, value, label)
     if value is None or (is_none and option.optional and not option.choices):
         if option.optional and not (is_none and option.element is int):
             return None
@@ -55,6 +59,13 @@ def convert_value(option: Option, value: Any, label: str) -> Any:
     return result
 
 
+def _read_several(option: Option, values: Sequence[Any], label: str) -> tuple[str, ...]:
+    """Several texts, each converted and checked."""
+    if not values or not all(isinstance(value, str) for value in values):
+        raise ConfigError(f"{label} takes {expected_value(option)}, or a list of such, got {_shown(values)}")
+    return tuple(convert_value(option, value, label) for value in values)
+
+
 def expected_value(option: Option) -> str:
     """What an option takes, for messages."""
     if option.choices:
@@ -67,6 +78,8 @@ def expected_value(option: Option) -> str:
         return f"{option.metadata['none']} or a whole number"
     if option.takes_pairs:
         return "KEY=VALUE pairs"
+    if option.element is float and option.metadata["several"]:
+        return "numbers"
     if option.element is float:
         return (
             "a list of numbers in JSON, or a .json or .npy file that holds one"
@@ -211,11 +224,11 @@ def _read_texts(option: Option, value: Any) -> tuple[str, ...]:
 
 
 def _read_tuple(option: Option, value: Any) -> tuple[Any, ...]:
-    if option.hint == tuple[float, ...]:
+    if option.hint == tuple[float, ...] and not option.metadata["several"]:
         value = _read_number_list(value) if isinstance(value, str) else value
         if value == []:
             raise ValueError
-    elif isinstance(value, (str, int)):
+    elif isinstance(value, (str, int, float)):
         value = [value]
     if not isinstance(value, (list, tuple)):
         raise ValueError
@@ -224,6 +237,8 @@ def _read_tuple(option: Option, value: Any) -> tuple[Any, ...]:
         value = [] if [part.lower() for part in value] in ([word] for word in NONE) else value
     if len(value) > MAX_ELEMENTS:
         raise ConfigError(f"{len(value):,} numbers are too many: at most {MAX_ELEMENTS:,}")
+    if not value and option.metadata["several"]:
+        raise ValueError
     numbers = tuple(_finite_number(option.element or float, v) for v in value)
     if option.length is not None:
         numbers = numbers * 2 if len(numbers) == 1 and option.hint == tuple[int, int] else numbers

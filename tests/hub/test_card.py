@@ -273,3 +273,11 @@ def test_whose_card_it_is(content, ours, tmp_path):
     if content is not None:
         (tmp_path / "README.md").write_bytes(content)
     assert may_replace_card(tmp_path) is ours
+
+
+def test_datasets_of_a_mixture_are_named_and_none_stands_for_all(tmp_path):
+    folder = folder_named(tmp_path, "harmless_name")
+    (folder / "config.yaml").write_text(yaml.safe_dump({"data": {"dataset_name": ["user/a", "./local", "user/b"]}}))
+    metadata = yaml.safe_load(make_card(folder, "me/x").split("\n---\n")[0])
+    assert metadata["datasets"] == ["user/a", "user/b"]
+    assert metadata["model-index"][0]["results"][0]["dataset"]["type"] == "images"

@@ -25,6 +25,7 @@ MODEL_SECTIONS = ("autoencoder", "model", "start", "schedule", "objective", "opt
 MODEL_OPTIONS = (
     "resolution", "center_crop", "random_flip", "channels", "mixed_precision", "seed",
     "class_column", "concat_column", "context_column", "caption_column", "conditioning_dropout",
+    "dataset_weights", "class_balance",
 )  # fmt: skip
 FIRST_STAGE, TEXT_ENCODER = "vae", "text_encoder"
 HASHED = {FIRST_STAGE: "first stage", TEXT_ENCODER: "text encoder, or has another tokenizer"}

@@ -21,14 +21,16 @@ from diffusers_ddpm_ext.training.config.options import OutputOptions
 from diffusers_ddpm_ext.utils.folder_lock import LOCK, FolderBusy, FolderLock
 
 DEFAULT_PARENT = Path("runs")
+MAX_NAME = 200  # characters of a new folder's name; one of a single source is at most 255 bytes
 
 
 def run_name(data: DataOptions) -> str:
-    """Name of a run on these images: `digits`, or the last part of the folder's or dataset's name."""
-    source = data.train_data_dir or data.dataset_name
-    if source is None:
+    """Name of a run on these images: `digits`, or the last part of each folder's or dataset's name."""
+    sources = data.data_dirs or data.dataset_names
+    if not sources:
         return "digits"
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", Path(source).resolve().name).strip("-.") or "images"
+    name = "-".join(Path(source).resolve().name for source in sources)
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name)[:MAX_NAME].strip("-.") or "images"
 
 
 def check_output_dir(output: OutputOptions, resuming: bool = False) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 
 from diffusers_ddpm_ext.errors import ConfigError
 from diffusers_ddpm_ext.training.config.condition_checks import data_conditions, read_dropout
+from diffusers_ddpm_ext.training.config.data_options import as_names
+from diffusers_ddpm_ext.training.config.mixture_checks import check_mixture
 from diffusers_ddpm_ext.utils.lr_lambdas import check_lr_schedule
 from diffusers_ddpm_ext.utils.network_budget import check_network_config
 from diffusers_ddpm_ext.utils.vocabulary import SAMPLE_METRICS
@@ -99,8 +101,9 @@ def check_data_options(flat: Flat) -> None:
     if digits and flat["validation_data_dir"] is not None:
         raise ConfigError("--validation_data_dir needs --train_data_dir or --dataset_name: the digits have their own")
     for name in ("train_data_dir", "validation_data_dir"):
-        if flat[name] is not None:
-            check_image_folder(f"--{name}", flat[name])
+        for folder in as_names(flat[name]):
+            check_image_folder(f"--{name}", folder)
+    check_mixture(flat)
 
 
 def check_image_folder(option: str, folder: str) -> Path:
@@ -313,13 +316,10 @@ def check_output(flat: Flat) -> None:
         raise ConfigError("--overwrite_output_dir needs --output_dir: without it the run has a new folder")
     if flat["overwrite_output_dir"]:
         folder = Path(flat["output_dir"]).resolve()
-        for name in ("train_data_dir", "validation_data_dir", "ckpt_path", "vae", "model_config_name_or_path"):
-            if (
-                flat.get(name) is not None
-                and Path(flat[name]).exists()
-                and Path(flat[name]).resolve().is_relative_to(folder)
-            ):
+        inputs = ("train_data_dir", "validation_data_dir", "ckpt_path", "vae", "model_config_name_or_path")
+        for option, path in ((name, path) for name in inputs for path in as_names(flat.get(name))):
+            if Path(path).exists() and Path(path).resolve().is_relative_to(folder):
                 raise ConfigError(
-                    f"--{name} {flat[name]} is in the folder that --overwrite_output_dir empties: name another"
+                    f"--{option} {path} is in the folder that --overwrite_output_dir empties: name another"
                     " --output_dir"
                 )

@@ -72,6 +72,9 @@ def select_columns(
         ConfigError: a column is missing, or named without effect.
     """
     columns: dict[str, str] = {}
+    balances = options.get("class_balance", False)
+    if balances and options["class_column"] is None and default_class_column is None:
+        raise ConfigError("--class_balance needs --class_column: the column with the class of each image")
     required = data_conditions(conditioning_key, options)
     for condition, option in COLUMN_OPTIONS.items():
         column = options[option]
@@ -90,7 +93,7 @@ def select_columns(
                 f"--{option} {column} and --caption_column {options['caption_column']} both fill the cross attention:"
                 " leave one of them out"
             )
-        elif column is not None:
+        elif column is not None and not (condition == "class_labels" and balances):
             raise ConfigError(
                 f"--{option} {column} has no effect with --conditioning_key {conditioning_key or 'none'}"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,25 +10,57 @@ from diffusers_ddpm_ext.training.config.pixel_options import PixelOptions
 from diffusers_ddpm_ext.utils.option import option
 
 
+def as_names(value: str | Sequence[str] | None) -> tuple[str, ...]:
+    """The value of an option that takes one text or several, as a tuple; empty for None."""
+    return () if value is None else (value,) if isinstance(value, str) else tuple(value)
+
+
 @dataclass(frozen=True)
 class SourceOptions:
     """Where the images and their conditions are, and how they are loaded."""
 
-    train_data_dir: str | None = option(
-        None, "Folder of images of any type, including its subfolders.", unset="digits", path=True
+    train_data_dir: str | tuple[str, ...] | None = option(
+        None,
+        "Folder of images of any type, including its subfolders; or several folders, which are mixed.",
+        unset="digits",
+        path=True,
+        several=True,
     )
-    dataset_name: str | None = option(
-        None, "Dataset on the Hub, or a local one: a folder, a file, or a pattern of files; read by `datasets`.", path=True
+    dataset_name: str | tuple[str, ...] | None = option(
+        None,
+        "Dataset on the Hub, or a local one: a folder, a file, or a pattern of files; read by `datasets`. Several are"
+        " mixed.",
+        path=True,
+        several=True,
     )
-    dataset_config_name: str | None = option(None, "Configuration of --dataset_name, if it has several.")
-    image_column: str | None = option(None, "Column of --dataset_name that holds the images.", unset="the only one")
+    dataset_config_name: str | tuple[str, ...] | None = option(
+        None, "Configuration of --dataset_name, if it has several: one for all datasets, or one each.", several=True
+    )
+    image_column: str | tuple[str, ...] | None = option(
+        None,
+        "Column of --dataset_name that holds the images: one for all datasets, or one each.",
+        unset="the only one",
+        several=True,
+    )
+    dataset_weights: tuple[float, ...] | None = option(
+        None,
+        "How often images of each of several folders or datasets are drawn: 3 1 draws three of the first for each of"
+        " the second.",
+        above=0,
+        unset="each image equally often",
+        metavar="X",
+        several=True,
+    )
+    class_balance: bool = option(
+        False, "Draw images of each class equally often, whatever their number; see --class_column."
+    )
     cache_dir: str | None = option(None, "Cache folder of downloaded datasets.", unset="that of `datasets`", path=True)
     validation_fraction: float | None = option(
         0.1, "Fraction of the images held out for validation. 0: no validation.", low=0, below=1
     )
     validation_split: str | None = option(None, "Split of --dataset_name to validate on, instead of a fraction.")
-    validation_data_dir: str | None = option(
-        None, "Folder of images to validate on, instead of a fraction.", path=True
+    validation_data_dir: str | tuple[str, ...] | None = option(
+        None, "Folder of images to validate on, or several, instead of a fraction.", path=True, several=True
     )
     skip_bad_images: bool = option(
         False, "Skip files that cannot be read, instead of stopping with an error before training."
@@ -36,7 +69,7 @@ class SourceOptions:
         None,
         "Column with the class of each image: of --dataset_name, or of metadata.csv or metadata.jsonl in the folder;"
         " `folder`: the name of the folder that an image is in.",
-        unset="the digit; with --conditioning_key adm also `folder`",
+        unset="the digit; with --conditioning_key adm or --class_balance also `folder`",
     )
     concat_column: str | None = option(
         None, "Column with images, or paths of images, that are concatenated to the input."
@@ -60,6 +93,16 @@ class SourceOptions:
     dataloader_num_workers: int = option(
         0, "Worker processes that load images. 0: the main process loads them.", low=0, high=1024
     )
+
+    @property
+    def data_dirs(self) -> tuple[str, ...]:
+        """The folders to train on; empty without any."""
+        return as_names(self.train_data_dir)
+
+    @property
+    def dataset_names(self) -> tuple[str, ...]:
+        """The datasets to train on; empty without any, or if there are folders."""
+        return () if self.data_dirs else as_names(self.dataset_name)
 
 
 @dataclass(frozen=True)

@@ -147,7 +147,8 @@ def _settings(option: Option, negatable: bool) -> dict[str, Any]:
         return settings | {"nargs": "?", "const": option.metadata["bare"]}
     if option.hint == tuple[float, float]:
         return settings | {"nargs": 2, "metavar": tuple(metavar.split())}
-    if option.element in (int, str) or option.takes_pairs:
+    # Before a positional argument, a flag of several values would take that, too.
+    if option.element in (int, str) or option.takes_pairs or (option.metadata["several"] and negatable):
         settings["nargs"] = "+"
     return settings
 

@@ -29,7 +29,7 @@ ALTERNATIVES: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("resume_from_checkpoint",), ("resume_from_hub",)),
 )
 # Options that are replaced together with the option that they belong to.
-FOLLOWERS = {"dataset_name": ("dataset_config_name", "image_column")}
+FOLLOWERS = {"dataset_name": ("dataset_config_name", "image_column", "dataset_weights")}
 
 
 @dataclass(frozen=True)

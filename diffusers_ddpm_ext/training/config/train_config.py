@@ -238,6 +238,7 @@ def data_options(file: Path | None, typed: Mapping[str, Any], defaults: Mapping[
         flat |= replaced_options(layer) | {
             n: value for n, value in layer.options.items() if OPTIONS[n].section == "data"
         }
+    flat["dataset_weights"] = None  # a measurement weighs nothing, and may be of one source of a mixture
     check_data_options(flat)
     return DataOptions(**{name: flat[name] for name, option in OPTIONS.items() if option.section == "data"})
 

@@ -21,7 +21,7 @@ from diffusers_ddpm_ext.training.data.decoding import Preprocessing
 from diffusers_ddpm_ext.training.data.embeddings import read_embedding
 from diffusers_ddpm_ext.training.data.image_files import Payload
 from diffusers_ddpm_ext.training.data.image_store import ImageStore, decode_source
-from diffusers_ddpm_ext.training.data.sources import Source, payload_of_cell
+from diffusers_ddpm_ext.training.data.sources import ColumnSource, payload_of_cell
 from diffusers_ddpm_ext.utils.network_budget import physical_memory
 
 MEMORY_LIMIT_OF_JOINED_IMAGES = 2**31  # bytes
@@ -74,7 +74,7 @@ class _CellImages:
 
 
 def load_conditions(
-    source: Source,
+    source: ColumnSource,
     names: Sequence[str],
     columns: Mapping[str, str],
     preprocessing: Preprocessing,

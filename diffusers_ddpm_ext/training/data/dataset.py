@@ -6,15 +6,17 @@ import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from diffusers_ddpm_ext.errors import ConfigError
 from diffusers_ddpm_ext.training.config.condition_checks import select_columns
-from diffusers_ddpm_ext.training.config.data_options import DataOptions
+from diffusers_ddpm_ext.training.config.data_options import DataOptions, as_names
 from diffusers_ddpm_ext.training.data.bit_depth import LEVELS_8_BIT, LEVELS_16_BIT
 from diffusers_ddpm_ext.training.data.captions import CaptionReader, CaptionTable, Tokenizes
+from diffusers_ddpm_ext.training.data.class_labels import ClassLabels
 from diffusers_ddpm_ext.training.data.conditions import ConditionColumns, load_conditions
 from diffusers_ddpm_ext.training.data.decoding import CHANNEL_NAMES, Preprocessing, Size
 from diffusers_ddpm_ext.training.data.image_set import ImageSet
@@ -25,11 +27,12 @@ from diffusers_ddpm_ext.training.data.image_store import (
     check_same_kind,
     decode_source,
 )
+from diffusers_ddpm_ext.training.data.mixture import describe_sources, one_each, read_balanced_classes, weighted_draws
+from diffusers_ddpm_ext.training.data.mixture_sources import MixtureSource, join_images, stores_of
 from diffusers_ddpm_ext.training.data.sources import (
+    DIGIT_COLUMN,
     FOLDER_COLUMN,
-    DatasetSource,
     DigitSource,
-    FolderSource,
     Source,
     describe_other_images,
     digit_levels,
@@ -79,10 +82,20 @@ class ImageData:
 
 @dataclass(frozen=True)
 class _LoadedSource:
-    """Images of a source, with their conditions."""
+    """Images of a source or a mixture, with their conditions.
+
+    Attributes:
+        loaded: the images.
+        columns: their conditions.
+        parts: the names of the images within each source.
+        classes: of the images, for ``class_balance``.
+        other_images: images of types that are not read, by extension: their number.
+    """
 
     loaded: LoadedImages
     columns: ConditionColumns | None
+    parts: Sequence[Sequence[str]]
+    classes: ClassLabels | None = None
     other_images: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -111,35 +124,48 @@ def load_data(
         raise ConfigError(f"--channels {options.channels}: must be one of {names}.")
     preprocessing = Preprocessing(options.resolution, options.channels, options.center_crop)
     digits = options.train_data_dir is None and options.dataset_name is None
-    default_class_column = "digit" if digits else FOLDER_COLUMN if options.train_data_dir is not None else None
+    default_class_column = DIGIT_COLUMN if digits else FOLDER_COLUMN if options.train_data_dir is not None else None
     selected = select_columns(conditioning_key, vars(options), default_class_column)
     if digits:
         return _load_digits(options, preprocessing, selected)
     reader = None if tokenizer is None else CaptionReader(tokenizer)
 
-    def load(source: Source, train: ConditionColumns | None = None) -> _LoadedSource:
-        skip_bad = options.skip_bad_images
-        loaded = decode_source(source, preprocessing, skip_bad=skip_bad, memory_limit=memory_limit, progress=progress)
-        columns = load_conditions(source, loaded.names, selected, preprocessing, train, reader)
-        return _LoadedSource(loaded, columns, source.other_images)
+    def load(sources: Mapping[str, Source], train: ConditionColumns | None = None) -> _LoadedSource:
+        limit, skip_bad, parts = memory_limit // len(sources), options.skip_bad_images, list(sources.values())
+        loaded = [
+            decode_source(part, preprocessing, skip_bad=skip_bad, memory_limit=limit, progress=progress)
+            for part in parts
+        ]
+        images = loaded[0] if len(parts) == 1 else join_images(list(sources), loaded)
+        source = parts[0] if len(parts) == 1 else MixtureSource(list(sources), parts)
+        columns = load_conditions(source, images.names, selected, preprocessing, train, reader)
+        classes = None
+        if options.class_balance and train is None:
+            classes = read_balanced_classes(
+                source, images.names, columns, options.class_column or default_class_column
+            )
+        return _LoadedSource(images, columns, [each.names for each in loaded], classes, source.other_images)
 
-    train, held_out = load(_open_source(options, "--train_data_dir", options.train_data_dir, "train")), None
-    validation_dir, split = options.validation_data_dir, options.validation_split
-    if validation_dir is not None or split is not None:
-        source = _open_source(options, "--validation_data_dir", validation_dir, str(split))
-        held_out = load(source, train.columns)
-    name = options.train_data_dir if options.train_data_dir is not None else options.dataset_name
-    data = _assemble(options, f"images of {name}", train, held_out, train.loaded.images.levels)
+    train, held_out = load(_open_sources(options, "--train_data_dir", options.data_dirs, "train")), None
+    validation_dirs, split = as_names(options.validation_data_dir), options.validation_split
+    if validation_dirs or split is not None:
+        held_out = load(_open_sources(options, "--validation_data_dir", validation_dirs, str(split)), train.columns)
+    description = f"images of {describe_sources(options)}"
+    data = _assemble(options, description, train, held_out, train.loaded.images.levels)
     return data if reader is None else replace(data, captions=reader.table(progress))
 
 
-def _open_source(options: DataOptions, option: str, folder: str | None, split: str) -> FolderSource | DatasetSource:
-    """The folder, or else the split of --dataset_name."""
-    if folder is not None:
-        return scan_folder(option, folder)
-    return open_dataset_split(
-        str(options.dataset_name), split, options.dataset_config_name, options.image_column, options.cache_dir
-    )
+def _open_sources(options: DataOptions, option: str, folders: Sequence[str], split: str) -> dict[str, Source]:
+    """The folders, or else the split of each --dataset_name, by name."""
+    if folders:
+        return {folder: scan_folder(option, folder) for folder in folders}
+    names = options.dataset_names
+    configs, columns = as_names(options.dataset_config_name), as_names(options.image_column)
+    sources: dict[str, Source] = {}
+    for name, config, column in zip(names, one_each(configs, len(names)), one_each(columns, len(names)), strict=True):
+        called = name if name not in sources else f"{name}, {config}"
+        sources[called] = open_dataset_split(name, split, config, column, options.cache_dir)
+    return sources
 
 
 def _load_digits(options: DataOptions, preprocessing: Preprocessing, selected: Mapping[str, str]) -> ImageData:
@@ -156,19 +182,24 @@ def _load_digits(options: DataOptions, preprocessing: Preprocessing, selected: M
         loaded = decode_source(source, preprocessing, skip_bad=False, memory_limit=MEMORY_LIMIT)
         num_levels = loaded.images.levels
     columns = load_conditions(source, loaded.names, selected, preprocessing)
-    return _assemble(options, DIGITS, _LoadedSource(loaded, columns), None, num_levels)
+    classes = None
+    if options.class_balance:
+        classes = read_balanced_classes(source, loaded.names, columns, options.class_column or DIGIT_COLUMN)
+    return _assemble(options, DIGITS, _LoadedSource(loaded, columns, [loaded.names], classes), None, num_levels)
 
 
 def _assemble(
     options: DataOptions, description: str, train: _LoadedSource, held_out: _LoadedSource | None, levels: int
 ) -> ImageData:
     """Create the training and the validation set, and describe them."""
-    count = len(train.loaded.names)
-    rows, held_out_rows = torch.arange(count), torch.empty(0, dtype=torch.int64)
-    if held_out is None:
-        fraction = options.validation_fraction or 0
-        rows, held_out_rows = _split(train.loaded.names, fraction, by_key=description != DIGITS)
-    else:
+    fraction = 0 if held_out is not None else options.validation_fraction or 0
+    splits = [_split(names, fraction, by_key=description != DIGITS) for names in train.parts]
+    starts = [0, *accumulate(map(len, train.parts))]
+    rows, held_out_rows = (
+        torch.cat([part + start for start, part in zip(starts, parts, strict=False)])
+        for parts in zip(*splits, strict=True)
+    )
+    if held_out is not None:
         check_same_kind(train.loaded, held_out.loaded)
     train_set = ImageSet(
         train.loaded.images,
@@ -187,9 +218,14 @@ def _assemble(
         validation_set = replace(validation_set, columns=held_out.columns)
     elif len(held_out_rows):
         validation_set = replace(train_set, rows=held_out_rows, random_flip=False)
+    train_set = replace(
+        train_set, draws=weighted_draws(options, [len(part) for part, _ in splits], rows, train.classes)
+    )
     sources = [train] if held_out is None else [train, held_out]
     parts = [source.loaded.fingerprint for source in sources] + [str(row) for row in held_out_rows.tolist()]
     parts += [source.columns.fingerprint for source in sources if source.columns is not None]
+    if train.classes is not None:
+        parts.append(hashlib.sha256(train.classes.labels.numpy().tobytes()).hexdigest())
     loaded_sources = [source.loaded for source in sources]
     return ImageData(
         train_set,
@@ -243,6 +279,8 @@ def _describe(
         parts.append("center crop" if options.center_crop else "random crop")
     if options.random_flip:
         parts.append("random flip")
+    if options.class_balance:
+        parts.append("each class equally often")
     loaded_sources = [source.loaded for source in sources]
     if enlarged := sum(loaded.enlarged for loaded in loaded_sources):
         parts.append(f"{enlarged:,} smaller ones enlarged")
@@ -251,6 +289,6 @@ def _describe(
     other_images = sum((Counter(source.other_images) for source in sources), Counter())
     if other_images:
         parts.append(describe_other_images(other_images))
-    if any(isinstance(loaded.images, LazyImages) for loaded in loaded_sources):
+    if any(isinstance(store, LazyImages) for loaded in loaded_sources for store in stores_of(loaded.images)):
         parts.append("too many for memory: decoded for each use (see --dataloader_num_workers)")
     return ", ".join(parts)

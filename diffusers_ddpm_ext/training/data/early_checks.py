@@ -9,6 +9,7 @@ from typing import Any
 
 from diffusers_ddpm_ext.errors import ConfigError
 from diffusers_ddpm_ext.training.config.condition_checks import TEXT_FILES, select_columns
+from diffusers_ddpm_ext.training.config.data_options import as_names
 from diffusers_ddpm_ext.training.config.model_file import MODEL_OPTION, read_model_file
 from diffusers_ddpm_ext.training.config.train_config import TrainConfig
 from diffusers_ddpm_ext.training.data.caption_text import find_caption_files
@@ -54,7 +55,7 @@ def _check_channels(config: TrainConfig, network: Mapping[str, Any], option: str
     if channels is None and config.on_digits:
         channels, whose = 1, "the digits have"
     elif channels is None and config.data.train_data_dir is not None:
-        image = first_image(Path(config.data.train_data_dir))
+        image = first_image(Path(config.data.data_dirs[0]))
         channels, whose = (None if image is None else _channels_of(image)), "the images have"
     extra = COORDINATES if config.model.use_positional_encodings else 0
     if channels is not None and inputs != channels + extra:
@@ -78,12 +79,9 @@ def _check_columns(config: TrainConfig, columns: Mapping[str, str]) -> None:
         for condition, column in columns.items()
         if column != FOLDER_COLUMN and not (in_files and condition == "captions")
     ]
-    for option, folder in (
-        ("--train_data_dir", data.train_data_dir),
-        ("--validation_data_dir", data.validation_data_dir),
-    ):
-        if folder is None or not (wanted or in_files):
-            continue
+    folders = [("--train_data_dir", folder) for folder in data.data_dirs]
+    folders += [("--validation_data_dir", folder) for folder in as_names(data.validation_data_dir)]
+    for option, folder in folders if wanted or in_files else ():
         found = find_files(Path(folder), METADATA_FILES)
         label = f"{option} {folder!r}"
         if in_files:

@@ -17,7 +17,7 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -40,6 +40,7 @@ from diffusers_ddpm_ext.training.data.metadata import (
 )
 
 FOLDER_COLUMN = "folder"
+DIGIT_COLUMN = "digit"
 
 
 @dataclass(frozen=True)
@@ -181,8 +182,8 @@ class DigitSource:
 
     def read_labels(self, column: str) -> Column:
         """Return which digit each image is, by name of the image."""
-        if column != "digit":
-            raise ConfigError(f"--class_column {column}: the digits have one column, digit")
+        if column != DIGIT_COLUMN:
+            raise ConfigError(f"--class_column {column}: the digits have one column, {DIGIT_COLUMN}")
         from sklearn.datasets import load_digits
 
         return Column(dict(zip(self.names, load_digits().target, strict=True)))
@@ -197,6 +198,14 @@ class DigitSource:
 
 
 Source = FolderSource | DatasetSource | DigitSource
+
+
+class ColumnSource(Protocol):
+    """What conditions are read from: the values of a column by name of the image."""
+
+    def read_labels(self, column: str) -> Column: ...
+    def read_captions(self, column: str) -> Mapping[str, Any]: ...
+    def read_files(self, column: str) -> Mapping[str, Any]: ...
 
 
 def payload_of_cell(cell: Any) -> Payload:

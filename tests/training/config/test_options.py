@@ -14,6 +14,7 @@ from diffusers_ddpm_ext.training.config.train_config import TrainConfig, parse_t
 FLAGS = """
 vae vae_subfolder scale_factor scale_by_std latent_stats latent_mode concat_through_vae
 cache_latents cache_latents_dtype
+dataset_weights class_balance
 train_data_dir dataset_name dataset_config_name image_column cache_dir validation_fraction validation_split
 validation_data_dir resolution center_crop random_flip channels skip_bad_images dataloader_num_workers
 model_config_name_or_path block_out_channels layers_per_block attention_levels attention_head_dim norm_num_groups
