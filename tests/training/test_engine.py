@@ -325,7 +325,12 @@ def test_an_image_that_becomes_unreadable(skip, tmp_path, monkeypatch, capfd):
         return real(*arguments)
 
     monkeypatch.setattr(trainer, "open_batches", breaking)
-    options = {"train_data_dir": str(folder), "skip_bad_images": skip, "validation_fraction": 0.0}
+    options = {
+        "train_data_dir": str(folder),
+        "skip_bad_images": skip,
+        "validation_fraction": 0.0,
+        "cache_images": "never",
+    }
     options["dataloader_num_workers"] = 1
     if not skip:
         with pytest.raises(RunError, match=r"\.png.*--skip_bad_images"):
@@ -341,7 +346,7 @@ def test_an_image_that_becomes_unreadable(skip, tmp_path, monkeypatch, capfd):
 @pytest.mark.slow
 def test_one_process_that_stops_takes_the_other_with_it(tmp_path):
     """The second process cannot read an image any more: the first does not wait for it."""
-    options = {"train_data_dir": str(photos(tmp_path / "photos")), "validation_fraction": 0.0}
+    options = {"train_data_dir": str(photos(tmp_path / "photos")), "validation_fraction": 0.0, "cache_images": "never"}
     with pytest.raises(AssertionError, match="became unreadable"):
         on_two_processes([(tmp_path / "run", options)], "unreadable", limit=60)
 

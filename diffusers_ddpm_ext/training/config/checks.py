@@ -98,6 +98,10 @@ def check_data_options(flat: Flat) -> None:
     for name in ("dataset_config_name", "image_column", "validation_split"):
         if flat[name] is not None and flat["dataset_name"] is None:
             raise ConfigError(f"--{name} {flat[name]} needs --dataset_name")
+    if digits and flat["cache_images"] == "always":
+        raise ConfigError(
+            "--cache_images always needs --train_data_dir or --dataset_name: the digits are in memory already"
+        )
     if digits and flat["validation_data_dir"] is not None:
         raise ConfigError("--validation_data_dir needs --train_data_dir or --dataset_name: the digits have their own")
     for name in ("train_data_dir", "validation_data_dir"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from diffusers_ddpm_ext.training.config.pixel_options import PixelOptions
 from diffusers_ddpm_ext.utils.option import option
@@ -54,7 +54,18 @@ class SourceOptions:
     class_balance: bool = option(
         False, "Draw images of each class equally often, whatever their number; see --class_column."
     )
-    cache_dir: str | None = option(None, "Cache folder of downloaded datasets.", unset="that of `datasets`", path=True)
+    cache_dir: str | None = option(
+        None,
+        "Cache folder: of downloaded datasets, and of --cache_images in its subfolder ddpm_ext_images.",
+        unset="that of `datasets`",
+        path=True,
+    )
+    cache_images: Literal["auto", "always", "never"] = option(
+        "auto",
+        "Whether to keep the decoded and resized images in files, below --cache_dir, so that later epochs and runs"
+        " decode none. auto: 10,000 images or more, 256 MiB of files or more, or more pixels than 2 GiB.",
+        answers={"true": "use always", "false": "use never"},
+    )
     validation_fraction: float | None = option(
         0.1, "Fraction of the images held out for validation. 0: no validation.", low=0, below=1
     )

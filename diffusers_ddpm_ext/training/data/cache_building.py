@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,13 +12,13 @@ from tqdm import tqdm
 
 from diffusers_ddpm_ext.errors import ConfigError, warn
 from diffusers_ddpm_ext.training.data.cache_folder import (
-    MANIFEST,
     CacheContent,
     CacheFile,
     CacheFolder,
     from_main,
     written_files,
 )
+from diffusers_ddpm_ext.training.data.cache_manifest import MANIFEST, lacks_space
 from diffusers_ddpm_ext.training.data.posterior_files import RecordWriter, StoredPosteriors
 from diffusers_ddpm_ext.training.distributed import fail_together
 
@@ -83,12 +82,9 @@ def _complete(job: CacheJob, accelerator: Accelerator) -> CacheContent:
 
 def _check_free_space(folder: CacheFolder, missing: int) -> None:
     """Refuse a cache that the disk has no space for, before hours are spent on it."""
-    needed, free = missing * folder.layout.record.itemsize, shutil.disk_usage(folder.path).free
-    if needed > free:
-        raise ConfigError(
-            f"{folder.label}: the {folder.kind.value}s take {needed:,} bytes, and {free:,} are free:"
-            f" {folder.kind.if_too_large}"
-        )
+    lack = lacks_space(folder.path, missing * folder.layout.record.itemsize)
+    if lack is not None:
+        raise ConfigError(f"{folder.label}: the {folder.kind.value}s take {lack}: {folder.kind.if_too_large}")
 
 
 def _encode(job: CacheJob, numbers: np.ndarray, bar: Any, processes: int) -> list[CacheFile]:

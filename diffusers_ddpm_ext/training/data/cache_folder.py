@@ -6,7 +6,6 @@ checksum. Without it, and after damage, each undamaged record of its files count
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,12 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
 from diffusers_ddpm_ext.errors import ConfigError, RunError, printable
+from diffusers_ddpm_ext.training.data.cache_manifest import (
+    SECONDS_BETWEEN_ATTEMPTS,
+    lock_or_busy,
+    read_manifest,
+    write_manifest,
+)
 from diffusers_ddpm_ext.training.data.posterior_files import (
     RECORD_FILE,
     FileDigest,
@@ -32,12 +37,7 @@ from diffusers_ddpm_ext.training.data.posterior_files import (
     scan_file,
 )
 from diffusers_ddpm_ext.training.distributed import any_rank, cores, fail_together, gather_rows
-from diffusers_ddpm_ext.utils.files import fsync_folder, write_atomically
-from diffusers_ddpm_ext.utils.folder_lock import FolderBusy, FolderLock
-from diffusers_ddpm_ext.utils.input_files import read_json
-
-MANIFEST = "manifest.json"
-SECONDS_BETWEEN_ATTEMPTS = 1.0
+from diffusers_ddpm_ext.utils.folder_lock import FolderLock
 
 
 class CacheKind(NamedTuple):
@@ -123,10 +123,13 @@ class CacheFolder:
 
     def read_manifest(self) -> dict[str, FileDigest] | None:
         """The files that the manifest lists, by name; None without a manifest, or if that is damaged."""
-        with suppress(ConfigError, KeyError, TypeError, AttributeError):
-            content = read_json(self.path / MANIFEST)
-            files = {str(name): FileDigest(entry["size"], entry["sha256"]) for name, entry in content["files"].items()}
-            if content["key"] == self.key and all(map(RECORD_FILE.fullmatch, files)):
+        content = read_manifest(self.path, self.key)
+        if content is None:
+            return None
+        with suppress(ConfigError, KeyError, TypeError):
+            entries = content.object("files").content
+            files = {name: FileDigest(entry["size"], entry["sha256"]) for name, entry in entries.items()}
+            if all(map(RECORD_FILE.fullmatch, files)):
                 return files
         return None
 
@@ -136,9 +139,7 @@ class CacheFolder:
             if RECORD_FILE.fullmatch(path.name) and path.name not in content.files and not path.is_dir():
                 path.unlink(missing_ok=True)
         files = {name: digest._asdict() for name, digest in content.files.items()}
-        text = json.dumps({"key": self.key, "files": files}, indent=1) + "\n"
-        write_atomically(self.path / MANIFEST, lambda file: file.write(text.encode()), fsync=True)
-        fsync_folder(self.path)
+        write_manifest(self.path, self.key, {"files": files})
 
     # ------------------------------------------------------------------ files
 
@@ -233,10 +234,7 @@ class CacheFolder:
         with fail_together(accelerator):
             if accelerator.is_main_process:
                 try:
-                    self.path.mkdir(parents=True, exist_ok=True)
-                    lock.acquire()
-                except FolderBusy:
-                    return True
+                    return lock_or_busy(lock, self.path)
                 except OSError as error:
                     raise ConfigError(
                         f"{self.label} cannot be written: {error.strerror or error}; {self.kind.if_unwritable}"

@@ -15,10 +15,12 @@ from diffusers_ddpm_ext.errors import ConfigError
 from diffusers_ddpm_ext.training.config.condition_checks import select_columns
 from diffusers_ddpm_ext.training.config.data_options import DataOptions, as_names
 from diffusers_ddpm_ext.training.data.bit_depth import LEVELS_8_BIT, LEVELS_16_BIT
+from diffusers_ddpm_ext.training.data.cached_images import CachedImages
 from diffusers_ddpm_ext.training.data.captions import CaptionReader, CaptionTable, Tokenizes
 from diffusers_ddpm_ext.training.data.class_labels import ClassLabels
 from diffusers_ddpm_ext.training.data.conditions import ConditionColumns, load_conditions
-from diffusers_ddpm_ext.training.data.decoding import CHANNEL_NAMES, Preprocessing, Size
+from diffusers_ddpm_ext.training.data.decoding import CHANNEL_NAMES, Preprocessing
+from diffusers_ddpm_ext.training.data.image_cache import load_images
 from diffusers_ddpm_ext.training.data.image_set import ImageSet
 from diffusers_ddpm_ext.training.data.image_store import (
     LazyImages,
@@ -29,6 +31,7 @@ from diffusers_ddpm_ext.training.data.image_store import (
 )
 from diffusers_ddpm_ext.training.data.mixture import describe_sources, one_each, read_balanced_classes, weighted_draws
 from diffusers_ddpm_ext.training.data.mixture_sources import MixtureSource, join_images, stores_of
+from diffusers_ddpm_ext.training.data.resizing import Size
 from diffusers_ddpm_ext.training.data.sources import (
     DIGIT_COLUMN,
     FOLDER_COLUMN,
@@ -131,11 +134,8 @@ def load_data(
     reader = None if tokenizer is None else CaptionReader(tokenizer)
 
     def load(sources: Mapping[str, Source], train: ConditionColumns | None = None) -> _LoadedSource:
-        limit, skip_bad, parts = memory_limit // len(sources), options.skip_bad_images, list(sources.values())
-        loaded = [
-            decode_source(part, preprocessing, skip_bad=skip_bad, memory_limit=limit, progress=progress)
-            for part in parts
-        ]
+        limit, parts = memory_limit // len(sources), list(sources.values())
+        loaded = [load_images(part, preprocessing, options, memory_limit=limit, progress=progress) for part in parts]
         images = loaded[0] if len(parts) == 1 else join_images(list(sources), loaded)
         source = parts[0] if len(parts) == 1 else MixtureSource(list(sources), parts)
         columns = load_conditions(source, images.names, selected, preprocessing, train, reader)
@@ -289,6 +289,10 @@ def _describe(
     other_images = sum((Counter(source.other_images) for source in sources), Counter())
     if other_images:
         parts.append(describe_other_images(other_images))
-    if any(isinstance(store, LazyImages) for loaded in loaded_sources for store in stores_of(loaded.images)):
-        parts.append("too many for memory: decoded for each use (see --dataloader_num_workers)")
+    stores = [store for loaded in loaded_sources for store in stores_of(loaded.images)]
+    if any(isinstance(store, LazyImages) for store in stores):
+        parts.append("too many for memory: decoded for each use (see --cache_images, --dataloader_num_workers)")
+    for store in stores:
+        if isinstance(store, CachedImages):
+            parts.append(f"{store.num_bytes:,} bytes of pixels in the cache {store.folder}")
     return ", ".join(parts)

@@ -9,9 +9,9 @@ import hashlib
 import os
 import warnings
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from tqdm import tqdm
@@ -22,13 +22,14 @@ from diffusers_ddpm_ext.training.data.decoding import (
     CHANNEL_NAMES,
     DecodedImage,
     Preprocessing,
-    Size,
     UnreadableImage,
     decode_image,
 )
 from diffusers_ddpm_ext.training.data.image_files import Payload
+from diffusers_ddpm_ext.training.data.resizing import Size
 
 IMAGES_PER_BLOCK = 256  # submitted to the decoding threads at a time
+FOUND = ("kind", "enlarged", "max_level", "num_bytes", "num_bad", "first_bad")
 Kind = tuple[int, int]  # channels of an image, and number of values that a pixel can have
 
 
@@ -60,13 +61,13 @@ class ImageScan:
 
     def __init__(self, source: ImageSource) -> None:
         self.source = source
-        self.readable = array("q")
+        self.readable: Sequence[int] = array("q")
         self.kind: Kind | None = None
         self.enlarged, self.max_level, self.num_bytes = 0, 0, 0
         self.sizes: set[Size] = set()
         self.num_bad = 0
         self.first_bad: tuple[int, str] | None = None
-        self._digest = hashlib.sha256()
+        self._digest, self._fingerprint = hashlib.sha256(), ""
 
     def add(self, row: int, decoded: DecodedImage | UnreadableImage) -> np.ndarray | None:
         """Note an image; return its pixels, None if it has none.
@@ -82,6 +83,7 @@ class ImageScan:
         if self.kind is not None and self.kind != decoded.kind:
             raise mixed_kinds(self.source.names[self.readable[0]], self.kind, name, decoded.kind)
         self.kind = decoded.kind
+        assert isinstance(self.readable, array)
         self.readable.append(row)
         self.max_level = max(self.max_level, int(pixels.max()))
         self.enlarged += decoded.enlarged
@@ -93,7 +95,30 @@ class ImageScan:
     @property
     def fingerprint(self) -> str:
         """Sha256 over names and pixels, in hexadecimal."""
-        return self._digest.hexdigest()
+        return self._fingerprint or self._digest.hexdigest()
+
+    def to_dict(self) -> dict[str, Any]:
+        """What was found, without the rows and the sizes, as JSON."""
+        return {name: getattr(self, name) for name in FOUND} | {"fingerprint": self.fingerprint}
+
+    @classmethod
+    def restored(cls, source: ImageSource, content: Mapping[str, Any], readable: Sequence[int]) -> ImageScan:
+        """A pass that was finished before.
+
+        Args:
+            source: of the images.
+            content: from `to_dict`.
+            readable: rows that can be decoded.
+
+        Raises:
+            KeyError: the content lacks something.
+        """
+        scan = cls(source)
+        for name in FOUND:
+            value = content[name]
+            setattr(scan, name, tuple(value) if isinstance(value, list) else value)
+        scan.readable, scan._fingerprint = readable, content["fingerprint"]
+        return scan
 
     def check(self, skip_bad: bool) -> None:
         """Refuse a source without images, or with unreadable ones unless they are to be left out; a ConfigError."""

@@ -14,9 +14,9 @@ from diffusers_ddpm_ext.models.conditioning import Conditions
 from diffusers_ddpm_ext.training.data.bit_depth import LEVELS_8_BIT
 from diffusers_ddpm_ext.training.data.condition_dropout import ConditionDropout
 from diffusers_ddpm_ext.training.data.conditions import ConditionColumns
-from diffusers_ddpm_ext.training.data.decoding import Size
 from diffusers_ddpm_ext.training.data.image_store import ImageStore
 from diffusers_ddpm_ext.training.data.posterior import Posterior, PosteriorStore
+from diffusers_ddpm_ext.training.data.resizing import Size
 from diffusers_ddpm_ext.training.data.weighted_turns import WeightedDraws
 from diffusers_ddpm_ext.utils import random_keys as keys
 

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from diffusers_ddpm_ext.errors import ConfigError, RunError
-from diffusers_ddpm_ext.training.data.decoding import Preprocessing, Size, UnreadableImage, decode_image, levels_of
+from diffusers_ddpm_ext.training.data.decoding import Preprocessing, UnreadableImage, decode_image, levels_of
 from diffusers_ddpm_ext.training.data.image_scan import ImageScan, ImageSource, describe_kind, mixed_kinds, read_images
+from diffusers_ddpm_ext.training.data.resizing import Size
 
 
 class ImageStore(Protocol):
@@ -159,13 +160,19 @@ def decode_source(
         elif values is not None and pixels is not None:
             pixels.append(torch.from_numpy(values))
     scan.check(skip_bad)
+    return loaded_images(scan, PackedImages(pixels, scan.fingerprint) if pixels else lazy_images(scan, preprocessing))
+
+
+def lazy_images(scan: ImageScan, preprocessing: Preprocessing) -> LazyImages:
+    """The images that a pass has found, to be decoded for each use."""
     assert scan.kind is not None
-    images: ImageStore
-    if pixels:
-        images = PackedImages(pixels, scan.fingerprint)
-    else:
-        images = LazyImages(source, scan.readable, preprocessing, *scan.kind, scan.fingerprint, scan.sizes)
-    names = source.names if not scan.num_bad else [source.names[row] for row in scan.readable]
+    return LazyImages(scan.source, scan.readable, preprocessing, *scan.kind, scan.fingerprint, scan.sizes)
+
+
+def loaded_images(scan: ImageScan, images: ImageStore) -> LoadedImages:
+    """The images that a pass has found, in a store."""
+    source = scan.source
+    names = [source.names[row] for row in scan.readable] if scan.num_bad else source.names
     return LoadedImages(images, names, scan.num_bad, scan.enlarged, scan.fingerprint, scan.max_level)
 
 

@@ -7,8 +7,6 @@ since posteriors are stored before they are scaled.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -24,6 +22,7 @@ from diffusers_ddpm_ext.errors import ConfigError, printable
 from diffusers_ddpm_ext.models.concat_condition import concat_condition
 from diffusers_ddpm_ext.training.data.cache_building import CacheJob, open_cache
 from diffusers_ddpm_ext.training.data.cache_folder import CacheFolder, CacheKind
+from diffusers_ddpm_ext.training.data.cache_manifest import name_of_key
 from diffusers_ddpm_ext.training.data.dataset import ImageData
 from diffusers_ddpm_ext.training.data.image_set import ImageSet, levels_to_pixels
 from diffusers_ddpm_ext.training.data.latents import LatentEncoder
@@ -142,7 +141,7 @@ def _job(
         )
     blank = encode(torch.zeros(1, *images.shape, device=device))
     _, channels, *size = blank.mean.shape
-    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+    name = name_of_key(key)
     layout = RecordFormat(name, 1 if blank.std is None else 2, (channels, size[0], size[1]), key["dtype"])
     smaller = "" if layout.dtype == "float16" else ", or halve it by --cache_latents_dtype float16"
     kind = CacheKind(OPTION, "image", "latent", "name another folder", f"name a folder on a larger disk{smaller}")

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from diffusers_ddpm_ext.errors import ConfigError, printable
 from diffusers_ddpm_ext.training.data.class_labels import ClassLabels, Column, read_class_labels
-from diffusers_ddpm_ext.training.data.decoding import Size
 from diffusers_ddpm_ext.training.data.image_store import ImageStore, LoadedImages, check_same_kind
+from diffusers_ddpm_ext.training.data.resizing import Size
 from diffusers_ddpm_ext.training.data.sources import Source
 
 

@@ -6,8 +6,6 @@ embedding is stored as a mean of one channel.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +18,7 @@ from torch import Tensor
 
 from diffusers_ddpm_ext.training.data.cache_building import CacheJob, open_cache
 from diffusers_ddpm_ext.training.data.cache_folder import CacheFolder, CacheKind
+from diffusers_ddpm_ext.training.data.cache_manifest import name_of_key
 from diffusers_ddpm_ext.training.data.caption_encoder import CaptionEncoder
 from diffusers_ddpm_ext.training.data.posterior import Posterior
 from diffusers_ddpm_ext.training.data.posterior_files import RecordFormat, StoredPosteriors
@@ -72,7 +71,7 @@ def _job(parent: Path, encoder: CaptionEncoder) -> CacheJob:
         "captions": table.fingerprint,
         "count": len(table),
     }
-    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+    name = name_of_key(key)
     layout = RecordFormat(name, 1, (1, *encoder.shape), "float32")
     way_out = f"use {OPTION} false"
     kind = CacheKind(f"{OPTION}: the folder", "caption", "embedding", way_out, way_out)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -470,8 +471,8 @@ def test_a_folder_that_cannot_be_written_is_refused(stage, accelerator, tmp_path
 def test_a_disk_without_space_is_refused_before_anything_is_encoded(
     stage, accelerator, tmp_path, monkeypatch, encoded
 ):
-    usage = cache_building.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(cache_building.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(ConfigError, match=r"the latents take 6,336 bytes, and 1,000 are free: .* float16"):
         cache_latents(str(tmp_path), "float32", make_data(), stage, accelerator)
     assert encoded == []

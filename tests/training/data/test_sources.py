@@ -145,7 +145,7 @@ def test_small_images_are_enlarged_and_counted(tmp_path):
 
 
 def test_images_beyond_the_memory_limit_are_decoded_again(photos):
-    options = folder_options(photos, resolution=(24, 16), random_flip=True)
+    options = folder_options(photos, resolution=(24, 16), random_flip=True, cache_images="never")
     packed, lazy = load_data(options), load_data(options, memory_limit=1000)
     assert packed.fingerprint == lazy.fingerprint
     assert "too many for memory" in lazy.description
@@ -160,7 +160,7 @@ def test_images_beyond_the_memory_limit_are_decoded_again(photos):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_image_that_breaks_during_the_run_is_named_in_one_line(photos, workers):
-    data = load_data(folder_options(photos, validation_fraction=0), memory_limit=1000)
+    data = load_data(folder_options(photos, validation_fraction=0, cache_images="never"), memory_limit=1000)
     (photos / "scene 0" / "tile03.gif").write_bytes(b"")
     with pytest.raises(RunError, match=r"'scene 0/tile03.gif' of --train_data_dir .* became unreadable") as caught:
         list(batch_stream(data.train, 0, 28, num_workers=workers))
