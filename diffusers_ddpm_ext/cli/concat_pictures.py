@@ -201,15 +201,21 @@ def decode_picture(pictures: PictureFolder, index: int, size: tuple[int, int], c
     """
     import torch
 
-    from diffusers_ddpm_ext.training.data.decoding import Preprocessing, UnreadableImage, decode_image, levels_of
-    from diffusers_ddpm_ext.training.data.image_set import levels_to_pixels
+    from diffusers_ddpm_ext.training.data.array_images import UnreadableImage
+    from diffusers_ddpm_ext.training.data.decoding import Preprocessing, decode_image
+    from diffusers_ddpm_ext.training.data.pixel_values import full_range, to_pixels
 
     name = printable(pictures.names[index], 200)
     preprocessing: Preprocessing = Preprocessing(size, channels, center_crop=True)
     try:
-        pixels = decode_image(pictures.folder / pictures.names[index], preprocessing).pixels
+        decoded = decode_image(pictures.folder / pictures.names[index], preprocessing)
     except (UnreadableImage, ConfigError) as error:
         raise ConfigError(f"{OPTION}: {name} cannot be read: {error}") from None
+    pixels, pixel_format = decoded.pixels, full_range(decoded.pixels.dtype.name)
     if len(pixels) != channels:
         raise ConfigError(f"{OPTION}: {name} has {len(pixels)} channels; the model takes {channels}")
-    return levels_to_pixels(torch.from_numpy(pixels)[None], levels_of(pixels))
+    if decoded.low < pixel_format.low or decoded.high > pixel_format.high:
+        raise ConfigError(
+            f"{OPTION}: {name} has values from {decoded.low:g} to {decoded.high:g}: floats must be in [0, 1]"
+        )
+    return to_pixels(torch.from_numpy(pixels)[None], pixel_format)

@@ -37,7 +37,7 @@ from diffusers_ddpm_ext.cli.measuring import (
 from diffusers_ddpm_ext.cli.parser import parse_options
 from diffusers_ddpm_ext.cli.pipeline_facts import PipelineFacts, facts_of_pipeline, read_pipeline_facts
 from diffusers_ddpm_ext.cli.sample_metrics_options import SAMPLES_HELP, SampleMetricsOptions, sample_metrics_options
-from diffusers_ddpm_ext.errors import ConfigError, RunError, as_run_error, printable
+from diffusers_ddpm_ext.errors import ConfigError, RunError, as_config_error, as_run_error, printable
 from diffusers_ddpm_ext.pipelines.loading import load_pipeline
 from diffusers_ddpm_ext.utils.folder_lock import FolderLock
 from diffusers_ddpm_ext.utils.input_files import read_json_object
@@ -175,6 +175,7 @@ def evaluate(options: EvaluateOptions) -> str:
     import torch
 
     from diffusers_ddpm_ext.cli.measured_latents import as_samples, describe_first_stage
+    from diffusers_ddpm_ext.diffusion.likelihood import choose_bins
     from diffusers_ddpm_ext.diffusion.likelihood_estimate import step_table
     from diffusers_ddpm_ext.training.distributed import leave_process_group
     from diffusers_ddpm_ext.training.evaluation.bound import BoundEvaluation
@@ -188,6 +189,8 @@ def evaluate(options: EvaluateOptions) -> str:
         image_data = check_evaluation(options, facts)
     data = load_images(options.folder, pipeline, image_data, processes.rank == 0)
     images = images_of_split(data, options.split)
+    with as_config_error("--decoder"):
+        decoder, bin_width = choose_bins(choose_decoder(options, facts), options.bin_width, images.levels)
     evaluation = BoundEvaluation(
         scheduler,
         as_samples(pipeline, images, options.seed, options.folder),
@@ -197,8 +200,8 @@ def evaluate(options: EvaluateOptions) -> str:
         batch_size=options.batch_size,
         dtype=getattr(torch, options.dtype),
         clip_denoised=options.clip_denoised,
-        decoder=choose_decoder(options, facts),
-        bin_width=2 / (images.levels - 1) if options.bin_width is None else options.bin_width,
+        decoder=decoder,
+        bin_width=bin_width,
     )
     folder, is_main = options.output_folder, processes.rank == 0
     with lock_output_folder("--out", folder) if is_main else nullcontext():

@@ -175,12 +175,13 @@ def _check_pipeline(options: FitVarianceOptions, pipeline: Any) -> None:
         )
 
 
-def _measure(options: FitVarianceOptions, pipeline: Any, data: ImageData, decoder: Decoder) -> VarianceMeter:
+def _measure(options: FitVarianceOptions, pipeline: Any, data: ImageData, requested: Decoder | None) -> VarianceMeter:
     """Measure with noise from the random keys of this command."""
     import torch
     from tqdm import tqdm
 
     from diffusers_ddpm_ext.cli.measured_latents import as_samples
+    from diffusers_ddpm_ext.diffusion.likelihood import choose_bins
     from diffusers_ddpm_ext.diffusion.variance_fit import measure_errors
     from diffusers_ddpm_ext.utils import random_keys as keys
 
@@ -196,6 +197,8 @@ def _measure(options: FitVarianceOptions, pipeline: Any, data: ImageData, decode
     def denoise(xt: Tensor, t: Tensor, indices: Tensor) -> Tensor:
         return network(xt.to(dtype), t, samples.conditions(indices).to(device)).float()
 
+    with as_config_error("--decoder"):
+        decoder, bin_width = choose_bins(requested, options.bin_width, data.train.levels)
     pipeline.unet.eval()
     total = len(pipeline.scheduler.schedule) * options.draws
     with tqdm(total=total, desc="measuring", unit="row") as bar:
@@ -206,7 +209,7 @@ def _measure(options: FitVarianceOptions, pipeline: Any, data: ImageData, decode
             denoise,
             draws=options.draws,
             decoder=decoder,
-            bin_width=2 / (data.train.levels - 1) if options.bin_width is None else options.bin_width,
+            bin_width=bin_width,
             rows=options.batch_size,
             progress=bar.update,
         )

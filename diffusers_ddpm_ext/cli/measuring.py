@@ -42,7 +42,7 @@ class MeasuringOptions:
         None,
         "exact: probability of a level's bin; improved_diffusion: its tanh approximation; continuous: density, for"
         " data without levels.",
-        unset="exact, or continuous for a model of latents",
+        unset="exact, or continuous for floats and for a model of latents",
     )
     bin_width: float | None = option(
         None, "Distance of two levels, data units; 2/255 for 8 bits.", above=0, high=2, unset="from the data"
@@ -59,8 +59,8 @@ def check_bin_width(options: MeasuringOptions) -> None:
         )
 
 
-def choose_decoder(options: MeasuringOptions, facts: PipelineFacts) -> Decoder:
-    """The decoder of a measurement: ``--decoder``, or the one that fits the model's samples.
+def choose_decoder(options: MeasuringOptions, facts: PipelineFacts) -> Decoder | None:
+    """The decoder of a measurement: ``--decoder``, None for the one that fits the data, or that of latents.
 
     Raises:
         ConfigError: bins for latents, which have no levels; or a model of latents without its first stage.
@@ -71,7 +71,7 @@ def choose_decoder(options: MeasuringOptions, facts: PipelineFacts) -> Decoder:
             "images"
         )
     if facts.first_stage is None:
-        return "exact" if options.decoder is None else options.decoder
+        return options.decoder
     for name, value in (("decoder", options.decoder), ("bin_width", options.bin_width)):
         if value not in (None, "continuous"):
             raise ConfigError(

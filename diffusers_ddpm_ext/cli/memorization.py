@@ -11,6 +11,7 @@ from torch import Tensor
 from diffusers_ddpm_ext.cli.measured_latents import as_samples
 from diffusers_ddpm_ext.cli.measuring import ConditionedUNet, caption_encoder, images_of_split
 from diffusers_ddpm_ext.cli.sample_metrics import Measurement
+from diffusers_ddpm_ext.diffusion.likelihood import choose_bins
 from diffusers_ddpm_ext.diffusion.likelihood_estimate import Strata
 from diffusers_ddpm_ext.errors import as_config_error, as_run_error
 from diffusers_ddpm_ext.metrics.copies import CopyRate, estimate_copies
@@ -23,6 +24,7 @@ from diffusers_ddpm_ext.training.evaluation.validation_loss import evenly_spaced
 
 if TYPE_CHECKING:
     from diffusers_ddpm_ext.training.data.image_set import ImageSet
+    from diffusers_ddpm_ext.utils.vocabulary import Decoder
 
 GRID, GAP_PLOT = "copies.png", "loss_gap.png"
 SHOWN = 12
@@ -125,6 +127,8 @@ def _loss_gap(measurement: Measurement, held_out: ImageSet) -> dict[str, np.ndar
     scheduler = DDPMExtScheduler.from_config(scheduler.config)
     strata = Strata.from_schedule(scheduler.kept, min(GAP_STEPS, len(scheduler.kept)))
     network = ConditionedUNet(pipeline, caption_encoder(pipeline, measurement.data))
+    wanted: Decoder | None = None if pipeline.first_stage is None else "continuous"
+    decoder, bin_width = choose_bins(wanted, None, held_out.levels)
     bits = []
     for images in (measurement.data.train, held_out):
         evaluation = BoundEvaluation(
@@ -135,8 +139,8 @@ def _loss_gap(measurement: Measurement, held_out: ImageSet) -> dict[str, np.ndar
             options.seed,
             batch_size=options.batch_size,
             dtype=getattr(torch, options.dtype),
-            decoder="exact" if pipeline.first_stage is None else "continuous",
-            bin_width=2 / (images.levels - 1),
+            decoder=decoder,
+            bin_width=bin_width,
         )
         bits.append(evaluate_bound(network, evaluation, measurement.processes).bits)
     train, unseen = bits

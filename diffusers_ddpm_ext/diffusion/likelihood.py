@@ -185,6 +185,27 @@ def check_decoder(decoder: str, bin_width: float) -> None:
     checked_number("bin_width", bin_width, allowed, lambda width: 0 < width <= 2)
 
 
+def choose_bins(decoder: Decoder | None, bin_width: float | None, levels: int | None) -> tuple[Decoder, float]:
+    """The decoder of a data set, and the width of its bins.
+
+    Args:
+        decoder: the requested one; None: ``exact``, or ``continuous`` for data without bins.
+        bin_width: the requested distance of two levels, data units; None: that of the data.
+        levels: number of values of a pixel; None for floats, which have no bins unless ``bin_width`` is given.
+
+    Raises:
+        ValueError: bins are requested for data without them.
+    """
+    if bin_width is None and levels is None:
+        if decoder not in (None, "continuous"):
+            raise ValueError(
+                f"decoder={decoder!r} is the probability of a level's bin, and floats have no levels: use"
+                " continuous, or give a bin_width"
+            )
+        return "continuous", EIGHT_BITS
+    return decoder or "exact", 2 / ((levels or 2) - 1) if bin_width is None else bin_width
+
+
 def exact_dtype(device: torch.device) -> torch.dtype:
     """float64, or float32 on a device that lacks it."""
     return torch.float32 if device.type == "mps" else torch.float64

@@ -37,15 +37,33 @@ def read_array(path: str | os.PathLike[str], what: str = "", key: str | None = N
         ConfigError: the file is missing, damaged, holds no such array, or an array of anything but real numbers or
             booleans (objects, complex numbers, dates, text), or it expands to over 256 MiB and 100 times its size.
     """
-    name = file_name(path, what)
-    with open_input(path, what) as file, _array_errors(name):
+    with open_input(path, what) as file:
+        return read_open_array(file, os.fstat(file.fileno()).st_size, file_name(path, what), key)
+
+
+def read_open_array(file: IO[bytes], size: int, name: str, key: str | None = None, choice: str = "") -> np.ndarray:
+    """`read_array` from an open file.
+
+    Args:
+        file: at its start.
+        size: its bytes.
+        name: of the file in messages.
+        key: as in `read_array`.
+        choice: how messages say to choose one of several arrays.
+
+    Raises:
+        ConfigError: as `read_array`.
+    """
+    with _array_errors(name):
         if file.read(2) == b"PK":
             arrays = _read_npz(file, name, None if key is None else {key})
             if key is None and len(arrays) != 1:
-                raise ConfigError(f"{name} holds {len(arrays)} arrays: {_names(arrays)}; one is expected.")
+                raise ConfigError(
+                    f"{name} holds {len(arrays)} arrays: {_names(arrays)}; {choice or 'one is expected'}."
+                )
             return next(iter(arrays.values()))
         file.seek(0)
-        return _read_npy(file, os.fstat(file.fileno()).st_size, name)
+        return _read_npy(file, size, name)
 
 
 def read_arrays(path: str | os.PathLike[str], what: str = "") -> dict[str, np.ndarray]:

@@ -23,7 +23,8 @@ from diffusers_ddpm_ext.utils.files import CONFIG
 # Sections and options that determine the weights. The others determine when something is written, drawn or read.
 MODEL_SECTIONS = ("autoencoder", "model", "start", "schedule", "objective", "optim", "ema")
 MODEL_OPTIONS = (
-    "resolution", "center_crop", "random_flip", "channels", "mixed_precision", "seed",
+    "resolution", "center_crop", "random_flip", "channels", "data_range", "array_key", "array_layout",
+    "mixed_precision", "seed",
     "class_column", "concat_column", "context_column", "caption_column", "conditioning_dropout",
     "dataset_weights", "class_balance",
 )  # fmt: skip

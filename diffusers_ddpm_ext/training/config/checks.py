@@ -104,6 +104,12 @@ def check_data_options(flat: Flat) -> None:
         )
     if digits and flat["validation_data_dir"] is not None:
         raise ConfigError("--validation_data_dir needs --train_data_dir or --dataset_name: the digits have their own")
+    for name in ("data_range", "array_key", "array_layout"):
+        if digits and flat[name] is not None:
+            raise ConfigError(f"--{name} needs --train_data_dir or --dataset_name: the digits are what they are")
+    if flat["data_range"] is not None and not flat["data_range"][0] < flat["data_range"][1]:
+        low, high = flat["data_range"]
+        raise ConfigError(f"--data_range {low:g} {high:g}: the first number must be smaller than the second")
     for name in ("train_data_dir", "validation_data_dir"):
         for folder in as_names(flat[name]):
             check_image_folder(f"--{name}", folder)

@@ -17,6 +17,25 @@ class PixelOptions:
     )
     center_crop: bool = option(False, "Crop the center of each resized image instead of a random position.")
     random_flip: bool = option(False, "Flip each image horizontally with probability 0.5.")
-    channels: Literal[1, 3, 4] | None = option(
-        None, "Channels of the images: 1 gray, 3 color, 4 with transparency.", unset="those of the data", none="none"
+    channels: int | None = option(
+        None,
+        "Channels of the images: gray (1), color (3) and color with transparency (4) are converted to each other;"
+        " images of any other number must have it.",
+        low=1,
+        high=4096,
+        unset="those of the data",
+        none="none",
+    )
+    data_range: tuple[float, float] | None = option(
+        None,
+        "The values of the data that become -1 and 1 in the model. No value may be outside.",
+        unset="all values of an integer dtype; 0 1 for floats, which must be inside",
+        metavar="LOW HIGH",
+    )
+    array_key: str | None = option(None, "Name of the array with the image in .npz files.", unset="the only one")
+    array_layout: Literal["channels_last", "channels_first"] | None = option(
+        None,
+        "Axes of arrays with three axes, in files that do not say it: (height, width, channels) or (channels, height,"
+        " width).",
+        unset="channels_last, if that is the shortest axis; otherwise it must be said",
     )

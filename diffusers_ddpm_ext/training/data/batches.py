@@ -22,7 +22,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from diffusers_ddpm_ext.errors import RunError, warn
 from diffusers_ddpm_ext.models.conditioning import Conditions
-from diffusers_ddpm_ext.training.data.image_set import ImageSet, Levels, levels_to_pixels
+from diffusers_ddpm_ext.training.data.image_set import ImageSet, Levels
+from diffusers_ddpm_ext.training.data.pixel_values import to_pixels
 from diffusers_ddpm_ext.training.data.posterior import Posterior
 from diffusers_ddpm_ext.utils import random_keys as keys
 
@@ -243,6 +244,6 @@ def _to_device(worker_batches: Iterator[WorkerBatch], images: ImageSet, device: 
             if sentence not in printed:
                 printed.add(sentence)
                 warn(sentence)
-        pixels = levels_to_pixels(item.levels.to(device, non_blocking=True), images.levels)
+        pixels = to_pixels(item.levels, images.images.pixel_format, device)
         conditions = item.conditions.to(device)
         yield Batch(pixels, item.positions, item.indices, item.step, conditions, item.posterior, is_encoded)

@@ -43,11 +43,8 @@ class CachedImages:
     _is_damaged: bool = False
 
     def __post_init__(self) -> None:
-        self.channels, self.levels, self.fingerprint = (
-            self.source.channels,
-            self.source.levels,
-            self.source.fingerprint,
-        )
+        self.channels, self.pixel_format = self.source.channels, self.source.pixel_format
+        self.fingerprint = self.source.fingerprint
 
     def __len__(self) -> int:
         return len(self.source)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -115,7 +115,10 @@ def load_conditions(
         values = source.read_files(column)
         cells = [values[name] for name in names]
         if condition == "concat_inputs":
-            own_channels = Preprocessing(preprocessing.size, None, preprocessing.center_crop)
+            # Pictures of their own: in their channels, and in the full range of their dtype.
+            own_channels = replace(
+                preprocessing, channels=None, reading=replace(preprocessing.reading, data_range=None)
+            )
             images = _CellImages(label, names, cells)
             loaded = decode_source(images, own_channels, skip_bad=False, memory_limit=MEMORY_LIMIT_OF_JOINED_IMAGES)
             concat = loaded.images

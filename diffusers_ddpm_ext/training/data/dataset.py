@@ -11,15 +11,13 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from diffusers_ddpm_ext.errors import ConfigError
 from diffusers_ddpm_ext.training.config.condition_checks import select_columns
 from diffusers_ddpm_ext.training.config.data_options import DataOptions, as_names
-from diffusers_ddpm_ext.training.data.bit_depth import LEVELS_8_BIT, LEVELS_16_BIT
 from diffusers_ddpm_ext.training.data.cached_images import CachedImages
 from diffusers_ddpm_ext.training.data.captions import CaptionReader, CaptionTable, Tokenizes
 from diffusers_ddpm_ext.training.data.class_labels import ClassLabels
 from diffusers_ddpm_ext.training.data.conditions import ConditionColumns, load_conditions
-from diffusers_ddpm_ext.training.data.decoding import CHANNEL_NAMES, Preprocessing
+from diffusers_ddpm_ext.training.data.decoding import Preprocessing
 from diffusers_ddpm_ext.training.data.image_cache import load_images
 from diffusers_ddpm_ext.training.data.image_set import ImageSet
 from diffusers_ddpm_ext.training.data.image_store import (
@@ -31,6 +29,7 @@ from diffusers_ddpm_ext.training.data.image_store import (
 )
 from diffusers_ddpm_ext.training.data.mixture import describe_sources, one_each, read_balanced_classes, weighted_draws
 from diffusers_ddpm_ext.training.data.mixture_sources import MixtureSource, join_images, stores_of
+from diffusers_ddpm_ext.training.data.raw_image import ArrayReading
 from diffusers_ddpm_ext.training.data.resizing import Size
 from diffusers_ddpm_ext.training.data.sources import (
     DIGIT_COLUMN,
@@ -43,11 +42,15 @@ from diffusers_ddpm_ext.training.data.sources import (
     scan_folder,
 )
 from diffusers_ddpm_ext.utils import random_keys as keys
+from diffusers_ddpm_ext.utils.pixel_format import PixelFormat
 
 MEMORY_LIMIT = 2 * 1024**3  # bytes of resized pixels; packing them takes twice as much for a moment
 DIGITS = "digits of scikit-learn"
 DIGITS_SIZE = (8, 8)
 DIGITS_LEVELS = 17
+DIGITS_FORMAT = PixelFormat("uint8", 0, DIGITS_LEVELS - 1)
+DIM_16_BIT = 65536 // 4
+"""Images of 16 bits without a value above this use few of their bits, as those of 12-bit scanners do."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,12 @@ class ImageData:
     def size(self) -> Size:
         """Height and width of every image, in pixels."""
         return self.train.size
+
+    @property
+    def pixel_format(self) -> PixelFormat:
+        """Dtype and range of every pixel; the digits count as ordinary images."""
+        pixel_format = self.train.images.pixel_format
+        return PixelFormat() if pixel_format == DIGITS_FORMAT else pixel_format
 
 
 @dataclass(frozen=True)
@@ -122,10 +131,8 @@ def load_data(
     Raises:
         ConfigError: a folder, file, dataset or option is not usable; the message names it and the way out.
     """
-    if options.channels not in (None, *CHANNEL_NAMES):
-        names = ", ".join(f"{channels} ({name})" for channels, name in CHANNEL_NAMES.items())
-        raise ConfigError(f"--channels {options.channels}: must be one of {names}.")
-    preprocessing = Preprocessing(options.resolution, options.channels, options.center_crop)
+    reading = ArrayReading(options.array_key, options.array_layout, options.data_range)
+    preprocessing = Preprocessing(options.resolution, options.channels, options.center_crop, reading=reading)
     digits = options.train_data_dir is None and options.dataset_name is None
     default_class_column = DIGIT_COLUMN if digits else FOLDER_COLUMN if options.train_data_dir is not None else None
     selected = select_columns(conditioning_key, vars(options), default_class_column)
@@ -151,7 +158,7 @@ def load_data(
     if validation_dirs or split is not None:
         held_out = load(_open_sources(options, "--validation_data_dir", validation_dirs, str(split)), train.columns)
     description = f"images of {describe_sources(options)}"
-    data = _assemble(options, description, train, held_out, train.loaded.images.levels)
+    data = _assemble(options, description, train, held_out)
     return data if reader is None else replace(data, captions=reader.table(progress))
 
 
@@ -174,22 +181,20 @@ def _load_digits(options: DataOptions, preprocessing: Preprocessing, selected: M
     if options.resolution == DIGITS_SIZE and options.channels in (None, 1):
         source = DigitSource(levels, [str(index) for index in range(len(levels))])
         fingerprint = hashlib.sha256(levels.numpy().tobytes()).hexdigest()
-        images = PackedImages(list(levels), fingerprint)
+        images = PackedImages(list(levels), fingerprint, DIGITS_FORMAT)
         loaded = LoadedImages(images, source.names, 0, 0, fingerprint, DIGITS_LEVELS - 1)
-        num_levels = DIGITS_LEVELS
     else:
         source = DigitSource(levels, [f"row {index}" for index in range(len(levels))])
         loaded = decode_source(source, preprocessing, skip_bad=False, memory_limit=MEMORY_LIMIT)
-        num_levels = loaded.images.levels
     columns = load_conditions(source, loaded.names, selected, preprocessing)
     classes = None
     if options.class_balance:
         classes = read_balanced_classes(source, loaded.names, columns, options.class_column or DIGIT_COLUMN)
-    return _assemble(options, DIGITS, _LoadedSource(loaded, columns, [loaded.names], classes), None, num_levels)
+    return _assemble(options, DIGITS, _LoadedSource(loaded, columns, [loaded.names], classes), None)
 
 
 def _assemble(
-    options: DataOptions, description: str, train: _LoadedSource, held_out: _LoadedSource | None, levels: int
+    options: DataOptions, description: str, train: _LoadedSource, held_out: _LoadedSource | None
 ) -> ImageData:
     """Create the training and the validation set, and describe them."""
     fraction = 0 if held_out is not None else options.validation_fraction or 0
@@ -205,7 +210,6 @@ def _assemble(
         train.loaded.images,
         rows,
         options.resolution,
-        levels,
         options.random_flip,
         train.loaded.names,
         options.skip_bad_images and train.columns is None,  # another image would get the conditions of this one
@@ -253,14 +257,24 @@ def _split(names: Sequence[str], fraction: float, *, by_key: bool) -> tuple[Tens
 
 
 def _dark_images_warning(sources: Sequence[LoadedImages]) -> str | None:
-    """Warn about 16-bit images that use few of their bits, as those of 12-bit scanners do."""
-    max_level = max(loaded.max_level for loaded in sources)
-    if sources[0].images.levels != LEVELS_16_BIT or max_level >= LEVELS_16_BIT // 4:
+    """Warn about images of 16 bits that use few of them."""
+    highest = int(max(loaded.highest for loaded in sources))
+    pixel_format = sources[0].images.pixel_format
+    if (pixel_format.dtype, pixel_format.high) != ("uint16", 65535) or highest >= DIM_16_BIT:
         return None
     return (
-        f"the images have 16 bits, but no pixel is above {max_level:,} of 65,535, so that the network sees almost"
-        " black: scale them to the full range"
+        f"the images have 16 bits, but no pixel is above {highest:,} of 65,535, so that the network sees almost"
+        f" black: give their range, such as --data_range 0 {2 ** max(highest, 1).bit_length() - 1}"
     )
+
+
+def _describe_values(pixel_format: PixelFormat) -> str:
+    """Dtype and range in a few words."""
+    if pixel_format == DIGITS_FORMAT:
+        return f"{DIGITS_LEVELS} levels"
+    low, high = pixel_format.low, pixel_format.high
+    is_16_bit = (pixel_format.dtype, low, high) == ("uint16", 0, 65535)
+    return "16 bits" if is_16_bit else f"{pixel_format.dtype} from {low:g} to {high:g}"
 
 
 def _describe(
@@ -273,8 +287,8 @@ def _describe(
         f"{len(validation):,} to validate on" if validation is not None else "none to validate on",
         f"{height}x{width}, {train.shape[0]} channel{'s' if train.shape[0] > 1 else ''}",
     ]
-    if train.levels != LEVELS_8_BIT:
-        parts.append("16 bits" if train.levels == LEVELS_16_BIT else f"{train.levels} levels")
+    if not train.images.pixel_format.is_8_bit:
+        parts.append(_describe_values(train.images.pixel_format))
     if images != DIGITS:
         parts.append("center crop" if options.center_crop else "random crop")
     if options.random_flip:

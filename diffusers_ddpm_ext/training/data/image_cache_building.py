@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusers_ddpm_ext.errors import ConfigError, warn
+from diffusers_ddpm_ext.training.data.array_images import UnreadableImage
 from diffusers_ddpm_ext.training.data.cache_manifest import (
     MANIFEST,
     SECONDS_BETWEEN_ATTEMPTS,
@@ -22,7 +23,7 @@ from diffusers_ddpm_ext.training.data.cache_manifest import (
     write_manifest,
 )
 from diffusers_ddpm_ext.training.data.cached_images import open_images
-from diffusers_ddpm_ext.training.data.decoding import DecodedImage, Preprocessing, UnreadableImage, decode_image
+from diffusers_ddpm_ext.training.data.decoding import DecodedImage, Preprocessing, decode_image
 from diffusers_ddpm_ext.training.data.image_records import INDEX, ImageWriter, map_file
 from diffusers_ddpm_ext.training.data.image_scan import ImageScan, ImageSource, read_images
 from diffusers_ddpm_ext.training.data.image_store import LoadedImages

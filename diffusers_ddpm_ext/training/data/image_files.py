@@ -171,7 +171,7 @@ def open_image(payload: bytes | Path | RemoteFile) -> Iterator[tuple[Image.Image
             file: BinaryIO = BytesIO(payload)
             size = len(payload)
         else:
-            file = stack.enter_context(_open_file(payload))
+            file = stack.enter_context(open_image_file(payload))
             size = os.fstat(file.fileno()).st_size
         if size == 0:
             raise ConfigError("it is empty: 0 bytes")
@@ -181,7 +181,7 @@ def open_image(payload: bytes | Path | RemoteFile) -> Iterator[tuple[Image.Image
         yield image, payload
 
 
-def _open_file(path: Path) -> BinaryIO:
+def open_image_file(path: Path) -> BinaryIO:
     """Open a regular file; the reason why it is none stands alone, since messages name the image."""
     try:
         mode = os.stat(path).st_mode
@@ -197,9 +197,11 @@ def _decoded_bytes(image: Image.Image, file_size: int) -> int:
     """Bytes of the pixels of an image; far more than its file suggests are refused."""
     bytes_per_pixel = 1 if image.mode in ("1", "L") else 2 if image.mode.startswith("I;16") else 4
     needed = image.width * image.height * bytes_per_pixel
-    if needed > max(MAX_DECODED_BYTES, MAX_EXPANSION * file_size):
-        raise ConfigError(
-            f"{image.width:,} x {image.height:,} pixels in a file of {file_size:,} bytes would take"
-            f" {needed / 1e6:,.0f} MB: scale it down"
-        )
+    check_decoded_bytes(needed, file_size, f"{image.width:,} x {image.height:,} pixels")
     return needed
+
+
+def check_decoded_bytes(needed: int, file_size: int, size: str = "its pixels") -> None:
+    """Raise a ConfigError if pixels of ``needed`` bytes are far more than the file suggests."""
+    if needed > max(MAX_DECODED_BYTES, MAX_EXPANSION * file_size):
+        raise ConfigError(f"{size} in a file of {file_size:,} bytes would take {needed / 1e6:,.0f} MB: scale it down")

@@ -30,6 +30,9 @@ ENTRY = np.dtype(
         ("channels", "<u2"),  # 0 where the image cannot be read
         ("notes", "u1"),  # the yes and no of `DecodedImage`, a bit each
         ("dtype", "S5"),  # NumPy's description, with the byte order
+        ("low", "<f8"),  # the smallest and the largest value before the image was resized
+        ("high", "<f8"),
+        ("suffix", "S4"),  # of a file that holds such pixels
     ]
 )
 NOTES = tuple(field.name for field in fields(DecodedImage) if field.type == "bool")
@@ -104,7 +107,8 @@ class ImageWriter:
                     if entry["start"] != self._end or checksum(name, row, values) != entry["checksum"]:
                         return
                     notes = {note: bool(entry["notes"] >> bit & 1) for bit, note in enumerate(NOTES)}
-                    decoded = DecodedImage(values, **notes)
+                    low, high, suffix = float(entry["low"]), float(entry["high"]), entry["suffix"].decode()
+                    decoded = DecodedImage(values, low=low, high=high, suffix=suffix, **notes)
                 yield decoded
                 self.rows, self._end = row + 1, self._end + (0 if decoded is None else decoded.pixels.nbytes)
 
@@ -127,6 +131,7 @@ class ImageWriter:
             pixels = np.ascontiguousarray(decoded.pixels)
             entry["checksum"], entry["dtype"] = checksum(name, self.rows, pixels), pixels.dtype.str.encode()
             entry["channels"], entry["height"], entry["width"] = pixels.shape
+            entry["low"], entry["high"], entry["suffix"] = decoded.low, decoded.high, decoded.suffix.encode()
             entry["notes"] = sum(getattr(decoded, note) << bit for bit, note in enumerate(NOTES))
             self._files[PIXELS].write(pixels.data)
             self._end += pixels.nbytes

@@ -6,31 +6,29 @@ A broken image is so reported before the run, and not hours later.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import warnings
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
 from tqdm import tqdm
 
 from diffusers_ddpm_ext.errors import ConfigError
-from diffusers_ddpm_ext.training.data.bit_depth import LEVELS_8_BIT, LEVELS_16_BIT
-from diffusers_ddpm_ext.training.data.decoding import (
-    CHANNEL_NAMES,
-    DecodedImage,
-    Preprocessing,
-    UnreadableImage,
-    decode_image,
-)
+from diffusers_ddpm_ext.training.data.array_images import Range, UnreadableImage
+from diffusers_ddpm_ext.training.data.decoding import CHANNEL_NAMES, DecodedImage, Preprocessing, decode_image
 from diffusers_ddpm_ext.training.data.image_files import Payload
+from diffusers_ddpm_ext.training.data.pixel_values import full_range
 from diffusers_ddpm_ext.training.data.resizing import Size
+from diffusers_ddpm_ext.utils.pixel_format import PixelFormat
 
 IMAGES_PER_BLOCK = 256  # submitted to the decoding threads at a time
-FOUND = ("kind", "enlarged", "max_level", "num_bytes", "num_bad", "first_bad")
-Kind = tuple[int, int]  # channels of an image, and number of values that a pixel can have
+FOUND = ("kind", "enlarged", "num_animated", "lowest", "highest", "suffix", "num_bytes", "num_bad", "first_bad")
+Kind = tuple[int, str]  # channels of an image, and dtype of its pixels
 
 
 class ImageSource(Protocol):
@@ -50,9 +48,12 @@ class ImageScan:
     Attributes:
         source: of the images.
         readable: rows of the source whose images can be decoded, ascending.
-        kind: channels and levels of all of them; None before the first one.
+        kind: channels and dtype of all of them; None before the first one.
         enlarged: number of images smaller than the requested size.
-        max_level: the largest value of a pixel.
+        num_animated: number of images that are the first of several frames.
+        lowest: the smallest value of a pixel, and the row of its image; 0 for images of 8 bits.
+        highest: the largest one; 255 for images of 8 bits.
+        suffix: of files that hold such pixels.
         num_bytes: of all pixels.
         sizes: heights and widths of the images.
         num_bad: number of images that cannot be decoded.
@@ -63,7 +64,9 @@ class ImageScan:
         self.source = source
         self.readable: Sequence[int] = array("q")
         self.kind: Kind | None = None
-        self.enlarged, self.max_level, self.num_bytes = 0, 0, 0
+        self.enlarged, self.num_animated, self.num_bytes = 0, 0, 0
+        self.lowest, self.highest = (math.inf, 0), (-math.inf, 0)
+        self.suffix = ".png"
         self.sizes: set[Size] = set()
         self.num_bad = 0
         self.first_bad: tuple[int, str] | None = None
@@ -82,14 +85,20 @@ class ImageScan:
         name, pixels = self.source.names[row], decoded.pixels
         if self.kind is not None and self.kind != decoded.kind:
             raise mixed_kinds(self.source.names[self.readable[0]], self.kind, name, decoded.kind)
-        self.kind = decoded.kind
+        if self.kind is None:
+            self.kind, self.suffix = decoded.kind, decoded.suffix
         assert isinstance(self.readable, array)
         self.readable.append(row)
-        self.max_level = max(self.max_level, int(pixels.max()))
+        if decoded.low < self.lowest[0]:
+            self.lowest = (decoded.low, row)
+        if decoded.high > self.highest[0]:
+            self.highest = (decoded.high, row)
+        self.num_animated += decoded.is_animated
         self.enlarged += decoded.enlarged
         self.num_bytes += pixels.nbytes
         self.sizes.add((pixels.shape[1], pixels.shape[2]))
-        self._digest.update(os.fsencode(name) + b"\0" + str(pixels.shape).encode() + pixels.tobytes())
+        dtype = "" if decoded.kind[1] in ("uint8", "uint16") else decoded.kind[1]
+        self._digest.update(os.fsencode(name) + b"\0" + f"{pixels.shape}{dtype}".encode() + pixels.tobytes())
         return pixels
 
     @property
@@ -124,6 +133,32 @@ class ImageScan:
         """Refuse a source without images, or with unreadable ones unless they are to be left out; a ConfigError."""
         if self.kind is None or (self.num_bad and not skip_bad):
             raise _unreadable(self, skip_bad)
+
+    def pixel_format(self, data_range: Range | None) -> PixelFormat:
+        """The format of the pixels: of ``data_range``, or of all integers of the dtype, or of floats in [0, 1].
+
+        Raises:
+            ConfigError: floats are outside [0, 1] and no range is given, or the range does not fit the dtype.
+        """
+        assert self.kind is not None
+        default = full_range(self.kind[1], self.suffix)
+        if data_range is not None:
+            try:
+                return replace(default, low=data_range[0], high=data_range[1])
+            except ValueError as error:
+                raise ConfigError(
+                    f"--data_range {data_range[0]:g} {data_range[1]:g}: the images of {self.source.option} are"
+                    f" {default.dtype}: {error}"
+                ) from None
+        (low, first), (high, last) = self.lowest, self.highest
+        if low < default.low or high > default.high:
+            names = self.source.names
+            raise ConfigError(
+                f"the images of {self.source.option} have values from {low:g} ({names[first]!r}) to {high:g}"
+                f" ({names[last]!r}), and {default.dtype} without --data_range must be from 0 to 1: give the range"
+                " by --data_range LO HI"
+            )
+        return default
 
 
 def read_images(
@@ -163,22 +198,28 @@ def read_images(
                 yield row, decoded
 
 
-def describe_kind(channels: int, levels: int) -> str:
-    """Channels of an image, and its depth if that is not 8 bits."""
-    return f"{CHANNEL_NAMES[channels]} ({channels}{' channel of 16 bits' if levels == LEVELS_16_BIT else ''})"
+def describe_kind(channels: int, dtype: str) -> str:
+    """Channels of an image, and its dtype if that is not uint8."""
+    depth = "" if dtype == "uint8" else f", {dtype}"
+    return (
+        f"{CHANNEL_NAMES[channels]} ({channels}{depth})"
+        if channels in CHANNEL_NAMES
+        else f"{channels} channels{depth}"
+    )
 
 
 def mixed_kinds(first: str, first_kind: Kind, second: str, second_kind: Kind) -> ConfigError:
     """The error for two images, by name, whose channels or depths differ."""
     if first_kind[1] != second_kind[1]:
-        bits = {LEVELS_8_BIT: 8, LEVELS_16_BIT: 16}
         return ConfigError(
-            f"the images differ in depth: {first!r} has {bits[first_kind[1]]} bits per channel, {second!r} has"
-            f" {bits[second_kind[1]]}; convert them all to one of the two."
+            f"the images differ in depth: {first!r} is {first_kind[1]}, {second!r} is {second_kind[1]}; convert them"
+            " all to one of the two."
         )
+    is_convertible = {first_kind[0], second_kind[0]} <= {*CHANNEL_NAMES}
+    way_out = "--channels 1, 3 or 4 converts them all" if is_convertible else "give all of them the same channels"
     return ConfigError(
         f"the images differ in channels: {first!r} is {describe_kind(*first_kind)}, {second!r} is"
-        f" {describe_kind(*second_kind)}; --channels 1, 3 or 4 converts them all."
+        f" {describe_kind(*second_kind)}; {way_out}."
     )
 
 

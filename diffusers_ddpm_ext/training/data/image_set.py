@@ -11,10 +11,10 @@ from torch import Tensor
 
 from diffusers_ddpm_ext.errors import RunError
 from diffusers_ddpm_ext.models.conditioning import Conditions
-from diffusers_ddpm_ext.training.data.bit_depth import LEVELS_8_BIT
 from diffusers_ddpm_ext.training.data.condition_dropout import ConditionDropout
 from diffusers_ddpm_ext.training.data.conditions import ConditionColumns
 from diffusers_ddpm_ext.training.data.image_store import ImageStore
+from diffusers_ddpm_ext.training.data.pixel_values import movable, stored_dtype, to_pixels
 from diffusers_ddpm_ext.training.data.posterior import Posterior, PosteriorStore
 from diffusers_ddpm_ext.training.data.resizing import Size
 from diffusers_ddpm_ext.training.data.weighted_turns import WeightedDraws
@@ -22,7 +22,7 @@ from diffusers_ddpm_ext.utils import random_keys as keys
 
 
 class Levels(NamedTuple):
-    """Pixel levels of images, (b, C, H, W), uint8 or uint16; and a sentence per unreadable image that was replaced."""
+    """Stored pixels of images, (b, C, H, W); and a sentence per unreadable image that was replaced."""
 
     values: Tensor
     replacements: list[str]
@@ -36,8 +36,6 @@ class ImageSet:
         images: all loaded images.
         rows: which of them are in this set, (n,), int64.
         size: height and width in pixels.
-        levels: number of values that a pixel can have: 256, 65536 for 16 bits, or 17 for the digits. Level k means
-            2 k / (levels - 1) - 1.
         random_flip: mirror half of the images during training.
         names: of all loaded images.
         replace_unreadable: replace an image that became unreadable by the next one.
@@ -51,7 +49,6 @@ class ImageSet:
     images: ImageStore
     rows: Tensor
     size: Size
-    levels: int = 256
     random_flip: bool = False
     names: Sequence[str] = ()
     replace_unreadable: bool = False
@@ -63,6 +60,11 @@ class ImageSet:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def levels(self) -> int | None:
+        """Number of values that a pixel can have: 256, 65536 for 16 bits, 17 for the digits; None for floats."""
+        return self.images.pixel_format.num_levels
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -80,7 +82,7 @@ class ImageSet:
         Args:
             indices: which images of the set, (b,), each in [0, len).
         """
-        return levels_to_pixels(self.load_levels(indices).values, self.levels)
+        return to_pixels(self.load_levels(indices).values, self.images.pixel_format)
 
     def samples(self, indices: Sequence[int] | Tensor) -> Tensor:
         """Return what a pixel model denoises, as `pixels`."""
@@ -131,7 +133,8 @@ class ImageSet:
             concat = self._load(self.concat_latents, indices, seed, epochs).mean
         elif columns.concat is not None:
             joined = replace(self, images=columns.concat, columns=None, replace_unreadable=False)
-            concat = levels_to_pixels(joined.load_levels(indices, seed, epochs).values, columns.concat.levels)
+            values = joined.load_levels(indices, seed, epochs).values
+            concat = to_pixels(values, columns.concat.pixel_format)
         contexts, captions = columns.contexts, columns.captions
         return Conditions(
             None if columns.labels is None else columns.labels[rows],
@@ -143,7 +146,7 @@ class ImageSet:
     def load_levels(
         self, indices: Sequence[int] | Tensor, seed: int = 0, epochs: Sequence[int] | None = None
     ) -> Levels:
-        """Load the pixel levels of images.
+        """Load the stored pixels of images.
 
         Args:
             indices: which images of the set, (b,).
@@ -160,15 +163,14 @@ class ImageSet:
         if stack is not None and tuple(stack.shape[-2:]) == self.size:
             values = stack[self.rows[requested]]
         else:
-            dtype = torch.uint8 if self.images.levels == LEVELS_8_BIT else torch.uint16
-            values = torch.empty(len(requested), *self.shape, dtype=dtype)
+            values = torch.empty(len(requested), *self.shape, dtype=stored_dtype(self.images.pixel_format))
             for position, index in enumerate(requested.tolist()):
                 image, errors = self._readable_image(index, seed, None if epochs is None else epochs[position])
                 values[position] = image
                 replacements += errors
         flipped = self.is_flipped(requested, seed, epochs)
         if flipped.any():
-            view = values.view(torch.int16) if values.dtype == torch.uint16 else values  # torch cannot flip uint16
+            view = movable(values)
             view[flipped] = view[flipped].flip(-1)
         return Levels(values, replacements)
 

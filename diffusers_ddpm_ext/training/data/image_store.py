@@ -7,6 +7,7 @@ decoded again for each use (`LazyImages`).
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Protocol
@@ -16,18 +17,28 @@ import torch
 from torch import Tensor
 
 from diffusers_ddpm_ext.errors import ConfigError, RunError
-from diffusers_ddpm_ext.training.data.decoding import Preprocessing, UnreadableImage, decode_image, levels_of
-from diffusers_ddpm_ext.training.data.image_scan import ImageScan, ImageSource, describe_kind, mixed_kinds, read_images
+from diffusers_ddpm_ext.training.data.array_images import UnreadableImage
+from diffusers_ddpm_ext.training.data.decoding import Preprocessing, decode_image
+from diffusers_ddpm_ext.training.data.image_scan import (
+    ImageScan,
+    ImageSource,
+    Kind,
+    describe_kind,
+    mixed_kinds,
+    read_images,
+)
+from diffusers_ddpm_ext.training.data.pixel_values import full_range
 from diffusers_ddpm_ext.training.data.resizing import Size
+from diffusers_ddpm_ext.utils.pixel_format import PixelFormat
 
 
 class ImageStore(Protocol):
-    """Decoded images, resized and perhaps not yet cropped: uint8 with 256 levels, or uint16 with 65536."""
+    """Decoded images, resized and perhaps not yet cropped, in the dtype of their files."""
 
     @property
     def channels(self) -> int: ...
     @property
-    def levels(self) -> int: ...
+    def pixel_format(self) -> PixelFormat: ...
     @property
     def fingerprint(self) -> str:
         """Hash of names and pixels, in hexadecimal."""
@@ -38,7 +49,7 @@ class ImageStore(Protocol):
 
     def __len__(self) -> int: ...
     def image(self, index: int) -> Tensor:
-        """Return an image, (C, h, w), uint8 or uint16."""
+        """Return an image, (C, h, w), of the format's dtype."""
 
     @property
     def stack(self) -> Tensor | None:
@@ -48,10 +59,12 @@ class ImageStore(Protocol):
 class PackedImages:
     """Images in memory, (C, h, w) each, in one buffer, which is cheap to share with any number of workers."""
 
-    def __init__(self, images: Sequence[Tensor], fingerprint: str = "") -> None:
+    def __init__(
+        self, images: Sequence[Tensor], fingerprint: str = "", pixel_format: PixelFormat | None = None
+    ) -> None:
         self.fingerprint = fingerprint
         self.channels = int(images[0].shape[0])
-        self.levels = levels_of(images[0])
+        self.pixel_format = pixel_format or full_range(str(images[0].dtype).removeprefix("torch."))
         self.shapes = [tuple(image.shape) for image in images]
         self.same_size = len(set(self.shapes)) == 1
         sizes = [image.numel() for image in images]
@@ -64,7 +77,7 @@ class PackedImages:
         return len(self.shapes)
 
     def image(self, index: int) -> Tensor:
-        """Return a view of an image, (C, h, w), uint8 or uint16."""
+        """Return a view of an image, (C, h, w), of the format's dtype."""
         return self.buffer[self.starts[index] : self.starts[index + 1]].view(self.shapes[index])
 
     @property
@@ -86,7 +99,7 @@ class LazyImages:
     readable: Sequence[int]
     preprocessing: Preprocessing
     channels: int
-    levels: int
+    pixel_format: PixelFormat
     fingerprint: str
     sizes: Set[Size]
     stack: None = None
@@ -95,10 +108,10 @@ class LazyImages:
         return len(self.readable)
 
     def image(self, index: int) -> Tensor:
-        """Decode an image, (C, h, w), uint8 or uint16.
+        """Decode an image, (C, h, w), of the format's dtype.
 
         Raises:
-            RunError: it was readable before the run and no longer is, or now has other channels or another depth.
+            RunError: it was readable before the run and no longer is, or now has other channels, dtype or range.
         """
         row = self.readable[index]
         label = f"{self.source.names[row]!r} of {self.source.option}"
@@ -106,10 +119,16 @@ class LazyImages:
             decoded = decode_image(self.source.payload(row), self.preprocessing)
         except (UnreadableImage, ConfigError) as reason:
             raise RunError(f"{label} became unreadable: {reason}") from None
-        if decoded.kind != (self.channels, self.levels):
-            expected = describe_kind(self.channels, self.levels)
+        if decoded.kind != kind_of(self):
+            expected = describe_kind(*kind_of(self))
             raise RunError(
                 f"{label} became another kind of image: it is {describe_kind(*decoded.kind)}, not {expected}"
+            )
+        low, high = self.pixel_format.low, self.pixel_format.high
+        if decoded.low < low or decoded.high > high:
+            raise RunError(
+                f"{label} became another image: its values are from {decoded.low:g} to {decoded.high:g}, not from"
+                f" {low:g} to {high:g}"
             )
         return torch.from_numpy(decoded.pixels)
 
@@ -123,8 +142,8 @@ class LoadedImages:
         names: their names.
         skipped: number of unreadable images.
         enlarged: number of images smaller than the requested size.
-        fingerprint: sha256 over names and pixels, in hexadecimal.
-        max_level: the largest value of a pixel.
+        fingerprint: sha256 over names, pixels and their range, in hexadecimal.
+        highest: the largest value of a pixel, before images are resized.
     """
 
     images: ImageStore
@@ -132,7 +151,7 @@ class LoadedImages:
     skipped: int
     enlarged: int
     fingerprint: str
-    max_level: int
+    highest: float
 
 
 def decode_source(
@@ -160,24 +179,41 @@ def decode_source(
         elif values is not None and pixels is not None:
             pixels.append(torch.from_numpy(values))
     scan.check(skip_bad)
-    return loaded_images(scan, PackedImages(pixels, scan.fingerprint) if pixels else lazy_images(scan, preprocessing))
+    images = lazy_images(scan, preprocessing)
+    packed = PackedImages(pixels, images.fingerprint, images.pixel_format) if pixels else None
+    return loaded_images(scan, packed or images)
 
 
 def lazy_images(scan: ImageScan, preprocessing: Preprocessing) -> LazyImages:
     """The images that a pass has found, to be decoded for each use."""
     assert scan.kind is not None
-    return LazyImages(scan.source, scan.readable, preprocessing, *scan.kind, scan.fingerprint, scan.sizes)
+    pixel_format = scan.pixel_format(preprocessing.reading.data_range)
+    fingerprint = ranged_fingerprint(scan.fingerprint, pixel_format)
+    return LazyImages(scan.source, scan.readable, preprocessing, scan.kind[0], pixel_format, fingerprint, scan.sizes)
 
 
 def loaded_images(scan: ImageScan, images: ImageStore) -> LoadedImages:
     """The images that a pass has found, in a store."""
     source = scan.source
     names = [source.names[row] for row in scan.readable] if scan.num_bad else source.names
-    return LoadedImages(images, names, scan.num_bad, scan.enlarged, scan.fingerprint, scan.max_level)
+    return LoadedImages(images, names, scan.num_bad, scan.enlarged, images.fingerprint, scan.highest[0])
+
+
+def ranged_fingerprint(fingerprint: str, pixel_format: PixelFormat) -> str:
+    """The fingerprint of pixels together with their range, which is left out if it is that of the dtype."""
+    full = full_range(pixel_format.dtype)
+    if (pixel_format.low, pixel_format.high) == (full.low, full.high):
+        return fingerprint
+    return hashlib.sha256(f"{fingerprint} {pixel_format.low!r} {pixel_format.high!r}".encode()).hexdigest()
+
+
+def kind_of(images: ImageStore) -> Kind:
+    """Channels and dtype of stored images."""
+    return images.channels, images.pixel_format.dtype
 
 
 def check_same_kind(first: LoadedImages, second: LoadedImages) -> None:
-    """Raise a ConfigError, with the name of an image of each, if the channels or depths of two sets differ."""
-    kinds = [(loaded.images.channels, loaded.images.levels) for loaded in (first, second)]
+    """Raise a ConfigError, with the name of an image of each, if the channels or dtypes of two sets differ."""
+    kinds = [kind_of(loaded.images) for loaded in (first, second)]
     if kinds[0] != kinds[1]:
         raise mixed_kinds(first.names[0], kinds[0], second.names[0], kinds[1])

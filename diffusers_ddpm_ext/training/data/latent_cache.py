@@ -24,8 +24,9 @@ from diffusers_ddpm_ext.training.data.cache_building import CacheJob, open_cache
 from diffusers_ddpm_ext.training.data.cache_folder import CacheFolder, CacheKind
 from diffusers_ddpm_ext.training.data.cache_manifest import name_of_key
 from diffusers_ddpm_ext.training.data.dataset import ImageData
-from diffusers_ddpm_ext.training.data.image_set import ImageSet, levels_to_pixels
+from diffusers_ddpm_ext.training.data.image_set import ImageSet
 from diffusers_ddpm_ext.training.data.latents import LatentEncoder
+from diffusers_ddpm_ext.training.data.pixel_values import to_pixels
 from diffusers_ddpm_ext.training.data.posterior import Posterior, one_by_one
 from diffusers_ddpm_ext.training.data.posterior_files import RecordFormat
 from diffusers_ddpm_ext.training.distributed import fail_together
@@ -109,7 +110,7 @@ def _picture_sets(images: ImageSet | None) -> dict[str, ImageSet]:
     every = torch.arange(len(images.images))
     sets = {"images": replace(images, rows=every, columns=None, dropout=None, replace_unreadable=False)}
     if images.columns is not None and (concat := images.columns.concat) is not None:
-        sets["conditions"] = replace(sets["images"], images=concat, levels=concat.levels)
+        sets["conditions"] = replace(sets["images"], images=concat)
     return sets
 
 
@@ -163,7 +164,7 @@ def _load(job: ImageEncoding, numbers: np.ndarray) -> Iterator[tuple[list[int], 
         for index, chunk in enumerate(chunks):
             levels = load(chunk) if upcoming is None else upcoming.result()
             upcoming = pool.submit(load, chunks[index + 1]) if index + 1 < len(chunks) else None
-            pixels = levels_to_pixels(levels.to(job.device), job.images.levels)
+            pixels = to_pixels(levels, job.images.images.pixel_format, job.device)
             flipped = [position for position, number in enumerate(chunk) if number % mirrored]
             pixels[flipped] = pixels[flipped].flip(-1)
             yield chunk, pixels

@@ -19,6 +19,7 @@ from diffusers_ddpm_ext.training.data.class_labels import ClassLabels, Column, r
 from diffusers_ddpm_ext.training.data.image_store import ImageStore, LoadedImages, check_same_kind
 from diffusers_ddpm_ext.training.data.resizing import Size
 from diffusers_ddpm_ext.training.data.sources import Source
+from diffusers_ddpm_ext.utils.pixel_format import PixelFormat
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,9 @@ class JoinedImages:
         return self.parts[0].channels
 
     @property
-    def levels(self) -> int:
-        """Number of values that a pixel can have."""
-        return self.parts[0].levels
+    def pixel_format(self) -> PixelFormat:
+        """Dtype and range of every image."""
+        return self.parts[0].pixel_format
 
     @property
     def sizes(self) -> set[Size]:
@@ -75,7 +76,7 @@ def join_images(names: Sequence[str], loaded: Sequence[LoadedImages]) -> LoadedI
         skipped=sum(each.skipped for each in loaded),
         enlarged=sum(each.enlarged for each in loaded),
         fingerprint=fingerprint,
-        max_level=max(each.max_level for each in loaded),
+        highest=max(each.highest for each in loaded),
     )
 
 

@@ -10,8 +10,8 @@ import torch
 from diffusers_ddpm_ext.errors import ConfigError, printable
 from diffusers_ddpm_ext.training.data.dataset import MEMORY_LIMIT
 from diffusers_ddpm_ext.training.data.decoding import Preprocessing
-from diffusers_ddpm_ext.training.data.image_set import levels_to_pixels
 from diffusers_ddpm_ext.training.data.image_store import decode_source
+from diffusers_ddpm_ext.training.data.pixel_values import to_pixels
 from diffusers_ddpm_ext.training.data.sources import scan_folder
 from diffusers_ddpm_ext.training.evaluation.samples import LevelImages, to_levels
 from diffusers_ddpm_ext.utils.array_files import read_array
@@ -20,7 +20,7 @@ OPTION = "--samples"
 INTEGER_LEVELS = {np.dtype("uint8"): 256, np.dtype("uint16"): 65536}
 
 
-def read_samples(path: Path, shape: tuple[int, int, int], levels: int, progress: bool = False) -> LevelImages:
+def read_samples(path: Path, shape: tuple[int, int, int], levels: int | None, progress: bool = False) -> LevelImages:
     """Samples as levels of the data.
 
     Images of a folder are resized and cropped as the data's are; an array must have their size.
@@ -40,8 +40,8 @@ def read_samples(path: Path, shape: tuple[int, int, int], levels: int, progress:
         preprocessing = Preprocessing((shape[1], shape[2]), shape[0], center_crop=True)
         loaded = decode_source(source, preprocessing, skip_bad=False, memory_limit=MEMORY_LIMIT, progress=progress)
         images = [loaded.images.image(index) for index in range(len(loaded.images))]
-        own = loaded.images.levels
-        return LevelImages(torch.stack([to_levels(levels_to_pixels(image, own), levels) for image in images]), levels)
+        own = loaded.images.pixel_format
+        return LevelImages(torch.stack([to_levels(to_pixels(image, own), levels) for image in images]), levels)
     array = read_array(path, OPTION)
     name = f"{OPTION} {printable(str(path))}"
     if array.ndim == 3:

@@ -34,23 +34,26 @@ class LevelImages:
     """Images in memory, as levels.
 
     Attributes:
-        values: levels, (N, C, H, W), int32.
-        levels: number of values that a pixel can have.
+        values: levels, (N, C, H, W), int32; without levels float32 in [-1, 1].
+        levels: number of values that a pixel can have; None for floats.
     """
 
     values: Tensor
-    levels: int
+    levels: int | None
 
     def __len__(self) -> int:
         return len(self.values)
 
     def pixels(self, indices: Sequence[int] | Tensor) -> Tensor:
         """Images, (b, C, H, W), float32 in [-1, 1]."""
-        return levels_to_pixels(self.values[torch.as_tensor(indices)], self.levels)
+        values = self.values[torch.as_tensor(indices)]
+        return values if self.levels is None else levels_to_pixels(values, self.levels)
 
 
-def to_levels(pixels: Tensor, levels: int) -> Tensor:
-    """The nearest levels of pixels in [-1, 1], int32: what a file of the images would hold."""
+def to_levels(pixels: Tensor, levels: int | None) -> Tensor:
+    """The nearest levels of pixels in [-1, 1], int32: what a file of the images would hold; without levels clipped."""
+    if levels is None:
+        return pixels.float().clamp(-1, 1)
     return ((pixels.float() + 1) * ((levels - 1) / 2)).round().clamp(0, levels - 1).to(torch.int32)
 
 
@@ -107,7 +110,12 @@ class SampleDraws:
 
 
 def draw_images(
-    draws: SampleDraws, count: int, shape: tuple[int, int, int], levels: int, batch_size: int, processes: Processes
+    draws: SampleDraws,
+    count: int,
+    shape: tuple[int, int, int],
+    levels: int | None,
+    batch_size: int,
+    processes: Processes,
 ) -> LevelImages:
     """Draw samples, rounded to the levels of the data. Collective call: every process must make it.
 
@@ -122,7 +130,8 @@ def draw_images(
     Raises:
         ValueError: the pipeline refuses the arguments, or its samples have another shape or are not finite.
     """
-    values = torch.zeros((count, *shape), dtype=torch.int32)
+    values = to_levels(torch.zeros((count, *shape)), levels)
+    values.zero_()
     for batch, counts in processes.batches(-(-count // batch_size)):
         indices = range(batch * batch_size, min(count, (batch + 1) * batch_size))
         pixels = draws.pixels(indices)

@@ -53,4 +53,4 @@ def data_options(options: DataOptions, encoder: LatentEncoder | None) -> DataOpt
     own = encoder.stage.pixel_channels
     if options.channels not in (None, own):
         raise ConfigError(f"--channels {options.channels}: the first stage encodes {own}: leave --channels out")
-    return replace(options, channels=own)  # type: ignore[arg-type]
+    return replace(options, channels=own)

@@ -13,6 +13,7 @@ import torch
 from diffusers import UNet2DModel
 from torch import nn
 
+from diffusers_ddpm_ext.diffusion.likelihood import choose_bins
 from diffusers_ddpm_ext.diffusion.timesteps import TimestepSampler, make_sampler
 from diffusers_ddpm_ext.errors import as_config_error
 from diffusers_ddpm_ext.losses.checks import BOUND_LOSSES
@@ -208,24 +209,27 @@ def build_scheduler(options: ScheduleOptions) -> DDPMExtScheduler:
         return DDPMExtScheduler(**values)
 
 
-def build_objective(options: ObjectiveOptions, scheduler: DDPMExtScheduler, levels: int = 256) -> DDPMObjective:
+def build_objective(options: ObjectiveOptions, scheduler: DDPMExtScheduler, levels: int | None = 256) -> DDPMObjective:
     """The loss of a run, with its log-variances.
 
     Args:
         options: section ``objective``.
         scheduler: its tables and prediction type are those of the loss.
-        levels: number of values of a pixel, which sets the bins of the bound.
+        levels: number of values of a pixel, which sets the bins of the bound; None for floats, whose bound is that of
+            a density unless ``bin_width`` is set.
 
     Raises:
         ConfigError: options are out of range or contradict each other.
     """
     values = {name: value for name, value in vars(options).items() if name not in NOT_OF_THE_OBJECTIVE}
-    bin_width = 2 / (levels - 1) if options.bin_width is None else options.bin_width
+    requested = None if options.decoder == "exact" else options.decoder
+    with as_config_error("--decoder"):
+        values["decoder"], values["bin_width"] = choose_bins(requested, options.bin_width, levels)
     with as_config_error():
         features = None
         if options.loss_type == "perceptual":
             features = PerceptualDistance.from_pretrained(str(options.perceptual_model))
-        return DDPMObjective(scheduler, bin_width=bin_width, features=features, **values)
+        return DDPMObjective(scheduler, features=features, **values)
 
 
 def build_ema(options: EmaOptions, denoiser: torch.nn.Module) -> LitEMA | None:

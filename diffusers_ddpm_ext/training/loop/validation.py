@@ -50,7 +50,7 @@ def validation_bpd(setup: Setup, images: SampleSet, processes: Processes) -> flo
         options.validation_max_images,
         setup.seed,
         batch_size=options.eval_batch_size,
-        decoder=setup.config.objective.decoder,
+        decoder=parts.objective.decoder,
         bin_width=parts.objective.bin_width,
     )
 

@@ -279,7 +279,7 @@ def numbered_16_bit(n: int, **options) -> ImageSet:
     """The numbered images with 16 bits: level 257 v for level v, the same value."""
     eight = numbered(n, 5, 6, **options)
     images = [(eight.images.image(i).to(torch.int32) * 257).to(torch.uint16) for i in range(n)]
-    return ImageSet(PackedImages(images), eight.rows, eight.size, 65536, **options)
+    return ImageSet(PackedImages(images), eight.rows, eight.size, **options)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -314,6 +314,7 @@ def test_12_bits_stored_in_16_give_a_warning(tmp_path, top, warned):
     assert (data.warning is not None) == warned
     if warned:
         assert "4,095 of 65,535" in data.warning
+        assert "--data_range 0 4095" in data.warning
 
 
 # ---------------------------------------------------------------- weighted draws

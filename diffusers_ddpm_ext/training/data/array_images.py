@@ -1,0 +1,167 @@
+"""Images in arrays: their layout and dtypes, NumPy's files, columns of a dataset. Loads no torch."""
+
+from __future__ import annotations
+
+import io
+import os
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from diffusers_ddpm_ext.errors import ConfigError
+from diffusers_ddpm_ext.training.data.image_files import open_image_file
+from diffusers_ddpm_ext.utils.array_files import read_open_array
+from diffusers_ddpm_ext.utils.pixel_format import FLOAT_DTYPES, INTEGER_DTYPES
+
+ArrayLayout = Literal["channels_last", "channels_first"]
+Range = tuple[float, float]
+
+ARRAY_EXTENSIONS = (".npy", ".npz")
+NPY_MAGIC, ZIP_MAGIC = b"\x93NUMPY", b"PK\x03\x04"
+MAX_CHANNELS = 4096
+
+
+class UnreadableImage(Exception):
+    """An image that cannot be decoded. The text is the reason, without the image's name."""
+
+
+class UnsupportedImage(ConfigError):
+    """An image that needs an option, a package or a conversion, so that it must not be skipped as damaged."""
+
+
+def is_array_file(start: bytes) -> bool:
+    """Whether a file that begins with these bytes is in NumPy's format, npy or npz."""
+    return start.startswith((NPY_MAGIC, ZIP_MAGIC))
+
+
+def read_array_image(payload: bytes | Path, key: str | None) -> np.ndarray:
+    """Read the array of an image in NumPy's format, passed as its file or the file's content.
+
+    Raises:
+        UnsupportedImage: it holds several arrays, and ``key`` names none of them.
+        ConfigError: it is damaged, or holds something else than real numbers.
+    """
+    with ExitStack() as stack:
+        file = io.BytesIO(payload) if isinstance(payload, bytes) else stack.enter_context(open_image_file(payload))
+        size = len(payload) if isinstance(payload, bytes) else os.fstat(file.fileno()).st_size
+        return read_open_array(file, size, "it", key, "name one of them by --array_key")
+
+
+def as_image(array: np.ndarray, layout: ArrayLayout | None, data_range: Range | None) -> np.ndarray:
+    """Return an array as an image (H, W, C), in the byte order of this machine.
+
+    Args:
+        array: (H, W) or (H, W, C), or (C, H, W) if ``layout`` says so.
+        layout: without one the channels are the last axis, which must be the shortest then: otherwise the array may
+            as well be (C, H, W).
+        data_range: of the values, for integers without a range of their own: `bool` and those of 64 bits, among
+            others, which become the smallest dtype that holds it.
+
+    Raises:
+        UnsupportedImage: it has another number of axes, its layout must be said, or its dtype is not read.
+        UnreadableImage: an axis has the length 0.
+    """
+    shape = tuple(int(length) for length in array.shape)
+    if len(shape) not in (2, 3):
+        raise UnsupportedImage(
+            f"its shape {shape} is not that of one image, (height, width) or (height, width, channels)"
+        )
+    if 0 in shape:
+        raise UnreadableImage(f"its shape {shape} has no pixels")
+    if len(shape) == 2:
+        array = array[..., None]
+    elif layout == "channels_first":
+        array = np.moveaxis(array, 0, -1)
+    elif layout is None and shape[2] >= min(shape[:2]):
+        raise UnsupportedImage(
+            f"its shape {shape} may be (height, width, channels) or (channels, height, width): say which by"
+            " --array_layout channels_last or channels_first"
+        )
+    if array.shape[2] > MAX_CHANNELS:
+        raise UnsupportedImage(f"its shape {shape} has {array.shape[2]:,} channels, more than {MAX_CHANNELS:,}")
+    return _supported_dtype(array, data_range)
+
+
+def _supported_dtype(array: np.ndarray, data_range: Range | None) -> np.ndarray:
+    """The array in one of the dtypes that are trained on."""
+    native = array.dtype.newbyteorder("=")
+    if native.name in (*INTEGER_DTYPES, *FLOAT_DTYPES):
+        return array.astype(native, copy=False)
+    allowed = ", ".join((*INTEGER_DTYPES, *FLOAT_DTYPES))
+    if native.kind not in "biu":
+        raise UnsupportedImage(f"its values are {native.name}: save them as one of {allowed}")
+    low, high = int(array.min()), int(array.max())
+    if data_range is None:
+        raise UnsupportedImage(
+            f"its values are {native.name}, from {low} to {high}: say their range by --data_range LO HI, or save them"
+            f" as one of {allowed}"
+        )
+    for name in INTEGER_DTYPES:
+        limits = np.iinfo(name)
+        if limits.min <= data_range[0] and data_range[1] <= limits.max:
+            if low < limits.min or high > limits.max:
+                raise UnsupportedImage(outside_range(low, high, data_range))
+            return array.astype(name)
+    raise UnsupportedImage(
+        f"its values are {native.name}, in a range that no smaller dtype holds: save them as float64"
+    )
+
+
+def outside_range(low: float, high: float, data_range: Range) -> str:
+    """The fault of values, from ``low`` to ``high``, that are outside ``--data_range``."""
+    return (
+        f"its values, from {low:g} to {high:g}, are not all in --data_range {data_range[0]:g} {data_range[1]:g}: give"
+        " a range that holds them, or clip the files"
+    )
+
+
+def check_finite(pixels: np.ndarray) -> None:
+    """Raise UnreadableImage if a pixel (H, W, C) is NaN or infinite; the first one is named."""
+    if pixels.dtype.kind != "f":
+        return
+    finite = np.isfinite(pixels)
+    if not finite.all():
+        row, column, channel = (int(place) for place in np.argwhere(~finite)[0])
+        value = {True: "NaN", False: "infinity"}[bool(np.isnan(pixels[row, column, channel]))]
+        count = int((~finite).sum())
+        others = f"; {count:,} values are NaN or infinite" if count > 1 else ""
+        raise UnreadableImage(f"it has {value} in row {row}, column {column}, channel {channel}{others}")
+
+
+def array_of_arrow(column: Any) -> np.ndarray:
+    """The array in one row of an Arrow column of nested lists, `Array2D` or `Array3D`, in the dtype of its values.
+
+    Args:
+        column: a `pyarrow.ChunkedArray` or `pyarrow.Array` of one row.
+
+    Raises:
+        UnreadableImage: it is empty, or lists of one axis have different lengths.
+        UnsupportedImage: its values are no numbers.
+    """
+    import pyarrow as pa
+
+    values = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    if isinstance(values, pa.ChunkedArray):  # of a chunked array of an extension type
+        values = values.chunk(0)
+    if isinstance(values, pa.ExtensionArray):
+        values = values.storage
+    shape: list[int] = []
+    while (
+        pa.types.is_list(values.type)
+        or pa.types.is_large_list(values.type)
+        or pa.types.is_fixed_size_list(values.type)
+    ):
+        if values.null_count:
+            raise UnreadableImage("it has a missing value")
+        lengths = set(values.value_lengths().to_pylist())
+        if len(lengths) != 1:
+            raise UnreadableImage(f"its lists of axis {len(shape)} have {len(lengths)} different lengths")
+        shape.append(lengths.pop())
+        values = values.flatten()
+    if values.null_count:
+        raise UnreadableImage("it has a missing value")
+    if not (pa.types.is_floating(values.type) or pa.types.is_integer(values.type) or pa.types.is_boolean(values.type)):
+        raise UnsupportedImage(f"its values are {values.type}, not numbers")
+    return np.asarray(values.to_numpy(zero_copy_only=False)).reshape(shape[1:])
