@@ -21,6 +21,7 @@ from diffusers_ddpm_ext.utils.first_stage_config import (
 from diffusers_ddpm_ext.utils.generations import read_one_generation
 from diffusers_ddpm_ext.utils.input_files import JsonObject, json_object, read_json_object
 from diffusers_ddpm_ext.utils.network_budget import check_network_config, check_network_types
+from diffusers_ddpm_ext.utils.pixel_format import PixelFormat
 from diffusers_ddpm_ext.utils.text_encoder_config import (
     TEXT_ENCODER_SLOTS,
     TOKENIZER_SLOT,
@@ -142,6 +143,18 @@ class PipelineFacts:
     def picture_channels(self) -> int:
         """Channels of a decoded picture; of a sample where there is no first stage."""
         return self.channels if self.first_stage is None else self.first_stage.pixel_channels
+
+    @cached_property
+    def pixel_format(self) -> PixelFormat:
+        """Dtype and range of the training data; that of 8-bit images where nothing else is recorded."""
+        content = _present(self.index, "pixel_format")
+        try:
+            pixels = PixelFormat() if content is None else PixelFormat.from_dict(content)
+            if not self.lacks_first_stage:
+                pixels.check_channels(self.picture_channels)
+        except ValueError as error:
+            raise ConfigError(f"{self.index.name}: {error}") from None
+        return pixels
 
     @cached_property
     def picture_size(self) -> tuple[int, int] | None:

@@ -15,18 +15,19 @@ from typing import TYPE_CHECKING, Any
 from diffusers_ddpm_ext.cli.concat_pictures import ConcatInputs
 from diffusers_ddpm_ext.cli.encoder_pictures import ImageConditions, concat_images
 from diffusers_ddpm_ext.cli.pipeline_facts import PipelineFacts, facts_of_pipeline, read_pipeline_facts
-from diffusers_ddpm_ext.cli.sample_conditions import SampleConditions, check_sample
+from diffusers_ddpm_ext.cli.sample_conditions import SampleConditions, check_sample, sample_format
 from diffusers_ddpm_ext.cli.sample_options import ARRAYS, SampleOptions, parse_sample_args
 from diffusers_ddpm_ext.errors import ConfigError
 from diffusers_ddpm_ext.pipelines.loading import load_pipeline, quiet_diffusers, select_device
 
 if TYPE_CHECKING:
     from diffusers_ddpm_ext.cli.sample_drawing import Processes
-    from diffusers_ddpm_ext.cli.sample_output import OneFile, PngFolder
+    from diffusers_ddpm_ext.cli.sample_output import OneFile, SampleFolder
 
 # options that change neither the images nor how they are drawn, or whose content is recorded in their place
 NOT_IN_SETTINGS = (
-    *("out", "individual", "num_images", "batch_size", "device", "bit_depth", "concat", "image"),
+    *("out", "individual", "num_images", "batch_size", "device", "bit_depth", "format", "preview_channels"),
+    *("concat", "image"),
     *("prompt", "negative_prompt", "prompts", "input_ids", "negative_input_ids", "text_encoder", "tokenizer"),
 )
 
@@ -89,18 +90,19 @@ def _sample(
     with output.locked() if is_main else nullcontext():
         if is_main:
             output.check()
-        draw_missing(Drawing(pipeline, options, read, conditions, calls), output, processes)
+        draw_missing(Drawing(pipeline, options, read, conditions, calls, output.form), output, processes)
         if not is_main:
             return ""
         output.finish(read.num_images)
     height, width, channels = output.shape
     what = "latents" if facts.lacks_first_stage else "images"
+    dtype = "" if output.form.own is None else f" {output.form.dtype}"
     individual = f" and, one by one, to {options.individual}" if options.individual else ""
     note = "; they are latents of an autoencoder that is not in the folder, not images" if what == "latents" else ""
     if facts.has_safety_checker:
         note += "; its safety checker was not run"
     return (
-        f"{read.num_images} {what} of {height}x{width}x{channels} written to {options.output_path}"
+        f"{read.num_images} {what} of {height}x{width}x{channels}{dtype} written to {options.output_path}"
         f"{individual} ({calls} calls of the network each){note}"
     )
 
@@ -197,21 +199,21 @@ def _count_network_calls(pipeline: Any, options: SampleOptions) -> int:
 
 def _make_output(
     pipeline: Any, options: SampleOptions, facts: PipelineFacts, read: SampleConditions, labels: Any, calls: int
-) -> OneFile | PngFolder:
+) -> OneFile | SampleFolder:
     """Where the images are written, with the settings that they depend on."""
     from diffusers_ddpm_ext.cli.sample_drawing import frame_steps
-    from diffusers_ddpm_ext.cli.sample_output import VIDEO_SUFFIX, OneFile, PngFolder, number_of
+    from diffusers_ddpm_ext.cli.sample_output import VIDEO_SUFFIX, OneFile, SampleFolder, number_of
 
     settings = _settings(pipeline, options, facts, read, labels)
     if facts.image_size is None:
         raise ConfigError(
             f"{options.folder}: sample_size of the network is not set, so the size of an image is unknown"
         )
-    shape = _picture_shape(pipeline, facts.image_size)
+    shape, form = _picture_shape(pipeline, facts.image_size), sample_format(options, facts)
     named_after = read.pictures or read.image
     stem = number_of if named_after is None else named_after.stem
     if options.is_folder:
-        return PngFolder(options.output_path, settings, shape, options.bit_depth, stem)
+        return SampleFolder(options.output_path, settings, shape, form, stem)
     captions: Sequence[str] = [row.prompt for row in read.text.rows]
     if not captions and labels is not None and facts.class_names:
         captions = [_class_name(facts, label) for label in labels.tolist()]
@@ -221,9 +223,9 @@ def _make_output(
         options.output_path,
         settings,
         shape,
+        form,
         num_frames,
         options.individual,
-        options.bit_depth,
         captions,
         facts.lacks_first_stage,
         stem,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from diffusers_ddpm_ext.cli.concat_pictures import PictureFolder, check_channels
 from diffusers_ddpm_ext.cli.pipeline_facts import PipelineFacts
 from diffusers_ddpm_ext.cli.sample_options import DEFAULT_IMAGES, SampleOptions
 from diffusers_ddpm_ext.cli.text_conditions import TEXT_SOURCES, TextConditions, check_text, token_options
-from diffusers_ddpm_ext.errors import ConfigError, printable
+from diffusers_ddpm_ext.errors import ConfigError, as_config_error, printable
 from diffusers_ddpm_ext.pipelines.class_names import label_of_name
 from diffusers_ddpm_ext.utils.array_files import read_array
 from diffusers_ddpm_ext.utils.input_files import read_text
@@ -26,6 +26,8 @@ from diffusers_ddpm_ext.utils.memory import memory_bytes
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from diffusers_ddpm_ext.cli.sample_files import SampleFormat
 
 MAX_DIGITS = 18
 LARGEST = {"float32": 3.4028234e38, "bfloat16": 3.3895313e38, "float16": 65504.0}
@@ -61,7 +63,7 @@ def check_sample(options: SampleOptions, facts: PipelineFacts) -> SampleConditio
             fit the model.
     """
     _check_scheduler_name(options.scheduler)
-    plain_array = options.writes_array and options.individual is None and options.bit_depth == 8
+    plain_array = options.writes_array and options.individual is None and options.bit_depth != 16
     if facts.lacks_first_stage and not plain_array:
         raise ConfigError(
             f"--out {options.output_path}: the samples of {facts.source} are latents of an autoencoder that is not in "
@@ -84,14 +86,36 @@ def check_sample(options: SampleOptions, facts: PipelineFacts) -> SampleConditio
     steps, trained = options.num_inference_steps, facts.num_train_timesteps
     if steps is not None and options.scheduler is None and not options.scheduler_args and steps > trained:
         raise ConfigError(f"--num_inference_steps {steps}: {facts.source} was trained with {trained} steps")
-    channels, has_png = facts.picture_channels, options.is_folder or options.individual is not None
-    if options.bit_depth == 16 and channels != 1 and has_png:
-        raise ConfigError(
-            f"--bit_depth 16 writes PNG files of one channel, and the images have {channels}: "
-            "use --out FILE.npz without --individual"
-        )
+    sample_format(options, facts)
     _check_memory(options, facts, num_images)
     return SampleConditions(labels, arrays, pictures, image, text, num_images)
+
+
+def sample_format(options: SampleOptions, facts: PipelineFacts) -> SampleFormat:
+    """The values of the samples and the files of single ones.
+
+    Raises:
+        ConfigError: a file type cannot hold them, needs a package that is missing, or a channel does not exist.
+    """
+    from diffusers_ddpm_ext.cli.sample_files import SampleFormat, check_format, require_tifffile
+
+    pixels, channels = facts.pixel_format, facts.picture_channels
+    is_own = options.bit_depth is None and not facts.lacks_first_stage
+    is_own &= not pixels.is_8_bit or pixels.suffix != ".png"
+    suffix = pixels.suffix if options.format is None and is_own else f".{options.format or 'png'}"
+    preview = pixels
+    if options.preview_channels is not None:
+        with as_config_error("--preview_channels"):
+            preview = replace(pixels, preview_channels=options.preview_channels)
+            preview.check_channels(channels)
+    form = SampleFormat(channels, pixels if is_own else None, options.bit_depth or 8, suffix, preview)
+    if options.is_folder or options.individual is not None:
+        check_format(
+            f"--out {options.output_path}" if options.is_folder else f"--individual {options.individual}", form
+        )
+    if options.output_path.suffix.lower() in (".tif", ".tiff"):
+        require_tifffile()
+    return form
 
 
 def _num_images(

@@ -16,7 +16,8 @@ from diffusers_ddpm_ext.cli.sample_output import NUM_FRAMES, VIDEO_SUFFIX
 from diffusers_ddpm_ext.utils.random_keys import generator
 
 if TYPE_CHECKING:
-    from diffusers_ddpm_ext.cli.sample_output import OneFile, PngFolder
+    from diffusers_ddpm_ext.cli.sample_files import SampleFormat
+    from diffusers_ddpm_ext.cli.sample_output import OneFile, SampleFolder
 
 
 class Processes(NamedTuple):
@@ -38,6 +39,7 @@ class Drawing(NamedTuple):
         read: the conditions as they were read.
         conditions: arguments of the pipeline's call by name, used in turn over the images.
         calls: of the network for each image.
+        form: of the values that are drawn.
     """
 
     pipeline: Any
@@ -45,9 +47,10 @@ class Drawing(NamedTuple):
     read: SampleConditions
     conditions: Mapping[str, Any]
     calls: int
+    form: SampleFormat
 
 
-def draw_missing(drawing: Drawing, output: OneFile | PngFolder, processes: Processes) -> None:
+def draw_missing(drawing: Drawing, output: OneFile | SampleFolder, processes: Processes) -> None:
     """Draw the images that the output does not have yet, this process' share of them. Collective call."""
     from tqdm import tqdm
 
@@ -87,7 +90,7 @@ def draw_missing(drawing: Drawing, output: OneFile | PngFolder, processes: Proce
 
 
 def _draw_batch(drawing: Drawing, indices: Sequence[int], on_step: Callable[[], Any]) -> tuple[Any, Any]:
-    """Draw images by their indices, float32 (B, height, width, C) in [0, 1].
+    """Draw images by their indices, (B, height, width, C), float32 in [0, 1] or the data's own values.
 
     For a video, also its frames, uint8 (B, F, height, width, C), else None.
     """
@@ -110,7 +113,7 @@ def _draw_batch(drawing: Drawing, indices: Sequence[int], on_step: Callable[[], 
         generator=[generator("sample", *text.seed_of(index, options.seed)) for index in indices],
         num_inference_steps=options.num_inference_steps,
         temperature=options.temperature,
-        output_type="np",
+        output_type="np" if drawing.form.own is None else "array",
         callback_on_step_end=on_step_end,
         callback_on_step_end_tensor_inputs=["model_input"] if is_video else [],
         guidance_scale=options.guidance_scale,
@@ -122,7 +125,8 @@ def _draw_batch(drawing: Drawing, indices: Sequence[int], on_step: Callable[[], 
     ).images
     if not is_video:
         return images, None
-    return images, (np.stack([*frames, images], axis=1).clip(0, 1) * 255).round().astype(np.uint8)
+    last = drawing.form.pictures(images).transpose(0, 2, 3, 1) / 2 + 0.5
+    return images, (np.stack([*frames, last], axis=1).clip(0, 1) * 255).round().astype(np.uint8)
 
 
 def frame_steps(calls: int) -> set[int]:

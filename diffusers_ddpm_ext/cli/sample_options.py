@@ -23,7 +23,9 @@ from diffusers_ddpm_ext.utils.option import option, positional
 
 ARRAYS = ("concat_inputs", "encoder_hidden_states", "input_ids", "negative_input_ids")
 """Options that name a .npy file."""
-FILE_TYPES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".npy", ".npz")
+FILE_TYPES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".npy", ".npz", ".tif", ".tiff")
+NO_PICTURES = ("", ".npy", ".npz", ".tif", ".tiff")
+"""Of --out: what shows all channels, or the data's values."""
 OTHER_SCHEDULER_STEPS = 50
 DEFAULT_IMAGES, MAX_IMAGES = 16, 10**9
 SAMPLE_EXAMPLES = """examples:
@@ -31,8 +33,9 @@ SAMPLE_EXAMPLES = """examples:
   ddpm-ext sample runs/digits --scheduler DPMSolverMultistepScheduler --num_inference_steps 25 --num_images 64
   ddpm-ext sample runs/digits --out samples --num_images 1000          samples/00000.png, ...
   ddpm-ext sample runs/digits --out samples.npz --num_images 1000      uint8 (N, height, width, channels), as arr_0
-  ddpm-ext sample runs/xray --out samples --bit_depth 16               for a model of 16-bit grayscale images
-  ddpm-ext sample runs/digits --out samples.npy                        float32, the same images in [0, 1]
+  ddpm-ext sample runs/bands --out samples.npy                         of other data: its dtype and range, all channels
+  ddpm-ext sample runs/bands --out samples --format tif                samples/00000.tif, ... in the same values
+  ddpm-ext sample runs/digits --out samples.npy                        8-bit images as float32 in [0, 1]
   ddpm-ext sample runs/digits --out video.gif --num_images 9           from noise to images
   ddpm-ext sample google/ddpm-cifar10-32 --device cuda --dtype bfloat16
   ddpm-ext sample runs/classes --class_labels 3 --guidance_scale 2     one class for all images; several: in turn
@@ -67,11 +70,14 @@ class SampleOptions:
     )
     out: Path | None = option(
         None,
-        "A grid (.png, .jpg, .webp), a video from noise to images (.gif), an array (.npy, .npz), or, without a suffix,"
-        " a folder of PNG files.",
+        "A grid (.png, .jpg, .webp), a video from noise to images (.gif), all images as an array (.npy, .npz) or as"
+        " the pages of a .tif, or, without a suffix, a folder with a file for each image.",
         unset="samples-seed<SEED>.png in FOLDER",
     )
     individual: Path | None = option(None, "Also write every image as DIR/00000.png, ...", metavar="DIR")
+    format: Literal["png", "npy", "npz", "tif"] | None = option(
+        None, "Type of the files in a folder of images.", unset="that of the model's data; png for 8-bit images"
+    )
     num_inference_steps: int | None = option(
         None,
         "Sampling steps, at most T.",
@@ -178,8 +184,16 @@ class SampleOptions:
     )
     eta: float | None = option(None, "Noise of DDIM: 0 is none, 1 that of DDPM.", low=0)
     optimal_timesteps: bool = option(False, "Use the timesteps that `ddpm-ext fit-variance` found best.")
-    bit_depth: Literal[8, 16] = option(
-        8, "Bits of a folder's PNG files (16: one channel only) and of .npz. Use 16 for a model of 16-bit images."
+    bit_depth: Literal[8, 16] | None = option(
+        None,
+        "Bits of a folder's files and of .npz and .tif, which then hold unsigned integers from 0.",
+        unset="dtype and range of the model's data; 8 for 8-bit images",
+    )
+    preview_channels: tuple[int, ...] | None = option(
+        None,
+        "Channels that grids and videos show, by number from 0: one in gray, or three as red, green and blue.",
+        metavar="I",
+        unset="those of the training run, by default principal components; the first of two",
     )
 
     @property
@@ -197,7 +211,7 @@ class SampleOptions:
 
     @property
     def is_folder(self) -> bool:
-        """Whether the images go to a folder of PNG files."""
+        """Whether the images go to a folder of files."""
         return not self.output_path.suffix
 
 
@@ -222,9 +236,14 @@ def _check_sample_options(options: SampleOptions) -> None:
     if options.concat is not None and options.concat_inputs is not None:
         raise ConfigError("--concat and --concat_inputs are both what is concatenated to the input: give one of them")
     out = options.output_path
-    takes_depth = options.is_folder or options.individual is not None or out.suffix.lower() == ".npz"
+    has_files = options.is_folder or options.individual is not None
+    takes_depth = has_files or out.suffix.lower() in (".npz", ".tif", ".tiff")
     if options.bit_depth == 16 and not takes_depth:
         raise ConfigError(f"--bit_depth 16 has no effect on --out {out}: name a folder or a .npz file")
+    if options.format is not None and not has_files:
+        raise ConfigError(f"--format {options.format} has no effect on --out {out}, which its suffix is the format of")
+    if options.preview_channels is not None and out.suffix.lower() in NO_PICTURES:
+        raise ConfigError(f"--preview_channels has no effect on --out {out}, which holds all channels: leave it out")
 
 
 def _check_sample_paths(options: SampleOptions) -> None:

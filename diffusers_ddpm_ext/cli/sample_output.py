@@ -1,6 +1,6 @@
 """Output of `ddpm-ext sample`: written image by image, so that an interrupted command can resume.
 
-A folder receives each image as a PNG file at once, and records in ``samples.json`` how they were drawn. Every other
+A folder receives each image as a file at once, and records in ``samples.json`` how they were drawn. Every other
 file is made from all images together: until the last is drawn, each is stored in a folder next to it, ``.NAME.part``.
 Both are locked while they are written: a second command with the same output is refused.
 """
@@ -20,34 +20,36 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from diffusers_ddpm_ext.cli.arguments import lock_output, lock_output_folder
+from diffusers_ddpm_ext.cli.sample_files import TIFF_SUFFIXES, SampleFormat, save_array, save_tiff
 from diffusers_ddpm_ext.errors import ConfigError, printable
+from diffusers_ddpm_ext.plotting.channels import channel_view
 from diffusers_ddpm_ext.plotting.sheets import grid_size, image_grid, save_grid
 from diffusers_ddpm_ext.utils.array_files import read_array
 from diffusers_ddpm_ext.utils.files import write_atomically, write_text_atomically
 from diffusers_ddpm_ext.utils.folder_lock import LOCK, FolderLock
 from diffusers_ddpm_ext.utils.input_files import read_json_object, read_text
 from diffusers_ddpm_ext.utils.memory import memory_bytes
+from diffusers_ddpm_ext.utils.pixel_format import PixelFormat
 
-Pixels = NDArray[np.float32]
 SETTINGS_NAME = "samples.json"
 VIDEO_SUFFIX = ".gif"
 NUM_FRAMES, FRAME_MILLISECONDS, LAST_FRAME_MILLISECONDS = 48, 60, 2000
-SMALLEST_PNG_BYTES = 67
-ARRAY_SUFFIXES = (".npy", ".npz")
+SMALLEST_FILE_BYTES = 67  # a PNG of one pixel
+ARRAY_SUFFIXES = (".npy", ".npz", *TIFF_SUFFIXES)
 LARGEST_SIDE = {".jpg": 65_500, ".jpeg": 65_500, ".webp": 16_383, ".gif": 65_535}
 """Pixels per side that a format can have."""
-PARTIAL = re.compile(rf"\.({re.escape(SETTINGS_NAME)}|\d+\.(png|npz))\.\d+\.part")
+TYPES = r"(png|npy|npz|tif)"
+PARTIAL = re.compile(rf"\.({re.escape(SETTINGS_NAME)}|\d+\.{TYPES})\.\d+\.part")
 """Temporary files of a sampler that was killed while it wrote."""
-NAMED_PARTIAL = re.compile(r"\..+\.png\.\d+\.part", re.DOTALL)
+NAMED_PARTIAL = re.compile(rf"\..+\.{TYPES}\.\d+\.part", re.DOTALL)
 """The same of images that are named after others."""
 PART = re.compile(rf"{re.escape(SETTINGS_NAME)}|\d{{6,}}\.npz|{PARTIAL.pattern}")
 """What a parts folder holds."""
-INDIVIDUAL = re.compile(rf"\d{{5,}}\.png|{PARTIAL.pattern}")
+INDIVIDUAL = re.compile(rf"\d{{5,}}\.{TYPES}|{PARTIAL.pattern}")
 """What the folder of --individual holds while it is written."""
-NAMED = re.compile(rf".+\.png|(.+/)?{NAMED_PARTIAL.pattern}", re.DOTALL)
+NAMED = re.compile(rf".+\.{TYPES}|(.+/)?{NAMED_PARTIAL.pattern}", re.DOTALL)
 """The same of images that are named after others."""
 
 
@@ -56,48 +58,28 @@ def number_of(index: int) -> str:
     return f"{index:05d}"
 
 
-def save_png(path: Path, image: Pixels, bit_depth: int = 8) -> None:
-    """Write one image at its own size.
-
-    Args:
-        path: the file.
-        image: (height, width, C) in [0, 1].
-        bit_depth: 8, or 16 for an image of one channel.
-    """
-    if bit_depth == 8:
-        save_grid(image.transpose(2, 0, 1)[None] * 2 - 1, path, enlarge=1)
-        return
-    pil_image = Image.fromarray(_to_unsigned(image[..., 0], bit_depth))
-    write_atomically(path, lambda file: pil_image.save(file, "PNG"))
-
-
-def _to_unsigned(images: Pixels, bit_depth: int) -> NDArray[np.unsignedinteger[Any]]:
-    """Values in [0, 1] as unsigned integers of 8 or 16 bits."""
-    return (images * (2**bit_depth - 1)).round().astype(np.uint8 if bit_depth == 8 else np.uint16)
-
-
 @dataclass(frozen=True)
-class PngFolder:
-    """A folder of PNG files: ``00000.png``, ``00001.png``, ..., or with names of their own.
+class SampleFolder:
+    """A folder of one file per image: ``00000.png``, ``00001.png``, ..., or with names of their own.
 
     Attributes:
         path: the folder; created when it is locked.
         settings: what the images depend on.
         shape: of an image: (height, width, C).
-        bit_depth: of the files.
-        stem: name of an image by its index, without ``.png``; slashes are folders.
+        form: of the files.
+        stem: name of an image by its index, without its suffix; slashes are folders.
     """
 
     path: Path
     settings: Mapping[str, Any]
     shape: tuple[int, int, int]
-    bit_depth: int = 8
+    form: SampleFormat
     stem: Callable[[int], str] = number_of
 
     def check_room(self, count: int) -> None:
         """Raise ConfigError if the disk cannot hold that many files, however small."""
         disk = os.statvfs(self.path if self.path.is_dir() else self.path.absolute().parent)
-        room = disk.f_bavail * disk.f_frsize // SMALLEST_PNG_BYTES
+        room = disk.f_bavail * disk.f_frsize // SMALLEST_FILE_BYTES
         room = min(room, disk.f_favail) if disk.f_files else room
         if count > room:
             raise ConfigError(
@@ -130,7 +112,7 @@ class PngFolder:
 
     @property
     def _settings(self) -> dict[str, Any]:
-        return {**self.settings, "bit_depth": self.bit_depth}
+        return {**self.settings, **self.form.settings}
 
     def start(self) -> None:
         """Record in the folder how its images are drawn; called before the first image is written."""
@@ -147,29 +129,15 @@ class PngFolder:
     def existing(self, count: int) -> set[int]:
         """Indices below ``count`` of the images that exist and are intact."""
         named = self.stem is not number_of
-        indices = range(count) if named else _indices(self.path, ".png", "05d", count)
-        return {index for index in indices if self._is_intact(self._file(index))}
+        indices = range(count) if named else _indices(self.path, self.form.suffix, "05d", count)
+        return {index for index in indices if self.form.is_intact(self._file(index), self.shape[:2])}
 
     def _file(self, index: int) -> Path:
-        return self.path / f"{self.stem(index)}.png"
+        return self.path / f"{self.stem(index)}{self.form.suffix}"
 
-    def _is_intact(self, path: Path) -> bool:
-        if not path.is_file():
-            return False
-        height, width, channels = self.shape
-        try:
-            with Image.open(path) as image:
-                # with other numbers of channels than PNG knows they are side by side
-                if channels in (1, 3, 4) and image.size != (width, height):
-                    return False
-                image.load()
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-            return False
-        return True
-
-    def put(self, index: int, image: Pixels, frames: NDArray[np.uint8] | None) -> None:
-        """Write an image, (height, width, C) in [0, 1]."""
-        save_png(self._file(index), image, self.bit_depth)
+    def put(self, index: int, image: NDArray[Any], frames: NDArray[np.uint8] | None) -> None:
+        """Write an image as it was drawn, (height, width, C)."""
+        self.form.save(self._file(index), image)
 
     def finish(self, count: int) -> None:
         """Do nothing: every image is already written."""
@@ -183,20 +151,20 @@ class OneFile:
         path: the file.
         settings: what the images depend on.
         shape: of an image: (height, width, C).
+        form: of the values, and of the files in the folder of individual images.
         num_frames: of a video; None for other files.
         individual: a folder that also receives every image, or None.
-        bit_depth: of .npz arrays, and of the files in that folder.
         captions: the texts under the images of the grid, in turn; none where it is empty.
         latents: whether the images are latents, float32 in .npz files too.
-        stem: as that of `PngFolder`, for the files in the folder of individual images.
+        stem: as that of `SampleFolder`, for the files in the folder of individual images.
     """
 
     path: Path
     settings: Mapping[str, Any]
     shape: tuple[int, int, int]
+    form: SampleFormat
     num_frames: int | None
     individual: Path | None
-    bit_depth: int = 8
     captions: Sequence[str] = ()
     latents: bool = False
     stem: Callable[[int], str] = number_of
@@ -215,8 +183,8 @@ class OneFile:
         needed, limit = 4 * count * math.prod(self.shape) * (self.num_frames or 1), memory_bytes()
         suffix = self.path.suffix.lower()
         if suffix not in ARRAY_SUFFIXES:
-            wide = width if channels in (1, 3, 4) else width * channels
-            size = grid_size(count, height, wide, self.captions[:count])
+            note = channel_view(channels, self.form.preview).caption
+            size = grid_size(count, height, width, self.captions[:count], note)
             needed += math.prod(size)
             if max(size) > LARGEST_SIDE.get(suffix, max(size)):
                 raise ConfigError(
@@ -256,7 +224,8 @@ class OneFile:
 
     @property
     def _settings_text(self) -> str:
-        return json.dumps(self.settings, indent=2) + "\n"
+        values = {} if self.form.own is None else self.form.settings
+        return json.dumps({**self.settings, **values}, indent=2) + "\n"
 
     def _resumes(self) -> bool:
         """Whether the images in the parts folder were drawn in the same way."""
@@ -286,37 +255,43 @@ class OneFile:
             return False
         return True
 
-    def put(self, index: int, image: Pixels, frames: NDArray[np.uint8] | None) -> None:
-        """Store an image, (height, width, C) in [0, 1], and for a video its frames, (F, height, width, C)."""
+    def put(self, index: int, image: NDArray[Any], frames: NDArray[np.uint8] | None) -> None:
+        """Store an image as it was drawn, (height, width, C), and for a video its frames, (F, height, width, C)."""
         arrays: dict[str, Any] = {"image": image} if frames is None else {"image": image, "frames": frames}
         write_atomically(self._part(index), lambda file: np.savez(file, **arrays))
 
     def finish(self, count: int) -> None:
         """Write the file from all images."""
-        suffix = self.path.suffix.lower()
-        images = np.stack([self._load(index, "image") for index in range(count)]).astype(np.float32)
+        suffix, form = self.path.suffix.lower(), self.form
+        images = np.stack([self._load(index, "image") for index in range(count)])
         if self.individual is not None:
             self._write_individual(images, self.individual.resolve())
         captions = [self.captions[index % len(self.captions)] for index in range(count)] if self.captions else None
-        if suffix == ".npy":
-            write_atomically(self.path, lambda file: np.save(file, images))
-        elif suffix == ".npz":
-            values = images if self.latents else _to_unsigned(images, self.bit_depth)
-            write_atomically(self.path, lambda file: np.savez_compressed(file, arr_0=values))
+        if suffix in TIFF_SUFFIXES:
+            save_tiff(self.path, form.values(images))
+        elif suffix in ARRAY_SUFFIXES:
+            as_drawn = suffix == ".npy" or self.latents
+            save_array(self.path, images if as_drawn else form.values(images))
         elif suffix == VIDEO_SUFFIX:
             frames = np.stack([self._load(index, "frames") for index in range(count)])
-            save_video(frames, self.path, captions)
+            save_video(frames, self.path, captions, form.preview)
+        elif self._is_one_png(count):
+            form.save(self.path, images[0])
         else:
-            save_grid(images.transpose(0, 3, 1, 2) * 2 - 1, self.path, captions=captions)
+            save_grid(form.pictures(images), self.path, captions=captions, pixels=form.preview)
         self._delete_parts()
 
-    def _write_individual(self, images: Pixels, folder: Path) -> None:
+    def _is_one_png(self, count: int) -> bool:
+        """Whether the file is one image with the data's own values, not a picture of them."""
+        return self.path.suffix.lower() == ".png" and count == 1 and self.form.own is not None and self.form.fits_png()
+
+    def _write_individual(self, images: NDArray[Any], folder: Path) -> None:
         """Write the images beside the folder, and rename: a folder with its name is complete."""
         draft = _draft(folder)
         if draft.is_dir():
             shutil.rmtree(draft)
         for index, image in enumerate(images):
-            save_png(draft / f"{self.stem(index)}.png", image, self.bit_depth)
+            self.form.save(draft / f"{self.stem(index)}{self.form.suffix}", image)
         os.rename(draft, folder)  # also over an empty one
 
     def _delete_parts(self) -> None:
@@ -375,17 +350,21 @@ def _shown(value: Any) -> str:
     return printable(str(value), 120)
 
 
-def save_video(frames: NDArray[np.uint8], path: Path, captions: Sequence[str] | None = None) -> None:
+def save_video(
+    frames: NDArray[np.uint8], path: Path, captions: Sequence[str] | None = None, pixels: PixelFormat | None = None
+) -> None:
     """Write an animated GIF of a grid; it loops, and pauses on the last frame.
 
     Args:
         frames: (N, F, height, width, C), 0 to 255.
         path: the file.
         captions: a text under each image.
+        pixels: its channels or components for previews are shown.
     """
     signed = frames.astype(np.float32) / 127.5 - 1
     sheets = [
-        image_grid(signed[:, index].transpose(0, 3, 1, 2), captions=captions) for index in range(signed.shape[1])
+        image_grid(signed[:, index].transpose(0, 3, 1, 2), captions=captions, pixels=pixels)
+        for index in range(signed.shape[1])
     ]
     sheets = [sheet.convert("RGB") if sheet.mode == "RGBA" else sheet for sheet in sheets]
     durations = [FRAME_MILLISECONDS] * (len(sheets) - 1) + [LAST_FRAME_MILLISECONDS]

@@ -14,7 +14,9 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from diffusers_ddpm_ext.errors import printable
+from diffusers_ddpm_ext.plotting.channels import channel_view
 from diffusers_ddpm_ext.utils.files import write_atomically
+from diffusers_ddpm_ext.utils.pixel_format import PixelFormat
 
 GAP = 4  # pixels between images
 TILE = 96  # approximate side, in pixels, of enlarged small images
@@ -28,25 +30,32 @@ def image_grid(
     enlarge: int | None = None,
     gap: int = GAP,
     captions: Sequence[str] | None = None,
+    pixels: PixelFormat | None = None,
 ) -> Image.Image:
     """Arrange images in a grid, row by row, enlarged so that single pixels are visible.
 
     Args:
-        images: (N, C, H, W) in [-1, 1]; values outside are clipped. One channel is gray, three are RGB, four RGBA;
-            with any other number the channels are placed side by side in gray.
+        images: (N, C, H, W) in [-1, 1]; values outside are clipped. One channel is gray, three are RGB, four RGBA; of
+            any other number the first is drawn, unless ``pixels`` says which.
         columns: images per row; None makes the sheet approximately square.
         enlarge: integer factor (nearest neighbor); None enlarges small images.
         gap: white pixels between images.
         captions: a text under each image, such as its prompt or the name of its class; wrapped at the image's width
             into up to three lines, and cut after them.
+        pixels: of the images; its channels or components for previews are drawn.
 
     Returns:
-        The sheet. Missing images of the last row are white.
+        The sheet. Missing images of the last row are white. A line at the bottom says which channels are drawn, where
+        they are not all.
 
     Raises:
         ValueError: the array has another shape or no image, or an argument is out of its range.
     """
-    levels = _levels(images)
+    values = np.asarray(images, dtype=np.float32)
+    if values.ndim != 4 or 0 in values.shape:
+        raise ValueError(f"images has shape {values.shape}; it must be (N, C, H, W) with at least one image.")
+    view = channel_view(values.shape[1], pixels)
+    levels = _levels(view(values))
     automatic = _layout(len(levels), *levels.shape[1:3])
     columns = automatic[0] if columns is None else columns
     enlarge = automatic[1] if enlarge is None else enlarge
@@ -68,6 +77,9 @@ def image_grid(
     for index, tile in enumerate(tiles):
         top, left = index // columns * (height + gap), index % columns * (width + gap)
         sheet[top : top + height, left : left + width] = tile
+    if view.caption:
+        lines = _wrap(view.caption, sheet.shape[1], None)
+        sheet = np.concatenate([sheet, _caption(lines, _caption_height([lines]), sheet.shape[1], depth)])
     return Image.fromarray(sheet[..., 0] if depth == 1 else sheet)
 
 
@@ -76,7 +88,7 @@ def _layout(count: int, height: int, width: int) -> tuple[int, int]:
     return max(1, round(math.sqrt(count * height / width))), max(1, round(TILE / max(height, width)))
 
 
-def grid_size(count: int, height: int, width: int, captions: Sequence[str] = ()) -> tuple[int, int]:
+def grid_size(count: int, height: int, width: int, captions: Sequence[str] = (), note: str = "") -> tuple[int, int]:
     """Height and width, in pixels, of the sheet that :func:`image_grid` makes by default.
 
     Args:
@@ -84,12 +96,15 @@ def grid_size(count: int, height: int, width: int, captions: Sequence[str] = ())
         height: of an image.
         width: of an image.
         captions: the texts that occur under the images.
+        note: the line at the bottom.
     """
     columns, enlarge = _layout(count, height, width)
     columns = min(columns, count)
     strip = _caption_height(_wrap(text, width * enlarge) for text in captions) if captions else 0
     tile_height = height * enlarge + strip
-    return -(-count // columns) * (tile_height + GAP) - GAP, columns * (width * enlarge + GAP) - GAP
+    sheet_width = columns * (width * enlarge + GAP) - GAP
+    bottom = _caption_height([_wrap(note, sheet_width, None)]) if note else 0
+    return -(-count // columns) * (tile_height + GAP) - GAP + bottom, sheet_width
 
 
 def save_grid(images: ArrayLike, path: str | os.PathLike[str], **options: Any) -> Path:
@@ -104,7 +119,7 @@ def save_grid(images: ArrayLike, path: str | os.PathLike[str], **options: Any) -
     return write_atomically(path, lambda file: sheet.save(file, image_format))
 
 
-def _wrap(text: str, width: int) -> list[str]:
+def _wrap(text: str, width: int, max_lines: int | None = MAX_CAPTION_LINES) -> list[str]:
     """A text from outside as lines that fit a width in pixels; the last one ends in "..." where it is cut.
 
     Pillow's own font has no letters but those of ASCII: accents are left out, and other scripts are question marks.
@@ -117,7 +132,7 @@ def _wrap(text: str, width: int) -> list[str]:
 
     lines: list[str] = []
     rest = text
-    while rest and len(lines) < MAX_CAPTION_LINES:
+    while rest and (max_lines is None or len(lines) < max_lines):
         end = len(rest)
         if not fits(rest):
             end = next((end for end in range(2, len(rest)) if not fits(rest[:end])), len(rest)) - 1
@@ -149,13 +164,6 @@ def _caption(lines: list[str], height: int, width: int, depth: int) -> NDArray[n
     return pixels
 
 
-def _levels(images: ArrayLike) -> NDArray[np.uint8]:
-    """Convert (N, C, H, W) in [-1, 1] to (N, H, W, 1 | 3 | 4) in 0 .. 255."""
-    values = np.asarray(images, dtype=np.float32)
-    if values.ndim != 4 or 0 in values.shape:
-        raise ValueError(f"images has shape {values.shape}; it must be (N, C, H, W) with at least one image.")
-    levels = ((values.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8).transpose(0, 2, 3, 1)
-    if levels.shape[3] not in (1, 3, 4):
-        count, height, width, channels = levels.shape
-        levels = levels.transpose(0, 1, 3, 2).reshape(count, height, channels * width, 1)
-    return levels
+def _levels(images: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Convert (N, 1 | 3 | 4, H, W) in [-1, 1] to (N, H, W, C) in 0 .. 255."""
+    return ((images.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8).transpose(0, 2, 3, 1)

@@ -108,15 +108,6 @@ def test_sixteen_bits_keep_what_eight_cut(tmp_path, monkeypatch, capsys):
     assert "bit_depth 16, not 8" in capsys.readouterr().err
 
 
-def test_sixteen_bits_of_colour_go_into_an_array(sample, capsys):
-    assert sample("--bit_depth", "16", "--out", "a.npz") == 0
-    assert np.load("a.npz")["arr_0"].shape == (5, 8, 8, 3)
-    for places in (["--out", "each"], ["--out", "b.npz", "--individual", "each"]):
-        assert sample("--bit_depth", "16", *places) == 2
-        assert "one channel" in capsys.readouterr().err
-    assert [path.name for path in Path().iterdir()] == ["a.npz"]
-
-
 def test_a_video_goes_from_noise_to_images(sample):
     assert sample("--out", "a.gif") == 0
     assert sample("--out", "a.png") == 0

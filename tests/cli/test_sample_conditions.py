@@ -199,7 +199,7 @@ def test_damaged_condition_files(sample, kind):
         ("plain", ["--num_images", "900000000", "--batch_size", "900000000"], "--batch_size 900000000"),
         ("plain", ["--num_inference_steps", "21"], "was trained with 20 steps"),
         ("plain", ["--guidance_scale", "2"], "is unconditional"),
-        ("plain", ["--bit_depth", "16"], "the images have 3"),
+        ("plain", ["--bit_depth", "16", "--out", "a.npy"], "no effect on --out a.npy"),
         ("plain", ["--variant", "raw"], "has no such weights"),
         ("concat", [], "needs --concat DIR or --concat_inputs FILE.npy"),
         ("context", ["--class_labels", "1"], "takes none"),

@@ -209,7 +209,6 @@ def test_more_images_than_pictures_are_numbered(sample):
         ("mode", ("--concat", "in", "--out", "in"), "is what --concat reads"),
         ("mode", ("--concat", "in", "--out", "in/out"), "is in the folder that --concat reads"),
         ("mode", ("--concat", "in", "--individual", "in/each"), "--individual in/each is in the folder"),
-        ("mode", ("--concat", "in", "--bit_depth", "16", "--out", "each"), "one channel, and the images have 3"),
     ],
 )
 def test_wrong_folders_of_pictures(sample, name, flags, answer):

@@ -43,11 +43,6 @@ def test_channels_become_the_mode(channels, mode):
         np.testing.assert_allclose(tile / 127.5 - 1, images[which].numpy(), atol=1 / 255)
 
 
-def test_other_channels_stand_side_by_side():
-    images = np.stack([np.full((2, 2), value) for value in (-1, 0, 1, -1, 1)])[None]
-    assert np.asarray(image_grid(images, enlarge=1))[0].tolist() == [0, 0, 128, 128, 255, 255, 0, 0, 255, 255]
-
-
 @pytest.mark.parametrize(("shape", "enlarged"), [((1, 8, 8), 96), ((3, 32, 32), 96), ((3, 128, 128), 128)])
 def test_small_images_are_enlarged(shape, enlarged):
     assert image_grid(np.zeros((1, *shape))).size == (enlarged, enlarged)
