@@ -1,0 +1,216 @@
+"""Images that a set has twice, and those that are both in the training and in the validation set.
+
+Exact duplicates have the same pixels, in whatever file. Near duplicates are candidates by their perceptual hashes,
+which are then compared as pictures of 32 x 32 pixels: flat images and simple shapes have similar hashes without being
+similar.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm import tqdm
+
+from diffusers_ddpm_ext.training.data.image_files import Payload
+from diffusers_ddpm_ext.training.data.inspection.image_facts import DIGEST_BYTES
+from diffusers_ddpm_ext.training.data.inspection.inspect import ImageSource, read_in_threads
+from diffusers_ddpm_ext.training.data.inspection.perceptual_hash import SIDE, close_pairs
+from diffusers_ddpm_ext.training.data.inspection.reading import RawImage, read_image
+from diffusers_ddpm_ext.training.data.inspection.summary import MAX_NAMES, SetSummary
+
+MAX_COMPARED = 2000
+"""Candidates that are compared as pictures, the closest hashes first."""
+MAX_DIFFERENCE, MAX_RELATIVE_DIFFERENCE = 0.08, 0.4
+"""Root mean square of the difference of near duplicates: in units of the range, and of the contrast of the picture."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """An image: the number of its set, 0 for training and 1 for validation, and its row there."""
+
+    set: int
+    row: int
+
+
+@dataclass(frozen=True)
+class NearPair:
+    """Two images that look the same.
+
+    Attributes:
+        first: one of them.
+        second: the other.
+        bits: of 64 in which their hashes differ.
+        difference: root mean square of the difference of their small pictures, in units of the range, 0 to 1.
+    """
+
+    first: Place
+    second: Place
+    bits: int
+    difference: float
+
+    @property
+    def crosses(self) -> bool:
+        """Whether one is in the training set and the other in the validation set."""
+        return self.first.set != self.second.set
+
+
+@dataclass(frozen=True)
+class Duplicates:
+    """Images that occur more than once.
+
+    Attributes:
+        groups: images with the same pixels, the largest groups first; at most `MAX_NAMES` groups.
+        num_copies: number of images of each set whose pixels an earlier image of that set has.
+        leaked: validation images whose pixels a training image has, with that image; at most `MAX_NAMES`.
+        num_leaked: number of all of these.
+        near: pairs that look the same, the most similar first.
+        near_complete: False if there were more candidates than were compared.
+    """
+
+    groups: Sequence[Sequence[Place]] = ()
+    num_copies: Sequence[int] = (0, 0)
+    leaked: Sequence[tuple[Place, Place]] = ()
+    num_leaked: int = 0
+    near: Sequence[NearPair] = field(default=())
+    near_complete: bool = True
+
+
+def find_duplicates(
+    sources: Sequence[ImageSource], summaries: Sequence[SetSummary], *, progress: bool = False
+) -> Duplicates:
+    """Find duplicates within and between one or two sets: the training and the validation set."""
+    numbers = np.concatenate([np.full(len(each.rows), which) for which, each in enumerate(summaries)])
+    rows = np.concatenate([np.array(each.rows, dtype=np.int64) for each in summaries])
+    digests = np.frombuffer(b"".join(bytes(each.digests) for each in summaries), dtype=f"V{DIGEST_BYTES}")
+    if not len(rows):
+        return Duplicates()
+    places = _Places(numbers, rows)
+    _, same = np.unique(digests.view(np.uint64).reshape(-1, 2), axis=0, return_inverse=True)
+    same = same.ravel()
+    groups, copies, leaked = _exact(places, same)
+    hashes = np.concatenate([np.array(each.hashes, dtype=np.uint64) for each in summaries])
+    candidates = close_pairs(hashes)
+    differ = same[candidates.pairs[:, 0]] != same[candidates.pairs[:, 1]]
+    pairs, bits = candidates.pairs[differ], candidates.bits[differ]
+    crossing_first = np.argsort(numbers[pairs[:, 0]] == numbers[pairs[:, 1]], kind="stable")[:MAX_COMPARED]
+    near = _compare(sources, summaries, places, pairs[crossing_first], bits[crossing_first], progress)
+    return Duplicates(
+        groups, copies, leaked[:MAX_NAMES], len(leaked), near, candidates.complete and len(pairs) <= MAX_COMPARED
+    )
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Set and row of each image, (N,) each."""
+
+    sets: NDArray[np.int64]
+    rows: NDArray[np.int64]
+
+    def __getitem__(self, number: int) -> Place:
+        return Place(int(self.sets[number]), int(self.rows[number]))
+
+
+def _exact(
+    places: _Places, same: NDArray[np.int64]
+) -> tuple[list[list[Place]], tuple[int, int], list[tuple[Place, Place]]]:
+    """Groups of images with the same pixels, number of copies in each set, and validation images to train on."""
+    order = np.argsort(same, kind="stable")
+    _, starts, counts = np.unique(same[order], return_index=True, return_counts=True)
+    groups, leaked, copies = [], [], [0, 0]
+    for which in np.flatnonzero(counts > 1):
+        members = order[starts[which] : starts[which] + counts[which]]
+        in_set = [members[places.sets[members] == number] for number in (0, 1)]
+        for number in (0, 1):
+            copies[number] += max(0, len(in_set[number]) - 1)
+        if len(in_set[0]):
+            leaked += [(places[int(other)], places[int(in_set[0][0])]) for other in in_set[1]]
+        groups.append([places[int(member)] for member in members[:MAX_NAMES]])
+    groups.sort(key=len, reverse=True)
+    return groups[:MAX_NAMES], (copies[0], copies[1]), leaked
+
+
+def _compare(
+    sources: Sequence[ImageSource],
+    summaries: Sequence[SetSummary],
+    places: _Places,
+    pairs: NDArray[np.int64],
+    bits: NDArray[np.int64],
+    progress: bool,
+) -> list[NearPair]:
+    """Read the candidates again and keep the pairs that look the same."""
+    pictures: dict[Place, NDArray[np.float32]] = {}
+    wanted = sorted({places[int(number)] for number in pairs.ravel()}, key=lambda place: (place.set, place.row))
+    with tqdm(total=len(wanted), desc="comparing", unit="image", delay=1, leave=False, disable=not progress) as bar:
+        for number, source in enumerate(sources):
+            reader = PictureReader(summaries[number])
+            rows = [place.row for place in wanted if place.set == number]
+            for row, picture in read_in_threads(source, rows, reader.small):
+                bar.update()
+                if not isinstance(picture, str):  # it may have become unreadable
+                    pictures[Place(number, row)] = picture
+    found = []
+    for (one, other), distance in zip(pairs.tolist(), bits.tolist(), strict=True):
+        first, second = places[one], places[other]
+        if first in pictures and second in pictures:
+            difference = _difference(pictures[first], pictures[second])
+            if difference is not None:
+                found.append(NearPair(first, second, distance, difference))
+    return sorted(found, key=lambda pair: (not pair.crosses, pair.difference))
+
+
+def _difference(one: NDArray[np.float32], other: NDArray[np.float32]) -> float | None:
+    """How much two pictures differ; None if they do not look the same."""
+    difference = float(np.sqrt(np.mean((one - other) ** 2)))
+    contrast = float(min(one.std(), other.std()))
+    limit = min(MAX_DIFFERENCE, max(MAX_RELATIVE_DIFFERENCE * contrast, 1 / 255))
+    return difference if difference <= limit else None
+
+
+class PictureReader:
+    """Makes pictures of three colors in 0 to 1 of images of any kind, by the range of values of their set."""
+
+    def __init__(self, summary: SetSummary) -> None:
+        self._ranges = {}
+        for kind, statistics in summary.pixels.statistics.items():
+            is_bytes = kind.dtype == "uint8"
+            self._ranges[kind.dtype] = (0.0, 255.0) if is_bytes else (statistics.low, statistics.high)
+
+    def picture(self, payload: Payload, side: int) -> NDArray[np.float32]:
+        """An image, scaled down if it is larger than ``side`` pixels high or wide, (h, w, 3), in 0 to 1.
+
+        Raises:
+            UnreadableImage: as `read_image`.
+            ConfigError: as `read_image`.
+        """
+        colors = self._colors(read_image(payload))
+        height, width = colors.shape[:2]
+        scale = min(1.0, side / max(height, width))
+        return _resized(colors, (max(1, round(width * scale)), max(1, round(height * scale))))
+
+    def small(self, payload: Payload) -> NDArray[np.float32]:
+        """An image at 32 x 32 pixels, to compare it."""
+        return _resized(self._colors(read_image(payload)), (SIDE, SIDE))
+
+    def _colors(self, raw: RawImage) -> NDArray[np.float32]:
+        """Three channels in 0 to 1, (H, W, 3), float32; transparency over white."""
+        values = raw.values
+        low, high = self._ranges.get(values.dtype.name, (0.0, 1.0))
+        with np.errstate(invalid="ignore", over="ignore"):
+            scaled = (values.astype(np.float32) - low) / max(high - low, 1e-30)
+        scaled = np.nan_to_num(scaled, nan=0.0).clip(0, 1).astype(np.float32)
+        if scaled.shape[2] == 4:
+            return scaled[..., :3] * scaled[..., 3:] + (1 - scaled[..., 3:])
+        return scaled[..., :3] if scaled.shape[2] >= 3 else scaled[..., :1].repeat(3, axis=2)
+
+
+def _resized(colors: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
+    """An array (H, W, 3) at another width and height, antialiased."""
+    if colors.shape[1::-1] == size:
+        return colors
+    filter = Image.Resampling.BILINEAR
+    channels = [Image.fromarray(colors[..., channel]).resize(size, filter, reducing_gap=3.0) for channel in range(3)]
+    return np.stack([np.asarray(channel) for channel in channels], axis=2)

@@ -1,0 +1,88 @@
+"""Reading all images of a source once, in several threads, into a summary."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol, TypeVar
+
+import numpy as np
+from tqdm import tqdm
+
+from diffusers_ddpm_ext.errors import ConfigError
+from diffusers_ddpm_ext.training.data.decoding import UnreadableImage
+from diffusers_ddpm_ext.training.data.image_files import Payload
+from diffusers_ddpm_ext.training.data.inspection.image_facts import ImageFacts, image_facts
+from diffusers_ddpm_ext.training.data.inspection.summary import SetSummary
+
+IMAGES_PER_BLOCK = 64
+Result = TypeVar("Result")
+
+
+class ImageSource(Protocol):
+    """Undecoded images in a fixed order, and the option that selected them, for messages."""
+
+    @property
+    def option(self) -> str: ...
+    @property
+    def names(self) -> Sequence[str]: ...
+    def payload(self, index: int) -> Payload:
+        """Return the file of an image, or its content; None if it has none."""
+
+
+def inspect_source(source: ImageSource, max_images: int | None = None, *, progress: bool = False) -> SetSummary:
+    """Read the images of a source.
+
+    Args:
+        source: the images.
+        max_images: read at most so many of them, evenly spaced; None reads all.
+        progress: show a progress bar if it takes longer than a second.
+    """
+    total = len(source.names)
+    summary = SetSummary(source.option, total)
+    rows = evenly_spaced(total, total if max_images is None else max_images)
+    with tqdm(total=len(rows), desc="reading images", unit="image", delay=1, leave=False, disable=not progress) as bar:
+        for row, facts in read_in_threads(source, rows, image_facts):
+            bar.update()
+            summary.num_read += 1
+            if isinstance(facts, str):
+                summary.unreadable.add(source.names[row], facts)
+            else:
+                summary.add(row, source.names[row], facts)
+    return summary
+
+
+def read_in_threads(
+    source: ImageSource, rows: Sequence[int], read: Callable[[Payload], Result]
+) -> Iterator[tuple[int, Result | str]]:
+    """Yield (row, result) in the order of the rows; in place of the result the reason why an image cannot be read."""
+
+    def attempt(row: int) -> Result | str:
+        try:
+            return read(source.payload(row))
+        except (UnreadableImage, ConfigError) as error:
+            return str(error)
+
+    threads = min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    pool = ThreadPoolExecutor(threads)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns about large images and unusual metadata
+            for start in range(0, len(rows), IMAGES_PER_BLOCK):
+                block = rows[start : start + IMAGES_PER_BLOCK]
+                yield from zip(block, pool.map(attempt, block), strict=True)
+    finally:
+        pool.shutdown(cancel_futures=True)  # after an interrupt, what has not begun is not read
+
+
+def evenly_spaced(total: int, count: int) -> Sequence[int]:
+    """Numbers of at most ``count`` of ``total`` images, evenly spaced."""
+    if count >= total:
+        return range(total)
+    places: list[int] = np.linspace(0, total - 1, count).round().astype(int).tolist()
+    return places
+
+
+__all__ = ["ImageFacts", "ImageSource", "evenly_spaced", "inspect_source", "read_in_threads"]

@@ -1,0 +1,126 @@
+"""What a set of images holds, added up image by image: some bytes per image stay, and nothing of its pixels."""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffusers_ddpm_ext.training.data.inspection.image_facts import ImageFacts, Kind, PixelStatistics
+from diffusers_ddpm_ext.training.data.inspection.symmetry import MirrorTest
+
+MAX_NAMES = 100
+"""Names that are kept of each kind of finding; all are counted."""
+
+
+@dataclass
+class Named:
+    """How many images there are of a kind, and the names of the first ones, with a reason if there is one."""
+
+    count: int = 0
+    names: list[tuple[str, str]] = field(default_factory=list)
+
+    def add(self, name: str, reason: str = "") -> None:
+        """Count an image."""
+        self.count += 1
+        if len(self.names) < MAX_NAMES:
+            self.names.append((name, reason))
+
+
+@dataclass
+class PixelSummary:
+    """Kinds and values of the images of a set.
+
+    Attributes:
+        kinds: number of images of each kind.
+        statistics: of the pixels of each kind.
+        modes: number of images of each mode of Pillow.
+        formats: number of files of each format.
+        traits: images that are animated, turned, transparent, ...
+        not_finite: images with NaN or infinity.
+        mirror: whether mirror images belong to the set.
+    """
+
+    kinds: Counter[Kind] = field(default_factory=Counter)
+    statistics: dict[Kind, PixelStatistics] = field(default_factory=dict)
+    modes: Counter[str] = field(default_factory=Counter)
+    formats: Counter[str] = field(default_factory=Counter)
+    traits: dict[str, Named] = field(default_factory=dict)
+    not_finite: Named = field(default_factory=Named)
+    mirror: MirrorTest = field(default_factory=MirrorTest)
+
+    def add(self, name: str, facts: ImageFacts) -> None:
+        """Add an image."""
+        kind = facts.kind
+        self.kinds[kind] += 1
+        self.modes[facts.mode] += 1
+        self.formats[facts.format] += 1
+        before = self.statistics.get(kind)
+        self.statistics[kind] = facts.statistics if before is None else before.merge(facts.statistics)
+        for trait in facts.traits:
+            self.traits.setdefault(trait, Named()).add(name)
+        nan, infinite = facts.statistics.nan, facts.statistics.infinite
+        if nan or infinite:
+            found = ((nan, "NaN"), (infinite, "infinite"))
+            self.not_finite.add(name, ", ".join(f"{number:,} {what}" for number, what in found if number))
+        self.mirror.add(facts.gray)
+
+    @property
+    def main_kind(self) -> Kind:
+        """The most frequent kind."""
+        return max(self.kinds, key=lambda kind: (self.kinds[kind], kind))
+
+    def count_of(self, trait: str) -> int:
+        """Number of images with a trait."""
+        return self.traits[trait].count if trait in self.traits else 0
+
+
+@dataclass
+class SetSummary:
+    """What a set of images holds.
+
+    Attributes:
+        option: what selected it, for messages.
+        total: number of its images.
+        rows: which of them were read without a fault, (n,).
+        heights: of these images, in pixels.
+        widths: likewise.
+        hashes: their perceptual hashes.
+        digests: hashes of their pixels, 16 bytes each.
+        unreadable: images that cannot be read, with the reason.
+        num_read: number of images that were opened, readable or not.
+        pixels: kinds and values.
+    """
+
+    option: str
+    total: int
+    rows: array[int] = field(default_factory=lambda: array("q"))
+    heights: array[int] = field(default_factory=lambda: array("I"))
+    widths: array[int] = field(default_factory=lambda: array("I"))
+    hashes: array[int] = field(default_factory=lambda: array("Q"))
+    digests: bytearray = field(default_factory=bytearray)
+    unreadable: Named = field(default_factory=Named)
+    num_read: int = 0
+    pixels: PixelSummary = field(default_factory=PixelSummary)
+
+    def add(self, row: int, name: str, facts: ImageFacts) -> None:
+        """Add a readable image, which is number ``row`` of its source."""
+        self.rows.append(row)
+        self.heights.append(facts.size[0])
+        self.widths.append(facts.size[1])
+        self.hashes.append(facts.hash)
+        self.digests += facts.digest
+        self.pixels.add(name, facts)
+
+    @property
+    def num_readable(self) -> int:
+        """Number of images that could be read."""
+        return len(self.rows)
+
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        """Heights and widths, (n, 2)."""
+        return np.stack([np.array(self.heights, dtype=np.int64), np.array(self.widths, dtype=np.int64)], axis=1)
