@@ -18,7 +18,6 @@ from diffusers_ddpm_ext.utils.pixel_format import FLOAT_DTYPES, INTEGER_DTYPES
 ArrayLayout = Literal["channels_last", "channels_first"]
 Range = tuple[float, float]
 
-ARRAY_EXTENSIONS = (".npy", ".npz")
 NPY_MAGIC, ZIP_MAGIC = b"\x93NUMPY", b"PK\x03\x04"
 MAX_CHANNELS = 4096
 
@@ -130,6 +129,16 @@ def check_finite(pixels: np.ndarray) -> None:
         raise UnreadableImage(f"it has {value} in row {row}, column {column}, channel {channel}{others}")
 
 
+def array_of_lists(values: Any) -> np.ndarray:
+    """The array in nested lists: Python's, or one row of an Arrow column as in `array_of_arrow`."""
+    if not isinstance(values, list):
+        return array_of_arrow(values)
+    try:
+        return np.asarray(values)
+    except ValueError as error:  # lists of different lengths
+        raise UnreadableImage(" ".join(str(error).split())) from None
+
+
 def array_of_arrow(column: Any) -> np.ndarray:
     """The array in one row of an Arrow column of nested lists, `Array2D` or `Array3D`, in the dtype of its values.
 
@@ -164,4 +173,4 @@ def array_of_arrow(column: Any) -> np.ndarray:
         raise UnreadableImage("it has a missing value")
     if not (pa.types.is_floating(values.type) or pa.types.is_integer(values.type) or pa.types.is_boolean(values.type)):
         raise UnsupportedImage(f"its values are {values.type}, not numbers")
-    return np.asarray(values.to_numpy(zero_copy_only=False)).reshape(shape[1:])
+    return np.asarray(values.to_numpy(zero_copy_only=False)).reshape(shape)

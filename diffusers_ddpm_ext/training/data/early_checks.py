@@ -12,9 +12,10 @@ from diffusers_ddpm_ext.training.config.condition_checks import TEXT_FILES, sele
 from diffusers_ddpm_ext.training.config.data_options import as_names
 from diffusers_ddpm_ext.training.config.model_file import MODEL_OPTION, read_model_file
 from diffusers_ddpm_ext.training.config.train_config import TrainConfig
+from diffusers_ddpm_ext.training.data.array_readers import is_plain_tiff
 from diffusers_ddpm_ext.training.data.caption_text import find_caption_files
-from diffusers_ddpm_ext.training.data.image_files import find_files, first_image, open_image
-from diffusers_ddpm_ext.training.data.metadata import METADATA_FILES, read_metadata_column, require_metadata
+from diffusers_ddpm_ext.training.data.image_files import first_image, open_image
+from diffusers_ddpm_ext.training.data.metadata import find_images, read_metadata_column, require_metadata
 
 CHANNELS_OF_MODE = {
     "1": 1, "L": 1, "I;16": 1, "I;16B": 1, "I;16L": 1, "I": 1, "RGB": 3, "YCbCr": 3, "CMYK": 3, "LAB": 3, "HSV": 3,
@@ -64,9 +65,9 @@ def _check_channels(config: TrainConfig, network: Mapping[str, Any], option: str
 
 
 def _channels_of(path: Path) -> int | None:
-    """Channels of an image from its header; None if it is no image, or only its pixels show them (a palette)."""
+    """Channels of an image from its header; None if Pillow does not read all of it, or only its pixels show them."""
     with suppress(Exception), open_image(path) as (image, _):
-        return CHANNELS_OF_MODE.get(image.mode)
+        return None if image.format == "TIFF" and not is_plain_tiff(image) else CHANNELS_OF_MODE.get(image.mode)
     return None
 
 
@@ -82,7 +83,7 @@ def _check_columns(config: TrainConfig, columns: Mapping[str, str]) -> None:
     folders = [("--train_data_dir", folder) for folder in data.data_dirs]
     folders += [("--validation_data_dir", folder) for folder in as_names(data.validation_data_dir)]
     for option, folder in folders if wanted or in_files else ():
-        found = find_files(Path(folder), METADATA_FILES)
+        found = find_images(Path(folder))
         label = f"{option} {folder!r}"
         if in_files:
             find_caption_files(f"--caption_column {TEXT_FILES} of {label}", Path(folder), found.images)

@@ -12,8 +12,9 @@ from functools import cache
 from io import BytesIO
 from pathlib import Path
 from threading import Lock
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
+import numpy as np
 from PIL import Image
 
 from diffusers_ddpm_ext.errors import ConfigError, printable
@@ -31,6 +32,7 @@ OTHER_IMAGE_TYPES = {
 SYSTEM_FOLDERS = {
     "__macosx", "@eadir", "@tmp", "#recycle", "#snapshot", "$recycle.bin", "lost+found", "system volume information",
 }  # fmt: skip
+ARRAY_EXTENSIONS = frozenset((".npy", ".npz"))
 MAX_DECODED_BYTES = 2**27
 """Bytes that a decoded image may have, or ``MAX_EXPANSION`` for each byte of its file: photographs have far less."""
 MAX_EXPANSION = 64
@@ -68,8 +70,15 @@ class RemoteFile:
         return content
 
 
-Payload = bytes | Path | RemoteFile | None
-"""An undecoded image: the content of its file, the path of it, or None if there is none."""
+@dataclass(frozen=True)
+class ListCell:
+    """An image in nested lists: Python's, or one row of an Arrow column."""
+
+    values: Any
+
+
+Payload = bytes | Path | RemoteFile | ListCell | np.ndarray | None
+"""An undecoded image: the content of its file, the path of it, an array, or None if there is none."""
 
 
 def locate(path: str, folder: Path | None = None) -> Path | RemoteFile:
@@ -99,7 +108,7 @@ class FolderFiles:
     """The files of a folder and its subfolders, as sorted paths inside it with forward slashes.
 
     Attributes:
-        images: files with an extension that Pillow reads.
+        images: files with an extension that Pillow or NumPy reads.
         metadata: files named metadata.csv or metadata.jsonl.
         other_images: images of types that are not read, by extension: their number.
         count: number of all files, hidden ones excepted.
@@ -114,7 +123,7 @@ class FolderFiles:
 def find_files(root: Path, metadata_names: tuple[str, ...]) -> FolderFiles:
     """Find the images of a folder; hidden files and folders, and those of the system, are left out."""
     images, metadata, others, count = [], [], Counter[str](), 0
-    extensions = image_extensions()
+    extensions = image_extensions() | ARRAY_EXTENSIONS
     for name in _walk(root):
         count += 1
         base = name.rpartition("/")[2]
@@ -129,7 +138,7 @@ def find_files(root: Path, metadata_names: tuple[str, ...]) -> FolderFiles:
 
 
 def first_image(root: Path) -> Path | None:
-    """One of the images of a folder, the first that the system lists; None without images."""
+    """One of the images of a folder, the first that the system lists; None without images, or with arrays alone."""
     extensions = image_extensions()
     names = (name for name in _walk(root) if os.path.splitext(name)[1].lower() in extensions)
     name = next(names, None)

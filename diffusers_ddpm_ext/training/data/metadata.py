@@ -6,14 +6,16 @@ Windows' backslashes, a leading ``./`` and accents in either normal form of Unic
 
 from __future__ import annotations
 
+import os
 import posixpath
 import unicodedata
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from diffusers_ddpm_ext.errors import ConfigError, printable
+from diffusers_ddpm_ext.training.data.image_files import ARRAY_EXTENSIONS, FolderFiles, find_files
 from diffusers_ddpm_ext.utils.input_files import file_name, iter_json_rows, read_csv_rows
 
 METADATA_FILES = ("metadata.csv", "metadata.jsonl")
@@ -27,6 +29,30 @@ class Cell:
 
     value: Any
     folder: Path
+
+
+def find_images(root: Path) -> FolderFiles:
+    """Find the images of a folder; arrays that another column of its metadata names (embeddings, say) are none.
+
+    Raises:
+        ConfigError: there are arrays, and a metadata file cannot be read.
+    """
+    found = find_files(root, METADATA_FILES)
+    arrays = {name for name in found.images if posixpath.splitext(name)[1].lower() in ARRAY_EXTENSIONS}
+    if not found.metadata or not arrays:
+        return found
+    mentioned = set()
+    for file in found.metadata:
+        path = root / file
+        rows: Iterable[dict[str, Any]] = (
+            read_csv_rows(path, max_bytes=MAX_CSV_BYTES)
+            if path.suffix == ".csv"
+            else iter_json_rows(path, skip_partial=False)
+        )
+        cells = (value for row in rows for column, value in row.items() if column != FILE_NAME)
+        mentioned |= {os.path.normpath(path.parent / value) for value in cells if isinstance(value, str)}
+    attached = {name for name in arrays if os.path.normpath(root / name) in mentioned}
+    return replace(found, images=[name for name in found.images if name not in attached])
 
 
 def require_metadata(label: str, files: Sequence[str]) -> None:

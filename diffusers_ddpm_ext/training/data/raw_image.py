@@ -15,6 +15,7 @@ from diffusers_ddpm_ext.training.data.array_images import (
     Range,
     UnreadableImage,
     UnsupportedImage,
+    array_of_lists,
     as_image,
     check_finite,
     is_array_file,
@@ -31,6 +32,7 @@ from diffusers_ddpm_ext.training.data.array_readers import (
 )
 from diffusers_ddpm_ext.training.data.bit_depth import is_16_bit_gray, read_16_bit_gray, values_wider_than_8_bits
 from diffusers_ddpm_ext.training.data.image_files import (
+    ListCell,
     Payload,
     RemoteFile,
     check_decoded_bytes,
@@ -99,6 +101,8 @@ def read_image(payload: Payload, reading: ArrayReading = AS_WRITTEN) -> RawImage
     if payload is None:
         raise UnreadableImage("it is empty")
     try:
+        if isinstance(payload, ListCell):
+            payload = array_of_lists(payload.values)
         if isinstance(payload, np.ndarray):
             return _from_array(payload, ".npy", reading)
         if isinstance(payload, RemoteFile):

@@ -30,11 +30,11 @@ from diffusers_ddpm_ext.training.config.condition_checks import TEXT_FILES
 from diffusers_ddpm_ext.training.data.caption_text import csv_cells, read_caption_files
 from diffusers_ddpm_ext.training.data.class_labels import Column
 from diffusers_ddpm_ext.training.data.dataset_files import builder_arguments, is_saved_dataset, saved_split
-from diffusers_ddpm_ext.training.data.image_files import Payload, RemoteFile, find_files, locate
+from diffusers_ddpm_ext.training.data.image_files import ListCell, Payload, RemoteFile, locate
 from diffusers_ddpm_ext.training.data.metadata import (
     FILE_NAME,
-    METADATA_FILES,
     Cell,
+    find_images,
     read_metadata_column,
     require_metadata,
 )
@@ -123,18 +123,23 @@ class FolderSource:
 
 @dataclass(frozen=True)
 class DatasetSource:
-    """The images in one column of a `datasets.Dataset`, undecoded in ``rows``; ``table`` has all columns."""
+    """The images in one column of a `datasets.Dataset`, undecoded in ``rows``; ``table`` has all columns.
+
+    ``holds_arrays``: whether the images are arrays or nested lists, in ``rows`` of Arrow.
+    """
 
     option: str
-    rows: Sequence[dict[str, Any]]
+    rows: Any
     image_column: str
     names: Sequence[str]
     table: Any
+    holds_arrays: bool = False
     other_images: ClassVar[Mapping[str, int]] = {}
 
     def payload(self, index: int) -> Payload:
-        """Return the bytes of an image, or where its file is."""
-        return payload_of_cell(self.rows[index][self.image_column])
+        """Return the bytes of an image, where its file is, or its array."""
+        cell = self.rows[index][self.image_column]
+        return ListCell(cell) if self.holds_arrays else payload_of_cell(cell)
 
     def read_labels(self, column: str) -> Column:
         """Return the values of a column by name of the row, with the names of a `ClassLabel`."""
@@ -155,6 +160,8 @@ class DatasetSource:
         table = self.table.select_columns([column])
         if type(table.features[column]).__name__ == "Image":
             table = table.cast_column(column, type(table.features[column])(decode=False))
+        if is_array_feature(table.features[column], ("Array2D", "Array3D")):
+            table = table.with_format("numpy", dtype=table.features[column].dtype)
         values = [locate(row[column]) if isinstance(row[column], Path) else row[column] for row in table]
         return dict(zip(self.names, values, strict=True))
 
@@ -215,23 +222,27 @@ def payload_of_cell(cell: Any) -> Payload:
         return data if isinstance(data, bytes) else None if path is None else locate(str(path))
     if isinstance(cell, str):
         return locate(cell)
-    return cell if isinstance(cell, Path | RemoteFile | bytes) else None
+    if isinstance(cell, list):
+        return ListCell(cell)
+    return cell if isinstance(cell, Path | RemoteFile | bytes | np.ndarray) else None
 
 
 def scan_folder(option: str, folder: str) -> FolderSource:
-    """Find the images of a folder: every format that Pillow decodes, extensions in any case, no hidden files.
+    """Find the images of a folder: every format that is read, extensions in any case, no hidden files.
 
     Raises:
         ConfigError: the folder, which ``option`` names, does not exist or has no image.
     """
     root = check_image_folder(option, folder)
     label = f"{option} {folder!r}"
-    found = find_files(root, METADATA_FILES)
+    found = find_images(root)
     if not found.images:
         others = f"none of its {found.count} files is one" if found.count else "it is empty"
         if found.other_images:
             others += f"; {describe_other_images(found.other_images)}: convert them, e.g. to PNG"
-        raise ConfigError(f"{label} has no image ({others}): files that Pillow reads, .png, .jpg, .webp and others.")
+        raise ConfigError(
+            f"{label} has no image ({others}): .png, .jpg, .webp and others that Pillow reads, .npy, .npz."
+        )
     return FolderSource(label, root, found.images, found.metadata, found.other_images)
 
 
@@ -274,27 +285,48 @@ def open_dataset_split(
     except Exception as error:  # `datasets` raises any exception of its readers and the network
         raise ConfigError(f"{label}, split {split!r}, cannot be opened: {one_line(error)}") from error
     column = image_column_of(label, table.features, datasets.Image, image_column)
+    holds_arrays = is_array_feature(table.features[column])
     try:
-        rows = table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+        rows = table.select_columns([column])
+        rows = rows.with_format("arrow") if holds_arrays else rows.cast_column(column, datasets.Image(decode=False))
     except Exception as error:
         raise ConfigError(f"--image_column {column!r} of {label} has no images: {one_line(error)}") from error
     if len(rows) == 0:
         raise ConfigError(f"{label}, split {split!r}, has no rows.")
-    return DatasetSource(label, rows, column, [f"row {index}" for index in range(len(rows))], table)
+    return DatasetSource(label, rows, column, [f"row {index}" for index in range(len(rows))], table, holds_arrays)
 
 
 def image_column_of(label: str, features: dict[str, object], image_type: type, requested: str | None) -> str:
-    """Return the requested column, or the only one of images."""
+    """Return the requested column, or the only one of images; without images that of arrays, or of nested lists."""
     columns = ", ".join(features)
     if requested is not None:
         if requested not in features:
             raise ConfigError(f"--image_column {requested!r}: {label} has the columns {columns}.")
         return requested
     names = [name for name, feature in features.items() if isinstance(feature, image_type)]
+    for kinds in (("Array2D", "Array3D"), None):
+        names = names or [name for name, feature in features.items() if is_array_feature(feature, kinds)]
     if len(names) != 1:
         number = f"{len(names)} image columns ({', '.join(names)})" if names else "no image column"
         raise ConfigError(f"{label} has {number}: choose one by --image_column; its columns are {columns}.")
     return names[0]
+
+
+def is_array_feature(feature: Any, kinds: Sequence[str] | None = None) -> bool:
+    """Whether the values of a column are arrays of two or three axes: `Array2D`, `Array3D`, or lists of lists.
+
+    Args:
+        feature: of `datasets`.
+        kinds: names of the classes that count; None for all, with lists.
+    """
+    name = type(feature).__name__
+    if name in ("Array2D", "Array3D"):
+        return kinds is None or name in kinds
+    depth = 0
+    while type(feature).__name__ in ("List", "LargeList", "Sequence"):
+        feature, depth = feature.feature, depth + 1
+    is_number = any(getattr(feature, "dtype", "").startswith(start) for start in ("int", "uint", "float", "bool"))
+    return kinds is None and depth in (2, 3) and is_number
 
 
 def digit_levels() -> Tensor:
