@@ -11,6 +11,9 @@ Streams and their coordinates (the name goes first, so that two streams never sh
 ``ORDER``               seed, epoch; of weighted draws seed, pass over the group, group
 ``MIXTURE``             seed, block of samples (an epoch, or a part of a stream)
 ``FLIP``, ``CROP``      seed, epoch (of weighted draws the pass), index in the data set
+``VERTICAL_FLIP``       the same
+``ROTATION``            the same
+``CROP_BEFORE``         the same
 ``CAPTION``             the same
 ``DROPOUT``             seed, optimizer step, micro-batch, rank
 ``PREVIEW``             seed, kind of the plot, image
@@ -44,6 +47,9 @@ ORDER = "order"
 MIXTURE = "mixture"
 FLIP = "augment/flip"
 CROP = "augment/crop"
+VERTICAL_FLIP = "augment/vertical-flip"
+ROTATION = "augment/rotation"
+CROP_BEFORE = "augment/crop-before"
 CAPTION = "caption"
 DROPOUT = "dropout"
 PREVIEW = "preview"
@@ -85,6 +91,12 @@ def key(*parts: str | SupportsIndex) -> int:
 def generator(*parts: str | SupportsIndex) -> torch.Generator:
     """Return a new CPU generator seeded by ``key(*parts)``."""
     return torch.Generator().manual_seed(key(*parts))
+
+
+def uniform_numbers(count: int, *parts: str | SupportsIndex) -> list[float]:
+    """Draw numbers in [0, 1) from the generator of a key."""
+    numbers: list[float] = torch.rand(count, dtype=torch.float64, generator=generator(*parts)).tolist()
+    return numbers
 
 
 def sample_draws(

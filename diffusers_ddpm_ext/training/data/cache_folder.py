@@ -116,8 +116,8 @@ class CacheFolder:
 
     def store(self, content: CacheContent) -> StoredPosteriors:
         """The posteriors of a cache that lacks none."""
-        flips = bool(self.key.get("flips"))
-        return StoredPosteriors(self.path, self.layout, flips, list(content.files), content.table)
+        symmetries = tuple(self.key.get("symmetries", (0, 1) if self.key.get("flips") else (0,)))
+        return StoredPosteriors(self.path, self.layout, symmetries, list(content.files), content.table)
 
     # ------------------------------------------------------------------ manifest
 

@@ -87,7 +87,7 @@ def load_conditions(
         source: of the images.
         names: of the loaded images, in their order.
         columns: from `select_columns`; without any the result is None.
-        preprocessing: of the images; its size and crop also apply to images joined to them.
+        preprocessing: of the images; all but its channels also applies to images joined to them.
         train: conditions of the training images, for validation images: theirs are of the same classes and shapes.
         caption_reader: of the run's captions; None in a run without a text encoder.
 

@@ -1,4 +1,4 @@
-"""Set of images to train or validate on: pixel levels, random crops and flips, conditions."""
+"""Set of images to train or validate on: pixel levels, random crops, flips and turns, conditions."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diffusers_ddpm_ext.errors import RunError
 from diffusers_ddpm_ext.models.conditioning import Conditions
+from diffusers_ddpm_ext.training.data.augmentation import NO_AUGMENTATION, Augmentation, apply_symmetries
 from diffusers_ddpm_ext.training.data.condition_dropout import ConditionDropout
 from diffusers_ddpm_ext.training.data.conditions import ConditionColumns
 from diffusers_ddpm_ext.training.data.image_store import ImageStore
@@ -36,7 +37,7 @@ class ImageSet:
         images: all loaded images.
         rows: which of them are in this set, (n,), int64.
         size: height and width in pixels.
-        random_flip: mirror half of the images during training.
+        augmentation: what is changed at random during training.
         names: of all loaded images.
         replace_unreadable: replace an image that became unreadable by the next one.
         columns: what the images are conditioned on, by row.
@@ -49,7 +50,7 @@ class ImageSet:
     images: ImageStore
     rows: Tensor
     size: Size
-    random_flip: bool = False
+    augmentation: Augmentation = NO_AUGMENTATION
     names: Sequence[str] = ()
     replace_unreadable: bool = False
     columns: ConditionColumns | None = None
@@ -91,7 +92,7 @@ class ImageSet:
     def load_posteriors(
         self, indices: Sequence[int] | Tensor, seed: int = 0, epochs: Sequence[int] | None = None
     ) -> Posterior:
-        """Return stored posteriors of images, on the CPU, flipped like the images; arguments as in `load_levels`."""
+        """Return stored posteriors of the flipped and turned images, on the CPU; arguments as in `load_levels`."""
         assert self.posteriors is not None
         return self._load(self.posteriors, indices, seed, epochs)
 
@@ -99,15 +100,7 @@ class ImageSet:
         self, store: PosteriorStore, indices: Sequence[int] | Tensor, seed: int, epochs: Sequence[int] | None
     ) -> Posterior:
         requested = torch.as_tensor(indices, dtype=torch.int64)
-        return store.load(self.rows[requested], self.is_flipped(requested, seed, epochs))
-
-    def is_flipped(self, indices: Tensor, seed: int, epochs: Sequence[int] | None) -> Tensor:
-        """Return whether each image is mirrored in its epoch, (b,), bool; arguments as in `load_levels`."""
-        flipped = torch.zeros(len(indices), dtype=torch.bool)
-        if self.random_flip and epochs is not None:
-            for position, (index, epoch) in enumerate(zip(indices.tolist(), epochs, strict=True)):
-                flipped[position] = bool(keys.key(keys.FLIP, seed, epoch, index) & 1)
-        return flipped
+        return store.load(self.rows[requested], self.augmentation.draw_symmetries(requested, seed, epochs))
 
     def conditions(
         self, indices: Sequence[int] | Tensor, seed: int = 0, epochs: Sequence[int] | None = None
@@ -117,8 +110,8 @@ class ImageSet:
         Args:
             indices: which images of the set, (b,).
             seed: of the run.
-            epochs: as in `load_levels`: images joined to the input are cropped and flipped like the images, and one
-                of several captions is drawn; None takes the first.
+            epochs: as in `load_levels`: images joined to the input are cropped, flipped and turned like the images,
+                and one of several captions is drawn; None takes the first.
 
         Raises:
             RunError: an image joined to the input became unreadable.
@@ -132,7 +125,9 @@ class ImageSet:
         if self.concat_latents is not None:
             concat = self._load(self.concat_latents, indices, seed, epochs).mean
         elif columns.concat is not None:
-            joined = replace(self, images=columns.concat, columns=None, replace_unreadable=False)
+            augmentation = self.augmentation.for_pictures(columns.concat.channels)
+            joined = replace(self, images=columns.concat, columns=None, augmentation=augmentation)
+            joined = replace(joined, replace_unreadable=False)
             values = joined.load_levels(indices, seed, epochs).values
             concat = to_pixels(values, columns.concat.pixel_format)
         contexts, captions = columns.contexts, columns.captions
@@ -151,8 +146,8 @@ class ImageSet:
         Args:
             indices: which images of the set, (b,).
             seed: of the run.
-            epochs: epoch of each image, (b,), which with seed and index determines crop and flip; None crops the
-                center and flips nothing.
+            epochs: epoch of each image, (b,), which with seed and index determines crop, flip and turn; None crops the
+                center and turns nothing.
 
         Raises:
             RunError: an image that was readable before the run no longer is, and may not be replaced.
@@ -160,7 +155,7 @@ class ImageSet:
         requested = torch.as_tensor(indices, dtype=torch.int64)
         replacements: list[str] = []
         stack = self.images.stack
-        if stack is not None and tuple(stack.shape[-2:]) == self.size:
+        if stack is not None and tuple(stack.shape[-2:]) == self.size and self.augmentation.random_crop is None:
             values = stack[self.rows[requested]]
         else:
             values = torch.empty(len(requested), *self.shape, dtype=stored_dtype(self.images.pixel_format))
@@ -168,10 +163,7 @@ class ImageSet:
                 image, errors = self._readable_image(index, seed, None if epochs is None else epochs[position])
                 values[position] = image
                 replacements += errors
-        flipped = self.is_flipped(requested, seed, epochs)
-        if flipped.any():
-            view = movable(values)
-            view[flipped] = view[flipped].flip(-1)
+        apply_symmetries(values, self.augmentation.draw_symmetries(requested, seed, epochs))
         return Levels(values, replacements)
 
     def _readable_image(self, index: int, seed: int, epoch: int | None) -> tuple[Tensor, list[str]]:
@@ -191,6 +183,10 @@ class ImageSet:
     def _crop(self, index: int, seed: int, epoch: int | None) -> Tensor:
         """Crop an image at its center, or at a place determined by its key."""
         image = self.images.image(int(self.rows[index]))
+        random_crop = self.augmentation.random_crop
+        if random_crop is not None:
+            draws = None if epoch is None else keys.uniform_numbers(3, keys.CROP_BEFORE, seed, epoch, index)
+            return random_crop.cut(image, self.size, draws)
         height, width = self.size
         down, right = image.shape[1] - height, image.shape[2] - width
         if epoch is None:

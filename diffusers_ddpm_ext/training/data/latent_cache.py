@@ -1,7 +1,7 @@
 """Cache of latents: every image is encoded once, by all processes together, and read by every later run.
 
 A cache is a folder in the one that the user names, called after a hash of its key: what is encoded (the first stage's
-content, the images and their size, mirrored or not) and how it is stored. The scale of the latents is not in the key,
+content, the images and their size, flipped and turned or not) and how it is stored. The scale of the latents is not in the key,
 since posteriors are stored before they are scaled.
 """
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from diffusers_ddpm_ext.errors import ConfigError, printable
 from diffusers_ddpm_ext.models.concat_condition import concat_condition
+from diffusers_ddpm_ext.training.data.augmentation import apply_symmetries
 from diffusers_ddpm_ext.training.data.cache_building import CacheJob, open_cache
 from diffusers_ddpm_ext.training.data.cache_folder import CacheFolder, CacheKind
 from diffusers_ddpm_ext.training.data.cache_manifest import name_of_key
@@ -44,14 +45,14 @@ class ImageEncoding:
         encode: the posterior of one image (1, C, H, W), on the device.
         device: on which it is encoded.
         layout: of the records.
-        has_flips: whether each image is stored a second time, mirrored.
+        symmetries: in which each image is encoded: a latent that is flipped or turned is not that of the image.
     """
 
     images: ImageSet
     encode: Callable[[Tensor], Posterior]
     device: torch.device
     layout: RecordFormat
-    has_flips: bool
+    symmetries: tuple[int, ...]
 
     def records(self, numbers: np.ndarray) -> Iterator[list[np.ndarray]]:
         """Records of the posteriors with these numbers, a few at a time, in order."""
@@ -88,11 +89,14 @@ def cache_latents(
     with fail_together(accelerator):
         for images in (data.train, data.validation):
             # One cache for both if they are parts of the same source.
-            flips = data.train.random_flip and images is not None and images.images is data.train.images
+            is_shared = images is not None and images.images is data.train.images
+            symmetries = data.train.augmentation.symmetries if is_shared else (0,)
             for kind, pictures in _picture_sets(images).items():
                 if kind in encoders and id(pictures.images) not in jobs:
-                    key = _key(kind, pictures, flips, encoder.content_hash, dtype)
-                    jobs[id(pictures.images)] = _job(Path(parent), pictures, key, encoders[kind], accelerator.device)
+                    key = _key(kind, pictures, symmetries, encoder.content_hash, dtype)
+                    jobs[id(pictures.images)] = _job(
+                        Path(parent), pictures, symmetries, key, encoders[kind], accelerator.device
+                    )
     stores = {number: open_cache(job, accelerator) for number, job in jobs.items()}
 
     def with_stores(images: ImageSet) -> ImageSet:
@@ -114,8 +118,11 @@ def _picture_sets(images: ImageSet | None) -> dict[str, ImageSet]:
     return sets
 
 
-def _key(kind: str, images: ImageSet, has_flips: bool, first_stage: str, dtype: str) -> dict[str, Any]:
+def _key(
+    kind: str, images: ImageSet, symmetries: tuple[int, ...], first_stage: str, dtype: str
+) -> dict[str, Any]:
     """What determines the content of a cache."""
+    others = {} if symmetries in ((0,), (0, 1)) else {"symmetries": list(symmetries)}
     return {
         "format": FORMAT,
         "kind": kind,
@@ -124,15 +131,20 @@ def _key(kind: str, images: ImageSet, has_flips: bool, first_stage: str, dtype: 
         "count": len(images),
         "levels": images.levels,
         "size": list(images.size),
-        "flips": has_flips,
+        "flips": symmetries == (0, 1),
         "dtype": dtype,
-    }
+    } | others
 
 
 def _job(
-    parent: Path, images: ImageSet, key: dict[str, Any], encode: Callable[[Tensor], Posterior], device: torch.device
+    parent: Path, images: ImageSet, symmetries: tuple[int, ...], key: dict[str, Any], encode: Callable[[Tensor], Posterior], device: torch.device
 ) -> CacheJob:
     """The job of a cache. A ConfigError where its images are cropped at random."""
+    if images.augmentation.random_crop is not None:
+        raise ConfigError(
+            f"{OPTION} stores one crop of each image, and --random_crop before cuts another one each time: leave one of"
+            " them out"
+        )
     larger = images.images.sizes - {images.size}
     if larger:
         height, width = min(larger)
@@ -146,18 +158,18 @@ def _job(
     layout = RecordFormat(name, 1 if blank.std is None else 2, (channels, size[0], size[1]), key["dtype"])
     smaller = "" if layout.dtype == "float16" else ", or halve it by --cache_latents_dtype float16"
     kind = CacheKind(OPTION, "image", "latent", "name another folder", f"name a folder on a larger disk{smaller}")
-    folder = CacheFolder(parent, key, layout, len(images) * (2 if key["flips"] else 1), kind)
-    return CacheJob(folder, ImageEncoding(images, encode, device, layout, bool(key["flips"])).records)
+    folder = CacheFolder(parent, key, layout, len(images) * len(symmetries), kind)
+    return CacheJob(folder, ImageEncoding(images, encode, device, layout, symmetries).records)
 
 
 def _load(job: ImageEncoding, numbers: np.ndarray) -> Iterator[tuple[list[int], Tensor]]:
     """Numbers and pixels (b, C, H, W), on the device, a few at a time; the next ones are decoded meanwhile."""
     step = torch.get_num_threads() if job.device.type == "cpu" else 8
     chunks = [numbers[start : start + step].tolist() for start in range(0, len(numbers), step)]
-    mirrored = 2 if job.has_flips else 1
+    copies = len(job.symmetries)
 
     def load(chunk: list[int]) -> Tensor:
-        return job.images.load_levels([number // mirrored for number in chunk]).values
+        return job.images.load_levels([number // copies for number in chunk]).values
 
     with ThreadPoolExecutor(1) as pool:
         upcoming = None
@@ -165,8 +177,7 @@ def _load(job: ImageEncoding, numbers: np.ndarray) -> Iterator[tuple[list[int], 
             levels = load(chunk) if upcoming is None else upcoming.result()
             upcoming = pool.submit(load, chunks[index + 1]) if index + 1 < len(chunks) else None
             pixels = to_pixels(levels, job.images.images.pixel_format, job.device)
-            flipped = [position for position, number in enumerate(chunk) if number % mirrored]
-            pixels[flipped] = pixels[flipped].flip(-1)
+            apply_symmetries(pixels, torch.tensor([job.symmetries[number % copies] for number in chunk]))
             yield chunk, pixels
 
 
@@ -175,7 +186,7 @@ def _record(job: ImageEncoding, number: int, posterior: Posterior) -> np.ndarray
     try:
         return layout.encode(number, posterior)
     except OverflowError as error:
-        name = printable(job.images.name(number // 2 if job.has_flips else number), 200)
+        name = printable(job.images.name(number // len(job.symmetries)), 200)
         if layout.dtype == "float16" and posterior.mean.isfinite().all():
             raise ConfigError(
                 f"--cache_latents_dtype float16: the latents of {name} reach {error}, more than float16 can hold: use"

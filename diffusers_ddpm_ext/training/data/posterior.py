@@ -33,12 +33,12 @@ class Posterior(NamedTuple):
 class PosteriorStore(Protocol):
     """Posteriors of all loaded images, computed before."""
 
-    def load(self, rows: Tensor, flipped: Tensor) -> Posterior:
+    def load(self, rows: Tensor, symmetries: Tensor) -> Posterior:
         """Return the posteriors of images, on the CPU.
 
         Args:
             rows: which of the loaded images, (b,), int64.
-            flipped: whether to return that of the mirrored image, (b,), bool.
+            symmetries: how the images are flipped and turned (see `augmentation`), (b,), int64.
         """
 
 

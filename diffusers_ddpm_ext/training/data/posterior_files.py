@@ -184,14 +184,15 @@ class StoredPosteriors:
     Attributes:
         folder: of the cache.
         layout: of its records.
-        has_flips: whether the posterior of image ``row`` has number 2 row, and of its mirror image 2 row + 1.
+        symmetries: the n ways in which each image is flipped and turned (see `augmentation`): the posterior of image
+            ``row`` in the way at place i has number n row + i.
         files: names of the files.
         table: file (by its place in ``files``) and place in the file of each posterior, (entries, 2), int64.
     """
 
     folder: Path
     layout: RecordFormat
-    has_flips: bool
+    symmetries: tuple[int, ...]
     files: Sequence[str]
     table: np.ndarray
     _maps: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
@@ -205,20 +206,24 @@ class StoredPosteriors:
         """Size of the cache in bytes."""
         return len(self.table) * self.layout.record.itemsize
 
-    def load(self, rows: Tensor, flipped: Tensor) -> Posterior:
+    def load(self, rows: Tensor, symmetries: Tensor) -> Posterior:
         """Return posteriors, (b, c, h, w), float32, on the CPU.
 
         Args:
             rows: which of the loaded images, (b,), int64.
-            flipped: whether to return that of the mirrored image, (b,), bool.
+            symmetries: how the images are flipped and turned, (b,), int64.
 
         Raises:
-            ValueError: a mirrored image is asked of a cache without them.
+            ValueError: the cache does not have images that are flipped or turned in this way.
             RunError: a posterior is damaged.
         """
-        if not self.has_flips and bool(flipped.any()):
-            raise ValueError(f"{self.folder} has no mirrored images.")
-        numbers = (2 * rows + flipped if self.has_flips else rows).tolist()
+        place_of = {symmetry: place for place, symmetry in enumerate(self.symmetries)}
+        wanted = symmetries.tolist()
+        if not place_of.keys() >= set(wanted):
+            raise ValueError(f"{self.folder} does not have images that are flipped or turned so.")
+        numbers = [
+            len(place_of) * row + place_of[symmetry] for row, symmetry in zip(rows.tolist(), wanted, strict=True)
+        ]
         values = np.empty((self.layout.moments, len(numbers), *self.layout.shape), np.float32)
         for position, number in enumerate(numbers):
             file, place = self.table[number].tolist()

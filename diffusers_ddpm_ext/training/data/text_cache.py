@@ -41,7 +41,7 @@ class StoredEmbeddings:
         Raises:
             RunError: an embedding is damaged.
         """
-        return self.files.load(numbers, torch.zeros(len(numbers), dtype=torch.bool)).mean[:, 0]
+        return self.files.load(numbers, torch.zeros(len(numbers), dtype=torch.int64)).mean[:, 0]
 
 
 def cache_embeddings(parent: str, encoder: CaptionEncoder, accelerator: Accelerator) -> StoredEmbeddings:
