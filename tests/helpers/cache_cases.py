@@ -14,6 +14,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from diffusers_ddpm_ext.models.first_stage import FirstStage
+from diffusers_ddpm_ext.training.data.augmentation import NO_AUGMENTATION, Augmentation
 from diffusers_ddpm_ext.training.data.dataset import ImageData
 from diffusers_ddpm_ext.training.data.image_set import ImageSet
 from diffusers_ddpm_ext.training.data.image_store import PackedImages
@@ -43,8 +44,16 @@ def make_data(seed: int = 0, flips: bool = True, size: tuple[int, int] = (SIZE, 
     images = [torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=generator) for _ in range(COUNT)]
     store = PackedImages(images, f"images of seed {seed}")
     rows = torch.randperm(COUNT, generator=generator)
-    train = ImageSet(store, rows[HELD_OUT:], (SIZE, SIZE), random_flip=flips, names=[f"{i}.png" for i in range(COUNT)])
-    return ImageData(train, replace(train, rows=rows[:HELD_OUT], random_flip=False), "images", "fingerprint")
+    train = ImageSet(
+        store,
+        rows[HELD_OUT:],
+        (SIZE, SIZE),
+        augmentation=Augmentation(flips),
+        names=[f"{i}.png" for i in range(COUNT)],
+    )
+    return ImageData(
+        train, replace(train, rows=rows[:HELD_OUT], augmentation=NO_AUGMENTATION), "images", "fingerprint"
+    )
 
 
 def main() -> None:

@@ -23,7 +23,8 @@ from diffusers_ddpm_ext.utils.files import CONFIG
 # Sections and options that determine the weights. The others determine when something is written, drawn or read.
 MODEL_SECTIONS = ("autoencoder", "model", "start", "schedule", "objective", "optim", "ema")
 MODEL_OPTIONS = (
-    "resolution", "center_crop", "random_flip", "channels", "data_range", "array_key", "array_layout",
+    "resolution", "resize", "resize_filter", "center_crop", "random_crop", "random_crop_scale", "random_flip",
+    "vertical_flip", "rotate90", "background", "channels", "data_range", "array_key", "array_layout",
     "mixed_precision", "seed",
     "class_column", "concat_column", "context_column", "caption_column", "conditioning_dropout",
     "dataset_weights", "class_balance",
@@ -102,7 +103,9 @@ def _changed(name: str, value: Any, was: Any) -> str:
 
 
 def _expanded(value: Any) -> Any:
-    """A path with its home folder in full: older versions stored ``~``."""
+    """A value to compare: a path with its home folder in full, as older versions stored ``~``; true is not 1."""
+    if isinstance(value, bool):
+        return bool, value
     return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
 
 
@@ -111,7 +114,8 @@ def _shown(value: Any) -> str:
 
 
 def _default(name: str) -> Any:
-    return OPTIONS[name].default if name in OPTIONS else None
+    value = OPTIONS[name].default if name in OPTIONS else None
+    return list(value) if isinstance(value, tuple) else value
 
 
 def refuse_changes(changed: list[str], folder: Path) -> None:

@@ -105,6 +105,7 @@ DEPENDENCIES: dict[str, tuple[str, Any]] = {
     "num_vq_embeddings": ("first_stage_type", "vq"),
     "commitment_weight": ("first_stage_type", "vq"),
     "kl_weight": ("first_stage_type", "kl"),
+    "random_crop_scale": ("random_crop", "before"),
     "ema_decay": ("use_ema", True),
     "ema_use_num_updates": ("use_ema", True),
     "ema_every": ("use_ema", True),

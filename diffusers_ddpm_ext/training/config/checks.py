@@ -11,6 +11,7 @@ from diffusers_ddpm_ext.errors import ConfigError
 from diffusers_ddpm_ext.training.config.condition_checks import data_conditions, read_dropout
 from diffusers_ddpm_ext.training.config.data_options import as_names
 from diffusers_ddpm_ext.training.config.mixture_checks import check_mixture
+from diffusers_ddpm_ext.training.config.pixel_checks import check_pixel_options
 from diffusers_ddpm_ext.utils.lr_lambdas import check_lr_schedule
 from diffusers_ddpm_ext.utils.network_budget import check_network_config
 from diffusers_ddpm_ext.utils.vocabulary import SAMPLE_METRICS
@@ -23,6 +24,7 @@ TRACKERS = (
 
 # option -> the option and value without which it has no effect: an error if it is on the command line
 DEPENDENCIES: dict[str, tuple[str, Any]] = {
+    "random_crop_scale": ("random_crop", "before"),
     "logvar_learning_rate": ("learn_logvar", True),
     "logvar_kind": ("learn_logvar", True),
     "p2_k": ("loss_weighting", "p2"),
@@ -114,6 +116,7 @@ def check_data_options(flat: Flat) -> None:
         for folder in as_names(flat[name]):
             check_image_folder(f"--{name}", folder)
     check_mixture(flat)
+    check_pixel_options(flat)
 
 
 def check_image_folder(option: str, folder: str) -> Path:

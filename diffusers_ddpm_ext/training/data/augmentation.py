@@ -14,21 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusers_ddpm_ext.training.data.resizing import (
-    COVERING,
-    Box,
-    ResizeMode,
-    Resizing,
-    Size,
-    Surface,
-    fit,
-    resample,
-)
+from diffusers_ddpm_ext.training.config.pixel_options import ResizeMode
+from diffusers_ddpm_ext.training.data.pixel_values import movable
+from diffusers_ddpm_ext.training.data.resizing import COVERING, Box, Resizing, Size, Surface, fit, resample
 from diffusers_ddpm_ext.utils import random_keys as keys
-
-NUM_SYMMETRIES = 8
-SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32}
-"""Dtypes that torch cannot flip, and those of the same size that it can."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +138,7 @@ def apply_symmetries(images: Tensor, symmetries: Tensor) -> None:
         images: (b, C, H, W), of any dtype; square where a symmetry is a quarter turn.
         symmetries: of each, (b,), int64.
     """
-    values = images.view(SIGNED[images.dtype]) if images.dtype in SIGNED else images
+    values = movable(images)
     for symmetry in set(symmetries.tolist()) - {0}:
         chosen = symmetries == symmetry
         part = values[chosen]

@@ -18,6 +18,7 @@ from diffusers_ddpm_ext.training.data.captions import CaptionReader, CaptionTabl
 from diffusers_ddpm_ext.training.data.class_labels import ClassLabels
 from diffusers_ddpm_ext.training.data.conditions import ConditionColumns, load_conditions
 from diffusers_ddpm_ext.training.data.decoding import Preprocessing
+from diffusers_ddpm_ext.training.data.geometry import augmentation_of, describe_geometry, preprocessing_of
 from diffusers_ddpm_ext.training.data.image_cache import load_images
 from diffusers_ddpm_ext.training.data.image_set import ImageSet
 from diffusers_ddpm_ext.training.data.image_store import (
@@ -29,7 +30,6 @@ from diffusers_ddpm_ext.training.data.image_store import (
 )
 from diffusers_ddpm_ext.training.data.mixture import describe_sources, one_each, read_balanced_classes, weighted_draws
 from diffusers_ddpm_ext.training.data.mixture_sources import MixtureSource, join_images, stores_of
-from diffusers_ddpm_ext.training.data.raw_image import ArrayReading
 from diffusers_ddpm_ext.training.data.resizing import Size
 from diffusers_ddpm_ext.training.data.sources import (
     DIGIT_COLUMN,
@@ -131,8 +131,7 @@ def load_data(
     Raises:
         ConfigError: a folder, file, dataset or option is not usable; the message names it and the way out.
     """
-    reading = ArrayReading(options.array_key, options.array_layout, options.data_range)
-    preprocessing = Preprocessing(options.resolution, options.channels, options.center_crop, reading=reading)
+    preprocessing = preprocessing_of(options)
     digits = options.train_data_dir is None and options.dataset_name is None
     default_class_column = DIGIT_COLUMN if digits else FOLDER_COLUMN if options.train_data_dir is not None else None
     selected = select_columns(conditioning_key, vars(options), default_class_column)
@@ -210,7 +209,7 @@ def _assemble(
         train.loaded.images,
         rows,
         options.resolution,
-        options.random_flip,
+        augmentation_of(options, train.loaded.images.pixel_format, train.loaded.images.channels),
         train.loaded.names,
         options.skip_bad_images and train.columns is None,  # another image would get the conditions of this one
         train.columns,
@@ -218,10 +217,12 @@ def _assemble(
     validation_set = None
     if held_out is not None:
         loaded, all_rows = held_out.loaded, torch.arange(len(held_out.loaded.names))
-        validation_set = replace(train_set, images=loaded.images, rows=all_rows, random_flip=False, names=loaded.names)
+        validation_set = replace(train_set, images=loaded.images, rows=all_rows, names=loaded.names)
         validation_set = replace(validation_set, columns=held_out.columns)
     elif len(held_out_rows):
-        validation_set = replace(train_set, rows=held_out_rows, random_flip=False)
+        validation_set = replace(train_set, rows=held_out_rows)
+    if validation_set is not None:
+        validation_set = replace(validation_set, augmentation=train_set.augmentation.for_validation())
     train_set = replace(
         train_set, draws=weighted_draws(options, [len(part) for part, _ in splits], rows, train.classes)
     )
@@ -290,9 +291,7 @@ def _describe(
     if not train.images.pixel_format.is_8_bit:
         parts.append(_describe_values(train.images.pixel_format))
     if images != DIGITS:
-        parts.append("center crop" if options.center_crop else "random crop")
-    if options.random_flip:
-        parts.append("random flip")
+        parts += describe_geometry(options)
     if options.class_balance:
         parts.append("each class equally often")
     loaded_sources = [source.loaded for source in sources]

@@ -15,7 +15,7 @@ from diffusers_ddpm_ext.training.data.augmentation import NO_AUGMENTATION, Augme
 from diffusers_ddpm_ext.training.data.condition_dropout import ConditionDropout
 from diffusers_ddpm_ext.training.data.conditions import ConditionColumns
 from diffusers_ddpm_ext.training.data.image_store import ImageStore
-from diffusers_ddpm_ext.training.data.pixel_values import movable, stored_dtype, to_pixels
+from diffusers_ddpm_ext.training.data.pixel_values import stored_dtype, to_pixels
 from diffusers_ddpm_ext.training.data.posterior import Posterior, PosteriorStore
 from diffusers_ddpm_ext.training.data.resizing import Size
 from diffusers_ddpm_ext.training.data.weighted_turns import WeightedDraws

@@ -1,8 +1,8 @@
 """Cache of latents: every image is encoded once, by all processes together, and read by every later run.
 
 A cache is a folder in the one that the user names, called after a hash of its key: what is encoded (the first stage's
-content, the images and their size, flipped and turned or not) and how it is stored. The scale of the latents is not in the key,
-since posteriors are stored before they are scaled.
+content, the images and their size, flipped and turned or not) and how it is stored. The scale of the latents is not in
+the key, since posteriors are stored before they are scaled.
 """
 
 from __future__ import annotations
@@ -118,9 +118,7 @@ def _picture_sets(images: ImageSet | None) -> dict[str, ImageSet]:
     return sets
 
 
-def _key(
-    kind: str, images: ImageSet, symmetries: tuple[int, ...], first_stage: str, dtype: str
-) -> dict[str, Any]:
+def _key(kind: str, images: ImageSet, symmetries: tuple[int, ...], first_stage: str, dtype: str) -> dict[str, Any]:
     """What determines the content of a cache."""
     others = {} if symmetries in ((0,), (0, 1)) else {"symmetries": list(symmetries)}
     return {
@@ -137,13 +135,18 @@ def _key(
 
 
 def _job(
-    parent: Path, images: ImageSet, symmetries: tuple[int, ...], key: dict[str, Any], encode: Callable[[Tensor], Posterior], device: torch.device
+    parent: Path,
+    images: ImageSet,
+    symmetries: tuple[int, ...],
+    key: dict[str, Any],
+    encode: Callable[[Tensor], Posterior],
+    device: torch.device,
 ) -> CacheJob:
     """The job of a cache. A ConfigError where its images are cropped at random."""
     if images.augmentation.random_crop is not None:
         raise ConfigError(
-            f"{OPTION} stores one crop of each image, and --random_crop before cuts another one each time: leave one of"
-            " them out"
+            f"{OPTION} stores one crop of each image, and --random_crop before cuts another one each time: leave one"
+            " out"
         )
     larger = images.images.sizes - {images.size}
     if larger:

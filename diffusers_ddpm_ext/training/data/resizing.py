@@ -8,19 +8,19 @@ their channel.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
-from PIL import Image, ImageColor
+from PIL import Image
 
 from diffusers_ddpm_ext.errors import ConfigError, printable
+from diffusers_ddpm_ext.training.config.pixel_checks import parse_color
+from diffusers_ddpm_ext.training.config.pixel_options import ResizeFilter, ResizeMode
 
 Size = tuple[int, int]
 """Height and width in pixels."""
 Box = tuple[float, float, float, float]
 """Left, top, right and bottom of a part of an image, in pixels."""
-ResizeMode = Literal["crop", "stretch", "pad"]
-ResizeFilter = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
 Picture: TypeAlias = Image.Image | np.ndarray
 """An image of 8 bits (L, RGB, RGBA), or an array (h, w, C) of any dtype."""
 OVERSHOOTING = ("bicubic", "lanczos")
@@ -66,27 +66,6 @@ class Surface:
     limits: tuple[float, float] | None = None
     has_alpha: bool = False
     was_transparent: bool = False
-
-
-def parse_color(text: str) -> tuple[int, int, int]:
-    """Red, green and blue of a color, 0 to 255.
-
-    Args:
-        text: a name of CSS (``white``), hexadecimal (``#ff8800``, ``#f80``), or ``rgb(255, 136, 0)``.
-
-    Raises:
-        ConfigError: it is none.
-    """
-    try:
-        red, green, blue, *alpha = ImageColor.getrgb(text.strip())
-    except ValueError:
-        alpha = [0]
-    if alpha:
-        raise ConfigError(
-            f"--background {printable(text, 60)} must be an opaque color: a name such as white or black, or"
-            " hexadecimal, as #ff8800"
-        )
-    return red, green, blue
 
 
 def fit(picture: Picture, size: Size, resizing: Resizing, center_crop: bool, surface: Surface) -> np.ndarray:
@@ -165,13 +144,26 @@ def resample(
     """
     if box is None and size_of(picture) == size:
         return np.atleast_3d(np.asarray(picture))
+    resized = _resample(picture, size, resize_filter, surface, box)
+    low, high = limits_of(resized.dtype, surface.limits)
+    is_full_range = resized.dtype.kind in "iu" and (low, high) == limits_of(resized.dtype, None)
+    if resize_filter not in OVERSHOOTING or is_full_range:
+        return resized
+    values = np.asarray(picture)
+    return resized.clip(min(low, float(values.min())), max(high, float(values.max()))).astype(resized.dtype)
+
+
+def _resample(
+    picture: Picture, size: Size, resize_filter: ResizeFilter, surface: Surface, box: Box | None
+) -> np.ndarray:
+    """As `resample`; what overshoots is clipped to what the dtype holds."""
     if isinstance(picture, np.ndarray) and picture.dtype == np.uint8:
         channels = picture.shape[2]
         if channels == 1 or channels == 3 or (channels == 4 and surface.has_alpha):
             picture = Image.fromarray(picture[..., 0] if channels == 1 else picture)
         else:
             planes = np.split(picture, channels, axis=2)
-            return np.dstack([resample(plane, size, resize_filter, surface, box) for plane in planes])
+            return np.dstack([_resample(plane, size, resize_filter, surface, box) for plane in planes])
     if isinstance(picture, Image.Image):
         return np.atleast_3d(np.asarray(_resize(picture, size, resize_filter, box)))
     if resize_filter == "nearest":
@@ -197,8 +189,8 @@ def _nearest(own: Size, size: Size, box: Box | None) -> tuple[np.ndarray, np.nda
 def _resample_floats(
     values: np.ndarray, size: Size, resize_filter: ResizeFilter, surface: Surface, box: Box | None
 ) -> np.ndarray:
-    """Resize an array channel by channel in float32; what overshoots is clipped."""
-    low, high = limits_of(values.dtype, surface.limits)
+    """Resize an array channel by channel in float32."""
+    low, _ = limits_of(values.dtype, surface.limits)
     source = values
     if surface.has_alpha:  # a transparent pixel has no color to contribute
         source = values.astype(np.float64) - low
@@ -209,9 +201,10 @@ def _resample_floats(
         opacity = np.repeat(result[..., 3:], 3, axis=2)
         result[..., :3] = np.divide(result[..., :3], opacity, out=np.zeros_like(opacity), where=opacity > 0)
         result += low
-    if resize_filter in OVERSHOOTING or surface.has_alpha:
-        result = result.clip(min(low, float(values.min())), max(high, float(values.max())))
-    return (result.round() if values.dtype.kind in "iu" else result).astype(values.dtype)
+    if values.dtype.kind in "iu":
+        limits = np.iinfo(values.dtype)
+        result = result.round().clip(limits.min, limits.max)
+    return result.astype(values.dtype)
 
 
 def _resize_plane(plane: np.ndarray, size: Size, resize_filter: ResizeFilter, box: Box | None) -> np.ndarray:

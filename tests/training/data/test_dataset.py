@@ -13,6 +13,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from diffusers_ddpm_ext.training.config.data_options import DataOptions
+from diffusers_ddpm_ext.training.data.augmentation import Augmentation
 from diffusers_ddpm_ext.training.data.batches import MicroBatches, batch_stream
 from diffusers_ddpm_ext.training.data.dataset import load_data
 from diffusers_ddpm_ext.training.data.image_set import ImageSet, levels_to_pixels
@@ -21,6 +22,7 @@ from diffusers_ddpm_ext.training.data.weighted_turns import WeightedDraws
 from diffusers_ddpm_ext.utils import random_keys as keys
 
 DIGITS = DataOptions(resolution=(8, 8))
+FLIPS = Augmentation(random_flip=True)
 
 
 def numbered(n: int, height: int = 4, width: int = 4, size: tuple[int, int] = (4, 4), **options) -> ImageSet:
@@ -79,7 +81,7 @@ SPLITS = {
 @pytest.mark.parametrize("n", [5, 30])
 @pytest.mark.parametrize("name", SPLITS)
 def test_every_split_has_the_same_samples_at_the_same_positions(name, n):
-    images = numbered(n, 6, 9, random_flip=True)
+    images = numbered(n, 6, 9, augmentation=FLIPS)
     expected_indices, expected = effective(take(images, 5, batch=8))
     indices, pixels = effective(itertools.chain(*(take(images, 5, **split) for split in SPLITS[name])))
     assert indices == expected_indices
@@ -93,7 +95,7 @@ def test_positions_are_counted_by_micro_batch_then_rank():
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_run_can_start_at_any_step(workers):
-    images = numbered(10, 6, 9, random_flip=True)
+    images = numbered(10, 6, 9, augmentation=FLIPS)
     options = {"batch": 4, "accumulation": 2, "rank": 1, "world": 2}
     straight = take(images, 7, **options)[2 * 5 :]
     later = take(images, 2, start_step=5, num_workers=workers, **options)
@@ -115,7 +117,7 @@ def test_a_run_can_continue_with_another_world_size():
 
 
 def test_equal_seeds_give_equal_batches():
-    images = numbered(30, 6, 9, random_flip=True)
+    images = numbered(30, 6, 9, augmentation=FLIPS)
     first, again = take(images, 4, batch=8), take(images, 4, batch=8)
     assert all(torch.equal(a.pixels, b.pixels) for a, b in zip(first, again, strict=True))
     other = list(itertools.islice(batch_stream(images, 8, batch=8), 4))
@@ -125,14 +127,14 @@ def test_equal_seeds_give_equal_batches():
 @pytest.mark.parametrize("workers", [0, 1])
 def test_the_global_generators_are_unchanged(workers):
     before, numbers = torch.get_rng_state(), np.random.get_state()[1].copy()
-    take(numbered(5, 6, 9, random_flip=True), 3, batch=4, num_workers=workers)
+    take(numbered(5, 6, 9, augmentation=FLIPS), 3, batch=4, num_workers=workers)
     assert torch.equal(before, torch.get_rng_state())
     assert (np.random.get_state()[1] == numbers).all()
 
 
 def test_images_can_be_pickled_for_spawned_workers():
-    images = pickle.loads(pickle.dumps(numbered(5, 6, 9, random_flip=True)))
-    share = MicroBatches(numbered(5, 6, 9, random_flip=True), 7, 4, 1, 0, 1)
+    images = pickle.loads(pickle.dumps(numbered(5, 6, 9, augmentation=FLIPS)))
+    share = MicroBatches(numbered(5, 6, 9, augmentation=FLIPS), 7, 4, 1, 0, 1)
     again = pickle.loads(pickle.dumps(share))
     assert torch.equal(share[(3, 0)][0], again[(3, 0)][0])
     assert torch.equal(take(images, 4, batch=4)[3].pixels, take(share.images, 4, batch=4)[3].pixels)
@@ -168,7 +170,7 @@ def crops_and_flips(batch, levels=256):
 
 def test_crops_and_flips_follow_seed_epoch_and_index():
     """The oracle is the same image in another batch: its crop and flip must not depend on the other images."""
-    images = numbered(6, 7, 9, random_flip=True)
+    images = numbered(6, 7, 9, augmentation=FLIPS)
     seen = {}
     for options in ({"batch": 5}, {"batch": 2, "accumulation": 3}, {"batch": 7}):
         position = 0
@@ -184,7 +186,7 @@ def test_crops_and_flips_follow_seed_epoch_and_index():
 
 def test_crops_and_flips_are_uniform():
     """Over 4 x 6 places and two directions (chi-square within 5 sigma)."""
-    images = numbered(20, 7, 9, random_flip=True)
+    images = numbered(20, 7, 9, augmentation=FLIPS)
     hows = Counter(how for batch in take(images, 300, batch=20) for how in crops_and_flips(batch))
     assert len(hows) == 4 * 6 * 2
     expected = 300 * 20 / 48
@@ -197,7 +199,7 @@ def test_images_of_mixed_sizes_are_cropped_to_one():
     tiles = [
         (10 * torch.arange(h)[:, None] + torch.arange(w) + i).to(torch.uint8)[None] for i, (h, w) in enumerate(sizes)
     ]
-    images = ImageSet(PackedImages(tiles), torch.arange(4), (4, 4), random_flip=True)
+    images = ImageSet(PackedImages(tiles), torch.arange(4), (4, 4), augmentation=FLIPS)
     for batch in take(images, 20, batch=3):
         for index, (top, left, _) in zip(batch.indices.tolist(), crops_and_flips(batch), strict=True):
             assert top <= sizes[index][0] - 4
@@ -286,7 +288,7 @@ def numbered_16_bit(n: int, **options) -> ImageSet:
 def test_16_bits_are_cropped_and_flipped_like_8_bits(num_workers):
     eight, sixteen = (
         take(make, 6, batch=4, num_workers=num_workers)
-        for make in (numbered(9, 5, 6, random_flip=True), numbered_16_bit(9, random_flip=True))
+        for make in (numbered(9, 5, 6, augmentation=FLIPS), numbered_16_bit(9, augmentation=FLIPS))
     )
     for one, other in zip(eight, sixteen, strict=True):
         assert torch.equal(one.indices, other.indices)
@@ -323,7 +325,7 @@ def test_12_bits_stored_in_16_give_a_warning(tmp_path, top, warned):
 @pytest.mark.parametrize("name", SPLITS)
 def test_weighted_draws_do_not_depend_on_the_split(name):
     draws = WeightedDraws([torch.arange(0, 5), torch.arange(5, 30)], (3.0, 1.0))
-    images = numbered(30, 6, 9, random_flip=True, draws=draws)
+    images = numbered(30, 6, 9, augmentation=FLIPS, draws=draws)
     expected_indices, expected = effective(take(images, 5, batch=8))
     indices, pixels = effective(itertools.chain(*(take(images, 5, **split) for split in SPLITS[name])))
     assert indices == expected_indices
@@ -332,7 +334,7 @@ def test_weighted_draws_do_not_depend_on_the_split(name):
 
 def test_weighted_draws_start_at_any_step_and_keep_their_shares():
     draws = WeightedDraws([torch.arange(0, 5), torch.arange(5, 30)], (3.0, 1.0))
-    images = numbered(30, 6, 9, random_flip=True, draws=draws)
+    images = numbered(30, 6, 9, augmentation=FLIPS, draws=draws)
     straight = take(images, 40, batch=6)
     for step in (3, 17):
         later = take(images, 2, batch=6, start_step=step)
@@ -347,7 +349,7 @@ def test_weighted_draws_start_at_any_step_and_keep_their_shares():
 def test_an_image_drawn_again_in_an_epoch_has_another_crop_and_flip():
     """Its pass over the group is the coordinate of its keys: 24 draws of one image in one epoch differ."""
     draws = WeightedDraws([torch.tensor([0]), torch.arange(1, 48)], (1.0, 1.0))
-    images = numbered(48, 6, 9, random_flip=True, draws=draws)
+    images = numbered(48, 6, 9, augmentation=FLIPS, draws=draws)
     batches = take(images, 1, batch=48)[0]
     repeated = batches.pixels[batches.indices == 0]
     assert len(repeated) == 24

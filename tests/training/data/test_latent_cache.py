@@ -188,8 +188,8 @@ def test_a_data_worker_maps_the_files_itself(stage, accelerator, tmp_path):
     content = pickle.dumps(store)
     assert len(content) < 5_000
     assert_same(pickle.loads(content).load(*request), expected)
-    with pytest.raises(ValueError, match="no mirrored images"):
-        replace(store, has_flips=False).load(torch.tensor([0]), torch.tensor([True]))
+    with pytest.raises(ValueError, match="not have images that are flipped or turned so"):
+        replace(store, symmetries=(0,)).load(torch.tensor([0]), torch.tensor([True]))
 
 
 # ------------------------------------------------------------------ interrupted and damaged

@@ -14,6 +14,7 @@ from sklearn.datasets import load_sample_images
 
 from diffusers_ddpm_ext.errors import ConfigError, RunError
 from diffusers_ddpm_ext.training.config.data_options import DataOptions
+from diffusers_ddpm_ext.training.data.augmentation import NO_AUGMENTATION
 from diffusers_ddpm_ext.training.data.batches import batch_stream
 from diffusers_ddpm_ext.training.data.dataset import load_data
 from diffusers_ddpm_ext.training.data.sources import open_dataset_split, scan_folder
@@ -209,7 +210,7 @@ def test_a_folder_to_validate_on(photos, tmp_path):
     data = load_data(folder_options(photos, validation_data_dir=str(tmp_path / "held out"), random_flip=True))
     assert data.validation is not None
     assert (len(data.train), len(data.validation)) == (28, 5)
-    assert not data.validation.random_flip
+    assert data.validation.augmentation == NO_AUGMENTATION
     save(tmp_path / "gray" / "0.png", "L")
     with pytest.raises(ConfigError, match="differ in channels"):
         load_data(folder_options(photos, validation_data_dir=str(tmp_path / "gray")))
