@@ -40,6 +40,7 @@ class PixelOptions:
         " ADM's are 0.8 1, CompVis' 0.5 1.",
         above=0,
         high=1,
+        metavar="LOW HIGH",
     )
     random_flip: bool = option(False, "Flip each image horizontally with probability 0.5.")
     vertical_flip: bool = option(False, "Flip each image upside down with probability 0.5.")
