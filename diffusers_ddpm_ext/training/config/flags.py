@@ -44,9 +44,12 @@ class Parser(argparse.ArgumentParser):
                 positional argument follows, which the switch would take as its value.
         """
         group = self.add_argument_group(title, description) if title else self
+        options = list(options)
+        self._declared |= {option.name: option for option in options}
+        # A flag of several texts would take a positional argument behind it, too.
+        several = not any(option.is_positional for option in self._declared.values())
         for option in options:
-            self._declared[option.name] = option
-            settings = _settings(option, negatable)
+            settings = _settings(option, negatable, several)
             if option.is_positional:
                 group.add_argument(option.name, action=_Store, **settings)
                 continue
@@ -128,7 +131,7 @@ class _Store(argparse.Action):
             setattr(namespace, self.dest, (option_string, values))
 
 
-def _settings(option: Option, negatable: bool) -> dict[str, Any]:
+def _settings(option: Option, negatable: bool, several: bool) -> dict[str, Any]:
     """Return the arguments of ``add_argument`` for an option, except its names."""
     default_metavar = "NAME" if str in map(type, option.choices) else _METAVARS.get(option.hint, "N")
     metavar: Any = option.metadata["metavar"] or "|".join([default_metavar, *option.words])
@@ -147,8 +150,7 @@ def _settings(option: Option, negatable: bool) -> dict[str, Any]:
         return settings | {"nargs": "?", "const": option.metadata["bare"]}
     if option.hint == tuple[float, float]:
         return settings | {"nargs": 2, "metavar": tuple(metavar.split())}
-    # Before a positional argument, a flag of several values would take that, too.
-    if option.element in (int, str) or option.takes_pairs or (option.metadata["several"] and negatable):
+    if option.element in (int, str) or option.takes_pairs or (option.metadata["several"] and several):
         settings["nargs"] = "+"
     return settings
 

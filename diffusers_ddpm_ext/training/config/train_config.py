@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
+from diffusers_ddpm_ext.errors import ConfigError
 from diffusers_ddpm_ext.training.config.checks import check_data_options, check_options
 from diffusers_ddpm_ext.training.config.data_options import DataOptions
 from diffusers_ddpm_ext.training.config.flags import Parser
@@ -238,7 +239,10 @@ def data_options(file: Path | None, typed: Mapping[str, Any], defaults: Mapping[
         flat |= replaced_options(layer) | {
             n: value for n, value in layer.options.items() if OPTIONS[n].section == "data"
         }
-    flat["dataset_weights"] = None  # a measurement weighs nothing, and may be of one source of a mixture
+    for name in ("dataset_weights", "class_balance"):
+        if typed.get(name):
+            raise ConfigError(f"--{name} has no effect on a measurement, which takes each image once: leave it out")
+    flat["dataset_weights"] = None  # the run's; the measurement may be of one source of its mixture
     check_data_options(flat)
     return DataOptions(**{name: flat[name] for name, option in OPTIONS.items() if option.section == "data"})
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
+from diffusers_ddpm_ext.cli.evaluate import parse_evaluate_args
 from diffusers_ddpm_ext.errors import ConfigError
 from diffusers_ddpm_ext.training.config.data_options import DataOptions
-from diffusers_ddpm_ext.training.config.train_config import TrainConfig, parse_train_args
+from diffusers_ddpm_ext.training.config.train_config import TrainConfig, data_options, parse_train_args
 from diffusers_ddpm_ext.training.data.batches import batch_stream
 from diffusers_ddpm_ext.training.data.dataset import load_data
 
@@ -100,7 +101,7 @@ def test_workers_draw_the_same(folders):
 
 
 def test_a_mixture_beyond_memory_is_the_same(folders):
-    packed, lazy = load_data(options_of(folders)), load_data(options_of(folders), memory_limit=100)
+    packed, lazy = (load_data(options_of(folders, cache_images="never"), memory_limit=limit) for limit in (10**6, 100))
     assert packed.fingerprint == lazy.fingerprint
     assert levels_of(packed.train) == levels_of(lazy.train)
     assert "too many for memory" in lazy.description
@@ -278,3 +279,21 @@ def test_the_same_dataset_in_two_configurations(tmp_path):
             parse_train_args(["--dataset_name", "user/x", "user/x", *flags])
     with pytest.raises(ConfigError, match="--image_column has 3 names for 2 names of --dataset_name"):
         parse_train_args(["--dataset_name", "user/x", "user/y", "--image_column", "a", "b", "c"])
+
+
+def test_a_measurement_takes_the_sources_of_a_run_and_none_of_its_weights(folders, tmp_path):
+    flags = ["--train_data_dir", *folders, "--dataset_weights", "3", "1"]
+    parse_train_args(flags).write_resolved(tmp_path / "config.yaml")
+    options = data_options(tmp_path / "config.yaml", {}, {})
+    assert (options.data_dirs, options.dataset_weights) == (folders, None)
+    assert data_options(tmp_path / "config.yaml", {"train_data_dir": folders[0]}, {}).data_dirs == (folders[0],)
+    for name, value in (("dataset_weights", (3.0, 1.0)), ("class_balance", True)):
+        with pytest.raises(ConfigError, match=f"--{name} has no effect on a measurement"):
+            data_options(tmp_path / "config.yaml", {name: value}, {})
+
+
+def test_a_folder_after_the_flag_is_still_the_folder_of_evaluate():
+    """`evaluate --train_data_dir photos runs/x` was valid before the flag took several folders."""
+    options = parse_evaluate_args(["--train_data_dir", "photos", "runs/x"])
+    assert options.folder == "runs/x"
+    assert options.data == {"train_data_dir": "photos"}
