@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from diffusers_ddpm_ext.cli.pipeline_facts import PipelineFacts
 from diffusers_ddpm_ext.errors import ConfigError, printable
+from diffusers_ddpm_ext.utils.files import CONFIG
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from diffusers_ddpm_ext.training.data.decoding import Preprocessing
+    from diffusers_ddpm_ext.training.config.pixel_options import ResizeMode
+    from diffusers_ddpm_ext.training.data.resizing import Resizing
 
 OPTION = "--concat"
 PICTURE_CHANNELS = (1, 3, 4)
@@ -32,11 +34,13 @@ class PictureFolder:
         folder: their folder.
         names: of the files, paths inside the folder with forward slashes, sorted.
         stems: of the outputs, in the same order: the names without their endings.
+        resizing: how they get the size; None is the default.
     """
 
     folder: Path
     names: tuple[str, ...]
     stems: tuple[str, ...]
+    resizing: Resizing | None = None
 
     def stem(self, index: int) -> str:
         """Name of the image with an index, without its ending; a number is added once every picture was used."""
@@ -44,8 +48,8 @@ class PictureFolder:
         return self.stems[position] if turn == 0 else f"{self.stems[position]}-{turn + 1}"
 
     def fingerprint(self) -> str:
-        """The sha256 of all names and contents."""
-        digest = hashlib.sha256()
+        """The sha256 of all names and contents, and of how they are resized."""
+        digest = hashlib.sha256(b"" if self.resizing is None else repr(self.resizing).encode())
         for name in self.names:
             digest.update(name.encode("utf-8", "surrogateescape") + b"\0")
             digest.update(hashlib.sha256((self.folder / name).read_bytes()).digest())
@@ -76,6 +80,26 @@ def find_pictures(folder: Path, option: str = OPTION) -> PictureFolder:
             raise ConfigError(f"{option}: {both} would both become {printable(stem, 120)}.png: rename one of them")
         taken[stem] = name
     return PictureFolder(folder, tuple(names), tuple(stems))
+
+
+def resizing_of_run(folder: Path, mode: ResizeMode | None) -> Resizing | None:
+    """How the pictures of a training run were resized; None if by default.
+
+    Args:
+        folder: of its pipeline, perhaps with its config.yaml.
+        mode: that replaces the run's.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
+    from diffusers_ddpm_ext.training.config.layers import read_config
+    from diffusers_ddpm_ext.training.data.resizing import COVERING, Resizing
+
+    options = read_config(str(folder / CONFIG)).options if (folder / CONFIG).is_file() else {}
+    own_mode = options.get("resize", COVERING.mode)
+    resize_filter = options.get("resize_filter", COVERING.filter)
+    resizing = Resizing(own_mode if mode is None else mode, resize_filter, options.get("background"))
+    return None if resizing == COVERING else resizing
 
 
 def check_turns(pictures: PictureFolder, num_images: int, option: str = OPTION) -> None:
@@ -204,9 +228,10 @@ def decode_picture(pictures: PictureFolder, index: int, size: tuple[int, int], c
     from diffusers_ddpm_ext.training.data.array_images import UnreadableImage
     from diffusers_ddpm_ext.training.data.decoding import Preprocessing, decode_image
     from diffusers_ddpm_ext.training.data.pixel_values import full_range, to_pixels
+    from diffusers_ddpm_ext.training.data.resizing import COVERING
 
     name = printable(pictures.names[index], 200)
-    preprocessing: Preprocessing = Preprocessing(size, channels, center_crop=True)
+    preprocessing = Preprocessing(size, channels, True, pictures.resizing or COVERING)
     try:
         decoded = decode_image(pictures.folder / pictures.names[index], preprocessing)
     except (UnreadableImage, ConfigError) as error:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 # options that change neither the images nor how they are drawn, or whose content is recorded in their place
 NOT_IN_SETTINGS = (
     *("out", "individual", "num_images", "batch_size", "device", "bit_depth", "format", "preview_channels"),
-    *("concat", "image"),
+    *("concat", "concat_resize", "image"),
     *("prompt", "negative_prompt", "prompts", "input_ids", "negative_input_ids", "text_encoder", "tokenizer"),
 )
 

@@ -14,7 +14,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffusers_ddpm_ext.cli.concat_pictures import PictureFolder, check_channels, check_turns, find_pictures
+from diffusers_ddpm_ext.cli.concat_pictures import (
+    PictureFolder,
+    check_channels,
+    check_turns,
+    find_pictures,
+    resizing_of_run,
+)
 from diffusers_ddpm_ext.cli.pipeline_facts import PipelineFacts
 from diffusers_ddpm_ext.cli.sample_options import DEFAULT_IMAGES, SampleOptions
 from diffusers_ddpm_ext.cli.text_conditions import TEXT_SOURCES, TextConditions, check_text, token_options
@@ -74,7 +80,10 @@ def check_sample(options: SampleOptions, facts: PipelineFacts) -> SampleConditio
     text = check_text(options, facts)
     if options.concat is not None:
         check_channels(facts)
-    pictures = None if options.concat is None else find_pictures(options.concat)
+    pictures = None
+    if options.concat is not None:
+        resizing = resizing_of_run(Path(facts.source), options.concat_resize)
+        pictures = replace(find_pictures(options.concat), resizing=resizing)
     image = None if options.image is None else find_pictures(options.image, "--image")
     num_images = _num_images(options, text, pictures, image)
     labels = None if options.class_labels is None else read_labels(options.class_labels, facts)

@@ -249,7 +249,8 @@ def _data_options(facts: Any, typed: Mapping[str, Any]) -> DataOptions:
     """The images of the measurement, cropped at their centers."""
     if facts.lacks_first_stage:
         raise ConfigError(f"{facts.source} generates latents of an autoencoder that is not in its folder, not images")
-    return replace(image_options(facts, typed), center_crop=True, random_flip=False)
+    whole: dict[str, Any] = {"center_crop": True, "random_crop": None}
+    return replace(image_options(facts, typed), **whole, random_flip=False, vertical_flip=False, rotate90=False)
 
 
 def _describe(measurement: Measurement) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from diffusers_ddpm_ext.cli.arguments import (
 )
 from diffusers_ddpm_ext.cli.parser import parse_options
 from diffusers_ddpm_ext.errors import ConfigError
+from diffusers_ddpm_ext.training.config.pixel_options import ResizeMode
 from diffusers_ddpm_ext.utils.folder_lock import FolderLock
 from diffusers_ddpm_ext.utils.option import option, positional
 
@@ -112,6 +113,11 @@ class SampleOptions:
         " mask (inpainting), the transparent part of a picture is painted; where it takes labels, the levels of a gray"
         " picture are these.",
         metavar="DIR",
+    )
+    concat_resize: ResizeMode | None = option(
+        None,
+        "How pictures of --concat get the size, as --resize of `ddpm-ext train`.",
+        unset="as in the training run, whose config.yaml is in FOLDER, or else crop",
     )
     image: Path | None = option(
         None,
@@ -235,6 +241,8 @@ def _check_sample_options(options: SampleOptions) -> None:
             raise ConfigError(f"--{name} {path} is not a .npy file: give an array")
     if options.concat is not None and options.concat_inputs is not None:
         raise ConfigError("--concat and --concat_inputs are both what is concatenated to the input: give one of them")
+    if options.concat_resize is not None and options.concat is None:
+        raise ConfigError(f"--concat_resize {options.concat_resize} has no effect without --concat: leave it out")
     out = options.output_path
     has_files = options.is_folder or options.individual is not None
     takes_depth = has_files or out.suffix.lower() in (".npz", ".tif", ".tiff")

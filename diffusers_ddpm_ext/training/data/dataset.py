@@ -297,6 +297,8 @@ def _describe(
     loaded_sources = [source.loaded for source in sources]
     if enlarged := sum(loaded.enlarged for loaded in loaded_sources):
         parts.append(f"{enlarged:,} smaller ones enlarged")
+    if animated := sum(loaded.num_animated for loaded in loaded_sources):
+        parts.append(f"the first of several frames in {animated:,} file{'s' if animated > 1 else ''}")
     if skipped := sum(loaded.skipped for loaded in loaded_sources):
         parts.append(f"{skipped:,} unreadable one{'s' if skipped > 1 else ''} left out")
     other_images = sum((Counter(source.other_images) for source in sources), Counter())

@@ -144,6 +144,7 @@ class LoadedImages:
         enlarged: number of images smaller than the requested size.
         fingerprint: sha256 over names, pixels and their range, in hexadecimal.
         highest: the largest value of a pixel, before images are resized.
+        num_animated: number of files with several frames, of which the first is used.
     """
 
     images: ImageStore
@@ -152,6 +153,7 @@ class LoadedImages:
     enlarged: int
     fingerprint: str
     highest: float
+    num_animated: int = 0
 
 
 def decode_source(
@@ -196,7 +198,8 @@ def loaded_images(scan: ImageScan, images: ImageStore) -> LoadedImages:
     """The images that a pass has found, in a store."""
     source = scan.source
     names = [source.names[row] for row in scan.readable] if scan.num_bad else source.names
-    return LoadedImages(images, names, scan.num_bad, scan.enlarged, images.fingerprint, scan.highest[0])
+    found = (scan.num_bad, scan.enlarged, images.fingerprint, scan.highest[0], scan.num_animated)
+    return LoadedImages(images, names, *found)
 
 
 def ranged_fingerprint(fingerprint: str, pixel_format: PixelFormat) -> str:

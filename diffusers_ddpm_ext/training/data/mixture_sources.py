@@ -77,6 +77,7 @@ def join_images(names: Sequence[str], loaded: Sequence[LoadedImages]) -> LoadedI
         enlarged=sum(each.enlarged for each in loaded),
         fingerprint=fingerprint,
         highest=max(each.highest for each in loaded),
+        num_animated=sum(each.num_animated for each in loaded),
     )
 
 
