@@ -25,6 +25,10 @@ MAX_EXPANSION = 100  # larger arrays may be at most this many times their compre
 MAX_MEMBERS = 10_000
 
 
+class NoSuchArray(ConfigError):
+    """An archive holds several arrays, or others than the one that is asked for."""
+
+
 def read_array(path: str | os.PathLike[str], what: str = "", key: str | None = None) -> np.ndarray:
     """An array of numbers or booleans from a ``.npy`` file, or from a ``.npz`` file.
 
@@ -52,13 +56,14 @@ def read_open_array(file: IO[bytes], size: int, name: str, key: str | None = Non
         choice: how messages say to choose one of several arrays.
 
     Raises:
+        NoSuchArray: it holds several arrays or no array of that name.
         ConfigError: as `read_array`.
     """
     with _array_errors(name):
         if file.read(2) == b"PK":
             arrays = _read_npz(file, name, None if key is None else {key})
             if key is None and len(arrays) != 1:
-                raise ConfigError(
+                raise NoSuchArray(
                     f"{name} holds {len(arrays)} arrays: {_names(arrays)}; {choice or 'one is expected'}."
                 )
             return next(iter(arrays.values()))
@@ -103,7 +108,7 @@ def _read_npz(file: IO[bytes], name: str, keys: set[str] | None) -> dict[str, np
             raise ConfigError(f"{name} has an array twice, or over {MAX_MEMBERS:,} of them.")
         for key in keys or ():
             if key not in members:
-                raise ConfigError(f"{name} has no array {printable(key)!r}: it has {_names(members)}.")
+                raise NoSuchArray(f"{name} has no array {printable(key)!r}: it has {_names(members)}.")
         wanted = {key: info for key, info in members.items() if keys is None or key in keys}
         expanded = sum(info.file_size for info in wanted.values())
         packed = sum(info.compress_size for info in wanted.values())

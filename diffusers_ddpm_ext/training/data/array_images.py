@@ -12,7 +12,7 @@ import numpy as np
 
 from diffusers_ddpm_ext.errors import ConfigError
 from diffusers_ddpm_ext.training.data.image_files import open_image_file
-from diffusers_ddpm_ext.utils.array_files import read_open_array
+from diffusers_ddpm_ext.utils.array_files import NoSuchArray, read_open_array
 from diffusers_ddpm_ext.utils.pixel_format import FLOAT_DTYPES, INTEGER_DTYPES
 
 ArrayLayout = Literal["channels_last", "channels_first"]
@@ -39,13 +39,16 @@ def read_array_image(payload: bytes | Path, key: str | None) -> np.ndarray:
     """Read the array of an image in NumPy's format, passed as its file or the file's content.
 
     Raises:
-        UnsupportedImage: it holds several arrays, and ``key`` names none of them.
+        UnsupportedImage: it holds several arrays, or none that is called ``key``.
         ConfigError: it is damaged, or holds something else than real numbers.
     """
     with ExitStack() as stack:
         file = io.BytesIO(payload) if isinstance(payload, bytes) else stack.enter_context(open_image_file(payload))
         size = len(payload) if isinstance(payload, bytes) else os.fstat(file.fileno()).st_size
-        return read_open_array(file, size, "it", key, "name one of them by --array_key")
+        try:
+            return read_open_array(file, size, "it", key, "name one of them by --array_key")
+        except NoSuchArray as error:
+            raise UnsupportedImage(str(error).rstrip(".")) from None
 
 
 def as_image(array: np.ndarray, layout: ArrayLayout | None, data_range: Range | None) -> np.ndarray:
