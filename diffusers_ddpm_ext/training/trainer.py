@@ -19,9 +19,10 @@ from diffusers_ddpm_ext.errors import as_run_error, printable_lines, warn
 from diffusers_ddpm_ext.hub.card import environment_versions
 from diffusers_ddpm_ext.training.checkpoints.output_dir import run_name
 from diffusers_ddpm_ext.training.config.train_config import TrainConfig
-from diffusers_ddpm_ext.training.data.batches import Batch, batch_stream
+from diffusers_ddpm_ext.training.data.batches import Batch
 from diffusers_ddpm_ext.training.data.class_table import count_classes
 from diffusers_ddpm_ext.training.distributed import fail_together
+from diffusers_ddpm_ext.training.loop.batches import open_batches
 from diffusers_ddpm_ext.training.loop.captions import open_text_cache
 from diffusers_ddpm_ext.training.loop.description import describe_run
 from diffusers_ddpm_ext.training.loop.hub_publisher import Publisher, move_token_to_environment
@@ -30,7 +31,7 @@ from diffusers_ddpm_ext.training.loop.metrics_logging import log_losses, open_me
 from diffusers_ddpm_ext.training.loop.nonfinite import recover
 from diffusers_ddpm_ext.training.loop.previews import preview_prompts
 from diffusers_ddpm_ext.training.loop.resume import resume
-from diffusers_ddpm_ext.training.loop.run import Run, acquire_folder
+from diffusers_ddpm_ext.training.loop.run import Run, RunProgress, acquire_folder
 from diffusers_ddpm_ext.training.loop.saving import mark_finished, save_checkpoint
 from diffusers_ddpm_ext.training.loop.setup import Setup, build_setup
 from diffusers_ddpm_ext.training.loop.step import train_step
@@ -134,8 +135,9 @@ def fit(run: Run, poller: RequestPoller) -> None:
         StopTraining: the end was requested; a checkpoint has been written.
     """
     setup, progress = run.setup, run.progress
+    workers = setup.config.data.dataloader_num_workers
     steps, rule = setup.plan.steps, setup.config.loop.on_nonfinite
-    batches = open_batches(setup, progress.step)
+    batches = noting_lanes(open_batches(setup, progress.step, progress.lanes, num_workers=workers), progress)
     setup.task.train()
     with run.logger.stopwatch.stopped():
         run_pending_tasks(run, poller)
@@ -165,20 +167,12 @@ def fit(run: Run, poller: RequestPoller) -> None:
             run_pending_tasks(run, poller)
 
 
-def open_batches(setup: Setup, step: int) -> Iterator[Batch]:
-    """This process's micro-batches from optimizer step ``step`` on."""
-    loop, accelerator = setup.config.loop, setup.accelerator
-    return batch_stream(
-        setup.data.train,
-        setup.seed,
-        loop.train_batch_size,
-        loop.gradient_accumulation_steps,
-        accelerator.process_index,
-        accelerator.num_processes,
-        step,
-        setup.config.data.dataloader_num_workers,
-        accelerator.device,
-    )
+def noting_lanes(batches: Iterator[Batch], progress: RunProgress) -> Iterator[Batch]:
+    """The same batches; after the last one of a step, the progress has the lanes of its stream."""
+    for batch in batches:
+        if batch.lanes is not None:
+            progress.lanes = batch.lanes
+        yield batch
 
 
 def write_run_files(setup: Setup, folder: Path) -> None:
@@ -191,7 +185,7 @@ def write_run_files(setup: Setup, folder: Path) -> None:
         "device": f"{setup.plan.processes} x {name}",
         "data": {
             "name": run_name(setup.config.data),
-            "train": len(data.train),
+            "train": len(data.train) if data.stream is None else data.stream.opened.rows.num_rows,
             "validation": 0 if data.validation is None else len(data.validation),
             "fingerprint": data.fingerprint,
         },

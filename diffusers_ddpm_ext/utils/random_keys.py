@@ -15,6 +15,8 @@ Streams and their coordinates (the name goes first, so that two streams never sh
 ``ROTATION``            the same
 ``CROP_BEFORE``         the same
 ``CAPTION``             the same
+``STREAM_PARTS``        seed, epoch of the lane; or with the lane
+``STREAM_BLOCK``        seed, epoch of the lane, lane, block
 ``DROPOUT``             seed, optimizer step, micro-batch, rank
 ``PREVIEW``             seed, kind of the plot, image
 ``VALIDATION``          seed, image
@@ -51,6 +53,8 @@ VERTICAL_FLIP = "augment/vertical-flip"
 ROTATION = "augment/rotation"
 CROP_BEFORE = "augment/crop-before"
 CAPTION = "caption"
+STREAM_PARTS = "stream/parts"
+STREAM_BLOCK = "stream/block"
 DROPOUT = "dropout"
 PREVIEW = "preview"
 VALIDATION = "validation"

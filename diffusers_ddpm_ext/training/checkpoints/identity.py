@@ -29,6 +29,8 @@ MODEL_OPTIONS = (
     "class_column", "concat_column", "context_column", "caption_column", "conditioning_dropout",
     "dataset_weights", "class_balance",
 )  # fmt: skip
+STREAM_OPTIONS = ("streaming", "shuffle_buffer")
+"""Options that a stream's order follows from; a run that is not a stream has none of them in its checkpoints."""
 FIRST_STAGE, TEXT_ENCODER = "vae", "text_encoder"
 HASHED = {FIRST_STAGE: "first stage", TEXT_ENCODER: "text encoder, or has another tokenizer"}
 """What may be anywhere, and is known by its content."""
@@ -67,6 +69,8 @@ def run_identity(
     sections = [section for section in MODEL_SECTIONS if section in config.table.sections]
     chosen = {name: value for section in sections for name, value in vars(getattr(config, section)).items()}
     chosen |= {name: value for name, value in config.to_flat_dict().items() if name in MODEL_OPTIONS}
+    if config.data.streaming:
+        chosen |= {name: getattr(config.data, name) for name in STREAM_OPTIONS}
     chosen["effective_batch"] = effective_batch
     if first_stage is not None:
         latents = config.latents

@@ -19,6 +19,7 @@ from diffusers_ddpm_ext.training.config.checks import (
 from diffusers_ddpm_ext.training.config.initial_autoencoder import architecture_of
 from diffusers_ddpm_ext.training.config.layers import OptionLayer
 from diffusers_ddpm_ext.training.config.option_table import OptionTable
+from diffusers_ddpm_ext.training.config.streaming_checks import streaming_defaults
 from diffusers_ddpm_ext.training.config.train_config import TrainConfig, parse_run_args
 from diffusers_ddpm_ext.utils.lr_lambdas import WITHOUT_WARMUP
 from diffusers_ddpm_ext.utils.network_budget import check_network_config
@@ -82,7 +83,7 @@ class AutoencoderConfig(TrainConfig):
             derived["block_out_channels"] = DEFAULT_WIDTHS[: _levels(flat["compression"])]
         if "lr_warmup_steps" not in explicit and flat["lr_scheduler"] in WITHOUT_WARMUP:
             derived["lr_warmup_steps"] = 0
-        return derived
+        return derived | streaming_defaults(flat, explicit)
 
     @classmethod
     def check(cls, flat: Mapping[str, Any], typed: set[str]) -> None:
@@ -109,6 +110,7 @@ DEPENDENCIES: dict[str, tuple[str, Any]] = {
     "ema_decay": ("use_ema", True),
     "ema_use_num_updates": ("use_ema", True),
     "ema_every": ("use_ema", True),
+    "shuffle_buffer": ("streaming", True),
 }
 
 

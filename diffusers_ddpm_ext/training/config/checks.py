@@ -12,6 +12,11 @@ from diffusers_ddpm_ext.training.config.condition_checks import data_conditions,
 from diffusers_ddpm_ext.training.config.data_options import as_names
 from diffusers_ddpm_ext.training.config.mixture_checks import check_mixture
 from diffusers_ddpm_ext.training.config.pixel_checks import check_pixel_options
+from diffusers_ddpm_ext.training.config.streaming_checks import (
+    check_streaming_data,
+    check_streaming_run,
+    has_validation_images,
+)
 from diffusers_ddpm_ext.utils.lr_lambdas import check_lr_schedule
 from diffusers_ddpm_ext.utils.network_budget import check_network_config
 from diffusers_ddpm_ext.utils.vocabulary import SAMPLE_METRICS
@@ -45,6 +50,7 @@ DEPENDENCIES: dict[str, tuple[str, Any]] = {
     "ema_every": ("use_ema", True),
     "reset_ema": ("use_ema", True),
     "reset_num_ema_updates": ("use_ema", True),
+    "shuffle_buffer": ("streaming", True),
 }
 MODEL_SIZES = (
     "block_out_channels", "layers_per_block", "attention_levels", "attention_head_dim", "norm_num_groups", "dropout",
@@ -117,6 +123,7 @@ def check_data_options(flat: Flat) -> None:
             check_image_folder(f"--{name}", folder)
     check_mixture(flat)
     check_pixel_options(flat)
+    check_streaming_data(flat)
 
 
 def check_image_folder(option: str, folder: str) -> Path:
@@ -198,10 +205,9 @@ def _check_objective(flat: Flat, typed: Set[str]) -> None:
         for name in ("learn_logvar", "loss_weighting", "snr_gamma", "l_simple_weight", "original_elbo_weight"):
             if name in typed and flat[name] not in (False, None):
                 raise ConfigError(f"--{name} {flat[name]} has no effect with --loss_type vlb: leave it out")
-    validation_set = flat["validation_split"] is not None or flat["validation_data_dir"] is not None
-    if flat["validation_bpd"] and not flat["validation_fraction"] and not validation_set:
-        raise ConfigError("--validation_bpd needs images that are held out: use a --validation_fraction above 0")
-    _check_sample_metrics(flat, typed, validation_set)
+    if flat["validation_bpd"] and not has_validation_images(flat):
+        raise ConfigError(f"--validation_bpd needs images that are held out: use {_held_out(flat)}")
+    _check_sample_metrics(flat, typed)
     if not bound and not flat["validation_bpd"]:
         for name in ("decoder", "bin_width"):
             if name in typed and flat[name] is not None:
@@ -218,7 +224,12 @@ def _check_objective(flat: Flat, typed: Set[str]) -> None:
         )
 
 
-def _check_sample_metrics(flat: Flat, typed: Set[str], validation_set: bool) -> None:
+def _held_out(flat: Flat) -> str:
+    """The option that holds images out."""
+    return "--validation_examples N" if flat["streaming"] else "a --validation_fraction above 0"
+
+
+def _check_sample_metrics(flat: Flat, typed: Set[str]) -> None:
     names = flat["validation_metrics"]
     if names is None:
         for name in ("validation_samples", "feature_extractor", "trust_feature_extractor"):
@@ -230,8 +241,8 @@ def _check_sample_metrics(flat: Flat, typed: Set[str], validation_set: bool) -> 
         raise ConfigError(
             f"--validation_metrics {' '.join(names)} must be some of {', '.join(SAMPLE_METRICS)}, each once"
         )
-    if not flat["validation_fraction"] and not validation_set:
-        raise ConfigError("--validation_metrics needs images that are held out: use a --validation_fraction above 0")
+    if not has_validation_images(flat):
+        raise ConfigError(f"--validation_metrics needs images that are held out: use {_held_out(flat)}")
 
 
 def _check_model(flat: Flat) -> None:
@@ -282,6 +293,7 @@ def _check_model(flat: Flat) -> None:
 
 def check_run_length(flat: Flat) -> None:
     """Check the length of the run and its learning rates; see `check_options`."""
+    check_streaming_run(flat)
     if flat["num_epochs"] is None and flat["max_train_steps"] is None:
         raise ConfigError("the run has no end: set --max_train_steps or --num_epochs")
     try:

@@ -73,6 +73,22 @@ class SourceOptions:
     validation_data_dir: str | tuple[str, ...] | None = option(
         None, "Folder of images to validate on, or several, instead of a fraction.", path=True, several=True
     )
+    streaming: bool = option(
+        False,
+        "Read the images in order while the run trains on them: nothing is downloaded, decoded or held in memory"
+        " before. The run has steps instead of epochs: --max_train_steps.",
+    )
+    shuffle_buffer: int = option(
+        1000, "With --streaming: images that are shuffled at a time, undecoded in memory. 1: none.", low=1, high=10**8
+    )
+    validation_examples: int | None = option(
+        None,
+        "With --streaming: number of images to validate on, the first ones of --validation_split or"
+        " --validation_data_dir, otherwise of the training images, which are then left out.",
+        low=1,
+        high=10**7,
+        unset="1000 of a split or folder, else none",
+    )
     skip_bad_images: bool = option(
         False, "Skip files that cannot be read, instead of stopping with an error before training."
     )
@@ -81,6 +97,12 @@ class SourceOptions:
         "Column with the class of each image: of --dataset_name, or of metadata.csv or metadata.jsonl in the folder;"
         " `folder`: the name of the folder that an image is in.",
         unset="the digit; with --conditioning_key adm or --class_balance also `folder`",
+    )
+    class_names: tuple[str, ...] | None = option(
+        None,
+        "With --streaming: names of all classes in --class_column, in the order of their numbers.",
+        unset="those that the column declares, else a first pass over it finds them",
+        metavar="NAME",
     )
     concat_column: str | None = option(
         None, "Column with images, or paths of images, that are concatenated to the input."

@@ -43,6 +43,7 @@ from diffusers_ddpm_ext.training.config.options import (
     StartOptions,
     ValidationOptions,
 )
+from diffusers_ddpm_ext.training.config.streaming_checks import streaming_defaults
 from diffusers_ddpm_ext.training.config.text_options import TextOptions, check_text_options, text_defaults
 from diffusers_ddpm_ext.utils.files import write_text_atomically
 from diffusers_ddpm_ext.utils.lr_lambdas import WITHOUT_WARMUP
@@ -140,7 +141,7 @@ class TrainConfig:
     @classmethod
     def derived_defaults(cls, flat: Mapping[str, Any], explicit: Mapping[str, Any]) -> dict[str, Any]:
         """Defaults that depend on other options, for options that are not set explicitly."""
-        derived = latent_defaults(flat, explicit) | text_defaults(flat, explicit)
+        derived = latent_defaults(flat, explicit) | text_defaults(flat, explicit) | streaming_defaults(flat, explicit)
         return derived | _derived_defaults({**flat, **derived}, explicit)
 
     @classmethod

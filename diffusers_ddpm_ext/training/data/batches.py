@@ -11,10 +11,10 @@ from __future__ import annotations
 import itertools
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,6 +45,7 @@ class Batch:
         conditions: on the same device as the pixels.
         posterior: of the images under the first stage, on the CPU, where it is stored; None otherwise.
         concat_is_encoded: whether the concatenated inputs are stored ones, as the network takes them.
+        lanes: of a stream, where this process' lanes are after the step, by number; in the last micro-batch of it.
     """
 
     pixels: Tensor
@@ -54,12 +55,14 @@ class Batch:
     conditions: Conditions = NO_CONDITIONS
     posterior: Posterior | None = None
     concat_is_encoded: bool = False
+    lanes: Mapping[int, Sequence[int]] | None = None
 
 
 class WorkerBatch(NamedTuple):
     """A micro-batch as a data worker returns it: a `Batch` on the CPU, with `Levels` instead of pixels.
 
-    Attribute ``micro`` is its number in the step.
+    Attribute ``micro`` is its number in the step. If images of a stream are unreadable, ``failures`` has their places
+    in the micro-batch and the reasons, and there are no pixels.
     """
 
     levels: Tensor
@@ -70,6 +73,7 @@ class WorkerBatch(NamedTuple):
     replacements: list[str]
     conditions: Conditions = NO_CONDITIONS
     posterior: Posterior | None = None
+    failures: Sequence[tuple[int, str]] = ()
 
 
 @dataclass(frozen=True)
@@ -171,20 +175,40 @@ def batch_stream(
         raise ValueError("a stream needs at least one image.")
     target = torch.device(device)
     micro_batches = MicroBatches(images, seed, batch, accumulation, rank, world)
-    return _to_device(_fetch(micro_batches, start_step, num_workers, target), images, target)
+
+    def requests(number: int) -> Iterator[tuple[int, int]]:
+        return (divmod(each, accumulation) for each in itertools.count(number))
+
+    first = start_step * accumulation
+    return to_device(fetch(micro_batches, requests, first, accumulation, num_workers, target), images, target)
 
 
-def _fetch(
-    micro_batches: MicroBatches, start_step: int, num_workers: int, target: torch.device
+def fetch(
+    micro_batches: Dataset[WorkerBatch | RunError],
+    requests: Callable[[int], Iterator[Any]],
+    first: int,
+    accumulation: int,
+    num_workers: int,
+    target: torch.device,
 ) -> Iterator[WorkerBatch]:
-    """Yield batches that workers prefetch; if a worker dies, start new workers at the next micro-batch."""
-    accumulation, failures = micro_batches.accumulation, 0
-    following = start_step * accumulation  # number of the next micro-batch
+    """Yield micro-batches that workers prefetch; if a worker dies, start new workers at the next micro-batch.
+
+    Args:
+        micro_batches: indexed by what ``requests`` yields.
+        requests: yields an index for each micro-batch from one of this number on, counted through the run.
+        first: number of the first micro-batch.
+        accumulation: micro-batches per optimizer step.
+        num_workers: processes that load images; 0: this one.
+        target: device that the micro-batches are for.
+
+    Raises:
+        RunError: a micro-batch could not be loaded, or workers die without having loaded one.
+    """
+    failures, following = 0, first
     while True:
         try:
             with _sigchld_handler_restored():
-                requests = (divmod(number, accumulation) for number in itertools.count(following))
-                loader = iter(_loader(micro_batches, requests, num_workers, target))
+                loader = iter(_loader(micro_batches, requests(following), num_workers, target))
             for item in loader:
                 if isinstance(item, RunError):
                     raise item
@@ -206,7 +230,7 @@ def _fetch(
 
 
 def _loader(
-    micro_batches: MicroBatches, requests: Iterator[tuple[int, int]], num_workers: int, target: torch.device
+    micro_batches: Dataset[WorkerBatch | RunError], requests: Iterator[Any], num_workers: int, target: torch.device
 ) -> DataLoader[WorkerBatch | RunError]:
     return DataLoader(
         micro_batches,
@@ -235,7 +259,7 @@ def _sigchld_handler_restored() -> Iterator[None]:
         signal.signal(signal.SIGCHLD, before if before is not None else signal.SIG_DFL)
 
 
-def _to_device(worker_batches: Iterator[WorkerBatch], images: ImageSet, device: torch.device) -> Iterator[Batch]:
+def to_device(worker_batches: Iterator[WorkerBatch], images: ImageSet, device: torch.device) -> Iterator[Batch]:
     """Transfer integers, not floats, to the device and convert them there; print each replacement once."""
     printed: set[str] = set()
     is_encoded = images.concat_latents is not None

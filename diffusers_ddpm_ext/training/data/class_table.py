@@ -24,9 +24,9 @@ class ClassCount:
 
 
 def count_classes(data: ImageData) -> list[ClassCount]:
-    """Count the images of each class, in the order of class numbers; empty where images have no classes."""
+    """Count the images of each class, in the order of class numbers; empty without classes, and of a stream."""
     columns = data.train.columns
-    if columns is None or not columns.class_names:
+    if columns is None or not columns.class_names or data.stream is not None:
         return []
     names = columns.class_names
     train, validation = _counts(data.train, len(names)), _counts(data.validation, len(names))

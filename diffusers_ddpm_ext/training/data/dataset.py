@@ -41,6 +41,7 @@ from diffusers_ddpm_ext.training.data.sources import (
     open_dataset_split,
     scan_folder,
 )
+from diffusers_ddpm_ext.training.data.streaming.loading import LoadedStream, Stream, load_stream
 from diffusers_ddpm_ext.utils import random_keys as keys
 from diffusers_ddpm_ext.utils.pixel_format import PixelFormat
 
@@ -65,6 +66,7 @@ class ImageData:
         skipped: number of unreadable images that were left out.
         warning: about the values of the pixels; None if they look right.
         captions: of all images, with their tokens; None without captions.
+        stream: of the images to train on, of which ``train`` is a sample; None in a run without ``streaming``.
     """
 
     train: ImageSet
@@ -74,6 +76,11 @@ class ImageData:
     skipped: int = 0
     warning: str | None = None
     captions: CaptionTable | None = None
+    stream: Stream | None = None
+
+    def name(self, index: int) -> str:
+        """Name of a training image, by its number in a `Batch`."""
+        return self.train.name(index) if self.stream is None else self.stream.name(index)
 
     @property
     def channels(self) -> int:
@@ -137,6 +144,9 @@ def load_data(
     selected = select_columns(conditioning_key, vars(options), default_class_column)
     if digits:
         return _load_digits(options, preprocessing, selected)
+    if options.streaming:
+        streamed = load_stream(options, preprocessing, selected, memory_limit=memory_limit, progress=progress)
+        return _assemble_stream(options, streamed)
     reader = None if tokenizer is None else CaptionReader(tokenizer)
 
     def load(sources: Mapping[str, Source], train: ConditionColumns | None = None) -> _LoadedSource:
@@ -192,10 +202,30 @@ def _load_digits(options: DataOptions, preprocessing: Preprocessing, selected: M
     return _assemble(options, DIGITS, _LoadedSource(loaded, columns, [loaded.names], classes), None)
 
 
+def _assemble_stream(options: DataOptions, streamed: LoadedStream) -> ImageData:
+    """The images of a run with ``--streaming``; those to train on are a sample."""
+    stream = streamed.stream
+    other_images = stream.opened.other_images
+    loaded, held_out = streamed.sample.loaded, None
+    train = _LoadedSource(loaded, streamed.sample.columns, [loaded.names], other_images=other_images)
+    if streamed.validation is not None:
+        images, columns = streamed.validation
+        held_out = _LoadedSource(images, columns, [images.names])
+    data = _assemble(options, "", train, held_out, stream.description)
+    # The hash of the sample tells of images that were changed in place.
+    fingerprint = hashlib.sha256(f"{stream.identity} {data.fingerprint}".encode()).hexdigest()
+    sample = replace(data.train, replace_unreadable=False)
+    return replace(data, train=sample, fingerprint=fingerprint, stream=stream)
+
+
 def _assemble(
-    options: DataOptions, description: str, train: _LoadedSource, held_out: _LoadedSource | None
+    options: DataOptions,
+    description: str,
+    train: _LoadedSource,
+    held_out: _LoadedSource | None,
+    count: str | None = None,
 ) -> ImageData:
-    """Create the training and the validation set, and describe them."""
+    """Create the training and the validation set, and describe them; ``count`` replaces the number of images."""
     fraction = 0 if held_out is not None else options.validation_fraction or 0
     splits = [_split(names, fraction, by_key=description != DIGITS) for names in train.parts]
     starts = [0, *accumulate(map(len, train.parts))]
@@ -235,7 +265,7 @@ def _assemble(
     return ImageData(
         train_set,
         validation_set,
-        _describe(options, description, sources, train_set, validation_set),
+        _describe(options, description, sources, train_set, validation_set, count),
         hashlib.sha256(" ".join(parts).encode()).hexdigest(),
         sum(loaded.skipped for loaded in loaded_sources),
         _dark_images_warning(loaded_sources),
@@ -279,12 +309,17 @@ def _describe_values(pixel_format: PixelFormat) -> str:
 
 
 def _describe(
-    options: DataOptions, images: str, sources: Sequence[_LoadedSource], train: ImageSet, validation: ImageSet | None
+    options: DataOptions,
+    images: str,
+    sources: Sequence[_LoadedSource],
+    train: ImageSet,
+    validation: ImageSet | None,
+    count: str | None,
 ) -> str:
     """Describe the images in one line."""
     height, width = train.size
     parts = [
-        f"{len(train):,} {images} to train on",
+        f"{count or f'{len(train):,} {images}'} to train on",
         f"{len(validation):,} to validate on" if validation is not None else "none to validate on",
         f"{height}x{width}, {train.shape[0]} channel{'s' if train.shape[0] > 1 else ''}",
     ]

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from diffusers_ddpm_ext.training.data.class_table import count_classes, describe_classes
+from diffusers_ddpm_ext.training.loop.batches import describe_stream, run_layout
 from diffusers_ddpm_ext.training.loop.setup import Setup
 from diffusers_ddpm_ext.training.loop.workload import workload_of
 from diffusers_ddpm_ext.training.tracking.plan import (
@@ -35,6 +36,7 @@ def describe_run(setup: Setup, folder: Path | None) -> str:
     place = str(folder or config.output.output_dir or "a new folder")
     rows = [
         ("data", setup.data.description),
+        *_stream_rows(setup),
         *workload_of(setup).describe(setup),
         ("learning rate", rate),
         ("EMA", average),
@@ -48,6 +50,14 @@ def describe_run(setup: Setup, folder: Path | None) -> str:
     if classes := count_classes(setup.data):
         tables.append(describe_classes(classes))
     return "\n".join([*tables, describe_plan(plan, rows)])
+
+
+def _stream_rows(setup: Setup) -> list[tuple[str, str]]:
+    """How the processes share a stream, as a row of the plan; none without a stream."""
+    plan, stream = setup.plan, setup.data.stream
+    if stream is None:
+        return []
+    return [("stream", describe_stream(stream.plan(plan.effective_batch), run_layout(setup)))]
 
 
 def state_sizes(setup: Setup) -> StateSizes:

@@ -161,7 +161,9 @@ def _write_event(
         return ""
     folder.mkdir(parents=True, exist_ok=True)
     images = setup.data.train
-    rows = [(rank, sample.image, images.name(sample.image), sample.timestep, sample.loss) for rank, sample in samples]
+    rows = [
+        (rank, sample.image, setup.data.name(sample.image), sample.timestep, sample.loss) for rank, sample in samples
+    ]
     _write_csv(folder / "samples.csv", ("process", "image", "name", "timestep", "loss"), rows)
     _write_csv(folder / "gradients.csv", ("module", "norm_before_clipping"), norms.items())
     event = {
@@ -175,6 +177,8 @@ def _write_event(
     }
     write_text_atomically(folder / "event.json", json.dumps(event, indent=1) + "\n")
     setup.config.write_resolved(folder / CONFIG)
+    if setup.data.stream is not None:
+        return f", see {folder}"  # what was read is no longer in memory
     # Samples with a non-finite loss come first, so that the image grid shows them.
     order = sorted(samples, key=lambda ranked: math.isfinite(ranked[1].loss))
     chosen = torch.tensor([sample.image for _, sample in order[:MAX_IMAGES]])

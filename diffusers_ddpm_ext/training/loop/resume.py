@@ -34,6 +34,7 @@ from diffusers_ddpm_ext.training.checkpoints.state import TrainingObjects
 from diffusers_ddpm_ext.training.checkpoints.state_file import STATE_FILE, Progress, read_state
 from diffusers_ddpm_ext.training.data.latent_scale import restored_stage, scale_settings
 from diffusers_ddpm_ext.training.distributed import fail_together
+from diffusers_ddpm_ext.training.loop.batches import restored_lanes, stream_state
 from diffusers_ddpm_ext.training.loop.run import RunProgress, Task
 from diffusers_ddpm_ext.training.loop.setup import Setup
 from diffusers_ddpm_ext.training.tracking.monitor import Monitor
@@ -95,6 +96,7 @@ def resume(setup: Setup, folder: Path) -> RunProgress | None:
             saved = restore_snapshot(snapshot, training_objects(setup), config.checkpoint.allow_config_change)
         progress = restore_progress(saved, setup.monitor)
         progress.latent_scale = own_scale(setup, saved)
+        progress.lanes = restored_lanes(setup, saved.records)
         source = requested if requested not in ("latest", "auto", BEST) else f"checkpoint-{progress.step}"
         accelerator.print(
             printable(f"{folder} resumes from {source}, resuming from step {progress.step:,} of {setup.plan.steps:,}")
@@ -181,12 +183,13 @@ def read_checkpoint(setup: Setup, folder: Path, checkpoint: Checkpoint) -> Snaps
         if progress.data_fingerprint != setup.data.fingerprint:
             changed.append("the images or their conditions are not those of the run")
         refuse_changes(changed, folder)
-        epoch = progress.samples // setup.plan.images
+        epoch = setup.plan.epoch(progress.step)
         if progress.epoch != epoch:
             raise ValueError(f"{file}: progress.epoch is {progress.epoch}, and its samples make {epoch}")
     snapshot = snapshots.read_snapshot(checkpoint.path)
     try:
         restore_progress(progress, copy.deepcopy(setup.monitor))
+        restored_lanes(setup, progress.records)
         scale = own_scale(setup, progress)
         if setup.latents is not None and scale is not None:
             restored_stage(setup.latents.stage, scale)
@@ -234,12 +237,12 @@ def own_scale(setup: Setup, saved: Progress) -> dict[str, Any] | None:
 
 
 def saved_progress(setup: Setup, progress: RunProgress, metrics_size: int) -> Progress:
-    """The progress of a run in the form of a checkpoint; ``metrics_size`` is in bytes."""
-    samples = progress.step * setup.plan.effective_batch
+    """The progress of a run in the form of a checkpoint; ``metrics_size`` is in bytes. Collective call."""
+    stream = stream_state(setup, progress.lanes)
     return Progress(
         step=progress.step,
-        epoch=samples // setup.plan.images,
-        samples=samples,
+        epoch=setup.plan.epoch(progress.step),
+        samples=progress.step * setup.plan.effective_batch,
         seed=setup.seed,
         world_size=setup.accelerator.num_processes,
         config=own_identity(setup),
@@ -250,7 +253,8 @@ def saved_progress(setup: Setup, progress: RunProgress, metrics_size: int) -> Pr
             "stopped_early": progress.stopped_early,
             "recoveries": progress.recoveries,
         }
-        | ({} if setup.latents is None else {"latent_scale": scale_settings(setup.latents.stage)}),
+        | ({} if setup.latents is None else {"latent_scale": scale_settings(setup.latents.stage)})
+        | ({} if stream is None else {"stream": stream}),
         monitor=None if setup.monitor is None else setup.monitor.state_dict(),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -44,6 +45,7 @@ class RunProgress:
         recoveries: skipped steps in a row, or rollbacks to the same checkpoint.
         last_metrics: metrics of the step that was read last.
         last_bound: bits per dimension at the last validation; None if they are not computed.
+        lanes: of a stream, where those of this process are, by number; None before the first step or without one.
         latent_scale: scale of the latents in the checkpoint that the run resumed from; None where it must be settled.
     """
 
@@ -54,6 +56,7 @@ class RunProgress:
     last_metrics: dict[str, float] = field(default_factory=dict)
     last_bound: float | None = None
     latent_scale: dict[str, Any] | None = None
+    lanes: Mapping[int, Sequence[int]] | None = None
 
 
 @dataclass(frozen=True)

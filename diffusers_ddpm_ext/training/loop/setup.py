@@ -212,7 +212,7 @@ def build_setup(config: TrainConfig) -> Setup:
         else:
             trained = build_parts(config, data.train, latents, captions)
         data = replace(data, train=replace(data.train, dropout=trained.dropout))
-        plan = make_plan(loop, len(data.train), accelerator.num_processes)
+        plan = make_plan(loop, None if data.stream is not None else len(data.train), accelerator.num_processes)
         initial = None
         if isinstance(trained, Parts):
             initial = load_initial_weights(config, trained.denoiser, trained.objective)
@@ -282,12 +282,15 @@ def prepare_network(trained: Trainable, options: LoopOptions, plugin: TorchDynam
             module.compile(**kwargs)  # in place: a wrapper's name would be in every checkpoint
 
 
-def make_plan(options: LoopOptions, images: int, processes: int) -> Plan:
-    """Length of the run, in optimizer steps; ``max_train_steps`` takes precedence over ``num_epochs``."""
+def make_plan(options: LoopOptions, images: int | None, processes: int) -> Plan:
+    """Length of the run, in optimizer steps; ``max_train_steps`` takes precedence over ``num_epochs``.
+
+    ``images`` is the size of the training set; None for a stream.
+    """
     batch, accumulation = options.train_batch_size, options.gradient_accumulation_steps
     if options.max_train_steps is not None:
         steps = options.max_train_steps
-    elif options.num_epochs is not None:
+    elif options.num_epochs is not None and images is not None:
         steps = steps_for_epochs(options.num_epochs, images, batch * accumulation * processes)
     else:
         raise ConfigError("the run has no end: give --max_train_steps or --num_epochs")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import time
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from diffusers_ddpm_ext.training.data.batches import batch_stream
+from diffusers_ddpm_ext.training.loop.batches import open_batches, run_layout
 from diffusers_ddpm_ext.training.loop.setup import Setup
 from diffusers_ddpm_ext.training.loop.step import forward_backward, train_step
 from diffusers_ddpm_ext.training.tracking.plan import SLOW_ON_CPU, Trial
@@ -32,10 +33,7 @@ def run_trial(setup: Setup) -> Trial:
     setup.task.train()
     kept = _KeptTensors(setup)
     batch = 1 if is_slow else plan.batch
-    stream = batch_stream(
-        setup.data.train, setup.seed, batch, 1 if is_slow else plan.accumulation, accelerator.process_index,
-        accelerator.num_processes, device=accelerator.device,
-    )  # fmt: skip
+    stream = open_batches(setup, 0, layout=replace(run_layout(setup), batch=1, accumulation=1) if is_slow else None)
     times: list[float] = []
     records = not setup.config.loop.torch_compile
     try:

@@ -27,14 +27,14 @@ class Plan:
         accumulation: micro-batches per optimizer step.
         processes: number of processes.
         steps: optimizer steps of the run.
-        images: size of the training set.
+        images: size of the training set; None for a stream.
     """
 
     batch: int
     accumulation: int
     processes: int
     steps: int
-    images: int
+    images: int | None
 
     @property
     def effective_batch(self) -> int:
@@ -43,12 +43,12 @@ class Plan:
 
     @property
     def epochs(self) -> float:
-        """Number of passes over the images."""
-        return self.steps * self.effective_batch / self.images
+        """Number of passes over the images; 0 for a stream."""
+        return 0.0 if self.images is None else self.steps * self.effective_batch / self.images
 
     def epoch(self, step: int) -> int:
-        """Epochs that are complete after ``step`` optimizer steps."""
-        return step * self.effective_batch // self.images
+        """Epochs that are complete after ``step`` optimizer steps; 0 for a stream."""
+        return 0 if self.images is None else step * self.effective_batch // self.images
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def warmup_warning(options: OptimOptions, steps: int) -> str | None:
 
 def epochs_warning(plan: Plan) -> str | None:
     """Warn of a run that sees each image ``MANY_EPOCHS`` times or more, as one on a handful of images does."""
-    if plan.epochs < MANY_EPOCHS:
+    if plan.images is None or plan.epochs < MANY_EPOCHS:
         return None
     steps = steps_for_epochs(MANY_EPOCHS // 10, plan.images, plan.effective_batch)
     return (
@@ -287,5 +287,9 @@ def describe_plan(plan: Plan, rows: Sequence[tuple[str, str]]) -> str:
         f"{plan.batch} per device x {plan.accumulation} accumulated x {plan.processes} "
         f"process{'es' if plan.processes > 1 else ''} = {plan.effective_batch}"
     )
-    length = f"{plan.steps:,} optimizer steps, {plan.epochs:.3g} epochs of {plan.images:,} images"
+    if plan.images is None:
+        size = f"{plan.steps * plan.effective_batch:,} images of a stream"
+    else:
+        size = f"{plan.epochs:.3g} epochs of {plan.images:,} images"
+    length = f"{plan.steps:,} optimizer steps, {size}"
     return "plan\n" + format_table([*rows, ("batch", batch), ("length", length)])
