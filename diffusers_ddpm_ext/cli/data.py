@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from diffusers_ddpm_ext.cli.arguments import check_output_path
 from diffusers_ddpm_ext.cli.extras import require_modules
@@ -52,6 +52,16 @@ class InspectOptions:
     cache_dir: str | None = option(None, "Cache folder of downloaded datasets.", unset="that of `datasets`", path=True)
     class_column: str | None = option(
         None, "Column with the class of each image, as for `ddpm-ext train`.", unset="all that look like classes"
+    )
+    array_key: str | None = option(None, "Name of the array with the image in .npz files, as for `ddpm-ext train`.")
+    array_layout: Literal["channels_last", "channels_first"] | None = option(
+        None, "Axes of arrays with three axes, as for `ddpm-ext train`.", unset="found by the first image"
+    )
+    data_range: tuple[float, float] | None = option(
+        None,
+        "Values that become -1 and 1 in the model, as for `ddpm-ext train`: an image with others is a fault.",
+        unset="any",
+        metavar="LOW HIGH",
     )
     max_images: int | None = option(
         None,
@@ -135,21 +145,27 @@ def inspect(options: InspectOptions) -> Inspection:
     Raises:
         ConfigError: there are none.
     """
+    from diffusers_ddpm_ext.training.data.inspection.array_choice import choose_reading
     from diffusers_ddpm_ext.training.data.inspection.classes import find_classes
     from diffusers_ddpm_ext.training.data.inspection.duplicates import find_duplicates
     from diffusers_ddpm_ext.training.data.inspection.inspect import inspect_source
     from diffusers_ddpm_ext.training.data.inspection.report import Inspection
-    from diffusers_ddpm_ext.training.data.inspection.suggestions import suggest
+    from diffusers_ddpm_ext.training.data.inspection.suggestions import advise, suggest
+    from diffusers_ddpm_ext.training.data.raw_image import ArrayReading
 
     source, validation, origin = _open(options)
     sources = [source] if validation is None else [source, validation]
+    reading = choose_reading(source, ArrayReading(options.array_key, options.array_layout, options.data_range))
     classes, faults = find_classes(source, validation, options.class_column)
-    summaries = [inspect_source(each, options.max_images, progress=True) for each in sources]
+    summaries = [inspect_source(each, reading, options.max_images, progress=True) for each in sources]
     duplicates = find_duplicates(sources, summaries, progress=True)
     usable = [each for each in classes if validation is None or each.validation is not None]
-    suggestions = suggest(origin, summaries[0], usable[0] if usable else None)
     not_read = [each.other_images for each in sources]
-    return Inspection(sources, summaries, not_read, duplicates, classes, faults, suggestions)
+    inspection = Inspection(sources, summaries, not_read, duplicates, classes, faults)
+    if not summaries[0].num_readable:
+        return inspection
+    suggestions = suggest(origin, summaries, usable[0] if usable else None)
+    return replace(inspection, suggestions=suggestions, advice=advise(summaries, duplicates))
 
 
 def _open(options: InspectOptions) -> tuple[FolderSource | DatasetSource, FolderSource | DatasetSource | None, Origin]:
@@ -177,7 +193,11 @@ def _open(options: InspectOptions) -> tuple[FolderSource | DatasetSource, Folder
         validation = scan_folder("--validation_data_dir", options.validation_data_dir)
     elif options.validation_split is not None:
         validation = open_dataset_split(name, options.validation_split, *arguments)
-    return source, validation, Origin(options.name, [(flag, value) for flag, value in flags if value is not None])
+    flags += [(flag, getattr(options, flag)) for flag in ("array_key", "array_layout")]
+    given: list[tuple[str, tuple[str, ...]]] = [(flag, (value,)) for flag, value in flags if value is not None]
+    if options.data_range is not None:
+        given.append(("data_range", tuple(f"{value:g}" for value in options.data_range)))
+    return source, validation, Origin(options.name, given)
 
 
 def _is_dataset(name: str) -> bool:
@@ -205,7 +225,7 @@ def _is_dataset(name: str) -> bool:
 def _check_faults(inspection: Inspection) -> None:
     """Raise RunError if there are images that cannot be trained on."""
     unreadable = sum(summary.unreadable.count for summary in inspection.summaries)
-    not_finite = sum(summary.pixels.not_finite.count for summary in inspection.summaries)
+    not_finite = sum(summary.not_finite.count for summary in inspection.summaries)
     faults = [f"{unreadable:,} cannot be read"] if unreadable else []
     faults += [f"{not_finite:,} have NaN or infinity"] if not_finite else []
     if faults:

@@ -32,14 +32,14 @@ def draw_inspection(name: str, inspection: Inspection, path: Path) -> None:
     """
     summary = inspection.summaries[0]
     statistics = summary.pixels.statistics[summary.pixels.main_kind]
-    histogram = None if statistics.histogram is None else coarsen(statistics.histogram, PICTURE_BINS)
+    histogram = coarsen(statistics.histogram, PICTURE_BINS)
     resolution = next((each.values for each in inspection.suggestions if each.flag == "resolution"), None)
     classes = inspection.classes[0] if inspection.classes else None
     sheet = DataSheet(
         title=f"{printable(name, 60)}: {summary.total:,} images",
         samples=list(_samples(inspection)),
-        edges=None if histogram is None else histogram.edges,
-        counts=None if histogram is None else histogram.counts,
+        edges=histogram.edges,
+        counts=histogram.counts,
         sizes=summary.sizes,
         resolution=None if resolution is None else (int(resolution[0]), int(resolution[-1])),
         classes=[]
@@ -84,7 +84,7 @@ def _pictures(inspection: Inspection, places: list[Place]) -> dict[Place, NDArra
         reader = PictureReader(inspection.summaries[number])
         rows = [place.row for place in places if place.set == number]
         for row, picture in read_in_threads(source, rows, partial(reader.picture, side=SIDE)):
-            if not isinstance(picture, str):
+            if not isinstance(picture, Exception):
                 pictures[Place(number, row)] = picture
     return pictures
 

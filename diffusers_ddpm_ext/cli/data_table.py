@@ -11,11 +11,17 @@ from diffusers_ddpm_ext.errors import printable
 from diffusers_ddpm_ext.training.data.inspection.classes import ClassColumn
 from diffusers_ddpm_ext.training.data.inspection.duplicates import NearPair, Place
 from diffusers_ddpm_ext.training.data.inspection.histogram import Histogram
-from diffusers_ddpm_ext.training.data.inspection.image_facts import COLORLESS, MAX_CHANNELS, TRANSPARENT, Kind
-from diffusers_ddpm_ext.training.data.inspection.reading import ANIMATED, TURNED
+from diffusers_ddpm_ext.training.data.inspection.image_facts import (
+    ANIMATED,
+    COLORLESS,
+    MAX_CHANNELS,
+    TRANSPARENT,
+    TURNED,
+    Kind,
+)
 from diffusers_ddpm_ext.training.data.inspection.report import SET_NAMES, Inspection, frequent_sizes, quantiles
 from diffusers_ddpm_ext.training.data.inspection.suggestions import Suggestion
-from diffusers_ddpm_ext.training.data.inspection.summary import PixelSummary, SetSummary
+from diffusers_ddpm_ext.training.data.inspection.summary import Named, PixelSummary, SetSummary
 
 SHOWN = 10
 """Names of a list of findings."""
@@ -42,6 +48,8 @@ def table(inspection: Inspection) -> str:
         lines += [*_duplicate_lines(inspection), ""]
         class_lines = list(_class_lines(inspection))
         lines += [*class_lines, ""] if class_lines else []
+        if inspection.advice:
+            lines += ["advice", *(f"  {sentence}" for sentence in inspection.advice), ""]
         lines += _suggestion_lines(inspection.suggestions)
     return "\n".join(lines).rstrip("\n") + "\n"
 
@@ -69,17 +77,18 @@ def _set_lines(summary: SetSummary, not_read: Mapping[str, int]) -> Iterator[str
         more = f" and {len(counts) - SHOWN:,} more types" if len(counts) > SHOWN else ""
         yield _row("not read", f"{shown}{more}")
     if summary.unreadable.count:
-        yield from _named_rows("cannot be read", summary.unreadable.count, summary.unreadable.names)
+        yield from _named_rows("cannot be read", summary.unreadable)
+    if summary.not_finite.count:
+        yield from _named_rows("not finite", summary.not_finite)
     if summary.num_readable:
         yield from _size_rows(summary)
         yield from _pixel_rows(summary.pixels)
 
 
-def _named_rows(label: str, count: int, names: Sequence[tuple[str, str]]) -> Iterator[str]:
-    yield _row(label, f"{_images(count)}:")
-    yield from _list_rows([f"{printable(name, NAME_WIDTH)}: {printable(reason, 160)}" for name, reason in names])
-    if count > len(names):
-        yield _row("", f"  ({count - len(names):,} of these are not even listed in --json)")
+def _named_rows(label: str, named: Named) -> Iterator[str]:
+    yield _row(label, f"{_images(named.count)}:")
+    reasons = [f"{printable(name, NAME_WIDTH)}: {printable(reason, 200)}" for name, reason in named.names]
+    yield from _list_rows(reasons, named.count)
 
 
 def _size_rows(summary: SetSummary) -> Iterator[str]:
@@ -101,7 +110,8 @@ def _size_rows(summary: SetSummary) -> Iterator[str]:
 
 
 def _pixel_rows(pixels: PixelSummary) -> Iterator[str]:
-    yield _row("files", _counts(pixels.formats))
+    if {*pixels.extensions} != {""}:
+        yield _row("files", _counts(pixels.extensions))
     yield _row("modes", _counts(pixels.modes))
     for trait, note in TRAIT_NOTES.items():
         if trait in pixels.traits:
@@ -115,8 +125,6 @@ def _pixel_rows(pixels: PixelSummary) -> Iterator[str]:
         yield from _kind_rows(pixels, kind, count)
     if len(pixels.kinds) > 3:
         yield _row("", f"and {len(pixels.kinds) - 3:,} more kinds of pixels")
-    if pixels.not_finite.count:
-        yield from _named_rows("not finite", pixels.not_finite.count, pixels.not_finite.names)
 
 
 def _counts(counts: Mapping[str, int]) -> str:
@@ -128,9 +136,6 @@ def _kind_rows(pixels: PixelSummary, kind: Kind, count: int) -> Iterator[str]:
     """Range, mean and standard deviation of each channel, and its histogram."""
     statistics = pixels.statistics[kind]
     channels = f"{kind.channels} channel{'s' if kind.channels > 1 else ''} of {kind.dtype}"
-    if statistics.histogram is None or statistics.moments is None:
-        yield _row("pixels", f"{channels} ({_images(count)}), none of them finite")
-        return
     yield _row("pixels", f"{channels} ({_images(count)}), values from {statistics.low:.6g} to {statistics.high:.6g}")
     shown = min(kind.channels, SHOWN_CHANNELS)
     for channel in range(shown):
@@ -185,11 +190,12 @@ def _overlap_rows(inspection: Inspection, least: str) -> Iterator[str]:
         yield from _list_rows([_pair(inspection, pair) for pair in crossing])
 
 
-def _list_rows(texts: Sequence[str]) -> Iterator[str]:
-    """The first lines of a list, and how many more there are."""
+def _list_rows(texts: Sequence[str], count: int | None = None) -> Iterator[str]:
+    """The first lines of a list, and how many more of ``count`` there are."""
     yield from (_row("", f"  {text}") for text in texts[:SHOWN])
-    if len(texts) > SHOWN:
-        yield _row("", f"  and {len(texts) - SHOWN:,} more")
+    more = (len(texts) if count is None else count) - SHOWN
+    if more > 0:
+        yield _row("", f"  and {more:,} more")
 
 
 def _images(count: int) -> str:

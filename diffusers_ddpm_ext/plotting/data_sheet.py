@@ -43,7 +43,7 @@ class DataSheet:
     Attributes:
         title: above all.
         samples: pictures, (h, w, 3) each, in 0 to 1, at most 128 pixels high and wide.
-        edges: of the bins of the histograms, (bins + 1,); None without finite values.
+        edges: of the bins of the histograms, (bins + 1,).
         counts: (C, bins).
         sizes: heights and widths in pixels, (n, 2).
         resolution: suggested height and width.
@@ -54,8 +54,8 @@ class DataSheet:
 
     title: str
     samples: Sequence[NDArray[np.float32]]
-    edges: NDArray[np.float64] | None
-    counts: NDArray[np.int64] | None
+    edges: NDArray[np.float64]
+    counts: NDArray[np.int64]
     sizes: NDArray[np.int64]
     resolution: tuple[int, int] | None = None
     classes: Sequence[tuple[str, int]] = ()
@@ -114,9 +114,6 @@ def _show(axes: Axes, sheet: NDArray[np.float32]) -> None:
 
 def _draw_histogram(axes: Axes, sheet: DataSheet) -> None:
     axes.set_title("values of pixels, per channel", fontsize=10)
-    if sheet.edges is None or sheet.counts is None:
-        axes.text(0.5, 0.5, "no finite values", ha="center", transform=axes.transAxes)
-        return
     channels = len(sheet.counts)
     inks = INKS.get(channels) or [f"C{channel % 10}" for channel in range(channels)]
     names = {3: "RGB", 4: "RGBA"}.get(channels, [str(channel) for channel in range(channels)])

@@ -26,6 +26,10 @@ class UnreadableImage(Exception):
     """An image that cannot be decoded. The text is the reason, without the image's name."""
 
 
+class NonFiniteImage(UnreadableImage):
+    """An image with NaN or infinity; the text says where the first one is."""
+
+
 class UnsupportedImage(ConfigError):
     """An image that needs an option, a package or a conversion, so that it must not be skipped as damaged."""
 
@@ -120,7 +124,7 @@ def outside_range(low: float, high: float, data_range: Range) -> str:
 
 
 def check_finite(pixels: np.ndarray) -> None:
-    """Raise UnreadableImage if a pixel (H, W, C) is NaN or infinite; the first one is named."""
+    """Raise NonFiniteImage if a pixel (H, W, C) is NaN or infinite; the first one is named."""
     if pixels.dtype.kind != "f":
         return
     finite = np.isfinite(pixels)
@@ -129,7 +133,7 @@ def check_finite(pixels: np.ndarray) -> None:
         value = {True: "NaN", False: "infinity"}[bool(np.isnan(pixels[row, column, channel]))]
         count = int((~finite).sum())
         others = f"; {count:,} values are NaN or infinite" if count > 1 else ""
-        raise UnreadableImage(f"it has {value} in row {row}, column {column}, channel {channel}{others}")
+        raise NonFiniteImage(f"it has {value} in row {row}, column {column}, channel {channel}{others}")
 
 
 def array_of_lists(values: Any) -> np.ndarray:

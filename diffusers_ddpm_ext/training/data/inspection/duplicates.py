@@ -19,8 +19,8 @@ from diffusers_ddpm_ext.training.data.image_files import Payload
 from diffusers_ddpm_ext.training.data.inspection.image_facts import DIGEST_BYTES
 from diffusers_ddpm_ext.training.data.inspection.inspect import ImageSource, read_in_threads
 from diffusers_ddpm_ext.training.data.inspection.perceptual_hash import SIDE, close_pairs
-from diffusers_ddpm_ext.training.data.inspection.reading import RawImage, read_image
 from diffusers_ddpm_ext.training.data.inspection.summary import MAX_NAMES, SetSummary
+from diffusers_ddpm_ext.training.data.raw_image import RawImage, read_image
 
 MAX_COMPARED = 2000
 """Candidates that are compared as pictures, the closest hashes first."""
@@ -150,7 +150,7 @@ def _compare(
             rows = [place.row for place in wanted if place.set == number]
             for row, picture in read_in_threads(source, rows, reader.small):
                 bar.update()
-                if not isinstance(picture, str):  # it may have become unreadable
+                if not isinstance(picture, Exception):  # it may have become unreadable
                     pictures[Place(number, row)] = picture
     found = []
     for (one, other), distance in zip(pairs.tolist(), bits.tolist(), strict=True):
@@ -174,6 +174,7 @@ class PictureReader:
     """Makes pictures of three colors in 0 to 1 of images of any kind, by the range of values of their set."""
 
     def __init__(self, summary: SetSummary) -> None:
+        self._reading = summary.reading
         self._ranges = {}
         for kind, statistics in summary.pixels.statistics.items():
             is_bytes = kind.dtype == "uint8"
@@ -184,16 +185,16 @@ class PictureReader:
 
         Raises:
             UnreadableImage: as `read_image`.
-            ConfigError: as `read_image`.
+            UnsupportedImage: as `read_image`.
         """
-        colors = self._colors(read_image(payload))
+        colors = self._colors(read_image(payload, self._reading))
         height, width = colors.shape[:2]
         scale = min(1.0, side / max(height, width))
         return _resized(colors, (max(1, round(width * scale)), max(1, round(height * scale))))
 
     def small(self, payload: Payload) -> NDArray[np.float32]:
         """An image at 32 x 32 pixels, to compare it."""
-        return _resized(self._colors(read_image(payload)), (SIDE, SIDE))
+        return _resized(self._colors(read_image(payload, self._reading)), (SIDE, SIDE))
 
     def _colors(self, raw: RawImage) -> NDArray[np.float32]:
         """Three channels in 0 to 1, (H, W, 3), float32; transparency over white."""
@@ -202,7 +203,7 @@ class PictureReader:
         with np.errstate(invalid="ignore", over="ignore"):
             scaled = (values.astype(np.float32) - low) / max(high - low, 1e-30)
         scaled = np.nan_to_num(scaled, nan=0.0).clip(0, 1).astype(np.float32)
-        if scaled.shape[2] == 4:
+        if raw.has_alpha:
             return scaled[..., :3] * scaled[..., 3:] + (1 - scaled[..., 3:])
         return scaled[..., :3] if scaled.shape[2] >= 3 else scaled[..., :1].repeat(3, axis=2)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import numpy as np
 from diffusers_ddpm_ext.training.data.inspection.classes import ClassColumn
 from diffusers_ddpm_ext.training.data.inspection.duplicates import Duplicates, Place
 from diffusers_ddpm_ext.training.data.inspection.histogram import Histogram, coarsen
+from diffusers_ddpm_ext.training.data.inspection.image_facts import Kind
 from diffusers_ddpm_ext.training.data.inspection.inspect import ImageSource
 from diffusers_ddpm_ext.training.data.inspection.suggestions import Suggestion, command_line
 from diffusers_ddpm_ext.training.data.inspection.summary import Named, PixelSummary, SetSummary
@@ -33,6 +34,7 @@ class Inspection:
         classes: columns that can be classes.
         class_faults: why other columns cannot.
         suggestions: flags for `ddpm-ext train`.
+        advice: what no flag mends, one sentence each.
     """
 
     sources: Sequence[ImageSource]
@@ -41,7 +43,8 @@ class Inspection:
     duplicates: Duplicates
     classes: Sequence[ClassColumn] = ()
     class_faults: Sequence[str] = ()
-    suggestions: Sequence[Suggestion] = field(default=())
+    suggestions: Sequence[Suggestion] = ()
+    advice: Sequence[str] = ()
 
     def name(self, place: Place) -> str:
         """The name of an image."""
@@ -62,6 +65,7 @@ class Inspection:
             "suggestions": [
                 {"flag": each.flag, "values": list(each.values), "reason": each.reason} for each in self.suggestions
             ],
+            "advice": list(self.advice),
             "command": command_line(self.suggestions) if self.suggestions else None,
         }
 
@@ -110,6 +114,7 @@ def _set_dict(summary: SetSummary, not_read: Mapping[str, int]) -> dict[str, Any
         "read": summary.num_read,
         "readable": summary.num_readable,
         "unreadable": _named_dict(summary.unreadable),
+        "not_finite": _named_dict(summary.not_finite),
         "not_read": dict(not_read),
         "sizes": _sizes_dict(summary) if summary.num_readable else None,
         **_pixels_dict(summary.pixels),
@@ -132,10 +137,9 @@ def _pixels_dict(pixels: PixelSummary) -> dict[str, Any]:
     effects = pixels.mirror.effects
     return {
         "modes": dict(pixels.modes.most_common()),
-        "formats": dict(pixels.formats.most_common()),
+        "extensions": dict(pixels.extensions.most_common()),
         "kinds": [_kind_dict(pixels, kind) for kind, _ in pixels.kinds.most_common()],
         "traits": {trait: _named_dict(named) for trait, named in sorted(pixels.traits.items())},
-        "not_finite": _named_dict(pixels.not_finite),
         "mirror": {
             "asymmetry": effects[0],
             "slant": effects[1],
@@ -144,20 +148,17 @@ def _pixels_dict(pixels: PixelSummary) -> dict[str, Any]:
     }
 
 
-def _kind_dict(pixels: PixelSummary, kind: Any) -> dict[str, Any]:
+def _kind_dict(pixels: PixelSummary, kind: Kind) -> dict[str, Any]:
     statistics = pixels.statistics[kind]
-    histogram, moments = statistics.histogram, statistics.moments
     return {
         "channels": kind.channels,
         "dtype": kind.dtype,
         "count": pixels.kinds[kind],
-        "low": _finite(statistics.low),
-        "high": _finite(statistics.high),
-        "nan": statistics.nan,
-        "infinite": statistics.infinite,
-        "mean": None if moments is None else [_finite(value) for value in moments.mean.tolist()],
-        "std": None if moments is None else [_finite(value) for value in moments.std.tolist()],
-        "histogram": None if histogram is None else _histogram_dict(histogram),
+        "low": statistics.low,
+        "high": statistics.high,
+        "mean": [_finite(value) for value in statistics.moments.mean.tolist()],
+        "std": [_finite(value) for value in statistics.moments.std.tolist()],
+        "histogram": _histogram_dict(statistics.histogram),
     }
 
 

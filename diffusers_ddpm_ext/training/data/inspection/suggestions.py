@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from diffusers_ddpm_ext.training.data.inspection.classes import ClassColumn
-from diffusers_ddpm_ext.training.data.inspection.image_facts import COLORLESS, TRANSPARENT
-from diffusers_ddpm_ext.training.data.inspection.reading import ALPHA
+from diffusers_ddpm_ext.training.data.inspection.duplicates import Duplicates
+from diffusers_ddpm_ext.training.data.inspection.image_facts import ALPHA, COLORLESS, TRANSPARENT, Kind
 from diffusers_ddpm_ext.training.data.inspection.summary import SetSummary
 
 LARGEST_SIDE = 128
@@ -26,7 +27,11 @@ SAME_ASPECT = 1.1
 """Aspect ratios that differ by up to this factor are one."""
 SHARE_NOT_ENLARGED = 0.9
 """Share of the images that the suggested size does not enlarge."""
-IMBALANCE = 3.0
+IMBALANCE = 10.0
+"""Images of the largest class for each of the smallest, from which on classes are drawn equally often."""
+FEW_VALUES = 0.25
+"""Share of an integer dtype's range below which a range of their own is suggested for the values."""
+FEW_IMAGES = 1000
 REASONS = {
     "train_data_dir": "the images",
     "dataset_name": "the images",
@@ -55,11 +60,11 @@ class Origin:
 
     Attributes:
         name: of the folder or dataset.
-        flags: that select the images, and their values.
+        flags: that were given, and their values.
     """
 
     name: str
-    flags: Sequence[tuple[str, str]]
+    flags: Sequence[tuple[str, tuple[str, ...]]]
 
 
 def command_line(suggestions: Sequence[Suggestion]) -> str:
@@ -67,18 +72,24 @@ def command_line(suggestions: Sequence[Suggestion]) -> str:
     return shlex.join(["ddpm-ext", "train", *(word for each in suggestions for word in each.words)])
 
 
-def suggest(origin: Origin, summary: SetSummary, classes: ClassColumn | None) -> list[Suggestion]:
-    """Suggest the flags of a run on these images; a set without a readable image gets none."""
-    if not summary.num_readable:
-        return []
-    flags = [Suggestion(name, (value,), REASONS.get(name, "as given")) for name, value in origin.flags]
+def suggest(origin: Origin, summaries: Sequence[SetSummary], classes: ClassColumn | None) -> list[Suggestion]:
+    """Suggest the flags of a run on these images.
+
+    Args:
+        origin: of the images.
+        summaries: of the training images, of which one must be readable, and perhaps of the validation images.
+        classes: of both.
+    """
+    summary = summaries[0]
+    flags = [Suggestion(name, values, REASONS.get(name, "as given")) for name, values in origin.flags]
     flags += _sizes(summary)
     flags += _channels(summary)
+    flags += _arrays(origin, summaries)
     flags += _flips(summary)
     flags += _classes(classes)
-    if summary.unreadable.count:
-        count = summary.unreadable.count
-        flags.append(Suggestion("skip_bad_images", (), f"{count:,} cannot be read; or repair or remove them"))
+    count = sum(each.unreadable.count + each.not_finite.count for each in summaries)
+    if count:
+        flags.append(Suggestion("skip_bad_images", (), f"{count:,} cannot be trained on; or repair or remove them"))
     name = re.sub(r"[^\w.-]+", "-", origin.name).strip("-.") or "images"
     return [*flags, Suggestion("output_dir", (f"runs/{name}",), "where the run is saved")]
 
@@ -187,5 +198,94 @@ def _classes(classes: ClassColumn | None) -> Iterator[Suggestion]:
     number = sum(count > 0 for count in classes.train)
     if number < 2:
         return
-    yield Suggestion("conditioning_key", ("adm",), f"draws the class that is asked for, one of {number:,}")
+    yield Suggestion("conditioning_key", ("adm",), f"the network draws the class that is asked for, one of {number:,}")
     yield Suggestion("class_column", (classes.name,), "where the classes are")
+    if classes.imbalance >= IMBALANCE:
+        yield Suggestion(
+            "class_balance", (), f"the largest class has {classes.imbalance:,.0f} times the images of the smallest"
+        )
+
+
+def _arrays(origin: Origin, summaries: Sequence[SetSummary]) -> Iterator[Suggestion]:
+    """How arrays are read, where that was not on the command line, and the range of their values."""
+    reading, given = summaries[0].reading, {flag for flag, _ in origin.flags}
+    if reading.key is not None and "array_key" not in given:
+        yield Suggestion("array_key", (reading.key,), "the only array in the files with the shape of an image")
+    if reading.layout is not None and "array_layout" not in given:
+        yield Suggestion("array_layout", (reading.layout,), "the first axis of the arrays is the shortest")
+    if "data_range" in given:
+        return
+    dtype = summaries[0].pixels.main_kind.dtype
+    ranges = [
+        (statistics.low, statistics.high)
+        for summary in summaries
+        for kind, statistics in summary.pixels.statistics.items()
+        if kind.dtype == dtype
+    ]
+    low, high = min(low for low, _ in ranges), max(high for _, high in ranges)
+    suggested = _data_range(dtype, low, high, reading.data_range is not None)
+    if suggested is not None:
+        values = tuple(np.format_float_positional(value, trim="-") for value in suggested[:2])
+        yield Suggestion("data_range", values, f"values are from {low:.6g} to {high:.6g}{suggested[2]}")
+
+
+def _data_range(dtype: str, low: float, high: float, is_needed: bool) -> tuple[float, float, str] | None:
+    """A range that holds all values, and a remark; None where the default fits.
+
+    Args:
+        dtype: of the values.
+        low: the smallest value.
+        high: the largest value.
+        is_needed: whether the dtype has no default.
+    """
+    if np.dtype(dtype).kind == "f":
+        if low >= 0 and high <= 1:
+            return None
+        if low >= -1 and high <= 1:
+            return -1, 1, ""
+        if low >= 0 and 100 < high <= 255:
+            return 0, 255, ""
+        step = 10.0 ** (math.floor(math.log10(max(high - low, abs(high), 1e-300))) - 1)
+        return min(low, _outward(low, step, math.floor)), max(high, _outward(high, step, math.ceil)), ""
+    limits = np.iinfo(dtype)
+    if not is_needed and high - low >= FEW_VALUES * (int(limits.max) - int(limits.min)):
+        return None
+    if low >= 0:
+        bits = max(1, int(high).bit_length())
+        return 0, 2**bits - 1, f", which are {bits} bits"
+    step = 2.0 ** max(0, int(high - low).bit_length() - 5)
+    low, high = _outward(low, step, math.floor), _outward(high, step, math.ceil)
+    return max(low, int(limits.min)), min(high, int(limits.max)), ""
+
+
+def _outward(value: float, step: float, to_integer: Callable[[float], int]) -> float:
+    """A value rounded to a multiple of a step, without the rounding errors of the product."""
+    return float(f"{to_integer(value / step) * step:.12g}")
+
+
+def advise(summaries: Sequence[SetSummary], duplicates: Duplicates) -> list[str]:
+    """What no flag mends, one sentence each."""
+    advice = []
+    kinds = Counter[Kind]()
+    for summary in summaries:
+        kinds += summary.pixels.kinds
+    dtypes = Counter[str]()
+    for kind, count in kinds.items():
+        dtypes[kind.dtype] += count
+    if len(dtypes) > 1:
+        shares = ", ".join(f"{count:,} of {dtype}" for dtype, count in dtypes.most_common())
+        advice.append(f"the images differ in dtype ({shares}), which a run refuses: convert them to one")
+    channels = sorted({kind.channels for kind in kinds})
+    if len(channels) > 1 and not {*channels} <= {1, 3, 4}:
+        advice.append(
+            f"the images have {', '.join(map(str, channels))} channels, which a run refuses: make them agree"
+        )
+    if duplicates.num_leaked or any(pair.crosses for pair in duplicates.near):
+        advice.append("remove the validation images that are training images: a loss on them says nothing")
+    elif len(summaries) == 1 and (duplicates.num_copies[0] or duplicates.near):
+        advice.append("remove duplicates: --validation_fraction may put the copies of one image on both sides")
+    if summaries[0].num_readable < FEW_IMAGES:
+        advice.append(
+            f"a model of fewer than {FEW_IMAGES:,} images repeats them: see ddpm-ext evaluate --memorization"
+        )
+    return advice

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from array import array
 from collections import Counter
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from diffusers_ddpm_ext.training.data.inspection.image_facts import ImageFacts, Kind, PixelStatistics
 from diffusers_ddpm_ext.training.data.inspection.symmetry import MirrorTest
+from diffusers_ddpm_ext.training.data.raw_image import AS_WRITTEN, ArrayReading
 
 MAX_NAMES = 100
 """Names that are kept of each kind of finding; all are counted."""
@@ -38,18 +40,16 @@ class PixelSummary:
         kinds: number of images of each kind.
         statistics: of the pixels of each kind.
         modes: number of images of each mode of Pillow.
-        formats: number of files of each format.
+        extensions: number of files with each extension, in lower case.
         traits: images that are animated, turned, transparent, ...
-        not_finite: images with NaN or infinity.
         mirror: whether mirror images belong to the set.
     """
 
     kinds: Counter[Kind] = field(default_factory=Counter)
     statistics: dict[Kind, PixelStatistics] = field(default_factory=dict)
     modes: Counter[str] = field(default_factory=Counter)
-    formats: Counter[str] = field(default_factory=Counter)
+    extensions: Counter[str] = field(default_factory=Counter)
     traits: dict[str, Named] = field(default_factory=dict)
-    not_finite: Named = field(default_factory=Named)
     mirror: MirrorTest = field(default_factory=MirrorTest)
 
     def add(self, name: str, facts: ImageFacts) -> None:
@@ -57,15 +57,11 @@ class PixelSummary:
         kind = facts.kind
         self.kinds[kind] += 1
         self.modes[facts.mode] += 1
-        self.formats[facts.format] += 1
+        self.extensions[os.path.splitext(name)[1].lower()] += 1
         before = self.statistics.get(kind)
         self.statistics[kind] = facts.statistics if before is None else before.merge(facts.statistics)
         for trait in facts.traits:
             self.traits.setdefault(trait, Named()).add(name)
-        nan, infinite = facts.statistics.nan, facts.statistics.infinite
-        if nan or infinite:
-            found = ((nan, "NaN"), (infinite, "infinite"))
-            self.not_finite.add(name, ", ".join(f"{number:,} {what}" for number, what in found if number))
         self.mirror.add(facts.gray)
 
     @property
@@ -85,24 +81,28 @@ class SetSummary:
     Attributes:
         option: what selected it, for messages.
         total: number of its images.
+        reading: how its arrays are read.
         rows: which of them were read without a fault, (n,).
         heights: of these images, in pixels.
         widths: likewise.
         hashes: their perceptual hashes.
         digests: hashes of their pixels, 16 bytes each.
         unreadable: images that cannot be read, with the reason.
+        not_finite: images with NaN or infinity, and where.
         num_read: number of images that were opened, readable or not.
         pixels: kinds and values.
     """
 
     option: str
     total: int
+    reading: ArrayReading = AS_WRITTEN
     rows: array[int] = field(default_factory=lambda: array("q"))
     heights: array[int] = field(default_factory=lambda: array("I"))
     widths: array[int] = field(default_factory=lambda: array("I"))
     hashes: array[int] = field(default_factory=lambda: array("Q"))
     digests: bytearray = field(default_factory=bytearray)
     unreadable: Named = field(default_factory=Named)
+    not_finite: Named = field(default_factory=Named)
     num_read: int = 0
     pixels: PixelSummary = field(default_factory=PixelSummary)
 

@@ -10,6 +10,7 @@ from PIL import Image
 
 from diffusers_ddpm_ext.training.data.inspection import perceptual_hash as hashing
 from diffusers_ddpm_ext.training.data.inspection.image_facts import small_gray
+from diffusers_ddpm_ext.training.data.raw_image import RawImage
 
 
 def smooth(seed: int, size: tuple[int, int] = (100, 80)) -> Image.Image:
@@ -21,7 +22,7 @@ def test_hash_is_imagehashs():
     imagehash = pytest.importorskip("imagehash")
     for seed in range(20):
         image = smooth(seed)
-        assert f"{hashing.perceptual_hash(small_gray(np.asarray(image))):016x}" == str(imagehash.phash(image))
+        assert f"{hashing.perceptual_hash(small_gray(RawImage(image, 'RGB'))):016x}" == str(imagehash.phash(image))
 
 
 def brute_force(hashes: np.ndarray, limit: int) -> dict[tuple[int, int], int]:

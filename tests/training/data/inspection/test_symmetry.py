@@ -7,12 +7,13 @@ from sklearn.datasets import load_digits
 
 from diffusers_ddpm_ext.training.data.inspection.image_facts import small_gray
 from diffusers_ddpm_ext.training.data.inspection.symmetry import MirrorTest
+from diffusers_ddpm_ext.training.data.raw_image import RawImage
 
 
 def mirrored_and_not(images: np.ndarray) -> MirrorTest:
     test = MirrorTest()
     for image in images:
-        test.add(small_gray(image.astype(np.float32)[..., None]))
+        test.add(small_gray(RawImage(image.astype(np.float32)[..., None], "float32 x 1")))
     return test
 
 
