@@ -226,7 +226,7 @@ def _check_faults(inspection: Inspection) -> None:
     """Raise RunError if there are images that cannot be trained on."""
     unreadable = sum(summary.unreadable.count for summary in inspection.summaries)
     not_finite = sum(summary.not_finite.count for summary in inspection.summaries)
-    faults = [f"{unreadable:,} cannot be read"] if unreadable else []
-    faults += [f"{not_finite:,} have NaN or infinity"] if not_finite else []
+    faults = [f"{unreadable:,} unreadable"] if unreadable else []
+    faults += [f"{not_finite:,} with NaN or infinity"] if not_finite else []
     if faults:
         raise RunError(f"there are images that cannot be trained on: {', '.join(faults)}; see above")

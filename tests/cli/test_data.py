@@ -98,7 +98,7 @@ def test_faults_are_listed_and_the_status_is_1(tmp_path, capsys):
     captured = capsys.readouterr()
     assert "\x1b" not in captured.out + captured.err
     assert captured.err.splitlines()[-1].startswith("error: ")
-    assert "7 cannot be read" in captured.err
+    assert "7 unreadable" in captured.err
     assert "--skip_bad_images" in captured.out
 
 
@@ -199,6 +199,11 @@ def gray(folder: Path, count: int, **options) -> None:
         picture(number, **options).convert("L").save(folder / f"gray{number}.png")
 
 
+def arrays(folder: Path, values: np.ndarray) -> None:
+    for number in range(3):
+        np.save(folder / f"{number}.npy", np.roll(values, number, axis=1))
+
+
 KINDS = {
     "small": lambda folder: write(folder, 4, size=(28, 28)),
     "odd": lambda folder: write(folder, 4, size=(27, 27)),
@@ -211,6 +216,18 @@ KINDS = {
     "a strip": lambda folder: write(folder, 2, size=(900, 10)),
     "color and gray": lambda folder: (write(folder, 3), gray(folder, 2)),
     "with faults": lambda folder: (write(folder, 3), (folder / "bad.png").write_text("no image")),
+    "arrays": lambda folder: arrays(folder, np.linspace(-3.7, 5.1, 480, dtype=np.float32).reshape(12, 8, 5)),
+    "arrays with channels first": lambda folder: arrays(folder, np.linspace(0, 1, 480).reshape(5, 12, 8)),
+    "integers without a range": lambda folder: arrays(folder, np.arange(64, dtype=np.int64).reshape(8, 8)),
+    "integers below zero": lambda folder: arrays(folder, np.arange(-800, 800, 25, dtype=np.int16).reshape(8, 8)),
+    "booleans": lambda folder: arrays(folder, np.eye(8, dtype=bool)),
+    "12 bits in 16": lambda folder: arrays(folder, np.arange(0, 4096, 64, dtype=np.uint16).reshape(8, 8)),
+    "huge floats": lambda folder: arrays(folder, np.linspace(-1e30, 3e30, 64).reshape(8, 8)),
+    "half floats": lambda folder: arrays(folder, np.linspace(-1, 1, 64, dtype=np.float16).reshape(8, 8)),
+    "constant": lambda folder: arrays(folder, np.full((8, 8), -2.5)),
+    "npz with a label": lambda folder: [
+        np.savez(folder / f"{n}.npz", pixels=np.full((8, 8, 3), n / 4), label=np.array(n)) for n in range(3)
+    ],
     "named 'a b' $x": lambda folder: write(folder, 3),
 }
 

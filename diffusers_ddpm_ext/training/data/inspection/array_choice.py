@@ -29,13 +29,13 @@ def choose_reading(source: ImageSource, requested: ArrayReading) -> ArrayReading
         try:
             read_image(payload, requested)
             return requested
-        except UnsupportedImage:
+        except (UnreadableImage, ConfigError) as error:
             keys: list[str | None] = [*_keys(payload)] if requested.key is None else []
+            if not keys and not isinstance(error, UnsupportedImage):
+                continue
             by_key = [_readable(payload, replace(requested, key=key)) for key in keys or [requested.key]]
             readings = [reading for reading in by_key if reading is not None]
             return readings[0] if len(readings) == 1 else requested
-        except UnreadableImage:
-            continue
     return requested
 
 

@@ -16,6 +16,7 @@ from diffusers_ddpm_ext.training.data.inspection.image_facts import Kind
 from diffusers_ddpm_ext.training.data.inspection.inspect import ImageSource
 from diffusers_ddpm_ext.training.data.inspection.suggestions import Suggestion, command_line
 from diffusers_ddpm_ext.training.data.inspection.summary import Named, PixelSummary, SetSummary
+from diffusers_ddpm_ext.training.data.inspection.symmetry import MOVES
 
 SET_NAMES = ("train", "validation")
 JSON_BINS = 256
@@ -134,16 +135,13 @@ def _sizes_dict(summary: SetSummary) -> dict[str, Any]:
 
 
 def _pixels_dict(pixels: PixelSummary) -> dict[str, Any]:
-    effects = pixels.mirror.effects
     return {
         "modes": dict(pixels.modes.most_common()),
         "extensions": dict(pixels.extensions.most_common()),
         "kinds": [_kind_dict(pixels, kind) for kind, _ in pixels.kinds.most_common()],
         "traits": {trait: _named_dict(named) for trait, named in sorted(pixels.traits.items())},
-        "mirror": {
-            "asymmetry": effects[0],
-            "slant": effects[1],
-            "mirrored_images_belong": pixels.mirror.mirrors_belong,
+        "symmetry": {
+            flag: {"asymmetry": pixels.symmetry.asymmetry(flag), "fits": pixels.symmetry.fits(flag)} for flag in MOVES
         },
     }
 

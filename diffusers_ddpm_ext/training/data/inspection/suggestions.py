@@ -23,6 +23,8 @@ DEFAULT_HALVINGS = 5
 SMALLEST_LEVEL = 4
 """Pixels of the shorter side at the lowest level of a suggested network."""
 WIDTHS = (128, 256, 256, 512)
+LEAST_KEPT = 0.6
+"""Share of the median image below which a crop loses too much."""
 SAME_ASPECT = 1.1
 """Aspect ratios that differ by up to this factor are one."""
 SHARE_NOT_ENLARGED = 0.9
@@ -38,6 +40,7 @@ REASONS = {
     "validation_data_dir": "the images to validate on",
     "validation_split": "the images to validate on",
 }
+MOVED = {"random_flip": "mirrored", "vertical_flip": "upside-down", "rotate90": "turned"}
 
 
 @dataclass(frozen=True)
@@ -98,8 +101,14 @@ def _sizes(summary: SetSummary) -> Iterator[Suggestion]:
     """Resolution, and the network's levels where the default ones do not fit it."""
     sizes = summary.sizes
     height, width, reason = _resolution(sizes)
+    ratios = sizes[:, 1] / sizes[:, 0] * height / width
+    kept = float(np.median(np.minimum(ratios, 1 / ratios)))
     values = (str(height),) if height == width else (str(height), str(width))
     yield Suggestion("resolution", values, reason)
+    if kept < LEAST_KEPT:
+        yield Suggestion(
+            "resize", ("pad",), f"a crop keeps {kept:.0%} of half of the images or less; or stretch, which distorts"
+        )
     halvings = _halvings(height, width)
     if halvings < DEFAULT_HALVINGS:
         levels = [WIDTHS[min(level, len(WIDTHS) - 1)] for level in range(halvings + 1)]
@@ -185,11 +194,14 @@ def _channels(summary: SetSummary) -> Iterator[Suggestion]:
 
 
 def _flips(summary: SetSummary) -> Iterator[Suggestion]:
-    if summary.pixels.mirror.mirrors_belong:
-        effect = max(summary.pixels.mirror.effects)
-        yield Suggestion(
-            "random_flip", (), f"mirrored images do not differ from the others (asymmetry {effect:.2f}); not for text"
-        )
+    test = summary.pixels.symmetry
+    for flag, moved in MOVED.items():
+        if test.fits(flag):
+            yield Suggestion(
+                flag,
+                (),
+                f"{moved} images do not differ from the others (asymmetry {test.asymmetry(flag):.2f}); not for text",
+            )
 
 
 def _classes(classes: ClassColumn | None) -> Iterator[Suggestion]:

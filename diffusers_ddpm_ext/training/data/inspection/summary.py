@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffusers_ddpm_ext.training.data.inspection.image_facts import ImageFacts, Kind, PixelStatistics
-from diffusers_ddpm_ext.training.data.inspection.symmetry import MirrorTest
+from diffusers_ddpm_ext.training.data.inspection.symmetry import SymmetryTest
 from diffusers_ddpm_ext.training.data.raw_image import AS_WRITTEN, ArrayReading
 
 MAX_NAMES = 100
@@ -42,7 +42,7 @@ class PixelSummary:
         modes: number of images of each mode of Pillow.
         extensions: number of files with each extension, in lower case.
         traits: images that are animated, turned, transparent, ...
-        mirror: whether mirror images belong to the set.
+        symmetry: whether flipped and turned images belong to the set.
     """
 
     kinds: Counter[Kind] = field(default_factory=Counter)
@@ -50,7 +50,7 @@ class PixelSummary:
     modes: Counter[str] = field(default_factory=Counter)
     extensions: Counter[str] = field(default_factory=Counter)
     traits: dict[str, Named] = field(default_factory=dict)
-    mirror: MirrorTest = field(default_factory=MirrorTest)
+    symmetry: SymmetryTest = field(default_factory=SymmetryTest)
 
     def add(self, name: str, facts: ImageFacts) -> None:
         """Add an image."""
@@ -62,7 +62,7 @@ class PixelSummary:
         self.statistics[kind] = facts.statistics if before is None else before.merge(facts.statistics)
         for trait in facts.traits:
             self.traits.setdefault(trait, Named()).add(name)
-        self.mirror.add(facts.gray)
+        self.symmetry.add(facts.gray)
 
     @property
     def main_kind(self) -> Kind:

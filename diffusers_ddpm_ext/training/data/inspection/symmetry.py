@@ -1,7 +1,8 @@
-"""Do mirror images belong to a set: a statistical answer for ``--random_flip``."""
+"""Do flipped and turned images belong to a set: a statistical answer for ``--random_flip`` and its like."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -9,25 +10,57 @@ from numpy.typing import NDArray
 
 from diffusers_ddpm_ext.training.data.inspection.perceptual_hash import SIDE
 
-MIN_IMAGES = 20
+Gray = NDArray[np.float64]
+MOVES: dict[str, Callable[[Gray], Gray]] = {
+    "random_flip": lambda image: image[:, ::-1],
+    "vertical_flip": lambda image: image[::-1],
+    "rotate90": lambda image: np.rot90(image),
+}
+"""Flag of `ddpm-ext train` -> what it does to an image."""
+MIN_IMAGES = {"random_flip": 20, "vertical_flip": 100, "rotate90": 100}
+"""Fewer images give no answer; most sets have an upper side, so that more are needed to say that one has none."""
 MAX_EFFECT = 0.15
+ROUNDING = 1e-3
+"""Differences below this, in standard deviations of a picture, are errors of rounding: of a centered circle."""
 SIGNIFICANT = 3.0
 """Standard errors beyond which chance does not explain a difference."""
 
 
 @dataclass
-class MirrorTest:
-    """Compares images with their mirror images, by two measures whose mean is zero where both are equally likely.
+class Sums:
+    """Sum and sum of squares of values that arrive one by one, of any shape."""
 
-    One is the difference of each pixel from its mirror pixel, in gray at 32 x 32 pixels: digits, or organs, have more
-    ink on one side. The other is the mean slant, the product of the horizontal and the vertical gradient:
-    handwriting leans to one side.
+    values: Gray
+    squares: Gray
+
+    def add(self, value: Gray | float) -> None:
+        """Add a value."""
+        self.values += value
+        self.squares += np.square(value)
+
+    def effect(self, count: int) -> float:
+        """Root mean square of the mean, in standard deviations: 0 where the mean is 0, at most 1."""
+        noise = self.values.size * (ROUNDING * max(count, 1)) ** 2
+        return float(np.sqrt(np.square(self.values).sum() / max(count * self.squares.sum(), noise)))
+
+
+def _pixel_sums() -> dict[str, Sums]:
+    return {name: Sums(np.zeros((SIDE, SIDE)), np.zeros((SIDE, SIDE))) for name in MOVES}
+
+
+@dataclass
+class SymmetryTest:
+    """Compares images with flipped and turned ones, by measures whose mean is zero where both are equally likely.
+
+    One is the difference of each pixel from that of the moved image, in gray at 32 x 32 pixels: digits, organs and
+    landscapes have more ink on one side. The others are means of the gradients: a flip changes the sign of the product
+    of both directions (handwriting leans), a quarter turn also that of the difference of their squares (horizons).
     """
 
     count: int = 0
-    slants: list[float] = field(default_factory=lambda: [0.0, 0.0])  # sum, sum of squares
-    sums: NDArray[np.float64] = field(default_factory=lambda: np.zeros((SIDE, SIDE)))
-    squares: NDArray[np.float64] = field(default_factory=lambda: np.zeros((SIDE, SIDE)))
+    pixels: dict[str, Sums] = field(default_factory=_pixel_sums)
+    slant: Sums = field(default_factory=lambda: Sums(np.zeros(1), np.zeros(1)))
+    direction: Sums = field(default_factory=lambda: Sums(np.zeros(1), np.zeros(1)))
 
     def add(self, gray: NDArray[np.float32]) -> None:
         """Add an image, (32, 32); its brightness and contrast do not matter."""
@@ -36,27 +69,21 @@ class MirrorTest:
         if not spread > 0:
             return
         values = (values - values.mean()) / spread
-        difference = values - values[:, ::-1]
+        for name, move in MOVES.items():
+            self.pixels[name].add(values - move(values))
         down, right = np.gradient(values)
-        slant = float((down * right).sum() / (down**2 + right**2).sum())
+        vertical, horizontal = float(np.vdot(down, down)), float(np.vdot(right, right))
+        self.slant.add(float(np.vdot(down, right)) / (vertical + horizontal))
+        self.direction.add((vertical - horizontal) / (vertical + horizontal))
         self.count += 1
-        self.sums += difference
-        self.squares += difference**2
-        self.slants[0] += slant
-        self.slants[1] += slant**2
 
-    @property
-    def effects(self) -> tuple[float, float]:
-        """Means of the two measures in their standard deviations; 0 where mirror images are equally likely."""
-        count = max(self.count, 1)
-        differences = float(np.sqrt((self.sums**2).sum() / max(count * self.squares.sum(), 1e-300)))
-        slant = abs(self.slants[0]) / np.sqrt(max(count * self.slants[1], 1e-300))
-        return differences, float(slant)
+    def asymmetry(self, name: str) -> float:
+        """The largest measure of a move, in standard deviations: 0 where moved images are as likely as others."""
+        gradients = [self.slant, self.direction] if name == "rotate90" else [self.slant]
+        return max(sums.effect(self.count) for sums in (self.pixels[name], *gradients))
 
-    @property
-    def mirrors_belong(self) -> bool | None:
-        """Whether no difference was found; None for too few images to tell."""
-        if self.count < MIN_IMAGES:
+    def fits(self, name: str) -> bool | None:
+        """Whether moved images belong to the set; None for too few images to tell."""
+        if self.count < MIN_IMAGES[name]:
             return None
-        limit = max(MAX_EFFECT, SIGNIFICANT / np.sqrt(self.count))
-        return bool(max(self.effects) <= limit)
+        return bool(self.asymmetry(name) <= max(MAX_EFFECT, SIGNIFICANT / np.sqrt(self.count)))
