@@ -119,6 +119,9 @@ def parse_data_args(argv: Sequence[str]) -> InspectOptions:
     options = parse_options(InspectOptions, argv, "data", DATA_EXAMPLES)
     if options.validation_data_dir is not None and options.validation_split is not None:
         raise ConfigError("--validation_split contradicts --validation_data_dir: give one of them")
+    if options.data_range is not None and not options.data_range[0] < options.data_range[1]:
+        low, high = options.data_range
+        raise ConfigError(f"--data_range {low:g} {high:g}: the first number must be smaller than the second")
     for flag, path in (("--out", options.picture), ("--json", options.json)):
         if path is None:
             continue

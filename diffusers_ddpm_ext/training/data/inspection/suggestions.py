@@ -257,11 +257,15 @@ def _data_range(dtype: str, low: float, high: float, is_needed: bool) -> tuple[f
             return -1, 1, ""
         if low >= 0 and 100 < high <= 255:
             return 0, 255, ""
+        if low == high:
+            return min(low, 0.0), max(high, 0.0), ", all the same"
         step = 10.0 ** (math.floor(math.log10(max(high - low, abs(high), 1e-300))) - 1)
         return min(low, _outward(low, step, math.floor)), max(high, _outward(high, step, math.ceil)), ""
     limits = np.iinfo(dtype)
     if not is_needed and high - low >= FEW_VALUES * (int(limits.max) - int(limits.min)):
         return None
+    if low == high < 0:
+        return low, 0, ", all the same"
     if low >= 0:
         bits = max(1, int(high).bit_length())
         return 0, 2**bits - 1, f", which are {bits} bits"
