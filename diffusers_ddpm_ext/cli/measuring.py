@@ -135,7 +135,11 @@ def image_options(facts: PipelineFacts, typed: Mapping[str, Any]) -> DataOptions
             f"{facts.source} does not name the images that it was trained on (no {CONFIG}): give --train_data_dir or"
             " --dataset_name"
         )
-    return data_options(file if file.is_file() else None, typed, {} if size is None else {"resolution": size})
+    defaults: dict[str, Any] = {} if size is None else {"resolution": size}
+    pixels = facts.pixel_format
+    if not pixels.is_8_bit and not file.is_file():
+        defaults["data_range"] = (pixels.low, pixels.high)
+    return data_options(file if file.is_file() else None, typed, defaults)
 
 
 def load_images(folder: str, pipeline: Any, options: DataOptions, progress: bool) -> ImageData:
@@ -169,6 +173,12 @@ def load_images(folder: str, pipeline: Any, options: DataOptions, progress: bool
         raise ConfigError(
             f"{folder} makes images of {channels} channel{'s' if channels > 1 else ''}, the data have {data.channels}:"
             f" see --channels"
+        )
+    trained, own = pipeline.pixel_format, data.pixel_format
+    if trained.dtype == own.dtype and (trained.low, trained.high) != (own.low, own.high):
+        raise ConfigError(
+            f"{folder} was trained on {own.dtype} from {trained.low:g} to {trained.high:g}, and the data are from "
+            f"{own.low:g} to {own.high:g}: give --data_range {trained.low:g} {trained.high:g}"
         )
     if data.train.columns is not None:
         _check_conditions(folder, pipeline, data.train.columns)

@@ -100,7 +100,13 @@ def _save_grid(measurement: Measurement, copies: CopyRate, indices: Tensor) -> N
         places = [int(indices[found.nearest[number]]), int(indices[found.second[number]]), by_pixels[row]]
         tiles += [shown[row : row + 1], train.pixels(places)]
         captions += [f"sample {number}", f"ratio {found.ratio[number]:.2f}", "second", "by pixels"]
-    save_grid(torch.cat(tiles), measurement.options.output_folder / GRID, columns=4, captions=captions)
+    save_grid(
+        torch.cat(tiles),
+        measurement.options.output_folder / GRID,
+        columns=4,
+        captions=captions,
+        pixels=measurement.pixels,
+    )
 
 
 def _nearest_by_pixels(images: Tensor, train: ImageSet, indices: Tensor) -> list[int]:

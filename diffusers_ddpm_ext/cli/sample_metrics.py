@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from diffusers_ddpm_ext.training.data.image_set import ImageSet
     from diffusers_ddpm_ext.training.evaluation.processes import Processes
     from diffusers_ddpm_ext.training.evaluation.samples import Images, LevelImages
+    from diffusers_ddpm_ext.utils.pixel_format import PixelFormat
 
 NO_COLUMNS: dict[str, Any] = dict.fromkeys(("class_column", "concat_column", "context_column", "caption_column"))
 """Data options of images that only their features are taken of."""
@@ -48,6 +49,7 @@ class Measurement:
         pipeline: that draws; None for samples made elsewhere.
         data: the images.
         processes: that share the work.
+        preview_channels: those of the options, or of the run; None without.
     """
 
     options: EvaluateOptions
@@ -55,6 +57,7 @@ class Measurement:
     pipeline: Any
     data: ImageData
     processes: Processes
+    preview_channels: tuple[int, ...] | None = None
 
     @cached_property
     def extractor(self) -> FeatureExtractor:
@@ -65,12 +68,21 @@ class Measurement:
         """
         from diffusers_ddpm_ext.metrics.features import load_feature_extractor
         from diffusers_ddpm_ext.training.data.dataset import DIGITS_LEVELS
+        from diffusers_ddpm_ext.training.evaluation.channel_features import of_chosen_channels
 
         name = self.samples_options.feature_extractor
         if name is None:
             name = "digits" if self.data.train.levels == DIGITS_LEVELS else "pixels"
         device = self.processes.device
-        return load_feature_extractor(name, device, self.samples_options.trust_feature_extractor)
+        extractor = load_feature_extractor(name, device, self.samples_options.trust_feature_extractor)
+        return of_chosen_channels(extractor, self.data.channels, self.pixels)
+
+    @cached_property
+    def pixels(self) -> PixelFormat:
+        """Dtype and range of the data, and the channels that are shown."""
+        from diffusers_ddpm_ext.training.data.preview_format import with_preview
+
+        return with_preview(self.data, self.preview_channels)
 
     @cached_property
     def samples(self) -> LevelImages:
@@ -79,7 +91,8 @@ class Measurement:
         if self.samples_options.samples is not None:
             from diffusers_ddpm_ext.training.evaluation.given_samples import read_samples
 
-            return read_samples(self.samples_options.samples, train.shape, train.levels, self.processes.rank == 0)
+            file, is_main = self.samples_options.samples, self.processes.rank == 0
+            return read_samples(file, train.shape, train.levels, self.data.pixel_format, is_main)
         return self._draw()
 
     def _draw(self) -> LevelImages:
@@ -239,10 +252,10 @@ def _prepare(options: EvaluateOptions, samples_options: SampleMetricsOptions) ->
         data_options = _data_options(facts_of_pipeline(options.folder, pipeline), options.data)
     if samples_options.samples is not None:
         data = load_data(replace(data_options, **NO_COLUMNS), progress=is_main)
-        return Measurement(options, samples_options, None, data, processes)
+        return Measurement(options, samples_options, None, data, processes, data_options.preview_channels)
     set_scheduler(pipeline, samples_options.scheduler, samples_options.scheduler_args)
     data = load_images(options.folder, pipeline, data_options, is_main)
-    return Measurement(options, samples_options, pipeline, data, processes)
+    return Measurement(options, samples_options, pipeline, data, processes, data_options.preview_channels)
 
 
 def _data_options(facts: Any, typed: Mapping[str, Any]) -> DataOptions:

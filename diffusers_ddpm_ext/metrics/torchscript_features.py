@@ -68,5 +68,7 @@ def torchscript_features(path: str, device: torch.device) -> FeatureExtractor:
 def _levels(image: Tensor) -> Tensor:
     """Color pixels 0..255, uint8."""
     if image.shape[1] not in (1, 3):
-        raise ValueError(f"{OPTION}: the file takes images of 1 or 3 channels, not of {image.shape[1]}.")
+        raise ValueError(
+            f"{OPTION}: the file takes images of 1 or 3 channels, not of {image.shape[1]}: see --preview_channels."
+        )
     return ((image + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).expand(-1, 3, -1, -1)

@@ -52,7 +52,7 @@ class Preparation:
         if image.shape[1] not in (1, self.channels):
             raise ValueError(
                 f"{OPTION}: the model takes images of {self.channels} channels, not of {image.shape[1]}: see "
-                f"--channels, or take {OPTION} pixels"
+                f"--channels and --preview_channels, or take {OPTION} pixels"
             )
         image = image.expand(-1, self.channels, -1, -1)
         if self.size is not None:

@@ -78,3 +78,10 @@ class PixelOptions:
         " width).",
         unset="channels_last, if that is the shortest axis; otherwise it must be said",
     )
+    preview_channels: tuple[int, ...] | None = option(
+        None,
+        "Channels that grids of images show, by number from 0: one in gray, or three as red, green and blue.",
+        low=0,
+        unset="all of 1, 3 or 4 channels, the first of 2, else three principal components of the images",
+        metavar="I",
+    )

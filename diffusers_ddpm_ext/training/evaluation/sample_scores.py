@@ -16,9 +16,11 @@ from diffusers_ddpm_ext.metrics.scores import compute_scores
 from diffusers_ddpm_ext.training.config.options import ValidationOptions
 from diffusers_ddpm_ext.training.data.dataset import DIGITS_LEVELS, ImageData
 from diffusers_ddpm_ext.training.data.image_set import ImageSet
+from diffusers_ddpm_ext.training.evaluation.channel_features import of_chosen_channels
 from diffusers_ddpm_ext.training.evaluation.processes import Processes
 from diffusers_ddpm_ext.training.evaluation.samples import SampleDraws, draw_images, extract_features
 from diffusers_ddpm_ext.training.evaluation.validation_loss import evenly_spaced
+from diffusers_ddpm_ext.utils.pixel_format import PixelFormat
 from diffusers_ddpm_ext.utils.vocabulary import SCORES
 
 
@@ -72,8 +74,16 @@ class SampleScores:
         return {f"{name}{end}": math.nan for name in names for end in ("", "_low", "_high")}
 
 
-def build_sample_scores(options: ValidationOptions, data: ImageData, device: torch.device) -> SampleScores | None:
+def build_sample_scores(
+    options: ValidationOptions, data: ImageData, pixels: PixelFormat, device: torch.device
+) -> SampleScores | None:
     """What measures the samples of a run; None without ``validation_metrics``. No random state changes.
+
+    Args:
+        options: of validation.
+        data: the images.
+        pixels: of the images; a vision model gets the chosen channels.
+        device: of the features.
 
     Raises:
         ConfigError: the extractor cannot be loaded or cannot take the images, or there are too few of these.
@@ -93,6 +103,7 @@ def build_sample_scores(options: ValidationOptions, data: ImageData, device: tor
         name = "digits" if data.train.levels == DIGITS_LEVELS else "pixels"
     with torch.random.fork_rng():
         extractor = load_feature_extractor(name, device, options.trust_feature_extractor)
+    extractor = of_chosen_channels(extractor, data.channels, pixels)
     try:
         extractor(data.validation.pixels(indices[:1]))
     except ValueError as error:

@@ -182,7 +182,7 @@ def _write_event(
     # Samples with a non-finite loss come first, so that the image grid shows them.
     order = sorted(samples, key=lambda ranked: math.isfinite(ranked[1].loss))
     chosen = torch.tensor([sample.image for _, sample in order[:MAX_IMAGES]])
-    save_grid(images.pixels(chosen), folder / "inputs.png")
+    save_grid(images.pixels(chosen), folder / "inputs.png", pixels=setup.pixel_format)
     return f", see {folder}"
 
 

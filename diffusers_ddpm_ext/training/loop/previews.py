@@ -30,6 +30,7 @@ from diffusers_ddpm_ext.training.loop.run import Run
 from diffusers_ddpm_ext.training.loop.setup import Setup
 from diffusers_ddpm_ext.utils import random_keys as keys
 from diffusers_ddpm_ext.utils.files import METRICS, write_atomically
+from diffusers_ddpm_ext.utils.pixel_format import PixelFormat
 from diffusers_ddpm_ext.utils.run_metrics import read_metrics
 
 IMAGE_FOLDER = "samples"
@@ -60,6 +61,7 @@ class Preview:
         guidance_scale: of the samples.
         class_names: drawn under the samples, as prompts are; by number, empty where classes have none.
         latents: decodes samples that are latents; None for those of a pixel model.
+        pixels: of the images; says which channels are shown.
     """
 
     folder: Path
@@ -73,6 +75,7 @@ class Preview:
     guidance_scale: float = 1.0
     class_names: Mapping[int, str] = field(default_factory=dict)
     latents: LatentEncoder | None = None
+    pixels: PixelFormat | None = None
 
     def draw_data(self, images: ImageSet, scheduler: DDPMExtScheduler) -> tuple[Path, Path]:
         """Draw ``inputs.png``, some images, and ``diffusion_row.png``, the diffusion of a few of them."""
@@ -81,8 +84,8 @@ class Preview:
         x0 = sample_set(images, self.latents).samples(chosen[:NUM_ROWS]).cpu()
         rows = self._decoded(diffusion_rows(x0, scheduler, self.seed))
         return (
-            save_grid(images.pixels(chosen), self.folder / "inputs.png", columns=NUM_INPUTS),
-            save_grid(rows.flatten(0, 1), self.folder / "diffusion_row.png", columns=rows.shape[1]),
+            self._save(images.pixels(chosen), "inputs.png", columns=NUM_INPUTS),
+            self._save(rows.flatten(0, 1), "diffusion_row.png", columns=rows.shape[1]),
         )
 
     def draw_samples(
@@ -94,9 +97,12 @@ class Preview:
         """
         samples, rows = self.sample(denoiser, scheduler, class_embedder)
         return (
-            save_grid(samples, self.folder / f"samples-{step}.png", captions=self._captions()),
-            save_grid(rows.flatten(0, 1), self.folder / f"denoise_row-{step}.png", columns=rows.shape[1]),
+            self._save(samples, f"samples-{step}.png", captions=self._captions()),
+            self._save(rows.flatten(0, 1), f"denoise_row-{step}.png", columns=rows.shape[1]),
         )
+
+    def _save(self, images: Tensor, name: str, **options: Any) -> Path:
+        return save_grid(images, self.folder / name, pixels=self.pixels, **options)
 
     def _decoded(self, samples: Tensor) -> Tensor:
         """Images of samples, (..., C, H, W) on the CPU: of a pixel model they are the samples."""
@@ -188,11 +194,12 @@ def make_preview(run: Run) -> Preview:
         output.ddpm_num_inference_steps,
         setup.config.validation.eval_batch_size,
         stop_requested=lambda: bool(run.signals.stopped_by),
-        pipeline_kwargs=setup.parts.pipeline_kwargs,
+        pipeline_kwargs=setup.pipeline_kwargs,
         conditions=lambda images: preview_conditions(setup, images),
         guidance_scale=output.preview_guidance_scale,
         class_names=setup.parts.class_names,
         latents=setup.latents,
+        pixels=setup.pixel_format,
     )
 
 

@@ -69,9 +69,8 @@ def draw_inputs(run: Run) -> None:
     """Draw ``inputs.png``, some images, before the first step."""
     images = run.setup.data.train
     if run.setup.accelerator.is_main_process:
-        save_grid(
-            images.pixels(_spread(images, NUM_INPUTS)), run.folder / IMAGE_FOLDER / "inputs.png", columns=NUM_INPUTS
-        )
+        path, chosen = run.folder / IMAGE_FOLDER / "inputs.png", images.pixels(_spread(images, NUM_INPUTS))
+        save_grid(chosen, path, columns=NUM_INPUTS, pixels=run.setup.pixel_format)
 
 
 def draw_reconstructions(run: Run) -> None:
@@ -113,7 +112,7 @@ def _draw(run: Run, network: AutoencoderKL | VQModel) -> None:
         blank = pixels.new_ones(NUM_INPUTS - len(indices), *images.shape)
         rows += [torch.cat([pixels, blank]), torch.cat([decoded, blank])]
     path = run.folder / IMAGE_FOLDER / f"reconstructions-{run.progress.step}.png"
-    save_grid(torch.cat(rows), path, columns=NUM_INPUTS)
+    save_grid(torch.cat(rows), path, columns=NUM_INPUTS, pixels=setup.pixel_format)
 
 
 def describe_autoencoder(setup: Setup) -> list[tuple[str, str]]:

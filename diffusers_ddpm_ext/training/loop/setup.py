@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -25,6 +26,7 @@ from diffusers_ddpm_ext.training.data.conditions import check_precision
 from diffusers_ddpm_ext.training.data.dataset import ImageData, load_data
 from diffusers_ddpm_ext.training.data.image_set import ImageSet
 from diffusers_ddpm_ext.training.data.latents import LatentEncoder, SampleSet, sample_set
+from diffusers_ddpm_ext.training.data.preview_format import with_preview
 from diffusers_ddpm_ext.training.distributed import (
     any_rank,
     fail_together,
@@ -60,6 +62,7 @@ from diffusers_ddpm_ext.training.tracking.plan import (
     warmup_warning,
 )
 from diffusers_ddpm_ext.utils.dtensor import gather_in_method, is_sharded
+from diffusers_ddpm_ext.utils.pixel_format import PixelFormat
 from diffusers_ddpm_ext.utils.vocabulary import SCORES
 
 
@@ -115,6 +118,16 @@ class Setup:
     def captions(self) -> CaptionEncoder | None:
         """The text encoder, which makes tokens of captions; None for a run without them."""
         return self.trained.captions if isinstance(self.trained, Parts) else None
+
+    @cached_property
+    def pixel_format(self) -> PixelFormat:
+        """Dtype and range of the data, and how previews show its channels; recorded in the saved pipeline."""
+        return with_preview(self.data, self.config.data.preview_channels)
+
+    @property
+    def pipeline_kwargs(self) -> dict[str, Any]:
+        """Arguments of the pipeline, in the run of a diffusion model."""
+        return self.parts.pipeline_kwargs | {"pixel_format": self.pixel_format}
 
     def samples(self, images: ImageSet) -> SampleSet:
         """What the network denoises for a set of images."""
@@ -227,8 +240,9 @@ def build_setup(config: TrainConfig) -> Setup:
             lr_scheduler = lr_schedule(
                 optim.lr_scheduler, optimizer, plan.steps, optim.lr_warmup_steps, optim.lr_scheduler_args
             )
+        pixels = with_preview(data, config.data.preview_channels)
         monitor = make_monitor(config, trained, has_validation=data.validation is not None)
-        scores = build_sample_scores(config.validation, data, accelerator.device)
+        scores = build_sample_scores(config.validation, data, pixels, accelerator.device)
     # Accelerate does not get the scheduler: its wrapper steps once per process and step.
     wrapped, optimizer = accelerator.prepare(task, optimizer)
     if isinstance(trained, Parts):

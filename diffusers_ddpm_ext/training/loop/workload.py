@@ -106,7 +106,7 @@ class Diffusion:
 
     def save(self, setup: Setup, folder: Path, networks: ExportedNetworks, warn: bool) -> None:
         """Save a pipeline."""
-        pipeline = save_pipeline(folder, networks, setup.parts.scheduler, setup.parts.pipeline_kwargs)
+        pipeline = save_pipeline(folder, networks, setup.parts.scheduler, setup.pipeline_kwargs)
         if warn:
             pipeline.warn_if_stock_fails()
 
