@@ -38,7 +38,9 @@ def make_stage(seed: int = 0, **config: object) -> FirstStage:
     return FirstStage(vae.eval())
 
 
-def make_data(seed: int = 0, flips: bool = True, size: tuple[int, int] = (SIZE, SIZE)) -> ImageData:
+def make_data(
+    seed: int = 0, flips: bool = True, size: tuple[int, int] = (SIZE, SIZE), **augmentation: bool
+) -> ImageData:
     """Images of noise, some of them held out."""
     generator = torch.Generator().manual_seed(seed)
     images = [torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=generator) for _ in range(COUNT)]
@@ -48,7 +50,7 @@ def make_data(seed: int = 0, flips: bool = True, size: tuple[int, int] = (SIZE, 
         store,
         rows[HELD_OUT:],
         (SIZE, SIZE),
-        augmentation=Augmentation(flips),
+        augmentation=Augmentation(flips, **augmentation),
         names=[f"{i}.png" for i in range(COUNT)],
     )
     return ImageData(

@@ -117,6 +117,11 @@ def _check_cache(flat: Mapping[str, Any], typed: Set[str]) -> None:
         raise ConfigError(
             f"--cache_latents_dtype {dtype} has no effect without --cache_latents: add that, or leave it out"
         )
+    if folder is not None and flat["random_crop"] == "before":
+        raise ConfigError(
+            "--cache_latents stores one crop of each image, and --random_crop before cuts another one each time: leave"
+            " one out"
+        )
     if folder is not None and exists(folder) and not Path(folder).is_dir():
         raise ConfigError(f"--cache_latents {printable(folder, 200)} is a file: name a folder")
 

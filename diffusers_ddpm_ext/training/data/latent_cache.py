@@ -153,7 +153,8 @@ def _job(
         height, width = min(larger)
         raise ConfigError(
             f"{OPTION} stores one crop of each image, and images of {height}x{width} are cropped to"
-            f" {images.size[0]}x{images.size[1]} at random places: add --center_crop, or leave {OPTION} out"
+            f" {images.size[0]}x{images.size[1]} at random places: add --center_crop or --resize pad, or"
+            f" leave {OPTION} out"
         )
     blank = encode(torch.zeros(1, *images.shape, device=device))
     _, channels, *size = blank.mean.shape

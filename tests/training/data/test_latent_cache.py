@@ -24,6 +24,7 @@ from helpers.paths import PYTHONPATH, TESTS
 from diffusers_ddpm_ext.errors import ConfigError, RunError
 from diffusers_ddpm_ext.models.first_stage import FirstStage
 from diffusers_ddpm_ext.training.data import cache_building, cache_folder, latent_cache
+from diffusers_ddpm_ext.training.data.augmentation import Augmentation, RandomCrop
 from diffusers_ddpm_ext.training.data.conditions import ConditionColumns
 from diffusers_ddpm_ext.training.data.image_set import levels_to_pixels
 from diffusers_ddpm_ext.training.data.latents import LatentEncoder
@@ -87,12 +88,21 @@ def assert_complete(cached, data, stage):
 # ------------------------------------------------------------------ what it holds
 
 
-@pytest.mark.parametrize("flips", [True, False])
-def test_stored_posteriors_are_those_that_training_computes(flips, stage, accelerator, tmp_path):
-    data = make_data(flips=flips)
+@pytest.mark.parametrize(
+    ("augmentation", "symmetries"),
+    [
+        ({"flips": True}, 2),
+        ({"flips": False}, 1),
+        ({"flips": False, "vertical_flip": True}, 2),
+        ({"vertical_flip": True}, 4),
+        ({"rotate90": True}, 8),
+    ],
+)
+def test_stored_posteriors_are_those_that_training_computes(augmentation, symmetries, stage, accelerator, tmp_path):
+    data = make_data(**augmentation)
     cached = cache_latents(str(tmp_path), "float32", data, stage, accelerator)
     assert_complete(cached, data, stage)
-    expected = COUNT * (2 if flips else 1)
+    expected = COUNT * symmetries
     assert sum(path.stat().st_size for path in only_folder(tmp_path).glob("*.bin")) == expected * RECORD
 
 
@@ -101,6 +111,14 @@ def test_the_mirrored_latent_is_not_the_latent_of_the_mirrored_image(stage, acce
     plain, mirrored = (store.load(torch.tensor([4]), torch.tensor([flipped])) for flipped in (False, True))
     difference = (mirrored.mean - plain.mean.flip(-1)).abs().mean() / plain.mean.abs().mean()
     assert difference > 0.1
+
+
+def test_random_parts_cannot_be_stored(stage, accelerator, tmp_path):
+    data = make_data()
+    augmentation = Augmentation(random_crop=RandomCrop((0.5, 1.0)))
+    data = replace(data, train=replace(data.train, augmentation=augmentation))
+    with pytest.raises(ConfigError, match=r"--cache_latents .* --random_crop before cuts another one each time"):
+        cache_latents(str(tmp_path), "float32", data, stage, accelerator)
 
 
 def test_an_image_is_encoded_once_for_all_later_runs(stage, accelerator, tmp_path, encoded):
@@ -115,7 +133,7 @@ def test_an_image_is_encoded_once_for_all_later_runs(stage, accelerator, tmp_pat
     assert_complete(again, data, stage)
 
 
-@pytest.mark.parametrize("change", ["stage", "config", "images", "flips", "dtype", "size"])
+@pytest.mark.parametrize("change", ["stage", "config", "images", "flips", "turns", "dtype", "size"])
 def test_anything_else_has_a_cache_of_its_own(change, stage, accelerator, tmp_path):
     data, dtype = make_data(), "float32"
     cache_latents(str(tmp_path), dtype, data, stage, accelerator)
@@ -127,6 +145,8 @@ def test_anything_else_has_a_cache_of_its_own(change, stage, accelerator, tmp_pa
         data = make_data(seed=1)
     elif change == "flips":
         data = make_data(flips=False)
+    elif change == "turns":
+        data = make_data(vertical_flip=True)
     elif change == "size":
         data = make_data(size=(SIZE, SIZE // 2))
         data = replace(
