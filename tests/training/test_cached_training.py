@@ -131,7 +131,6 @@ def run_command(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, st
     ("options", "message"),
     [
         ({"train_data_dir": "wide"}, "images of 8x10 are cropped to 8x8 at random places: add --center_crop"),
-        ({"random_crop": "before"}, "--cache_latents stores one crop of each image, and --random_crop before cuts"),
         ({"cache_latents": "file"}, "file is a file: name a folder"),
         ({"cache_latents": "/proc/latents"}, "cannot be written: No such file or directory; name another folder"),
     ],
