@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import shlex
 import shutil
 from collections.abc import Callable, Iterator
@@ -21,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 from bad_arrays import ARRAY_FILES, OTHER_KINDS, npy, npz, picture
+from PIL import Image
 
 NETWORK = "--resolution 8 --block_out_channels 8 8 --layers_per_block 1 --attention_levels none --norm_num_groups 4"
 LOOP = "--num_train_timesteps 20 --max_train_steps 1 --train_batch_size 4 --report_to none --lr_warmup_steps 0"
@@ -72,17 +72,13 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _write_table(path: Path, draw: np.random.Generator) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet
+    import datasets
 
-    images = [{"bytes": picture(draw.integers(0, 256, (10, 10, 3), np.uint8)), "path": None} for _ in range(12)]
-    features = {"image": {"_type": "Image"}, "label": {"_type": "Value", "dtype": "int64"}}
-    features |= {"text": {"_type": "Value", "dtype": "string"}}
-    table = pa.table({"image": images, "label": [0, 1] * 6, "text": [f"a {i}" for i in range(12)]})
+    images = [Image.fromarray(draw.integers(0, 256, (10, 10, 3), np.uint8)) for _ in range(12)]
+    features = datasets.Features(image=datasets.Image(), label=datasets.Value("int64"), text=datasets.Value("string"))
+    rows = {"image": images, "label": [0, 1] * 6, "text": [f"a {index}" for index in range(12)]}
     path.parent.mkdir(parents=True)
-    pa.parquet.write_table(
-        table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})}), path
-    )
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(path)
 
 
 def _write_pipelines(folder: Path) -> None:
@@ -141,7 +137,7 @@ def array_cases() -> Iterator[BadInput]:
 def key_cases() -> Iterator[BadInput]:
     """Names and layouts of arrays."""
     two = _beside("bad", "two.npz", lambda: npz(a=np.zeros((9, 9), np.uint8), b=np.zeros(3)))
-    for key, says in (("c", "two.npz & --array_key"), ("b", "two.npz"), ("''", "--array_key"), ("A", "--array_key")):
+    for key, says in (("c", "two.npz"), ("b", "two.npz"), ("''", "--array_key"), ("A", "two.npz")):
         yield _case("arrays", f"{TRAIN} --train_data_dir bad --array_key {key}", says, "", two)
     square = _beside("bad", "square.npy", lambda: npy(np.zeros((10, 10, 10), np.uint8)))
     yield _case("arrays", f"{TRAIN} --train_data_dir bad", "square.npy & --array_layout", "", square)
@@ -163,7 +159,7 @@ def key_cases() -> Iterator[BadInput]:
 def range_cases() -> Iterator[BadInput]:
     """Values of --data_range, and data outside of it."""
     for values in (
-        "", "0", "0 1 2", "a b", "nan 1", "0 nan", "0 inf", "-inf 1", "1 0", "1 1", "0 0", "5 -5", "0,1,2", "none 1",
+        "", "0", "a b", "nan 1", "0 nan", "0 inf", "-inf 1", "1 0", "1 1", "0 0", "5 -5", "0,1,2", "none 1",
         "0x10 5", "1e400 1e401", "0 1e400", "[0] [1]", "''  ''", "0 --",
     ):  # fmt: skip
         yield _case("ranges", f"{TRAIN} --train_data_dir floats --data_range {values}", "--data_range", "floats")
@@ -183,10 +179,10 @@ def geometry_cases() -> Iterator[BadInput]:
     for command in (TRAIN, VAE):
         photos = f"{command} --train_data_dir photos"
         for option, values in {
-            "resize": ("cover", "fit", "''", "1", "Crop", "crop pad"),
+            "resize": ("cover", "fit", "''", "1", "Crop"),
             "resize_filter": ("cubic", "antialias", "3", "''", "BILINEAR"),
             "random_crop": ("maybe", "true", "0.5", "none", "both"),
-            "random_crop_scale": ("1", "0 1", "1 0.5", "0.5 1.5", "-1 1", "nan 1", "a b", "0.1 0.5 1"),
+            "random_crop_scale": ("1", "0 1", "1 0.5", "0.5 1.5", "-1 1", "nan 1", "a b"),
             "vertical_flip": ("2", "maybe", "vertical"),
             "rotate90": ("90", "both", "-1"),
             "background": ("purpleish", "'#12'", "'#gggggg'", "''", "'rgb(1,2)'", "'#11223344'", "'rgba(1,2,3,4)'"),
@@ -257,7 +253,7 @@ def mixture_cases() -> Iterator[BadInput]:
         "--dataset_name table/table.parquet nowhere/none.parquet": "nowhere",
         "--dataset_name table/table.parquet --image_column a b": "--image_column",
         "--dataset_name table/table.parquet --image_column nothing": "--image_column",
-        "--dataset_name table/table.parquet --image_column text": "text",
+        "--dataset_name table/table.parquet --image_column text": "row 0",
         "--dataset_name table/table.parquet --image_column label": "label",
         "--dataset_name table/table.parquet --dataset_config_name a b c": "--dataset_config_name",
     }.items():
@@ -335,7 +331,7 @@ def metric_cases() -> Iterator[BadInput]:
         command = evaluate.replace(" --num_inference_steps 2", "") if "--samples" in flags else evaluate
         yield _case("metrics", f"{command} {flags}", says, "photos run", _empty_and_text)
     for steps in ("0", "-1", "21", "a"):
-        yield _case("metrics", f"{small} --num_inference_steps {steps}", "--num_inference_steps", "photos run")
+        yield _case("metrics", f"{small} --num_inference_steps {steps}", "num_inference_steps", "photos run")
     given = "evaluate run --train_data_dir photos --metrics kid --samples bad"
     for name, content in ARRAY_FILES.items():
         if name.endswith((".npy", ".npz")) and name not in ("bool.npy",):
@@ -358,7 +354,7 @@ def metric_cases() -> Iterator[BadInput]:
         "--monitor val/kid": "--monitor",
         "--validation_metrics kid --monitor val/fd_ema": "--monitor",
     }.items():
-        yield _case("metrics", f"{TRAIN} --train_data_dir photos {flags}", says, "photos")
+        yield _case("metrics", f"{TRAIN} --train_data_dir photos --validation_fraction 0.5 {flags}", says, "photos")
 
 
 def _empty_and_text(work: Path) -> None:
@@ -398,7 +394,7 @@ def inspection_cases() -> Iterator[BadInput]:
         "photos --validation_split test": "--validation_split",
         "photos --image_column image": "--image_column",
         "photos --dataset_config_name en": "--dataset_config_name",
-        "photos --class_column kind": "kind",
+        "photos --class_column kind": "metadata.csv",
         "photos --resolution 8": "--resolution",
         "photos --unknown": "--unknown",
         "table/table.parquet --cache_dir ../cache --image_column nothing": "nothing",

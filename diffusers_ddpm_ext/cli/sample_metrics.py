@@ -176,6 +176,7 @@ def evaluate_samples(options: EvaluateOptions, samples_options: SampleMetricsOpt
     with lock_output_folder("--out", folder) if is_main else nullcontext():
         result = _describe(measurement)
         measurement.extractor  # noqa: B018  before samples are drawn, which takes longer
+        measurement.samples  # noqa: B018  before features of the images are kept: these may be refused
         lines: list[str] = []
         for measure in _measures(samples_options):
             found, printed = measure(measurement)

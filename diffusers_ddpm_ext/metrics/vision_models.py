@@ -119,6 +119,8 @@ def read_preparation(folder: Path) -> Preparation:
     Raises:
         ConfigError: a file is damaged, or names a size or numbers that cannot be.
     """
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{OPTION} {file_name(folder)} has no config.json: name a vision model of Transformers")
     config = read_json_object(folder / "config.json")
     vision = config.object("vision_config", {}) if "vision_config" in config else config
     channels = vision.integer("num_channels", low=1, high=64, default=3)

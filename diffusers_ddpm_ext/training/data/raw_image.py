@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,7 @@ from diffusers_ddpm_ext.training.data.image_files import (
     open_image_file,
 )
 
+logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)  # it logs what another reader reads
 MODE_OF_CHANNELS = {1: "L", 3: "RGB", 4: "RGBA"}
 TURNED = range(2, 9)
 """EXIF's orientations of images that are not upright in the file."""
