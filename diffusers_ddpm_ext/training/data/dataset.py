@@ -325,8 +325,7 @@ def _describe(
     ]
     if not train.images.pixel_format.is_8_bit:
         parts.append(_describe_values(train.images.pixel_format))
-    if images != DIGITS:
-        parts += describe_geometry(options)
+    parts += describe_geometry(options, is_cropped=images != DIGITS)
     if options.class_balance:
         parts.append("each class equally often")
     loaded_sources = [source.loaded for source in sources]

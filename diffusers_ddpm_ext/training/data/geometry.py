@@ -28,12 +28,17 @@ def augmentation_of(options: DataOptions, pixel_format: PixelFormat, channels: i
     return Augmentation(options.random_flip, options.vertical_flip, options.rotate90, random_crop)
 
 
-def describe_geometry(options: DataOptions) -> list[str]:
-    """What is done to the images, for the printed plan."""
+def describe_geometry(options: DataOptions, is_cropped: bool = True) -> list[str]:
+    """What is done to the images, for the printed plan.
+
+    Args:
+        options: of the run.
+        is_cropped: whether images have other proportions than the run's, as photographs do.
+    """
     if options.random_crop == "before":
         low, high = options.random_crop_scale
         parts = [f"random crop of {low:g} to {high:g} of each image before resizing"]
-    elif options.resize == "crop":
+    elif options.resize == "crop" and is_cropped:
         parts = ["center crop" if options.center_crop else "random crop"]
     else:
         parts = []
