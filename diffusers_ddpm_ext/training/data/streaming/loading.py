@@ -19,7 +19,7 @@ from diffusers_ddpm_ext.training.data.decoding import Preprocessing
 from diffusers_ddpm_ext.training.data.image_set import ImageSet
 from diffusers_ddpm_ext.training.data.image_store import LoadedImages, decode_source
 from diffusers_ddpm_ext.training.data.streaming.lanes import LanePlan, plan_lanes
-from diffusers_ddpm_ext.training.data.streaming.opening import OpenedRows, open_dataset, open_folder
+from diffusers_ddpm_ext.training.data.streaming.opening import OpenedRows, errors_named, open_dataset, open_folder
 from diffusers_ddpm_ext.training.data.streaming.row_images import RowDecoder, row_source
 from diffusers_ddpm_ext.training.data.streaming.rows import Row, first_rows, spread_rows
 
@@ -153,11 +153,13 @@ def load_stream(
         ConfigError: the source, a column or an image is not usable.
     """
     opener = _Opener(options, preprocessing, columns, memory_limit, progress)
-    opened, held_out = _hold_out(opener, opener.open("--train_data_dir", options.data_dirs, "train"))
-    rows = spread_rows(opened.rows, SAMPLE_SIZE)
-    if not rows:
-        raise ConfigError(f"{opened.option} has no rows.")
-    opened, classes = _known_classes(opener, opened, rows)
+    opened = opener.open("--train_data_dir", options.data_dirs, "train")
+    with errors_named(opened.option):
+        opened, held_out = _hold_out(opener, opened)
+        rows = spread_rows(opened.rows, SAMPLE_SIZE)
+        if not rows:
+            raise ConfigError(f"{opened.option} has no rows.")
+        opened, classes = _known_classes(opener, opened, rows)
     sample, validation = opener.decode(opened, rows, classes), None
     if held_out is not None:
         source = held_out[0] if opened.class_names is None else replace(held_out[0], class_names=opened.class_names)

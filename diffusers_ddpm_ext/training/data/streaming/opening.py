@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from diffusers_ddpm_ext.errors import ConfigError, printable
+from diffusers_ddpm_ext.errors import ConfigError, RunError, printable
 from diffusers_ddpm_ext.training.data.dataset_files import builder_arguments, is_saved_dataset, saved_split
-from diffusers_ddpm_ext.training.data.sources import image_column_of, one_line, scan_folder
+from diffusers_ddpm_ext.training.data.sources import image_column_of, is_array_feature, one_line, scan_folder
 from diffusers_ddpm_ext.training.data.streaming.parquet import (
     MAX_COUNTED_FILES,
+    Columns,
     CountedParquet,
     ParquetShards,
     is_remote,
@@ -136,21 +138,17 @@ def open_dataset(
     for each in chosen:
         if each not in table.features:
             raise ConfigError(f"column {printable(each, 60)!r} is not in {label}: it has {', '.join(table.features)}")
-    rows: RowStream
-    if kind == "parquet" and files:
-        counted = len(files) <= MAX_COUNTED_FILES
-        rows = CountedRows(CountedParquet(files, chosen)) if counted else _sharded(ParquetShards(files, chosen))
-    else:
-        undecoded = table.select_columns(chosen)
-        for each in chosen:
-            if type(table.features[each]).__name__ == "Image":
-                undecoded = undecoded.cast_column(each, datasets.Image(decode=False))
-        rows = CountedRows(TableRows(undecoded)) if kind == "table" else _sharded(IterableRows(undecoded, files))
+    feature = table.features[column]
+    is_file = type(feature).__name__ == "Image" or getattr(feature, "dtype", "").endswith(("binary", "string"))
+    if not is_file and not is_array_feature(feature):
+        raise ConfigError(f"--image_column {printable(column, 60)!r} of {label} has no images: it has {feature}")
+    rows = _rows_of(table, Columns(chosen, [column] if is_array_feature(feature) else []), kind, files)
     class_feature = table.features.get(columns.get("class_labels"))
     names = getattr(class_feature, "names", None)
-    identity = (
-        _identity(files, [split, *chosen]) if files else hashlib.sha256(repr((name, split)).encode()).hexdigest()
-    )
+    with errors_named(label):
+        identity = _identity(files, [name if not files else "", split, *chosen])
+        if rows.num_rows == 0:
+            raise ConfigError(f"{label}, split {split!r}, has no rows.")
     return OpenedRows(
         rows,
         label,
@@ -161,6 +159,33 @@ def open_dataset(
         str(getattr(class_feature, "dtype", "")).startswith(("int", "uint")),
         identity,
     )
+
+
+@contextmanager
+def errors_named(label: str) -> Iterator[None]:
+    """Turn any error of a library that reads rows into a ConfigError that names the source."""
+    try:
+        yield
+    except (ConfigError, RunError):
+        raise
+    except Exception as error:
+        reason = printable(one_line(error), 300)
+        raise ConfigError(f"{label} cannot be read: {type(error).__name__} {reason}") from error
+
+
+def _rows_of(table: Any, columns: Columns, kind: str, files: Sequence[str]) -> RowStream:
+    """The rows of files, of a table, or of what `datasets` iterates over."""
+    if kind == "parquet" and files:
+        counted = len(files) <= MAX_COUNTED_FILES
+        return CountedRows(CountedParquet(files, columns)) if counted else _sharded(ParquetShards(files, columns))
+    undecoded = table.select_columns(list(columns.names))
+    for name in columns.names:
+        feature = table.features[name]
+        if type(feature).__name__ == "Image":
+            undecoded = undecoded.cast_column(name, type(feature)(decode=False))
+    if kind == "table":
+        return CountedRows(TableRows(undecoded.with_format("arrow"), columns.arrays))
+    return _sharded(IterableRows(undecoded, files, columns.arrays))
 
 
 def _sharded(source: Any) -> ShardedRows:

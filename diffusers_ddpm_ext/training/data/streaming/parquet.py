@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from diffusers_ddpm_ext.errors import printable
+from diffusers_ddpm_ext.training.data.streaming.arrow_cells import cells_of_rows
 from diffusers_ddpm_ext.utils.input_files import open_input
 
 MAX_COUNTED_FILES = 256
@@ -50,8 +51,20 @@ def read_groups(file: str) -> list[int]:
         return [parquet.metadata.row_group(group).num_rows for group in range(parquet.metadata.num_row_groups)]
 
 
+@dataclass(frozen=True)
+class Columns:
+    """Columns that are read, and those among them that hold arrays."""
+
+    names: Sequence[str]
+    arrays: Sequence[str] = ()
+
+    def only(self, name: str) -> Columns:
+        """One of these columns."""
+        return Columns((name,), tuple(each for each in self.arrays if each == name))
+
+
 def read_cells(
-    file: str, columns: Sequence[str], groups: Sequence[int] | None, start: int, stop: int | None = None
+    file: str, columns: Columns, groups: Sequence[int] | None, start: int, stop: int | None = None
 ) -> Iterator[Mapping[str, Any]]:
     """Yield the cells of the rows ``start`` to ``stop`` of a file.
 
@@ -73,12 +86,12 @@ def read_cells(
         first, last = (int(each) for each in np.searchsorted(ends, [start, stop - 1], side="right"))
         row = int(ends[first - 1]) if first else 0
         chosen = list(range(first, min(last + 1, len(groups))))
-        batches = parquet.iter_batches(ROWS_PER_READ, chosen, list(columns), use_threads=False) if chosen else ()
+        batches = parquet.iter_batches(ROWS_PER_READ, chosen, list(columns.names), use_threads=False) if chosen else ()
         for batch in batches:
             low, high = max(start - row, 0), min(stop - row, len(batch))
             row += len(batch)
             if low < high:
-                yield from batch.slice(low, high - low).to_pylist()
+                yield from cells_of_rows(batch.slice(low, high - low), columns.arrays)
 
 
 @dataclass(frozen=True)
@@ -86,7 +99,7 @@ class CountedParquet:
     """Rows of parquet files whose lengths are known; see `rows.CountedSource`."""
 
     files: Sequence[str]
-    columns: Sequence[str]
+    columns: Columns
 
     @cached_property
     def groups(self) -> list[list[int]]:
@@ -104,8 +117,8 @@ class CountedParquet:
 
     @property
     def num_parts(self) -> int:
-        """Number of row groups: a part that begins inside one reads its beginning for nothing."""
-        return len(list(chain.from_iterable(self.groups)))
+        """Number of row groups with rows: a part that begins inside one reads its beginning for nothing."""
+        return sum(rows > 0 for rows in chain.from_iterable(self.groups))
 
     def cells(self, start: int, stop: int) -> Iterator[Mapping[str, Any]]:
         """Yield the cells of rows, file after file."""
@@ -118,7 +131,7 @@ class CountedParquet:
 
     def only(self, column: str) -> CountedParquet:
         """The same rows with one column."""
-        return replace(self, columns=(column,))
+        return replace(self, columns=self.columns.only(column))
 
     def name(self, number: int) -> str:
         """The row's place in its file."""
@@ -135,7 +148,7 @@ class ParquetShards:
     """Rows of many parquet files, each a shard; see `rows.ShardedSource`."""
 
     files: Sequence[str]
-    columns: Sequence[str]
+    columns: Columns
 
     @property
     def num_shards(self) -> int:
@@ -148,7 +161,7 @@ class ParquetShards:
 
     def only(self, column: str) -> ParquetShards:
         """The same rows with one column."""
-        return replace(self, columns=(column,))
+        return replace(self, columns=self.columns.only(column))
 
     def name(self, shard: int) -> str:
         """Name of the file."""

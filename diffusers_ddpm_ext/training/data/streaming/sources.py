@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from diffusers_ddpm_ext.errors import printable
+from diffusers_ddpm_ext.training.data.streaming.arrow_cells import cells_of_rows
 
 ROWS_PER_READ = 64
 MAX_SHARDS = 1024
@@ -51,9 +52,15 @@ class FolderRows:
 
 @dataclass(frozen=True)
 class TableRows:
-    """Rows of a `datasets.Dataset`, which is memory-mapped; see `rows.CountedSource`."""
+    """Rows of a `datasets.Dataset`, which is memory-mapped; see `rows.CountedSource`.
+
+    Attributes:
+        table: with undecoded columns, in the format of Arrow.
+        arrays: columns that hold arrays.
+    """
 
     table: Any
+    arrays: Sequence[str] = ()
     num_parts: int = 64
 
     def __len__(self) -> int:
@@ -62,12 +69,12 @@ class TableRows:
     def cells(self, start: int, stop: int) -> Iterator[Mapping[str, Any]]:
         """Yield undecoded cells."""
         for first in range(start, stop, ROWS_PER_READ):
-            block = self.table[first : min(first + ROWS_PER_READ, stop)]
-            yield from (dict(zip(block, values, strict=True)) for values in zip(*block.values(), strict=True))
+            yield from cells_of_rows(self.table[first : min(first + ROWS_PER_READ, stop)], self.arrays)
 
     def only(self, column: str) -> TableRows:
         """The same rows with one column."""
-        return replace(self, table=self.table.select_columns([column]))
+        arrays = [name for name in self.arrays if name == column]
+        return replace(self, table=self.table.select_columns([column]), arrays=arrays)
 
     def name(self, number: int) -> str:
         """The row's number."""
@@ -81,10 +88,12 @@ class IterableRows:
     Attributes:
         table: with undecoded columns.
         files: of the shards, where each shard is a file; else empty.
+        arrays: columns that hold arrays.
     """
 
     table: Any
     files: Sequence[str]
+    arrays: Sequence[str] = ()
 
     @cached_property
     def num_shards(self) -> int:
@@ -94,11 +103,17 @@ class IterableRows:
     def cells(self, shard: int, start: int) -> Iterator[Mapping[str, Any]]:
         """Yield undecoded cells; what is before ``start`` in the shard is read over."""
         table = self.table.shard(num_shards=self.num_shards, index=shard)
-        yield from table.skip(start) if start else table
+        table = table.skip(start) if start else table
+        if not self.arrays:
+            yield from table
+            return
+        for row in table.with_format("arrow"):
+            yield from cells_of_rows(row, self.arrays)
 
     def only(self, column: str) -> IterableRows:
         """The same rows with one column."""
-        return replace(self, table=self.table.select_columns([column]))
+        arrays = [name for name in self.arrays if name == column]
+        return replace(self, table=self.table.select_columns([column]), arrays=arrays)
 
     def name(self, shard: int) -> str:
         """The shard's file, or its number."""
