@@ -3,15 +3,15 @@
     python benchmarks/bench_data.py epoch [--images 2000] [--rounds 5]
     python benchmarks/bench_data.py start [--rows 1000 100000 1000000]
 
-epoch: 2,000 JPEG files of 256 x 256 become batches of 64 x 64 in [-1, 1], flipped at random. The reference is the input
-of `train_unconditional.py`: `datasets`' imagefolder with a transform, a DataLoader, and torchvision's transforms for
-PIL images, which are repeated here line by line (torchvision itself is not needed): convert("RGB"), Resize, CenterCrop,
-RandomHorizontalFlip, ToTensor, Normalize. Ours is the stream of a run's second epoch. Both take turns, one thread each,
-and ours is compared to the bit with a run that decodes each time. Seconds are those of the processor (one thread), which
-other load on the machine does not change.
+epoch: 2,000 JPEG files of 256 x 256 become batches of 64 x 64 in [-1, 1], flipped at random. The reference is the
+input of `train_unconditional.py`: `datasets`' imagefolder with a transform, a DataLoader, and torchvision's transforms
+for PIL images, repeated here line by line, since torchvision is not needed for them: convert("RGB"), Resize,
+CenterCrop, RandomHorizontalFlip, ToTensor, Normalize. Ours is the stream of a run's second epoch. The two take turns,
+one thread each, and ours is compared to the bit with a run that decodes each time. Seconds are those of the processor,
+which depend less on other load on the machine.
 
 start: rows of small PNG images in a parquet file, or in files of a folder, read by a run for the first time and again,
-each in a process of its own: seconds until the images are ready, memory that this takes, and the time of a step.
+each in a process of its own: seconds until the first batch, memory that this takes, and the time of a batch.
 """
 
 from __future__ import annotations

@@ -38,8 +38,8 @@ class CachedImages:
     folder: Path
     source: LazyImages
     num_bytes: int
-    stack: None = None
     _files: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
+    _verified: np.ndarray | None = field(default=None, repr=False)
     _is_damaged: bool = False
 
     def __post_init__(self) -> None:
@@ -49,9 +49,16 @@ class CachedImages:
     def __len__(self) -> int:
         return len(self.source)
 
+    @property
+    def stack(self) -> CachedStack | None:
+        """All images as one tensor, (N, C, h, w), if they are of one size."""
+        return CachedStack(self) if len(self.source.sizes) == 1 else None
+
     @cached_property
     def sizes(self) -> Set[Size]:
         """Heights and widths that the images have."""
+        if self.source.sizes:
+            return self.source.sizes
         index = self._file(INDEX)
         pairs = index[["height", "width"]][index["channels"] > 0]
         return {(int(height), int(width)) for height, width in np.unique(pairs)}
@@ -77,6 +84,9 @@ class CachedImages:
                 return torch.from_numpy(pixels)
         except (OSError, ValueError, TypeError, IndexError):
             pass
+        return self._decoded_again(index)
+
+    def _decoded_again(self, index: int) -> Tensor:
         if not self._is_damaged:
             self._is_damaged = True
             with suppress(OSError):  # so that the next run builds it again
@@ -86,6 +96,22 @@ class CachedImages:
             )
         return self.source.image(index)
 
+    def images(self, numbers: np.ndarray) -> Tensor:
+        """Return images of one size, (b, C, h, w), by their numbers, (b,); each is verified when it is first used."""
+        if self._verified is None:
+            self._verified = np.zeros(len(self), bool)
+        height, width = next(iter(self.source.sizes))
+        pixels = self._file(PIXELS).view(self.pixel_format.dtype).reshape(-1, self.channels, height, width)
+        values = pixels[numbers]
+        for position in np.flatnonzero(~self._verified[numbers]).tolist():
+            number = int(numbers[position])
+            row = self.source.readable[number]
+            if checksum(self.folder.name, row, values[position]) == self._file(INDEX)["checksum"][row]:
+                self._verified[number] = True
+            else:
+                values[position] = self._decoded_again(number).numpy()
+        return torch.from_numpy(values)
+
     def _file(self, name: str) -> np.ndarray:
         if name not in self._files:
             self._files[name] = map_file(self.folder / name, ENTRY if name == INDEX else np.uint8)
@@ -93,6 +119,22 @@ class CachedImages:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_files": {}}  # a pickled map would be a copy of the file
+
+
+@dataclass(frozen=True)
+class CachedStack:
+    """The images of a cache as a tensor (N, C, h, w), which they are if they have one size."""
+
+    images: CachedImages
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Number of images, channels, height and width."""
+        return (len(self.images), self.images.channels, *next(iter(self.images.source.sizes)))
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        """Return a copy of images, (b, C, h, w), by their numbers, (b,), int64."""
+        return self.images.images(rows.numpy())
 
 
 def open_images(

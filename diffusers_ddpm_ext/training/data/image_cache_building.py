@@ -121,6 +121,7 @@ def _write(cache: ImageCache, keeps_unfinished: bool) -> None:
                 _check_free_space(cache, pixels.nbytes)
             split = keys.key(keys.SPLIT, cache.source.names[row])
             writer.append(cache.name, split, decoded if isinstance(decoded, DecodedImage) else None)
+        scan.check(skip_bad=True)
         if identify(cache.source) != cache.identity:
             raise CacheUnavailable("the images changed while they were read")
         content = {"rows": writer.rows, "pixels": writer.finish(), "images": scan.to_dict()}

@@ -107,8 +107,9 @@ class ImageScan:
         return self._fingerprint or self._digest.hexdigest()
 
     def to_dict(self) -> dict[str, Any]:
-        """What was found, without the rows and the sizes, as JSON."""
-        return {name: getattr(self, name) for name in FOUND} | {"fingerprint": self.fingerprint}
+        """What was found, without the rows, and without the sizes if there are several, as JSON."""
+        found = {name: getattr(self, name) for name in FOUND} | {"fingerprint": self.fingerprint}
+        return found | {"sizes": list(self.sizes) if len(self.sizes) == 1 else []}
 
     @classmethod
     def restored(cls, source: ImageSource, content: Mapping[str, Any], readable: Sequence[int]) -> ImageScan:
@@ -127,6 +128,7 @@ class ImageScan:
             value = content[name]
             setattr(scan, name, tuple(value) if isinstance(value, list) else value)
         scan.readable, scan._fingerprint = readable, content["fingerprint"]
+        scan.sizes = {(height, width) for height, width in content["sizes"]}
         return scan
 
     def check(self, skip_bad: bool) -> None:

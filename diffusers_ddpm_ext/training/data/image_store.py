@@ -32,6 +32,15 @@ from diffusers_ddpm_ext.training.data.resizing import Size
 from diffusers_ddpm_ext.utils.pixel_format import PixelFormat
 
 
+class Stack(Protocol):
+    """What a tensor of images (N, C, h, w) is used for."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        """Return a copy of images, (b, C, h, w), by their numbers, (b,), int64."""
+
+
 class ImageStore(Protocol):
     """Decoded images, resized and perhaps not yet cropped, in the dtype of their files."""
 
@@ -52,8 +61,8 @@ class ImageStore(Protocol):
         """Return an image, (C, h, w), of the format's dtype."""
 
     @property
-    def stack(self) -> Tensor | None:
-        """All images in one tensor, (N, C, h, w), if they are in memory and of one size."""
+    def stack(self) -> Stack | None:
+        """All images as one tensor, (N, C, h, w), if they are of one size and need not be decoded."""
 
 
 class PackedImages:
