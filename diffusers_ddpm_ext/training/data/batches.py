@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -96,20 +97,20 @@ class MicroBatches(Dataset[WorkerBatch | RunError]):
         step, micro = request
         first = (micro * self.world + self.rank) * self.batch
         positions = torch.arange(first, first + self.batch)
-        samples = step * self.batch * self.accumulation * self.world + positions
-        epochs, places = samples // len(self.images), samples % len(self.images)
-        indices, passes = torch.empty_like(samples), torch.empty_like(samples)
-        for epoch in epochs.unique().tolist():
+        samples = positions.numpy() + step * self.batch * self.accumulation * self.world
+        epochs, places = np.divmod(samples, len(self.images))
+        drawn = np.empty((2, self.batch), np.int64)
+        for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
             in_epoch = epochs == epoch
-            order, pass_of = self.order(epoch)
-            indices[in_epoch], passes[in_epoch] = order[places[in_epoch]], pass_of[places[in_epoch]]
+            drawn[:, in_epoch] = [part.numpy()[places[in_epoch]] for part in self.order(epoch)]
+        indices, passes = torch.from_numpy(drawn[0]), drawn[1].tolist()
         try:
             levels, posterior = NO_LEVELS, None
             if self.images.posteriors is None:
-                levels = self.images.load_levels(indices, self.seed, passes.tolist())
+                levels = self.images.load_levels(indices, self.seed, passes)
             else:
-                posterior = self.images.load_posteriors(indices, self.seed, passes.tolist())
-            conditions = self.images.conditions(indices, self.seed, passes.tolist())
+                posterior = self.images.load_posteriors(indices, self.seed, passes)
+            conditions = self.images.conditions(indices, self.seed, passes)
         except RunError as error:
             return error
         if self.images.dropout is not None:
@@ -132,7 +133,7 @@ class MicroBatches(Dataset[WorkerBatch | RunError]):
             return self.images.draws.order(self.seed, epoch)
         count = len(self.images)
         shuffle = torch.randperm(count, generator=keys.generator(keys.ORDER, self.seed, epoch))
-        return shuffle, torch.full((count,), epoch)
+        return shuffle, torch.tensor(epoch).expand(count)
 
 
 def batch_stream(
@@ -229,6 +230,11 @@ def fetch(
             warn(f"--dataloader_num_workers: {reason}; new ones continue at the next batch")
 
 
+def _unchanged(item: Any) -> Any:
+    """A batch as it is; the loader would walk through it for arrays to convert."""
+    return item
+
+
 def _loader(
     micro_batches: Dataset[WorkerBatch | RunError], requests: Iterator[Any], num_workers: int, target: torch.device
 ) -> DataLoader[WorkerBatch | RunError]:
@@ -236,6 +242,7 @@ def _loader(
         micro_batches,
         sampler=requests,
         batch_size=None,
+        collate_fn=_unchanged,
         num_workers=num_workers,
         pin_memory=target.type == "cuda",
         generator=torch.Generator(),  # otherwise the loader draws from the global generator

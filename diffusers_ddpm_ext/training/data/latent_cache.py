@@ -173,7 +173,9 @@ def _load(job: ImageEncoding, numbers: np.ndarray) -> Iterator[tuple[list[int], 
     copies = len(job.symmetries)
 
     def load(chunk: list[int]) -> Tensor:
-        return job.images.load_levels([number // copies for number in chunk]).values
+        levels = job.images.load_levels([number // copies for number in chunk]).values
+        apply_symmetries(levels, torch.tensor([job.symmetries[number % copies] for number in chunk]))
+        return levels
 
     with ThreadPoolExecutor(1) as pool:
         upcoming = None
@@ -181,7 +183,6 @@ def _load(job: ImageEncoding, numbers: np.ndarray) -> Iterator[tuple[list[int], 
             levels = load(chunk) if upcoming is None else upcoming.result()
             upcoming = pool.submit(load, chunks[index + 1]) if index + 1 < len(chunks) else None
             pixels = to_pixels(levels, job.images.images.pixel_format, job.device)
-            apply_symmetries(pixels, torch.tensor([job.symmetries[number % copies] for number in chunk]))
             yield chunk, pixels
 
 

@@ -48,5 +48,6 @@ def to_pixels(values: Tensor, pixel_format: PixelFormat, device: torch.device | 
     if values.dtype in EXACT_IN_FLOAT32:
         low, high = pixel_format.low, pixel_format.high
         moved = values.to(target, non_blocking=True).to(torch.float32)
-        return moved.mul_(2).sub_(low + high).div_(high - low)
+        # Half integers, which float32 holds exactly: only the division rounds.
+        return moved.sub_((low + high) / 2).div_((high - low) / 2)
     return torch.from_numpy(pixel_format.to_model(values.cpu().numpy())).to(target, non_blocking=True)
