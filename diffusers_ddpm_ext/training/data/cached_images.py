@@ -157,8 +157,9 @@ def open_images(
         return None
     try:
         index, pixels = map_file(folder / INDEX, ENTRY), map_file(folder / PIXELS)
-        is_same = (len(index), zlib.crc32(index.data)) == (manifest.content["rows"], manifest.content["index"])
-        if not is_same or len(pixels) != manifest.content["pixels"]:
+        sizes = [(folder / name).stat().st_size for name in (INDEX, PIXELS)]
+        expected = [manifest.content["rows"] * ENTRY.itemsize, manifest.content["pixels"]]
+        if sizes != expected or zlib.crc32(index.data) != manifest.content["index"]:
             return None
         content = manifest.object("images").content
         readable = np.flatnonzero(index["channels"]) if content["num_bad"] else range(len(index))
