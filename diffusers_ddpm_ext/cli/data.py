@@ -28,8 +28,6 @@ DATA_EXAMPLES = """examples:
 
 Every image is read once. Nothing in the folder is changed. The status is 1 where images cannot be trained on (they
 cannot be read, or have NaN or infinity): they are listed with the reason."""
-DATASET_MARKS = ("state.json", "dataset_dict.json")
-DATASET_SUFFIXES = (".parquet", ".arrow", ".tar", ".jsonl", ".json", ".csv")
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ class InspectOptions:
     def name(self) -> str:
         """Name of the folder or dataset, for names of files."""
         path = Path(self.folder)
-        last = path.resolve().name if path.exists() else self.folder.rpartition("/")[2]
+        last = path.resolve().name if path.is_dir() else path.stem
         return re.sub(r"[^\w.-]+", "-", last).strip("-.")[:100] or "images"
 
     @property
@@ -155,6 +153,7 @@ def inspect(options: InspectOptions) -> Inspection:
     from diffusers_ddpm_ext.training.data.inspection.report import Inspection
     from diffusers_ddpm_ext.training.data.inspection.suggestions import advise, suggest
     from diffusers_ddpm_ext.training.data.raw_image import ArrayReading
+    from diffusers_ddpm_ext.training.data.sources import FolderSource
 
     source, validation, origin = _open(options)
     sources = [source] if validation is None else [source, validation]
@@ -163,7 +162,7 @@ def inspect(options: InspectOptions) -> Inspection:
     summaries = [inspect_source(each, reading, options.max_images, progress=True) for each in sources]
     duplicates = find_duplicates(sources, summaries, progress=True)
     usable = [each for each in classes if validation is None or each.validation is not None]
-    not_read = [each.other_images for each in sources]
+    not_read = [each.other_files if isinstance(each, FolderSource) else {} for each in sources]
     inspection = Inspection(sources, summaries, not_read, duplicates, classes, faults)
     if not summaries[0].num_readable:
         return inspection
@@ -190,7 +189,12 @@ def _open(options: InspectOptions) -> tuple[FolderSource | DatasetSource, Folder
         columns = ("dataset_config_name", "image_column", "cache_dir", "validation_split", "validation_data_dir")
         flags = [("dataset_name", name), *((flag, getattr(options, flag)) for flag in columns)]
         arguments = (options.dataset_config_name, options.image_column, options.cache_dir)
-        source = open_dataset_split(name, "train", *arguments)
+        try:
+            source = open_dataset_split(name, "train", *arguments)
+        except ConfigError as error:
+            if Path(name).exists() or "/" in name:
+                raise
+            raise ConfigError(f"there is no folder {printable(name, 300)} here; {error}") from None
     validation: FolderSource | DatasetSource | None = None
     if options.validation_data_dir is not None:
         validation = scan_folder("--validation_data_dir", options.validation_data_dir)
@@ -209,15 +213,19 @@ def _is_dataset(name: str) -> bool:
     Raises:
         ConfigError: it is neither that nor a folder.
     """
+    from diffusers_ddpm_ext.training.data.dataset_files import BUILDERS, builder_arguments, is_saved_dataset
+    from diffusers_ddpm_ext.training.data.image_files import find_files, first_image
+
     path = Path(name)
     if path.is_dir():
-        if any((path / mark).is_file() for mark in DATASET_MARKS):
+        if is_saved_dataset(name):
             return True
-        from diffusers_ddpm_ext.training.data.image_files import first_image
-
         if first_image(path) is not None:
             return False
-        return any(each.suffix.lower() in DATASET_SUFFIXES for each in path.rglob("*") if each.is_file())
+        found = find_files(path, ())
+        return not found.images and not BUILDERS.keys().isdisjoint(found.other_files)
+    if builder_arguments(name)[1] is not None:
+        return True
     if path.exists():
         raise ConfigError(f"{printable(name, 300)} is a file: name the folder that it is in")
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name, re.ASCII):

@@ -73,7 +73,9 @@ def _set_lines(summary: SetSummary, not_read: Mapping[str, int]) -> Iterator[str
         )
     if not_read:
         counts = sorted(not_read.items(), key=lambda each: (-each[1], each[0]))
-        shown = ", ".join(f"{number:,} {printable(extension, 20)}" for extension, number in counts[:SHOWN])
+        shown = ", ".join(
+            f"{number:,} {printable(extension or 'without extension', 20)}" for extension, number in counts[:SHOWN]
+        )
         more = f" and {len(counts) - SHOWN:,} more types" if len(counts) > SHOWN else ""
         yield _row("not read", f"{shown}{more}")
     if summary.unreadable.count:
@@ -222,11 +224,10 @@ def _class_lines(inspection: Inspection) -> Iterator[str]:
 
 def _column_rows(column: ClassColumn) -> Iterator[str]:
     present = [count for count in column.train if count]
+    same = min(present) == max(present)
+    numbers = f"{_images(present[0])} each" if same else f"{min(present):,} to {max(present):,} images"
     balance = "balanced" if column.imbalance < 1.5 else f"the largest has {column.imbalance:,.1f} times the smallest"
-    yield _row(
-        printable(column.name, LABEL_WIDTH),
-        f"{len(present):,} classes with {min(present):,} to {max(present):,} images, {balance}",
-    )
+    yield _row(printable(column.name, LABEL_WIDTH), f"{len(present):,} classes with {numbers}, {balance}")
     order = sorted(range(len(column.names)), key=lambda number: -column.train[number])
     shown = [f"{printable(column.names[number], 24)} {column.train[number]:,}" for number in order[:SHOWN_CLASSES]]
     yield _row("", f"  {', '.join(shown)}{', ...' if len(order) > SHOWN_CLASSES else ''}")

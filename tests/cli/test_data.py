@@ -91,6 +91,7 @@ def test_faults_are_listed_and_the_status_is_1(tmp_path, capsys):
     picture(0).save(folder / ".hidden" / "a.png")
     result = run(folder, status=1)
     assert result["train"]["readable"] == 6
+    assert result["train"]["not_read"] == {".txt": 1}
     faults = {fault["name"]: fault["reason"] for fault in result["train"]["unreadable"]["files"]}
     assert set(faults) == {"text.png", "empty.jpg", "cut.png", "pipe.png", "loop.png", "\x1b[31m.png", "bomb.png"}
     assert "named pipe" in faults["pipe.png"]

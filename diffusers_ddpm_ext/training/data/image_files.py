@@ -111,12 +111,14 @@ class FolderFiles:
         images: files with an extension that Pillow or NumPy reads.
         metadata: files named metadata.csv or metadata.jsonl.
         other_images: images of types that are not read, by extension: their number.
+        other_files: all files that are neither images nor metadata, by extension: their number.
         count: number of all files, hidden ones excepted.
     """
 
     images: list[str]
     metadata: list[str]
     other_images: dict[str, int]
+    other_files: dict[str, int]
     count: int
 
 
@@ -132,9 +134,12 @@ def find_files(root: Path, metadata_names: tuple[str, ...]) -> FolderFiles:
             images.append(name)
         elif base in metadata_names:
             metadata.append(name)
-        elif extension in OTHER_IMAGE_TYPES:
+        else:
             others[extension] += 1
-    return FolderFiles(sorted(images), sorted(metadata), dict(sorted(others.items())), count)
+    other_images = {
+        extension: number for extension, number in sorted(others.items()) if extension in OTHER_IMAGE_TYPES
+    }
+    return FolderFiles(sorted(images), sorted(metadata), other_images, dict(others), count)
 
 
 def first_image(root: Path) -> Path | None:

@@ -55,6 +55,7 @@ class FolderSource:
         names: of the images.
         metadata: files with further columns, paths inside the folder.
         other_images: images of types that are not read, by extension: their number.
+        other_files: all files that are neither images nor metadata, by extension: their number.
     """
 
     option: str
@@ -62,6 +63,7 @@ class FolderSource:
     names: Sequence[str]
     metadata: Sequence[str] = ()
     other_images: Mapping[str, int] = field(default_factory=dict)
+    other_files: Mapping[str, int] = field(default_factory=dict)
 
     def payload(self, index: int) -> Path:
         """Return the path of an image."""
@@ -243,7 +245,7 @@ def scan_folder(option: str, folder: str) -> FolderSource:
         raise ConfigError(
             f"{label} has no image ({others}): .png, .jpg, .webp and others that Pillow reads, .npy, .npz."
         )
-    return FolderSource(label, root, found.images, found.metadata, found.other_images)
+    return FolderSource(label, root, found.images, found.metadata, found.other_images, found.other_files)
 
 
 def describe_other_images(counts: Mapping[str, int]) -> str:

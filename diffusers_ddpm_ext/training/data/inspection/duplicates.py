@@ -130,6 +130,7 @@ def _exact(
             leaked += [(places[int(other)], places[int(in_set[0][0])]) for other in in_set[1]]
         groups.append([places[int(member)] for member in members[:MAX_NAMES]])
     groups.sort(key=len, reverse=True)
+    leaked.sort(key=lambda pair: pair[0].row)
     return groups[:MAX_NAMES], (copies[0], copies[1]), leaked
 
 

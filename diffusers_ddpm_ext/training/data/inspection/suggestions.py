@@ -34,6 +34,12 @@ IMBALANCE = 10.0
 FEW_VALUES = 0.25
 """Share of an integer dtype's range below which a range of their own is suggested for the values."""
 FEW_IMAGES = 1000
+STREAMED, STREAMED_STEPS = 1_000_000, 100_000
+"""Images from which on a stream is suggested, and its steps."""
+CACHED_BY_DEFAULT = 10_000
+"""Images from which on a run keeps decoded images without being told to."""
+DECODED_PER_SECOND, SLOW_START = 5e7, 20.0
+"""Pixels of a JPEG that a core decodes in a second; seconds from which on a cache is suggested."""
 REASONS = {
     "train_data_dir": "the images",
     "dataset_name": "the images",
@@ -89,7 +95,9 @@ def suggest(origin: Origin, summaries: Sequence[SetSummary], classes: ClassColum
     flags += _channels(summary)
     flags += _arrays(origin, summaries)
     flags += _flips(summary)
-    flags += _classes(classes)
+    large = list(_large_sets(origin, summary))
+    flags += _classes(classes, may_balance=not large or large[0].flag != "streaming")
+    flags += large
     count = sum(each.unreadable.count + each.not_finite.count for each in summaries)
     if count:
         flags.append(Suggestion("skip_bad_images", (), f"{count:,} cannot be trained on; or repair or remove them"))
@@ -204,7 +212,21 @@ def _flips(summary: SetSummary) -> Iterator[Suggestion]:
             )
 
 
-def _classes(classes: ClassColumn | None) -> Iterator[Suggestion]:
+def _large_sets(origin: Origin, summary: SetSummary) -> Iterator[Suggestion]:
+    """Streaming, or a cache where the images take long to decode and the default keeps none."""
+    if summary.total >= STREAMED:
+        yield Suggestion("streaming", (), f"{summary.total:,} images: the run starts at once and holds few in memory")
+        yield Suggestion("max_train_steps", (str(STREAMED_STEPS),), "a stream has steps instead of epochs")
+        if not {"validation_data_dir", "validation_split"} & {flag for flag, _ in origin.flags}:
+            yield Suggestion("validation_examples", ("1000",), "the first images, which are not trained on")
+        return
+    pixels = float(summary.sizes.prod(axis=1).sum()) / summary.num_readable * summary.total
+    seconds = pixels / DECODED_PER_SECOND
+    if seconds >= SLOW_START and summary.total < CACHED_BY_DEFAULT:
+        yield Suggestion("cache_images", ("always",), f"decoding takes about {seconds:,.0f} s at each start otherwise")
+
+
+def _classes(classes: ClassColumn | None, may_balance: bool) -> Iterator[Suggestion]:
     if classes is None:
         return
     number = sum(count > 0 for count in classes.train)
@@ -212,7 +234,7 @@ def _classes(classes: ClassColumn | None) -> Iterator[Suggestion]:
         return
     yield Suggestion("conditioning_key", ("adm",), f"the network draws the class that is asked for, one of {number:,}")
     yield Suggestion("class_column", (classes.name,), "where the classes are")
-    if classes.imbalance >= IMBALANCE:
+    if may_balance and classes.imbalance >= IMBALANCE:
         yield Suggestion(
             "class_balance", (), f"the largest class has {classes.imbalance:,.0f} times the images of the smallest"
         )
