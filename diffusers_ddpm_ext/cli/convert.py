@@ -321,14 +321,10 @@ def _draw_samples(pipeline: Any, path: Path, mode: FolderConversion) -> None:
             f"--samples {mode.samples}: the model needs conditions ({key}), which are not in its folder: leave "
             f"it out, and use ddpm-ext sample {mode.out}, with --prompt for a text"
         )
-    stage = pipeline.first_stage
-    channels = pipeline.channels if stage is None else stage.pixel_channels
-    lacks_stage = stage is None and pipeline.config.get("latent_scaling_factor") is not None
-    if lacks_stage or channels not in (1, 3, 4):
-        what = "latents" if lacks_stage else "samples"
+    if pipeline.is_latent:
         raise ConfigError(
-            f"--samples {mode.samples}: the model generates {what} of {channels} channels, not images: leave it out, "
-            f"and use ddpm-ext sample {mode.out} --out FILE.npy"
+            f"--samples {mode.samples}: the model generates latents of {pipeline.channels} channels, not images: leave"
+            f" it out, and use ddpm-ext sample {mode.out} --out FILE.npy"
         )
     conditions: dict[str, Any] = {}
     if key is not None:
@@ -340,7 +336,7 @@ def _draw_samples(pipeline: Any, path: Path, mode: FolderConversion) -> None:
         output_type="np",
         **conditions,
     ).images
-    save_grid(images.transpose(0, 3, 1, 2) * 2 - 1, path)
+    save_grid(images.transpose(0, 3, 1, 2) * 2 - 1, path, pixels=pipeline.pixel_format)
 
 
 def _compare(folder: Path, converted: Converted | ConvertedFirstStage) -> str:

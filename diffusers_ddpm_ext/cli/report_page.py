@@ -16,9 +16,11 @@ from pathlib import Path
 
 from diffusers_ddpm_ext.errors import ConfigError, printable, printable_lines
 from diffusers_ddpm_ext.hub.card_facts import BITS_PER_LATENT, METRIC_NAMES, SCORE_NAMES, FolderFacts
+from diffusers_ddpm_ext.plotting.channels import channel_view
 from diffusers_ddpm_ext.utils.files import CONFIG, ENVIRONMENT
 from diffusers_ddpm_ext.utils.folder_scan import list_names
 from diffusers_ddpm_ext.utils.input_files import read_bytes
+from diffusers_ddpm_ext.utils.pixel_format import PixelFormat
 from diffusers_ddpm_ext.utils.run_metrics import RunMetrics
 from diffusers_ddpm_ext.utils.vocabulary import SCORES
 
@@ -69,7 +71,7 @@ class ReportPage:
         yield self._classes()
         prompts = [(str(number), prompt) for number, prompt in enumerate(facts.prompts(), 1) if prompt]
         yield _section("Prompts of the previews", _table(prompts))
-        final = "Sampled at the end, with the averaged weights if there are any."
+        final = f"Sampled at the end, with the averaged weights if there are any.{self._preview_note()}"
         yield _section("Samples", self._figure(facts.file("samples.png"), final))
         above = "Held-out images above their reconstructions at the end, with the averaged weights if there are any."
         yield _section("Reconstructions", self._figure(facts.file("reconstructions.png"), above))
@@ -103,6 +105,9 @@ class ReportPage:
         images = facts.images()
         if images is not None:
             pairs.append(("images", f"{images.name}: {images.train:,} for training, {images.validation:,} held out"))
+        _, pixels = facts.attempt(self._pixels, (0, PixelFormat()))
+        if not pixels.is_8_bit:
+            pairs.append(("values", f"{pixels.dtype} from {pixels.low:g} to {pixels.high:g}"))
         stage = facts.attempt(lambda: facts.first_stage(facts.pipeline_file("model_index.json")), None)
         if stage is not None:
             pairs.append(("first stage", facts.attempt(stage.describe, stage.class_name)))
@@ -113,6 +118,24 @@ class ReportPage:
         if checkpoints:
             pairs.append(("checkpoints", list_names([path.name for _, path in checkpoints], limit=40)))
         return _table(pairs)
+
+    def _pixels(self) -> tuple[int, PixelFormat]:
+        """Channels of an image of the pipeline, 0 without one; dtype and range of the data."""
+        unet, index = (self.facts.pipeline_file(name) for name in ("unet/config.json", "model_index.json"))
+        stage = self.facts.first_stage(index)
+        channels = unet.integer("out_channels", default=0) if stage is None else stage.pixel_channels
+        scheduler = self.facts.pipeline_file("scheduler/scheduler_config.json")
+        if stage is None and scheduler.content.get("variance_type") in ("learned", "learned_range"):
+            channels //= 2
+        if index.content.get("latent_scaling_factor") is not None:
+            channels = 0
+        return channels, self.facts.pixel_format(index, channels)
+
+    def _preview_note(self) -> str:
+        """Which channels pictures show, where these are not all."""
+        channels, pixels = self.facts.attempt(self._pixels, (0, PixelFormat()))
+        caption = channel_view(channels, pixels).caption if channels else ""
+        return f" Shown: {caption}." if caption else ""
 
     def _classes(self) -> str:
         facts, images = self.facts, self.facts.images()
@@ -150,7 +173,8 @@ class ReportPage:
         if len(numbered) > MAX_GRIDS:
             numbered = [numbered[round(i * (len(numbered) - 1) / (MAX_GRIDS - 1))] for i in range(MAX_GRIDS)]
         figures = "".join(self._figure(path, f"after {step:,} steps") for step, path in numbered)
-        return _section("Samples through training", f'<div class="many">{figures}</div>' if figures else "")
+        shown = f"<p>{html.escape(self._preview_note())}</p>" if figures and self._preview_note() else ""
+        return _section("Samples through training", f'{shown}<div class="many">{figures}</div>' if figures else "")
 
     def _plots(self) -> str:
         from diffusers_ddpm_ext.cli.plot import draw_plot, read_scheduler

@@ -19,8 +19,10 @@ from diffusers_ddpm_ext.hub.card_facts import BITS_PER_DIM, BITS_PER_LATENT, Fol
 from diffusers_ddpm_ext.hub.markdown import code_span, inline_text, preformatted
 from diffusers_ddpm_ext.hub.proof import CARD_GRID
 from diffusers_ddpm_ext.hub.upload import check_repo_id
+from diffusers_ddpm_ext.plotting.channels import DRAWN, channel_view
 from diffusers_ddpm_ext.utils.files import CONFIG, ENVIRONMENT
 from diffusers_ddpm_ext.utils.input_files import JsonObject, read_bytes
+from diffusers_ddpm_ext.utils.pixel_format import PixelFormat
 
 CARD_NAME = "README.md"
 CARD_MARKER = "<!-- made by ddpm-ext: without this line, your own text is kept -->"
@@ -123,13 +125,25 @@ class _Card:
         return height, width, channels
 
     @property
-    def size(self) -> str:
-        """Height, width and channels of an image."""
+    def shape(self) -> tuple[float, float, int]:
+        """Height, width and channels of an image; 0 where they are open."""
         height, width, channels = self.sample_shape
         stage = self.first_stage
         if stage is not None:
             height, width, channels = height * stage.factor, width * stage.factor, stage.pixel_channels
-        return _size_text(height, width, channels)
+        return height, width, channels
+
+    @property
+    def pixels(self) -> PixelFormat:
+        """Dtype and range of the data."""
+        return self.facts.pixel_format(self.index, 0 if self.lacks_first_stage else self.shape[2])
+
+    @property
+    def preview_note(self) -> str:
+        """Which channels the pictures show, where these are not all."""
+        channels = self.shape[2]
+        caption = channel_view(channels, self.pixels).caption if channels and not self.lacks_first_stage else ""
+        return f" The picture shows {caption}." if caption else ""
 
     @property
     def lacks_first_stage(self) -> bool:
@@ -201,10 +215,10 @@ class _Card:
         if self.facts.file(CARD_GRID):
             parts.append(
                 f"![images drawn from this model]({CARD_GRID})\n\nDrawn with seed 0; "
-                f"`ddpm-ext verify {self.repo_id}` draws them again and compares."
+                f"`ddpm-ext verify {self.repo_id}` draws them again and compares.{self.preview_note}"
             )
         elif self.facts.file("samples.png"):
-            parts.append("![images drawn from this model](samples.png)")
+            parts += ["![images drawn from this model](samples.png)", self.preview_note.strip()]
         parts += [self._classes(), self._loading(), *self._components(), self._metrics()]
         figures = [f"![{text}]({name})\n\n{text}" for name, text in CARD_FIGURES if self.facts.file(name)]
         if figures:
@@ -219,8 +233,9 @@ class _Card:
         conditioned = f" It is conditioned ({inline_text(self.key)})." if self.key else ""
         conditioned = " It draws what a prompt says." if self.takes_prompts else conditioned
         name = inline_text(self.dataset_name) if self.dataset or self.images else self.dataset_name
-        size, stage = self.size, self.first_stage
+        size, stage, pixels = _size_text(*self.shape), self.first_stage, self.pixels
         images = f"{size} latents of images" if self.lacks_first_stage else f"{size} images"
+        images += "" if pixels.is_8_bit else f" of {pixels.dtype} from {pixels.low:g} to {pixels.high:g}"
         latents = "" if stage is None else f", drawn as {_size_text(*self.sample_shape)} latents"
         return (
             f"A diffusion model of {images} ({name}){latents}, which predicts {predicts} on a chain of {steps} steps,"
@@ -246,7 +261,15 @@ class _Card:
             return prompts_code(self.repo_id, self.stock_pipeline, self.facts.prompts())
         if self.key and not (classes and self.key in ("adm", "crossattn")):
             return conditions_code(self.repo_id)
-        return images_code(self.repo_id, self.stock_pipeline, classes)
+        return images_code(self.repo_id, self.stock_pipeline, classes, self._array_note())
+
+    def _array_note(self) -> str:
+        """What the arrays are that other data than 8-bit images are drawn as; empty for these."""
+        pixels, (height, width, channels) = self.pixels, self.shape
+        if pixels.is_8_bit and channels in DRAWN:
+            return ""
+        shape = f"(4, {height:g}, {width:g}, {channels})" if height else "(4, height, width, channels)"
+        return f"{shape}, {pixels.dtype} from {pixels.low:g} to {pixels.high:g}"
 
     @property
     def num_classes(self) -> int:

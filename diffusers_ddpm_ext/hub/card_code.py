@@ -43,13 +43,14 @@ images = pipe(batch_size=4, num_inference_steps=50).images
 ```"""
 
 
-def images_code(repo_id: str, stock: str | None, num_classes: int = 0) -> str:
+def images_code(repo_id: str, stock: str | None, num_classes: int = 0, arrays: str = "") -> str:
     """Of a model that draws images, unconditionally or by class.
 
     Args:
         repo_id: of the repository.
         stock: the class of stock Diffusers that samples it; None where none does.
         num_classes: number of its classes; 0 without them.
+        arrays: shape and range of the arrays, where images are no pictures of 8 bits.
     """
     last = "Stock Diffusers cannot sample this model, and refuses it."
     if stock is not None:
@@ -57,6 +58,9 @@ def images_code(repo_id: str, stock: str | None, num_classes: int = 0) -> str:
     ours = f"{OURS.format(repo_id=repo_id, call=IMAGES)}\n\n{OTHER_SCHEDULER.format(repo_id=repo_id)}"
     if num_classes:
         ours = ours.replace(FOUR, f"class_labels={[index % num_classes for index in range(4)]}")
+    if arrays:
+        ours = ours.replace(").images", f', output_type="array").images  # {arrays}')
+        last = last.replace(").images", ', output_type="np").images  # all channels, in [0, 1]')
     return f"{ours}\n\n{last}"
 
 

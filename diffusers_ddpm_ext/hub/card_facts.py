@@ -18,6 +18,7 @@ from diffusers_ddpm_ext.utils.files import CONFIG, ENVIRONMENT, EVALUATION, METR
 from diffusers_ddpm_ext.utils.first_stage_config import FirstStageConfig, read_first_stage_config
 from diffusers_ddpm_ext.utils.folder_scan import is_below_link
 from diffusers_ddpm_ext.utils.input_files import JsonObject, exists, read_json_object, read_text
+from diffusers_ddpm_ext.utils.pixel_format import PixelFormat
 from diffusers_ddpm_ext.utils.run_metrics import RunMetrics, read_metrics
 from diffusers_ddpm_ext.utils.text_encoder_config import TextEncoderConfig, read_text_encoder_config
 from diffusers_ddpm_ext.utils.vocabulary import SCORES
@@ -174,6 +175,22 @@ class FolderFacts:
     def class_names(self, index: JsonObject) -> dict[int, str]:
         """The names of the pipeline's classes by number, from its ``model_index.json``."""
         return read_class_names(index.content.get("id2label"), f"{index.name}: id2label")
+
+    def pixel_format(self, index: JsonObject, channels: int) -> PixelFormat:
+        """Dtype and range of the pipeline's data, from its ``model_index.json``; 8-bit images where it has none.
+
+        Args:
+            index: of the pipeline.
+            channels: of its images; 0 where that is not known.
+        """
+        content = index.content.get("pixel_format")
+        try:
+            pixels = PixelFormat() if content is None else PixelFormat.from_dict(content)
+            if channels:
+                pixels.check_channels(channels)
+        except ValueError as error:
+            raise ConfigError(f"{index.name}: {error}") from None
+        return pixels
 
     def bound(self) -> Bound | None:
         """The last evaluation of the bound."""

@@ -168,7 +168,9 @@ def _draw_card(place: Path) -> dict[str, object] | None:
     images = draw_card_images(pipeline, settings)
     write_atomically(place / CARD_IMAGES, lambda file: np.savez_compressed(file, images=images))
     captions = card_captions(pipeline, settings)
-    save_grid(images.transpose(0, 3, 1, 2) / 127.5 - 1, place / CARD_GRID, captions=captions)
+    save_grid(
+        images.transpose(0, 3, 1, 2) / 127.5 - 1, place / CARD_GRID, captions=captions, pixels=pipeline.pixel_format
+    )
     return settings
 
 

@@ -10,10 +10,12 @@ import pytest
 import tifffile
 import torch
 from helpers.runs import tiny_run
+from helpers.tiny import tiny_unet
 from PIL import Image
 
-from diffusers_ddpm_ext import DDPMExtPipeline, cli
+from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtScheduler, cli
 from diffusers_ddpm_ext.errors import ConfigError
+from diffusers_ddpm_ext.hub.card import make_card
 from diffusers_ddpm_ext.metrics.features import FeatureExtractor
 from diffusers_ddpm_ext.plotting.sheets import image_grid
 from diffusers_ddpm_ext.training.data.dataset import load_data
@@ -129,3 +131,36 @@ def test_levels_of_samples_are_those_of_the_data(tmp_path, dtype):
         np.testing.assert_allclose(stored, values / 2, atol=1e-6)
     else:
         np.testing.assert_array_equal(stored, values.astype(np.int64) - low)
+
+
+def test_card_and_report_say_what_the_values_are(run, capsys):
+    """Dtype, range and the channels of the pictures; the card's code asks for arrays, which it then draws."""
+    card = make_card(run, "me/bands")
+    assert "8x8x5 images of float32 from -6 to 16" in card
+    assert "The picture shows principal components 1, 2, 3 of 5 channels" in card
+    code = card.split("```python\n")[1].split("```")[0].replace('"me/bands"', "place")
+    scope: dict = {"place": run}
+    exec(code, scope)
+    assert scope["images"].dtype == np.float32
+    assert scope["images"].shape == (4, 8, 8, 5)
+    assert cli.main(["report", str(run)]) == 0
+    page = (run / "report.html").read_text()
+    assert "<th>values</th><td>float32 from -6 to 16</td>" in page
+    assert "Shown: principal components 1, 2, 3 of 5 channels" in page
+    index = run / "model_index.json"
+    content = index.read_text()
+    try:
+        index.write_text(content.replace('"float32"', '"complex64"'))
+        with pytest.raises(ConfigError, match=r"model_index.json: pixel_format: dtype='complex64' is unknown"):
+            make_card(run, "me/bands")
+    finally:
+        index.write_text(content)
+
+
+def test_8_bit_pictures_are_described_as_before(tmp_path):
+    """No dtype, no line about channels, images as PIL's."""
+    DDPMExtPipeline(tiny_unet(), DDPMExtScheduler(4)).save_pretrained(tmp_path)
+    card = make_card(tmp_path, "me/photos")
+    assert "8x8x3 images (" in card
+    assert "output_type" not in card
+    assert "The picture shows" not in card
