@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from diffusers_ddpm_ext.plotting.curves import log_axis
 from diffusers_ddpm_ext.utils.files import write_atomically
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ def _draw_histogram(axes: Axes, sheet: DataSheet) -> None:
     positive = sheet.counts[sheet.counts > 0]
     axes.set(xlabel="value", ylabel="share of the pixels")
     if len(positive) and (sheet.counts.max() / sheet.counts.sum(axis=1).max()) > 0.2:
-        axes.set_yscale("log")
+        log_axis(axes)
     if channels > 1:
         axes.legend(fontsize=8, frameon=False, ncols=1 + channels // 8)
 

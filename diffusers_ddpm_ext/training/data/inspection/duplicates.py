@@ -24,7 +24,7 @@ from diffusers_ddpm_ext.training.data.raw_image import RawImage, read_image
 
 MAX_COMPARED = 2000
 """Candidates that are compared as pictures, the closest hashes first."""
-MAX_DIFFERENCE, MAX_RELATIVE_DIFFERENCE = 0.08, 0.4
+MAX_DIFFERENCE, MAX_RELATIVE_DIFFERENCE = 0.05, 0.2
 """Root mean square of the difference of near duplicates: in units of the range, and of the contrast of the picture."""
 
 

@@ -7,6 +7,7 @@ same bits but for a few. It is the `phash` of the package imagehash, which tests
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -18,7 +19,9 @@ BITS = LOW_FREQUENCIES**2
 MAX_DISTANCE = 6
 """Bits in which two hashes of a pair may differ."""
 MAX_PAIRS = 100_000
-BLOCK = 2**22  # comparisons at a time
+BLOCK = 2**20  # comparisons at a time
+MAX_COMPARISONS = 2 * 10**10
+"""Of hashes: about a minute, which a set of some 500,000 images needs."""
 
 
 def _cosines() -> NDArray[np.float64]:
@@ -45,7 +48,7 @@ class HashPairs:
     Attributes:
         pairs: numbers of two images, the lower first, (P, 2), int64.
         bits: in which their hashes differ, (P,), int64.
-        complete: False if there are more pairs than `MAX_PAIRS`, of which the closest are here.
+        complete: False if there are more than `MAX_PAIRS`, of which the closest are here, or too many comparisons.
     """
 
     pairs: NDArray[np.int64]
@@ -75,43 +78,49 @@ def close_pairs(hashes: NDArray[np.uint64], max_distance: int = MAX_DISTANCE) ->
 
 
 def _distinct_pairs(hashes: NDArray[np.uint64], max_distance: int) -> HashPairs:
-    """The pairs of distinct hashes; every one once."""
-    found: list[NDArray[np.int64]] = []
-    number, complete = 0, True
+    """The pairs of distinct hashes; every one once. Of too many, those at the smallest distances are kept."""
+    found = np.empty((0, 2), dtype=np.int64)
+    limit, comparisons = max_distance, 0
+    for members in _groups(hashes, max_distance):
+        for number, pairs in _pairs_in(hashes, members, limit):
+            comparisons += number
+            found = np.concatenate([found, pairs[_distances(hashes, pairs) <= limit]])
+            while len(found) > 4 * MAX_PAIRS and limit > 1:
+                limit //= 2
+                found = np.unique(found[_distances(hashes, found) <= limit], axis=0)
+        if comparisons > MAX_COMPARISONS or len(found) > 4 * MAX_PAIRS:
+            limit = 0
+            break
+    found = np.unique(found, axis=0)
+    return HashPairs(found, _distances(hashes, found), complete=limit == max_distance)
+
+
+def _distances(hashes: NDArray[np.uint64], pairs: NDArray[np.int64]) -> NDArray[np.int64]:
+    return np.bitwise_count(hashes[pairs[:, 0]] ^ hashes[pairs[:, 1]]).astype(np.int64)
+
+
+def _groups(hashes: NDArray[np.uint64], max_distance: int) -> Iterator[NDArray[np.int64]]:
+    """Images that agree in one of ``max_distance + 1`` parts of their bits."""
     ends = np.linspace(0, BITS, max_distance + 2).astype(int)
     for low, high in pairwise(ends):
         part = (hashes >> np.uint64(low)) & np.uint64((1 << int(high - low)) - 1)
         order = np.argsort(part, kind="stable")
         _, starts = np.unique(part[order], return_index=True)
         for start, stop in pairwise([*starts.tolist(), len(order)]):
-            for pairs in _pairs_in(hashes, order[start:stop], max_distance):
-                found.append(pairs)
-                number += len(pairs)
-            if number > 4 * MAX_PAIRS:  # a set of copies: the closest pairs will do
-                found, complete = [_closest(hashes, np.concatenate(found))], False
-                number = len(found[0])
-    pairs = np.unique(np.concatenate([np.empty((0, 2), dtype=np.int64), *found]), axis=0)
-    bits = np.bitwise_count(hashes[pairs[:, 0]] ^ hashes[pairs[:, 1]]).astype(np.int64)
-    return HashPairs(pairs, bits, complete)
+            if stop - start > 1:
+                yield order[start:stop]
 
 
-def _closest(hashes: NDArray[np.uint64], pairs: NDArray[np.int64]) -> NDArray[np.int64]:
-    """At most `MAX_PAIRS` of the pairs, those that differ in the fewest bits."""
-    pairs = np.unique(pairs, axis=0)
-    bits = np.bitwise_count(hashes[pairs[:, 0]] ^ hashes[pairs[:, 1]])
-    return pairs[np.argsort(bits, kind="stable")[:MAX_PAIRS]]
-
-
-def _pairs_in(hashes: NDArray[np.uint64], members: NDArray[np.int64], max_distance: int) -> list[NDArray[np.int64]]:
-    """Pairs among the images that share a part of their bits."""
-    found = []
-    members = np.sort(members)
+def _pairs_in(
+    hashes: NDArray[np.uint64], members: NDArray[np.int64], max_distance: int
+) -> Iterator[tuple[int, NDArray[np.int64]]]:
+    """Numbers of comparisons, and the pairs that they found among some images."""
     rows = max(1, BLOCK // len(members))
     values = hashes[members]
     for start in range(0, len(members) - 1, rows):
-        distances = np.bitwise_count(values[start : start + rows, None] ^ values[None, :])
+        others = values[start + 1 :]
+        distances = np.bitwise_count(values[start : start + rows, None] ^ others[None, :])
         row, column = np.nonzero(distances <= max_distance)
-        later = column > row + start
-        if later.any():
-            found.append(np.stack([members[row[later] + start], members[column[later]]], axis=1))
-    return found
+        later = column >= row
+        pairs = np.stack([members[start + row[later]], members[start + 1 + column[later]]], axis=1)
+        yield distances.size, np.sort(pairs, axis=1)
