@@ -131,14 +131,7 @@ def check_channels(facts: PipelineFacts) -> None:
         ConfigError: the network takes another number of channels than a picture, or its latents, have.
     """
     channels = facts.concat_channels
-    if facts.concat_encoder is not None:
-        return
-    if facts.concat_through_vae is None:
-        if channels not in PICTURE_CHANNELS:
-            raise ConfigError(
-                f"{OPTION}: {facts.source} takes {channels} channels, and a picture has 1, 3 or 4: use "
-                "--concat_inputs FILE.npy"
-            )
+    if facts.concat_encoder is not None or facts.concat_through_vae is None:
         return
     if facts.first_stage is None:
         raise ConfigError(

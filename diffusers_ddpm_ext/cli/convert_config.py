@@ -17,7 +17,6 @@ from diffusers_ddpm_ext.utils.vocabulary import REQUIRED_CONDITIONS
 if TYPE_CHECKING:
     from diffusers_ddpm_ext.compvis.config.ddpm import CompVisConfig
 
-IMAGE_CHANNELS = (1, 3, 4)
 COLUMN_FLAGS = {"concat_inputs": "--concat_column COLUMN", "encoder_hidden_states": "--context_column COLUMN"}
 
 CONVERT_CONFIG_EXAMPLES = """examples:
@@ -77,9 +76,7 @@ def translate_config(options: ConvertConfigOptions) -> str:
     try:
         config = read_compvis_config(options.config, strict=not options.allow_refused)
         content = recipe(config)
-        note = _why_not_trained(config)
-        if not note:
-            convert_options(content)  # whatever `train` would refuse is refused here
+        convert_options(content)  # whatever `train` would refuse is refused here
         if options.out is not None:
             write_recipe(config, options.out, options.config.name)
     except ValueError as error:
@@ -92,21 +89,10 @@ def translate_config(options: ConvertConfigOptions) -> str:
         format_columns(("key", "value", "fate", "here"), [row.cells() for row in config.rows]),
         f"{config.target}: a {network}, conditioning_key {config.conditioning_key}",
     ]
-    lines += [f"note: {text}" for text in (*recipe_notes(config), note) if text]
+    lines += [f"note: {text}" for text in recipe_notes(config) if text]
     if options.out is not None:
-        lines.append(f"written to {options.out}" + ("" if note else f": {_next_command(config, options.out)}"))
+        lines.append(f"written to {options.out}: {_next_command(config, options.out)}")
     return "\n".join(lines)
-
-
-def _why_not_trained(config: CompVisConfig) -> str:
-    """Why `ddpm-ext train` refuses the recipe of a configuration; empty if it does not."""
-    channels = config.samples.channels
-    known = config.samples.latent or channels in IMAGE_CHANNELS
-    return (
-        ""
-        if known
-        else f"ddpm-ext train reads images of 1, 3 or 4 channels: it cannot train this model of {channels}."
-    )
 
 
 def _next_command(config: CompVisConfig, out: Path) -> str:

@@ -80,6 +80,14 @@ def _check_huber_c(huber_c: Any) -> None:
     checked_number("huber_c", huber_c, allowed, lambda c: 0 < c < math.inf)
 
 
+def check_perceptual_channels(channels: int) -> None:
+    """Raise ValueError unless images of so many channels have perceptual features, which 1, 3 and 4 have."""
+    if channels not in (1, 3, 4):
+        raise ValueError(
+            f"perceptual_model compares pictures of 1, 3 or 4 channels, and these have {channels}: leave it out."
+        )
+
+
 class PerceptualDistance:
     """Called as ``distance(prediction, image) -> (B,)``, on images (B, 1, 3 or 4, H, W) in [-1, 1].
 
@@ -125,8 +133,9 @@ class PerceptualDistance:
     def features(self, images: Tensor) -> list[Tensor]:
         """Features of every layer, each (B, positions, channels), of length 1 over the channels."""
         channels = images.shape[1]
-        if images.ndim != 4 or channels not in (1, 3, 4):
+        if images.ndim != 4:
             raise ValueError(f"perceptual features need images (B, 1, 3 or 4, H, W), got {tuple(images.shape)}.")
+        check_perceptual_channels(channels)
         x = images.expand(-1, 3, -1, -1) if channels == 1 else images[:, :3]
         if self.size is not None and tuple(x.shape[2:]) != self.size:
             x = nn.functional.interpolate(x, self.size, mode="bilinear", antialias=True, align_corners=False)

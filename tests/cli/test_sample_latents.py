@@ -198,7 +198,7 @@ def test_more_images_than_pictures_are_numbered(sample):
     [
         ("mode", (), "needs --concat DIR or --concat_inputs FILE.npy"),
         ("plain", ("--concat", "in"), "takes none"),
-        ("two", ("--concat", "in"), "takes 2 channels, and a picture has 1, 3 or 4"),
+        ("two", ("--concat", "in"), "a.png cannot be read: it has 3 channels, which --channels 2"),
         ("mode", ("--concat", "empty"), "empty"),
         ("mode", ("--concat", "nowhere"), "does not exist"),
         ("mode", ("--concat", "in/a.png"), "is a file"),

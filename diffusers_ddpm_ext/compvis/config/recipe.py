@@ -53,7 +53,7 @@ def recipe(config: CompVisConfig) -> dict[str, dict[str, Any]]:
     latents = {LATENTS_KEY: True} if config.samples.latent else {}
     options: dict[str, Any] = {
         "resolution": image_size(config),
-        "channels": config.samples.channels if config.samples.channels in (1, 3, 4) and not latents else None,
+        "channels": None if latents else config.samples.channels,
         "model_config": {"_class_name": network.class_name} | network.config | latents,
         "conditioning_key": config.conditioning_key,
         "lr_scheduler": "constant",

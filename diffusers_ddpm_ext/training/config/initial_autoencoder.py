@@ -12,7 +12,7 @@ from diffusers_ddpm_ext.utils.input_files import read_json_object
 from diffusers_ddpm_ext.utils.pipeline_files import MODEL_INDEX
 
 TYPES = {"AutoencoderKL": "kl", "VQModel": "vq"}
-COMPRESSIONS, IMAGE_CHANNELS = (2, 4, 8, 16, 32), (1, 3, 4)
+COMPRESSIONS = (2, 4, 8, 16, 32)
 MAX_SIZE = 1_000_000
 
 
@@ -33,11 +33,8 @@ def architecture_of(path: str, explicit: Mapping[str, Any]) -> dict[str, Any]:
     if kind is None:
         name = printable(autoencoder.class_name, 80)
         raise ConfigError(f"{label} is of class {name}, and train-vae trains AutoencoderKL and VQModel")
-    if autoencoder.factor not in COMPRESSIONS or autoencoder.pixel_channels not in IMAGE_CHANNELS:
-        raise ConfigError(
-            f"{label} compresses {autoencoder.pixel_channels} channels by {autoencoder.factor}; train-vae takes 1, 3 "
-            "or 4 channels, and compressions from 2 to 32"
-        )
+    if autoencoder.factor not in COMPRESSIONS:
+        raise ConfigError(f"{label} compresses by {autoencoder.factor}; train-vae takes compressions from 2 to 32")
     options: dict[str, Any] = {
         "first_stage_type": kind,
         "compression": autoencoder.factor,

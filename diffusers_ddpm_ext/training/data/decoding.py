@@ -131,8 +131,9 @@ def _convert(raw: RawImage, channels: int | None, resizing: Resizing, limits: Ra
         return raw
     if channels not in MODE_OF_CHANNELS or own not in MODE_OF_CHANNELS or (own == 4 and not raw.has_alpha):
         raise UnsupportedImage(
-            f"it has {own} channels, which --channels {channels} does not change: only gray (1), color (3) and color"
-            " with transparency (4, in PNG, TIFF and other formats that say so) are converted to each other"
+            f"it has {own} channels, which --channels {channels} (or a first stage of as many) does not change: only"
+            " gray (1), color (3) and color with transparency (4, in PNG, TIFF and other formats that say so) are"
+            " converted to each other"
         )
     if isinstance(raw.picture, np.ndarray):
         pixels = _convert_array(raw.picture, channels, resizing, limits)

@@ -29,7 +29,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
 from diffusers_ddpm_ext.errors import ConfigError, as_config_error
-from diffusers_ddpm_ext.losses.distances import Distance, PerceptualDistance, get_distance
+from diffusers_ddpm_ext.losses.distances import Distance, PerceptualDistance, check_perceptual_channels, get_distance
 from diffusers_ddpm_ext.models.conditioning import Conditioning
 from diffusers_ddpm_ext.models.first_stage import FirstStage
 from diffusers_ddpm_ext.models.first_stage_loading import load_first_stage
@@ -213,6 +213,7 @@ def build_autoencoder_parts(config: AutoencoderConfig, images: ImageSet) -> Auto
         features = None
         if options.perceptual_model is not None:
             features = PerceptualDistance.from_pretrained(options.perceptual_model)
+            check_perceptual_channels(images.shape[0])
     if options.ckpt_path is not None:
         return AutoencoderParts(_load_initial(options.ckpt_path), options, features)
     channels, height, width = images.shape

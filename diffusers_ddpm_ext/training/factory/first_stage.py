@@ -10,7 +10,6 @@ from diffusers_ddpm_ext.errors import ConfigError, as_config_error
 from diffusers_ddpm_ext.models.first_stage import FirstStage, load_first_stage
 from diffusers_ddpm_ext.training.config.data_options import DataOptions
 from diffusers_ddpm_ext.training.config.train_config import TrainConfig
-from diffusers_ddpm_ext.training.data.decoding import CHANNEL_NAMES
 from diffusers_ddpm_ext.training.data.latents import LatentEncoder
 
 
@@ -29,10 +28,6 @@ def build_latent_encoder(config: TrainConfig, device: torch.device) -> LatentEnc
         raise ConfigError(f"--vae: {' '.join(str(error).split())}") from None
     with as_config_error("--vae"):
         stage = FirstStage(autoencoder.to(device))
-        if stage.pixel_channels not in CHANNEL_NAMES:
-            raise ConfigError(
-                f"--vae {options.vae} encodes {stage.pixel_channels} channels, and images have 1, 3 or 4"
-            )
     with as_config_error("--resolution"):
         stage.latent_size(*config.data.resolution)
     if options.latent_mode and not stage.is_stochastic:

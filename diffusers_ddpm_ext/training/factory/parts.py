@@ -17,7 +17,7 @@ from diffusers_ddpm_ext.diffusion.likelihood import choose_bins
 from diffusers_ddpm_ext.diffusion.timesteps import TimestepSampler, make_sampler
 from diffusers_ddpm_ext.errors import as_config_error
 from diffusers_ddpm_ext.losses.checks import BOUND_LOSSES
-from diffusers_ddpm_ext.losses.distances import PerceptualDistance
+from diffusers_ddpm_ext.losses.distances import PerceptualDistance, check_perceptual_channels
 from diffusers_ddpm_ext.losses.objective import DDPMObjective
 from diffusers_ddpm_ext.models.class_token_unet import CLASS_TABLE, ClassTokenUNet
 from diffusers_ddpm_ext.models.conditioning import Conditioning
@@ -160,6 +160,9 @@ def build_parts(
     """
     scheduler = build_scheduler(config.schedule)
     objective = build_objective(config.objective, scheduler, images.levels)
+    if config.perceptual_model is not None:
+        with as_config_error("--perceptual_model"):
+            check_perceptual_channels(images.shape[0])
     options = config.objective
     with as_config_error():
         sampler = make_sampler(options.timestep_sampler, objective.schedule, options.log_snr_mean, options.log_snr_std)

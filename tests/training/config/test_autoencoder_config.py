@@ -124,7 +124,7 @@ def test_the_autoencoder_to_start_from_decides_the_network(first):
         ("pipe --kl_weight 1", "--kl_weight 1.0 has no effect without --first_stage_type kl"),
         ("pipe --resolution 30", "--resolution 30 is not divisible by --compression 4"),
         ("other", "is of class AutoencoderTiny, and train-vae trains AutoencoderKL and VQModel"),
-        ("flat", "compresses 1 channels by 1; train-vae takes"),
+        ("flat", "compresses by 1; train-vae takes"),
         ("bare", "must be the folder of a Diffusers autoencoder, or of a pipeline with one"),
         ("nowhere", "must be the folder of a Diffusers autoencoder, or of a pipeline with one"),
     ],
