@@ -26,6 +26,7 @@ COMMANDS = {
     "sample": "draw images from a saved pipeline",
     "evaluate": "bits per dimension of held-out images, with an interval",
     "fit-variance": "the best reverse variance and the best few steps of a trained network",
+    "fit-steps": "the few steps of a sampler whose samples are closest to those of many steps",
     "plot": "schedule, weights, log-variances, bound and chosen steps of a folder, as plots",
     "report": "a run as one page for the browser: curves, samples, schedule, options",
     "push": "upload a folder to the Hugging Face Hub, with a model card and a proof of its files",

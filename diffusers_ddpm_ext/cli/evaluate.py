@@ -37,6 +37,7 @@ from diffusers_ddpm_ext.cli.measuring import (
 from diffusers_ddpm_ext.cli.parser import parse_options
 from diffusers_ddpm_ext.cli.pipeline_facts import PipelineFacts, facts_of_pipeline, read_pipeline_facts
 from diffusers_ddpm_ext.cli.sample_metrics_options import SAMPLES_HELP, SampleMetricsOptions, sample_metrics_options
+from diffusers_ddpm_ext.cli.sample_options import check_timesteps_options
 from diffusers_ddpm_ext.errors import ConfigError, RunError, as_config_error, as_run_error, printable
 from diffusers_ddpm_ext.pipelines.loading import load_pipeline
 from diffusers_ddpm_ext.utils.folder_lock import FolderLock
@@ -120,6 +121,7 @@ def parse_evaluate_args(argv: Sequence[str]) -> EvaluateOptions:
     samples_options = sample_metrics_options(options.sample_metrics)
     if samples_options is not None:
         _check_sample_metrics(options, samples_options)
+        check_timesteps_options(samples_options.timesteps, options.num_inference_steps, options.optimal_timesteps)
     if options.optimal_timesteps and options.num_inference_steps is None:
         raise ConfigError("--optimal_timesteps needs --num_inference_steps: the number of steps")
     check_pipeline_source(options.folder)

@@ -19,6 +19,7 @@ from diffusers_ddpm_ext.cli.sample_conditions import SampleConditions, check_sam
 from diffusers_ddpm_ext.cli.sample_options import ARRAYS, SampleOptions, parse_sample_args
 from diffusers_ddpm_ext.errors import ConfigError
 from diffusers_ddpm_ext.pipelines.loading import load_pipeline, quiet_diffusers, select_device
+from diffusers_ddpm_ext.utils.vocabulary import SAMPLE_TIMESTEPS
 
 if TYPE_CHECKING:
     from diffusers_ddpm_ext.cli.sample_drawing import Processes
@@ -51,7 +52,7 @@ def sample_command(argv: Sequence[str]) -> str:
     conditions = None if facts is None else check_sample(options, facts)  # before torch is imported
     processes = _join_processes(options.device)
     pipeline = load_pipeline(
-        options.folder, options.variant, processes.device, options.dtype, variant, _load_encoders(options)
+        options.folder, options.variant, processes.device, options.dtype, variant, load_encoders(options)
     )
     if facts is None or conditions is None:
         facts = facts_of_pipeline(options.folder, pipeline)
@@ -73,15 +74,7 @@ def _sample(
     """Draw and write the images; the line that says so."""
     from diffusers_ddpm_ext.cli.sample_drawing import Drawing, draw_missing
 
-    conditions = _condition_tensors(pipeline, read) | read.text.arguments(options.guidance_scale != 1)
-    if read.image is not None:
-        conditions["image"] = ImageConditions(read.image)
-    if read.pictures is not None and facts.concat_encoder is not None:
-        conditions["concat_images"] = concat_images(read.pictures, facts)
-    elif read.pictures is not None and facts.image_size is not None:
-        conditions["concat_inputs"] = ConcatInputs(
-            read.pictures, pipeline, facts.concat_channels, facts.image_size, options.seed
-        )
+    conditions = call_conditions(pipeline, options, facts, read)
     calls = _count_network_calls(pipeline, options)
     output = _make_output(pipeline, options, facts, read, conditions.get("class_labels"), calls)
     is_main = processes.rank == 0
@@ -107,7 +100,23 @@ def _sample(
     )
 
 
-def _load_encoders(options: SampleOptions) -> dict[str, Any]:
+def call_conditions(
+    pipeline: Any, options: SampleOptions, facts: PipelineFacts, read: SampleConditions
+) -> dict[str, Any]:
+    """Conditions by the name of the pipeline's argument, each a sequence that is used in turn over the images."""
+    conditions = _condition_tensors(pipeline, read) | read.text.arguments(options.guidance_scale != 1)
+    if read.image is not None:
+        conditions["image"] = ImageConditions(read.image)
+    if read.pictures is not None and facts.concat_encoder is not None:
+        conditions["concat_images"] = concat_images(read.pictures, facts)
+    elif read.pictures is not None and facts.image_size is not None:
+        conditions["concat_inputs"] = ConcatInputs(
+            read.pictures, pipeline, facts.concat_channels, facts.image_size, options.seed
+        )
+    return conditions
+
+
+def load_encoders(options: SampleOptions) -> dict[str, Any]:
     """The components of ``--text_encoder`` and ``--tokenizer``; ConfigError if one cannot be loaded."""
     places = {"text_encoder": options.text_encoder, "tokenizer": options.tokenizer}
     if options.text_encoder is not None and options.tokenizer is None and options.input_ids is None:
@@ -183,17 +192,21 @@ def _count_network_calls(pipeline: Any, options: SampleOptions) -> int:
             written.
     """
     from diffusers_ddpm_ext.schedulers.adapter import adapt_scheduler
+    from diffusers_ddpm_ext.schedulers.custom_timesteps import with_timesteps
 
     step_args = options.step_args | ({} if options.eta is None else {"eta": options.eta})
     with quiet_diffusers():
         sampler = adapt_scheduler(pipeline.scheduler, pipeline.trained_scheduler, step_args)
-    optimal = {"optimal": True} if options.optimal_timesteps else {}
-    if optimal and not sampler.is_ours:
+    if options.optimal_timesteps and not sampler.is_ours:
         raise ConfigError(f"--optimal_timesteps needs DDPMExtScheduler; this is a {type(pipeline.scheduler).__name__}")
-    steps = options.num_inference_steps or pipeline.scheduler.config.num_train_timesteps
+    count = options.num_inference_steps
+    chosen = pipeline.chosen_timesteps(count, options.timesteps, options.optimal_timesteps)
+    if chosen is not None:
+        return len(with_timesteps(sampler, chosen).scheduler.timesteps)
+    steps = count or pipeline.scheduler.config.num_train_timesteps
     if steps == pipeline.scheduler.config.num_train_timesteps and pipeline.is_moved(sampler):
         return int(steps)
-    sampler.scheduler.set_timesteps(steps, **optimal)
+    sampler.scheduler.set_timesteps(steps)
     return len(sampler.scheduler.timesteps)
 
 
@@ -250,6 +263,7 @@ def _settings(
         if facts.class_names:
             settings["class_names"] = [_class_name(facts, label) for label in settings["class_labels"]]
     settings["scheduler"] = type(pipeline.scheduler).__name__
+    settings["timesteps"] = pipeline.chosen_timesteps(options.num_inference_steps, options.timesteps)
     settings |= {"concat_inputs": None, "encoder_hidden_states": None}
     for name in ARRAYS:
         path = getattr(options, name)
@@ -269,10 +283,12 @@ def _class_name(facts: PipelineFacts, label: int) -> str:
 
 
 def _model_fingerprint(pipeline: Any) -> str:
-    """Hash of both configurations and of a few values of every weight, and of a first stage as a whole."""
-    digest = hashlib.sha256(
-        repr([sorted(pipeline.unet.config.items()), sorted(pipeline.trained_scheduler.config.items())]).encode()
-    )
+    """Hash of both configurations and of a few values of every weight, and of a first stage as a whole.
+
+    Timesteps that were fitted to samples are not part of it: where they are used, the settings have them.
+    """
+    scheduler = {name: value for name, value in pipeline.trained_scheduler.config.items() if name != SAMPLE_TIMESTEPS}
+    digest = hashlib.sha256(repr([sorted(pipeline.unet.config.items()), sorted(scheduler.items())]).encode())
     for name, weight in pipeline.unet.state_dict().items():
         digest.update(f"{name}{weight.flatten()[:8].float().tolist()}".encode())
     first_stage = pipeline.first_stage

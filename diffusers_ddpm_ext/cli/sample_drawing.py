@@ -121,6 +121,7 @@ def _draw_batch(drawing: Drawing, indices: Sequence[int], on_step: Callable[[], 
         eta=options.eta,
         step_kwargs=options.step_args,
         optimal_timesteps=options.optimal_timesteps,
+        timesteps=options.timesteps,
         **conditions,
     ).images
     if not is_video:

@@ -109,6 +109,7 @@ class Measurement:
             "guidance_scale": self.samples_options.guidance_scale,
             "eta": self.samples_options.eta,
             "optimal_timesteps": options.optimal_timesteps,
+            "timesteps": self.samples_options.timesteps,
         }
         reference = images_of_split(self.data, options.split)
         conditions = None
@@ -285,6 +286,8 @@ def _describe(measurement: Measurement) -> dict[str, Any]:
             "seed": options.seed,
             "weights": options.weights,
         }
+        if chosen.timesteps not in (None, "even"):
+            drawn["timesteps"] = chosen.timesteps
     extractor = measurement.extractor
     return {
         "format": 1,
@@ -308,7 +311,10 @@ def _summary(result: Mapping[str, Any]) -> str:
     features, drawn = result["features"], result["samples"]
     how = f"samples of {drawn['source']}"
     if drawn["source"] == "drawn":
-        how = f"{drawn['scheduler']}, {drawn['num_inference_steps']:,} steps, guidance {drawn['guidance_scale']:g}"
+        steps = f"{drawn['num_inference_steps']:,} steps" + (
+            f" ({drawn['timesteps']})" if "timesteps" in drawn else ""
+        )
+        how = f"{drawn['scheduler']}, {steps}, guidance {drawn['guidance_scale']:g}"
     return f"features: {features['name']} ({features['preparation']}); {how}; {result['split']} images"
 
 

@@ -9,13 +9,13 @@ from typing import Any
 
 from diffusers_ddpm_ext.errors import ConfigError, printable
 from diffusers_ddpm_ext.utils.option import option
-from diffusers_ddpm_ext.utils.vocabulary import SAMPLE_METRICS
+from diffusers_ddpm_ext.utils.vocabulary import SAMPLE_METRICS, NamedTimesteps
 
 SAMPLES_HELP = """Quality of samples, with --metrics or --memorization, instead of the bound: samples are drawn and
 compared with the images of --split by their features."""
 DEFAULT_SAMPLES, MAX_SAMPLES = 2000, 10**7
 OTHER_SCHEDULER_STEPS = 50
-DRAWING = ("num_samples", "scheduler", "scheduler_args", "guidance_scale", "eta")
+DRAWING = ("num_samples", "scheduler", "scheduler_args", "timesteps", "guidance_scale", "eta")
 """Options that say how samples are drawn."""
 
 
@@ -53,6 +53,9 @@ class SampleMetricsOptions:
         None, "A Diffusers scheduler by its class, to sample with.", metavar="NAME", unset="the one in FOLDER"
     )
     scheduler_args: dict[str, Any] = option({}, "Changes to the scheduler's configuration.", metavar="KEY=VALUE")
+    timesteps: NamedTimesteps | None = option(
+        None, "Which K timesteps, as in `ddpm-ext sample`: samples, bound or even.", unset="even"
+    )
     guidance_scale: float = option(1.0, "Classifier-free guidance of the samples.", metavar="S")
     eta: float | None = option(None, "Noise of DDIM: 0 is none, 1 that of DDPM.", low=0)
     feature_cache: Path | None = option(

@@ -21,6 +21,7 @@ from diffusers_ddpm_ext.errors import ConfigError
 from diffusers_ddpm_ext.training.config.pixel_options import ResizeMode
 from diffusers_ddpm_ext.utils.folder_lock import FolderLock
 from diffusers_ddpm_ext.utils.option import option, positional
+from diffusers_ddpm_ext.utils.vocabulary import NamedTimesteps
 
 ARRAYS = ("concat_inputs", "encoder_hidden_states", "input_ids", "negative_input_ids")
 """Options that name a .npy file."""
@@ -32,6 +33,7 @@ DEFAULT_IMAGES, MAX_IMAGES = 16, 10**9
 SAMPLE_EXAMPLES = """examples:
   ddpm-ext sample runs/digits
   ddpm-ext sample runs/digits --scheduler DPMSolverMultistepScheduler --num_inference_steps 25 --num_images 64
+  ddpm-ext sample runs/digits --scheduler DDIMScheduler --num_inference_steps 5 --timesteps samples    after fit-steps
   ddpm-ext sample runs/digits --out samples --num_images 1000          samples/00000.png, ...
   ddpm-ext sample runs/digits --out samples.npz --num_images 1000      uint8 (N, height, width, channels), as arr_0
   ddpm-ext sample runs/bands --out samples.npy                         of other data: its dtype and range, all channels
@@ -190,6 +192,12 @@ class SampleOptions:
     )
     eta: float | None = option(None, "Noise of DDIM: 0 is none, 1 that of DDPM.", low=0)
     optimal_timesteps: bool = option(False, "Use the timesteps that `ddpm-ext fit-variance` found best.")
+    timesteps: NamedTimesteps | None = option(
+        None,
+        "Which K timesteps: samples: those that `ddpm-ext fit-steps` found for this scheduler; bound: those that"
+        " `ddpm-ext fit-variance` found, with any scheduler; even: those of the scheduler's spacing.",
+        unset="even",
+    )
     bit_depth: Literal[8, 16] | None = option(
         None,
         "Bits of a folder's files and of .npz and .tif, which then hold unsigned integers from 0.",
@@ -224,12 +232,21 @@ class SampleOptions:
 def parse_sample_args(argv: Sequence[str]) -> SampleOptions:
     """The options of a command line, checked; errors are those of `parse_options`."""
     options = parse_options(SampleOptions, argv, "sample", SAMPLE_EXAMPLES)
+    check_timesteps_options(options.timesteps, options.num_inference_steps, options.optimal_timesteps)
     if options.scheduler is not None and options.num_inference_steps is None:
         options = replace(options, num_inference_steps=OTHER_SCHEDULER_STEPS)
     _check_sample_options(options)
     check_pipeline_source(options.folder)
     _check_sample_paths(options)
     return options
+
+
+def check_timesteps_options(timesteps: str | None, count: int | None, optimal: bool) -> None:
+    """Raise ConfigError for ``--timesteps`` without a number of steps, or beside ``--optimal_timesteps``."""
+    if optimal and timesteps is not None:
+        raise ConfigError("--optimal_timesteps is --timesteps bound: give one of them")
+    if timesteps not in (None, "even") and count is None:
+        raise ConfigError(f"--timesteps {timesteps} needs --num_inference_steps: how many of them")
 
 
 def _check_sample_options(options: SampleOptions) -> None:

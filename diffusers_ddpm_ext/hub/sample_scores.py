@@ -73,6 +73,8 @@ def read_sample_scores(record: JsonObject) -> SampleScores:
     if drawn.string("source") == "drawn":
         guidance = drawn.number("guidance_scale")
         parts.append(f"{printable(drawn.string('scheduler'), 60)}, {drawn.integer('num_inference_steps'):,} steps")
+        if "timesteps" in drawn:
+            parts[-1] += f" ({printable(drawn.string('timesteps'), 60)})"
         parts += [f"guidance {guidance:g}"] if guidance != 1 else []
     else:
         parts.append("samples made elsewhere")

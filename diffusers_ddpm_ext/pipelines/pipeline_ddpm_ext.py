@@ -8,7 +8,6 @@ Source: [DDPM] Ho et al. 2020, algorithm 2.
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -68,9 +67,12 @@ from diffusers_ddpm_ext.pipelines.serialization import SavedPipeline
 from diffusers_ddpm_ext.pipelines.stock_layout import needs_guard
 from diffusers_ddpm_ext.pipelines.stock_text import with_stock_offset
 from diffusers_ddpm_ext.schedulers.adapter import SchedulerAdapter, adapt_scheduler, supports_temperature
+from diffusers_ddpm_ext.schedulers.custom_timesteps import with_timesteps
+from diffusers_ddpm_ext.schedulers.named_timesteps import named_timesteps
 from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
 from diffusers_ddpm_ext.utils.checks import checked_integer
 from diffusers_ddpm_ext.utils.pixel_format import PixelFormat
+from diffusers_ddpm_ext.utils.vocabulary import NamedTimesteps
 from diffusers_ddpm_ext.utils.wrappers import has_inner_wrappers, network_class, unwrap
 
 logger = logging.getLogger(__name__)
@@ -253,7 +255,7 @@ class DDPMExtPipeline(FirstStageMixin, ConditionEncodersMixin, SavedPipeline):
         callback_on_step_end: Callable[..., dict[str, Any]] | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         latents: Tensor | None = None,
-        timesteps: Sequence[int] | np.ndarray | Tensor | None = None,
+        timesteps: Sequence[int] | np.ndarray | Tensor | NamedTimesteps | None = None,
         class_labels: Labels | None = None,
         concat_inputs: Tensor | Sequence[Tensor] | None = None,
         encoder_hidden_states: Tensor | Sequence[Tensor] | None = None,
@@ -295,7 +297,9 @@ class DDPMExtPipeline(FirstStageMixin, ConditionEncodersMixin, SavedPipeline):
             callback_on_step_end_tensor_inputs: tensors for the callback: "latents" (the sample), "model_output" (as
                 passed to ``step``), "model_input" (the sample as passed to the network).
             latents: the starting noise, (batch_size, C, H, W), standard normal; None draws it.
-            timesteps: the timesteps to use, descending, instead of ``num_inference_steps``.
+            timesteps: the timesteps to use, descending, instead of ``num_inference_steps``. Or which K steps:
+                "samples", those that `ddpm-ext fit-steps` found best for the scheduler's class; "bound", those of
+                `ddpm-ext fit-variance`, for any class; "even", those of the scheduler's spacing.
             class_labels: one class for all images or one per image, each a number or a name of ``id2label``; floating,
                 (B, width), for a projected embedding.
                 With a ``class_embedder`` they replace ``encoder_hidden_states``.
@@ -349,8 +353,10 @@ class DDPMExtPipeline(FirstStageMixin, ConditionEncodersMixin, SavedPipeline):
         denoise = prepare_guidance(
             self._model(device), conditions, negative, batch_size, settings.guidance_scale, settings.guidance_interval
         )
-        steps = self._set_timesteps(sampler, num_inference_steps, timesteps, device, optimal_timesteps)
-        warning = sampler.late_start_warning()
+        chosen = self.chosen_timesteps(num_inference_steps, timesteps, optimal_timesteps)
+        sampler = self._set_timesteps(sampler, num_inference_steps, chosen, device)
+        steps = sampler.scheduler.timesteps
+        warning = "" if chosen is not None else sampler.late_start_warning()
         if warning:
             logger.warning(warning)
         sample = self._initial_sample(shape, generators, latents, sampler, device)
@@ -413,56 +419,64 @@ class DDPMExtPipeline(FirstStageMixin, ConditionEncodersMixin, SavedPipeline):
             arguments = noise.arguments(sampler, step_arguments[i], sample)
             result = sampler.scheduler.step(model_output, step_arguments[i], sample, **arguments)
             tensors = {"latents": result.prev_sample, "model_output": model_output, "model_input": model_input}
-            sample = callback(self, i, t, tensors)
+            sample = callback(self, i, sampler.trained_step(t), tensors)
             intermediates.add(i, sample, result)
             if call.interrupt:
                 break
         return sample
 
-    def _set_timesteps(
-        self,
-        sampler: SchedulerAdapter,
-        count: int | None,
-        timesteps: Sequence[int] | np.ndarray | Tensor | None,
-        device: torch.device,
-        optimal: bool,
-    ) -> Tensor:
-        scheduler = sampler.scheduler
-        if optimal and (count is None or timesteps is not None or not sampler.is_ours):
+    def chosen_timesteps(
+        self, count: int | None, timesteps: Sequence[int] | np.ndarray | Tensor | str | None, optimal: bool = False
+    ) -> list[int] | None:
+        """The timesteps that arguments of a call choose; None for ``count`` evenly spaced ones.
+
+        Raises:
+            ValueError: two arguments contradict each other, or there are no such timesteps.
+        """
+        name = type(self.scheduler).__name__
+        if optimal and (count is None or timesteps is not None or not isinstance(self.scheduler, DDPMExtScheduler)):
             raise ValueError(
                 "optimal_timesteps needs num_inference_steps (without timesteps) and a DDPMExtScheduler, whose config "
-                f"holds them; this is a {type(scheduler).__name__}."
+                f"holds them; this is a {name}."
             )
-        arguments: dict[str, Any] = {"num_inference_steps": count}
-        if optimal:
-            arguments["optimal"] = True
-        elif timesteps is not None:
-            if count is not None:
-                raise ValueError("num_inference_steps and timesteps both determine the timesteps; give one of them.")
-            if "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
-                name = type(scheduler).__name__
-                raise ValueError(f"timesteps is given, but {name} takes only num_inference_steps.")
-            arguments = {"timesteps": checked_timesteps(timesteps)}
-        else:
-            count = scheduler.config.num_train_timesteps if count is None else count
-            count = checked_integer("num_inference_steps", count)
-            if count < 1:
-                raise ValueError(f"num_inference_steps is {count}; it must be 1 or more, or None for all steps.")
-            arguments["num_inference_steps"] = count
-            if count == scheduler.config.num_train_timesteps and self.is_moved(sampler):
-                if sampler.is_ours:
-                    arguments = {"timesteps": list(range(count))[::-1]}  # all of them: an offset has no room
+        timesteps = "bound" if optimal else timesteps
+        if isinstance(timesteps, str):
+            trained = self.trained_scheduler
+            return named_timesteps(timesteps, count, name, trained.config, len(trained))
+        if timesteps is not None and count is not None:
+            raise ValueError("num_inference_steps and timesteps both determine the timesteps; give one of them.")
+        return None if timesteps is None else checked_timesteps(timesteps)
+
+    def _set_timesteps(
+        self, sampler: SchedulerAdapter, count: int | None, timesteps: list[int] | None, device: torch.device
+    ) -> SchedulerAdapter:
+        """Set the timesteps of a call's scheduler, and of the pipeline's for the eyes of callbacks and callers."""
+        scheduler = sampler.scheduler
+        if timesteps is not None:
+            sampler = with_timesteps(sampler, timesteps, device)
+            with SHARED_SCHEDULER:
+                if sampler.kept is None:
+                    self.scheduler.set_timesteps(timesteps=timesteps, device=device)
                 else:
-                    scheduler.register_to_config(steps_offset=0)  # of the call's copy, with which it steps
-                    scheduler.set_timesteps(count, device=device)
-                    all_steps: Tensor = scheduler.timesteps
-                    return all_steps
+                    self.scheduler.timesteps = sampler.timesteps
+            return sampler
+        count = scheduler.config.num_train_timesteps if count is None else count
+        count = checked_integer("num_inference_steps", count)
+        if count < 1:
+            raise ValueError(f"num_inference_steps is {count}; it must be 1 or more, or None for all steps.")
+        arguments: dict[str, Any] = {"num_inference_steps": count}
+        if count == scheduler.config.num_train_timesteps and self.is_moved(sampler):
+            if sampler.is_ours:
+                arguments = {"timesteps": list(range(count))[::-1]}  # all of them: an offset has no room
+            else:
+                scheduler.register_to_config(steps_offset=0)  # of the call's copy, with which it steps
+                scheduler.set_timesteps(count, device=device)
+                return sampler
         scheduler.set_timesteps(**arguments, device=device)
         with SHARED_SCHEDULER:
             # Only for the eyes of callbacks and callers: the call steps with its copy.
             self.scheduler.set_timesteps(**arguments, device=device)
-        steps: Tensor = scheduler.timesteps
-        return steps
+        return sampler
 
     def is_moved(self, sampler: SchedulerAdapter) -> bool:
         """Whether a model with a text encoder has an offset of steps, which only fewer steps than T leave room for."""

@@ -49,12 +49,15 @@ class SchedulerAdapter:
         trained: our scheduler, with the tables and the prediction type of the model's training.
         prediction_type: of the output that ``step`` receives.
         uses_variance: whether ``step`` uses the channels of a learned variance.
+        kept: the steps of the training chain, ascending, that the scheduler's own chain consists of; None where it is
+            the training chain.
     """
 
     scheduler: Any
     trained: DDPMExtScheduler
     prediction_type: str
     uses_variance: bool
+    kept: tuple[int, ...] | None = None
 
     @property
     def is_ours(self) -> bool:
@@ -76,11 +79,22 @@ class SchedulerAdapter:
         scheduler.noise_sampler_seed = seeds if isinstance(generator, list) else seeds[0]
         return replace(self, scheduler=scheduler)
 
+    @property
+    def timesteps(self) -> Tensor:
+        """``scheduler.timesteps``, as steps of the training chain where the scheduler has one of its own."""
+        return torch.stack([self.trained_step(t) for t in self.scheduler.timesteps])
+
+    def trained_step(self, t: Tensor) -> Tensor:
+        """An entry of ``scheduler.timesteps``, (), as a step of the training chain."""
+        return t if self.kept is None else torch.tensor(self.kept[int(t)], device=t.device)
+
     def model_timestep(self, model_input_scale: float, t: Tensor) -> Tensor:
         """Timestep for the network, (), converted if the scheduler's timesteps have another unit than the model's.
 
         ``model_input_scale`` is from `input_scale`, ``t`` an entry of ``scheduler.timesteps``.
         """
+        if self.kept is not None:
+            return self.trained_step(t)
         if getattr(self.scheduler, "alphas_cumprod", None) is not None:
             return t
         steps = np.arange(len(self.trained), dtype=np.float64)
@@ -137,7 +151,7 @@ class SchedulerAdapter:
 
     def _roots(self, scale: float, t: Tensor) -> tuple[float, float]:
         """sqrt(A) and sqrt(1 - A) at a step, from the table, or else from the input's scale."""
-        step = float(t)
+        step = float(self.trained_step(t))
         if step.is_integer() and 0 <= step < len(self.trained):
             abar = max(float(self.trained.schedule.alphas_cumprod[int(step)]), MIN_TERMINAL_ABAR)
             # The table is exact, the scale is rounded; but a scheduler may use times between two of our steps.

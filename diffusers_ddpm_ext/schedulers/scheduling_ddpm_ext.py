@@ -60,6 +60,7 @@ from diffusers_ddpm_ext.schedulers.live_config import LiveConfig, constructor_de
 from diffusers_ddpm_ext.utils.checks import check_one_of, checked_flag, checked_integer, checked_number, describe
 from diffusers_ddpm_ext.utils.vocabulary import (
     FROM_COMPVIS_BETA_SCHEDULE,
+    SAMPLE_TIMESTEPS,
     VARIANCE_TYPES,
     BetaSchedule,
     PredictionType,
@@ -244,7 +245,7 @@ class DDPMExtScheduler(LiveConfig, CompVisAPI, SchedulerMixin, ConfigMixin):
         """Replace the schedule by CompVis' arguments; the config gets Diffusers' names, and every step is in use.
 
         ``v_posterior`` and ``prediction_type`` stay; ``rescale_betas_zero_snr``, which CompVis lacks, is turned off;
-        ``v_decoder`` and ``optimal_timesteps``, which were fitted to the old schedule, are dropped.
+        ``v_decoder`` and all timesteps that were fitted to the old schedule are dropped.
 
         Args:
             given_betas: the betas themselves, (T,); the other arguments are then not used.
@@ -274,6 +275,7 @@ class DDPMExtScheduler(LiveConfig, CompVisAPI, SchedulerMixin, ConfigMixin):
                 rescale_betas_zero_snr=False,
                 v_decoder=None,
                 optimal_timesteps=None,
+                **({SAMPLE_TIMESTEPS: None} if SAMPLE_TIMESTEPS in self.config else {}),
             )
         except ValueError:
             self._chain_arguments = before
@@ -551,4 +553,6 @@ def _check_terminal_snr(schedule: NoiseSchedule) -> None:
         )
 
 
-leave_out(constructor_defaults(DDPMExtScheduler).keys() - constructor_defaults(DDPMScheduler).keys())
+leave_out(
+    (constructor_defaults(DDPMExtScheduler).keys() - constructor_defaults(DDPMScheduler).keys()) | {SAMPLE_TIMESTEPS}
+)

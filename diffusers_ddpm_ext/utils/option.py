@@ -93,6 +93,12 @@ def positional(metavar: str, help: str, default: Any = MISSING, *, path: bool = 
     return declared
 
 
+def option_like(cls: type, name: str) -> Any:
+    """Declare an option as another dataclass does; the annotation must be the same."""
+    declared = next(item for item in fields(cls) if item.name == name)
+    return field(default=declared.default, default_factory=declared.default_factory, metadata=declared.metadata)  # type: ignore[call-overload]
+
+
 def embedded(section: type, description: str) -> dict[str, Any]:
     """Declare a field that holds the options of another section that were typed: converted values by name.
 

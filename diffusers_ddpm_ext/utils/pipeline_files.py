@@ -25,8 +25,10 @@ TOKENIZER_FILES = (
 )
 NETWORK_RECORDS = ("ema.json",)
 """Files about the weights, valid with any scheduler."""
+STEPS_RECORD = "steps_fit.json"
 RESULTS = (
     "variance_fit.json",
+    STEPS_RECORD,
     "conversion.json",
     "proof.json",
     "card/samples.npz",

@@ -23,6 +23,7 @@ Streams and their coordinates (the name goes first, so that two streams never sh
 ``CONDITION``           seed, optimizer step, position in the effective batch, which condition
 ``BOUND``               seed, image, timestep; or ``"steps"``
 ``FIT``                 seed, image, timestep
+``FIT_STEPS``           seed, trajectory
 ``TIMESTEP``            seed, optimizer step, position in the effective batch; or ``"order"``
 ``LATENT``              seed, optimizer step, position in the effective batch
 ``LATENT_SET``          seed, 0, image
@@ -61,6 +62,7 @@ VALIDATION = "validation"
 CONDITION = "condition"
 BOUND = "bound"
 FIT = "fit"
+FIT_STEPS = "fit/steps"
 TIMESTEP = "timestep"
 LATENT = "latent"
 LATENT_SET = "latent/set"

@@ -14,6 +14,10 @@ ConditioningKey = Literal["concat", "crossattn", "hybrid", "adm", "hybrid-adm", 
 ConcatThroughVae = Literal["mode", "sample"]
 """How pictures that are conditions become latents: the posterior's mode, not scaled; or a sample of it, scaled."""
 Decoder = Literal["exact", "improved_diffusion", "continuous"]
+NamedTimesteps = Literal["samples", "bound", "even"]
+"""Timesteps fitted to samples, fitted to the variational bound, and evenly spaced ones."""
+SAMPLE_TIMESTEPS = "sample_timesteps"
+"""Key of a scheduler's config, where `ddpm-ext fit-steps` has been run: class -> K as a string -> the K steps."""
 
 BETA_SCHEDULES: tuple[BetaSchedule, ...] = get_args(BetaSchedule)
 PREDICTION_TYPES: tuple[PredictionType, ...] = get_args(PredictionType)
@@ -21,6 +25,7 @@ VARIANCE_TYPES: tuple[VarianceType, ...] = get_args(VarianceType)
 CONDITIONING_KEYS: tuple[ConditioningKey, ...] = get_args(ConditioningKey)
 CONCAT_THROUGH_VAE: tuple[ConcatThroughVae, ...] = get_args(ConcatThroughVae)
 DECODERS: tuple[Decoder, ...] = get_args(Decoder)
+NAMED_TIMESTEPS: tuple[NamedTimesteps, ...] = get_args(NamedTimesteps)
 
 LATENTS_KEY = "_latents"
 """Key in ``model_config`` of a network whose samples are latents of an autoencoder: such a run is refused."""

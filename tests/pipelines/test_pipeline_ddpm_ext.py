@@ -250,7 +250,7 @@ def test_custom_timesteps():
     assert torch.equal(ours()(1, seeded(), None, "pt", timesteps=[750, 500, 250, 0]).images, by_count)
     with pytest.raises(ValueError, match="give one of them"):
         ours()(1, num_inference_steps=4, timesteps=[750, 500, 250, 0])
-    with pytest.raises(ValueError, match="PNDMScheduler takes only num_inference_steps"):
+    with pytest.raises(ValueError, match="PNDMScheduler takes none: use one of DDIMScheduler"):
         ours(scheduler=PNDMScheduler())(1, timesteps=[750, 500])
 
 

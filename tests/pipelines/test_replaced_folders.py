@@ -39,6 +39,7 @@ FOREIGN = (
 )
 RESULTS = (
     "variance_fit.json",
+    "steps_fit.json",
     "evaluation/evaluation.json",
     "evaluation/steps.csv",
     "conversion.json",
