@@ -31,6 +31,7 @@ from test_public_surface import FROZEN_PATHS, PUBLIC
 from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtScheduler, cli
 from diffusers_ddpm_ext.models.spatial_rescaler import SpatialRescaler
 from diffusers_ddpm_ext.training import trainer
+from diffusers_ddpm_ext.utils.pixel_format import PixelFormat
 
 PACKAGE = ROOT / "diffusers_ddpm_ext"
 PAGES = ["CONTRIBUTING.md", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/*.md"))]
@@ -83,6 +84,7 @@ def workspace(tmp_path_factory):
         Image.fromarray(noise).save(root / "photos" / f"{index}.png")
     add_latent_models(root)
     add_text_models(root)
+    add_other_data(root)
     return root
 
 
@@ -131,6 +133,14 @@ def add_text_models(root: Path) -> None:
     (root / "emoji" / "metadata.csv").write_text("\n".join(["file_name,text", *rows, ""]))
     (root / "maps").mkdir()
     Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16) % 6).save(root / "maps" / "a.png")
+
+
+def add_other_data(root: Path) -> None:
+    """Pictures in two folders of classes, and a model of five bands of floats, for data.md."""
+    write_pictures(root / "icons", [f"{('cat', 'dog')[index % 3 > 0]}/{index}.png" for index in range(12)], (40, 32))
+    bands = DDPMExtPipeline(tiny_unet(5), DDPMExtScheduler())
+    bands.pixel_format = PixelFormat("float32", 0.0, 1.0, ".npy")
+    bands.save_pretrained(root / "runs" / "bands")
 
 
 def run_commands(text: str) -> None:

@@ -69,7 +69,7 @@ HINTS = {
     "ema_inv_gamma": "use --ema_decay and --ema_use_num_updates (warm-up (1 + n) / (10 + n))",
     "ema_power": "use --ema_decay and --ema_use_num_updates (warm-up (1 + n) / (10 + n))",
     "enable_xformers_memory_efficient_attention": "leave it out: PyTorch's own memory-efficient attention is in use",
-    "preserve_input_precision": "leave it out: 16-bit gray keeps its precision; 16-bit color is not supported yet",
+    "preserve_input_precision": "leave it out: images of any depth and number of channels keep their values",
     "scale_lr": "use --lr_scaling linear",
     "validation_epochs": "use --validation_steps, in optimizer steps",
     "predict_xstart": "use --prediction_type sample",
@@ -93,7 +93,6 @@ UNSUPPORTED = {
     "allow_tf32",
     # original checkpoints, conditioning, other objectives
     "noise_offset", "input_perturbation",
-    "streaming",
 }  # fmt: skip
 
 

@@ -81,7 +81,7 @@ STOCK_REFUSED = {
     "ema_power": "--ema_decay",
     "local_rank": "torchrun",
     "enable_xformers_memory_efficient_attention": "PyTorch",
-    "preserve_input_precision": "not supported yet",
+    "preserve_input_precision": "keep their values",
 }
 STOCK_OTHERS = (
     "dataset_name dataset_config_name model_config_name_or_path train_data_dir output_dir overwrite_output_dir"
