@@ -22,6 +22,8 @@ from diffusers_ddpm_ext.utils.input_files import open_input
 
 # Formats for which Pillow starts another program (EPS: Ghostscript), cannot decode by itself, or that are no images.
 EXCLUDED_FORMATS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+# Tried first: some formats are only recognized by parsing them, which takes as long as decoding a small image.
+COMMON_FORMATS = {"BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP"}
 # Images of types that Pillow lacks, or lacks on this machine: counted, so that nobody misses them.
 OTHER_IMAGE_TYPES = {
     ".ai", ".arw", ".avif", ".avifs", ".cr2", ".cr3", ".dng", ".eps", ".exr", ".hdr", ".heic", ".heics", ".heif",
@@ -91,9 +93,10 @@ def locate(path: str, folder: Path | None = None) -> Path | RemoteFile:
 
 @cache
 def readable_formats() -> tuple[str, ...]:
-    """Pillow's names of the formats that are read."""
+    """Pillow's names of the formats that are read, in the order in which it tries them."""
     Image.init()
-    return tuple(sorted(set(Image.OPEN) - EXCLUDED_FORMATS))
+    names = set(Image.OPEN) - EXCLUDED_FORMATS
+    return tuple(sorted(names, key=lambda name: (name not in COMMON_FORMATS, name)))
 
 
 @cache
