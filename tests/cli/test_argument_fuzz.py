@@ -17,6 +17,7 @@ from helpers.runs import tiny_run
 from diffusers_ddpm_ext import cli
 from diffusers_ddpm_ext.cli.convert import ConvertOptions
 from diffusers_ddpm_ext.cli.convert_config import ConvertConfigOptions
+from diffusers_ddpm_ext.cli.data import InspectOptions
 from diffusers_ddpm_ext.cli.doctor import DoctorOptions
 from diffusers_ddpm_ext.cli.evaluate import EvaluateOptions
 from diffusers_ddpm_ext.cli.fit_variance import FitVarianceOptions
@@ -47,6 +48,7 @@ BASES: dict[str, tuple[dict[str, Option], list[str]]] = {
     "verify": (options_of(VerifyOptions), ["run"]),
     "convert": (options_of(ConvertOptions), ["--from", "compvis", "--out", "made"]),
     "convert-config": (options_of(ConvertConfigOptions), ["model.yaml"]),
+    "data": (options_of(InspectOptions), ["run"]),
     "doctor": (options_of(DoctorOptions), ["run", "--offline"]),
 }  # fmt: skip
 NUMBERS = ["-1", "0", "1e999", "-inf", "nan", "9" * 30, "9" * 5000, "1000000000000", "1.5", "0x10", "1_000", "²",

@@ -91,10 +91,12 @@ def suggest(origin: Origin, summaries: Sequence[SetSummary], classes: ClassColum
     """
     summary = summaries[0]
     flags = [Suggestion(name, values, REASONS.get(name, "as given")) for name, values in origin.flags]
-    flags += _sizes(summary)
+    sizes = list(_sizes(summary))
+    is_square = len(sizes[0].values) == 1
+    flags += sizes
     flags += _channels(summary)
     flags += _arrays(origin, summaries)
-    flags += _flips(summary)
+    flags += _flips(summary, is_square)
     large = list(_large_sets(origin, summary))
     flags += _classes(classes, may_balance=not large or large[0].flag != "streaming")
     flags += large
@@ -201,10 +203,10 @@ def _channels(summary: SetSummary) -> Iterator[Suggestion]:
         yield Suggestion("channels", ("3",), f"the images differ in channels ({shares})")
 
 
-def _flips(summary: SetSummary) -> Iterator[Suggestion]:
+def _flips(summary: SetSummary, is_square: bool) -> Iterator[Suggestion]:
     test = summary.pixels.symmetry
     for flag, moved in MOVED.items():
-        if test.fits(flag):
+        if test.fits(flag) and (is_square or flag != "rotate90"):
             yield Suggestion(
                 flag,
                 (),
