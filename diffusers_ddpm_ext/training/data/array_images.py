@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from diffusers_ddpm_ext.errors import ConfigError
-from diffusers_ddpm_ext.training.data.image_files import open_image_file
+from diffusers_ddpm_ext.training.data.image_files import open_image_file, turn_of
 from diffusers_ddpm_ext.utils.array_files import NoSuchArray, read_open_array
 from diffusers_ddpm_ext.utils.pixel_format import FLOAT_DTYPES, INTEGER_DTYPES
 
@@ -49,6 +49,7 @@ def read_array_image(payload: bytes | Path, key: str | None) -> np.ndarray:
     with ExitStack() as stack:
         file = io.BytesIO(payload) if isinstance(payload, bytes) else stack.enter_context(open_image_file(payload))
         size = len(payload) if isinstance(payload, bytes) else os.fstat(file.fileno()).st_size
+        stack.enter_context(turn_of(size))
         try:
             return read_open_array(file, size, "it", key, "name one of them by --array_key")
         except NoSuchArray as error:
@@ -113,6 +114,15 @@ def _supported_dtype(array: np.ndarray, data_range: Range | None) -> np.ndarray:
     raise UnsupportedImage(
         f"its values are {native.name}, in a range that no smaller dtype holds: save them as float64"
     )
+
+
+def range_of(dtype: np.dtype, data_range: Range) -> Range:
+    """``--data_range`` as the dtype holds it: 0.1 is a little more in float32, and so are its pixels."""
+    if dtype.kind != "f":
+        return data_range
+    with np.errstate(over="ignore"):  # of a range beyond the dtype, which is refused later
+        low, high = (float(dtype.type(end)) for end in data_range)
+    return low, high
 
 
 def outside_range(low: float, high: float, data_range: Range) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from diffusers_ddpm_ext.training.data.array_images import UnreadableImage, UnsupportedImage
-from diffusers_ddpm_ext.training.data.image_files import open_image_file
+from diffusers_ddpm_ext.training.data.image_files import open_image_file, turn_of
 
 INSTALL = "pip install diffusers-ddpm-ext[arrays]"
 TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -86,7 +86,8 @@ def read_tiff(payload: bytes | Path, check_size: CheckSize) -> tuple[np.ndarray,
         if "ASSOCALPHA" in alpha:
             raise UnsupportedImage("TIFF files with premultiplied alpha are not read: save it with unassociated alpha")
         check_size(series.nbytes, len(content))
-        array, axes = series.asarray(maxworkers=1), series.axes
+        with turn_of(series.nbytes):
+            array, axes = series.asarray(maxworkers=1), series.axes
         orientation = page.tags.get(ORIENTATION_TAG)
     if photometric == "MINISWHITE" and array.dtype.kind == "u":
         array = np.iinfo(array.dtype).max - array

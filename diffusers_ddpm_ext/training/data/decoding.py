@@ -8,7 +8,13 @@ import numpy as np
 from PIL import Image
 
 from diffusers_ddpm_ext.errors import ConfigError
-from diffusers_ddpm_ext.training.data.array_images import Range, UnreadableImage, UnsupportedImage, outside_range
+from diffusers_ddpm_ext.training.data.array_images import (
+    Range,
+    UnreadableImage,
+    UnsupportedImage,
+    outside_range,
+    range_of,
+)
 from diffusers_ddpm_ext.training.data.image_files import Payload
 from diffusers_ddpm_ext.training.data.raw_image import AS_WRITTEN, MODE_OF_CHANNELS, ArrayReading, RawImage, read_image
 from diffusers_ddpm_ext.training.data.resizing import (
@@ -115,8 +121,10 @@ def _extremes(raw: RawImage, data_range: Range | None) -> tuple[float, float]:
     if values.dtype == np.uint8 and data_range is None:
         return 0.0, 255.0
     low, high = float(values.min()), float(values.max())
-    if data_range is not None and (low < data_range[0] or high > data_range[1]):
-        raise UnsupportedImage(outside_range(low, high, data_range))
+    if data_range is not None:
+        ends = range_of(values.dtype, data_range)
+        if low < ends[0] or high > ends[1]:
+            raise UnsupportedImage(outside_range(low, high, data_range))
     return low, high
 
 

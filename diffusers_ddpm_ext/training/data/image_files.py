@@ -6,7 +6,7 @@ import os
 import stat
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from io import BytesIO
@@ -193,9 +193,15 @@ def open_image(payload: bytes | Path | RemoteFile) -> Iterator[tuple[Image.Image
         if size == 0:
             raise ConfigError("it is empty: 0 bytes")
         image = stack.enter_context(Image.open(file, formats=readable_formats()))
-        if _decoded_bytes(image, size) > LARGE:
-            stack.enter_context(_one_large_image)
+        stack.enter_context(turn_of(_decoded_bytes(image, size)))
         yield image, payload
+
+
+@contextmanager
+def turn_of(num_bytes: int) -> Iterator[None]:
+    """Wait until no other image of many bytes is decoded, if this one has so many. Not to be nested."""
+    with _one_large_image if num_bytes > LARGE else nullcontext():
+        yield
 
 
 def open_image_file(path: Path) -> BinaryIO:

@@ -116,7 +116,7 @@ def read_image(payload: Payload, reading: ArrayReading = AS_WRITTEN) -> RawImage
         return _from_picture(payload, start, reading)
     except UnidentifiedImageError:
         raise UnreadableImage("not an image that Pillow knows") from None
-    except (UnreadableImage, UnsupportedImage, MemoryError):
+    except (UnreadableImage, UnsupportedImage):
         raise
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError, ...
         lines = str(error).strip().splitlines()
@@ -169,7 +169,8 @@ def _decode(image: Image.Image, content: bytes | Path, reading: ArrayReading) ->
     """Decode an opened image of Pillow's."""
     mode = image.mode
     is_16_bit = is_16_bit_gray(image, content)
-    wide = None if is_16_bit else values_wider_than_8_bits(image, content)
+    is_float = image.mode == "F"  # 32 bits in every format, which Pillow keeps
+    wide = None if is_16_bit or is_float else values_wider_than_8_bits(image, content)
     if wide is not None and (wide != "16-bit values" or image.format not in CODECS):
         raise UnsupportedImage(
             f"{wide} in {image.format} files are not read: convert it to PNG or TIFF with 16 bits per channel, or to"
@@ -184,6 +185,8 @@ def _decode(image: Image.Image, content: bytes | Path, reading: ArrayReading) ->
     image.load()
     is_turned = _orientation(image) in TURNED
     ImageOps.exif_transpose(image, in_place=True)
+    if is_float:
+        return _from_array(np.array(image), ".npy", reading, is_turned=is_turned)
     if is_16_bit:
         pixels = read_16_bit_gray(image)[..., None]
         return RawImage(pixels, mode, is_turned=is_turned, is_animated=_is_animated(image))

@@ -162,6 +162,13 @@ def test_png_of_16_bits_per_color_is_not_truncated(channels):
     assert (raw.has_alpha, raw.suffix) == (channels != 3, ".png")
 
 
+def test_floats_of_other_formats_are_kept():
+    array = values("float32", None)
+    file = io.BytesIO()
+    Image.fromarray(array).save(file, "PPM")  # PFM
+    np.testing.assert_array_equal(read_image(file.getvalue()).values[..., 0], array)
+
+
 def test_jpeg_2000_of_16_bits_per_color():
     array = values("uint16", 3)
     np.testing.assert_array_equal(read_image(imagecodecs.jpeg2k_encode(array, level=0, reversible=True)).values, array)
@@ -252,6 +259,10 @@ def test_floats_beyond_one_need_a_range_and_both_files_are_named(tmp_path):
     data = folder_data(tmp_path, data_range=(-10.0, 90.0))
     assert data.pixel_format == PixelFormat("float32", -10, 90, ".npy")
     torch.testing.assert_close(data.train.pixels([0, 1, 2])[:, 0, 0, 0], torch.tensor([1, -0.85, -0.79]))
+    tenth = np.float32(0.1)  # above 0.1
+    (tmp_path / "tenth").mkdir()
+    np.save(tmp_path / "tenth/a.npy", np.full(SIZE, tenth))
+    assert folder_data(tmp_path / "tenth", data_range=(0.0, 0.1)).train.pixels([0]).max() == 1
     with pytest.raises(ConfigError, match=r"'low.npy'.*-2.5 to -2.5, are not all in --data_range 0 90"):
         folder_data(tmp_path, data_range=(0.0, 90.0))
 

@@ -201,7 +201,6 @@ def tiff16(order: str, photometric: int) -> bytes:
 
 UNSUPPORTED = {
     "32-bit TIFF": encode(Image.fromarray(RNG.integers(0, 70000, (20, 30)).astype(np.int32)), "TIFF"),
-    "float PFM": encode(Image.fromarray(RNG.random((20, 30)).astype(np.float32)), "PPM"),
     "color PPM": b"P6\n30 20\n65535\n" + RNG.integers(0, 256, 3600, dtype=np.uint8).tobytes(),
     "12-bit PGM": b"P5\n30 20\n4095\n" + RNG.integers(0, 16, 1200, dtype=np.uint8).tobytes(),
     "JPEG 2000": jpeg2000(12),
