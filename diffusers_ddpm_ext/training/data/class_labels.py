@@ -16,7 +16,7 @@ import math
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from diffusers_ddpm_ext.errors import ConfigError, printable
 from diffusers_ddpm_ext.training.config.condition_checks import MAX_CLASSES
+from diffusers_ddpm_ext.training.data.row_names import distinct_values
 
 MAX_NAME_LENGTH = 255
 _DECIMAL = re.compile(r"0|[1-9][0-9]*")
@@ -75,12 +76,21 @@ def read_class_labels(
     Raises:
         ConfigError: a value is no label; the image is named.
     """
-    rows = [(f"{label}: {printable(image)}", column.values[image]) for image in images]
+    distinct, first, numbers = distinct_values(column.values, images)
+    rows = [(f"{label}: {printable(images[at])}", value) for at, value in zip(first.tolist(), distinct, strict=True)]
+    if column.class_names is None and rows and isinstance(rows[0][1], list | tuple):
+        every = [(f"{label}: {printable(image)}", column.values[image]) for image in images]
+        return _vectors(label, [(row, list(value) if isinstance(value, tuple) else value) for row, value in every])
+    classes = _read_classes(label, rows, column, train)
+    return replace(classes, labels=classes.labels[torch.from_numpy(numbers)])
+
+
+def _read_classes(
+    label: str, rows: Sequence[tuple[str, Any]], column: Column, train: ClassLabels | None
+) -> ClassLabels:
+    """The classes of different values, each with the first image that has it."""
     if column.class_names is not None:
         return _declared(rows, column.class_names, train)
-    rows = [(row, list(value) if isinstance(value, tuple) else value) for row, value in rows]
-    if rows and isinstance(rows[0][1], list):
-        return _vectors(label, rows)
     for row, value in rows:
         _check_value(row, value, column.holds_names)
     numbers = None if column.holds_names else _plain_numbers([value for _, value in rows])

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 import torch
-from torch import Tensor
 
 from diffusers_ddpm_ext.training.config.condition_checks import select_columns
 from diffusers_ddpm_ext.training.config.data_options import DataOptions, as_names
@@ -42,7 +41,7 @@ from diffusers_ddpm_ext.training.data.sources import (
     scan_folder,
 )
 from diffusers_ddpm_ext.training.data.streaming.loading import LoadedStream, Stream, load_stream
-from diffusers_ddpm_ext.utils import random_keys as keys
+from diffusers_ddpm_ext.training.data.validation_split import split_rows
 from diffusers_ddpm_ext.utils.pixel_format import PixelFormat
 
 MEMORY_LIMIT = 2 * 1024**3  # bytes of resized pixels; packing them takes twice as much for a moment
@@ -106,14 +105,14 @@ class _LoadedSource:
     Attributes:
         loaded: the images.
         columns: their conditions.
-        parts: the names of the images within each source.
+        parts: the images of each source.
         classes: of the images, for ``class_balance``.
         other_images: images of types that are not read, by extension: their number.
     """
 
     loaded: LoadedImages
     columns: ConditionColumns | None
-    parts: Sequence[Sequence[str]]
+    parts: Sequence[LoadedImages]
     classes: ClassLabels | None = None
     other_images: Mapping[str, int] = field(default_factory=dict)
 
@@ -160,7 +159,7 @@ def load_data(
             classes = read_balanced_classes(
                 source, images.names, columns, options.class_column or default_class_column
             )
-        return _LoadedSource(images, columns, [each.names for each in loaded], classes, source.other_images)
+        return _LoadedSource(images, columns, loaded, classes, source.other_images)
 
     train, held_out = load(_open_sources(options, "--train_data_dir", options.data_dirs, "train")), None
     validation_dirs, split = as_names(options.validation_data_dir), options.validation_split
@@ -199,7 +198,7 @@ def _load_digits(options: DataOptions, preprocessing: Preprocessing, selected: M
     classes = None
     if options.class_balance:
         classes = read_balanced_classes(source, loaded.names, columns, options.class_column or DIGIT_COLUMN)
-    return _assemble(options, DIGITS, _LoadedSource(loaded, columns, [loaded.names], classes), None)
+    return _assemble(options, DIGITS, _LoadedSource(loaded, columns, [loaded], classes), None)
 
 
 def _assemble_stream(options: DataOptions, streamed: LoadedStream) -> ImageData:
@@ -207,10 +206,10 @@ def _assemble_stream(options: DataOptions, streamed: LoadedStream) -> ImageData:
     stream = streamed.stream
     other_images = stream.opened.other_images
     loaded, held_out = streamed.sample.loaded, None
-    train = _LoadedSource(loaded, streamed.sample.columns, [loaded.names], other_images=other_images)
+    train = _LoadedSource(loaded, streamed.sample.columns, [loaded], other_images=other_images)
     if streamed.validation is not None:
         images, columns = streamed.validation
-        held_out = _LoadedSource(images, columns, [images.names])
+        held_out = _LoadedSource(images, columns, [images])
     data = _assemble(options, "", train, held_out, stream.description)
     # The hash of the sample tells of images that were changed in place.
     fingerprint = hashlib.sha256(f"{stream.identity} {data.fingerprint}".encode()).hexdigest()
@@ -227,8 +226,8 @@ def _assemble(
 ) -> ImageData:
     """Create the training and the validation set, and describe them; ``count`` replaces the number of images."""
     fraction = 0 if held_out is not None else options.validation_fraction or 0
-    splits = [_split(names, fraction, by_key=description != DIGITS) for names in train.parts]
-    starts = [0, *accumulate(map(len, train.parts))]
+    splits = [split_rows(part, fraction, by_key=description != DIGITS) for part in train.parts]
+    starts = [0, *accumulate(len(part.names) for part in train.parts)]
     rows, held_out_rows = (
         torch.cat([part + start for start, part in zip(starts, parts, strict=False)])
         for parts in zip(*splits, strict=True)
@@ -270,21 +269,6 @@ def _assemble(
         sum(loaded.skipped for loaded in loaded_sources),
         _dark_images_warning(loaded_sources),
     )
-
-
-def _split(names: Sequence[str], fraction: float, *, by_key: bool) -> tuple[Tensor, Tensor]:
-    """Rows to train on and rows to validate on, at least one each if there are two images.
-
-    An image's set follows from its name: for any seed, runs are validated on the same images, and few images change
-    sets when others are added. Without keys the last ones are held out.
-    """
-    count = len(names)
-    num_held_out = min(count - 1, max(1, round(fraction * count))) if fraction > 0 else 0
-    order = list(range(count))
-    if by_key:
-        order.sort(key=lambda i: (keys.key(keys.SPLIT, names[i]), i))
-    rows = torch.tensor(order, dtype=torch.int64)
-    return rows[: count - num_held_out].sort().values, rows[count - num_held_out :].sort().values
 
 
 def _dark_images_warning(sources: Sequence[LoadedImages]) -> str | None:

@@ -132,7 +132,8 @@ def find_files(root: Path, metadata_names: tuple[str, ...]) -> FolderFiles:
     for name in _walk(root):
         count += 1
         base = name.rpartition("/")[2]
-        extension = os.path.splitext(base)[1].lower()
+        stem, dot, tail = base.rpartition(".")
+        extension = (dot + tail).lower() if stem else ""
         if extension in extensions:
             images.append(name)
         elif base in metadata_names:
@@ -163,7 +164,9 @@ def _walk(root: Path) -> Iterator[str]:
             continue
         visited.add(real_path)
         folders[:] = sorted(name for name in folders if not _is_hidden(name))
-        yield from (Path(parent, name).relative_to(root).as_posix() for name in files if not _is_hidden(name))
+        inside = os.path.relpath(parent, root).replace(os.sep, "/")
+        prefix = "" if inside == "." else f"{inside}/"
+        yield from (prefix + name for name in files if not _is_hidden(name))
 
 
 def _is_hidden(name: str) -> bool:

@@ -29,6 +29,7 @@ from diffusers_ddpm_ext.training.data.image_scan import (
 )
 from diffusers_ddpm_ext.training.data.pixel_values import full_range
 from diffusers_ddpm_ext.training.data.resizing import Size
+from diffusers_ddpm_ext.training.data.row_names import ChosenNames
 from diffusers_ddpm_ext.utils.pixel_format import PixelFormat
 
 
@@ -206,7 +207,7 @@ def lazy_images(scan: ImageScan, preprocessing: Preprocessing) -> LazyImages:
 def loaded_images(scan: ImageScan, images: ImageStore) -> LoadedImages:
     """The images that a pass has found, in a store."""
     source = scan.source
-    names = [source.names[row] for row in scan.readable] if scan.num_bad else source.names
+    names = ChosenNames(source.names, scan.readable) if scan.num_bad else source.names
     found = (scan.num_bad, scan.enlarged, images.fingerprint, scan.highest[0], scan.num_animated)
     return LoadedImages(images, names, *found)
 

@@ -38,8 +38,10 @@ def find_images(root: Path) -> FolderFiles:
         ConfigError: there are arrays, and a metadata file cannot be read.
     """
     found = find_files(root, METADATA_FILES)
+    if not found.metadata:
+        return found
     arrays = {name for name in found.images if posixpath.splitext(name)[1].lower() in ARRAY_EXTENSIONS}
-    if not found.metadata or not arrays:
+    if not arrays:
         return found
     mentioned = set()
     for file in found.metadata:

@@ -57,9 +57,10 @@ class _Stamps:
 
     def add(self, paths: Iterable[str], folder: str | os.PathLike[str] = "") -> None:
         """Add files, by their paths in a folder; one that is missing counts as such."""
+        prefix = os.path.join(folder, "") if folder else ""
         for path in paths:
             try:
-                status = os.stat(os.path.join(folder, path))
+                status = os.stat(prefix + path)
                 stamp = f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
                 self.num_bytes += status.st_size
             except (OSError, ValueError) as error:

@@ -38,6 +38,7 @@ from diffusers_ddpm_ext.training.data.metadata import (
     read_metadata_column,
     require_metadata,
 )
+from diffusers_ddpm_ext.training.data.row_names import RowNames, RowValues
 
 FOLDER_COLUMN = "folder"
 DIGIT_COLUMN = "digit"
@@ -95,7 +96,7 @@ class FolderSource:
 
     def _folders(self, what: str, option: str) -> dict[str, str]:
         """Names of the folders that the images are in."""
-        folders = {name: Path(name).parent.name for name in self.names}
+        folders = {name: name.rpartition("/")[0].rpartition("/")[2] for name in self.names}
         for name, folder in folders.items():
             if not folder:
                 raise ConfigError(
@@ -145,8 +146,11 @@ class DatasetSource:
 
     def read_labels(self, column: str) -> Column:
         """Return the values of a column by name of the row, with the names of a `ClassLabel`."""
-        values = self.read_files(column)
-        names = getattr(self.table.features[column], "names", None)
+        self._check_column(column)
+        feature = self.table.features[column]
+        is_scalar = type(feature).__name__ in ("Value", "ClassLabel")
+        values = self._read_scalars(column) if is_scalar else self.read_files(column)
+        names = getattr(feature, "names", None)
         return Column(values, class_names=names if isinstance(names, list) else None)
 
     def read_captions(self, column: str) -> Mapping[str, Any]:
@@ -166,6 +170,13 @@ class DatasetSource:
             table = table.with_format("numpy", dtype=table.features[column].dtype)
         values = [locate(row[column]) if isinstance(row[column], Path) else row[column] for row in table]
         return dict(zip(self.names, values, strict=True))
+
+    def _read_scalars(self, column: str) -> RowValues:
+        """The values of a column of numbers or texts."""
+        cells = self.table.select_columns([column]).with_format("arrow")[:].column(column)
+        encoded = cells.dictionary_encode(null_encoding="encode").unify_dictionaries()
+        codes = np.concatenate([chunk.indices.to_numpy(zero_copy_only=False) for chunk in encoded.chunks])
+        return RowValues(encoded.chunk(0).dictionary.to_pylist(), codes)
 
     def _check_column(self, column: str) -> None:
         if column not in self.table.column_names:
@@ -295,7 +306,7 @@ def open_dataset_split(
         raise ConfigError(f"--image_column {column!r} of {label} has no images: {one_line(error)}") from error
     if len(rows) == 0:
         raise ConfigError(f"{label}, split {split!r}, has no rows.")
-    return DatasetSource(label, rows, column, [f"row {index}" for index in range(len(rows))], table, holds_arrays)
+    return DatasetSource(label, rows, column, RowNames(len(rows)), table, holds_arrays)
 
 
 def image_column_of(label: str, features: dict[str, object], image_type: type, requested: str | None) -> str:
