@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import shlex
 import shutil
 from collections.abc import Callable, Iterator
@@ -422,6 +423,197 @@ def cache_cases() -> Iterator[BadInput]:
     yield _case("caches", f"{TRAIN} --cache_images always", "--cache_images")
 
 
+# ---------------------------------------------------------------- streams
+
+
+def stream_cases() -> Iterator[BadInput]:
+    """Options that a stream has no use for, and files that are no stream."""
+    base = f"{TRAIN} --streaming --cache_dir ../cache"
+    for flags, says in {
+        "": "--streaming needs",
+        "--train_data_dir nowhere": "nowhere",
+        "--train_data_dir empty": "empty",
+        "--train_data_dir texts": "texts",
+        "--train_data_dir file.txt": "file.txt",
+        "--train_data_dir photos --num_epochs 3": "--num_epochs",
+        "--train_data_dir photos --validation_fraction 0.1": "--validation_fraction",
+        "--train_data_dir photos --save_images_epochs 1": "--save_images_epochs",
+        "--train_data_dir photos --save_model_epochs 1": "--save_model_epochs",
+        "--train_data_dir photos --class_balance": "--class_balance",
+        "--train_data_dir photos --cache_images always": "--cache_images",
+        "--train_data_dir photos --shuffle_buffer 0": "--shuffle_buffer",
+        "--train_data_dir photos --shuffle_buffer -1": "--shuffle_buffer",
+        "--train_data_dir photos --shuffle_buffer all": "--shuffle_buffer",
+        "--train_data_dir photos --validation_examples 0": "--validation_examples",
+        "--train_data_dir photos --validation_examples -1": "--validation_examples",
+        "--train_data_dir photos --validation_examples half": "--validation_examples",
+        "--train_data_dir photos --validation_examples 12": "--validation_examples",
+        "--train_data_dir photos --validation_examples 1000": "--validation_examples",
+        "--train_data_dir photos --class_names a b": "--class_names",
+        "--train_data_dir photos --class_column folder": "--class_column",
+        "--train_data_dir photos --class_column kind --conditioning_key adm": "metadata",
+        "--train_data_dir photos --conditioning_key adm --class_column folder --class_names cat cat": "--class_names",
+        "--train_data_dir photos --conditioning_key adm --class_column folder --class_names cat": "dog",
+        "--train_data_dir photos --conditioning_key adm --class_column folder --class_names cat ''": "--class_names",
+        "--train_data_dir gray --conditioning_key adm": "no class",
+        "--train_data_dir photos --concat_column x --conditioning_key concat": "--concat_column",
+        "--train_data_dir photos --validation_bpd": "--validation_bpd",
+        "--train_data_dir photos --validation_metrics kid": "--validation_metrics",
+        "--train_data_dir photos --validation_data_dir gray": "differ in channels",
+        "--train_data_dir photos gray --channels 3": "--dataset_weights",
+        "--train_data_dir photos gray --dataset_weights 1": "--dataset_weights",
+        "--train_data_dir photos gray --dataset_weights 1 0": "--dataset_weights",
+        "--train_data_dir photos gray --dataset_weights 1 1": "channels",
+        "--dataset_name table/none.parquet": "none.parquet",
+        "--dataset_name 'table/*.tar'": "table/*.tar",
+        "--dataset_name bad/x.parquet": "bad/x.parquet",
+        "--dataset_name bad/empty.parquet": "bad/empty.parquet",
+        "--dataset_name bad/x.tar": "bad/x.tar",
+        "--dataset_name bad/x.arrow": "bad/x.arrow",
+        "--dataset_name table/table.parquet --image_column nothing": "nothing",
+        "--dataset_name table/table.parquet --image_column label": "label",
+        "--dataset_name table/table.parquet --image_column text": "row 0",
+        "--dataset_name table/table.parquet --validation_split nothing": "nothing",
+        "--dataset_name table/table.parquet --conditioning_key adm": "--class_column",
+        "--dataset_name table/table.parquet --conditioning_key adm --class_column nothing": "nothing",
+        "--dataset_name table/table.parquet --conditioning_key adm --class_column label --class_names a": "label",
+        "--dataset_name table/table.parquet --validation_examples 12": "--validation_examples",
+    }.items():
+        yield _case("streams", f"{base} {flags}", says, "photos gray table", _bad_files)
+    for flags in ("--validation_examples 2", "--class_names a b", "--shuffle_buffer 5"):
+        yield _case("streams", f"{TRAIN} --train_data_dir photos {flags}", flags.split()[0], "photos")
+    yield _case("streams", f"{base.replace('--max_train_steps 1 ', '')} --train_data_dir photos", "--max_train_steps", "photos")
+    for name in (
+        "empty.png",
+        "text.png",
+        "truncated.png",
+        "nan.npy",
+        "above-one.npy",
+        "complex.npy",
+        "two-arrays.npz",
+    ):
+        yield _case("streams", f"{base} --train_data_dir bad", name, "", _beside("bad", name, ARRAY_FILES[name]))
+    for name, content in OTHER_KINDS.items():
+        write = _beside("photos/cat", f"x-{name}", content)
+        yield _case(
+            "streams", f"{base} --train_data_dir photos", f"x-{name}", "photos", write, f"a stream with {name}"
+        )
+
+
+def _bad_files(work: Path) -> None:
+    _odd_folders(work)
+    _write(work / "bad" / "x.parquet", b"PAR1 no parquet PAR1")
+    _write(work / "bad" / "empty.parquet", b"")
+    _write(work / "bad" / "x.tar", b"no tar")
+    _write(work / "bad" / "x.arrow", b"ARROW1 no arrow")
+
+
+# ---------------------------------------------------------------- few steps
+
+
+def step_cases() -> Iterator[BadInput]:
+    """Options of `fit-steps`, and of the commands that take its steps."""
+    for flags, says in {
+        "": "FOLDER",
+        "nowhere": "nowhere",
+        "photos": "photos",
+        "file.txt": "file.txt",
+        "empty": "empty",
+        "run --num_inference_steps": "--num_inference_steps",
+        "run --num_inference_steps 0": "--num_inference_steps",
+        "run --num_inference_steps -5": "--num_inference_steps",
+        "run --num_inference_steps 5.5": "--num_inference_steps",
+        "run --num_inference_steps many": "--num_inference_steps",
+        "run --num_inference_steps 5 5": "--num_inference_steps",
+        "run --num_inference_steps 21": "21",
+        "run --num_inference_steps 1000": "--num_inference_steps",
+        "run --num_inference_steps 5 --reference_steps 5": "--reference_steps",
+        "run --num_inference_steps 5 --reference_steps 1": "--reference_steps",
+        "run --num_inference_steps 5 --reference_steps 100": "--reference_steps",
+        "run --num_inference_steps 5 --num_trajectories 0": "--num_trajectories",
+        "run --num_inference_steps 5 --batch_size 0": "--batch_size",
+        "run --num_inference_steps 5 --seed -1": "--seed",
+        "run --num_inference_steps 5 --scheduler Nothing": "Nothing",
+        "run --num_inference_steps 5 --scheduler UNet2DModel": "UNet2DModel",
+        "run --num_inference_steps 5 --scheduler DDPMScheduler": "draws noise",
+        "run --num_inference_steps 5 --scheduler_args beta=1": "beta",
+        "run --num_inference_steps 5 --scheduler_args eta": "eta",
+        "run --num_inference_steps 5 --guidance_scale 2": "guidance_scale",
+        "run --num_inference_steps 5 --class_labels 1": "class_labels",
+        "run --num_inference_steps 5 --prompt cat": "prompt",
+        "run --num_inference_steps 5 --device nothing": "nothing",
+        "run --num_inference_steps 5 --dtype int8": "--dtype",
+        "run --timesteps samples": "--timesteps",
+        "run --undo": "--undo",
+    }.items():
+        yield _case("steps", f"fit-steps {flags}", says, "run photos", _odd_folders)
+    sample = "sample run --num_images 2 --out out.png"
+    for flags, says in {
+        "--timesteps samples": "--timesteps samples",
+        "--timesteps bound": "--timesteps bound",
+        "--timesteps best": "--timesteps",
+        "--timesteps samples --num_inference_steps 5": "fit-steps",
+        "--timesteps bound --num_inference_steps 5": "fit-variance",
+        "--timesteps samples --num_inference_steps 5 --scheduler DDIMScheduler": "fit-steps",
+        "--timesteps even --optimal_timesteps": "--optimal_timesteps",
+        "--num_inference_steps 0": "--num_inference_steps",
+        "--num_inference_steps 21": "num_inference_steps",
+    }.items():
+        yield _case("steps", f"{sample} {flags}", says, "run")
+        if "samples" in flags or "bound" in flags:
+            command = f"evaluate run --train_data_dir photos --metrics kid --num_samples 4 {flags}"
+            yield _case("steps", command, says, "run photos")
+
+
+# ---------------------------------------------------------------- samples in the type of the data
+
+
+def output_cases() -> Iterator[BadInput]:
+    """Places and formats of samples, shown channels, and records of the data's type that no run writes."""
+    for folder, flags, says in (
+        ("run", "--out x.xyz", "--out"),
+        ("run", "--out x.jpeg2000", "--out"),
+        ("run", "--out run", "run"),
+        ("run", "--out out --format bmp", "--format"),
+        ("run", "--out x.npy --format png", "--format"),
+        ("run", "--out x.png --bit_depth 16", "--bit_depth"),
+        ("run", "--out x.npy --bit_depth 12", "--bit_depth"),
+        ("run", "--out x.npy --preview_channels 0", "--preview_channels"),
+        ("run", "--out x.png --preview_channels 3", "--preview_channels"),
+        ("run", "--out x.png --preview_channels 0 1", "--preview_channels"),
+        ("run", "--out x.png --preview_channels -1", "--preview_channels"),
+        ("run", "--out x.png --preview_channels red", "--preview_channels"),
+        ("arrays", "--out x.png --preview_channels 5", "--preview_channels"),
+        ("arrays", "--out x.png --preview_channels 0 1", "--preview_channels"),
+        ("arrays", "--out x.png --preview_channels 0 1 2 3", "--preview_channels"),
+        ("arrays", "--out x.png --preview_channels 0 1 99", "--preview_channels"),
+        ("arrays", "--out out --format png", "--format npy"),
+    ):
+        yield _case("outputs", f"sample {folder} --num_images 2 --num_inference_steps 2 {flags}", says, folder)
+    for channels in ("-1", "a", "0 1", "0 1 2 3", "7", "0 1 9", "1.5", "''"):
+        command = f"{TRAIN} --train_data_dir floats --preview_channels {channels}"
+        yield _case("outputs", command, "--preview_channels", "floats")
+    for name, record in {
+        "a dtype": {"dtype": "complex64"}, "no dtype": {"dtype": None}, "a range": {"low": 1.0, "high": 0.0},
+        "NaN": {"low": float("nan")}, "infinity": {"high": float("inf")}, "text": {"high": "much"},
+        "a suffix": {"suffix": ".exe"}, "channels": {"preview_channels": [9, 9, 9]}, "another key": {"unknown": 1},
+        "components": {"preview_channels": "red"},
+    }.items():  # fmt: skip
+        write = _changed_format(record)
+        command = "sample arrays --num_images 2 --num_inference_steps 2 --out x.npy"
+        yield _case("outputs", command, "model_index.json", "arrays", write, f"model_index.json with {name}")
+
+
+def _changed_format(record: dict[str, object]) -> Callable[[Path], None]:
+    def write(work: Path) -> None:
+        path = work / "arrays" / "model_index.json"
+        index = json.loads(path.read_text())
+        index["pixel_format"] = index["pixel_format"] | record
+        path.write_text(json.dumps(index))
+
+    return write
+
+
 KINDS: tuple[Callable[[], Iterator[BadInput]], ...] = (
     array_cases,
     key_cases,
@@ -431,6 +623,9 @@ KINDS: tuple[Callable[[], Iterator[BadInput]], ...] = (
     metric_cases,
     inspection_cases,
     cache_cases,
+    stream_cases,
+    step_cases,
+    output_cases,
 )
 
 

@@ -6,8 +6,24 @@ import os
 from pathlib import Path
 from typing import Any
 
+from diffusers_ddpm_ext.errors import ConfigError
+
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".tar": "webdataset", ".jsonl": "json", ".json": "json"}
 """Name of the reader of `datasets` for each type of file."""
+
+
+def import_datasets() -> Any:
+    """Import `datasets`, which then logs nothing: what it cannot do, it raises, too.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise ConfigError("--dataset_name needs `datasets`: pip install diffusers-ddpm-ext[hub-datasets]") from None
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    return datasets
 
 
 def builder_arguments(name: str) -> tuple[str, str | None]:
@@ -31,8 +47,7 @@ def is_saved_dataset(name: str) -> bool:
 
 def saved_split(name: str, split: str) -> Any:
     """A split of a folder that `save_to_disk` has written; a ValueError without it."""
-    import datasets
-
+    datasets = import_datasets()
     saved = datasets.load_from_disk(name)
     splits = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
     if split not in splits:

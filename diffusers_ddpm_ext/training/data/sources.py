@@ -284,10 +284,7 @@ def open_dataset_split(
     Raises:
         ConfigError: `datasets` is not installed, cannot open the dataset, or there is no such split or column.
     """
-    try:
-        import datasets
-    except ImportError:
-        raise ConfigError("--dataset_name needs `datasets`: pip install diffusers-ddpm-ext[hub-datasets]") from None
+    datasets = import_datasets()
     label = f"--dataset_name {name!r}"
     try:
         if is_saved_dataset(name):

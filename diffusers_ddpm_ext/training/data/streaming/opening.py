@@ -11,7 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from diffusers_ddpm_ext.errors import ConfigError, RunError, printable
-from diffusers_ddpm_ext.training.data.dataset_files import builder_arguments, is_saved_dataset, saved_split
+from diffusers_ddpm_ext.training.data.dataset_files import (
+    builder_arguments,
+    import_datasets,
+    is_saved_dataset,
+    saved_split,
+)
 from diffusers_ddpm_ext.training.data.sources import image_column_of, is_array_feature, one_line, scan_folder
 from diffusers_ddpm_ext.training.data.streaming.parquet import (
     MAX_COUNTED_FILES,
@@ -114,10 +119,7 @@ def open_dataset(
     Raises:
         ConfigError: `datasets` is not installed or cannot open it, or there is no such split or column.
     """
-    try:
-        import datasets
-    except ImportError:
-        raise ConfigError("--dataset_name needs `datasets`: pip install diffusers-ddpm-ext[hub-datasets]") from None
+    datasets = import_datasets()
     label = f"--dataset_name {printable(name, 200)!r}"
     try:
         if is_saved_dataset(name):
