@@ -49,7 +49,7 @@ class Measurement:
         pipeline: that draws; None for samples made elsewhere.
         data: the images.
         processes: that share the work.
-        preview_channels: those of the options, or of the run; None without.
+        data_options: what the images are and how they are prepared.
     """
 
     options: EvaluateOptions
@@ -57,7 +57,7 @@ class Measurement:
     pipeline: Any
     data: ImageData
     processes: Processes
-    preview_channels: tuple[int, ...] | None = None
+    data_options: DataOptions
 
     @cached_property
     def extractor(self) -> FeatureExtractor:
@@ -82,17 +82,19 @@ class Measurement:
         """Dtype and range of the data, and the channels that are shown."""
         from diffusers_ddpm_ext.training.data.preview_format import with_preview
 
-        return with_preview(self.data, self.preview_channels)
+        return with_preview(self.data, self.data_options.preview_channels)
 
     @cached_property
     def samples(self) -> LevelImages:
         """The samples: drawn, or read. Collective call."""
         train = self.data.train
         if self.samples_options.samples is not None:
+            from diffusers_ddpm_ext.training.data.geometry import preprocessing_of
             from diffusers_ddpm_ext.training.evaluation.given_samples import read_samples
 
             file, is_main = self.samples_options.samples, self.processes.rank == 0
-            return read_samples(file, train.shape, train.levels, self.data.pixel_format, is_main)
+            resizing = preprocessing_of(self.data_options).resizing
+            return read_samples(file, train.shape, train.levels, self.data.pixel_format, is_main, resizing)
         return self._draw()
 
     def _draw(self) -> LevelImages:
@@ -254,10 +256,10 @@ def _prepare(options: EvaluateOptions, samples_options: SampleMetricsOptions) ->
         data_options = _data_options(facts_of_pipeline(options.folder, pipeline), options.data)
     if samples_options.samples is not None:
         data = load_data(replace(data_options, **NO_COLUMNS), progress=is_main)
-        return Measurement(options, samples_options, None, data, processes, data_options.preview_channels)
+        return Measurement(options, samples_options, None, data, processes, data_options)
     set_scheduler(pipeline, samples_options.scheduler, samples_options.scheduler_args)
     data = load_images(options.folder, pipeline, data_options, is_main)
-    return Measurement(options, samples_options, pipeline, data, processes, data_options.preview_channels)
+    return Measurement(options, samples_options, pipeline, data, processes, data_options)
 
 
 def _data_options(facts: Any, typed: Mapping[str, Any]) -> DataOptions:

@@ -17,6 +17,7 @@ from diffusers_ddpm_ext.training.data.image_scan import ImageSource
 from diffusers_ddpm_ext.training.data.image_store import decode_source
 from diffusers_ddpm_ext.training.data.pixel_values import full_range, to_pixels
 from diffusers_ddpm_ext.training.data.raw_image import ArrayReading
+from diffusers_ddpm_ext.training.data.resizing import COVERING, Resizing
 from diffusers_ddpm_ext.training.data.sources import scan_folder
 from diffusers_ddpm_ext.training.evaluation.samples import LevelImages, to_levels
 from diffusers_ddpm_ext.utils.array_files import read_array
@@ -28,7 +29,12 @@ PICTURES = ("uint8", "uint16", "float16", "float32", "float64")
 
 
 def read_samples(
-    path: Path, shape: tuple[int, int, int], levels: int | None, pixels: PixelFormat, progress: bool = False
+    path: Path,
+    shape: tuple[int, int, int],
+    levels: int | None,
+    pixels: PixelFormat,
+    progress: bool = False,
+    resizing: Resizing = COVERING,
 ) -> LevelImages:
     """Samples as levels of the data.
 
@@ -42,12 +48,13 @@ def read_samples(
         levels: of the data.
         pixels: dtype and range of the data.
         progress: show a progress bar.
+        resizing: of the data.
 
     Raises:
         ConfigError: the file or an image cannot be read, or the images are of another shape or range.
     """
     if path.is_dir():
-        return LevelImages(_read_folder(path, shape, levels, pixels, progress), levels)
+        return LevelImages(_read_folder(path, shape, levels, pixels, progress, resizing), levels)
     array = read_array(path, OPTION)
     name = f"{OPTION} {printable(str(path))}"
     if array.ndim == 3:
@@ -68,11 +75,16 @@ def read_samples(
 
 
 def _read_folder(
-    path: Path, shape: tuple[int, int, int], levels: int | None, pixels: PixelFormat, progress: bool
+    path: Path,
+    shape: tuple[int, int, int],
+    levels: int | None,
+    pixels: PixelFormat,
+    progress: bool,
+    resizing: Resizing,
 ) -> Tensor:
     source = scan_folder(OPTION, str(path))
     channels, size = shape[0], (shape[1], shape[2])
-    preprocessing = Preprocessing(size, channels, center_crop=True, reading=ArrayReading(layout="channels_last"))
+    preprocessing = Preprocessing(size, channels, True, resizing, reading=ArrayReading(layout="channels_last"))
     stored = _format_of(_first_dtype(source, preprocessing), pixels, f"{OPTION} {printable(str(path))}")
     if not stored.is_8_bit:
         reading = replace(preprocessing.reading, data_range=(stored.low, stored.high))
