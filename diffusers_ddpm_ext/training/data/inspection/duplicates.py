@@ -26,6 +26,8 @@ MAX_COMPARED = 2000
 """Candidates that are compared as pictures, the closest hashes first."""
 MAX_DIFFERENCE, MAX_RELATIVE_DIFFERENCE = 0.05, 0.2
 """Root mean square of the difference of near duplicates: in units of the range, and of the contrast of the picture."""
+FLAT = 1 / 255
+"""Standard deviation of a picture, in units of the range, below which it shows nothing to compare."""
 
 
 @dataclass(frozen=True)
@@ -167,8 +169,9 @@ def _difference(one: NDArray[np.float32], other: NDArray[np.float32]) -> float |
     """How much two pictures differ; None if they do not look the same."""
     difference = float(np.sqrt(np.mean((one - other) ** 2)))
     contrast = float(min(one.std(), other.std()))
-    limit = min(MAX_DIFFERENCE, max(MAX_RELATIVE_DIFFERENCE * contrast, 1 / 255))
-    return difference if difference <= limit else None
+    if contrast < FLAT:
+        return None
+    return difference if difference <= min(MAX_DIFFERENCE, MAX_RELATIVE_DIFFERENCE * contrast) else None
 
 
 class PictureReader:

@@ -87,8 +87,8 @@ def _float_exponent(low: float, high: float) -> int:
     """Exponent of a width by which the range has at most `FLOAT_BINS` bins, and which float64 resolves."""
     largest = max(abs(low), abs(high))
     finest = math.frexp(largest)[1] - PRECISION_BITS if largest else -PRECISION_BITS
-    spread = high - low
-    return max(finest, -1000, math.frexp(spread / FLOAT_BINS)[1] if spread > 0 else -1000)
+    half = high / 2 - low / 2  # the whole may overflow
+    return max(finest, MIN_EXPONENT, math.frexp(half / FLOAT_BINS)[1] + 1 if half > 0 else MIN_EXPONENT)
 
 
 def coarsen(histogram: Histogram, bins: int) -> Histogram:

@@ -15,6 +15,7 @@ from diffusers_ddpm_ext.training.data.inspection.classes import ClassColumn
 from diffusers_ddpm_ext.training.data.inspection.duplicates import Duplicates
 from diffusers_ddpm_ext.training.data.inspection.image_facts import ALPHA, COLORLESS, TRANSPARENT, Kind
 from diffusers_ddpm_ext.training.data.inspection.summary import SetSummary
+from diffusers_ddpm_ext.training.data.resizing import resized_size
 
 LARGEST_SIDE = 128
 """Pixels of the longer side that are suggested: larger ones take very long without latents."""
@@ -100,7 +101,8 @@ def suggest(origin: Origin, summaries: Sequence[SetSummary], classes: ClassColum
     large = list(_large_sets(origin, summary))
     flags += _classes(classes, may_balance=not large or large[0].flag != "streaming")
     flags += large
-    count = sum(each.unreadable.count + each.not_finite.count for each in summaries)
+    height, width = int(sizes[0].values[0]), int(sizes[0].values[-1])
+    count = sum(each.unreadable.count + each.not_finite.count + _strips(each, height, width) for each in summaries)
     if count:
         flags.append(Suggestion("skip_bad_images", (), f"{count:,} cannot be trained on; or repair or remove them"))
     name = re.sub(r"[^\w.-]+", "-", origin.name).strip("-.") or "images"
@@ -123,15 +125,24 @@ def _sizes(summary: SetSummary) -> Iterator[Suggestion]:
     if halvings < DEFAULT_HALVINGS:
         levels = [WIDTHS[min(level, len(WIDTHS) - 1)] for level in range(halvings + 1)]
         size = f"{height}" if height == width else f"{height} x {width}"
-        times = {0: "not be halved", 1: "be halved once", 2: "be halved twice"}.get(
-            halvings, f"be halved {halvings} times"
-        )
+        how = ("cannot be halved", "can be halved once", "can be halved twice")[halvings : halvings + 1]
         yield Suggestion(
             "block_out_channels",
             tuple(map(str, levels)),
-            f"{size} can {times} down to {min(height, width) >> halvings} pixels; the default network halves"
-            f" {DEFAULT_HALVINGS} times",
+            f"{size} {how[0] if how else f'can be halved {halvings} times'}, down to {min(height, width) >> halvings}"
+            f" pixels; the default network halves {DEFAULT_HALVINGS} times",
         )
+
+
+def _strips(summary: SetSummary, height: int, width: int) -> int:
+    """Number of images that are too long to be resized to a size."""
+    count = 0
+    for own, number in Counter(map(tuple, summary.sizes.tolist())).items():
+        try:
+            resized_size((own[0], own[1]), (height, width), "crop")
+        except ValueError:
+            count += number
+    return count
 
 
 def _resolution(sizes: np.ndarray) -> tuple[int, int, str]:

@@ -19,6 +19,7 @@ PARTS = {
     "integers": [np.random.default_rng(k).integers(-(10**k), 10**k, (2, 300)) for k in range(1, 7)],
     "one value": [np.full((2, 10), 3.5), np.full((2, 4), 3.5)],
     "two distant values": [np.full((2, 10), -1e300), np.full((2, 4), 1e300), np.zeros((2, 3))],
+    "the whole range": [np.full((2, 3), -1.7e308), np.full((2, 4), 1.7e308), np.array([[-1.7e308, 1.7e308]] * 2)],
     "tiny beside zero": [np.full((2, 10), 5e-324), np.zeros((2, 4))],
     "a difference that float64 barely has": [np.array([[1e9, 1e9 + 1e-6]] * 2)],
 }
