@@ -107,9 +107,12 @@ class RowDecoder:
             raise RunError(f"{row_name(self.opened, row)} of {self.opened.option}: {error}") from None
         name, expected = row_name(self.opened, row), kind_of(self.sample.images)
         if decoded.kind != expected:
+            advice = "convert it"
+            if decoded.kind[1] == expected[1]:
+                advice += ", or begin a run with --channels, which converts them all"
             raise RunError(
                 f"{name} of {self.opened.option} is {describe_kind(*decoded.kind)}, and the first images are"
-                f" {describe_kind(*expected)}: convert it, or begin a run with --channels, which converts them all"
+                f" {describe_kind(*expected)}: {advice}"
             )
         values = self.sample.images.pixel_format
         if decoded.low < values.low or decoded.high > values.high:
