@@ -29,7 +29,12 @@ from diffusers_ddpm_ext.training.config.checks import check_image_folder
 from diffusers_ddpm_ext.training.config.condition_checks import TEXT_FILES
 from diffusers_ddpm_ext.training.data.caption_text import csv_cells, read_caption_files
 from diffusers_ddpm_ext.training.data.class_labels import Column
-from diffusers_ddpm_ext.training.data.dataset_files import builder_arguments, is_saved_dataset, saved_split
+from diffusers_ddpm_ext.training.data.dataset_files import (
+    builder_arguments,
+    import_datasets,
+    is_saved_dataset,
+    saved_split,
+)
 from diffusers_ddpm_ext.training.data.image_files import ListCell, Payload, RemoteFile, locate
 from diffusers_ddpm_ext.training.data.metadata import (
     FILE_NAME,
