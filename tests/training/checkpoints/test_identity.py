@@ -76,6 +76,13 @@ def test_the_length_counts_only_where_both_depend_on_it():
     assert len(changed_options({"max_train_steps": 4}, {"max_train_steps": 3})) == 1
 
 
+def test_a_checkpoint_of_a_version_without_an_option_had_its_default():
+    """Defaults are tuples, and what a checkpoint stores are lists; true is not 1."""
+    assert changed_options({"random_crop_scale": [0.8, 1.0], "rotate90": False}, {}) == []
+    assert len(changed_options({"random_crop_scale": [0.5, 1.0], "rotate90": True}, {})) == 2
+    assert len(changed_options({"rotate90": True}, {"rotate90": 1})) == 1
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [
