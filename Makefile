@@ -25,6 +25,8 @@ bench:  ## comparisons with other implementations; tables in benchmarks/README.m
 	$(PYTHON) benchmarks/bench_step.py
 	$(PYTHON) benchmarks/bench_checkpoint.py
 	$(PYTHON) benchmarks/bench_latent_cache.py
+	$(PYTHON) benchmarks/bench_data.py epoch
+	$(PYTHON) benchmarks/bench_data.py start
 
 torture:  ## guarantees of checkpoints and of hostile input, tested for hours
 	$(PYTHON) benchmarks/torture/faults.py

@@ -427,7 +427,9 @@ def test_an_interrupted_build_continues_where_it_ended(options, monkeypatch, dec
 def test_killed_builds(options):
     """Killed after 3, and 8 images: the third process decodes only the last ones."""
     for die_at in (3, 8):
-        assert start_build(options, die_at).wait() == -signal.SIGKILL
+        process = start_build(options, die_at)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
     output, _ = start_build(options).communicate()
     count, fingerprint = output.split()
     assert int(count) == COUNT - 8
@@ -440,7 +442,7 @@ def test_builds_killed_at_any_time(options):
         process = start_build(options, seconds=0.05)
         time.sleep(2.5 + 0.15 * attempt)
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.communicate()
     data = load_data(options)
     assert_same(plain(options), data)
     assert sorted(path.name for path in only_cache(options).iterdir()) == ["index.bin", "manifest.json", "pixels.bin"]
