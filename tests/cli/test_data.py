@@ -215,6 +215,7 @@ KINDS = {
     "large": lambda folder: write(folder, 2, size=(700, 600)),
     "of all sizes": lambda folder: [write(folder, 1, first=n, size=(40 + 9 * n, 90 - 5 * n)) for n in range(9)],
     "a strip": lambda folder: write(folder, 2, size=(900, 10)),
+    "a strip among others": lambda folder: (write(folder, 5), write(folder, 1, first=5, size=(40_000, 10))),
     "color and gray": lambda folder: (write(folder, 3), gray(folder, 2)),
     "with faults": lambda folder: (write(folder, 3), (folder / "bad.png").write_text("no image")),
     "arrays": lambda folder: arrays(folder, np.linspace(-3.7, 5.1, 480, dtype=np.float32).reshape(12, 8, 5)),
