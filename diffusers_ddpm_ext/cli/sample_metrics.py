@@ -312,7 +312,7 @@ def _describe(measurement: Measurement) -> dict[str, Any]:
 def _summary(result: Mapping[str, Any]) -> str:
     features, drawn = result["features"], result["samples"]
     how = f"samples of {drawn['source']}"
-    if drawn["source"] == "drawn":
+    if "scheduler" in drawn:  # a folder of samples may be called "drawn", too
         steps = f"{drawn['num_inference_steps']:,} steps" + (
             f" ({drawn['timesteps']})" if "timesteps" in drawn else ""
         )

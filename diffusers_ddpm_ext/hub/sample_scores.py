@@ -70,7 +70,7 @@ def read_sample_scores(record: JsonObject) -> SampleScores:
     if "num_reference" in record:
         parts.append(f"{record.integer('num_reference', low=1):,} images of {record.string('split')}")
     parts.append(f"features: {printable(record.object('features').string('name'), 100)}")
-    if drawn.string("source") == "drawn":
+    if "scheduler" in drawn:
         guidance = drawn.number("guidance_scale")
         parts.append(f"{printable(drawn.string('scheduler'), 60)}, {drawn.integer('num_inference_steps'):,} steps")
         if "timesteps" in drawn:
