@@ -93,7 +93,7 @@ def decode_image(payload: Payload, preprocessing: Preprocessing) -> DecodedImage
     data_range = preprocessing.reading.data_range
     raw = read_image(payload, preprocessing.reading)
     low, high = _extremes(raw, data_range)
-    limits = data_range or limits_of(raw.values.dtype, None)
+    limits = data_range or limits_of(raw.dtype, None)
     converted = _convert(raw, preprocessing.channels, preprocessing.resizing, limits)
     surface = Surface(limits, converted.has_alpha, raw.has_alpha and not converted.has_alpha)
     return DecodedImage(*_fit(converted, preprocessing, surface), low, high, raw.suffix, raw.is_animated)
@@ -104,8 +104,9 @@ def _fit(image: RawImage, preprocessing: Preprocessing, surface: Surface) -> tup
     own, size, resizing = size_of(image.picture), preprocessing.size, preprocessing.resizing
     try:
         target = resized_size(own, size, resizing.mode)
-        values = image.values
-        if not preprocessing.keeps_size:
+        if preprocessing.keeps_size:
+            values = image.values
+        else:
             values = fit(image.picture, size, resizing, preprocessing.center_crop, surface)
     except ConfigError:
         raise
@@ -117,9 +118,9 @@ def _fit(image: RawImage, preprocessing: Preprocessing, surface: Surface) -> tup
 
 def _extremes(raw: RawImage, data_range: Range | None) -> tuple[float, float]:
     """The smallest and the largest value of an image, inside the range."""
-    values = raw.values
-    if values.dtype == np.uint8 and data_range is None:
+    if raw.dtype == np.uint8 and data_range is None:
         return 0.0, 255.0
+    values = raw.values
     low, high = float(values.min()), float(values.max())
     if data_range is not None:
         ends = range_of(values.dtype, data_range)
@@ -134,7 +135,7 @@ def _convert(raw: RawImage, channels: int | None, resizing: Resizing, limits: Ra
     Raises:
         UnsupportedImage: the channels of an array are no colors that could be converted.
     """
-    own = raw.values.shape[2]
+    own = raw.num_channels
     if channels in (None, own):
         return raw
     if channels not in MODE_OF_CHANNELS or own not in MODE_OF_CHANNELS or (own == 4 and not raw.has_alpha):

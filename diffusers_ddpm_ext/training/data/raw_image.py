@@ -6,6 +6,7 @@ import logging
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -88,8 +89,19 @@ class RawImage:
     is_animated: bool = False
 
     @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of the pixels."""
+        return self.picture.dtype if isinstance(self.picture, np.ndarray) else np.dtype(np.uint8)
+
+    @property
+    def num_channels(self) -> int:
+        """Channels of the image."""
+        picture = self.picture
+        return int(picture.shape[2]) if isinstance(picture, np.ndarray) else len(picture.getbands())
+
+    @property
     def values(self) -> np.ndarray:
-        """The pixels, (H, W, C)."""
+        """The pixels, (H, W, C); a copy of those that Pillow holds."""
         return np.atleast_3d(np.asarray(self.picture))
 
 
@@ -190,7 +202,10 @@ def _decode(image: Image.Image, content: bytes | Path, reading: ArrayReading) ->
     if is_16_bit:
         pixels = read_16_bit_gray(image)[..., None]
         return RawImage(pixels, mode, is_turned=is_turned, is_animated=_is_animated(image))
-    picture = image.convert(MODE_OF_CHANNELS[natural_channels(image)])
+    own_mode = MODE_OF_CHANNELS[natural_channels(image)]
+    # Pillow copies an image that has the mode; one of several frames it loses when it looks for the next one.
+    is_kept = image.mode == own_mode and image.format not in ANIMATED_FORMATS
+    picture = image if is_kept else image.convert(own_mode)
     return RawImage(picture, mode, ".png", picture.mode == "RGBA", is_turned, _is_animated(image))
 
 
