@@ -383,7 +383,7 @@ def test_broken_images_are_named_before_the_run(name):
     assert "\n" not in str(caught.value)
     loaded = load(payloads, skip_bad=True)
     assert (len(loaded.images), loaded.skipped) == (2, 1)
-    assert loaded.names == ["0.png", "2.png"]
+    assert list(loaded.names) == ["0.png", "2.png"]
 
 
 def test_only_broken_images_are_refused():
