@@ -19,7 +19,7 @@ from diffusers_ddpm_ext.hub.card_facts import BITS_PER_DIM, BITS_PER_LATENT, Fol
 from diffusers_ddpm_ext.hub.markdown import code_span, inline_text, preformatted
 from diffusers_ddpm_ext.hub.proof import CARD_GRID
 from diffusers_ddpm_ext.hub.upload import check_repo_id
-from diffusers_ddpm_ext.plotting.channels import DRAWN, channel_view
+from diffusers_ddpm_ext.plotting.channels import channel_view, is_picture
 from diffusers_ddpm_ext.utils.files import CONFIG, ENVIRONMENT
 from diffusers_ddpm_ext.utils.input_files import JsonObject, read_bytes
 from diffusers_ddpm_ext.utils.pixel_format import PixelFormat
@@ -266,7 +266,7 @@ class _Card:
     def _array_note(self) -> str:
         """What the arrays are that other data than 8-bit images are drawn as; empty for these."""
         pixels, (height, width, channels) = self.pixels, self.shape
-        if pixels.is_8_bit and channels in DRAWN:
+        if pixels.is_8_bit and is_picture(channels, pixels):
             return ""
         shape = f"(4, {height:g}, {width:g}, {channels})" if height else "(4, height, width, channels)"
         return f"{shape}, {pixels.dtype} from {pixels.low:g} to {pixels.high:g}"

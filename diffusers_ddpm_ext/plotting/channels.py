@@ -9,8 +9,6 @@ from numpy.typing import ArrayLike, NDArray
 
 from diffusers_ddpm_ext.utils.pixel_format import PixelFormat
 
-DRAWN = (1, 3, 4)
-"""Channels of images that are drawn as they are: gray, color, color with transparency."""
 SPREAD = 2.5
 """Standard deviations of a principal component that fill [-1, 1]."""
 COLORS = "as red, green and blue"
@@ -44,6 +42,11 @@ class ChannelView:
         return (colors + self.rows[:, -1, None, None]).astype(np.float32)
 
 
+def is_picture(channels: int, pixels: PixelFormat) -> bool:
+    """Whether all channels are drawn: gray, color, or color with transparency; the fourth of an array is none."""
+    return channels in (1, 3) or (channels == 4 and pixels.suffix == ".png")
+
+
 def channel_view(channels: int, pixels: PixelFormat | None = None) -> ChannelView:
     """How images are drawn.
 
@@ -60,7 +63,7 @@ def channel_view(channels: int, pixels: PixelFormat | None = None) -> ChannelVie
     picked, rows = pixels.preview_channels, pixels.preview_components
     if picked is None and rows is not None:
         return ChannelView(channels, np.array(rows), f"principal components 1, 2, 3 of {channels} channels {COLORS}")
-    if picked is None and channels in DRAWN:
+    if picked is None and is_picture(channels, pixels):
         return ChannelView(channels)
     picked = (0,) if picked is None else picked
     if picked == tuple(range(channels)):

@@ -95,3 +95,11 @@ def test_the_size_of_a_sheet_includes_its_line(count):
     sheet = image_grid(bands(5, count), pixels=pixels)
     assert sheet.size == grid_size(count, 8, 8, note=caption)[::-1]
     assert (np.asarray(sheet)[-14:] < 128).any()
+
+
+def test_the_fourth_channel_of_an_array_is_no_transparency():
+    """Four bands of a file of arrays are drawn as other numbers of channels are; in a PNG they are color and alpha."""
+    array = PixelFormat("float32", 0, 1, ".npy")
+    assert channel_view(4, array).caption == "channel 0 of 4 (0 is the first)"
+    assert np.asarray(image_grid(bands(4), pixels=array)).ndim == 2
+    assert np.asarray(image_grid(bands(4), pixels=PixelFormat("uint16", 0, 65535))).shape[-1] == 4

@@ -94,8 +94,10 @@ def test_samples_are_measured_in_the_data(run, tmp_path, monkeypatch, capsys):
 def test_components_or_chosen_channels_are_shown(tmp_path):
     """By the number of channels; a channel that does not exist is named."""
     write_bands(tmp_path / "two", channels=2)
+    write_bands(tmp_path / "four", channels=4)
     write_bands(tmp_path / "five")
-    for name, chosen, components in (("two", None, None), ("five", (4, 0, 1), None), ("five", None, (3, 6))):
+    cases = (("two", None, None), ("four", None, (3, 5)), ("five", (4, 0, 1), None), ("five", None, (3, 6)))
+    for name, chosen, components in cases:
         config = tiny_run(tmp_path / "run", train_data_dir=str(tmp_path / name), data_range=[-6, 16])
         data = load_data(config.data)
         pixels = with_preview(data, chosen)

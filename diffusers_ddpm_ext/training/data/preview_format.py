@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from diffusers_ddpm_ext.errors import as_config_error
-from diffusers_ddpm_ext.plotting.channels import DRAWN, principal_components
+from diffusers_ddpm_ext.plotting.channels import is_picture, principal_components
 from diffusers_ddpm_ext.training.data.dataset import ImageData
 from diffusers_ddpm_ext.utils.pixel_format import PixelFormat
 
@@ -24,7 +24,7 @@ def with_preview(data: ImageData, preview_channels: tuple[int, ...] | None) -> P
     with as_config_error("--preview_channels"):
         pixels = replace(data.pixel_format, preview_channels=preview_channels)
         pixels.check_channels(data.channels)
-    if preview_channels is not None or data.channels in (*DRAWN, 2):
+    if preview_channels is not None or data.channels == 2 or is_picture(data.channels, pixels):
         return pixels
     images = data.train
     chosen = torch.linspace(0, len(images) - 1, min(IMAGES_FOR_COMPONENTS, len(images))).long()
