@@ -482,7 +482,9 @@ def stream_cases() -> Iterator[BadInput]:
         yield _case("streams", f"{base} {flags}", says, "photos gray table", _bad_files)
     for flags in ("--validation_examples 2", "--class_names a b", "--shuffle_buffer 5"):
         yield _case("streams", f"{TRAIN} --train_data_dir photos {flags}", flags.split()[0], "photos")
-    yield _case("streams", f"{base.replace('--max_train_steps 1 ', '')} --train_data_dir photos", "--max_train_steps", "photos")
+    yield _case(
+        "streams", f"{base.replace('--max_train_steps 1 ', '')} --train_data_dir photos", "--max_train_steps", "photos"
+    )
     for name in (
         "empty.png",
         "text.png",

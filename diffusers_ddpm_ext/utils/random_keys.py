@@ -10,6 +10,7 @@ Streams and their coordinates (the name goes first, so that two streams never sh
 ``NOISE``               seed, optimizer step, position in the effective batch
 ``ORDER``               seed, epoch; of weighted draws seed, pass over the group, group
 ``MIXTURE``             seed, block of samples (an epoch, or a part of a stream)
+``MIXTURE_SOURCE``      seed, source of a mixture of streams
 ``FLIP``, ``CROP``      seed, epoch (of weighted draws the pass), index in the data set
 ``VERTICAL_FLIP``       the same
 ``ROTATION``            the same
@@ -48,6 +49,7 @@ from torch import Tensor
 NOISE = "noise"
 ORDER = "order"
 MIXTURE = "mixture"
+MIXTURE_SOURCE = "mixture/source"
 FLIP = "augment/flip"
 CROP = "augment/crop"
 VERTICAL_FLIP = "augment/vertical-flip"

@@ -84,7 +84,8 @@ class SourceOptions:
     validation_examples: int | None = option(
         None,
         "With --streaming: number of images to validate on, the first ones of --validation_split or"
-        " --validation_data_dir, otherwise of the training images, which are then left out.",
+        " --validation_data_dir, otherwise of the training images, which are then left out; of a mixture, of each"
+        " source.",
         low=1,
         high=10**7,
         unset="1000 of a split or folder, else none",

@@ -21,7 +21,7 @@ NEEDS_ALL_IMAGES = {
     "concat_column": "leave --streaming out",
 }
 """Options that need all images before the run, and the way out."""
-SOURCES = ("train_data_dir", "dataset_name", "validation_data_dir")
+SOURCES = ("train_data_dir", "dataset_name")
 OF_STREAMS = ("validation_examples", "class_names")
 
 
@@ -48,8 +48,11 @@ def check_streaming_data(flat: Mapping[str, Any]) -> None:
         return
     if flat["train_data_dir"] is None and flat["dataset_name"] is None:
         raise ConfigError("--streaming needs --dataset_name or --train_data_dir: the digits are in memory")
-    if max(len(as_names(flat[name])) for name in SOURCES) > 1:
-        raise ConfigError("--streaming reads one folder or dataset: leave the others, or --streaming, out")
+    if flat["dataset_weights"] is None and max(len(as_names(flat[name])) for name in SOURCES) > 1:
+        raise ConfigError(
+            "--streaming needs --dataset_weights for several folders or datasets, since a stream has no size (a"
+            " pattern of files in quotes is one dataset)"
+        )
     if flat["class_balance"]:
         raise ConfigError("--class_balance contradicts --streaming: it needs the classes of all images before the run")
     if flat["cache_images"] == "always":

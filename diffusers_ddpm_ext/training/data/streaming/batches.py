@@ -22,9 +22,13 @@ from diffusers_ddpm_ext.training.data.decoding import DecodedImage
 from diffusers_ddpm_ext.training.data.streaming.lanes import Draw, Lane, LanePlan, LanePosition
 from diffusers_ddpm_ext.training.data.streaming.row_images import RowDecoder, row_name
 from diffusers_ddpm_ext.training.data.streaming.rows import Row, RowStream
+from diffusers_ddpm_ext.training.data.weighted_turns import WeightedTurns
+from diffusers_ddpm_ext.utils import random_keys as keys
 
 MAX_READERS = 4
 """Threads that read blocks."""
+TURNS = 1000
+"""Samples in which the sources of a mixture have their shares as exactly as whole numbers can."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +59,7 @@ class BatchLayout:
     def lanes(self, plan: LanePlan, rank: int) -> set[int]:
         """The lanes that a process reads."""
         positions = (each for each in range(self.effective_batch) if self.rank_of(each) == rank)
-        return {lane_of(each, plan, self.effective_batch) for each in positions}
-
-
-def lane_of(position: int, plan: LanePlan, effective_batch: int) -> int:
-    """The lane that fills a position of the effective batch."""
-    return position * plan.lanes // effective_batch
+        return {lane for each in positions for lane in plan.lanes_of(each, self.effective_batch)}
 
 
 class RowRequest(NamedTuple):
@@ -128,12 +127,16 @@ class StreamReader:
     def __init__(
         self, rows: RowStream, plan: LanePlan, layout: BatchLayout, seed: int, positions: Mapping[int, LanePosition]
     ) -> None:
-        self._plan, self._layout = plan, layout
+        self._plan, self._layout, self._seed = plan, layout, seed
+        self._turns = WeightedTurns(plan.weights, TURNS) if plan.weights else None
+        self._groups: tuple[int, list[int]] = (-1, [])
         self._executor = ThreadPoolExecutor(MAX_READERS, thread_name_prefix="stream")
-        self._lanes = {
-            number: Lane(rows, plan, seed, number, positions.get(number, LanePosition()), self._executor)
-            for number in sorted(layout.lanes(plan, layout.rank))
-        }
+        self._lanes = {}
+        for number in sorted(layout.lanes(plan, layout.rank)):
+            source, own = plan.locate(number)
+            own_seed = seed if source == 0 else keys.key(keys.MIXTURE_SOURCE, seed, source)
+            own_plan, position = (plan.sources or (plan,))[source], positions.get(number, LanePosition())
+            self._lanes[number] = Lane(rows.sources[source], own_plan, own_seed, own, position, self._executor)
         self.in_flight: dict[tuple[int, int], tuple[list[Draw], dict[int, LanePosition] | None]] = {}
         self._next_step: int | None = None
 
@@ -161,7 +164,8 @@ class StreamReader:
         layout = self._layout
         draws: list[list[Draw]] = [[] for _ in range(layout.accumulation)]
         for position in range(layout.effective_batch):
-            lane = self._lanes.get(lane_of(position, self._plan, layout.effective_batch))
+            source = self._source(step * layout.effective_batch + position)
+            lane = self._lanes.get(self._plan.lanes_of(position, layout.effective_batch)[source])
             if lane is not None:
                 draw = lane.draw()
                 if layout.rank_of(position) == layout.rank:
@@ -169,6 +173,15 @@ class StreamReader:
         after = {number: lane.position for number, lane in self._lanes.items()}
         for micro, taken in enumerate(draws):
             self.in_flight[step, micro] = taken, after if micro == layout.accumulation - 1 else None
+
+    def _source(self, sample: int) -> int:
+        """The source of a sample of the run."""
+        if self._turns is None:
+            return 0
+        block, place = divmod(sample, TURNS)
+        if self._groups[0] != block:
+            self._groups = block, self._turns.groups_and_numbers(self._seed, block)[0].tolist()
+        return self._groups[1][place]
 
     def _request(self, step: int, micro: int) -> RowRequest:
         first = (micro * self._layout.world + self._layout.rank) * self._layout.batch

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, repeat
 from typing import NamedTuple
 
 import torch
@@ -32,12 +32,32 @@ class LanePlan:
     Attributes:
         lanes: that fill the effective batch; a divisor of it.
         parts: of the rows.
-        block: rows that a lane shuffles at a time.
+        block: rows that a lane shuffles at a time; of a mixture the largest number.
+        sources: plans of the sources of a mixture, whose lanes are counted one after the other.
+        weights: how often a row of each of them is drawn.
     """
 
     lanes: int
     parts: int
     block: int
+    sources: tuple[LanePlan, ...] = ()
+    weights: tuple[float, ...] = ()
+
+    def lanes_of(self, position: int, effective_batch: int) -> list[int]:
+        """The lanes that may fill a position of the effective batch: one of each source."""
+        lanes, first = [], 0
+        for plan in self.sources or (self,):
+            lanes.append(first + position * plan.lanes // effective_batch)
+            first += plan.lanes
+        return lanes
+
+    def locate(self, lane: int) -> tuple[int, int]:
+        """The source of a lane, and its number among the lanes of that source."""
+        for source, plan in enumerate(self.sources):
+            if lane < plan.lanes:
+                return source, lane
+            lane -= plan.lanes
+        return 0, lane
 
 
 def plan_lanes(rows: RowStream, effective_batch: int, shuffle_buffer: int) -> LanePlan:
@@ -46,8 +66,13 @@ def plan_lanes(rows: RowStream, effective_batch: int, shuffle_buffer: int) -> La
     Args:
         rows: of the stream.
         effective_batch: samples per optimizer step, over all processes.
-        shuffle_buffer: rows that are shuffled at a time, over all lanes.
+        shuffle_buffer: rows that are shuffled at a time, over all lanes; those of a mixture share it by their weights.
     """
+    if rows.weights:
+        shares = [max(1, round(shuffle_buffer * weight / sum(rows.weights))) for weight in rows.weights]
+        plans = tuple(plan_lanes(*each) for each in zip(rows.sources, repeat(effective_batch), shares, strict=False))
+        lanes, parts = sum(plan.lanes for plan in plans), sum(plan.parts for plan in plans)
+        return LanePlan(lanes, parts, max(plan.block for plan in plans), plans, rows.weights)
     most = min(rows.num_parts, MAX_PARTS)
     if rows.num_rows is not None:
         lanes = next(count for count in range(most, 0, -1) if effective_batch % count == 0)

@@ -18,7 +18,9 @@ from diffusers_ddpm_ext.training.data.conditions import ConditionColumns, load_c
 from diffusers_ddpm_ext.training.data.decoding import Preprocessing
 from diffusers_ddpm_ext.training.data.image_set import ImageSet
 from diffusers_ddpm_ext.training.data.image_store import LoadedImages, decode_source
+from diffusers_ddpm_ext.training.data.mixture import one_each
 from diffusers_ddpm_ext.training.data.streaming.lanes import LanePlan, plan_lanes
+from diffusers_ddpm_ext.training.data.streaming.mixture import join_opened
 from diffusers_ddpm_ext.training.data.streaming.opening import OpenedRows, errors_named, open_dataset, open_folder
 from diffusers_ddpm_ext.training.data.streaming.row_images import RowDecoder, row_source
 from diffusers_ddpm_ext.training.data.streaming.rows import Row, first_rows, spread_rows
@@ -69,7 +71,8 @@ class Stream:
         shuffled = (
             f"shuffled {self.shuffle_buffer:,} at a time" if self.shuffle_buffer > 1 else "not shuffled in a shard"
         )
-        return f"a stream of {count} of {self.opened.option.partition(' ')[2]}, {shuffled},"
+        weights = f", weighted {' to '.join(f'{weight:g}' for weight in rows.weights)}" if rows.weights else ""
+        return f"a stream of {count} of {self.opened.option.partition(' ')[2]}{weights}, {shuffled},"
 
 
 class DecodedRows(NamedTuple):
@@ -113,14 +116,21 @@ class _Opener:
     progress: bool
 
     def open(self, option: str, folders: Sequence[str], split: str) -> OpenedRows:
-        """The folder, or else the split of --dataset_name."""
-        if folders:
-            return open_folder(option, folders[0], self.columns)
+        """The folders, or else the split of each --dataset_name."""
         options = self.options
-        config, column = (
-            next(iter(as_names(each)), None) for each in (options.dataset_config_name, options.image_column)
-        )
-        return open_dataset(options.dataset_names[0], split, config, column, options.cache_dir, self.columns)
+        if folders:
+            opened = [open_folder(option, folder, self.columns) for folder in folders]
+        else:
+            names = options.dataset_names
+            configs = one_each(as_names(options.dataset_config_name), len(names))
+            images = one_each(as_names(options.image_column), len(names))
+            opened = [
+                open_dataset(name, split, config, column, options.cache_dir, self.columns)
+                for name, config, column in zip(names, configs, images, strict=True)
+            ]
+        if len(opened) == 1:
+            return opened[0]
+        return join_opened(opened, options.dataset_weights or (1.0,) * len(opened))
 
     def decode(self, opened: OpenedRows, rows: Sequence[Row], train: ConditionColumns | None) -> DecodedRows:
         """Images and conditions of rows; ``train`` are conditions of the same classes and shapes."""
@@ -184,7 +194,7 @@ def _hold_out(opener: _Opener, opened: OpenedRows) -> tuple[OpenedRows, tuple[Op
     if not count:
         return opened, None
     rows = first_rows(opened.rows, count)
-    rest = opened.rows.without_first(len(rows))
+    rest = opened.rows.without_first(min(count, len(rows)))
     if rest.num_parts == 0 or rest.num_rows == 0:
         raise ConfigError(
             f"--validation_examples {count} holds out all {len(rows):,} images of {opened.option}: leave some"

@@ -31,12 +31,18 @@ class RowStream(Protocol):
     Attributes:
         num_rows: how many there are; None where only reading them all would tell.
         num_parts: the largest number of parts that are read independently of each other.
+        sources: the streams that it consists of; itself alone, unless it is a mixture.
+        weights: how often a row of each of them is drawn; empty unless it is a mixture.
     """
 
     @property
     def num_rows(self) -> int | None: ...
     @property
     def num_parts(self) -> int: ...
+    @property
+    def sources(self) -> Sequence[RowStream]: ...
+    @property
+    def weights(self) -> tuple[float, ...]: ...
 
     def read(self, part: int, parts: int, start: int = 0) -> Iterator[Row]:
         """Yield the rows of one of ``parts`` parts, from its row ``start`` on.
@@ -77,6 +83,12 @@ class CountedRows:
 
     source: CountedSource
     first: int = 0
+    weights: tuple[float, ...] = ()
+
+    @property
+    def sources(self) -> Sequence[RowStream]:
+        """These rows alone."""
+        return (self,)
 
     @property
     def num_rows(self) -> int:
@@ -136,6 +148,12 @@ class ShardedRows:
     source: ShardedSource
     begins: Sequence[tuple[int, int]]
     num_rows: None = None
+    weights: tuple[float, ...] = ()
+
+    @property
+    def sources(self) -> Sequence[RowStream]:
+        """These rows alone."""
+        return (self,)
 
     @property
     def num_parts(self) -> int:
@@ -173,14 +191,20 @@ class ShardedRows:
 
 
 def first_rows(rows: RowStream, count: int) -> list[Row]:
-    """The first rows of a stream, in order."""
-    parts = 1 if rows.num_rows is not None else rows.num_parts
-    return list(islice((row for part in range(parts) for row in rows.read(part, parts)), count))
+    """The first rows of a stream, in order; of a mixture those of each source."""
+    first: list[Row] = []
+    for source in rows.sources:
+        parts = 1 if source.num_rows is not None else source.num_parts
+        first += islice((row for part in range(parts) for row in source.read(part, parts)), count)
+    return first
 
 
 def spread_rows(rows: RowStream, count: int) -> list[Row]:
     """About ``count`` rows from the beginnings of some parts, evenly spread over all of them."""
-    parts = rows.num_parts
-    chosen = sorted({number * parts // min(parts, 8) for number in range(min(parts, 8))})
-    each = -(-count // len(chosen)) if chosen else 0
-    return [row for part in chosen for row in islice(rows.read(part, parts), each)]
+    spread: list[Row] = []
+    for source in rows.sources:
+        parts = source.num_parts
+        chosen = sorted({number * parts // min(parts, 8) for number in range(min(parts, 8))})
+        each = -(-count // (len(chosen) * len(rows.sources))) if chosen else 0
+        spread += (row for part in chosen for row in islice(source.read(part, parts), each))
+    return spread
