@@ -45,6 +45,7 @@ class ImageSet:
         posteriors: of all loaded images under the first stage, where they were computed before.
         concat_latents: the network's concatenated inputs, in place of the pictures, where they were computed before.
         draws: how often each image is drawn in training; None: once per epoch.
+        placed_like: images at whose random places these are cropped, in proportion: they are pictures of them.
     """
 
     images: ImageStore
@@ -58,6 +59,7 @@ class ImageSet:
     posteriors: PosteriorStore | None = None
     concat_latents: PosteriorStore | None = None
     draws: WeightedDraws | None = None
+    placed_like: ImageStore | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -127,7 +129,7 @@ class ImageSet:
         elif columns.concat is not None:
             augmentation = self.augmentation.for_pictures(columns.concat.channels)
             joined = replace(self, images=columns.concat, columns=None, augmentation=augmentation)
-            joined = replace(joined, replace_unreadable=False)
+            joined = replace(joined, replace_unreadable=False, placed_like=self.images)
             values = joined.load_levels(indices, seed, epochs).values
             concat = to_pixels(values, columns.concat.pixel_format)
         contexts, captions = columns.contexts, columns.captions
@@ -189,11 +191,15 @@ class ImageSet:
             return random_crop.cut(image, self.size, draws)
         height, width = self.size
         down, right = image.shape[1] - height, image.shape[2] - width
-        if epoch is None:
-            top, left = down // 2, right // 2
-        else:
-            place = keys.key(keys.CROP, seed, epoch, index) % ((down + 1) * (right + 1))
-            top, left = divmod(place, right + 1)
+        top, left = down // 2, right // 2
+        if epoch is not None and (down or right):
+            # A smaller picture of an image may be resized to a row or column more or less.
+            guide = image if self.placed_like is None else self.placed_like.image(int(self.rows[index]))
+            most_down, most_right = guide.shape[1] - height, guide.shape[2] - width
+            place = keys.key(keys.CROP, seed, epoch, index) % ((most_down + 1) * (most_right + 1))
+            guide_top, guide_left = divmod(place, most_right + 1)
+            top = round(down * guide_top / most_down) if most_down else top
+            left = round(right * guide_left / most_right) if most_right else left
         return image[:, top : top + height, left : left + width]
 
 

@@ -203,6 +203,7 @@ def photos(folder: Path) -> Path:
     [
         {"random_flip": True, "vertical_flip": True, "rotate90": True, "resize": "stretch"},
         {"rotate90": True, "resize": "pad", "background": "red"},
+        {"random_flip": True},
         {"random_crop": "before", "random_crop_scale": (0.4, 0.9), "rotate90": True, "random_flip": True},
         {"random_crop": "before", "random_crop_scale": (0.4, 0.9), "resize": "stretch", "vertical_flip": True},
     ],
@@ -219,6 +220,26 @@ def test_joined_pictures_change_with_their_images(options, tmp_path):
         assert all((pixels - turned).abs().mean() > 0.05 for turned in (joined.flip(-1), joined.rot90(1, (-2, -1))))
         seen.add(tuple(pixels[0].flatten().tolist()))
     assert len(seen) > 2
+
+
+@pytest.mark.parametrize("memory_limit", [10**9, 0])
+def test_pictures_of_other_proportions_are_cropped_at_the_same_place(memory_limit, tmp_path):
+    """200 x 67 pixels halved are 100 x 33, which cover the size with a column more."""
+    folder = tmp_path / "photos"
+    (folder / ".small").mkdir(parents=True)
+    for name, size in (("a.png", (67, 200)), (".small/a.png", (33, 100))):
+        columns = np.broadcast_to((np.arange(size[1]) + 0.5) / size[1] * 255, size)
+        Image.fromarray(columns.astype(np.uint8)).save(folder / name)
+    (folder / "metadata.csv").write_text("file_name,small\na.png,.small/a.png\n")
+    options = {"train_data_dir": str(folder), "resolution": (16, 16), "validation_fraction": 0}
+    data = load_data(DataOptions(**options, concat_column="small"), "concat", memory_limit=memory_limit)
+    places = set()
+    for epoch in range(30):
+        pixels = data.train.load_levels([0], 9, [epoch]).values.float() / 127.5 - 1
+        joined = data.train.conditions([0], 9, [epoch]).concat_inputs
+        assert (pixels - joined).abs().max() < 0.06  # a column is 0.04
+        places.add(float(pixels[0, 0, 0, 0]))
+    assert len(places) > 10
 
 
 def test_turned_values_of_deep_images_keep_their_dtype():
