@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers.hub_server import Fault, LoopbackHub
@@ -18,6 +20,7 @@ from helpers.tiny import tiny_unet
 
 from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtScheduler, cli
 from diffusers_ddpm_ext.hub.card import make_card
+from diffusers_ddpm_ext.utils.pixel_format import PixelFormat
 
 TOKEN = "hf_secretsecretsecret"
 
@@ -416,3 +419,27 @@ def test_a_repository_that_is_not_there(call):
     done = call("verify", "alice/nothing")
     assert done.returncode == 2
     assert "cannot load alice/nothing" in done.stderr
+
+
+@pytest.mark.slow
+def test_arrays_are_pushed_verified_and_sampled_by_id(call, hub, tmp_path):
+    """Five bands of int16: the card shows the chosen ones, all are verified, and samples by id are the data's."""
+    pixels = PixelFormat("int16", -100, 4000, ".npy", preview_channels=(4, 2, 0))
+    pipeline = DDPMExtPipeline(tiny_unet(5), DDPMExtScheduler(20), pixel_format=pixels)
+    pipeline.save_pretrained(tmp_path / "bands")
+    done = call("push", str(tmp_path / "bands"))
+    assert done.returncode == 0, done.stderr
+    card = hub.files("alice/bands")["README.md"].decode()
+    assert "8x8x5 images of int16 from -100 to 4000" in card
+    assert "The picture shows channels 4, 2, 0 of 5" in card
+    assert np.load(io.BytesIO(hub.files("alice/bands")["card/samples.npz"]))["images"].shape == (9, 8, 8, 5)
+    done = call("verify", "alice/bands")
+    assert done.returncode == 0, done.stderr
+    for source, out in (("alice/bands", "hub.npy"), ("bands", "folder.npy")):
+        done = call("sample", source, "--out", out, "--num_images", "2", "--device", "cpu")
+        assert done.returncode == 0, done.stderr
+    drawn = np.load(tmp_path / "hub.npy")
+    assert drawn.dtype == np.int16
+    assert drawn.min() >= -100
+    assert drawn.max() <= 4000
+    assert np.array_equal(drawn, np.load(tmp_path / "folder.npy"))
