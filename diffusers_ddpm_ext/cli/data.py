@@ -51,7 +51,9 @@ class InspectOptions:
     class_column: str | None = option(
         None, "Column with the class of each image, as for `ddpm-ext train`.", unset="all that look like classes"
     )
-    array_key: str | None = option(None, "Name of the array with the image in .npz files, as for `ddpm-ext train`.")
+    array_key: str | None = option(
+        None, "Name of the array with the image in .npz files, as for `ddpm-ext train`.", unset="the only image"
+    )
     array_layout: Literal["channels_last", "channels_first"] | None = option(
         None, "Axes of arrays with three axes, as for `ddpm-ext train`.", unset="found by the first image"
     )
@@ -172,7 +174,7 @@ def inspect(options: InspectOptions) -> Inspection:
 
 def _open(options: InspectOptions) -> tuple[FolderSource | DatasetSource, FolderSource | DatasetSource | None, Origin]:
     """The training images, the validation images, and the flags of `ddpm-ext train` that select them."""
-    from diffusers_ddpm_ext.training.data.inspection.suggestions import Origin
+    from diffusers_ddpm_ext.training.data.inspection.suggestions import Origin, plain_number
     from diffusers_ddpm_ext.training.data.sources import open_dataset_split, scan_folder
 
     name = options.folder
@@ -203,7 +205,7 @@ def _open(options: InspectOptions) -> tuple[FolderSource | DatasetSource, Folder
     flags += [(flag, getattr(options, flag)) for flag in ("array_key", "array_layout")]
     given: list[tuple[str, tuple[str, ...]]] = [(flag, (value,)) for flag, value in flags if value is not None]
     if options.data_range is not None:
-        given.append(("data_range", tuple(f"{value:g}" for value in options.data_range)))
+        given.append(("data_range", tuple(map(plain_number, options.data_range))))
     return source, validation, Origin(options.name, given)
 
 

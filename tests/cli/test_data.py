@@ -6,11 +6,13 @@ import json
 import os
 import shlex
 import struct
+import time
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.paths import ROOT
 from PIL import Image
 
 from diffusers_ddpm_ext import cli
@@ -18,6 +20,7 @@ from diffusers_ddpm_ext.cli.data import inspect, parse_data_args
 from diffusers_ddpm_ext.cli.data_table import table
 from diffusers_ddpm_ext.training.config import parse_train_args
 from diffusers_ddpm_ext.training.data.inspection import duplicates as duplicates_module
+from diffusers_ddpm_ext.training.data.inspection import inspect as inspect_module
 
 
 @pytest.fixture(autouse=True)
@@ -277,6 +280,72 @@ def test_mistakes_are_one_line(argv, words, tmp_path, capsys):
     assert len(captured.err.splitlines()) == 1
     assert not captured.out
     assert sorted(Path().rglob("*")) == before
+
+
+def test_values_outside_of_a_range_are_faults(tmp_path):
+    folder = tmp_path / "arrays"
+    folder.mkdir()
+    np.save(folder / "inside.npy", np.linspace(-1, 1, 64).reshape(8, 8))
+    np.save(folder / "outside.npy", np.linspace(-1, 1.001, 64).reshape(8, 8))
+    result, text = look(folder, "--data_range", "-1", "1")
+    (fault,) = result["train"]["unreadable"]["files"]
+    assert fault["name"] == "outside.npy"
+    assert "1.001" in fault["reason"]
+    assert "--data_range -1 1" in text
+    assert look(folder)[0]["train"]["unreadable"]["count"] == 0
+
+
+def test_nan_and_infinity_are_listed_by_name(tmp_path):
+    folder = tmp_path / "arrays"
+    folder.mkdir()
+    values = np.zeros((3, 8, 8), dtype=np.float32)
+    values[1, 2, 3], values[2, 4, 5] = np.nan, -np.inf
+    for number, image in enumerate(values):
+        np.save(folder / f"{number}.npy", image)
+    found = look(folder)[0]["train"]["not_finite"]
+    assert [file["name"] for file in found["files"]] == ["1.npy", "2.npy"]
+    assert "row 2, column 3" in found["files"][0]["reason"]
+    assert "row 4, column 5" in found["files"][1]["reason"]
+
+
+def test_an_interrupt_leaves_nothing(tmp_path, monkeypatch, capsys):
+    folder = write(tmp_path / "photos", 5)
+
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(inspect_module, "image_facts", interrupt)
+    assert cli.main(["data", str(folder), "--json", "result.json"]) == 130
+    assert not list(Path().iterdir())
+    assert capsys.readouterr().out == ""
+
+
+def test_every_key_of_the_json_is_documented(tmp_path):
+    page = (ROOT / "docs" / "file-formats.md").read_text()
+    section = page.partition("## What `ddpm-ext data --json FILE` writes")[2].partition("\n## ")[0]
+    folder = write(tmp_path / "photos", 3)
+    picture(0).save(folder / "copy.bmp")
+    picture(1).save(folder / "near.jpg")
+    (folder / "bad.png").touch()
+    result, _ = look(folder, "--validation_data_dir", folder)
+
+    def keys(value):
+        if isinstance(value, dict):
+            yield from value
+        for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+            yield from keys(item)
+
+    names = {key for key in keys(result) if not key.startswith(".") and key not in result["train"]["modes"]}
+    assert {name for name in names if name not in section} == set()
+    assert len(names) > 50
+
+
+@pytest.mark.slow
+def test_ten_thousand_small_images_take_well_under_a_minute_of_one_core(tmp_path):
+    write(tmp_path / "photos", 10_000, size=(64, 64))
+    start = time.process_time()
+    assert look(tmp_path / "photos")[0]["train"]["readable"] == 10_000
+    assert time.process_time() - start < 40
 
 
 def test_a_part_of_the_images_is_said(tmp_path):

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from diffusers_ddpm_ext.training.data.array_images import UnsupportedImage, outside_range
 from diffusers_ddpm_ext.training.data.image_files import Payload
 from diffusers_ddpm_ext.training.data.inspection.histogram import (
     Histogram,
@@ -92,11 +93,16 @@ def image_facts(payload: Payload, reading: ArrayReading) -> ImageFacts:
 
     Raises:
         UnreadableImage: as `read_image`.
-        UnsupportedImage: as `read_image`.
+        UnsupportedImage: as `read_image`, or its values are outside the range.
     """
     raw = read_image(payload, reading)
     values = np.ascontiguousarray(raw.values)
     height, width, channels = values.shape
+    statistics = _statistics(raw.picture, values)
+    if reading.data_range is not None:
+        low, high = reading.data_range
+        if statistics.low < low or statistics.high > high:
+            raise UnsupportedImage(outside_range(statistics.low, statistics.high, reading.data_range))
     gray = small_gray(raw)
     digest = hashlib.blake2b(f"{values.shape} {values.dtype.str}".encode(), digest_size=DIGEST_BYTES)
     digest.update(values.data)
@@ -105,7 +111,7 @@ def image_facts(payload: Payload, reading: ArrayReading) -> ImageFacts:
         Kind(channels, values.dtype.name),
         raw.mode,
         frozenset(_traits(raw, values)),
-        _statistics(raw.picture, values),
+        statistics,
         digest.digest(),
         perceptual_hash(gray),
         gray,

@@ -77,6 +77,11 @@ class Origin:
     flags: Sequence[tuple[str, tuple[str, ...]]]
 
 
+def plain_number(value: float) -> str:
+    """A number for a command line, whose parser takes none with an exponent below zero."""
+    return np.format_float_positional(value, trim="-")
+
+
 def command_line(suggestions: Sequence[Suggestion]) -> str:
     """The suggested command, for a POSIX shell."""
     return shlex.join(["ddpm-ext", "train", *(word for each in suggestions for word in each.words)])
@@ -272,7 +277,7 @@ def _arrays(origin: Origin, summaries: Sequence[SetSummary]) -> Iterator[Suggest
     low, high = min(low for low, _ in ranges), max(high for _, high in ranges)
     suggested = _data_range(dtype, low, high, reading.data_range is not None)
     if suggested is not None:
-        values = tuple(np.format_float_positional(value, trim="-") for value in suggested[:2])
+        values = (plain_number(suggested[0]), plain_number(suggested[1]))
         yield Suggestion("data_range", values, f"values are from {low:.6g} to {high:.6g}{suggested[2]}")
 
 
