@@ -308,7 +308,7 @@ class LoopOptions:
         " synchronizes the device.",
     )
     seed: int = option(0, "Random seed of the run.", low=0)
-    dry_run: bool = option(False, "Print the plan of the run and exit. Nothing is written.")
+    dry_run: bool = option(False, "Print the plan of the run and exit. Nothing is written but the cache of images.")
 
 
 @dataclass(frozen=True)

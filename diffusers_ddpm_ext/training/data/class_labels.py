@@ -82,7 +82,7 @@ def read_class_labels(
         every = [(f"{label}: {printable(image)}", column.values[image]) for image in images]
         return _vectors(label, [(row, list(value) if isinstance(value, tuple) else value) for row, value in every])
     classes = _read_classes(label, rows, column, train)
-    return replace(classes, labels=classes.labels[torch.from_numpy(numbers)])
+    return replace(classes, labels=torch.from_numpy(classes.labels.numpy()[numbers]))
 
 
 def _read_classes(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -17,11 +18,12 @@ from typing import Any
 from diffusers_ddpm_ext._version import __version__
 from diffusers_ddpm_ext.errors import ConfigError, printable, warn
 from diffusers_ddpm_ext.training.config.data_options import SourceOptions
+from diffusers_ddpm_ext.training.data.array_images import UnreadableImage
 from diffusers_ddpm_ext.training.data.cache_manifest import CacheUnavailable
-from diffusers_ddpm_ext.training.data.decoding import Preprocessing
+from diffusers_ddpm_ext.training.data.decoding import Preprocessing, decode_image
 from diffusers_ddpm_ext.training.data.image_cache_building import ImageCache, build
 from diffusers_ddpm_ext.training.data.image_scan import ImageSource
-from diffusers_ddpm_ext.training.data.image_store import LoadedImages, decode_source
+from diffusers_ddpm_ext.training.data.image_store import LazyImages, LoadedImages, decode_source
 from diffusers_ddpm_ext.training.data.source_identity import SourceIdentity, identify
 
 OPTION = "--cache_images"
@@ -61,8 +63,13 @@ def load_images(
             loaded = cache.open(skip_bad)
             if loaded is None and (mode == "always" or is_worthwhile(cache, memory_limit)):
                 loaded = build(cache, skip_bad, keeps_unfinished=mode == "always")
-            if loaded is not None:
-                return loaded
+            if loaded is None:
+                loaded = decode_source(
+                    source, preprocessing, skip_bad=skip_bad, memory_limit=memory_limit, progress=progress
+                )
+                if isinstance(loaded.images, LazyImages):  # the other images are larger than the first one
+                    loaded = build(cache, skip_bad, keeps_unfinished=False)
+            return loaded
     except CacheUnavailable as reason:
         place = f"{OPTION} {mode}: {printable(str(parent), 200)} cannot be used: {reason}"
         if mode == "always":
@@ -96,7 +103,7 @@ def cache_parent(cache_dir: str | None) -> Path:
         from huggingface_hub.constants import HF_HOME
 
         cache_dir = os.environ.get("HF_DATASETS_CACHE") or os.path.join(HF_HOME, "datasets")
-    return Path(cache_dir, SUBFOLDER)
+    return Path(cache_dir, SUBFOLDER).expanduser()
 
 
 def _key(identity: SourceIdentity, preprocessing: Preprocessing) -> dict[str, Any]:
@@ -118,7 +125,9 @@ def _versions() -> dict[str, str]:
 
 def is_worthwhile(cache: ImageCache, memory_limit: int) -> bool:
     """Whether ``auto`` caches these images: they take long to decode, or do not fit into memory."""
-    height, width = cache.preprocessing.size
     count = len(cache.source.names)
-    decoded = count * height * width * (cache.preprocessing.channels or 1)
-    return count >= MANY_IMAGES or cache.identity.num_bytes >= MANY_BYTES or decoded > memory_limit
+    if count >= MANY_IMAGES or cache.identity.num_bytes >= MANY_BYTES:
+        return True
+    with suppress(UnreadableImage, ConfigError):  # which the pass over all images names
+        return count * decode_image(cache.source.payload(0), cache.preprocessing).pixels.nbytes > memory_limit
+    return False

@@ -26,7 +26,7 @@ from diffusers_ddpm_ext.training.data.cached_images import open_images
 from diffusers_ddpm_ext.training.data.decoding import DecodedImage, Preprocessing, decode_image
 from diffusers_ddpm_ext.training.data.image_records import INDEX, ImageWriter, map_file
 from diffusers_ddpm_ext.training.data.image_scan import ImageScan, ImageSource, read_images
-from diffusers_ddpm_ext.training.data.image_store import LoadedImages
+from diffusers_ddpm_ext.training.data.image_store import LoadedImages, lazy_images
 from diffusers_ddpm_ext.training.data.source_identity import SourceIdentity, identify
 from diffusers_ddpm_ext.utils import random_keys as keys
 from diffusers_ddpm_ext.utils.folder_lock import FolderLock
@@ -122,6 +122,7 @@ def _write(cache: ImageCache, keeps_unfinished: bool) -> None:
             split = keys.key(keys.SPLIT, cache.source.names[row])
             writer.append(cache.name, split, decoded if isinstance(decoded, DecodedImage) else None)
         scan.check(skip_bad=True)
+        lazy_images(scan, cache.preprocessing)  # refuses values that no format has, before they are kept
         if identify(cache.source) != cache.identity:
             raise CacheUnavailable("the images changed while they were read")
         content = {"rows": writer.rows, "pixels": writer.finish(), "images": scan.to_dict()}

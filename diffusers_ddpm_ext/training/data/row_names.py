@@ -99,11 +99,13 @@ def distinct_values(values: Mapping[str, Any], images: Sequence[str]) -> tuple[l
     """
     if isinstance(values, RowValues) and isinstance(images, RowNames | ChosenNames):
         codes = values.codes if isinstance(images, RowNames) else values.codes[np.asarray(images.rows)]
-        present, first, numbers = np.unique(codes, return_index=True, return_inverse=True)
-        order = np.argsort(first)
-        place = np.empty_like(order)
+        first = np.full(len(values.distinct), -1, np.int64)
+        first[codes[::-1]] = np.arange(len(codes) - 1, -1, -1)  # of several assignments the last one counts
+        present = np.flatnonzero(first >= 0)
+        order = present[np.argsort(first[present])]
+        place = np.empty(len(first), np.int32)
         place[order] = np.arange(len(order))
-        return [values.distinct[code] for code in present[order]], first[order], place[numbers]
+        return [values.distinct[code] for code in order], first[order], place[codes]
     found: dict[Any, int] = {}
     distinct: list[Any] = []
     first_images, all_codes = [], np.empty(len(images), np.int64)

@@ -347,6 +347,28 @@ def test_auto_caches_what_takes_long(options, monkeypatch):
     assert isinstance(load_data(auto).train.images, CachedImages), "one that is there is used"
 
 
+def test_auto_caches_images_that_turn_out_to_be_larger_than_the_first(options, tmp_path):
+    folder = tmp_path / "strips"
+    save_photos(folder, 4)
+    for number in range(4):
+        Image.new("RGB", (80, 8), (number, 9, 9)).save(folder / f"strip {number}.png")
+    auto = replace(options, cache_images="auto", train_data_dir=str(folder))
+    data = load_data(auto, memory_limit=8 * 8 * 12 * 3)
+    assert isinstance(data.train.images, CachedImages)
+    assert_same(plain(auto), data)
+
+
+def test_values_that_need_an_option_leave_no_cache(options, tmp_path):
+    folder = tmp_path / "arrays"
+    folder.mkdir()
+    np.save(folder / "0.npy", np.full((8, 8, 1), 7.5, np.float32))
+    np.save(folder / "1.npy", np.zeros((8, 8, 1), np.float32))
+    wrong = replace(options, train_data_dir=str(folder))
+    with pytest.raises(ConfigError, match="--data_range"):
+        load_data(wrong)
+    assert list(only_cache(options).iterdir()) == []
+
+
 def test_remote_files_are_not_cached(options, tmp_path):
     datasets = pytest.importorskip("datasets")
     fsspec = pytest.importorskip("fsspec")
