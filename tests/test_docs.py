@@ -158,6 +158,8 @@ def run_commands(text: str) -> None:
             arguments.append("--offline")
         if arguments[1] == "fit-variance":
             arguments += ["--draws", "2", "--max_steps", "10"]
+        if arguments[1] == "fit-steps":
+            arguments += ["--num_trajectories", "2"]
         if "--metrics" in arguments or "--memorization" in arguments:
             arguments = ["16" if argument == "2000" else argument for argument in arguments]
             arguments += [] if "--num_inference_steps" in arguments else ["--num_inference_steps", "3"]

@@ -269,6 +269,7 @@ def _undo(folder: Path) -> str:
     config = read_json_object(folder / SCHEDULER_CONFIG, allow_infinity=True).content
     if SAMPLE_TIMESTEPS not in config:
         raise ConfigError(f"--undo: {folder / SCHEDULER_CONFIG} has no {SAMPLE_TIMESTEPS} of a fit")
+    _read_record(folder)  # only a record of ours is deleted
     _write(folder, {name: value for name, value in config.items() if name != SAMPLE_TIMESTEPS}, {})
     with as_run_error(folder):
         (folder / STEPS_RECORD).unlink(missing_ok=True)

@@ -38,6 +38,7 @@ from diffusers_ddpm_ext.utils.folder_lock import FolderLock
 from diffusers_ddpm_ext.utils.generations import finish_replacement
 from diffusers_ddpm_ext.utils.input_files import MAX_TEXT_BYTES, file_name, read_json_object
 from diffusers_ddpm_ext.utils.option import option, positional
+from diffusers_ddpm_ext.utils.vocabulary import SAMPLE_TIMESTEPS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -273,10 +274,17 @@ def _write(folder: Path, fitted: Any, record: dict[str, Any]) -> None:
         write_text_atomically(folder / SCHEDULER_CONFIG, text)
 
 
+def _with_current_steps(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with the steps that `fit-steps` has fitted by now."""
+    config = read_json_object(folder / SCHEDULER_CONFIG, allow_infinity=True).content
+    others = {name: value for name, value in settings.items() if name != SAMPLE_TIMESTEPS}
+    return others | {name: value for name, value in config.items() if name == SAMPLE_TIMESTEPS}
+
+
 def _undo(folder: Path) -> str:
     if not os.path.lexists(folder / FIT_RECORD):
         raise ConfigError(f"--undo: {folder} has no {FIT_RECORD} of a fit")
-    original = _recorded_settings(folder)
+    original = _with_current_steps(folder, _recorded_settings(folder))
     from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
 
     with as_config_error(file_name(folder / FIT_RECORD)):
