@@ -78,6 +78,8 @@ def read_tiff(payload: bytes | Path, check_size: CheckSize) -> tuple[np.ndarray,
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # it logs what is wrong with a file before it raises
     content = payload if isinstance(payload, bytes) else _read(payload)
     with tifffile.TiffFile(io.BytesIO(content)) as file:
+        if not len(file.pages) or not file.series:
+            raise UnreadableImage("it holds no image")
         series, page = file.series[0], file.pages[0]
         photometric = getattr(page.photometric, "name", str(page.photometric))
         if photometric not in ("MINISBLACK", "MINISWHITE", "RGB"):

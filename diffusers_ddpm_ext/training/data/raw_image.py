@@ -132,7 +132,7 @@ def read_image(payload: Payload, reading: ArrayReading = AS_WRITTEN) -> RawImage
         raise
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError, ...
         lines = str(error).strip().splitlines()
-        raise UnreadableImage(printable(lines[0], 300) if lines else type(error).__name__) from error
+        raise UnreadableImage(printable(lines[0].rstrip("."), 300) if lines else type(error).__name__) from error
 
 
 def _start(payload: bytes | Path) -> bytes:
