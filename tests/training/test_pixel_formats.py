@@ -105,6 +105,8 @@ def test_components_or_chosen_channels_are_shown(tmp_path):
         assert (np.shape(pixels.preview_components) or None) == components
     with pytest.raises(ConfigError, match=r"--preview_channels: preview_channels=\[5\] must be below 5"):
         with_preview(data, (5,))
+    with pytest.raises(ConfigError, match=r"--preview_channels.* must be one or three channel numbers"):
+        tiny_run(tmp_path / "run", train_data_dir=str(tmp_path / "five"), preview_channels=(0, 1))
 
 
 def test_vision_models_get_the_chosen_channels():

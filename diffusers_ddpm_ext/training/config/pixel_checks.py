@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from diffusers_ddpm_ext.errors import ConfigError, printable
+from diffusers_ddpm_ext.errors import ConfigError, as_config_error, printable
+from diffusers_ddpm_ext.utils.pixel_format import checked_preview_channels
 
 
 def check_pixel_options(flat: Mapping[str, Any]) -> None:
@@ -38,6 +39,9 @@ def check_pixel_options(flat: Mapping[str, Any]) -> None:
     if low > high:
         raise ConfigError(f"--random_crop_scale {low:g} {high:g} must be the smaller and then the larger fraction")
     _check_background(flat)
+    if flat["preview_channels"] is not None:
+        with as_config_error("--preview_channels"):
+            checked_preview_channels(flat["preview_channels"])
 
 
 def _check_background(flat: Mapping[str, Any]) -> None:
