@@ -26,6 +26,7 @@ from diffusers_ddpm_ext.cli.measuring import (
     choose_decoder,
     ddpm_scheduler,
     image_options,
+    images_of_split,
     load_images,
 )
 from diffusers_ddpm_ext.cli.parser import parse_options
@@ -188,7 +189,8 @@ def _measure(options: FitVarianceOptions, pipeline: Any, data: ImageData, reques
 
     network = ConditionedUNet(pipeline, caption_encoder(pipeline, data))
     device, dtype = pipeline.device, getattr(torch, options.dtype)
-    samples = as_samples(pipeline, data.train, options.seed, options.folder)
+    images = images_of_split(data, "train")
+    samples = as_samples(pipeline, images, options.seed, options.folder)
 
     def draw(indices: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         x0 = samples.samples(indices)
@@ -199,13 +201,13 @@ def _measure(options: FitVarianceOptions, pipeline: Any, data: ImageData, reques
         return network(xt.to(dtype), t, samples.conditions(indices).to(device)).float()
 
     with as_config_error("--decoder"):
-        decoder, bin_width = choose_bins(requested, options.bin_width, data.train.levels)
+        decoder, bin_width = choose_bins(requested, options.bin_width, images.levels)
     pipeline.unet.eval()
     total = len(pipeline.scheduler.schedule) * options.draws
     with tqdm(total=total, desc="measuring", unit="row") as bar:
         return measure_errors(
             pipeline.scheduler,
-            len(data.train),
+            len(images),
             draw,
             denoise,
             draws=options.draws,

@@ -223,13 +223,18 @@ def _joined_channels(pipeline: Any, columns: ConditionColumns) -> int:
 
 
 def images_of_split(data: ImageData, split: str) -> ImageSet:
-    """The images of a split; ConfigError if none are held out."""
+    """The images of a split; ConfigError if none are held out, or if those to train on are a stream."""
     if split == "train":
+        if data.stream is not None:
+            raise ConfigError(
+                "the training images are a stream, of which only a sample is in memory: --streaming false reads them"
+                " all"
+            )
         return data.train
     if data.validation is None:
+        fraction = "--validation_fraction" if data.stream is None else "--validation_examples"
         raise ConfigError(
-            "no images are held out: give --validation_data_dir, --validation_split or --validation_fraction, or"
-            " --split train"
+            f"no images are held out: give --validation_data_dir, --validation_split or {fraction}, or --split train"
         )
     return data.validation
 

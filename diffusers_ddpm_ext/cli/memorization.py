@@ -44,8 +44,8 @@ def measure_memorization(measurement: Measurement) -> tuple[dict[str, Any], list
         RunError: a picture cannot be written.
     """
     options, data = measurement.options, measurement.data
-    held_out = images_of_split(data, "validation")
-    training = measurement.reference_features(data.train, "train")
+    held_out, trained_on = images_of_split(data, "validation"), images_of_split(data, "train")
+    training = measurement.reference_features(trained_on, "train")
     unseen = measurement.reference_features(held_out, "validation")
     samples = measurement.features(measurement.samples)
     gap = None if measurement.pipeline is None else _loss_gap(measurement, held_out)

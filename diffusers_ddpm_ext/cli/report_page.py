@@ -104,7 +104,8 @@ class ReportPage:
                 pairs.append((key, f"{last[key]:.5f}{unit}{least}"))
         images = facts.images()
         if images is not None:
-            pairs.append(("images", f"{images.name}: {images.train:,} for training, {images.validation:,} held out"))
+            train = "streamed" if images.train is None else f"{images.train:,}"
+            pairs.append(("images", f"{images.name}: {train} for training, {images.validation:,} held out"))
         _, pixels = facts.attempt(self._pixels, (0, PixelFormat()))
         if not pixels.is_8_bit:
             pairs.append(("values", f"{pixels.dtype} from {pixels.low:g} to {pixels.high:g}"))

@@ -314,8 +314,9 @@ class _Card:
     def _training(self) -> str:
         parts = []
         if self.images:
+            train = "streamed" if self.images.train is None else f"{self.images.train:,}"
             parts.append(
-                f"Data: {inline_text(self.images.name)}, {self.images.train:,} images for training and "
+                f"Data: {inline_text(self.images.name)}, {train} images for training and "
                 f"{self.images.validation:,} held out; fingerprint of names and pixels, sha256 "
                 f"{code_span(self.images.fingerprint)}."
             )

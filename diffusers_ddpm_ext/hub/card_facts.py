@@ -47,14 +47,14 @@ class ImageCounts:
 
     Attributes:
         name: of the data set, for a reader.
-        train: number of images for training.
+        train: number of images for training; None for a stream of unknown length.
         validation: number of images held out.
         fingerprint: sha256 of names and pixels, or what stands in its place.
         classes: name of each class and its number of images, None where it is not known.
     """
 
     name: str
-    train: int
+    train: int | None
     validation: int
     fingerprint: str
     classes: list[tuple[str, int | None]]
@@ -216,7 +216,8 @@ def _image_counts(data: JsonObject) -> ImageCounts:
         item = JsonObject(f"{data.name}: class {number}", entry if isinstance(entry, dict) else {})
         classes.append((item.string("name"), item.integer("images", low=0) if "images" in item else None))
     return ImageCounts(
-        data.string("name"), data.integer("train", low=0), data.integer("validation", low=0),
+        data.string("name"), None if data.content.get("train") is None else data.integer("train", low=0),
+        data.integer("validation", low=0),
         data.string("fingerprint", ""), classes,
     )  # fmt: skip
 

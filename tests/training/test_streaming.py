@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from helpers.accelerate_state import reset_accelerate
 from helpers.paths import PYTHONPATH
 from helpers.runs import TINY, rows, tiny_run
@@ -23,6 +24,7 @@ from safetensors.numpy import load_file
 from diffusers_ddpm_ext.errors import ConfigError
 from diffusers_ddpm_ext.training import trainer
 from diffusers_ddpm_ext.training.config.train_config import TrainConfig
+from diffusers_ddpm_ext.training.data.dataset import load_data
 
 datasets = pytest.importorskip("datasets")
 COUNT, STEPS = 200, 40
@@ -111,11 +113,15 @@ def test_a_stopped_run_resumes_to_the_bit(images, tmp_path, monkeypatch):
         ({"num_epochs": 3, "max_train_steps": None}, "--streaming needs --max_train_steps"),
         ({"save_images_epochs": 2}, "--save_images_epochs 2 contradicts --streaming.*--save_images_steps"),
         ({"save_model_epochs": 2}, "--save_model_epochs 2 contradicts --streaming"),
-        ({"validation_fraction": 0.1}, "--validation_fraction 0.1 contradicts --streaming.*--validation_examples"),
+        (
+            {"validation_fraction": 0.1, "validation_examples": None},
+            "--validation_fraction 0.1 contradicts --streaming",
+        ),
         ({"dataset_name": None}, "--streaming needs --dataset_name or --train_data_dir"),
         ({"class_balance": True}, "--class_balance contradicts --streaming"),
         ({"cache_images": "always"}, "--cache_images always contradicts --streaming"),
-        ({"streaming": False}, "--validation_examples has no effect without --streaming"),
+        ({"streaming": False, "class_names": ["a"]}, "--class_names has no effect without --streaming"),
+        ({"streaming": False, "validation_fraction": 0.1}, "--validation_examples and --validation_fraction"),
         ({"class_names": ["a", "a"]}, "--class_names a a: names must differ"),
         (
             {"class_names": ["a"], "class_column": None, "conditioning_key": None},
@@ -127,6 +133,20 @@ def test_a_stopped_run_resumes_to_the_bit(images, tmp_path, monkeypatch):
 def test_what_contradicts_a_stream_is_named(images, changed, message):
     with pytest.raises(ConfigError, match=message):
         TrainConfig.from_flat(options(images, conditioning_key="adm") | changed)
+
+
+def test_the_first_examples_are_held_out_alike_without_streaming(images):
+    """So that a run on a stream is measured on images that it has not seen, whatever reads them."""
+    loaded = {
+        streaming: load_data(
+            TrainConfig.from_flat(options(images, streaming=streaming, cache_images="never")).data, "adm"
+        )
+        for streaming in (False, True)
+    }
+    assert len(loaded[False].train) == COUNT - 20
+    held_out = [data.validation for data in loaded.values()]
+    assert torch.equal(held_out[0].pixels(range(20)), held_out[1].pixels(range(20)))
+    assert torch.equal(held_out[0].conditions(range(20)).class_labels, held_out[1].conditions(range(20)).class_labels)
 
 
 def launch(images: Path, folder: Path, processes: int = 1, **others) -> subprocess.Popen:

@@ -83,12 +83,12 @@ class SourceOptions:
     )
     validation_examples: int | None = option(
         None,
-        "With --streaming: number of images to validate on, the first ones of --validation_split or"
+        "Number of images to validate on, instead of a fraction: the first ones of --validation_split or"
         " --validation_data_dir, otherwise of the training images, which are then left out; of a mixture, of each"
         " source.",
         low=1,
         high=10**7,
-        unset="1000 of a split or folder, else none",
+        unset="those of the other options; with --streaming 1000 of a split or folder, else none",
     )
     skip_bad_images: bool = option(
         False, "Skip files that cannot be read, instead of stopping with an error before training."

@@ -22,13 +22,13 @@ NEEDS_ALL_IMAGES = {
 }
 """Options that need all images before the run, and the way out."""
 SOURCES = ("train_data_dir", "dataset_name")
-OF_STREAMS = ("validation_examples", "class_names")
 
 
 def streaming_defaults(flat: Mapping[str, Any], explicit: Mapping[str, Any]) -> dict[str, Any]:
-    """Defaults of a run with ``--streaming``, for options that are not set explicitly."""
+    """Defaults of a run with ``--streaming`` or ``--validation_examples``, for options that are not set explicitly."""
     if not flat["streaming"]:
-        return {}
+        replaced = flat["validation_examples"] is not None and "validation_fraction" not in explicit
+        return {"validation_fraction": None} if replaced else {}
     return dict.fromkeys(name for name in (*EPOCH_OPTIONS, "validation_fraction") if name not in explicit)
 
 
@@ -41,10 +41,11 @@ def has_validation_images(flat: Mapping[str, Any]) -> bool:
 
 def check_streaming_data(flat: Mapping[str, Any]) -> None:
     """Check the options of section ``data`` against ``--streaming``; a ConfigError for the first contradiction."""
+    if flat["validation_examples"] is not None and flat["validation_fraction"]:
+        raise ConfigError("--validation_examples and --validation_fraction contradict: use one of them")
     if not flat["streaming"]:
-        for name in OF_STREAMS:
-            if flat[name] is not None:
-                raise ConfigError(f"--{name} has no effect without --streaming: add that, or leave --{name} out")
+        if flat["class_names"] is not None:
+            raise ConfigError("--class_names has no effect without --streaming: add that, or leave --class_names out")
         return
     if flat["train_data_dir"] is None and flat["dataset_name"] is None:
         raise ConfigError("--streaming needs --dataset_name or --train_data_dir: the digits are in memory")

@@ -244,6 +244,9 @@ def data_options(file: Path | None, typed: Mapping[str, Any], defaults: Mapping[
         if typed.get(name):
             raise ConfigError(f"--{name} has no effect on a measurement, which takes each image once: leave it out")
     flat["dataset_weights"] = None  # the run's; the measurement may be of one source of its mixture
+    if not flat["streaming"] and "class_names" not in typed:
+        flat["class_names"] = None  # of the run's stream
+    flat |= streaming_defaults(flat, typed)
     check_data_options(flat)
     return DataOptions(**{name: flat[name] for name, option in OPTIONS.items() if option.section == "data"})
 

@@ -6,10 +6,11 @@ import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 
+from diffusers_ddpm_ext.errors import ConfigError
 from diffusers_ddpm_ext.training.config.condition_checks import select_columns
 from diffusers_ddpm_ext.training.config.data_options import DataOptions, as_names
 from diffusers_ddpm_ext.training.data.cached_images import CachedImages
@@ -226,7 +227,10 @@ def _assemble(
 ) -> ImageData:
     """Create the training and the validation set, and describe them; ``count`` replaces the number of images."""
     fraction = 0 if held_out is not None else options.validation_fraction or 0
+    first = options.validation_examples if count is None else None  # of a stream they were held out before
     splits = [split_rows(part, fraction, by_key=description != DIGITS) for part in train.parts]
+    if first is not None and held_out is None:
+        splits = [_hold_out_first(part, first) for part in train.parts]
     starts = [0, *accumulate(len(part.names) for part in train.parts)]
     rows, held_out_rows = (
         torch.cat([part + start for start, part in zip(starts, parts, strict=False)])
@@ -245,7 +249,8 @@ def _assemble(
     )
     validation_set = None
     if held_out is not None:
-        loaded, all_rows = held_out.loaded, torch.arange(len(held_out.loaded.names))
+        loaded, starts = held_out.loaded, [0, *accumulate(len(part.names) for part in held_out.parts)]
+        all_rows = torch.cat([torch.arange(*pair)[:first] for pair in pairwise(starts)])
         validation_set = replace(train_set, images=loaded.images, rows=all_rows, names=loaded.names)
         validation_set = replace(validation_set, columns=held_out.columns)
     elif len(held_out_rows):
@@ -269,6 +274,14 @@ def _assemble(
         sum(loaded.skipped for loaded in loaded_sources),
         _dark_images_warning(loaded_sources),
     )
+
+
+def _hold_out_first(part: LoadedImages, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of a source to train on, and the first ones, to validate on."""
+    rows = torch.arange(len(part.names))
+    if count >= len(rows):
+        raise ConfigError(f"--validation_examples {count} holds out all {len(rows):,} images: leave some")
+    return rows[count:], rows[:count]
 
 
 def _dark_images_warning(sources: Sequence[LoadedImages]) -> str | None:
