@@ -237,6 +237,14 @@ def _is_dataset(name: str) -> bool:
 
 def _check_faults(inspection: Inspection) -> None:
     """Raise RunError if there are images that cannot be trained on."""
+    first = inspection.summaries[0]
+    if not first.num_readable:
+        name, reason = (first.unreadable.names + first.not_finite.names)[0]
+        column = getattr(inspection.sources[0], "image_column", None)
+        where = "" if column is None else f", column {printable(column, 60)!r},"
+        raise RunError(
+            f"no image of {first.option}{where} can be read: the first is {printable(name, 200)} ({reason})"
+        )
     unreadable = sum(summary.unreadable.count for summary in inspection.summaries)
     not_finite = sum(summary.not_finite.count for summary in inspection.summaries)
     faults = [f"{unreadable:,} unreadable"] if unreadable else []

@@ -19,7 +19,8 @@ from diffusers_ddpm_ext.training.data.inspection.report import Inspection
 SAMPLES = 2 * COLUMNS
 SIDE = 128
 MAX_NAME = 18
-PICTURE_BINS = 256
+COLORS, PICTURE_BINS, FEW_BINS = 4, 256, 64
+"""Bins of a histogram of up to four channels, and of more, whose curves are many."""
 
 
 def draw_inspection(name: str, inspection: Inspection, path: Path) -> None:
@@ -32,7 +33,9 @@ def draw_inspection(name: str, inspection: Inspection, path: Path) -> None:
     """
     summary = inspection.summaries[0]
     statistics = summary.pixels.statistics[summary.pixels.main_kind]
-    histogram = coarsen(statistics.histogram, PICTURE_BINS)
+    histogram = coarsen(
+        statistics.histogram, PICTURE_BINS if summary.pixels.main_kind.channels <= COLORS else FEW_BINS
+    )
     resolution = next((each.values for each in inspection.suggestions if each.flag == "resolution"), None)
     classes = inspection.classes[0] if inspection.classes else None
     sheet = DataSheet(
@@ -65,7 +68,9 @@ def _pairs(inspection: Inspection) -> Iterator[PicturePair]:
     """The first pairs of duplicates: those between training and validation, then near ones, then exact ones."""
     found = inspection.duplicates
     pairs = [(trained, held_out, "the same pixels") for held_out, trained in found.leaked[:PAIRS]]
-    pairs += [(pair.first, pair.second, f"differ by {pair.difference:.1%}") for pair in found.near[:PAIRS]]
+    for pair in found.near[:PAIRS]:
+        how = "mirrored, differ" if pair.is_mirrored else "differ"
+        pairs.append((pair.first, pair.second, f"{how} by {pair.difference:.1%}"))
     in_one_set = [group for group in found.groups if group[0].set == group[1].set]
     pairs += [(group[0], group[1], "the same pixels") for group in in_one_set]
     pairs = pairs[:PAIRS]

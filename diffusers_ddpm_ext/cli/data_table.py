@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -29,7 +30,7 @@ SHOWN_CHANNELS = 8
 SHOWN_CLASSES = 12
 NAME_WIDTH = 60
 LABEL_WIDTH = 15
-SPARK = "▁▂▃▄▅▆▇█"
+SPARK, PLAIN_SPARK = "▁▂▃▄▅▆▇█", " .:-=+*#"
 SPARK_BINS = 32
 TRAIT_NOTES = {
     ANIMATED: "the first frame of each is used",
@@ -154,7 +155,15 @@ def _spark(histogram: Histogram, channel: int) -> str:
     edges = np.linspace(0, len(counts), bins + 1).astype(int)[:-1]
     sums = np.sqrt(np.add.reduceat(counts, edges))  # the root shows small bins beside large ones
     levels = np.ceil(sums / max(sums.max(), 1) * (len(SPARK) - 1)).astype(int)
-    return "".join(SPARK[level] for level in levels)
+    return "".join((SPARK if _prints_blocks() else PLAIN_SPARK)[level] for level in levels)
+
+
+def _prints_blocks() -> bool:
+    try:
+        SPARK.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _duplicate_lines(inspection: Inspection) -> Iterator[str]:
@@ -205,7 +214,11 @@ def _images(count: int) -> str:
 
 
 def _pair(inspection: Inspection, pair: NearPair) -> str:
-    return f"{_name(inspection, pair.first)} ~ {_name(inspection, pair.second)} (differ by {pair.difference:.1%})"
+    return f"{_name(inspection, pair.first)} ~ {_name(inspection, pair.second)} ({_how(pair)})"
+
+
+def _how(pair: NearPair) -> str:
+    return f"{'mirrored, ' if pair.is_mirrored else ''}differ by {pair.difference:.1%}"
 
 
 def _name(inspection: Inspection, place: Place) -> str:

@@ -114,14 +114,17 @@ def _show(axes: Axes, sheet: NDArray[np.float32]) -> None:
 
 
 def _draw_histogram(axes: Axes, sheet: DataSheet) -> None:
+    from matplotlib import colormaps
+
     axes.set_title("values of pixels, per channel", fontsize=10)
     channels = len(sheet.counts)
-    inks = INKS.get(channels) or [f"C{channel % 10}" for channel in range(channels)]
+    inks = INKS.get(channels) or colormaps["viridis"](np.linspace(0, 0.9, channels))
     names = {3: "RGB", 4: "RGBA"}.get(channels, [str(channel) for channel in range(channels)])
     for counts, ink, name in zip(sheet.counts, inks, names, strict=True):
         share = counts / max(counts.sum(), 1)
         axes.stairs(share, sheet.edges, color=ink, linewidth=1.2, label=name)
-        axes.stairs(share, sheet.edges, color=ink, alpha=0.15, fill=True)
+        if channels in INKS:
+            axes.stairs(share, sheet.edges, color=ink, alpha=0.15, fill=True)
     positive = sheet.counts[sheet.counts > 0]
     axes.set(xlabel="value", ylabel="share of the pixels")
     if len(positive) and (sheet.counts.max() / sheet.counts.sum(axis=1).max()) > 0.2:

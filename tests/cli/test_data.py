@@ -134,6 +134,7 @@ def test_duplicates_and_overlap(tmp_path):
     picture(1).save(train / "compressed.jpg", quality=70)
     picture(2).save(held_out / "leak.webp", lossless=True)
     picture(3, (24, 16)).save(held_out / "smaller.png")
+    picture(4).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(held_out / "mirrored.jpg")
     result, text = look(train, "--validation_data_dir", held_out)
     found = result["duplicates"]
     assert found["copies"] == {"train": 1, "validation": 0}
@@ -141,10 +142,14 @@ def test_duplicates_and_overlap(tmp_path):
         ({f"{place['set']}/{place['name']}" for place in group} for group in found["groups"]), key=min
     )
     assert found["overlap_pairs"] == [{"validation": "leak.webp", "train": "002.png"}]
-    near = {(pair["first"]["name"], pair["second"]["name"]) for pair in found["near"]}
-    assert near == {("001.png", "compressed.jpg"), ("003.png", "smaller.png")}
+    near = {(pair["first"]["name"], pair["second"]["name"], pair["mirrored"]) for pair in found["near"]}
+    assert near == {
+        ("001.png", "compressed.jpg", False),
+        ("003.png", "smaller.png", False),
+        ("004.png", "mirrored.jpg", True),
+    }
     assert found["near_complete"]
-    assert "1 of 7 images to validate on are training images" in text
+    assert "1 of 8 images to validate on are training images" in text
 
 
 def test_simple_shapes_are_no_near_duplicates(tmp_path):

@@ -47,12 +47,14 @@ class NearPair:
         second: the other.
         bits: of 64 in which their hashes differ.
         difference: root mean square of the difference of their small pictures, in units of the range, 0 to 1.
+        is_mirrored: whether one looks like the mirror image of the other.
     """
 
     first: Place
     second: Place
     bits: int
     difference: float
+    is_mirrored: bool = False
 
     @property
     def crosses(self) -> bool:
@@ -94,15 +96,46 @@ def find_duplicates(
     _, same = np.unique(digests.view(np.uint64).reshape(-1, 2), axis=0, return_inverse=True)
     same = same.ravel()
     groups, copies, leaked = _exact(places, same)
+    candidates, complete = _candidates(summaries, same)
+    crossing_first = np.argsort(numbers[candidates.pairs[:, 0]] == numbers[candidates.pairs[:, 1]], kind="stable")
+    chosen = candidates.select(crossing_first[:MAX_COMPARED])
+    near = _compare(sources, summaries, places, chosen, progress)
+    complete = complete and len(candidates.pairs) <= MAX_COMPARED
+    return Duplicates(groups, copies, leaked[:MAX_NAMES], len(leaked), near, complete)
+
+
+@dataclass(frozen=True)
+class _Candidates:
+    """Pairs of images, (P, 2), bits in which their hashes differ, (P,), and whether one is mirrored, (P,)."""
+
+    pairs: NDArray[np.int64]
+    bits: NDArray[np.int64]
+    mirrored: NDArray[np.bool_]
+
+    def select(self, rows: NDArray[np.int64]) -> _Candidates:
+        """Some of the pairs."""
+        return _Candidates(self.pairs[rows], self.bits[rows], self.mirrored[rows])
+
+
+def _candidates(summaries: Sequence[SetSummary], same: NDArray[np.int64]) -> tuple[_Candidates, bool]:
+    """Pairs of images of other pixels, the closest first; and whether these are all.
+
+    Mirror images are found as pairs of an image and another one's mirror image, each by its hash.
+    """
     hashes = np.concatenate([np.array(each.hashes, dtype=np.uint64) for each in summaries])
-    candidates = close_pairs(hashes)
-    differ = same[candidates.pairs[:, 0]] != same[candidates.pairs[:, 1]]
-    pairs, bits = candidates.pairs[differ], candidates.bits[differ]
-    crossing_first = np.argsort(numbers[pairs[:, 0]] == numbers[pairs[:, 1]], kind="stable")[:MAX_COMPARED]
-    near = _compare(sources, summaries, places, pairs[crossing_first], bits[crossing_first], progress)
-    return Duplicates(
-        groups, copies, leaked[:MAX_NAMES], len(leaked), near, candidates.complete and len(pairs) <= MAX_COMPARED
-    )
+    mirrored = np.concatenate([np.array(each.mirrored_hashes, dtype=np.uint64) for each in summaries])
+    found = close_pairs(np.concatenate([hashes, mirrored]))
+    count = len(hashes)
+    first, second = found.pairs[:, 0], found.pairs[:, 1] - count
+    is_mirrored = (first < count) & (second > first)  # the other half says the same
+    is_plain = second < 0
+    pairs = np.concatenate([found.pairs[is_plain], np.stack([first, second], axis=1)[is_mirrored]])
+    bits = np.concatenate([found.bits[is_plain], found.bits[is_mirrored]])
+    flags = np.arange(len(pairs)) >= is_plain.sum()
+    _, once = np.unique(pairs, axis=0, return_index=True)  # of a symmetric image, both are found
+    kept = np.sort(once)[same[pairs[np.sort(once), 0]] != same[pairs[np.sort(once), 1]]]
+    kept = kept[np.argsort(bits[kept], kind="stable")]
+    return _Candidates(pairs[kept], bits[kept], flags[kept]), found.complete
 
 
 @dataclass(frozen=True)
@@ -140,28 +173,29 @@ def _compare(
     sources: Sequence[ImageSource],
     summaries: Sequence[SetSummary],
     places: _Places,
-    pairs: NDArray[np.int64],
-    bits: NDArray[np.int64],
+    candidates: _Candidates,
     progress: bool,
 ) -> list[NearPair]:
     """Read the candidates again and keep the pairs that look the same."""
     pictures: dict[Place, NDArray[np.float32]] = {}
-    wanted = sorted({places[int(number)] for number in pairs.ravel()}, key=lambda place: (place.set, place.row))
+    wanted = {places[int(number)] for number in candidates.pairs.ravel()}
     with tqdm(total=len(wanted), desc="comparing", unit="image", delay=1, leave=False, disable=not progress) as bar:
         for number, source in enumerate(sources):
             reader = PictureReader(summaries[number])
-            rows = [place.row for place in wanted if place.set == number]
+            rows = sorted(place.row for place in wanted if place.set == number)
             for row, picture in read_in_threads(source, rows, reader.small):
                 bar.update()
                 if not isinstance(picture, Exception):  # it may have become unreadable
                     pictures[Place(number, row)] = picture
     found = []
-    for (one, other), distance in zip(pairs.tolist(), bits.tolist(), strict=True):
+    columns = (candidates.pairs.tolist(), candidates.bits.tolist(), candidates.mirrored.tolist())
+    for (one, other), bits, is_mirrored in zip(*columns, strict=True):
         first, second = places[one], places[other]
         if first in pictures and second in pictures:
-            difference = _difference(pictures[first], pictures[second])
+            moved = pictures[second][:, ::-1] if is_mirrored else pictures[second]
+            difference = _difference(pictures[first], moved)
             if difference is not None:
-                found.append(NearPair(first, second, distance, difference))
+                found.append(NearPair(first, second, bits, difference, is_mirrored))
     return sorted(found, key=lambda pair: (not pair.crosses, pair.difference))
 
 

@@ -75,6 +75,7 @@ class ImageFacts:
         statistics: of its pixels.
         digest: hash of shape, dtype and pixels.
         hash: the perceptual hash.
+        mirrored_hash: that of the mirror image.
         gray: of 32 x 32 pixels, float32, (32, 32).
     """
 
@@ -85,6 +86,7 @@ class ImageFacts:
     statistics: PixelStatistics
     digest: bytes
     hash: int
+    mirrored_hash: int
     gray: NDArray[np.float32]
 
 
@@ -114,6 +116,7 @@ def image_facts(payload: Payload, reading: ArrayReading) -> ImageFacts:
         statistics,
         digest.digest(),
         perceptual_hash(gray),
+        perceptual_hash(gray[:, ::-1]),
         gray,
     )
 

@@ -85,6 +85,7 @@ class Inspection:
                     "second": self._place_dict(pair.second),
                     "bits": pair.bits,
                     "difference": pair.difference,
+                    "mirrored": pair.is_mirrored,
                 }
                 for pair in found.near
             ],

@@ -86,6 +86,7 @@ class SetSummary:
         heights: of these images, in pixels.
         widths: likewise.
         hashes: their perceptual hashes.
+        mirrored_hashes: those of their mirror images.
         digests: hashes of their pixels, 16 bytes each.
         unreadable: images that cannot be read, with the reason.
         not_finite: images with NaN or infinity, and where.
@@ -100,6 +101,7 @@ class SetSummary:
     heights: array[int] = field(default_factory=lambda: array("I"))
     widths: array[int] = field(default_factory=lambda: array("I"))
     hashes: array[int] = field(default_factory=lambda: array("Q"))
+    mirrored_hashes: array[int] = field(default_factory=lambda: array("Q"))
     digests: bytearray = field(default_factory=bytearray)
     unreadable: Named = field(default_factory=Named)
     not_finite: Named = field(default_factory=Named)
@@ -112,6 +114,7 @@ class SetSummary:
         self.heights.append(facts.size[0])
         self.widths.append(facts.size[1])
         self.hashes.append(facts.hash)
+        self.mirrored_hashes.append(facts.mirrored_hash)
         self.digests += facts.digest
         self.pixels.add(name, facts)
 
