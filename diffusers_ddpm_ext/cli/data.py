@@ -148,13 +148,13 @@ def inspect(options: InspectOptions) -> Inspection:
     Raises:
         ConfigError: there are none.
     """
+    from diffusers_ddpm_ext.training.data.array_images import ArrayReading
     from diffusers_ddpm_ext.training.data.inspection.array_choice import choose_reading
     from diffusers_ddpm_ext.training.data.inspection.classes import find_classes
     from diffusers_ddpm_ext.training.data.inspection.duplicates import find_duplicates
     from diffusers_ddpm_ext.training.data.inspection.inspect import inspect_source
     from diffusers_ddpm_ext.training.data.inspection.report import Inspection
     from diffusers_ddpm_ext.training.data.inspection.suggestions import advise, suggest
-    from diffusers_ddpm_ext.training.data.raw_image import ArrayReading
     from diffusers_ddpm_ext.training.data.sources import FolderSource
 
     source, validation, origin = _open(options)

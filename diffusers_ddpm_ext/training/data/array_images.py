@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,27 @@ Range = tuple[float, float]
 
 NPY_MAGIC, ZIP_MAGIC = b"\x93NUMPY", b"PK\x03\x04"
 MAX_CHANNELS = 4096
+
+
+@dataclass(frozen=True)
+class ArrayReading:
+    """How arrays are read.
+
+    Attributes:
+        key: name of the array in a ``.npz`` file with several.
+        layout: where the channels are, for arrays that do not say it.
+        data_range: of the values; also for integers without a range of their own, which become the smallest dtype that
+            holds it.
+        range_hint: what messages say where the range is missing.
+    """
+
+    key: str | None = None
+    layout: ArrayLayout | None = None
+    data_range: Range | None = None
+    range_hint: str = "give their range by --data_range LOW HIGH"
+
+
+AS_WRITTEN = ArrayReading()
 
 
 class UnreadableImage(Exception):
@@ -56,20 +78,19 @@ def read_array_image(payload: bytes | Path, key: str | None) -> np.ndarray:
             raise UnsupportedImage(str(error).rstrip(".")) from None
 
 
-def as_image(array: np.ndarray, layout: ArrayLayout | None, data_range: Range | None) -> np.ndarray:
+def as_image(array: np.ndarray, reading: ArrayReading = AS_WRITTEN) -> np.ndarray:
     """Return an array as an image (H, W, C), in the byte order of this machine.
 
     Args:
-        array: (H, W) or (H, W, C), or (C, H, W) if ``layout`` says so.
-        layout: without one the channels are the last axis, which must be the shortest then: otherwise the array may
-            as well be (C, H, W).
-        data_range: of the values, for integers without a range of their own: `bool` and those of 64 bits, among
-            others, which become the smallest dtype that holds it.
+        array: (H, W) or (H, W, C), or (C, H, W) if the layout says so.
+        reading: without a layout the channels are the last axis, which must be the shortest then: otherwise the array
+            may as well be (C, H, W).
 
     Raises:
         UnsupportedImage: it has another number of axes, its layout must be said, or its dtype is not read.
         UnreadableImage: an axis has the length 0.
     """
+    layout = reading.layout
     shape = tuple(int(length) for length in array.shape)
     if len(shape) not in (2, 3):
         raise UnsupportedImage(
@@ -88,10 +109,10 @@ def as_image(array: np.ndarray, layout: ArrayLayout | None, data_range: Range | 
         )
     if array.shape[2] > MAX_CHANNELS:
         raise UnsupportedImage(f"its shape {shape} has {array.shape[2]:,} channels, more than {MAX_CHANNELS:,}")
-    return _supported_dtype(array, data_range)
+    return _supported_dtype(array, reading)
 
 
-def _supported_dtype(array: np.ndarray, data_range: Range | None) -> np.ndarray:
+def _supported_dtype(array: np.ndarray, reading: ArrayReading) -> np.ndarray:
     """The array in one of the dtypes that are trained on."""
     native = array.dtype.newbyteorder("=")
     if native.name in (*INTEGER_DTYPES, *FLOAT_DTYPES):
@@ -99,11 +120,11 @@ def _supported_dtype(array: np.ndarray, data_range: Range | None) -> np.ndarray:
     allowed = ", ".join((*INTEGER_DTYPES, *FLOAT_DTYPES))
     if native.kind not in "biu":
         raise UnsupportedImage(f"its values are {native.name}: save them as one of {allowed}")
-    low, high = int(array.min()), int(array.max())
+    low, high, data_range = int(array.min()), int(array.max()), reading.data_range
     if data_range is None:
         raise UnsupportedImage(
-            f"its values are {native.name}, from {low} to {high}: say their range by --data_range LO HI, or save them"
-            f" as one of {allowed}"
+            f"its values are {native.name}, from {low} to {high}: {reading.range_hint}, or save them as one of"
+            f" {allowed}"
         )
     for name in INTEGER_DTYPES:
         limits = np.iinfo(name)

@@ -25,6 +25,7 @@ from diffusers_ddpm_ext.training.data.sources import ColumnSource, payload_of_ce
 from diffusers_ddpm_ext.utils.network_budget import physical_memory
 
 MEMORY_LIMIT_OF_JOINED_IMAGES = 2**31  # bytes
+SCALE = "scale them (--data_range is of the images alone)"
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def load_conditions(
         if condition == "concat_inputs":
             # Pictures of their own: in their channels, and in the full range of their dtype.
             own_channels = replace(
-                preprocessing, channels=None, reading=replace(preprocessing.reading, data_range=None)
+                preprocessing, channels=None, reading=replace(preprocessing.reading, data_range=None, range_hint=SCALE)
             )
             images = _CellImages(label, names, cells)
             loaded = decode_source(images, own_channels, skip_bad=False, memory_limit=MEMORY_LIMIT_OF_JOINED_IMAGES)

@@ -9,6 +9,8 @@ from PIL import Image
 
 from diffusers_ddpm_ext.errors import ConfigError
 from diffusers_ddpm_ext.training.data.array_images import (
+    AS_WRITTEN,
+    ArrayReading,
     Range,
     UnreadableImage,
     UnsupportedImage,
@@ -16,7 +18,7 @@ from diffusers_ddpm_ext.training.data.array_images import (
     range_of,
 )
 from diffusers_ddpm_ext.training.data.image_files import Payload
-from diffusers_ddpm_ext.training.data.raw_image import AS_WRITTEN, MODE_OF_CHANNELS, ArrayReading, RawImage, read_image
+from diffusers_ddpm_ext.training.data.raw_image import MODE_OF_CHANNELS, RawImage, read_image
 from diffusers_ddpm_ext.training.data.resizing import (
     COVERING,
     Resizing,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from diffusers_ddpm_ext.training.config.data_options import DataOptions
+from diffusers_ddpm_ext.training.data.array_images import ArrayReading
 from diffusers_ddpm_ext.training.data.augmentation import Augmentation, RandomCrop
 from diffusers_ddpm_ext.training.data.decoding import Preprocessing
-from diffusers_ddpm_ext.training.data.raw_image import ArrayReading
 from diffusers_ddpm_ext.training.data.resizing import Resizing, Surface
 from diffusers_ddpm_ext.utils.pixel_format import PixelFormat
 

@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from diffusers_ddpm_ext.errors import ConfigError
-from diffusers_ddpm_ext.training.data.array_images import Range, UnreadableImage
+from diffusers_ddpm_ext.training.data.array_images import ArrayReading, UnreadableImage
 from diffusers_ddpm_ext.training.data.decoding import CHANNEL_NAMES, DecodedImage, Preprocessing, decode_image
 from diffusers_ddpm_ext.training.data.image_files import Payload
 from diffusers_ddpm_ext.training.data.pixel_values import full_range
@@ -136,14 +136,14 @@ class ImageScan:
         if self.kind is None or (self.num_bad and not skip_bad):
             raise _unreadable(self, skip_bad)
 
-    def pixel_format(self, data_range: Range | None) -> PixelFormat:
-        """The format of the pixels: of ``data_range``, or of all integers of the dtype, or of floats in [0, 1].
+    def pixel_format(self, reading: ArrayReading) -> PixelFormat:
+        """The format of the pixels: of the given range, or of all integers of the dtype, or of floats in [0, 1].
 
         Raises:
             ConfigError: floats are outside [0, 1] and no range is given, or the range does not fit the dtype.
         """
         assert self.kind is not None
-        default = full_range(self.kind[1], self.suffix)
+        default, data_range = full_range(self.kind[1], self.suffix), reading.data_range
         if data_range is not None:
             try:
                 return replace(default, low=data_range[0], high=data_range[1])
@@ -157,8 +157,7 @@ class ImageScan:
             names = self.source.names
             raise ConfigError(
                 f"the images of {self.source.option} have values from {low:g} ({names[first]!r}) to {high:g}"
-                f" ({names[last]!r}), and {default.dtype} without --data_range must be from 0 to 1: give the range"
-                " by --data_range LO HI"
+                f" ({names[last]!r}), and {default.dtype} must be from 0 to 1: {reading.range_hint}"
             )
         return default
 

@@ -199,7 +199,7 @@ def decode_source(
 def lazy_images(scan: ImageScan, preprocessing: Preprocessing) -> LazyImages:
     """The images that a pass has found, to be decoded for each use."""
     assert scan.kind is not None
-    pixel_format = scan.pixel_format(preprocessing.reading.data_range)
+    pixel_format = scan.pixel_format(preprocessing.reading)
     fingerprint = ranged_fingerprint(scan.fingerprint, pixel_format)
     return LazyImages(scan.source, scan.readable, preprocessing, scan.kind[0], pixel_format, fingerprint, scan.sizes)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from diffusers_ddpm_ext.errors import printable
 from diffusers_ddpm_ext.training.data.array_images import (
+    AS_WRITTEN,
     ArrayLayout,
-    Range,
+    ArrayReading,
     UnreadableImage,
     UnsupportedImage,
     array_of_lists,
@@ -48,24 +49,6 @@ TURNED = range(2, 9)
 """EXIF's orientations of images that are not upright in the file."""
 ANIMATED_FORMATS = ("GIF", "PNG", "WEBP", "AVIF", "FLI", "TIFF")
 """Formats whose further frames or pages are images of their own; those of an MPO are parts of the same photograph."""
-
-
-@dataclass(frozen=True)
-class ArrayReading:
-    """How arrays are read.
-
-    Attributes:
-        key: name of the array in a ``.npz`` file with several.
-        layout: where the channels are, for arrays that do not say it.
-        data_range: of the values, for integers without a range of their own; see `as_image`.
-    """
-
-    key: str | None = None
-    layout: ArrayLayout | None = None
-    data_range: Range | None = None
-
-
-AS_WRITTEN = ArrayReading()
 
 
 @dataclass(frozen=True)
@@ -144,7 +127,7 @@ def _start(payload: bytes | Path) -> bytes:
 
 
 def _from_array(array: np.ndarray, suffix: str, reading: ArrayReading, **facts: bool) -> RawImage:
-    pixels = as_image(array, reading.layout, reading.data_range)
+    pixels = as_image(array, reading)
     check_finite(pixels)
     mode = f"{pixels.dtype} x {pixels.shape[2]}"
     if pixels.dtype == np.uint8 and pixels.shape[2] in (1, 3):  # resized as the same image in another format is
@@ -164,7 +147,7 @@ def _from_picture(payload: bytes | Path, start: bytes, reading: ArrayReading) ->
     array, facts = read_tiff(payload, check_decoded_bytes)
     layout: ArrayLayout | None = "channels_last" if facts.pop("is_layout_known") else reading.layout
     orientation = facts.pop("orientation")
-    raw = _from_array(array, ".tif", ArrayReading(None, layout, reading.data_range), **facts)
+    raw = _from_array(array, ".tif", replace(reading, layout=layout), **facts)
     return _upright(raw, orientation)
 
 
@@ -201,7 +184,8 @@ def _decode(image: Image.Image, content: bytes | Path, reading: ArrayReading) ->
         return _from_array(np.array(image), ".npy", reading, is_turned=is_turned)
     if is_16_bit:
         pixels = read_16_bit_gray(image)[..., None]
-        return RawImage(pixels, mode, is_turned=is_turned, is_animated=_is_animated(image))
+        suffix = ".tif" if image.format == "TIFF" else ".png"
+        return RawImage(pixels, mode, suffix, is_turned=is_turned, is_animated=_is_animated(image))
     own_mode = MODE_OF_CHANNELS[natural_channels(image)]
     # Pillow copies an image that has the mode; one of several frames it loses when it looks for the next one.
     is_kept = image.mode == own_mode and image.format not in ANIMATED_FORMATS

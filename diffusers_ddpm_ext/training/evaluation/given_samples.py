@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 
 from diffusers_ddpm_ext.errors import ConfigError, as_config_error, printable
-from diffusers_ddpm_ext.training.data.array_images import UnreadableImage
+from diffusers_ddpm_ext.training.data.array_images import ArrayReading, UnreadableImage
 from diffusers_ddpm_ext.training.data.dataset import MEMORY_LIMIT
 from diffusers_ddpm_ext.training.data.decoding import Preprocessing, decode_image
 from diffusers_ddpm_ext.training.data.image_scan import ImageSource
 from diffusers_ddpm_ext.training.data.image_store import decode_source
 from diffusers_ddpm_ext.training.data.pixel_values import full_range, to_pixels
-from diffusers_ddpm_ext.training.data.raw_image import ArrayReading
 from diffusers_ddpm_ext.training.data.resizing import COVERING, Resizing
 from diffusers_ddpm_ext.training.data.sources import scan_folder
 from diffusers_ddpm_ext.training.evaluation.samples import LevelImages, to_levels

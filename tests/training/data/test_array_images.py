@@ -15,12 +15,12 @@ from PIL import Image
 
 from diffusers_ddpm_ext.errors import ConfigError, RunError
 from diffusers_ddpm_ext.training.config.data_options import DataOptions
-from diffusers_ddpm_ext.training.data.array_images import UnreadableImage, UnsupportedImage
+from diffusers_ddpm_ext.training.data.array_images import ArrayReading, UnreadableImage, UnsupportedImage
 from diffusers_ddpm_ext.training.data.dataset import load_data
 from diffusers_ddpm_ext.training.data.image_files import ListCell
 from diffusers_ddpm_ext.training.data.image_store import LazyImages
 from diffusers_ddpm_ext.training.data.pixel_values import full_range, to_pixels
-from diffusers_ddpm_ext.training.data.raw_image import ArrayReading, read_image
+from diffusers_ddpm_ext.training.data.raw_image import read_image
 from diffusers_ddpm_ext.utils.pixel_format import FLOAT_DTYPES, INTEGER_DTYPES, PixelFormat
 
 RNG = np.random.default_rng(0)
@@ -89,6 +89,7 @@ TIFFS = {
     "half": (values("float16", None), {}),
     "signed": (values("int16", None), {}),
     "32 bits": (values("uint32", None), {}),
+    "16 bits": (values("uint16", None), {}),
     "16-bit color": (values("uint16", 3), {"photometric": "rgb"}),
     "16-bit color with alpha": (values("uint16", 4), {"photometric": "rgb"}),
     "float color": (values("float32", 3), {"photometric": "rgb"}),
@@ -205,7 +206,7 @@ def test_other_numbers_of_axes_are_refused(shape):
 @pytest.mark.parametrize("dtype", ["bool", "int8", "int32", "int64", "uint64"])
 def test_other_integers_need_a_range_and_become_the_smallest_dtype(dtype):
     array = np.array([[0, 1], [1, 1]]).astype(dtype)
-    with pytest.raises(UnsupportedImage, match=f"are {dtype}, from 0 to 1: say their range by --data_range"):
+    with pytest.raises(UnsupportedImage, match=f"are {dtype}, from 0 to 1: give their range by --data_range"):
         read_image(npy(array))
     for data_range, expected in (((0, 1), "uint8"), ((-5, 5), "int16"), ((0, 40000), "uint16"), ((0, 1e6), "uint32")):
         raw = read_image(npy(array), ArrayReading(data_range=data_range))

@@ -297,7 +297,7 @@ def test_an_image_that_becomes_another_kind_is_named(other):
 
 @pytest.mark.parametrize("name", UNSUPPORTED)
 def test_unsupported_values_are_refused_and_never_truncated(name):
-    with pytest.raises(ConfigError, match=r"convert it to PNG|say their range by --data_range") as caught:
+    with pytest.raises(ConfigError, match=r"convert it to PNG|give their range by --data_range") as caught:
         load([encode(color(), "PNG"), UNSUPPORTED[name]], skip_bad=True)
     message = str(caught.value)
     assert "'1.png'" in message

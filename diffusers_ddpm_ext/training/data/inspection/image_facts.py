@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from diffusers_ddpm_ext.training.data.array_images import UnsupportedImage, outside_range
+from diffusers_ddpm_ext.training.data.array_images import ArrayReading, UnsupportedImage, outside_range
 from diffusers_ddpm_ext.training.data.image_files import Payload
 from diffusers_ddpm_ext.training.data.inspection.histogram import (
     Histogram,
@@ -19,7 +19,7 @@ from diffusers_ddpm_ext.training.data.inspection.histogram import (
     moments_of_histogram,
 )
 from diffusers_ddpm_ext.training.data.inspection.perceptual_hash import SIDE, perceptual_hash
-from diffusers_ddpm_ext.training.data.raw_image import ArrayReading, RawImage, read_image
+from diffusers_ddpm_ext.training.data.raw_image import RawImage, read_image
 
 TURNED, ANIMATED, ALPHA = "turned by EXIF", "animated", "alpha channel"
 TRANSPARENT, COLORLESS = "transparent pixels", "color that is gray"

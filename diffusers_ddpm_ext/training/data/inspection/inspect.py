@@ -13,11 +13,10 @@ import numpy as np
 from tqdm import tqdm
 
 from diffusers_ddpm_ext.errors import ConfigError
-from diffusers_ddpm_ext.training.data.array_images import NonFiniteImage, UnreadableImage
+from diffusers_ddpm_ext.training.data.array_images import AS_WRITTEN, ArrayReading, NonFiniteImage, UnreadableImage
 from diffusers_ddpm_ext.training.data.image_files import Payload
 from diffusers_ddpm_ext.training.data.inspection.image_facts import ImageFacts, image_facts
 from diffusers_ddpm_ext.training.data.inspection.summary import SetSummary
-from diffusers_ddpm_ext.training.data.raw_image import AS_WRITTEN, ArrayReading
 
 IMAGES_PER_BLOCK = 64
 Result = TypeVar("Result")

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from diffusers_ddpm_ext.training.data.array_images import AS_WRITTEN, ArrayReading
 from diffusers_ddpm_ext.training.data.inspection.image_facts import ImageFacts, Kind, PixelStatistics
 from diffusers_ddpm_ext.training.data.inspection.symmetry import SymmetryTest
-from diffusers_ddpm_ext.training.data.raw_image import AS_WRITTEN, ArrayReading
 
 MAX_NAMES = 100
 """Names that are kept of each kind of finding; all are counted."""
