@@ -27,7 +27,7 @@ DATA_EXAMPLES = """examples:
   ddpm-ext data photos --max_images 10000 --json photos.json
 
 Every image is read once. Nothing in the folder is changed. The status is 1 where images cannot be trained on (they
-cannot be read, or have NaN or infinity): they are listed with the reason."""
+cannot be read, or have NaN or infinity), 2 if none can be read: they are listed with the reason."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def data_command(argv: Sequence[str]) -> str:
     """Run `ddpm-ext data`.
 
     Raises:
-        ConfigError: an option is wrong, or there are no images.
+        ConfigError: an option is wrong, or no image can be read; nothing is written.
         RunError: images cannot be trained on; everything has been printed and written.
     """
     options = parse_data_args(argv)
@@ -102,10 +102,10 @@ def data_command(argv: Sequence[str]) -> str:
     from diffusers_ddpm_ext.utils.files import write_text_atomically
 
     print_lines(table(inspection))
+    _check_readable(inspection)
     with as_run_error(options.picture):
-        if inspection.summaries[0].num_readable:
-            draw_inspection(options.name, inspection, options.picture)
-            print_lines(f"\npicture: {options.picture}\n")
+        draw_inspection(options.name, inspection, options.picture)
+        print_lines(f"\npicture: {options.picture}\n")
         if options.json is not None:
             write_text_atomically(
                 options.json, json.dumps(inspection.to_dict(), indent=2, allow_nan=False) + "\n", False
@@ -235,16 +235,20 @@ def _is_dataset(name: str) -> bool:
     return True
 
 
-def _check_faults(inspection: Inspection) -> None:
-    """Raise RunError if there are images that cannot be trained on."""
+def _check_readable(inspection: Inspection) -> None:
+    """Raise ConfigError if no training image can be read."""
     first = inspection.summaries[0]
     if not first.num_readable:
         name, reason = (first.unreadable.names + first.not_finite.names)[0]
         column = getattr(inspection.sources[0], "image_column", None)
         where = "" if column is None else f", column {printable(column, 60)!r},"
-        raise RunError(
+        raise ConfigError(
             f"no image of {first.option}{where} can be read: the first is {printable(name, 200)} ({reason})"
         )
+
+
+def _check_faults(inspection: Inspection) -> None:
+    """Raise RunError if there are images that cannot be trained on."""
     unreadable = sum(summary.unreadable.count for summary in inspection.summaries)
     not_finite = sum(summary.not_finite.count for summary in inspection.summaries)
     faults = [f"{unreadable:,} unreadable"] if unreadable else []

@@ -140,7 +140,7 @@ def _draw_sizes(axes: Axes, sheet: DataSheet) -> None:
     if len(sizes) > MAX_POINTS:
         chosen = np.linspace(0, len(sizes) - 1, MAX_POINTS).astype(int)
         sizes, counts = sizes[chosen], counts[chosen]
-    area = 12 + 300 * np.sqrt(counts / counts.max()) if len(sizes) < 200 else 8
+    area = 12 + 300 * np.sqrt(counts / counts.sum()) if len(sizes) < 200 else 8
     axes.scatter(sizes[:, 1], sizes[:, 0], s=area, color=ACCENT, alpha=0.5, linewidth=0)
     if sheet.resolution is not None:
         height, width = sheet.resolution

@@ -106,6 +106,16 @@ def test_faults_are_listed_and_the_status_is_1(tmp_path, capsys):
     assert "--skip_bad_images" in captured.out
 
 
+def test_a_folder_without_a_readable_image_is_status_2(tmp_path, capsys):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.png").write_text("no image")
+    assert cli.main(["data", str(tmp_path / "photos"), "--json", "result.json"]) == 2
+    captured = capsys.readouterr()
+    assert "a.png" in captured.err
+    assert "cannot be read  1 image" in captured.out
+    assert not list(Path().iterdir())
+
+
 def test_traits_of_files(tmp_path):
     folder = write(tmp_path / "photos", 2)
     exif = Image.Exif()
