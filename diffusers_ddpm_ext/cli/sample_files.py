@@ -14,6 +14,7 @@ from PIL import Image
 
 from diffusers_ddpm_ext.cli.extras import require_modules
 from diffusers_ddpm_ext.errors import ConfigError
+from diffusers_ddpm_ext.plotting.channels import is_picture
 from diffusers_ddpm_ext.plotting.sheets import save_grid
 from diffusers_ddpm_ext.utils.array_files import read_array
 from diffusers_ddpm_ext.utils.files import write_atomically
@@ -85,9 +86,14 @@ class SampleFormat:
             content = png_bytes(values)
             write_atomically(path, lambda file: file.write(content))
         elif suffix in TIFF_SUFFIXES:
-            save_tiff(path, values[None])
+            self.save_pages(path, image[None])
         else:
             save_array(path, values)
+
+    def save_pages(self, path: Path, images: NDArray[Any]) -> None:
+        """Write images as they were drawn, (N, height, width, C), as the pages of a TIFF file."""
+        has_alpha = self.channels == 4 and (self.own is None or is_picture(4, self.own))
+        save_tiff(path, self.values(images), has_alpha)
 
     def is_intact(self, path: Path, size: tuple[int, int]) -> bool:
         """Whether a file of one image exists, can be read and has this height and width."""
@@ -141,16 +147,19 @@ def png_bytes(values: NDArray[Any]) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
 
 
-def save_tiff(path: Path, images: NDArray[Any]) -> None:
-    """Write images (N, height, width, C) as the pages of a TIFF file; a page of one channel is (height, width)."""
+def save_tiff(path: Path, images: NDArray[Any], has_alpha: bool) -> None:
+    """Write images (N, height, width, C) as the pages of a TIFF file; a page of one channel is (height, width).
+
+    ``has_alpha`` is whether the last of four channels is transparency.
+    """
     import tifffile
 
     channels = images.shape[-1]
-    is_color = channels in (3, 4) and images.dtype.name in PNG_DTYPES
+    is_color = images.dtype.name in PNG_DTYPES and (channels == 3 or has_alpha)
     options: dict[str, Any] = {"photometric": "rgb" if is_color else "minisblack", "metadata": None}
     if channels > 1:
         options["planarconfig"] = "contig"
-    if channels == 4 and is_color:
+    if is_color and has_alpha:
         options["extrasamples"] = ["unassalpha"]
 
     def write(file: Any) -> None:

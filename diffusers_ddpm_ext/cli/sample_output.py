@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffusers_ddpm_ext.cli.arguments import lock_output, lock_output_folder
-from diffusers_ddpm_ext.cli.sample_files import TIFF_SUFFIXES, SampleFormat, save_array, save_tiff
+from diffusers_ddpm_ext.cli.sample_files import TIFF_SUFFIXES, SampleFormat, save_array
 from diffusers_ddpm_ext.errors import ConfigError, printable
 from diffusers_ddpm_ext.plotting.channels import channel_view
 from diffusers_ddpm_ext.plotting.sheets import grid_size, image_grid, save_grid
@@ -268,7 +268,7 @@ class OneFile:
             self._write_individual(images, self.individual.resolve())
         captions = [self.captions[index % len(self.captions)] for index in range(count)] if self.captions else None
         if suffix in TIFF_SUFFIXES:
-            save_tiff(self.path, form.values(images))
+            form.save_pages(self.path, images)
         elif suffix in ARRAY_SUFFIXES:
             as_drawn = suffix == ".npy" or self.latents
             save_array(self.path, images if as_drawn else form.values(images))

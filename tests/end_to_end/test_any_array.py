@@ -133,6 +133,7 @@ def test_arrays_are_trained_resumed_sampled_and_evaluated(name, tmp_path, monkey
     assert cli.main(["report", "run"]) == 0
 
 
+@pytest.mark.slow
 def test_16_bit_levels_that_are_8_bit_levels_have_their_bits(tmp_path, monkeypatch):
     """Level v of 8 bits is level 257 v of 16: the same network, the same pictures, and with one width of bins the same
     bits; by default the bins are those of each depth, 257 times as narrow, which costs 8 bits more at most."""

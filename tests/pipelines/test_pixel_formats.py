@@ -58,7 +58,9 @@ def test_samples_have_the_dtype_range_and_shape_of_the_data(channels):
     np.testing.assert_allclose(draw(pipeline, "np"), (samples / 2 + 0.5).clip(0, 1), atol=1e-6)
 
 
-@pytest.mark.parametrize("channels", FORMATS)
+@pytest.mark.parametrize(
+    "channels", [pytest.param(count, marks=() if count in (2, 5) else pytest.mark.slow) for count in FORMATS]
+)
 def test_a_saved_folder_keeps_the_format(channels, tmp_path):
     """Loaded, and taken over by from_pipe, it draws the same values; model_index.json has it as JSON."""
     pipeline = build(channels, FORMATS[channels].to_dict())

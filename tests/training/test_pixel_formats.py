@@ -137,6 +137,7 @@ def test_levels_of_samples_are_those_of_the_data(tmp_path, dtype):
         np.testing.assert_array_equal(stored, values.astype(np.int64) - low)
 
 
+@pytest.mark.slow
 def test_card_and_report_say_what_the_values_are(run, capsys):
     """Dtype, range and the channels of the pictures; the card's code asks for arrays, which it then draws."""
     card = make_card(run, "me/bands")
