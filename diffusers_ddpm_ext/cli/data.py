@@ -17,7 +17,7 @@ from diffusers_ddpm_ext.utils.option import option, positional
 
 if TYPE_CHECKING:
     from diffusers_ddpm_ext.training.data.inspection.report import Inspection
-    from diffusers_ddpm_ext.training.data.inspection.suggestions import Origin
+    from diffusers_ddpm_ext.training.data.inspection.suggestion import Origin
     from diffusers_ddpm_ext.training.data.sources import DatasetSource, FolderSource
 
 DATA_EXAMPLES = """examples:
@@ -149,12 +149,13 @@ def inspect(options: InspectOptions) -> Inspection:
         ConfigError: there are none.
     """
     from diffusers_ddpm_ext.training.data.array_images import ArrayReading
+    from diffusers_ddpm_ext.training.data.inspection.advice import advise
     from diffusers_ddpm_ext.training.data.inspection.array_choice import choose_reading
     from diffusers_ddpm_ext.training.data.inspection.classes import find_classes
     from diffusers_ddpm_ext.training.data.inspection.duplicates import find_duplicates
     from diffusers_ddpm_ext.training.data.inspection.inspect import inspect_source
     from diffusers_ddpm_ext.training.data.inspection.report import Inspection
-    from diffusers_ddpm_ext.training.data.inspection.suggestions import advise, suggest
+    from diffusers_ddpm_ext.training.data.inspection.suggestions import suggest
     from diffusers_ddpm_ext.training.data.sources import FolderSource
 
     source, validation, origin = _open(options)
@@ -174,7 +175,7 @@ def inspect(options: InspectOptions) -> Inspection:
 
 def _open(options: InspectOptions) -> tuple[FolderSource | DatasetSource, FolderSource | DatasetSource | None, Origin]:
     """The training images, the validation images, and the flags of `ddpm-ext train` that select them."""
-    from diffusers_ddpm_ext.training.data.inspection.suggestions import Origin, plain_number
+    from diffusers_ddpm_ext.training.data.inspection.suggestion import Origin, plain_number
     from diffusers_ddpm_ext.training.data.sources import open_dataset_split, scan_folder
 
     name = options.folder

@@ -21,7 +21,7 @@ from diffusers_ddpm_ext.training.data.inspection.image_facts import (
     Kind,
 )
 from diffusers_ddpm_ext.training.data.inspection.report import SET_NAMES, Inspection, frequent_sizes, quantiles
-from diffusers_ddpm_ext.training.data.inspection.suggestions import Suggestion
+from diffusers_ddpm_ext.training.data.inspection.suggestion import Suggestion
 from diffusers_ddpm_ext.training.data.inspection.summary import Named, PixelSummary, SetSummary
 
 SHOWN = 10

@@ -50,7 +50,6 @@ def inspect_source(
     with tqdm(total=len(rows), desc="reading images", unit="image", delay=1, leave=False, disable=not progress) as bar:
         for row, facts in read_in_threads(source, rows, partial(image_facts, reading=reading)):
             bar.update()
-            summary.num_read += 1
             if isinstance(facts, ImageFacts):
                 summary.add(row, source.names[row], facts)
             elif isinstance(facts, NonFiniteImage):

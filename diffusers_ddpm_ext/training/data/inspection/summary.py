@@ -90,7 +90,6 @@ class SetSummary:
         digests: hashes of their pixels, 16 bytes each.
         unreadable: images that cannot be read, with the reason.
         not_finite: images with NaN or infinity, and where.
-        num_read: number of images that were opened, readable or not.
         pixels: kinds and values.
     """
 
@@ -105,7 +104,6 @@ class SetSummary:
     digests: bytearray = field(default_factory=bytearray)
     unreadable: Named = field(default_factory=Named)
     not_finite: Named = field(default_factory=Named)
-    num_read: int = 0
     pixels: PixelSummary = field(default_factory=PixelSummary)
 
     def add(self, row: int, name: str, facts: ImageFacts) -> None:
@@ -117,6 +115,11 @@ class SetSummary:
         self.mirrored_hashes.append(facts.mirrored_hash)
         self.digests += facts.digest
         self.pixels.add(name, facts)
+
+    @property
+    def num_read(self) -> int:
+        """Number of images that were opened, readable or not."""
+        return self.num_readable + self.unreadable.count + self.not_finite.count
 
     @property
     def num_readable(self) -> int:
