@@ -399,7 +399,6 @@ def inspection_cases() -> Iterator[BadInput]:
         "photos --resolution 8": "--resolution",
         "photos --unknown": "--unknown",
         "table/table.parquet --cache_dir ../cache --image_column nothing": "nothing",
-        "table/table.parquet --cache_dir ../cache --image_column text": "text",
         "table/table.parquet --cache_dir ../cache --class_column nothing": "nothing",
         "table/table.parquet --cache_dir ../cache --validation_split nothing": "nothing",
         "table/none.parquet --cache_dir ../cache": "none.parquet",

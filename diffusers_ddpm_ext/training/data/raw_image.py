@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -43,7 +44,10 @@ from diffusers_ddpm_ext.training.data.image_files import (
     open_image_file,
 )
 
-logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)  # it logs what another reader reads
+# What they print about a file is in the exception, too, or another reader reads it.
+logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)
+with suppress(AttributeError, OSError):  # a Pillow that has libtiff in itself
+    ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)
 MODE_OF_CHANNELS = {1: "L", 3: "RGB", 4: "RGBA"}
 TURNED = range(2, 9)
 """EXIF's orientations of images that are not upright in the file."""

@@ -448,3 +448,15 @@ def test_very_large_images_are_read_without_a_warning():
 def test_a_missing_payload_is_unreadable():
     with pytest.raises(UnreadableImage, match="empty"):
         decode_image(None, AS_IS)
+
+
+def test_libraries_print_nothing_about_a_damaged_tiff(tmp_path, capfd):
+    """The reason is in the error of the run: libtiff and Pillow would also print it, a line for each file."""
+    image = Image.fromarray(np.arange(400, dtype=np.uint8).reshape(20, 20))
+    image.save(tmp_path / "a.tif", compression="tiff_adobe_deflate")
+    content = (tmp_path / "a.tif").read_bytes()
+    start = 8 if content[8:10] == b"\x78\x9c" else content.find(b"\x78")
+    (tmp_path / "a.tif").write_bytes(content[: start + 4] + bytes(30) + content[start + 34 :])
+    with pytest.raises(UnreadableImage):
+        decode_image(tmp_path / "a.tif", Preprocessing((8, 8), None, True))
+    assert capfd.readouterr() == ("", "")
