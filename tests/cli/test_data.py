@@ -21,6 +21,7 @@ from diffusers_ddpm_ext.cli.data_table import table
 from diffusers_ddpm_ext.training.config import parse_train_args
 from diffusers_ddpm_ext.training.data.inspection import duplicates as duplicates_module
 from diffusers_ddpm_ext.training.data.inspection import inspect as inspect_module
+from diffusers_ddpm_ext.training.data.inspection import suggestions as suggestions_module
 
 
 @pytest.fixture(autouse=True)
@@ -265,6 +266,23 @@ def test_the_suggested_command_is_accepted_and_reads_the_images(kind, tmp_path):
     data = load_data(config.data, config.model.conditioning_key)
     factor = 2 ** (len(config.model.block_out_channels or ()) - 1)
     assert all(side % factor == 0 for side in data.size)
+
+
+def test_large_sets_are_streamed_and_slow_ones_cached(tmp_path, monkeypatch):
+    """Classes are not balanced in a stream, which does not know their numbers."""
+    folder = tmp_path / "animals"
+    write(folder / "cat", 40)
+    write(folder / "dog", 2, first=40)
+    words = shlex.split(look(folder)[0]["command"])
+    assert "--class_balance" in words
+    assert not {"--streaming", "--cache_images"} & {*words}
+    monkeypatch.setattr(suggestions_module, "SLOW_START", 1e-4)
+    assert "--cache_images always" in look(folder)[0]["command"]
+    monkeypatch.setattr(suggestions_module, "STREAMED", 42)
+    words = shlex.split(look(folder)[0]["command"])
+    assert "--class_balance" not in words
+    config = parse_train_args(words[2:])
+    assert (config.data.streaming, config.data.validation_examples) == (True, 1000)
 
 
 @pytest.mark.parametrize(
