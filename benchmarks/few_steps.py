@@ -9,10 +9,10 @@
 the same noise, fresh for each of three seeds; the reference are the run's held-out images. Features are those of
 `--metrics` for the digits, and 64 of a small classifier of the emoji's groups (latents/distances.py).
 
-An interval of a value is over samples (a jackknife of 20 groups; the reference is one set for all rows, whose choice
-moves all of them together). The last columns are the difference to the best evenly spaced choice (the least of leading,
-trailing and linspace, by the same metric), with the interval over samples and reference images, which both rows share.
-``distance`` is the root mean square distance to the samples of 200 steps from the same noise.
+An interval of a value is over samples: a jackknife of 20 groups, at this reference, whose choice would move all rows
+together. The last columns are the difference to the best evenly spaced choice (the least of leading, trailing and
+linspace, by the same metric), with its interval over samples and reference images, which both rows share. ``distance``
+is the root mean square distance to the samples of 50 steps from the same noise.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from diffusers_ddpm_ext.utils.random_keys import generator
 sys.path.insert(0, str(Path(__file__).parent / "latents"))
 
 SCHEDULERS = ("DDIMScheduler", "DPMSolverMultistepScheduler")
-COUNTS, SEEDS, MANY, BATCH = (5, 10), 3, 200, 250
+COUNTS, SEEDS, MANY, BATCH = (5, 10), 3, 50, 250
 EVEN = ("leading", "trailing", "linspace")
 METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {"fd": frechet_distance, "kid": kernel_distance}
 

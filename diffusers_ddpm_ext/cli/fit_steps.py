@@ -28,6 +28,7 @@ from diffusers_ddpm_ext.utils.files import write_text_atomically
 from diffusers_ddpm_ext.utils.folder_lock import FolderLock
 from diffusers_ddpm_ext.utils.generations import finish_replacement
 from diffusers_ddpm_ext.utils.input_files import JsonObject, read_json_object
+from diffusers_ddpm_ext.utils.memory import memory_bytes
 from diffusers_ddpm_ext.utils.option import option, option_like, positional
 from diffusers_ddpm_ext.utils.pipeline_files import STEPS_RECORD
 from diffusers_ddpm_ext.utils.vocabulary import SAMPLE_TIMESTEPS
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from diffusers_ddpm_ext.diffusion.step_fit import StepFit
 
 SCHEDULER_CONFIG = Path("scheduler") / "scheduler_config.json"
-MAX_STEPS = 200
+MAX_STEPS, MAX_TRAJECTORIES = 200, 100_000
 NOISE_CHECK = 4  # network calls that find out whether a scheduler draws noise
 CONDITIONS = (
     *("class_labels", "concat_inputs", "concat", "image", "prompt", "negative_prompt", "prompts", "input_ids"),
@@ -73,7 +74,9 @@ class FitStepsOptions:
     num_inference_steps: tuple[int, ...] = option(
         (5, 10, 20), "Numbers of steps, each fitted on its own.", low=1, high=MAX_STEPS, metavar="K"
     )
-    num_trajectories: int = option(64, "Samples whose distance to those of many steps is measured.", low=1)
+    num_trajectories: int = option(
+        64, "Samples whose distance to those of many steps is measured.", low=1, high=MAX_TRAJECTORIES
+    )
     reference_steps: int | None = option(None, "The many steps.", low=2, metavar="K", unset="200, or all of fewer")
     seed: int = option(0, "Random seed of the starting noise.", low=0)
     batch_size: int = option_like(SampleOptions, "batch_size")
@@ -134,6 +137,7 @@ def _fit(folder: Path, options: FitStepsOptions) -> str:
     facts = read_pipeline_facts(options.folder)
     assert facts is not None, "parse_fit_steps_args has checked that it is a folder"
     reference_steps = _reference_steps(options, facts.num_train_timesteps)
+    _check_memory(options, facts)
     config, record = _read_config(folder), _read_record(folder)
     sample_options = _as_sample_options(options)
     read = check_sample(sample_options, facts)
@@ -167,6 +171,17 @@ def _reference_steps(options: FitStepsOptions, total: int) -> int:
     if largest >= many:
         raise ConfigError(f"--num_inference_steps {largest} must be below --reference_steps, {many}")
     return many
+
+
+def _check_memory(options: FitStepsOptions, facts: PipelineFacts) -> None:
+    """Refuse trajectories whose noises and samples exceed the machine's memory."""
+    height, width = facts.image_size or (1, 1)
+    needed, limit = 8 * options.num_trajectories * facts.channels * height * width, memory_bytes()
+    if limit is not None and needed > limit:
+        raise ConfigError(
+            f"--num_trajectories {options.num_trajectories} of {height}x{width} take {needed / 1e9:.0f} GB of memory, "
+            f"and this machine has {limit / 1e9:.0f}: use fewer"
+        )
 
 
 def _as_sample_options(options: FitStepsOptions) -> SampleOptions:

@@ -20,6 +20,7 @@ from diffusers_ddpm_ext.cli.convert_config import ConvertConfigOptions
 from diffusers_ddpm_ext.cli.data import InspectOptions
 from diffusers_ddpm_ext.cli.doctor import DoctorOptions
 from diffusers_ddpm_ext.cli.evaluate import EvaluateOptions
+from diffusers_ddpm_ext.cli.fit_steps import FitStepsOptions
 from diffusers_ddpm_ext.cli.fit_variance import FitVarianceOptions
 from diffusers_ddpm_ext.cli.plot import PlotOptions
 from diffusers_ddpm_ext.cli.report import ReportOptions
@@ -42,6 +43,10 @@ BASES: dict[str, tuple[dict[str, Option], list[str]]] = {
     "sample": (options_of(SampleOptions), ["run", "--num_images", "1", "--num_inference_steps", "2"]),
     "evaluate": (options_of(EvaluateOptions) | DATA, ["run", "--num_timesteps", "2", "--max_images", "1"]),
     "fit-variance": (options_of(FitVarianceOptions) | DATA, ["run", "--draws", "1", "--max_steps", "2"]),
+    "fit-steps": (
+        options_of(FitStepsOptions),
+        ["run", "--num_inference_steps", "1", "--num_trajectories", "1", "--reference_steps", "2"],
+    ),
     "plot": (options_of(PlotOptions), ["run"]),
     "report": (options_of(ReportOptions), ["run"]),
     "push": (options_of(PushOptions), ["run"]),

@@ -190,7 +190,8 @@ def test_an_unknown_command(word, answer, capsys):
 
 
 @pytest.mark.parametrize(
-    "command", ["sample", "evaluate", "fit-variance", "plot", "report", "push", "verify", "train", "doctor"]
+    "command",
+    ["sample", "evaluate", "fit-variance", "fit-steps", "plot", "report", "push", "verify", "train", "doctor"],
 )
 @pytest.mark.parametrize("name", ["model.ckpt", "gone/last.CKPT", "unet.safetensors"])
 def test_a_checkpoint_names_convert(command, name, tmp_path, monkeypatch, capsys):
