@@ -52,3 +52,9 @@ def test_a_record_that_lacks_what_its_numbers_depend_on_is_refused(missing):
     record = {name: value for name, value in RECORD.items() if name != missing}
     with pytest.raises(ConfigError, match=missing):
         read_sample_scores(JsonObject("record", record))
+
+
+def test_fitted_timesteps_are_a_condition():
+    record = RECORD | {"samples": RECORD["samples"] | {"timesteps": "samples"}}
+    scores = read_sample_scores(JsonObject("record", record))
+    assert scores.conditions == CONDITIONS.replace("20 steps", "20 steps (samples)")
