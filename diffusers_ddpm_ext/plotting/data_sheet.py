@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,7 +76,7 @@ def draw_data_sheet(path: Path, sheet: DataSheet) -> Path:
         heights.append(0.3 + 1.35 * -(-min(len(sheet.pairs), PAIRS) // PAIRS_PER_ROW))
     figure = Figure(figsize=(WIDTH, sum(heights) + 0.3), layout="constrained")
     canvas = FigureCanvasAgg(figure)
-    figure.suptitle(sheet.title, fontsize=13, fontweight="bold")
+    figure.suptitle(_plain(sheet.title), fontsize=13, fontweight="bold")
     parts: Any = figure.subfigures(len(heights), 1, height_ratios=heights)
     _draw_samples(parts[0].subplots(), sheet.samples)
     charts = [_draw_histogram, _draw_sizes] + ([_draw_classes] if sheet.classes else [])
@@ -85,7 +86,14 @@ def draw_data_sheet(path: Path, sheet: DataSheet) -> Path:
         axes.spines[["top", "right"]].set_visible(False)
     if sheet.pairs:
         _draw_pairs(parts[2], sheet.pairs)
-    return write_atomically(path, lambda file: canvas.print_figure(file, format="png", dpi=110))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # of a name in a script that the font lacks
+        return write_atomically(path, lambda file: canvas.print_figure(file, format="png", dpi=110))
+
+
+def _plain(text: str) -> str:
+    """A name in which dollar signs do not begin a formula."""
+    return text.replace("$", r"\$")
 
 
 def _draw_samples(axes: Axes, samples: Sequence[NDArray[np.float32]]) -> None:
@@ -158,8 +166,8 @@ def _draw_classes(axes: Axes, sheet: DataSheet) -> None:
         shown.append((f"{len(sheet.classes) - MAX_BARS:,} more", rest))
     places = np.arange(len(shown))[::-1]
     axes.barh(places, [count for _, count in shown], color=ACCENT, alpha=0.75)
-    axes.set_yticks(places, [name for name, _ in shown], fontsize=7 if len(shown) > 10 else 8)
-    axes.set_title(sheet.class_title, fontsize=10)
+    axes.set_yticks(places, [_plain(name) for name, _ in shown], fontsize=7 if len(shown) > 10 else 8)
+    axes.set_title(_plain(sheet.class_title), fontsize=10)
     axes.set(xlabel="images")
 
 
@@ -175,6 +183,6 @@ def _draw_pairs(part: SubFigure, pairs: Sequence[PicturePair]) -> None:
         _show(axes, sheet)
         axes.set_title(pair.title, fontsize=8, pad=2)
         for place, name in zip((0.25, 0.75), pair.names, strict=True):
-            axes.text(place, -0.02, name, fontsize=6, ha="center", va="top", transform=axes.transAxes)
+            axes.text(place, -0.02, _plain(name), fontsize=6, ha="center", va="top", transform=axes.transAxes)
     for axes in places:
         axes.axis("off")

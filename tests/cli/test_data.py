@@ -107,6 +107,17 @@ def test_faults_are_listed_and_the_status_is_1(tmp_path, capsys):
     assert "--skip_bad_images" in captured.out
 
 
+def test_names_that_look_like_formulas_are_drawn(tmp_path, capsys):
+    """In folders, classes and pairs; with letters that the font lacks."""
+    folder = tmp_path / "a $x^{ b$"
+    for number, name in enumerate((r"$\frac$", r"語\$ $")):
+        write(folder / name, 3, first=3 * number)
+        picture(3 * number).save(folder / name / r"$_$.jpg")
+    assert len(run(folder)["duplicates"]["near"]) == 2
+    assert Path("a-x-b-data.png").is_file()
+    assert "Glyph" not in capsys.readouterr().err
+
+
 def test_a_folder_without_a_readable_image_is_status_2(tmp_path, capsys):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.png").write_text("no image")
