@@ -222,14 +222,14 @@ def _joined_channels(pipeline: Any, columns: ConditionColumns) -> int:
         return concat_channels(pipeline.first_stage, channels, pipeline.config.get("concat_through_vae"))
 
 
+IS_STREAM = "the training images are a stream, of which only a sample is in memory: --streaming false reads them all"
+
+
 def images_of_split(data: ImageData, split: str) -> ImageSet:
     """The images of a split; ConfigError if none are held out, or if those to train on are a stream."""
     if split == "train":
         if data.stream is not None:
-            raise ConfigError(
-                "the training images are a stream, of which only a sample is in memory: --streaming false reads them"
-                " all"
-            )
+            raise ConfigError(IS_STREAM)
         return data.train
     if data.validation is None:
         fraction = "--validation_fraction" if data.stream is None else "--validation_examples"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusers_ddpm_ext.cli.arguments import lock_output_folder
-from diffusers_ddpm_ext.cli.measuring import image_options, images_of_split, join_processes, load_images
+from diffusers_ddpm_ext.cli.measuring import IS_STREAM, image_options, images_of_split, join_processes, load_images
 from diffusers_ddpm_ext.cli.pipeline_facts import facts_of_pipeline, read_pipeline_facts
 from diffusers_ddpm_ext.cli.sample_metrics_options import DEFAULT_SAMPLES, OTHER_SCHEDULER_STEPS, SampleMetricsOptions
 from diffusers_ddpm_ext.errors import ConfigError, as_config_error, as_run_error, warn
@@ -254,6 +254,8 @@ def _prepare(options: EvaluateOptions, samples_options: SampleMetricsOptions) ->
         pipeline.set_progress_bar_config(disable=True)
     if facts is None or data_options is None:
         data_options = _data_options(facts_of_pipeline(options.folder, pipeline), options.data)
+    if samples_options.memorization and data_options.streaming:
+        raise ConfigError(f"--memorization: {IS_STREAM}")
     if samples_options.samples is not None:
         data = load_data(replace(data_options, **NO_COLUMNS), progress=is_main)
         return Measurement(options, samples_options, None, data, processes, data_options)

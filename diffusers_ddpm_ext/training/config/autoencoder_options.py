@@ -66,7 +66,8 @@ class AutoencoderOptions:
 
 
 LEFT_OUT = (
-    "class_balance", "class_column", "concat_column", "context_column", "caption_column", "conditioning_dropout",
+    "class_balance", "class_names",
+    "class_column", "concat_column", "context_column", "caption_column", "conditioning_dropout",
     "validation_bpd", "validation_bpd_steps", "validation_metrics", "validation_samples", "feature_extractor",
     "trust_feature_extractor", "ddpm_num_inference_steps", "preview_guidance_scale",
 )  # fmt: skip

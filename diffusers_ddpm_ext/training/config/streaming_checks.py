@@ -44,7 +44,7 @@ def check_streaming_data(flat: Mapping[str, Any]) -> None:
     if flat["validation_examples"] is not None and flat["validation_fraction"]:
         raise ConfigError("--validation_examples and --validation_fraction contradict: use one of them")
     if not flat["streaming"]:
-        if flat["class_names"] is not None:
+        if flat.get("class_names") is not None:
             raise ConfigError("--class_names has no effect without --streaming: add that, or leave --class_names out")
         return
     if flat["train_data_dir"] is None and flat["dataset_name"] is None:
@@ -54,11 +54,11 @@ def check_streaming_data(flat: Mapping[str, Any]) -> None:
             "--streaming needs --dataset_weights for several folders or datasets, since a stream has no size (a"
             " pattern of files in quotes is one dataset)"
         )
-    if flat["class_balance"]:
+    if flat.get("class_balance"):
         raise ConfigError("--class_balance contradicts --streaming: it needs the classes of all images before the run")
     if flat["cache_images"] == "always":
         raise ConfigError("--cache_images always contradicts --streaming, which keeps no image: leave one of them out")
-    names = flat["class_names"]
+    names = flat.get("class_names")
     if names is not None and (len(set(names)) < len(names) or not all(name.strip() for name in names)):
         raise ConfigError(f"--class_names {printable(' '.join(names), 200)}: names must differ, and not be empty")
     if names is not None and flat["class_column"] is None:

@@ -106,7 +106,8 @@ def restored_lanes(setup: Setup, records: Mapping[str, Any]) -> Lanes | None:
 
 def describe_stream(plan: LanePlan, layout: BatchLayout) -> str:
     """How the processes of a run share its stream, for the printed plan."""
-    text = f"{plan.lanes} lane{'s' if plan.lanes > 1 else ''} of {plan.block:,} images in the buffer"
+    lanes = f"{plan.lanes} lane{'s' if plan.lanes > 1 else ''}"
+    text = f"{lanes} of {plan.block:,} image{'s' if plan.block > 1 else ''} in the buffer"
     if layout.world == 1:
         return text
     shares = [layout.lanes(plan, rank) for rank in range(layout.world)]

@@ -27,7 +27,14 @@ def open_metrics_logger(setup: Setup, folder: Path, progress: RunProgress) -> Me
     accelerator = setup.accelerator
     tracker_failed = bool(accelerator.log_with) and not start_tracker(accelerator, setup.config, folder)
     bar = ProgressDisplay(setup.plan.steps, progress.step, accelerator.is_main_process)
-    logger = MetricsLogger(folder, accelerator.log, setup.learns_logvar, setup.plan.effective_batch, bar)
+    logger = MetricsLogger(
+        folder,
+        accelerator.log,
+        setup.learns_logvar,
+        setup.plan.effective_batch,
+        bar,
+        is_stream=setup.data.stream is not None,
+    )
     logger.tracker_failed = tracker_failed
     with fail_together(accelerator):
         if accelerator.is_main_process:

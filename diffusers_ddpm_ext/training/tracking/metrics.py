@@ -60,6 +60,7 @@ class MetricsLogger:
         learned_logvar: whether the run learns log-variances.
         images_per_step: effective batch.
         progress_bar: shows the last loss.
+        is_stream: whether the images are a stream, whose samples are counted in place of epochs.
         stopwatch: seconds of training.
         pending: bytes by file that could not be written yet.
         tracker_failed: whether a tracker failed; nothing is sent to the trackers any more.
@@ -71,6 +72,7 @@ class MetricsLogger:
     learned_logvar: bool
     images_per_step: int
     progress_bar: ProgressDisplay
+    is_stream: bool = False
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
     pending: dict[str, bytes] = field(default_factory=dict)
     tracker_failed: bool = False
@@ -124,12 +126,14 @@ class MetricsLogger:
         self._append(METRICS, rows)
         speed = len(records) * self.images_per_step / max(seconds, 1e-9)
         timing = {"step": last.step, "seconds": round(self.stopwatch.seconds, 3), "images_per_second": round(speed, 2)}
-        self._append(TIMING, [timing])
+        seen = {"samples": last.step * self.images_per_step} if self.is_stream else {}
+        self._append(TIMING, [timing | seen])
         self.recent_losses += [record.loss_simple for record in records if record.applied]
         mean = _mean([row for row, record in zip(rows, records, strict=True) if record.applied])
-        self.log_to_trackers(mean | {"lr": last.learning_rate, "images_per_second": speed}, last.step)
+        self.log_to_trackers(mean | {"lr": last.learning_rate, "images_per_second": speed} | seen, last.step)
+        images = f"{seen['samples']:,} images, " if seen else ""
         loss = f"loss_simple {mean['train/loss_simple']:.4g}, " if mean else ""
-        self.progress_bar.show(last.step, f"{loss}lr {last.learning_rate:.2e}, {speed:.0f} images/s")
+        self.progress_bar.show(last.step, f"{images}{loss}lr {last.learning_rate:.2e}, {speed:.0f} images/s")
 
     def log_validation(self, step: int, values: Mapping[str, float]) -> None:
         """Log the metrics of a validation after ``step`` optimizer steps."""

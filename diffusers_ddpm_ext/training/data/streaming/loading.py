@@ -67,7 +67,8 @@ class Stream:
     def description(self) -> str:
         """Number of images, and how they are shuffled."""
         rows = self.opened.rows
-        count = f"{rows.num_rows:,} images" if rows.num_rows is not None else f"images in {rows.num_parts:,} shards"
+        shards = f"{rows.num_parts:,} shard{'s' if rows.num_parts > 1 else ''}"
+        count = f"{rows.num_rows:,} images" if rows.num_rows is not None else f"images in {shards}"
         shuffled = (
             f"shuffled {self.shuffle_buffer:,} at a time" if self.shuffle_buffer > 1 else "not shuffled in a shard"
         )
