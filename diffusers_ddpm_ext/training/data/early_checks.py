@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -66,7 +67,7 @@ def _check_channels(config: TrainConfig, network: Mapping[str, Any], option: str
 
 def _channels_of(path: Path) -> int | None:
     """Channels of an image from its header; None if Pillow does not read all of it, or only its pixels show them."""
-    with suppress(Exception), open_image(path) as (image, _):
+    with suppress(Exception), warnings.catch_warnings(action="ignore"), open_image(path) as (image, _):
         return None if image.format == "TIFF" and not is_plain_tiff(image) else CHANNELS_OF_MODE.get(image.mode)
     return None
 
