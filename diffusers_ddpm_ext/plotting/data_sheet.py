@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from diffusers_ddpm_ext.plotting.curves import log_axis
+from diffusers_ddpm_ext.plotting.curves import is_drawable, log_axis
 from diffusers_ddpm_ext.utils.files import write_atomically
 
 if TYPE_CHECKING:
@@ -125,6 +125,10 @@ def _draw_histogram(axes: Axes, sheet: DataSheet) -> None:
     from matplotlib import colormaps
 
     axes.set_title("values of pixels, per channel", fontsize=10)
+    if not is_drawable(sheet.edges).all():
+        axes.text(0.5, 0.5, "values beyond 1e100", ha="center", transform=axes.transAxes)
+        axes.set(xticks=[], yticks=[])
+        return
     channels = len(sheet.counts)
     inks = INKS.get(channels) or colormaps["viridis"](np.linspace(0, 0.9, channels))
     names = {3: "RGB", 4: "RGBA"}.get(channels, [str(channel) for channel in range(channels)])

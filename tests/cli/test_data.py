@@ -352,6 +352,17 @@ def test_nan_and_infinity_are_listed_by_name(tmp_path):
     assert "row 4, column 5" in found["files"][1]["reason"]
 
 
+@pytest.mark.parametrize("values", [[-1.7e308, 1.7e308], [1.7e308] * 2, [5e-324] * 2, [1e9, 1e9 + 1e-6], [0, 1e200]])
+def test_extreme_floats_have_a_range_and_a_picture(values, tmp_path):
+    folder = tmp_path / "arrays"
+    folder.mkdir()
+    np.save(folder / "a.npy", np.tile(values, (8, 4)))
+    result = run(folder) if values == [1.7e308] * 2 else look(folder)[0]
+    assert (result["train"]["kinds"][0]["low"], result["train"]["kinds"][0]["high"]) == (min(values), max(values))
+    low, high = parse_train_args(shlex.split(result["command"])[2:]).data.data_range or (0, 1)
+    assert low <= min(values) <= max(values) <= high
+
+
 def test_an_interrupt_leaves_nothing(tmp_path, monkeypatch, capsys):
     folder = write(tmp_path / "photos", 5)
 

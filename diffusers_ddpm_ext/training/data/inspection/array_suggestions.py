@@ -55,6 +55,8 @@ def _data_range(dtype: str, low: float, high: float, is_needed: bool) -> tuple[f
             return 0, 255, ""
         if low == high:
             return min(low, 0.0), max(high, 0.0), ", all the same"
+        if not math.isfinite(high - low):
+            return low, high, ""
         step = 10.0 ** (math.floor(math.log10(max(high - low, 1e-300))) - 1)
         return min(low, _outward(low, step, math.floor)), max(high, _outward(high, step, math.ceil)), ""
     limits = np.iinfo(dtype)
