@@ -27,6 +27,7 @@ bench:  ## comparisons with other implementations; tables in benchmarks/README.m
 	$(PYTHON) benchmarks/bench_latent_cache.py
 	$(PYTHON) benchmarks/bench_data.py epoch
 	$(PYTHON) benchmarks/bench_data.py start
+	$(PYTHON) benchmarks/bench_streaming.py
 
 torture:  ## guarantees of checkpoints and of hostile input, tested for hours
 	$(PYTHON) benchmarks/torture/faults.py
