@@ -18,6 +18,7 @@ from diffusers_ddpm_ext.training.config.pixel_options import ResizeMode
 from diffusers_ddpm_ext.training.data.pixel_values import movable
 from diffusers_ddpm_ext.training.data.resizing import COVERING, Box, Resizing, Size, Surface, fit, resample
 from diffusers_ddpm_ext.utils import random_keys as keys
+from diffusers_ddpm_ext.utils.pixel_format import PixelFormat
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,11 @@ class RandomCrop:
             box = random_box((image.shape[1], image.shape[2]), size, resizing.mode, self.scale, draws)
             pixels = resample(values, size, resizing.filter, self.surface, box)
         return torch.from_numpy(np.array(pixels.transpose(2, 0, 1), order="C"))
+
+
+def surface_of(pixel_format: PixelFormat, channels: int) -> Surface:
+    """What stored values of a format mean; four channels of an array are no color with transparency."""
+    return Surface((pixel_format.low, pixel_format.high), channels == 4 and pixel_format.suffix == ".png")
 
 
 def random_box(own: Size, size: Size, mode: ResizeMode, scale: tuple[float, float], draws: Sequence[float]) -> Box:
@@ -88,11 +94,11 @@ class Augmentation:
         """The same without anything random: images are resized as a whole."""
         return Augmentation(random_crop=self.random_crop)
 
-    def for_pictures(self, channels: int) -> Augmentation:
-        """The same for pictures with so many channels that are conditions of the images."""
+    def for_pictures(self, pixel_format: PixelFormat, channels: int) -> Augmentation:
+        """The same for pictures of this format and number of channels that are conditions of the images."""
         if self.random_crop is None:
             return self
-        return replace(self, random_crop=replace(self.random_crop, surface=Surface(has_alpha=channels == 4)))
+        return replace(self, random_crop=replace(self.random_crop, surface=surface_of(pixel_format, channels)))
 
     @property
     def symmetries(self) -> tuple[int, ...]:

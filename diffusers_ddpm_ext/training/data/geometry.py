@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from diffusers_ddpm_ext.training.config.data_options import DataOptions
 from diffusers_ddpm_ext.training.data.array_images import ArrayReading
-from diffusers_ddpm_ext.training.data.augmentation import Augmentation, RandomCrop
+from diffusers_ddpm_ext.training.data.augmentation import Augmentation, RandomCrop, surface_of
 from diffusers_ddpm_ext.training.data.decoding import Preprocessing
-from diffusers_ddpm_ext.training.data.resizing import Resizing, Surface
+from diffusers_ddpm_ext.training.data.resizing import Resizing
 from diffusers_ddpm_ext.utils.pixel_format import PixelFormat
 
 
@@ -22,8 +22,7 @@ def augmentation_of(options: DataOptions, pixel_format: PixelFormat, channels: i
     """What is changed at random in every training image, of this format and number of channels."""
     random_crop = None
     if options.random_crop == "before":
-        has_alpha = channels == 4 and pixel_format.suffix == ".png"  # four channels of an array are no transparency
-        surface = Surface((pixel_format.low, pixel_format.high), has_alpha)
+        surface = surface_of(pixel_format, channels)
         random_crop = RandomCrop(options.random_crop_scale, preprocessing_of(options).resizing, surface)
     return Augmentation(options.random_flip, options.vertical_flip, options.rotate90, random_crop)
 

@@ -127,7 +127,7 @@ class ImageSet:
         if self.concat_latents is not None:
             concat = self._load(self.concat_latents, indices, seed, epochs).mean
         elif columns.concat is not None:
-            augmentation = self.augmentation.for_pictures(columns.concat.channels)
+            augmentation = self.augmentation.for_pictures(columns.concat.pixel_format, columns.concat.channels)
             joined = replace(self, images=columns.concat, columns=None, augmentation=augmentation)
             joined = replace(joined, replace_unreadable=False, placed_like=self.images)
             values = joined.load_levels(indices, seed, epochs).values
