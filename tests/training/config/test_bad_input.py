@@ -233,10 +233,10 @@ LOOKED_AT: dict[str, tuple[list[str], list[str]]] = {
     "broken image": (["--train_data_dir", "broken"], ["broken.png", "--skip_bad_images"]),
     "truncated image": (["--train_data_dir", "truncated"], ["cut.png", "--skip_bad_images"]),
     "mixed channels": (["--train_data_dir", "mixed"], ["--channels"]),
-    "16-bit and 8-bit images": (["--train_data_dir", "deep"], ["'deep.png' has 16 bits", "'shallow.png' has 8"]),
-    "32-bit image": (["--train_data_dir", "wide"], ["wide.tiff", "not supported yet"]),
-    "float image": (["--train_data_dir", "floating"], ["float.tiff", "not supported yet"]),
-    "two channels": ([*PHOTOS, "--channels", "2"], ["--channels '2'", "1, 3, 4"]),
+    "16-bit and 8-bit images": (["--train_data_dir", "deep"], ["'deep.png' is uint16", "'shallow.png' is uint8"]),
+    "32-bit image": (["--train_data_dir", "wide"], ["wide.tiff", "int32", "--data_range"]),
+    "float image": (["--train_data_dir", "floating"], ["float.tiff", "from 0 to 1", "--data_range"]),
+    "two channels": ([*PHOTOS, "--channels", "2"], ["--channels 2", "color (3)"]),
     "no such dataset": (["--dataset_name", "./no_such_dataset"], ["--dataset_name", "no_such_dataset"]),
     "no such model": (["--model_config_name_or_path", "no.json"], ["--model_config_name_or_path", "no.json"]),
     "not a model": (["--model_config_name_or_path", "list.yaml"], ["--model_config_name_or_path", "list.yaml"]),
@@ -334,7 +334,8 @@ def place(tmp_path_factory):
     picture(root / "deep" / "deep.png", "I;16")
     picture(root / "deep" / "shallow.png", "L")
     picture(root / "wide" / "wide.tiff", "I")
-    picture(root / "floating" / "float.tiff", "F")
+    (root / "floating").mkdir()
+    Image.new("F", (64, 64), 255.0).save(root / "floating" / "float.tiff")
     for folder in ("empty", "texts", "folder.png", "half"):
         (root / folder).mkdir()
     (root / "texts" / "a.txt").touch()
