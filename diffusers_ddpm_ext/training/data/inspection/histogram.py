@@ -45,12 +45,6 @@ class Histogram:
         """Lower end of each bin, and the upper end of the last, (bins + 1,)."""
         return (self.first + np.arange(self.counts.shape[1] + 1, dtype=np.float64)) * self.width
 
-    def quantile(self, fraction: float) -> float:
-        """A value below which this fraction of all values lies, to within one bin."""
-        below = np.cumsum(self.counts.sum(axis=0))
-        place = int(np.searchsorted(below, fraction * below[-1]))
-        return float(self.edges[min(place, len(below) - 1)])
-
     def merge(self, other: Histogram) -> Histogram:
         """The histogram of the values of both; they have the same number of channels."""
         exponent = max(self.exponent, other.exponent)
