@@ -5,9 +5,9 @@
     ddpm-ext fit-steps RUN --num_inference_steps 5 10 --scheduler DPMSolverMultistepScheduler
     python benchmarks/few_steps.py RUN [--emoji EMOJI_FOLDER] --json FILE
 
-``RUN`` is a run on the digits, or with ``--emoji`` on the set of latents/emoji.py. Every choice of steps starts from
-the same noise, fresh for each of three seeds; the reference are the run's held-out images. Features are those of
-`--metrics` for the digits, and 64 of a small classifier of the emoji's groups (latents/distances.py).
+``RUN`` is a run on the digits, or with ``--emoji`` on the set of latents/emoji.py (``--held_out 2``). Every choice of
+steps starts from the same noise, fresh for each of three seeds; the reference are the run's held-out images. Features
+are those of `--metrics` for the digits, and 64 of a small classifier of the emoji's groups (latents/distances.py).
 
 An interval of a value is over samples: a jackknife of 20 groups, at this reference, whose choice would move all rows
 together. The last columns are the difference to the best evenly spaced choice (the least of leading, trailing and

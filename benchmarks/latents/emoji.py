@@ -1,6 +1,6 @@
 """Build a small color set of free pictures: emoji at 64 x 64, by the groups of Unicode's list.
 
-    python benchmarks/latents/emoji.py FOLDER [--font NotoColorEmoji.ttf --list emoji-test.txt]
+    python benchmarks/latents/emoji.py FOLDER [--font NotoColorEmoji.ttf --list emoji-test.txt] [--held_out 10]
 
 Writes ``FOLDER/train`` and ``FOLDER/held_out``, image folders with one subfolder per group (nine classes), and
 ``FOLDER/emoji.json`` with counts and the sources' sha256. Without ``--font`` and ``--list`` the two files come from
@@ -36,12 +36,17 @@ GENDERS = re.compile(r"\b(man|woman|person|men|women|people)\b")
 HELD_OUT = 10  # one picture in so many
 
 
-def main(description: str | None, write: Callable[[Path, Path, Path], dict[str, Any]]) -> int:
-    """Build a set from the command line: ``write`` draws it from the font and the list, and counts."""
+def main(description: str | None, write: Callable[..., dict[str, Any]], held_out: int | None = None) -> int:
+    """Build a set from the command line: ``write`` draws it from the font and the list, and counts.
+
+    With ``held_out``, the default of an option, it takes that, too.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--font", type=Path, help="color bitmap font (default: Debian's Noto Color Emoji)")
     parser.add_argument("--list", type=Path, dest="emoji_list", help="Unicode's emoji-test.txt (default: Debian's)")
+    if held_out is not None:
+        parser.add_argument("--held_out", type=int, default=held_out, help="hold out one picture in so many")
     options = parser.parse_args()
     if options.folder.exists():
         parser.error(f"{options.folder} exists")
@@ -50,7 +55,8 @@ def main(description: str | None, write: Callable[[Path, Path, Path], dict[str, 
             unpack_packages(Path(scratch))
         font = options.font or Path(scratch) / FONT
         emoji_list = options.emoji_list or Path(scratch) / LIST
-        counts = write(options.folder, font, emoji_list)
+        chosen = {} if held_out is None else {"held_out": options.held_out}
+        counts = write(options.folder, font, emoji_list, **chosen)
     print(json.dumps(counts, indent=2))
     return 0
 
@@ -88,7 +94,7 @@ def draw(font: ImageFont.FreeTypeFont, characters: str) -> Image.Image | None:
     return square.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BOX, reducing_gap=None)
 
 
-def write_pictures(folder: Path, font_path: Path, list_path: Path) -> dict[str, object]:
+def write_pictures(folder: Path, font_path: Path, list_path: Path, held_out: int = HELD_OUT) -> dict[str, object]:
     """Draw every emoji of the list into its folder, and return the counts."""
     if not features.check("raqm"):
         sys.exit("error: this Pillow has no raqm, which joins characters to one emoji; the wheels of PyPI have it.")
@@ -104,7 +110,7 @@ def write_pictures(folder: Path, font_path: Path, list_path: Path) -> dict[str, 
             continue
         seen.add(pixels)
         key = hashlib.sha256(" ".join(GENDERS.sub("", name).split()).encode()).digest()
-        part = "held_out" if int.from_bytes(key[:4], "big") % HELD_OUT == 0 else "train"
+        part = "held_out" if int.from_bytes(key[:4], "big") % held_out == 0 else "train"
         place = folder / part / group.replace(" & ", "_and_")
         place.mkdir(parents=True, exist_ok=True)
         picture.save(place / ("-".join(f"{ord(character):x}" for character in characters) + ".png"))
@@ -120,4 +126,4 @@ def write_pictures(folder: Path, font_path: Path, list_path: Path) -> dict[str, 
 
 
 if __name__ == "__main__":
-    sys.exit(main(__doc__, write_pictures))
+    sys.exit(main(__doc__, write_pictures, HELD_OUT))
