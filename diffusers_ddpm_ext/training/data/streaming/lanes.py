@@ -12,6 +12,7 @@ of them in an epoch, up to one; then each row occurs once per epoch.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ import torch
 from diffusers_ddpm_ext.errors import RunError, printable
 from diffusers_ddpm_ext.training.data.streaming.rows import MAX_PARTS, Row, RowStream
 from diffusers_ddpm_ext.utils import random_keys as keys
+
+RETRY_SECONDS = (1.0, 5.0, 25.0)
+"""Waits before rows are read again that the network or the disk did not give."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +193,7 @@ class _Cursor:
             if self._order[0] != start.epoch:
                 self._order = start.epoch, self._parts(start.epoch)
             try:
-                rows = self._read_rows(self._order[1])
+                rows = self._read_with_retries(self._order[1])
             except Exception as error:  # of any library that reads files or the network
                 reason = " ".join(f"{type(error).__name__} {error}".split())
                 raise RunError(
@@ -201,6 +205,18 @@ class _Cursor:
                 return Block([rows[place] for place in order], start)
             self._at, self._open = LanePosition(start.epoch + 1), None
         raise RunError("no row is left to train on")
+
+    def _read_with_retries(self, parts: list[int]) -> list[Row]:
+        """`_read_rows`, again from the beginning of the block after a failure of the network or the disk."""
+        for seconds in RETRY_SECONDS:
+            try:
+                return self._read_rows(parts)
+            except (FileNotFoundError, PermissionError):
+                raise
+            except OSError:
+                self._open = None
+                time.sleep(seconds)
+        return self._read_rows(parts)
 
     def _read_rows(self, parts: list[int]) -> list[Row]:
         """Up to a block of rows, less at the end of an epoch, none after it; moves on behind them."""

@@ -176,6 +176,31 @@ def test_a_sample_is_spread_over_the_parts():
     assert len(spread_rows(sharded(100), 64)) == 64
 
 
+@pytest.mark.parametrize(("failures", "error"), [(2, OSError), (9, OSError), (1, FileNotFoundError), (1, ValueError)])
+def test_a_failing_network_is_tried_again(monkeypatch, failures, error):
+    """From the beginning of the block, so that no row is lost or read twice; what stays wrong ends the run."""
+    left = [failures]
+
+    class Failing(Numbers):
+        def cells(self, start, stop):
+            for number in range(start, stop):
+                if number == 13 and left[0]:
+                    left[0] -= 1
+                    raise error("no answer")
+                yield {"number": number}
+
+    waits = []
+    monkeypatch.setattr("time.sleep", waits.append)
+    rows, expected = CountedRows(Failing(40, 1)), stream(CountedRows(Numbers(40, 1)), [BatchLayout(8)], 10)
+    if (failures, error) == (2, OSError):
+        assert stream(rows, [BatchLayout(8)], 10) == expected
+        assert waits == [1, 5]
+    else:
+        with pytest.raises(RunError, match=f"can no longer be read .{error.__name__} no answer"):
+            stream(rows, [BatchLayout(8)], 10)
+        assert len(waits) == (3 if error is OSError else 0)
+
+
 @pytest.mark.parametrize("lengths", [(), (0,), (0, 0, 0)])
 def test_a_stream_without_rows_ends_in_an_error(lengths):
     with ThreadPoolExecutor(1) as executor:
