@@ -14,7 +14,8 @@ from diffusers_ddpm_ext.training.config.train_config import TrainConfig, parse_t
 FLAGS = """
 vae vae_subfolder scale_factor scale_by_std latent_stats latent_mode concat_through_vae
 cache_latents cache_latents_dtype
-dataset_weights class_balance
+dataset_weights class_balance cache_images class_names
+streaming shuffle_buffer validation_examples array_key array_layout data_range preview_channels
 train_data_dir dataset_name dataset_config_name image_column cache_dir validation_fraction validation_split
 validation_data_dir resolution center_crop random_flip
 resize resize_filter random_crop random_crop_scale vertical_flip rotate90 background
