@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from contextlib import suppress
 from dataclasses import asdict
 from importlib import metadata
@@ -128,6 +129,6 @@ def is_worthwhile(cache: ImageCache, memory_limit: int) -> bool:
     count = len(cache.source.names)
     if count >= MANY_IMAGES or cache.identity.num_bytes >= MANY_BYTES:
         return True
-    with suppress(UnreadableImage, ConfigError):  # which the pass over all images names
+    with suppress(UnreadableImage, ConfigError), warnings.catch_warnings(action="ignore"):  # the pass names faults
         return count * decode_image(cache.source.payload(0), cache.preprocessing).pixels.nbytes > memory_limit
     return False

@@ -380,3 +380,11 @@ def test_another_range_is_another_set_of_images(tmp_path):
     np.save(tmp_path / "a.npy", np.full(SIZE, 0.5, np.float32))
     fingerprints = {folder_data(tmp_path, data_range=each).fingerprint for each in (None, (0.0, 1.0), (0.0, 2.0))}
     assert len(fingerprints) == 2
+
+
+def test_a_damaged_tiff_gives_one_error_and_no_warning(tmp_path):
+    """Also where one image is read before the pass over all of them; warnings are errors in tests."""
+    (tmp_path / "a.tif").write_bytes(tiff(values("float32", None))[:150])
+    for mode in ("never", "auto"):
+        with pytest.raises(ConfigError, match=r"1 of 1 images cannot be read: 'a.tif'"):
+            folder_data(tmp_path, cache_images=mode, cache_dir=str(tmp_path / "cache"))
