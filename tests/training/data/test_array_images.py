@@ -177,9 +177,9 @@ def test_jpeg_2000_of_16_bits_per_color():
 
 @pytest.mark.parametrize("module", ["tifffile", "imagecodecs"])
 def test_a_missing_reader_is_named_with_its_install_line(monkeypatch, tmp_path, module):
-    monkeypatch.setitem(sys.modules, module, None)
     content = imagecodecs.png_encode(values("uint16")) if module == "imagecodecs" else tiff(values("float32", None))
     (tmp_path / "a.png").write_bytes(content)
+    monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ConfigError, match=rf"'a.png'.*need `{module}`: pip install diffusers-ddpm-ext\[arrays\]$"):
         folder_data(tmp_path, skip_bad_images=True)
 
