@@ -96,7 +96,7 @@ def positional(metavar: str, help: str, default: Any = MISSING, *, path: bool = 
 def option_like(cls: type, name: str) -> Any:
     """Declare an option as another dataclass does; the annotation must be the same."""
     declared = next(item for item in fields(cls) if item.name == name)
-    return field(default=declared.default, default_factory=declared.default_factory, metadata=declared.metadata)  # type: ignore[call-overload]
+    return field(default=declared.default, default_factory=declared.default_factory, metadata=declared.metadata)
 
 
 def embedded(section: type, description: str) -> dict[str, Any]:
