@@ -493,7 +493,8 @@ def stream_cases() -> Iterator[BadInput]:
         "complex.npy",
         "two-arrays.npz",
     ):
-        yield _case("streams", f"{base} --train_data_dir bad", name, "", _beside("bad", name, ARRAY_FILES[name]))
+        write = _beside("bad", name, ARRAY_FILES[name])
+        yield _case("streams", f"{base} --train_data_dir bad", name, "", write, f"a stream of {name}")
     for name, content in OTHER_KINDS.items():
         write = _beside("photos/cat", f"x-{name}", content)
         yield _case(

@@ -20,10 +20,10 @@ from diffusers_ddpm_ext.utils.next_command import next_command
 
 # command -> its line in --help. `fit-variance` is the function `fit_variance_command(argv) -> str` of cli/fit_variance
 COMMANDS = {
-    "data": "what a folder of images or a dataset holds: sizes, values, classes, duplicates, and the flags that fit",
     "train": "train a diffusion model on images (with no option: on handwritten digits), save it as a pipeline",
     "train-vae": "train a first stage on images: the autoencoder whose latents `train --vae` learns to draw",
     "sample": "draw images from a saved pipeline",
+    "data": "what a folder of images or a dataset holds: sizes, values, classes, duplicates, and the flags that fit",
     "evaluate": "bits per dimension of held-out images, with an interval",
     "fit-variance": "the best reverse variance and the best few steps of a trained network",
     "fit-steps": "the few steps of a sampler whose samples are closest to those of many steps",

@@ -53,7 +53,7 @@ def named_timesteps(
         if known:
             found = f"for {scheduler} those of {format_ranges(known)} steps are fitted"
     if str(count) not in known:
-        raise ValueError(f"{label}: {found}; fit them with `{fit}`, or use 'even'.")
+        raise ValueError(f"{label}: {found}; find them with `{fit}`, or use 'even'.")
     return known[str(count)]
 
 

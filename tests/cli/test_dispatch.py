@@ -291,11 +291,14 @@ def test_images_one_by_one(folder, drawn, tmp_path):
             assert np.abs(np.asarray(picture) / 255 - image).max() < 0.5 / 255 + 1e-6
 
 
-def test_two_channels_stand_side_by_side(folder, drawn, tmp_path):
-    assert drawn("two", "--num_images", "1", "--individual", "apart").shape == (1, 8, 16, 2)
-    with Image.open(tmp_path / "apart" / "00000.png") as picture:
-        assert picture.mode == "L"
-        assert picture.width >= 32
+def test_two_channels_are_written_as_arrays(folder, drawn, tmp_path, capsys):
+    """No PNG file holds two channels."""
+    assert cli.main(["sample", str(folder / "two"), "--out", "x.npy", "--individual", "apart", "--device", "cpu"]) == 2
+    assert "--format npy, npz or tif" in capsys.readouterr().err
+    assert not (tmp_path / "apart").exists()
+    shown = drawn("two", "--num_images", "1", "--individual", "apart", "--format", "npy")
+    assert shown.shape == (1, 8, 16, 2)
+    assert np.load(tmp_path / "apart" / "00000.npy").shape == (8, 16, 2)
 
 
 def test_sample_runs_on_the_base_install(folder, tmp_path):

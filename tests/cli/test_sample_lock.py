@@ -131,20 +131,20 @@ def test_what_fails_leaves_nothing(folder, tmp_path, monkeypatch, capsys):
 
 def test_images_beside_the_grid_survive_a_kill(folder, tmp_path, monkeypatch, capsys):
     """Killed while it writes the individual files: the same command finishes, from the images it had drawn."""
-    from diffusers_ddpm_ext.cli import sample_output
+    from diffusers_ddpm_ext.cli.sample_files import SampleFormat
 
     class Kill(BaseException):
         pass
 
-    def save(path, *more):
+    def save(form, path, image):
         if path.name == "00003.png":
             raise Kill
-        return before(path, *more)
+        return before(form, path, image)
 
     monkeypatch.chdir(tmp_path)
-    before = sample_output.save_png
+    before = SampleFormat.save
     with monkeypatch.context() as context:
-        context.setattr(sample_output, "save_png", save)
+        context.setattr(SampleFormat, "save", save)
         with pytest.raises(Kill):
             cli.main(arguments(folder, "a.npy", 0, "--individual", "apart"))
     assert cli.main(arguments(folder, "a.npy", 0, "--individual", "apart")) == 0

@@ -18,6 +18,7 @@ from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtScheduler
 from diffusers_ddpm_ext.cli import main
 from diffusers_ddpm_ext.compvis.architecture import translate_unet
 from diffusers_ddpm_ext.compvis.weights import export_unet
+from diffusers_ddpm_ext.training.config.train_config import parse_train_args
 
 UNET = "ldm.modules.diffusionmodules.openaimodel.UNetModel"
 VQ = {"target": "ldm.models.autoencoder.VQModelInterface", "params": {"embed_dim": 3}}
@@ -135,13 +136,14 @@ def test_latents_are_not_measured_on_images(command, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("channels", [2, 9, 16])
-def test_a_model_of_other_channels_names_no_command_that_fails(channels, tmp_path, capsys):
-    """Models of images that a run cannot read, without an autoencoder."""
+def test_a_model_of_arrays_names_its_command(channels, tmp_path, capsys):
+    """Images of any number of channels, without an autoencoder."""
     write_source(tmp_path, channels, target="DDPM")
     content = yaml.safe_load((tmp_path / "m.yaml").read_text())
     del content["model"]["params"]["first_stage_config"], content["model"]["params"]["cond_stage_config"]
     (tmp_path / "m.yaml").write_text(yaml.safe_dump(content))
     assert main(["convert-config", str(tmp_path / "m.yaml"), "--out", str(tmp_path / "run.yaml")]) == 0
-    output = capsys.readouterr().out
-    assert f"of {channels}." in output
-    assert "ddpm-ext train --config" not in output
+    run, output = tmp_path / "run.yaml", capsys.readouterr().out
+    assert f"ddpm-ext train --config {run} --train_data_dir FOLDER" in output
+    network = parse_train_args(["--config", str(run), "--train_data_dir", str(tmp_path)]).model.model_config
+    assert network["in_channels"] == channels
