@@ -19,6 +19,7 @@ from diffusers_ddpm_ext.utils.pipeline_files import MODEL_INDEX
 Dtype = Literal["float32", "bfloat16", "float16"]
 FOLDER_HELP = "Output folder of a run, folder of a saved pipeline, or Hub id."
 LOCAL_FOLDER_HELP = "Output folder of a run, or folder of a saved pipeline."
+SCHEDULER_CONFIG = Path("scheduler") / "scheduler_config.json"
 DEVICE_HELP = "Device: cpu, cuda, cuda:1, mps, ..."
 
 
@@ -62,6 +63,18 @@ def check_pipeline_folder(name: str) -> Path:
     if not Path(name).is_dir():
         raise ConfigError(f"{name} is not a folder on this machine: give the folder of a saved pipeline")
     return Path(name)
+
+
+def check_scheduler_folder(name: str) -> None:
+    """Check that ``name`` is the folder of a saved pipeline whose scheduler can be rewritten.
+
+    Raises:
+        ConfigError: it is not, it has no scheduler, or another process writes to it.
+    """
+    check_pipeline_source(name)
+    check_not_locked("FOLDER", FolderLock(Path(name)))
+    if not (Path(name) / SCHEDULER_CONFIG).is_file():
+        raise ConfigError(f"{name} has no {SCHEDULER_CONFIG} to write to: give the folder of a saved pipeline")
 
 
 def check_output_path(flag: str, path: Path, kind: Literal["file", "folder"]) -> None:

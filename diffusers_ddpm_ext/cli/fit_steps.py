@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from diffusers_ddpm_ext.cli.arguments import (
     DEVICE_HELP,
     LOCAL_FOLDER_HELP,
+    SCHEDULER_CONFIG,
     Dtype,
-    check_not_locked,
-    check_pipeline_source,
+    check_scheduler_folder,
     lock_output,
 )
 from diffusers_ddpm_ext.cli.parser import parse_options
@@ -36,7 +36,6 @@ from diffusers_ddpm_ext.utils.vocabulary import SAMPLE_TIMESTEPS
 if TYPE_CHECKING:
     from diffusers_ddpm_ext.diffusion.step_fit import StepFit
 
-SCHEDULER_CONFIG = Path("scheduler") / "scheduler_config.json"
 MAX_STEPS, MAX_TRAJECTORIES = 200, 100_000
 NOISE_CHECK = 4  # network calls that find out whether a scheduler draws noise
 CONDITIONS = (
@@ -110,12 +109,7 @@ def parse_fit_steps_args(argv: Sequence[str]) -> FitStepsOptions:
     counts = options.num_inference_steps
     if len(set(counts)) < len(counts):
         raise ConfigError(f"--num_inference_steps {' '.join(map(str, counts))} names one twice: leave one out")
-    check_pipeline_source(options.folder)
-    check_not_locked("FOLDER", FolderLock(Path(options.folder)))
-    if not (Path(options.folder) / SCHEDULER_CONFIG).is_file():
-        raise ConfigError(
-            f"{options.folder} has no {SCHEDULER_CONFIG} to write to: give the folder of a saved pipeline"
-        )
+    check_scheduler_folder(options.folder)
     return options
 
 

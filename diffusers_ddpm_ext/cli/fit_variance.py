@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from diffusers_ddpm_ext.cli.arguments import (
     LOCAL_FOLDER_HELP,
+    SCHEDULER_CONFIG,
     Dtype,
-    check_not_locked,
-    check_pipeline_source,
+    check_scheduler_folder,
     lock_output,
 )
 from diffusers_ddpm_ext.cli.extras import TRAIN_MODULES, require_modules
@@ -50,7 +50,6 @@ if TYPE_CHECKING:
 
 FIT_RECORD = "variance_fit.json"
 MAX_RECORD_BYTES = 4 * MAX_TEXT_BYTES
-SCHEDULER_CONFIG = Path("scheduler") / "scheduler_config.json"
 FIT_VARIANCE_EXAMPLES = """examples:
   ddpm-ext fit-variance runs/digits
   ddpm-ext fit-variance runs/digits --source logvar          errors from the log-variances that the run learned
@@ -99,12 +98,7 @@ def parse_fit_variance_args(argv: Sequence[str]) -> FitVarianceOptions:
     """The options of a command line, checked; errors are those of `parse_options`."""
     options = parse_options(FitVarianceOptions, argv, "fit-variance", FIT_VARIANCE_EXAMPLES)
     check_bin_width(options)
-    check_pipeline_source(options.folder)
-    check_not_locked("FOLDER", FolderLock(Path(options.folder)))
-    if not (Path(options.folder) / SCHEDULER_CONFIG).is_file():
-        raise ConfigError(
-            f"{options.folder} has no {SCHEDULER_CONFIG} to write to: give the folder of a saved pipeline"
-        )
+    check_scheduler_folder(options.folder)
     return options
 
 

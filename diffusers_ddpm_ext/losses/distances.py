@@ -84,7 +84,7 @@ def check_perceptual_channels(channels: int) -> None:
     """Raise ValueError unless images of so many channels have perceptual features, which 1, 3 and 4 have."""
     if channels not in (1, 3, 4):
         raise ValueError(
-            f"perceptual_model compares pictures of 1, 3 or 4 channels, and these have {channels}: leave it out."
+            f"perceptual_model: its features need images of 1, 3 or 4 channels, not {channels}: leave it out."
         )
 
 

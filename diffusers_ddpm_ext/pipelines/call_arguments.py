@@ -17,7 +17,7 @@ from diffusers_ddpm_ext.diffusion.arguments import check_finite, check_samples
 from diffusers_ddpm_ext.utils.checks import checked_integer, describe
 from diffusers_ddpm_ext.utils.wrappers import unwrap
 
-OUTPUT_TYPES = ("pil", "np", "pt", "array", "latent")
+OUTPUT_TYPES = ("pil", "np", "pt", "latent", "array")
 CALLBACK_TENSORS = ("latents", "model_output", "model_input")
 MAX_SAMPLE_VALUES = 2**32
 """Values of a batch: 16 GiB in float32. More is a wrong size."""

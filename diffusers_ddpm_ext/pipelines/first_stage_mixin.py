@@ -196,7 +196,7 @@ class FirstStageMixin(PipelineAttributes, DiffusionPipeline):
             known = ", ".join(f"{count} ({mode})" for count, mode in PIL_MODES.items())
             raise ValueError(
                 f'output_type is "pil", but the images have {channels} channels; PIL images have {known}. '
-                'Use output_type="array" for the values of the data, "np" or "pt" for [0, 1].'
+                'Use output_type="np" or "pt" for [0, 1], "array" for the values of the data.'
             )
 
     def _as_images(self, sample: Tensor, output_type: str | None) -> Any:

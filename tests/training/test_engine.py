@@ -319,10 +319,10 @@ def test_an_image_that_becomes_unreadable(skip, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(data.load_data, "__kwdefaults__", {"progress": False, "memory_limit": 0})
     real = trainer.open_batches
 
-    def breaking(*arguments: Any) -> Any:
+    def breaking(*arguments: Any, **more: Any) -> Any:
         for path in sorted(folder.iterdir())[::3]:
             path.write_bytes(path.read_bytes()[:40])
-        return real(*arguments)
+        return real(*arguments, **more)
 
     monkeypatch.setattr(trainer, "open_batches", breaking)
     options = {

@@ -38,7 +38,8 @@ def test_every_option_that_names_a_file_or_folder_is_a_path():
     """Texts without ``path=True`` are listed here, so that a new option cannot be forgotten."""
     texts = {option.name for option in every_option() if option.hint is str and not option.is_path}
     assert texts <= {
-        "caption_column", "class_column", "commit_message", "concat_column", "context_column", "dataset_config_name",
+        "array_key", "background", "caption_column", "class_column", "commit_message", "concat_column",
+        "context_column", "dataset_config_name",
         "device", "hub_model_id", "hub_token", "image_column", "license", "monitor", "report_to", "resume_from_hub",
         "revision", "scheduler", "text_encoder_subfolder", "vae_subfolder", "validation_split", "variant",
     }  # fmt: skip

@@ -9,7 +9,7 @@ from pathlib import Path
 from diffusers_ddpm_ext.errors import ConfigError
 from diffusers_ddpm_ext.training.data.array_images import ArrayReading, UnreadableImage, UnsupportedImage
 from diffusers_ddpm_ext.training.data.image_files import Payload
-from diffusers_ddpm_ext.training.data.inspection.inspect import ImageSource
+from diffusers_ddpm_ext.training.data.image_scan import ImageSource
 from diffusers_ddpm_ext.training.data.raw_image import read_image
 from diffusers_ddpm_ext.utils.array_files import read_arrays
 

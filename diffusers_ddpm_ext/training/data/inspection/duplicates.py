@@ -16,8 +16,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from diffusers_ddpm_ext.training.data.image_files import Payload
+from diffusers_ddpm_ext.training.data.image_scan import ImageSource
 from diffusers_ddpm_ext.training.data.inspection.image_facts import DIGEST_BYTES
-from diffusers_ddpm_ext.training.data.inspection.inspect import ImageSource, read_in_threads
+from diffusers_ddpm_ext.training.data.inspection.inspect import read_in_threads
 from diffusers_ddpm_ext.training.data.inspection.perceptual_hash import SIDE, close_pairs
 from diffusers_ddpm_ext.training.data.inspection.summary import MAX_NAMES, SetSummary
 from diffusers_ddpm_ext.training.data.raw_image import RawImage, read_image

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -15,22 +15,12 @@ from tqdm import tqdm
 from diffusers_ddpm_ext.errors import ConfigError
 from diffusers_ddpm_ext.training.data.array_images import AS_WRITTEN, ArrayReading, NonFiniteImage, UnreadableImage
 from diffusers_ddpm_ext.training.data.image_files import Payload
+from diffusers_ddpm_ext.training.data.image_scan import ImageSource
 from diffusers_ddpm_ext.training.data.inspection.image_facts import ImageFacts, image_facts
 from diffusers_ddpm_ext.training.data.inspection.summary import SetSummary
 
 IMAGES_PER_BLOCK = 64
 Result = TypeVar("Result")
-
-
-class ImageSource(Protocol):
-    """Undecoded images in a fixed order, and the option that selected them, for messages."""
-
-    @property
-    def option(self) -> str: ...
-    @property
-    def names(self) -> Sequence[str]: ...
-    def payload(self, index: int) -> Payload:
-        """Return the file of an image, or its content; None if it has none."""
 
 
 def inspect_source(

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from diffusers_ddpm_ext.training.data.image_scan import ImageSource
 from diffusers_ddpm_ext.training.data.inspection.classes import ClassColumn
 from diffusers_ddpm_ext.training.data.inspection.duplicates import Duplicates, Place
 from diffusers_ddpm_ext.training.data.inspection.histogram import Histogram, coarsen
 from diffusers_ddpm_ext.training.data.inspection.image_facts import Kind
-from diffusers_ddpm_ext.training.data.inspection.inspect import ImageSource
 from diffusers_ddpm_ext.training.data.inspection.suggestion import Suggestion, command_line
 from diffusers_ddpm_ext.training.data.inspection.summary import Named, PixelSummary, SetSummary
 from diffusers_ddpm_ext.training.data.inspection.symmetry import MOVES
