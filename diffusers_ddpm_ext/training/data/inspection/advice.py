@@ -29,11 +29,13 @@ def advise(summaries: Sequence[SetSummary], duplicates: Duplicates) -> list[str]
         advice.append(
             f"the images have {', '.join(map(str, channels))} channels, which a run refuses: make them agree"
         )
-    if duplicates.num_leaked or any(pair.crosses for pair in duplicates.near):
+    if duplicates.num_leaked:
         advice.append("remove the validation images that are training images: a loss on them says nothing")
+    elif any(pair.crosses for pair in duplicates.near):
+        advice.append("look at the pairs of both sets: a loss on validation images that are trained on says nothing")
     elif len(summaries) == 1 and (duplicates.num_copies[0] or duplicates.near):
         advice.append("remove duplicates: --validation_fraction may put the copies of one image on both sides")
-    if summaries[0].num_readable < FEW_IMAGES:
+    if summaries[0].total < FEW_IMAGES:
         advice.append(
             f"a model of fewer than {FEW_IMAGES:,} images repeats them: see ddpm-ext evaluate --memorization"
         )
