@@ -109,7 +109,7 @@ def test_a_first_stage_decodes_to_the_data(tmp_path):
 
 def test_pil_images_of_other_channels_name_the_way_out():
     """Refused before a step is computed."""
-    with pytest.raises(ValueError, match=r'5 channels.*output_type="array"'):
+    with pytest.raises(ValueError, match=r'5 channels.*"array" for the values'):
         draw(build(5, FORMATS[5]), "pil")
 
 
