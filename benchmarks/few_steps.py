@@ -12,7 +12,7 @@ are those of `--metrics` for the digits, and 64 of a small classifier of the emo
 An interval of a value is over samples: a jackknife of 20 groups, at this reference, whose choice would move all rows
 together. The last columns are the difference to the best evenly spaced choice (the least of leading, trailing and
 linspace, by the same metric), with its interval over samples and reference images, which both rows share. ``distance``
-is the root mean square distance to the samples of 50 steps from the same noise.
+is the root mean square distance to the samples of many steps (``--many``) from the same noise.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from diffusers_ddpm_ext.utils.random_keys import generator
 sys.path.insert(0, str(Path(__file__).parent / "latents"))
 
 SCHEDULERS = ("DDIMScheduler", "DPMSolverMultistepScheduler")
-COUNTS, SEEDS, MANY, BATCH = (5, 10), 3, 50, 250
+COUNTS, SEEDS, BATCH = (5, 10), 3, 250
 EVEN = ("leading", "trailing", "linspace")
 METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {"fd": frechet_distance, "kid": kernel_distance}
 
@@ -55,6 +55,8 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--emoji", type=Path, help="folder of emoji.py; default: the digits")
     parser.add_argument("--num_images", type=int, default=500, help="of each seed")
+    parser.add_argument("--schedulers", nargs="+", default=SCHEDULERS, metavar="NAME", help="default: all of them")
+    parser.add_argument("--many", type=int, default=50, help="steps of the reference from the same noise")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -68,11 +70,12 @@ def main() -> int:
     noise = fresh_noise(pipeline, options.num_images)
     report: dict[str, Any] = {"num_images": options.num_images, "seeds": SEEDS, "num_reference": len(reference)}
     report["rows"] = rows = []
-    for name in SCHEDULERS:
+    for name in options.schedulers:
         pipeline.scheduler = getattr(diffusers, name).from_config(pipeline.trained_scheduler.config)
         total = len(pipeline.trained_scheduler)
-        many = draw(pipeline, noise, spaced_timesteps(MANY, total, "trailing").tolist())
-        rows.append(describe(name, MANY, "trailing", None, many, many, features(rounded(many, levels)), reference))
+        many = draw(pipeline, noise, spaced_timesteps(options.many, total, "trailing").tolist())
+        measured_many = features(rounded(many, levels))
+        rows.append(describe(name, options.many, "trailing", None, many, many, measured_many, reference))
         print_row(rows[-1])
         for count in COUNTS:
             measured = {}
