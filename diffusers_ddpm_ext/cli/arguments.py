@@ -10,9 +10,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
-from diffusers_ddpm_ext.errors import ConfigError, printable
+from diffusers_ddpm_ext.errors import ConfigError, as_run_error, printable
 from diffusers_ddpm_ext.utils.folder_lock import FolderBusy, FolderLock
-from diffusers_ddpm_ext.utils.generations import COMMITTED
+from diffusers_ddpm_ext.utils.generations import COMMITTED, finish_replacement
 from diffusers_ddpm_ext.utils.next_command import next_command
 from diffusers_ddpm_ext.utils.pipeline_files import MODEL_INDEX
 
@@ -75,6 +75,21 @@ def check_scheduler_folder(name: str) -> None:
     check_not_locked("FOLDER", FolderLock(Path(name)))
     if not (Path(name) / SCHEDULER_CONFIG).is_file():
         raise ConfigError(f"{name} has no {SCHEDULER_CONFIG} to write to: give the folder of a saved pipeline")
+
+
+@contextmanager
+def open_scheduler_folder(name: str) -> Iterator[Path]:
+    """Lock a folder that `check_scheduler_folder` has accepted, and finish what a killed process was replacing in it.
+
+    Raises:
+        ConfigError: another process writes to it.
+        RunError: it cannot be written.
+    """
+    folder = Path(name)
+    with lock_output("FOLDER", FolderLock(folder)):
+        with as_run_error(folder):
+            finish_replacement(folder)
+        yield folder
 
 
 def check_output_path(flag: str, path: Path, kind: Literal["file", "folder"]) -> None:

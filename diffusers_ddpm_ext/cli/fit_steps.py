@@ -16,7 +16,7 @@ from diffusers_ddpm_ext.cli.arguments import (
     SCHEDULER_CONFIG,
     Dtype,
     check_scheduler_folder,
-    lock_output,
+    open_scheduler_folder,
 )
 from diffusers_ddpm_ext.cli.parser import parse_options
 from diffusers_ddpm_ext.cli.pipeline_facts import PipelineFacts, read_pipeline_facts
@@ -25,8 +25,6 @@ from diffusers_ddpm_ext.cli.sample_options import SampleOptions
 from diffusers_ddpm_ext.errors import ConfigError, as_config_error, as_run_error
 from diffusers_ddpm_ext.pipelines.loading import load_pipeline, quiet_diffusers, select_device
 from diffusers_ddpm_ext.utils.files import write_text_atomically
-from diffusers_ddpm_ext.utils.folder_lock import FolderLock
-from diffusers_ddpm_ext.utils.generations import finish_replacement
 from diffusers_ddpm_ext.utils.input_files import JsonObject, read_json_object
 from diffusers_ddpm_ext.utils.memory import memory_bytes
 from diffusers_ddpm_ext.utils.option import option, option_like, positional
@@ -120,10 +118,7 @@ def fit_steps(options: FitStepsOptions) -> str:
         ConfigError: the pipeline cannot be loaded or sampled so, or there is nothing to undo.
         RunError: the folder cannot be written.
     """
-    folder = Path(options.folder)
-    with lock_output("FOLDER", FolderLock(folder)):
-        with as_run_error(folder):
-            finish_replacement(folder)
+    with open_scheduler_folder(options.folder) as folder:
         return _undo(folder) if options.undo else _fit(folder, options)
 
 

@@ -15,7 +15,7 @@ from diffusers_ddpm_ext.cli.arguments import (
     SCHEDULER_CONFIG,
     Dtype,
     check_scheduler_folder,
-    lock_output,
+    open_scheduler_folder,
 )
 from diffusers_ddpm_ext.cli.extras import TRAIN_MODULES, require_modules
 from diffusers_ddpm_ext.cli.measuring import (
@@ -35,8 +35,6 @@ from diffusers_ddpm_ext.errors import ConfigError, as_config_error, as_run_error
 from diffusers_ddpm_ext.hub.card_facts import BITS_PER_DIM, BITS_PER_LATENT
 from diffusers_ddpm_ext.pipelines.loading import load_pipeline, select_device
 from diffusers_ddpm_ext.utils.files import CONFIG, write_text_atomically
-from diffusers_ddpm_ext.utils.folder_lock import FolderLock
-from diffusers_ddpm_ext.utils.generations import finish_replacement
 from diffusers_ddpm_ext.utils.input_files import MAX_TEXT_BYTES, file_name, read_json_object
 from diffusers_ddpm_ext.utils.option import option, positional
 from diffusers_ddpm_ext.utils.vocabulary import SAMPLE_TIMESTEPS
@@ -109,10 +107,7 @@ def fit_variance(options: FitVarianceOptions) -> str:
         ConfigError: the pipeline cannot be loaded, or there is nothing to fit.
         RunError: the folder cannot be written.
     """
-    folder = Path(options.folder)
-    with lock_output("FOLDER", FolderLock(folder)):
-        with as_run_error(folder):
-            finish_replacement(folder)
+    with open_scheduler_folder(options.folder) as folder:
         return _undo(folder) if options.undo else _fit(folder, options)
 
 

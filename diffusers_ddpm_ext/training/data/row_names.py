@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
@@ -14,9 +15,9 @@ PREFIX = "row "
 class _Names(Sequence[str]):
     """Names by their positions."""
 
+    @abstractmethod
     def name(self, index: int) -> str:
         """Return the name at a position in [0, len)."""
-        raise NotImplementedError
 
     @overload
     def __getitem__(self, index: int) -> str: ...
