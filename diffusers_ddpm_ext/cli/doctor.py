@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 import tempfile
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from diffusers_ddpm_ext._version import __version__
 from diffusers_ddpm_ext.cli.arguments import LOCAL_FOLDER_HELP
+from diffusers_ddpm_ext.cli.doctor_devices import check_devices
 from diffusers_ddpm_ext.cli.doctor_folder import Finding, Mark, check_folder
 from diffusers_ddpm_ext.cli.extras import INSTALL_EXTRA, TRAIN_MODULES
 from diffusers_ddpm_ext.cli.parser import parse_options
@@ -86,7 +86,7 @@ Check = Callable[[], Iterator[Finding]]
 
 def _checks(options: DoctorOptions) -> Iterator[tuple[str, Check]]:
     yield "Packages", _check_packages
-    yield "Devices", _check_devices
+    yield "Devices", check_devices
     yield "Disk", _check_disk
     if not options.offline:
         yield "Hub", _check_login
@@ -139,32 +139,6 @@ def _check_packages() -> Iterator[Finding]:
     for module, use in OPTIONAL_MODULES.items():
         if find_spec(module) is None:
             yield Finding(Mark.FINE, f"{module} is not installed, which only {use} needs: pip install {module}")
-
-
-def _check_devices() -> Iterator[Finding]:
-    import torch
-
-    cores = os.cpu_count() or 1
-    threads = torch.get_num_threads()
-    yield Finding(Mark.FINE, f"{cores} processor cores, {threads} thread{'s' if threads > 1 else ''}")
-    limit = os.environ.get("OMP_NUM_THREADS")
-    if limit is not None and limit.isdecimal() and int(limit) < cores:
-        text = f"OMP_NUM_THREADS={limit} leaves {cores - int(limit)} of {cores} cores idle in a run of one process"
-        yield Finding(Mark.ADVICE, f"{text}: unset OMP_NUM_THREADS")
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            memory = torch.cuda.get_device_properties(index).total_memory / (1 << 30)
-            half = ", bfloat16" if torch.cuda.is_bf16_supported() else ""
-            yield Finding(Mark.FINE, f"cuda:{index} {torch.cuda.get_device_name(index)}, {memory:.0f} GiB{half}")
-    elif torch.backends.mps.is_available():
-        yield Finding(Mark.FINE, "mps (Apple)")
-    else:
-        hint = (
-            "" if torch.version.cuda is None else " although this torch was built for CUDA: is the driver installed?"
-        )
-        yield Finding(
-            Mark.ADVICE if hint else Mark.FINE, f"no accelerator{hint or ': use small images, as in the digits'}"
-        )
 
 
 def _check_disk() -> Iterator[Finding]:
