@@ -24,7 +24,7 @@ COMMANDS = {
     "train-vae": "train a first stage on images: the autoencoder whose latents `train --vae` learns to draw",
     "sample": "draw images from a saved pipeline",
     "data": "what a folder of images or a dataset holds: sizes, values, classes, duplicates, and the flags that fit",
-    "evaluate": "bits per dimension of held-out images, with an interval",
+    "evaluate": "bits per dimension of held-out images, or metrics of samples (--metrics), with intervals",
     "fit-variance": "the best reverse variance and the best few steps of a trained network",
     "fit-steps": "the few steps of a sampler whose samples are closest to those of many steps",
     "plot": "schedule, weights, log-variances, bound and chosen steps of a folder, as plots",
