@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusers_ddpm_ext.utils.checks import describe
+from diffusers_ddpm_ext.utils.host_reads import reads_are_free
 from diffusers_ddpm_ext.utils.vocabulary import FROM_COMPVIS_ARGUMENT, FROM_COMPVIS_PREDICTION_TYPE
 
 Generators = torch.Generator | list[torch.Generator] | None
@@ -59,8 +60,10 @@ def as_steps(t: Any, like: Tensor, num_train_timesteps: int, name: str = "t") ->
         t = t.expand(like.shape[0])
     if like.ndim == 0 or t.shape != like.shape[:1]:
         raise ValueError(f"{name} must hold one step per sample, shape {tuple(like.shape[:1])}, got {tuple(t.shape)}.")
-    if t.device.type == "cpu" and t.numel() and (int(t.min()) < 0 or int(t.max()) >= num_train_timesteps):
-        raise ValueError(f"{name} must be in [0, {num_train_timesteps}), got {int(t.min())} to {int(t.max())}.")
+    if t.numel() and reads_are_free(t.device):
+        low, high = (int(end) for end in t.aminmax())
+        if low < 0 or high >= num_train_timesteps:
+            raise ValueError(f"{name} must be in [0, {num_train_timesteps}), got {low} to {high}.")
     return t.long()
 
 

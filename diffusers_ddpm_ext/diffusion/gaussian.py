@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from diffusers_ddpm_ext.diffusion.arguments import as_steps, check_samples, network_output
+from diffusers_ddpm_ext.diffusion.device_tables import table_tensor
 from diffusers_ddpm_ext.diffusion.schedule import NoiseSchedule, Table, check_prediction_type
 from diffusers_ddpm_ext.utils.checks import describe
 from diffusers_ddpm_ext.utils.vocabulary import PredictionType
@@ -78,7 +79,7 @@ def at_step(table: Table, t: Steps, like: Tensor) -> Tensor:
     t = as_steps(t, like, len(table))
     dtype = torch.promote_types(like.dtype, torch.float32)
     # Copies to an accelerator may be asynchronous; copies from it may not.
-    values = torch.tensor(table, dtype=dtype).to(t.device, non_blocking=True)[t]
+    values = table_tensor(table, t.device, dtype)[t]
     values = values.to(like.device, non_blocking=like.device.type != "cpu")
     return values.reshape(-1, *(1,) * (like.ndim - 1))
 

@@ -260,6 +260,9 @@ class ReverseTransition:
         self.log_small: Table = np.log(small)
         self.log_large: Table = np.log(large)
         self.log_fixed: Table | None = None if fixed is None else np.log(fixed)
+        for table in (self.log_small, self.log_large, self.log_fixed):
+            if table is not None:
+                table.flags.writeable = False  # so that it is transferred to a device once
 
     @classmethod
     def from_scheduler(cls, scheduler: ChainScheduler) -> ReverseTransition:

@@ -190,6 +190,9 @@ class DDPMObjective(nn.Module):
         self.elbo_table = make_elbo_weights(self.schedule, elbo_weights)
         weights = weight_table(self.schedule, loss_weighting, snr_gamma, p2_k, p2_gamma)
         self.loss_weighting, self.weight_table = weights
+        for table in (self.elbo_table, self.weight_table):
+            if table is not None:
+                table.flags.writeable = False  # so that it is transferred to a device once
         self.learn_logvar = learn_logvar
         self._make_logvar(logvar_kind, logvar_init)
 
