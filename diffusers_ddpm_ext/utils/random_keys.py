@@ -96,6 +96,11 @@ def key(*parts: str | SupportsIndex) -> int:
     return _seed_of(_hash(parts))
 
 
+def wide_key(*parts: str | SupportsIndex) -> int:
+    """Hash the parts of a key into 64 bits, for a generator that has a key of its own (`device_random`)."""
+    return int.from_bytes(hashlib.blake2b(b"".join(map(_encode, parts)), digest_size=8).digest(), "little")
+
+
 def generator(*parts: str | SupportsIndex) -> torch.Generator:
     """Return a new CPU generator seeded by ``key(*parts)``."""
     return torch.Generator().manual_seed(key(*parts))
