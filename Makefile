@@ -1,6 +1,6 @@
 PYTHON ?= python
 
-.PHONY: install style quality test slow bench torture floors docs
+.PHONY: install style quality test slow bench torture floors docs release
 
 install:  ## the package with pinned development requirements
 	$(PYTHON) -m pip install -r requirements/dev.txt -e .
@@ -47,3 +47,6 @@ floors:  ## the test suite with the oldest supported versions, in a separate vir
 docs:  ## the pages, into site/; needs the extra `docs`
 	$(PYTHON) -m pip install -q -r requirements/docs.txt
 	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
+
+release:  ## wheel and sdist of the last commit, checked, into dist/; TAG=v1.2.3 also checks that they are ready to publish
+	PYTHON=$(PYTHON) .ci/release $(TAG)

@@ -1,0 +1,95 @@
+"""What a release states: one version everywhere, a changelog in order, and a check that finds where it is not so."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from helpers.paths import ROOT
+
+from diffusers_ddpm_ext import __version__
+
+FILES = ("diffusers_ddpm_ext/_version.py", "CITATION.cff", "CHANGELOG.md", ".ci/check_version")
+
+
+@pytest.fixture
+def clone(tmp_path) -> Path:
+    """The files that the check reads, with no change that waits for a release."""
+    for name in FILES:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    changelog = tmp_path / "CHANGELOG.md"
+    changelog.write_text(
+        re.sub(r"^## Unreleased\n.*?(?=^## )", "## Unreleased\n\n", changelog.read_text(), flags=re.M | re.S)
+    )
+    return tmp_path
+
+
+def check_version(clone: Path, *tag: str) -> tuple[int, str]:
+    completed = subprocess.run(
+        ["bash", ".ci/check_version", *tag], cwd=clone, capture_output=True, text=True, check=False
+    )
+    return completed.returncode, completed.stdout + completed.stderr
+
+
+def test_this_version_is_stated_everywhere():
+    assert check_version(ROOT) == (0, f"version {__version__}\n")
+
+
+def test_its_tag_is_accepted(clone):
+    assert check_version(clone, f"v{__version__}") == (0, f"version {__version__}\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "message"),
+    [
+        ("CITATION.cff", r"^version: .*", "version: 9.9.9", "CITATION.cff does not state version"),
+        ("CHANGELOG.md", r"^## [0-9].*", "## 9.9.9", "newest release in CHANGELOG.md is 9.9.9"),
+        ("CHANGELOG.md", r"^## [0-9].*", "", "newest release in CHANGELOG.md is missing"),
+        ("CHANGELOG.md", r"^## Unreleased\n", "## Unreleased\n\n- a change\n", "1 entries of CHANGELOG.md are under"),
+        ("diffusers_ddpm_ext/_version.py", r'= ".*"', '= "9.9.9"', "CITATION.cff does not state version 9.9.9"),
+        ("diffusers_ddpm_ext/_version.py", r'= ".*"', "= get()", "states no version"),
+    ],
+)
+def test_a_planted_difference_is_found(clone, name, old, new, message):
+    text = (clone / name).read_text()
+    changed = re.sub(old, new, text, count=1, flags=re.M)
+    assert changed != text
+    (clone / name).write_text(changed)
+    status, output = check_version(clone, f"v{__version__}")
+    assert status == 1
+    assert output.startswith("error: ")
+    assert message in output
+
+
+@pytest.mark.parametrize("tag", [__version__, "v9.9.9", f"v{__version__}.post1"])
+def test_another_tag_is_refused(clone, tag):
+    assert check_version(clone, tag) == (1, f"error: the tag {tag} is not v{__version__}\n")
+
+
+def test_the_changelog_is_in_order():
+    """Unreleased first, then releases from the newest to the oldest, each once."""
+    first, *releases = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert first == "Unreleased"
+    numbers = [tuple(map(int, release.split("."))) for release in releases]
+    assert numbers == sorted(set(numbers), reverse=True)
+
+
+def test_tags_are_published_with_what_make_release_checked():
+    """The job that may publish has no other step than to fetch those files and to upload them."""
+    workflow = yaml.safe_load((ROOT / ".github/workflows/publish.yml").read_text())
+    assert workflow[True] == {"push": {"tags": ["v*"]}}  # YAML 1.1 reads the key `on` as true
+    build, publish = workflow["jobs"]["build"], workflow["jobs"]["publish"]
+    assert [step["run"] for step in build["steps"] if "run" in step] == ['make release TAG="$GITHUB_REF_NAME"']
+    assert publish["needs"] == "build"
+    assert publish["environment"]["name"] == "pypi"
+    (stored,) = [step["with"] for step in build["steps"] if "upload-artifact" in step.get("uses", "")]
+    fetched, published = publish["steps"]
+    assert fetched["with"]["name"] == stored["name"]
+    assert fetched["with"]["path"] == stored["path"] == "dist/"
+    assert "gh-action-pypi-publish" in published["uses"]
+    assert "password" not in published.get("with", {})
