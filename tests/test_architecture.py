@@ -13,7 +13,8 @@ NAME = "diffusers_ddpm_ext"
 FLOORS = {  # of the package, of training/ and of compvis/: the lowest first
     "": "errors _version | utils | diffusion | models losses schedulers plotting metrics gaussian likelihood timesteps"
     " | pipelines | compvis hub | training | cli | __main__",
-    "training": "signals | distributed | config | data checkpoints | factory | evaluation tracking | loop | trainer",
+    "training": "signals | threads | distributed | config | data checkpoints | factory | evaluation tracking | loop"
+    " | trainer",
     "compvis": "reader schema load_options wrapper_names | architecture | key_map unet_params config | weights"
     " | first_stage conditioner | state_dict"
     " | report export_conditioners compare load_notes load_conditioners | export_stages checkpoint | save | load"

@@ -1,4 +1,4 @@
-"""The processes of a distributed run: the Accelerator, CPU threads, collective calls, and failing together."""
+"""The processes of a distributed run: the Accelerator, collective calls, and failing together."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
-from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -20,7 +19,7 @@ from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, gathe
 from torch import Tensor
 
 from diffusers_ddpm_ext.errors import ConfigError
-from diffusers_ddpm_ext.training.signals import was_launched
+from diffusers_ddpm_ext.training.threads import use_all_cores
 
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
 """How long a process waits for the others: only the main process draws the previews and the final plots."""
@@ -94,17 +93,6 @@ def refuse_unsupported_engines() -> None:
         raise ConfigError(f"accelerate's configuration requests FSDP 1, whose weights have no names: {advice}")
 
 
-def use_all_cores() -> None:
-    """Undo the one thread that ``accelerate launch`` and ``torchrun`` give a process by default.
-
-    They set OMP_NUM_THREADS to 1 unless the user has set it. Any other value, and a 1 without a launcher, is the
-    user's choice and stays; so does ``--num_cpu_threads_per_process`` above 1.
-    """
-    if was_launched() and os.environ.get("OMP_NUM_THREADS") == "1":
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(max(1, cores() // processes))
-
-
 def keep_freed_memory() -> None:
     """Keep freed memory in the process, where the C library is glibc.
 
@@ -115,16 +103,6 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_THRESHOLD, 32 * 1024**2)  # the maximum of glibc
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def cores() -> int:
-    """Number of cores that this process may use, by its affinity and by a container's quota."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return max(1, min(count, int(quota) // int(period)))
-    except (OSError, ValueError):  # no cgroup of version 2, or the quota is `max`
-        return count
 
 
 def mean_over_ranks(accelerator: Accelerator, tensor: Tensor) -> Tensor:

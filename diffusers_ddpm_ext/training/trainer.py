@@ -37,6 +37,7 @@ from diffusers_ddpm_ext.training.loop.setup import Setup, build_setup
 from diffusers_ddpm_ext.training.loop.step import train_step
 from diffusers_ddpm_ext.training.loop.stop_requests import RequestPoller
 from diffusers_ddpm_ext.training.loop.tasks import StopTraining, draw_and_log, due_after, run_pending_tasks
+from diffusers_ddpm_ext.training.loop.threads import settle_threads
 from diffusers_ddpm_ext.training.loop.trial import run_trial
 from diffusers_ddpm_ext.training.loop.workload import workload_of
 from diffusers_ddpm_ext.training.signals import handle_signals
@@ -69,7 +70,7 @@ def train(config: TrainConfig) -> Path | None:
     accelerator, pushes = setup.accelerator, config.hub.push_to_hub
     if config.loop.dry_run:
         settle_scale(setup, None)
-        accelerator.print(printable_lines(describe_run(setup, None)))
+        accelerator.print(printable_lines(describe_run(setup, None, settle_threads(setup, RunProgress()))))
         accelerator.print(describe_trial(run_trial(setup), setup.plan))
         end_training(accelerator, config.output.report_to)
         return None
@@ -82,9 +83,10 @@ def train(config: TrainConfig) -> Path | None:
         if progress is not None:
             settle_scale(setup, progress.latent_scale)
             with handle_signals() as signals:
+                threads = settle_threads(setup, progress)
                 with fail_together(accelerator):
                     write_run_files(setup, folder)
-                accelerator.print(printable_lines(describe_run(setup, folder)))
+                accelerator.print(printable_lines(describe_run(setup, folder, threads)))
                 logger = open_metrics_logger(setup, folder, progress)
                 run = Run(setup, folder, lock, publisher, signals, LossMeter(), logger, progress)
                 run_training(run, start_time)
@@ -183,6 +185,7 @@ def write_run_files(setup: Setup, folder: Path) -> None:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     facts = environment_versions() | {
         "device": f"{setup.plan.processes} x {name}",
+        "num_threads": torch.get_num_threads(),
         "data": {
             "name": run_name(setup.config.data),
             "train": len(data.train) if data.stream is None else data.stream.opened.rows.num_rows,

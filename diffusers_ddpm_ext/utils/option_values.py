@@ -71,7 +71,7 @@ def expected_value(option: Option) -> str:
     if option.choices:
         return f"one of {', '.join(map(str, option.choices))}"
     if option.words:
-        return f"a number, or {' or '.join(option.words)}"
+        return f"a {'whole ' if option.hint is int else ''}number, or {' or '.join(option.words)}"
     if option.hint == tuple[int, int]:
         return "one or two whole numbers"
     if option.metadata["none"]:

@@ -16,8 +16,6 @@ from safetensors.torch import load_file
 
 from diffusers_ddpm_ext import DDPMExtPipeline
 from diffusers_ddpm_ext.errors import ConfigError, RunError
-from diffusers_ddpm_ext.training import distributed as processes
-from diffusers_ddpm_ext.training import signals
 from diffusers_ddpm_ext.training.loop.description import describe_run
 from diffusers_ddpm_ext.training.loop.metrics_logging import PROJECT
 from diffusers_ddpm_ext.training.loop.setup import build_setup
@@ -308,29 +306,6 @@ def test_unsupported_precision_is_refused(tmp_path: Path):
     with pytest.raises(ConfigError, match="--mixed_precision"):
         train(tiny_run(tmp_path / "run", mixed_precision="fp16"))
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("environment", "expected"),
-    [
-        ({"OMP_NUM_THREADS": "1", "ACCELERATE_MIXED_PRECISION": "no"}, 8),
-        ({"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "2"}, 4),
-        ({"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "16"}, 1),
-        ({"OMP_NUM_THREADS": "3", "ACCELERATE_MIXED_PRECISION": "no"}, None),
-        ({"OMP_NUM_THREADS": "1"}, None),
-        ({}, None),
-    ],
-)
-def test_the_single_thread_of_a_launcher_is_undone(monkeypatch: pytest.MonkeyPatch, environment, expected):
-    for name in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE", *signals.LAUNCHER_VARIABLES):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    threads: list[int] = []
-    monkeypatch.setattr(processes, "cores", lambda: 8)
-    monkeypatch.setattr(torch, "set_num_threads", threads.append)
-    processes.use_all_cores()
-    assert threads == ([] if expected is None else [expected])
 
 
 def test_config_is_written_for_the_next_run(finished: Path):

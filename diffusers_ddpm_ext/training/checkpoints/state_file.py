@@ -19,6 +19,8 @@ from diffusers_ddpm_ext.utils.input_files import file_name, json_object, read_js
 STATE_FORMAT = 1
 STATE_FILE = "state.json"
 MAX_STATE_BYTES = 1 << 26
+MAX_THREADS = 1024  # of --num_threads; a machine may have more cores
+MAX_CORES = 1 << 16
 MODEL_FILE, EMA_FILE, OPTIMIZER_FILE = "model.safetensors", "ema.safetensors", "optimizer.safetensors"
 
 TensorSpecs = dict[str, list[Any]]
@@ -171,6 +173,17 @@ def _progress_problem(progress: Progress) -> str:
         return "progress.records.todo is not a list of names"
     if len(set(pending)) < len(pending):
         return "progress.records.todo names a task twice"
+    return _threads_problem(records["threads"]) if "threads" in records else ""
+
+
+def _threads_problem(threads: Any) -> str:
+    """The first value of a run's CPU threads that no run writes; empty if there is none."""
+    limits = {"count": MAX_THREADS, "cores": MAX_CORES}
+    if not isinstance(threads, dict) or threads.keys() != limits.keys():
+        return "progress.records.threads does not have exactly a count and cores"
+    for name, most in limits.items():
+        if type(threads[name]) is not int or not 1 <= threads[name] <= most:
+            return f"progress.records.threads.{name} is {printable(repr(threads[name]), 60)}, not 1 to {most}"
     return ""
 
 

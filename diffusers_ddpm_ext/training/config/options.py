@@ -301,6 +301,13 @@ class LoopOptions:
     torch_compile: bool = option(
         False, "Compile the network with `torch.compile`. Saved files are the same; the first steps take minutes."
     )
+    num_threads: int | Literal["auto"] = option(
+        "auto",
+        "CPU threads of each process. auto: OMP_NUM_THREADS if you have set it, else the fastest number in a short"
+        " measurement at the start of a run on a CPU; a resumed run uses that of its checkpoint.",
+        low=1,
+        high=1024,
+    )
     on_nonfinite: Literal["stop", "skip", "rollback"] = option(
         "stop",
         "For a non-finite loss or gradient: stop; skip the step; or roll back to the weights of the newest checkpoint"

@@ -36,7 +36,8 @@ from diffusers_ddpm_ext.training.data.posterior_files import (
     map_records,
     scan_file,
 )
-from diffusers_ddpm_ext.training.distributed import any_rank, cores, fail_together, gather_rows
+from diffusers_ddpm_ext.training.distributed import any_rank, fail_together, gather_rows
+from diffusers_ddpm_ext.training.threads import cores
 from diffusers_ddpm_ext.utils.folder_lock import FolderLock
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import torch
-
 from diffusers_ddpm_ext.training.data.class_table import count_classes, describe_classes
 from diffusers_ddpm_ext.training.loop.batches import describe_stream, run_layout
 from diffusers_ddpm_ext.training.loop.setup import Setup
 from diffusers_ddpm_ext.training.loop.workload import workload_of
+from diffusers_ddpm_ext.training.threads import ThreadChoice
 from diffusers_ddpm_ext.training.tracking.plan import (
     DiskUsage,
     StateSizes,
@@ -22,13 +21,18 @@ from diffusers_ddpm_ext.training.tracking.plan import (
 )
 
 
-def describe_run(setup: Setup, folder: Path | None) -> str:
-    """The table of parameters and the plan, to be printed before the first step; without a folder in a dry run."""
+def describe_run(setup: Setup, folder: Path | None, threads: ThreadChoice | None = None) -> str:
+    """The table of parameters and the plan, to be printed before the first step.
+
+    Args:
+        setup: of the run.
+        folder: of the run; None in a dry run.
+        threads: of a run on a CPU.
+    """
     config, plan = setup.config, setup.plan
     ema, loop = config.ema, config.loop
     logvar_rate = config.objective.logvar_learning_rate if setup.learns_logvar else None
     rate = describe_learning_rate(config.optim, plan.effective_batch, logvar_rate)
-    threads = torch.get_num_threads()
     device = f"{setup.accelerator.device.type}, {setup.engine}, precision {setup.accelerator.mixed_precision}"
     computing = [name for name in ("gradient_checkpointing", "torch_compile") if getattr(loop, name)]
     average = f"{ema.ema_decay:g}, every {ema.ema_every.replace('_', '-')}" if ema.use_ema else "off"
@@ -42,7 +46,8 @@ def describe_run(setup: Setup, folder: Path | None) -> str:
         ("EMA", average),
         ("parameters", f"{sum(parameter.numel() for parameter in setup.network_parameters):,}"),
         ("memory", describe_memory(sizes, plan.processes if setup.is_sharded else 1)),
-        ("device", ", ".join([f"{device}, {threads} thread{'s' if threads > 1 else ''}", *computing])),
+        ("device", ", ".join([device, *computing])),
+        *([] if threads is None else [("threads", threads.describe())]),
         ("output", place),
         ("checkpoints", describe_checkpoints(disk_usage(setup, sizes, folder))),
     ]

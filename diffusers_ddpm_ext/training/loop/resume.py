@@ -254,7 +254,8 @@ def saved_progress(setup: Setup, progress: RunProgress, metrics_size: int) -> Pr
             "recoveries": progress.recoveries,
         }
         | ({} if setup.latents is None else {"latent_scale": scale_settings(setup.latents.stage)})
-        | ({} if stream is None else {"stream": stream}),
+        | ({} if stream is None else {"stream": stream})
+        | ({} if progress.threads is None else {"threads": dict(progress.threads)}),
         monitor=None if setup.monitor is None else setup.monitor.state_dict(),
     )
 
@@ -272,4 +273,5 @@ def restore_progress(saved: Progress, monitor: Monitor | None) -> RunProgress:
         pending=[Task(name) for name in saved.records.get("todo", [])],
         stopped_early=bool(saved.records.get("stopped_early", False)),
         recoveries=int(saved.records.get("recoveries", 0)),
+        threads=saved.records.get("threads", {}),
     )

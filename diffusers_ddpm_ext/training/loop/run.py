@@ -45,6 +45,8 @@ class RunProgress:
         recoveries: skipped steps in a row, or rollbacks to the same checkpoint.
         last_metrics: metrics of the step that was read last.
         last_bound: bits per dimension at the last validation; None if they are not computed.
+        threads: CPU threads and cores of the checkpoint, empty in one of an earlier version; then those of the run.
+            None without a checkpoint, and on an accelerator.
         lanes: of a stream, where those of this process are, by number; None before the first step or without one.
         latent_scale: scale of the latents in the checkpoint that the run resumed from; None where it must be settled.
     """
@@ -57,6 +59,7 @@ class RunProgress:
     last_bound: float | None = None
     latent_scale: dict[str, Any] | None = None
     lanes: Mapping[int, Sequence[int]] | None = None
+    threads: Mapping[str, int] | None = None
 
 
 @dataclass(frozen=True)

@@ -204,6 +204,8 @@ def build_setup(config: TrainConfig) -> Setup:
     loop = config.loop
     trackers = [] if loop.dry_run else tracker_names(config.output.report_to)
     accelerator = make_accelerator(loop.mixed_precision, loop.gradient_accumulation_steps, trackers)
+    if loop.num_threads != "auto":
+        torch.set_num_threads(loop.num_threads)
     with fail_together(accelerator):
         if accelerator.is_main_process:
             check_output_dir(config.output, config.resumes)

@@ -88,6 +88,9 @@ STATES = {
     "an unknown task": (put("progress", "records", "todo", value=["dance"]), "dance"),
     "a task 100,000 times": (put("progress", "records", "todo", value=["validation"] * 100_000), "todo"),
     "recoveries": (put("progress", "records", "recoveries", value="many"), r"recoveries is 'many'"),
+    "a thread for every atom": (put("progress", "records", "threads", "count", value=10**9), r"threads\.count is 10"),
+    "half a core": (put("progress", "records", "threads", "cores", value=0.5), r"threads\.cores is 0\.5"),
+    "no threads": (put("progress", "records", "threads", value={}), "exactly a count and cores"),
     "stopped early, perhaps": (put("progress", "records", "stopped_early", value=2), "stopped_early"),
     "the best of the future": (put("progress", "monitor", "best", value={"step": 9, "value": 0.1}), "step is 9"),
     "the best is no number": (put("progress", "monitor", "best", value={"step": 1, "value": float("nan")}), "finite"),
@@ -198,7 +201,17 @@ def check_mutations(count: int, seed: int, setup: Setup, original: Path, folder:
     plain = json.loads(json.dumps(defaults, default=str))
     unset = {f"delete {('progress', 'config', name)}" for name in options if plain.get(name, ...) == options[name]}
     unset.add("add None to ('progress', 'config')")
-    harmless = ("metrics_size", "world_size", "versions", "recoveries", "stopped_early", "todo", "slots", "monitor")
+    harmless = (
+        "metrics_size",
+        "world_size",
+        "versions",
+        "recoveries",
+        "stopped_early",
+        "todo",
+        "slots",
+        "monitor",
+        "threads",
+    )
     harmless += ("foreach", "fused", "capturable", "differentiable", "format", "manifest", "added", "num_updates")
     chance, refused, accepted = random.Random(seed), 0, 0
     for number in range(count):
