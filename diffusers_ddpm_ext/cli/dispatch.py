@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
+from importlib.util import find_spec
 
 from diffusers_ddpm_ext._version import __version__
 from diffusers_ddpm_ext.cli.failures import describe_failure
@@ -108,11 +109,18 @@ def _dispatch(argv: list[str]) -> str:
         argv = [argv[1], "--help"]
     if argv[0] not in COMMANDS:
         raise _unknown_command(argv[0])
+    _check_system()
     _check_current_folder()
     name = argv[0].replace("-", "_")
     command = getattr(import_module(f"diffusers_ddpm_ext.cli.{name}"), f"{name}_command")
     text = command(argv[1:])
     return f"{text}\n" if text else ""
+
+
+def _check_system() -> None:
+    """Refuse to run where folders cannot be locked, which is Windows without its Linux."""
+    if find_spec("fcntl") is None:
+        raise ConfigError(f"{sys.platform} is not supported, since it has no fcntl to lock folders with: use WSL 2")
 
 
 def _check_current_folder() -> None:

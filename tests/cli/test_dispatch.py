@@ -14,7 +14,7 @@ from helpers.paths import ROOT
 from PIL import Image
 
 from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtScheduler, __version__, cli
-from diffusers_ddpm_ext.cli import sample
+from diffusers_ddpm_ext.cli import dispatch, sample
 from diffusers_ddpm_ext.cli.dispatch import USAGE
 from diffusers_ddpm_ext.errors import RunError
 
@@ -336,3 +336,13 @@ def test_a_current_folder_that_was_deleted(tmp_path, monkeypatch, capsys):
         assert cli.main([command, "x"]) == 2
         assert capsys.readouterr().err.startswith("error: the current folder does not exist any more")
     assert cli.main([]) == 0
+
+
+def test_a_system_that_cannot_lock_folders(monkeypatch, capsys):
+    """Windows has no fcntl; help and version need none."""
+    monkeypatch.setattr(dispatch, "find_spec", lambda name: None if name == "fcntl" else object())
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert cli.main(["--version"]) == 0
+    assert cli.main(["doctor"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "error: win32 is not supported, since it has no fcntl to lock folders with: use WSL 2"
