@@ -48,6 +48,9 @@ def test_each_install_command_is_one_line_on_the_first_screen():
         "README.md",
         "CONTRIBUTING.md",
         "CHANGELOG.md",
+        "SECURITY.md",
+        "CODE_OF_CONDUCT.md",
+        ".github/PULL_REQUEST_TEMPLATE.md",
         *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/*.md")),
     ],
 )

@@ -93,3 +93,16 @@ def test_tags_are_published_with_what_make_release_checked():
     assert fetched["with"]["path"] == stored["path"] == "dist/"
     assert "gh-action-pypi-publish" in published["uses"]
     assert "password" not in published.get("with", {})
+
+
+def test_issue_forms_have_what_github_requires():
+    """A name, a description, and fields with labels and names of their own, one of which is required."""
+    forms = sorted((ROOT / ".github/ISSUE_TEMPLATE").glob("*_*.yml"))
+    assert len(forms) == 2
+    for path in forms:
+        form = yaml.safe_load(path.read_text())
+        assert {"name", "description", "body"} <= set(form)
+        fields = [field for field in form["body"] if field["type"] != "markdown"]
+        assert all(field["attributes"]["label"] for field in fields)
+        assert len({field["id"] for field in fields}) == len(fields)
+        assert any(field.get("validations", {}).get("required") for field in fields)
