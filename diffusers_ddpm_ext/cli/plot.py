@@ -21,7 +21,7 @@ from diffusers_ddpm_ext.utils.input_files import exists, file_name, read_csv_row
 from diffusers_ddpm_ext.utils.option import option, positional
 
 if TYPE_CHECKING:
-    from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
+    from diffusers_ddpm_ext.schedulers.resolved_config import ResolvedConfig
 
 PLOT_EXAMPLES = """examples:
   ddpm-ext plot runs/digits                   to runs/digits/plots
@@ -76,8 +76,10 @@ def plot(options: PlotOptions) -> str:
         ConfigError: the folder cannot be read.
         RunError: a plot cannot be written.
     """
+    from diffusers_ddpm_ext.schedulers.resolved_config import read_scheduler_config
+
     folder, out = options.folder, options.output_folder
-    scheduler = read_scheduler(folder)
+    scheduler = read_scheduler_config(folder)
     with as_run_error(out), tempfile.TemporaryDirectory() as temporary:
         drafts = [draw_plot(name, folder, scheduler, Path(temporary) / f"{name}.png") for name in PLOTS]
         paths = [path for path in drafts if path is not None]
@@ -86,32 +88,19 @@ def plot(options: PlotOptions) -> str:
     return f"{', '.join(path.name for path in paths)} written to {out}"
 
 
-def draw_plot(name: str, folder: Path, scheduler: DDPMExtScheduler, path: Path) -> Path | None:
+def draw_plot(name: str, folder: Path, scheduler: ResolvedConfig, path: Path) -> Path | None:
     """Draw one of `PLOTS`; None if the folder has no data for it, ConfigError if they are wrong."""
     with as_config_error(f"{name}.png"):
         return PLOTS[name](folder, scheduler, path)
 
 
-def read_scheduler(folder: Path) -> DDPMExtScheduler:
-    """The scheduler of a pipeline's folder; ConfigError if it cannot be read."""
-    from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
-
-    file = folder / "scheduler" / "scheduler_config.json"
-    read_json_object(file, allow_infinity=True)
-    try:
-        return DDPMExtScheduler.from_pretrained(folder, subfolder="scheduler")
-    except (OSError, ValueError, TypeError, AttributeError, KeyError, OverflowError) as error:
-        text = printable(" ".join(str(error).split()), 300)
-        raise ConfigError(f"{file_name(file)} cannot be used: {text}") from None
-
-
-def _plot_schedule(folder: Path, scheduler: DDPMExtScheduler, path: Path) -> Path | None:
+def _plot_schedule(folder: Path, scheduler: ResolvedConfig, path: Path) -> Path | None:
     from diffusers_ddpm_ext.plotting.chain import plot_schedule
 
     return plot_schedule(path, scheduler.schedule)
 
 
-def _plot_weights(folder: Path, scheduler: DDPMExtScheduler, path: Path) -> Path | None:
+def _plot_weights(folder: Path, scheduler: ResolvedConfig, path: Path) -> Path | None:
     import numpy as np
 
     from diffusers_ddpm_ext.diffusion.weighting import elbo_weights, weight_table
@@ -131,14 +120,14 @@ def _plot_weights(folder: Path, scheduler: DDPMExtScheduler, path: Path) -> Path
     return plot_weights(path, weights, schedule.prediction_type)
 
 
-def _plot_logvar(folder: Path, scheduler: DDPMExtScheduler, path: Path) -> Path | None:
+def _plot_logvar(folder: Path, scheduler: ResolvedConfig, path: Path) -> Path | None:
     import numpy as np
 
     from diffusers_ddpm_ext.diffusion.optimal_variance import log_loss_of_x0_error
-    from diffusers_ddpm_ext.losses.logvar import load_logvar
+    from diffusers_ddpm_ext.losses.logvar_files import read_logvar
     from diffusers_ddpm_ext.plotting.curves import plot_logvar
 
-    table = load_logvar(folder)
+    table = read_logvar(folder)
     if table is None:
         return None
     measured = np.full(len(table), np.nan)
@@ -152,10 +141,10 @@ def _plot_logvar(folder: Path, scheduler: DDPMExtScheduler, path: Path) -> Path 
                     f"{fit.name}: x0_error has {len(error):,} values, and the chain {len(table):,} steps"
                 )
             measured = log_loss_of_x0_error(scheduler.schedule, error)
-    return plot_logvar(path, table.numpy(), measured)
+    return plot_logvar(path, table, measured)
 
 
-def _plot_steps(folder: Path, scheduler: DDPMExtScheduler, path: Path) -> Path | None:
+def _plot_steps(folder: Path, scheduler: ResolvedConfig, path: Path) -> Path | None:
     from diffusers_ddpm_ext.plotting.chain import plot_steps
 
     result = folder / EVALUATION
@@ -188,32 +177,32 @@ def _csv_numbers(table: Path, rows: list[dict[str, str]], column: str) -> list[f
     return numbers
 
 
-def _plot_variance(folder: Path, scheduler: DDPMExtScheduler, path: Path) -> Path | None:
+def _plot_variance(folder: Path, scheduler: ResolvedConfig, path: Path) -> Path | None:
     import numpy as np
 
     from diffusers_ddpm_ext.plotting.chain import plot_variance
 
-    config, shape = scheduler.config, (len(scheduler.schedule),)
-    if config.v_posterior is None:
+    config, shape = scheduler.values, (len(scheduler.schedule),)
+    if config["v_posterior"] is None:
         return None
-    curves = {"v_posterior": np.broadcast_to(np.asarray(config.v_posterior, dtype=float), shape)}
-    if config.v_decoder is not None:
+    curves = {"v_posterior": np.broadcast_to(np.asarray(config["v_posterior"], dtype=float), shape)}
+    if config["v_decoder"] is not None:
         label = "v_decoder: of the first step of a chain"
-        curves[label] = np.broadcast_to(np.asarray(config.v_decoder, dtype=float), shape)
+        curves[label] = np.broadcast_to(np.asarray(config["v_decoder"], dtype=float), shape)
     return plot_variance(path, curves)
 
 
-def _plot_timesteps(folder: Path, scheduler: DDPMExtScheduler, path: Path) -> Path | None:
+def _plot_timesteps(folder: Path, scheduler: ResolvedConfig, path: Path) -> Path | None:
     from diffusers_ddpm_ext.plotting.chain import plot_timesteps
 
-    optimal = scheduler.config.optimal_timesteps
+    optimal = scheduler.values["optimal_timesteps"]
     if not optimal:
         return None
     timesteps = {int(count): list(steps) for count, steps in optimal.items()}
     return plot_timesteps(path, timesteps, len(scheduler.schedule))
 
 
-PLOTS: dict[str, Callable[[Path, DDPMExtScheduler, Path], Path | None]] = {
+PLOTS: dict[str, Callable[[Path, ResolvedConfig, Path], Path | None]] = {
     "schedule": _plot_schedule,
     "weights": _plot_weights,
     "logvar": _plot_logvar,

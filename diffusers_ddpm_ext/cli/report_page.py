@@ -178,7 +178,8 @@ class ReportPage:
         return _section("Samples through training", f'{shown}<div class="many">{figures}</div>' if figures else "")
 
     def _plots(self) -> str:
-        from diffusers_ddpm_ext.cli.plot import draw_plot, read_scheduler
+        from diffusers_ddpm_ext.cli.plot import draw_plot
+        from diffusers_ddpm_ext.schedulers.resolved_config import read_scheduler_config
 
         facts = self.facts
         scheduler_file = facts.file("scheduler/scheduler_config.json")
@@ -187,7 +188,7 @@ class ReportPage:
             facts.file(name)
         if scheduler_file is None or len(facts.problems) > problems:
             return ""
-        scheduler = facts.attempt(lambda: read_scheduler(facts.folder), None)
+        scheduler = facts.attempt(lambda: read_scheduler_config(facts.folder), None)
         if scheduler is None:
             return ""
         figures = []

@@ -24,17 +24,22 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from diffusers_ddpm_ext.diffusion.schedule import LARGEST_LOG_SNR, MAX_TRAIN_TIMESTEPS
+from diffusers_ddpm_ext.diffusion.schedule import LARGEST_LOG_SNR
 from diffusers_ddpm_ext.errors import ConfigError, printable
+from diffusers_ddpm_ext.losses.logvar_files import (
+    LOGVAR_CONFIG_NAME,
+    LOGVAR_FOLDER,
+    LOGVAR_FORMAT,
+    LOGVAR_KEY,
+    LOGVAR_WEIGHTS_NAME,
+    logvar_folder,
+    read_logvar,
+    read_logvar_config,
+)
 from diffusers_ddpm_ext.utils.array_files import read_tensors
 from diffusers_ddpm_ext.utils.checks import describe
-from diffusers_ddpm_ext.utils.input_files import JsonObject, check_folder, exists, file_name, read_json_object
+from diffusers_ddpm_ext.utils.input_files import file_name
 
-LOGVAR_FORMAT = 1
-LOGVAR_FOLDER = "logvar"
-LOGVAR_CONFIG_NAME = "config.json"
-LOGVAR_WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
-LOGVAR_KEY = "logvar"
 LogvarKind = Literal["table", "continuous"]
 LOGVAR_KINDS: tuple[LogvarKind, ...] = get_args(LogvarKind)
 CONTINUOUS = "continuous."
@@ -162,26 +167,8 @@ def load_logvar(folder: str | os.PathLike[str], num_train_timesteps: int | None 
         ValueError: the folder does not exist, or a file is missing, damaged, of another format or of another length;
             the message names it.
     """
-    source = _logvar_folder(folder)
-    if source is None:
-        return None
-    config = _read_config(source)
-    length = config.integer("num_train_timesteps", low=1, high=MAX_TRAIN_TIMESTEPS)
-    path = source / LOGVAR_WEIGHTS_NAME
-    tensors = read_tensors(path)
-    table = tensors.get(LOGVAR_KEY)
-    if table is None or table.ndim != 1 or not table.is_floating_point():
-        names = printable(str(sorted(tensors)), 200)
-        raise ConfigError(
-            f"{file_name(path)} must hold one floating tensor (T,) under the key {LOGVAR_KEY!r}, got {names}."
-        )
-    for owner, expected in ((config.name, length), ("the scheduler", num_train_timesteps)):
-        if expected is not None and len(table) != expected:
-            raise ConfigError(f"{file_name(path)} holds {len(table)} steps, but {owner} says {expected}.")
-    table = table.to(torch.float32)
-    if not bool(torch.isfinite(table).all()):
-        raise ConfigError(f"{file_name(path)} holds values that are not finite.")
-    return table
+    table = read_logvar(folder, num_train_timesteps)
+    return None if table is None else torch.from_numpy(table)
 
 
 def load_continuous(folder: str | os.PathLike[str], log_snr: Tensor) -> ContinuousLogvar | None:
@@ -197,10 +184,10 @@ def load_continuous(folder: str | os.PathLike[str], log_snr: Tensor) -> Continuo
     Raises:
         ValueError: the folder does not exist, or a file is missing or damaged; the message names it.
     """
-    source = _logvar_folder(folder)
+    source = logvar_folder(folder)
     if source is None:
         return None
-    kind = _read_config(source).string("kind", default="table")
+    kind = read_logvar_config(source).string("kind", default="table")
     if kind == "table":
         return None
     if kind != "continuous":
@@ -223,20 +210,3 @@ def load_continuous(folder: str | os.PathLike[str], log_snr: Tensor) -> Continuo
                 f"{file_name(path)}: {CONTINUOUS}{name} holds values that are not finite, or not positive."
             )
     return network
-
-
-def _logvar_folder(folder: str | os.PathLike[str]) -> Path | None:
-    """``logvar/`` of a pipeline's folder, which must exist; None if there is none in it."""
-    source = check_folder(folder) / LOGVAR_FOLDER
-    if exists(source):
-        return check_folder(source)
-    if source.parent.name == LOGVAR_FOLDER and exists(source.parent / LOGVAR_CONFIG_NAME):
-        raise ConfigError(f"{file_name(folder)} is the folder of the log-variances: give the pipeline's, its parent.")
-    return None
-
-
-def _read_config(source: Path) -> JsonObject:
-    config = read_json_object(source / LOGVAR_CONFIG_NAME)
-    if config.integer("format") != LOGVAR_FORMAT:
-        raise ConfigError(f'{config.name} must have "format": {LOGVAR_FORMAT}; a newer version may read it.')
-    return config

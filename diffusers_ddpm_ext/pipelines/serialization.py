@@ -29,15 +29,8 @@ from torch import Tensor
 
 from diffusers_ddpm_ext.diffusion.schedule import log_snr
 from diffusers_ddpm_ext.errors import printable
-from diffusers_ddpm_ext.losses.logvar import (
-    LOGVAR_CONFIG_NAME,
-    LOGVAR_FOLDER,
-    LOGVAR_WEIGHTS_NAME,
-    ContinuousLogvar,
-    load_continuous,
-    load_logvar,
-    save_logvar,
-)
+from diffusers_ddpm_ext.losses.logvar import ContinuousLogvar, load_continuous, load_logvar, save_logvar
+from diffusers_ddpm_ext.losses.logvar_files import LOGVAR_CONFIG_NAME, LOGVAR_FOLDER, LOGVAR_WEIGHTS_NAME
 from diffusers_ddpm_ext.models.class_embedder import CLASS_EMBEDDER_FOLDER, load_class_embedder, save_class_embedder
 from diffusers_ddpm_ext.models.latent_scale import SLOTS
 from diffusers_ddpm_ext.models.text_kinds import ENCODER_SLOTS

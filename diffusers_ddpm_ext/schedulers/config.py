@@ -10,7 +10,8 @@ Source: ``ConfigMixin.extract_init_dict`` of Diffusers, whose list of such keys 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ import numpy as np
 from diffusers_ddpm_ext.diffusion.respacing import custom_timesteps
 from diffusers_ddpm_ext.diffusion.schedule import as_table, checked_v_posterior, make_betas
 from diffusers_ddpm_ext.utils.checks import describe
-from diffusers_ddpm_ext.utils.vocabulary import BetaSchedule
+from diffusers_ddpm_ext.utils.vocabulary import FROM_COMPVIS_ARGUMENT, BetaSchedule
 
 DEFAULT_NUM_TRAIN_TIMESTEPS = 1000
 DEFAULT_COSINE_S = 0.008
@@ -26,6 +27,8 @@ DEFAULT_COSINE_S = 0.008
 BETA_KEYS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "cosine_s")
 # Keys that a trained network depends on.
 PROCESS_KEYS = (*BETA_KEYS, "trained_betas", "rescale_betas_zero_snr", "prediction_type")
+
+SIMILAR = 0.88  # of a misspelled key; the nearest key of another scheduler (timestep_scaling) has 0.875
 
 
 def needs_explicit_betas(beta_schedule: str, cosine_s: float) -> bool:
@@ -102,6 +105,21 @@ def _betas_follow_from_name(config: Mapping[str, Any]) -> bool:
     except ValueError:
         return False
     return np.array_equal(named, np.asarray(betas, dtype=np.float64))
+
+
+def check_names(names: Iterable[str], own: Mapping[str, Any]) -> None:
+    """Raise ValueError for names that Diffusers would ignore: CompVis' names of our keys, and near misses of them.
+
+    Other unknown names are keys of other schedulers, which a config keeps for them.
+    """
+    for name in names:
+        meant = (
+            [FROM_COMPVIS_ARGUMENT[name]]
+            if name in FROM_COMPVIS_ARGUMENT
+            else get_close_matches(name, own, 1, SIMILAR)
+        )
+        if name not in own and meant:
+            raise ValueError(f"{name} is no key of a scheduler's config and would be ignored: use {meant[0]}.")
 
 
 def interpolation_weight(name: str, value: Any) -> float | list[float]:

@@ -9,22 +9,19 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
-from difflib import get_close_matches
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from diffusers.configuration_utils import FrozenDict
 
 from diffusers_ddpm_ext.diffusion.schedule import MAX_TRAIN_TIMESTEPS
-from diffusers_ddpm_ext.schedulers.config import normalize_config
+from diffusers_ddpm_ext.schedulers.config import check_names, normalize_config
 from diffusers_ddpm_ext.utils.checks import describe
 from diffusers_ddpm_ext.utils.input_files import exists, read_json_object
-from diffusers_ddpm_ext.utils.vocabulary import FROM_COMPVIS_ARGUMENT
 
 _KEY = "_internal_dict"
 SCHEDULER_CONFIG = "scheduler_config.json"
-SIMILAR = 0.88  # of a misspelled key; the nearest key of another scheduler (timestep_scaling) has 0.875
 
 
 class FrozenConfig(FrozenDict):
@@ -147,21 +144,6 @@ def constructor_defaults(cls: type) -> dict[str, Any]:
     """Names and defaults of a class's constructor arguments: the keys of its config."""
     parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]  # type: ignore[misc]
     return {p.name: p.default for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-
-
-def check_names(names: Iterable[str], own: Mapping[str, Any]) -> None:
-    """Raise ValueError for names that Diffusers would ignore: CompVis' names of our keys, and near misses of them.
-
-    Other unknown names are keys of other schedulers, which a config keeps for them.
-    """
-    for name in names:
-        meant = (
-            [FROM_COMPVIS_ARGUMENT[name]]
-            if name in FROM_COMPVIS_ARGUMENT
-            else get_close_matches(name, own, 1, SIMILAR)
-        )
-        if name not in own and meant:
-            raise ValueError(f"{name} is no key of a scheduler's config and would be ignored: use {meant[0]}.")
 
 
 def check_obeyed(scheduler: Any, requested: Mapping[str, Any]) -> None:

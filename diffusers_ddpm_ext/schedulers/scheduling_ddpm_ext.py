@@ -28,12 +28,7 @@ from torch import Tensor
 
 from diffusers_ddpm_ext.diffusion import gaussian
 from diffusers_ddpm_ext.diffusion.arguments import Generators, check_samples, explain_compvis_names, network_output
-from diffusers_ddpm_ext.diffusion.respacing import (
-    TIMESTEP_SPACINGS,
-    TimestepSpacing,
-    custom_timesteps,
-    spaced_timesteps,
-)
+from diffusers_ddpm_ext.diffusion.respacing import TimestepSpacing, custom_timesteps, spaced_timesteps
 from diffusers_ddpm_ext.diffusion.reverse_step import (
     LEARNED_VARIANCES,
     ReverseCoefficients,
@@ -44,20 +39,14 @@ from diffusers_ddpm_ext.diffusion.reverse_step import (
     small_variance,
     split_variance,
 )
-from diffusers_ddpm_ext.diffusion.schedule import MIN_VARIANCE, NoiseSchedule, as_table, check_prediction_type
+from diffusers_ddpm_ext.diffusion.schedule import MIN_VARIANCE, NoiseSchedule, as_table
 from diffusers_ddpm_ext.errors import printable
 from diffusers_ddpm_ext.schedulers.compvis_api import CompVisAPI
-from diffusers_ddpm_ext.schedulers.config import (
-    DEFAULT_COSINE_S,
-    DEFAULT_NUM_TRAIN_TIMESTEPS,
-    checked_optimal_timesteps,
-    format_ranges,
-    interpolation_weight,
-    resolve_betas,
-)
+from diffusers_ddpm_ext.schedulers.config import DEFAULT_COSINE_S, DEFAULT_NUM_TRAIN_TIMESTEPS, format_ranges
 from diffusers_ddpm_ext.schedulers.config_warnings import leave_out
 from diffusers_ddpm_ext.schedulers.live_config import LiveConfig, constructor_defaults
-from diffusers_ddpm_ext.utils.checks import check_one_of, checked_flag, checked_integer, checked_number, describe
+from diffusers_ddpm_ext.schedulers.resolved_config import resolve_config
+from diffusers_ddpm_ext.utils.checks import check_one_of, checked_flag, checked_integer, describe
 from diffusers_ddpm_ext.utils.vocabulary import (
     FROM_COMPVIS_BETA_SCHEDULE,
     SAMPLE_TIMESTEPS,
@@ -68,7 +57,6 @@ from diffusers_ddpm_ext.utils.vocabulary import (
 )
 
 Betas = Sequence[float] | npt.NDArray[Any] | Tensor
-MAX_RANGE = 1e30  # data units, within float32
 NoiseSource = tuple[Tensor, Generators, Tensor | None]  # the network's output, generators, the caller's noise
 
 
@@ -145,62 +133,13 @@ class DDPMExtScheduler(LiveConfig, CompVisAPI, SchedulerMixin, ConfigMixin):
         v_decoder: Betas | None = None,
         optimal_timesteps: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
-        check_one_of("variance_type", variance_type, VARIANCE_TYPES)
-        check_one_of("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS)
-        check_prediction_type(prediction_type)
-        if v_posterior is not None:
-            if variance_type not in ("fixed_small", "fixed_large"):
-                raise ValueError(
-                    f"v_posterior={describe(v_posterior)} contradicts variance_type={variance_type!r}: leave "
-                    "v_posterior out, or leave variance_type at 'fixed_small'."
-                )
-            # The closest value for a reader that does not know v_posterior.
-            weight = interpolation_weight("v_posterior", v_posterior)
-            variance_type = "fixed_small" if np.mean(weight) < 0.5 else "fixed_large"
-        else:
-            weight = None
-        decoder: Any = None if v_decoder is None else interpolation_weight("v_decoder", v_decoder)
-        self._learned = variance_type in LEARNED_VARIANCES
+        resolved = resolve_config({name: value for name, value in locals().items() if name != "self"})
+        self.schedule = resolved.schedule
+        self._learned = resolved.values["variance_type"] in LEARNED_VARIANCES
         self.init_noise_sigma = 1.0
-        beta_start = checked_number("beta_start", beta_start, "a finite number")
-        beta_end = checked_number("beta_end", beta_end, "a finite number")
-        rescale_betas_zero_snr = checked_flag("rescale_betas_zero_snr", rescale_betas_zero_snr)
-        num_train_timesteps, trained_betas = resolve_betas(
-            num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, cosine_s
-        )
-        self.schedule = NoiseSchedule(
-            num_train_timesteps,
-            beta_start,
-            beta_end,
-            beta_schedule,
-            trained_betas,
-            cosine_s=cosine_s,
-            rescale_betas_zero_snr=rescale_betas_zero_snr,
-            v_posterior=float(variance_type.startswith("fixed_large")) if weight is None else weight,
-            prediction_type=prediction_type,
-            v_decoder=decoder,
-        )
-        self.register_to_config(
-            num_train_timesteps=len(self.schedule),
-            beta_start=beta_start,
-            beta_end=beta_end,
-            trained_betas=trained_betas,
-            variance_type=variance_type,
-            clip_sample=checked_flag("clip_sample", clip_sample),
-            thresholding=checked_flag("thresholding", thresholding),
-            dynamic_thresholding_ratio=_checked_ratio(dynamic_thresholding_ratio),
-            clip_sample_range=_checked_range("clip_sample_range", clip_sample_range),
-            sample_max_value=_checked_range("sample_max_value", sample_max_value),
-            steps_offset=checked_integer("steps_offset", steps_offset),
-            rescale_betas_zero_snr=rescale_betas_zero_snr,
-            v_posterior=weight,
-            cosine_s=checked_number("cosine_s", cosine_s, "a finite number"),
-            v_decoder=decoder,
-            optimal_timesteps=checked_optimal_timesteps(optimal_timesteps, len(self.schedule)),
-            # Keys in this list are dropped when another class reads the config, which would then use its own defaults:
-            # other betas, silently.
-            _use_default_values=[],
-        )
+        # Keys in this list are dropped when another class reads the config, which would then use its own defaults:
+        # other betas, silently.
+        self.register_to_config(**resolved.values, _use_default_values=[])
         self._use_all_steps()
         self._is_built = True
 
@@ -532,16 +471,6 @@ class DDPMExtScheduler(LiveConfig, CompVisAPI, SchedulerMixin, ConfigMixin):
         check_samples(sample=sample, noise=noise)
         t = per_sample_timesteps(timesteps, sample)
         return gaussian.velocity(self.schedule, sample, noise, t).to(sample.dtype)
-
-
-def _checked_ratio(ratio: Any) -> float:
-    allowed = "in (0, 1]; the usual value is 0.995"
-    return checked_number("dynamic_thresholding_ratio", ratio, allowed, lambda number: 0 < number <= 1)
-
-
-def _checked_range(name: str, value: Any) -> float:
-    allowed = f"above 0 and at most {MAX_RANGE:g}; the usual value is 1"
-    return checked_number(name, value, allowed, lambda number: 0 < number <= MAX_RANGE)
 
 
 def _check_terminal_snr(schedule: NoiseSchedule) -> None:
