@@ -19,14 +19,18 @@ draw per interval); [EDM] Karras et al. 2022.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from diffusers_ddpm_ext.diffusion.device_tables import table_tensor
+from diffusers_ddpm_ext.diffusion.likelihood import exact_dtype
 from diffusers_ddpm_ext.diffusion.schedule import LARGEST_LOG_SNR, NoiseSchedule, Table, log_snr
 from diffusers_ddpm_ext.utils.checks import check_one_of, checked_integer, checked_number, describe
+from diffusers_ddpm_ext.utils.host_reads import reads_are_free
 
 SamplerName = Literal["uniform", "stratified", "loss_second_moment", "log_snr_normal", "log_snr_uniform"]
 SAMPLERS: tuple[SamplerName, ...] = get_args(SamplerName)
@@ -35,6 +39,28 @@ UNIFORM_SHARE = 0.001  # fraction of uniform draws in loss_second_moment
 LOG_SNR_SHARE = 0.1  # fraction of uniform draws in the log-SNR densities: no weight is above 10
 
 __all__ = ["LossSecondMomentSampler", "TimestepSampler", "log_snr_edges", "make_sampler", "stratify"]
+
+
+@dataclass(frozen=True)
+class _Quantiles:
+    """Distribution function of the steps at the end of each, and the steps' weights 1 / (T p); read-only, (T,)."""
+
+    edges: Table
+    weights: Table
+
+    @classmethod
+    def of(cls, p: Table) -> _Quantiles:
+        edges = np.cumsum(p)
+        quantiles = cls(edges / edges[-1], 1 / (len(p) * p))
+        for table in (quantiles.edges, quantiles.weights):
+            table.flags.writeable = False  # so that it is transferred to a device once
+        return quantiles
+
+    def draw(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Steps and weights; see `TimestepSampler.draw`."""
+        edges, weights = (table_tensor(table, u.device, u.dtype) for table in (self.edges, self.weights))
+        places = torch.searchsorted(edges, u, right=True).clamp(max=len(self.edges) - 1)
+        return places, weights[places]
 
 
 class TimestepSampler(nn.Module):
@@ -51,11 +77,17 @@ class TimestepSampler(nn.Module):
         self.num_train_timesteps = num_train_timesteps
         self.stratified = stratified
         self._fixed = probabilities
+        self._fixed_quantiles = None if probabilities is None else _Quantiles.of(probabilities)
 
     @property
     def learns(self) -> bool:
         """Whether it uses the losses (`update`)."""
         return False
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether the steps of a batch are drawn independently and with equal probabilities."""
+        return not self.stratified and self.probabilities() is None
 
     def probabilities(self) -> Table | None:
         """Probabilities of the T steps, (T,), float64; None if they are equal."""
@@ -65,17 +97,20 @@ class TimestepSampler(nn.Module):
         """Steps at quantiles of the distribution.
 
         Args:
-            u: (B,), float64, on the CPU, each in [0, 1).
+            u: (B,), float64 (float32 on MPS, which lacks it), each in [0, 1).
 
         Returns:
-            Steps (B,), int64, and their weights 1 / (T p), (B,), float64; None if all are 1.
+            Steps (B,), int64, and their weights 1 / (T p), (B,), of the dtype of ``u``; None if all are 1. Both on the
+            device of ``u``, where nothing is read.
         """
-        p, last = self.probabilities(), self.num_train_timesteps - 1
-        if p is None:
-            return (u.double() * self.num_train_timesteps).long().clamp(max=last), None
-        edges = np.cumsum(p)
-        places = np.searchsorted(edges / edges[-1], u.double().numpy(), side="right").clip(max=last)
-        return torch.from_numpy(places.astype(np.int64)), torch.from_numpy(1 / (len(p) * p[places]))
+        quantiles, u = self._quantiles(), u.to(exact_dtype(u.device))
+        return (self._uniform(u), None) if quantiles is None else quantiles.draw(u)
+
+    def _uniform(self, u: Tensor) -> Tensor:
+        return (u * self.num_train_timesteps).long().clamp(max=self.num_train_timesteps - 1)
+
+    def _quantiles(self) -> _Quantiles | None:
+        return self._fixed_quantiles
 
     def update(self, timesteps: Tensor, losses: Tensor) -> None:
         """Record the losses (N,) of a batch at its steps (N,), if the sampler learns from them.
@@ -109,6 +144,7 @@ class LossSecondMomentSampler(TimestepSampler):
         self.uniform_share = uniform_share
         self.register_buffer("losses", torch.zeros(num_train_timesteps, history, dtype=torch.float64))
         self.register_buffer("counts", torch.zeros(num_train_timesteps, dtype=torch.int64))
+        self._last: tuple[tuple[int, ...], _Quantiles | None] | None = None
 
     @property
     def learns(self) -> bool:
@@ -118,8 +154,9 @@ class LossSecondMomentSampler(TimestepSampler):
     def _apply(self, fn: Any, recurse: bool = True) -> LossSecondMomentSampler:
         """Move the history with the module, so that it is synchronized there, but keep its precision."""
         device = fn(torch.zeros(1)).device
-        self.losses = self.losses.to(device, torch.float32 if device.type == "mps" else torch.float64)
+        self.losses = self.losses.to(device, exact_dtype(device))
         self.counts = self.counts.to(device)
+        self._last = None
         return self
 
     def probabilities(self) -> Table | None:
@@ -135,13 +172,44 @@ class LossSecondMomentSampler(TimestepSampler):
         return p
 
     @property
+    def is_uniform(self) -> bool:
+        """As in `TimestepSampler`."""
+        return self._quantiles() is None
+
+    @property
     def is_warm(self) -> bool:
         """Whether every step has a full history."""
         return bool((self.counts == self.losses.shape[1]).all())
 
+    def draw(self, u: Tensor) -> tuple[Tensor, Tensor | None]:
+        """As in `TimestepSampler`; on an accelerator there always are weights, of 1 while the steps are uniform."""
+        if reads_are_free(u.device):
+            return super().draw(u)
+        root = self.losses.square().mean(1).sqrt()
+        total, full = root.sum(), (self.counts == self.losses.shape[1]).all()
+        is_learned = full & torch.isfinite(total) & (total > 0)
+        p = root / total * (1 - self.uniform_share) + self.uniform_share / len(root)
+        edges = p.cumsum(0)
+        places = torch.searchsorted(edges / edges[-1], u, right=True).clamp(max=len(root) - 1)
+        weights = torch.where(is_learned, 1 / (len(root) * p[places]), torch.ones_like(u))
+        return torch.where(is_learned, places, self._uniform(u)), weights
+
+    def _quantiles(self) -> _Quantiles | None:
+        """Those of the present history, computed once until an update or another state changes it."""
+        version = self.losses._version, self.counts._version
+        if self._last is None or self._last[0] != version:
+            p = self.probabilities()
+            self._last = version, None if p is None else _Quantiles.of(p)
+        return self._last[1]
+
+    @torch.no_grad()
     def update(self, timesteps: Tensor, losses: Tensor) -> None:
-        """See `TimestepSampler.update`."""
-        history, counts = self.losses.cpu().numpy(), self.counts.cpu().numpy()
+        """See `TimestepSampler.update`. Several losses of one step follow each other in the order of the batch."""
+        self._last = None
+        if not reads_are_free(self.losses.device):
+            self._update_on_device(timesteps.to(self.counts), losses.to(self.losses))
+            return
+        history, counts = self.losses.numpy(), self.counts.numpy()
         full = history.shape[1]
         for t, loss in zip(timesteps.tolist(), losses.double().tolist(), strict=True):
             if not math.isfinite(loss):
@@ -152,8 +220,25 @@ class LossSecondMomentSampler(TimestepSampler):
             else:
                 history[t, counts[t]] = loss
                 counts[t] += 1
-        self.losses.copy_(torch.from_numpy(history))
-        self.counts.copy_(torch.from_numpy(counts))
+
+    def _update_on_device(self, timesteps: Tensor, losses: Tensor) -> None:
+        """The same without reading anything: all losses at once, those to be left out in a row of their own."""
+        steps, full = self.losses.shape
+        t, order = torch.where(torch.isfinite(losses), timesteps, steps).sort(stable=True)
+        losses = losses[order]
+        first, end = torch.searchsorted(t, t), torch.searchsorted(t, t, right=True)  # of the samples of the same step
+        history = torch.cat([self.losses, self.losses.new_zeros(1, full)])
+        counts = torch.cat([self.counts, self.counts.new_zeros(1)])
+        before = counts[t]
+        dropped = (before + end - first - full).clamp(min=0)
+        places = torch.arange(full, device=t.device) + dropped[:, None]
+        history[t] = history[t].gather(1, places.clamp(max=full - 1))
+        slot = before - dropped + torch.arange(len(t), device=t.device) - first
+        left_out = (slot < 0) | (t == steps)
+        history[torch.where(left_out, steps, t), slot.clamp(0, full - 1)] = losses
+        counts[t] = (before + end - first).clamp(max=full)
+        self.losses.copy_(history[:-1])
+        self.counts.copy_(counts[:-1])
 
 
 def make_sampler(

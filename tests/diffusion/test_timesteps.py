@@ -18,6 +18,7 @@ from diffusers_ddpm_ext.diffusion.timesteps import (
     make_sampler,
     stratify,
 )
+from diffusers_ddpm_ext.utils import host_reads
 
 CASES = [case for case in json.loads((GOLDEN / "i_vlb.json").read_text())["cases"] if case["group"] == "resampler"]
 
@@ -103,6 +104,39 @@ def test_history_is_in_the_state_and_keeps_its_precision():
     other.load_state_dict(sampler.state_dict())
     assert np.array_equal(other.probabilities(), sampler.probabilities())
     assert sampler.half().losses.dtype == torch.float64
+
+
+@pytest.mark.parametrize("size", [1, 3, 40, 500])
+def test_an_accelerator_learns_and_draws_without_reading(size, monkeypatch):
+    """Against the host's own history, for steps that occur often, once and never, and losses that are not finite."""
+    steps, generator = 6, torch.Generator().manual_seed(size)
+    host, device = (LossSecondMomentSampler(steps, history=4) for _ in range(2))
+    for _ in range(12):
+        t = torch.randint(0, steps, (size,), generator=generator)
+        losses = torch.rand(size, generator=generator).log()
+        losses[torch.rand(size, generator=generator) < 0.2] = float("nan")
+        host.update(t, losses)
+        u = torch.rand(200, generator=generator, dtype=torch.float64)
+        want, weights = host.draw(u)
+        with monkeypatch.context() as patch:
+            patch.setattr(host_reads, "FREE", frozenset())
+            device.update(t, losses)
+            got, own = device.draw(u)
+        assert torch.equal(host.losses, device.losses)
+        assert torch.equal(host.counts, device.counts)
+        assert torch.equal(want, got)
+        torch.testing.assert_close(own, torch.ones_like(u) if weights is None else weights, rtol=1e-12, atol=0)
+    assert host.is_warm == (size > 3)
+
+
+def test_draws_follow_an_update_and_a_loaded_state():
+    sampler, state = warm(), warm().state_dict()
+    u = torch.tensor([0.5], dtype=torch.float64)
+    before = sampler.draw(u)[1].item()
+    sampler.update(torch.arange(50), torch.linspace(0.1, 3.0, 50))
+    assert sampler.draw(u)[1].item() != before
+    sampler.load_state_dict(state)
+    assert sampler.draw(u)[1].item() == before
 
 
 @pytest.mark.parametrize("size", [1, 7, 64, 130])
