@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -19,19 +18,18 @@ from diffusers_ddpm_ext.errors import as_run_error, printable_lines, warn
 from diffusers_ddpm_ext.hub.card import environment_versions
 from diffusers_ddpm_ext.training.checkpoints.output_dir import run_name
 from diffusers_ddpm_ext.training.config.train_config import TrainConfig
-from diffusers_ddpm_ext.training.data.batches import Batch
 from diffusers_ddpm_ext.training.data.class_table import count_classes
 from diffusers_ddpm_ext.training.distributed import fail_together
-from diffusers_ddpm_ext.training.loop.batches import open_batches
 from diffusers_ddpm_ext.training.loop.captions import open_text_cache
 from diffusers_ddpm_ext.training.loop.description import describe_run
 from diffusers_ddpm_ext.training.loop.hub_publisher import Publisher, move_token_to_environment
 from diffusers_ddpm_ext.training.loop.latents import open_latent_cache, settle_scale
 from diffusers_ddpm_ext.training.loop.metrics_logging import log_losses, open_metrics_logger
-from diffusers_ddpm_ext.training.loop.nonfinite import recover
+from diffusers_ddpm_ext.training.loop.nonfinite import settle
 from diffusers_ddpm_ext.training.loop.previews import preview_prompts
 from diffusers_ddpm_ext.training.loop.resume import resume
-from diffusers_ddpm_ext.training.loop.run import Run, RunProgress, acquire_folder
+from diffusers_ddpm_ext.training.loop.run import Run, acquire_folder
+from diffusers_ddpm_ext.training.loop.run_batches import RunBatches
 from diffusers_ddpm_ext.training.loop.saving import mark_finished, save_checkpoint
 from diffusers_ddpm_ext.training.loop.setup import Setup, build_setup
 from diffusers_ddpm_ext.training.loop.step import train_step
@@ -137,44 +135,36 @@ def fit(run: Run, poller: RequestPoller) -> None:
         StopTraining: the end was requested; a checkpoint has been written.
     """
     setup, progress = run.setup, run.progress
-    workers = setup.config.data.dataloader_num_workers
     steps, rule = setup.plan.steps, setup.config.loop.on_nonfinite
-    batches = noting_lanes(open_batches(setup, progress.step, progress.lanes, num_workers=workers), progress)
+    batches = RunBatches(run)
     setup.task.train()
     with run.logger.stopwatch.stopped():
         run_pending_tasks(run, poller)
     while progress.step < steps and not progress.stopped_early:
         trace = train_step(setup, progress.step, batches)
         progress.step += 1
+        batches.note_lanes()
         run.meter.add(trace)
-        if not trace.applied:
-            recover(run)
-        elif rule != "rollback":
-            progress.recoveries = 0
         run.logger.progress_bar.update()
         request = poller.poll()
-        due = due_after(progress.step, setup.config, setup.plan, request)
+        due, applied = due_after(progress.step, setup.config, setup.plan, request), True
+        if rule != "stop" and (trace.skipped is None or due.log_losses):
+            applied = settle(run)
+            if batches.rewind():
+                due = due_after(progress.step, setup.config, setup.plan, request)
         progress.pending = list(due.tasks)
         if due.log_losses:
             log_losses(run)
         with run.logger.stopwatch.stopped():
             if due.checkpoint:
                 written = save_checkpoint(run)
-                if written and trace.applied:
+                if written and applied:
                     progress.recoveries = 0
                 if run.publisher is not None and run.publisher.with_checkpoint and progress.step < steps:
                     run.publisher.push_in_background(progress.step)
                 if request.stop:
                     raise StopTraining(request.signal, written)
             run_pending_tasks(run, poller)
-
-
-def noting_lanes(batches: Iterator[Batch], progress: RunProgress) -> Iterator[Batch]:
-    """The same batches; after the last one of a step, the progress has the lanes of its stream."""
-    for batch in batches:
-        if batch.lanes is not None:
-            progress.lanes = batch.lanes
-        yield batch
 
 
 def write_run_files(setup: Setup, folder: Path) -> None:

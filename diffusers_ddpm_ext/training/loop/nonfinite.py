@@ -52,14 +52,38 @@ def stop_nonfinite(run: Run, step: int) -> None:
     _fail(run.setup, report_nonfinite(run.setup, run.folder, run.meter, step), ", or --on_nonfinite skip")
 
 
-def recover(run: Run) -> None:
-    """Continue after a step that was not applied, by the rule of the run. Collective call.
+def settle(run: Run) -> bool:
+    """Follow the rule of the run for the steps since the last call, whose verdicts are read. Collective call.
+
+    On an accelerator, where they are read once in a logging interval, a rollback also undoes the steps after the one
+    that was not finite: the run's step is that one again, as if it had been noticed at once.
+
+    Returns:
+        Whether the run's present step was applied.
 
     Raises:
         RunError: the limit of recoveries is reached; in the main process, the others exit without a message.
     """
+    progress, rule, applied = run.progress, run.setup.config.loop.on_nonfinite, True
+    for step, applied in run.meter.settle():
+        if applied:
+            if rule != "rollback":
+                progress.recoveries = 0
+            continue
+        if rule == "rollback":
+            run.meter.forget_after(step)
+            run.logger.progress_bar.update(step - progress.step)
+            progress.step = step
+        recover(run, step)
+        if rule == "rollback":
+            break
+    return applied
+
+
+def recover(run: Run, step: int) -> None:
+    """Continue after a step that was not applied, by the rule of the run; see `settle`."""
     setup, progress = run.setup, run.progress
-    line = report_nonfinite(setup, run.folder, run.meter, progress.step)
+    line = report_nonfinite(setup, run.folder, run.meter, step)
     rule = setup.config.loop.on_nonfinite
     limit = MAX_ROLLBACKS_TO_A_CHECKPOINT if rule == "rollback" else MAX_SKIPS_IN_A_ROW
     progress.recoveries += 1
@@ -69,10 +93,10 @@ def recover(run: Run) -> None:
         )
     action = "the step is skipped"
     if rule == "rollback":
-        step = roll_back(setup, run.folder, progress.step)
+        checkpoint = roll_back(setup, run.folder, step)
         action = (
-            f"weights, optimizer and average are those of checkpoint-{step} again, the next batch is step"
-            f" {progress.step + 1}'s"
+            f"weights, optimizer and average are those of checkpoint-{checkpoint} again, the next batch is step"
+            f" {step + 1}'s"
         )
     if setup.accelerator.is_main_process:
         warn(f"{line}; --on_nonfinite {rule}: {action}")

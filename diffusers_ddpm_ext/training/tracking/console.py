@@ -53,9 +53,9 @@ class ProgressDisplay:
         )
         self.last_line = time.monotonic()
 
-    def update(self) -> None:
-        """Count a step."""
-        self.bar.update()
+    def update(self, steps: int = 1) -> None:
+        """Count steps; fewer than 0 where they are repeated."""
+        self.bar.update(steps)
 
     def show(self, step: int, text: str) -> None:
         """Show the last losses after ``step`` steps."""

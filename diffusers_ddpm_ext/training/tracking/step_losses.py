@@ -105,9 +105,10 @@ class StepTrace:
         learning_rate: of the network, in this step.
         outputs: one per micro-batch.
         images: indices of the samples in the training set, one tensor per micro-batch, on the CPU.
-        timesteps: of the samples, one tensor per micro-batch, on the CPU.
+        timesteps: of the samples, one tensor per micro-batch.
         norms: 2-norms of the gradients of the network's parameters before clipping, (n,).
-        applied: as in `StepRecord`.
+        applied: as in `StepRecord`; True where only the device knows.
+        skipped: 0-dim, on the device, 1 where the step was not applied; None where ``applied`` says it.
     """
 
     step: int
@@ -117,6 +118,7 @@ class StepTrace:
     timesteps: list[Tensor]
     norms: Tensor
     applied: bool = True
+    skipped: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,7 @@ class LossMeter:
     def __init__(self) -> None:
         self._pending: list[_Pending] = []
         self._last_read: list[_Pending] = []
+        self._settled = 0  # of the pending ones, the first
 
     def add(self, trace: StepTrace) -> None:
         """Add one optimizer step, without reading anything back from the device."""
@@ -144,13 +147,32 @@ class LossMeter:
         names = (*scalars[0], GRAD_NORM)
         self._pending.append(_Pending(replace(trace, outputs=[]), names, torch.cat([mean, norm]), losses))
 
+    def settle(self) -> list[tuple[int, bool]]:
+        """The number of each step added since the last call, and whether it was applied.
+
+        What only the device knows is read, for all steps at once.
+        """
+        start, self._settled = self._settled, len(self._pending)
+        skipped = [p.trace.skipped for p in self._pending[start:] if p.trace.skipped is not None]
+        values = iter(torch.stack(skipped).tolist() if skipped else ())
+        for place, pending in enumerate(self._pending[start:], start):
+            if pending.trace.skipped is not None:
+                trace = replace(pending.trace, applied=not next(values), skipped=None)
+                self._pending[place] = replace(pending, trace=trace)
+        return [(pending.trace.step, pending.trace.applied) for pending in self._pending[start:]]
+
+    def forget_after(self, step: int) -> None:
+        """Drop the steps after this one, which the run repeats."""
+        self._pending = [pending for pending in self._pending if pending.trace.step <= step]
+        self._settled = len(self._pending)
+
     def read(self, mean_over_ranks: Callable[[Tensor], Tensor]) -> list[StepRecord]:
         """One record per step added since the last call, oldest first: the one place where the host waits.
 
         Args:
             mean_over_ranks: averages a tensor over the processes. Collective call: every process must make it.
         """
-        self._last_read, self._pending = self._pending, []
+        self._last_read, self._pending, self._settled = self._pending, [], 0
         if not self._last_read:
             return []
         rows = mean_over_ranks(torch.stack([pending.means for pending in self._last_read])).tolist()

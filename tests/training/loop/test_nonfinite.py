@@ -20,6 +20,7 @@ from diffusers_ddpm_ext.training import trainer
 from diffusers_ddpm_ext.training.config.train_config import parse_train_args
 from diffusers_ddpm_ext.training.factory.task import DenoisingTask
 from diffusers_ddpm_ext.training.loop import nonfinite, step
+from diffusers_ddpm_ext.training.loop.verdict import Verdict
 
 OPTIONS = {"max_train_steps": 7, "checkpointing_steps": 3, "validation_steps": 0, "seed": 5, "logging_steps": 2}
 
@@ -104,7 +105,7 @@ def test_skip_skips_the_step(where, tmp_path, monkeypatch, capsys):
     assert "--on_nonfinite skip" in capsys.readouterr().err
     with monkeypatch.context() as patch:
         count = itertools.count(1)
-        patch.setattr(step, "is_finite", lambda *_: next(count) != 5)
+        patch.setattr(step, "judge", lambda *_: Verdict(applied=next(count) != 5))
         run_once(tmp_path / "expected", on_nonfinite="skip")
     assert same(weights(tmp_path / "run", 7), weights(tmp_path / "expected", 7))
     assert not same(weights(tmp_path / "run", 7), weights(tmp_path / "run", 6))
