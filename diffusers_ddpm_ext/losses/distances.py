@@ -139,7 +139,8 @@ class PerceptualDistance:
         x = images.expand(-1, 3, -1, -1) if channels == 1 else images[:, :3]
         if self.size is not None and tuple(x.shape[2:]) != self.size:
             x = nn.functional.interpolate(x, self.size, mode="bilinear", antialias=True, align_corners=False)
-        x = ((x + 1) / 2 - self.mean.to(x)) / self.std.to(x)
+        mean, std = (values.to(x, non_blocking=True) for values in (self.mean, self.std))
+        x = ((x + 1) / 2 - mean) / std
         hidden = self.backbone.to(x.device)(pixel_values=x, output_hidden_states=True).hidden_states
         flat = [h.flatten(2).transpose(1, 2) if h.ndim == 4 else h for h in hidden]
         return [h / (h.norm(dim=2, keepdim=True) + 1e-10) for h in flat]

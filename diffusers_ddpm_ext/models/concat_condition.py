@@ -31,7 +31,11 @@ def concat_channels(stage: FirstStage, channels: int, through: ConcatThroughVae 
 
 
 def concat_condition(
-    stage: FirstStage, pictures: Tensor, through: ConcatThroughVae | None, generator: torch.Generator | None = None
+    stage: FirstStage,
+    pictures: Tensor,
+    through: ConcatThroughVae | None,
+    generator: torch.Generator | None = None,
+    noise: Tensor | None = None,
 ) -> Tensor:
     """The network's concatenated input for pictures of the size of the images.
 
@@ -44,6 +48,7 @@ def concat_condition(
             below 0 is to be painted. With "mode" it is black, and the mask, -1 or 1, follows the encoded channels
             (latent-diffusion's ``scripts/inpaint.py``); with "sample" it is gray, and the mask, 0 or 1, precedes them.
         generator: of "sample".
+        noise: of "sample", (B, C, h, w), in place of the generator.
 
     Returns:
         (B, c', h, w), float32, c' from `concat_channels`.
@@ -61,7 +66,7 @@ def concat_condition(
     painted = pictures[:, own:] < 0  # (B, 1, H, W) with a mask, else (B, 0, H, W)
     if painted.shape[1]:  # files keep the colors under their transparent part
         image = torch.where(painted, -1.0 if through == "mode" else 0.0, image)
-    encoded = stage.encode_condition(image) if through == "mode" else stage.encode(image, generator)
+    encoded = stage.encode_condition(image) if through == "mode" else stage.encode(image, generator, noise=noise)
     if not painted.shape[1]:
         return encoded
     mask = functional.interpolate(painted.float(), size=encoded.shape[-2:], mode="nearest")

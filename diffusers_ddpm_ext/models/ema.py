@@ -72,6 +72,7 @@ class LitEMA:
         self.decay = _checked_decay(decay)
         self.use_num_updates = checked_flag("use_num_updates", use_num_updates)
         self._num_updates = 0 if use_num_updates else -1
+        self._skipped: Tensor | None = None  # of these updates, not read from the device yet
         self._in_scope = False
         self.untracked = frozenset(untracked)
         self.shadow: dict[str, Tensor] = {}
@@ -85,6 +86,9 @@ class LitEMA:
     @property
     def num_updates(self) -> int:
         """Number of updates so far; always -1 without ``use_num_updates``, as in the original."""
+        if self._skipped is not None:
+            self._num_updates -= int(self._skipped)
+            self._skipped = None
         return self._num_updates
 
     @property
@@ -99,12 +103,24 @@ class LitEMA:
             decay = min(decay, np.float32(1 + num_updates) / np.float32(10 + num_updates))
         return float(np.float32(1) - decay)
 
+    def _weight_on_device(self, attempts: int, skipped: Tensor) -> Tensor:
+        """The same where only the device knows how many updates were skipped, 0 in a skipped step: 0-dim, float32."""
+        if not self.use_num_updates:
+            return (1 - skipped) * self._weight(attempts)
+        count = torch.zeros_like(skipped, dtype=torch.int64) if self._skipped is None else self._skipped
+        self._skipped = count + skipped.long()
+        updates = attempts - self._skipped
+        decay = ((1 + updates).float() / (10 + updates).float()).clamp(max=self.decay)
+        return (1 - skipped) * (1 - decay)
+
     @torch.no_grad()
-    def step(self, module: nn.Module) -> None:
+    def step(self, module: nn.Module, skipped: Tensor | None = None) -> None:
         """Move the shadows towards the module's parameters, once after each optimizer step.
 
         Args:
             module: the module given at construction, or one with the same trainable parameters, any dtype and device.
+            skipped: 1 where the optimizer step was skipped, so that nothing is updated, else 0: 0-dim, float32, on the
+                module's device, from which it is not read. None: it was not skipped.
 
         Raises:
             ValueError: the trainable parameters are not the tracked ones, or the module has the EMA weights at the
@@ -124,7 +140,12 @@ class LitEMA:
         # A `to` costs time even if it does nothing.
         sources = [p if p.dtype == dtype else p.to(dtype) for dtype, p in pairs]
         num_updates = self._num_updates + 1 if self.use_num_updates else self._num_updates
-        torch._foreach_lerp_(shadows, sources, self._weight(num_updates))
+        if skipped is None and self._skipped is not None:
+            skipped = torch.zeros_like(self._skipped, dtype=torch.float32)
+        if skipped is None:
+            torch._foreach_lerp_(shadows, sources, self._weight(num_updates))
+        else:
+            torch._foreach_lerp_(shadows, sources, [self._weight_on_device(num_updates, skipped)] * len(shadows))
         self._num_updates = num_updates
 
     def _refuse_other_names(self, trainable: set[str]) -> None:
@@ -227,7 +248,7 @@ class LitEMA:
         return {
             "decay": self.decay,
             "use_num_updates": self.use_num_updates,
-            "num_updates": self._num_updates,
+            "num_updates": self.num_updates,
             "shadow": {name: full_tensor(shadow).clone() for name, shadow in self.shadow.items()},
         }
 
@@ -265,7 +286,7 @@ class LitEMA:
         for name, shadow in self.shadow.items():
             copy_into(shadow, loaded[name])
         self.decay, self.use_num_updates = decay, use_num_updates
-        self._num_updates = num_updates
+        self._num_updates, self._skipped = num_updates, None
 
 
 def _named_parameters(module: Any) -> dict[str, Tensor]:

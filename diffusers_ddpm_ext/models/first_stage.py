@@ -119,8 +119,9 @@ class FirstStage:
 
     def normalize(self, z: Tensor) -> Tensor:
         """Latents of the autoencoder as those of the diffusion model, ``(z - m) / s``: same shape."""
-        shift, factor = (per_channel_tensor(values).to(z.device) for values in latent_rule(self.autoencoder))
-        return (z - shift) * factor if bool(shift.any()) else z * factor
+        mean, factors = latent_rule(self.autoencoder)
+        factor = per_channel_tensor(factors).to(z.device, non_blocking=True)
+        return (z - per_channel_tensor(mean).to(z.device, non_blocking=True)) * factor if any(mean) else z * factor
 
     def denormalize(self, x: Tensor) -> Tensor:
         """Latents of the diffusion model as those of the autoencoder, ``s x + m``: same shape."""
@@ -191,7 +192,11 @@ class FirstStage:
 
     @torch.no_grad()
     def encode(
-        self, pixels: Tensor, generator: torch.Generator | list[torch.Generator] | None = None, mode: bool = False
+        self,
+        pixels: Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        mode: bool = False,
+        noise: Tensor | None = None,
     ) -> Tensor:
         """Images as latents of the diffusion model.
 
@@ -200,6 +205,7 @@ class FirstStage:
             generator: of the posterior's noise, of which an image takes as many numbers as it has latents; the global
                 one without it. Only a KL autoencoder draws.
             mode: take the posterior's mean instead of a draw.
+            noise: the posterior's noise itself, standard normal, (B, C, h, w), in place of a generator.
 
         Returns:
             (B, C, h, w), float32.
@@ -209,7 +215,9 @@ class FirstStage:
         """
         mean, std = self.posterior(pixels)
         if std is not None and not mode:
-            mean = mean + std * randn_tensor(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+            if noise is None:
+                noise = randn_tensor(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+            mean = mean + std * noise
         return self.normalize(mean)
 
     def encode_condition(self, pixels: Tensor) -> Tensor:

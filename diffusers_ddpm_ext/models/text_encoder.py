@@ -115,13 +115,14 @@ class TextEncoder:
             )
         return tokenize(self.tokenizer, checked_prompts(prompts), self.max_length)
 
-    def encode(self, input_ids: Tensor, requires_grad: bool = False) -> Tensor:
+    def encode(self, input_ids: Tensor, requires_grad: bool = False, check_finite: bool = True) -> Tensor:
         """Token ids as tokens of cross attention: the network's last hidden state, after the final norm.
 
         Args:
             input_ids: (B, T), integer, in [0, vocab_size).
             requires_grad: train the network: in its own mode and precision, under the caller's autocast, with
                 gradients to its weights.
+            check_finite: read from the device whether the output is finite (not of a network that is trained).
 
         Returns:
             (B, T, width), float32 (without ``requires_grad``), on the encoder's device.
@@ -130,7 +131,7 @@ class TextEncoder:
             ValueError: the ids have another shape or type, are out of the table, or too many; or the network's output
                 is not finite.
         """
-        ids = self.checked_ids("input_ids", input_ids).to(self.encoder.device)
+        ids = self.checked_ids("input_ids", input_ids).to(self.encoder.device, non_blocking=True)
         if requires_grad:
             tokens: Tensor = self.encoder(input_ids=ids, return_dict=True).last_hidden_state
             return tokens
@@ -139,7 +140,7 @@ class TextEncoder:
             for context in self._exact(ids):
                 stack.enter_context(context)
             tokens = self.encoder(input_ids=ids, return_dict=True).last_hidden_state
-        if not bool(torch.isfinite(tokens).all()):
+        if check_finite and not bool(torch.isfinite(tokens).all()):
             raise ValueError("text_encoder returned values that are not finite (NaN or infinity): check its weights.")
         return tokens
 

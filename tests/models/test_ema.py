@@ -342,6 +342,25 @@ def test_state_that_does_not_fit_changes_nothing(what, match):
     assert ema.decay == 0.5
 
 
+@pytest.mark.parametrize("warms_up", [True, False])
+def test_an_update_that_only_the_device_skips_is_no_update(warms_up):
+    """Against an average that is not called in the skipped steps; in between, steps that nothing was skipped of."""
+    skips, network = [0, 1, 0, None, 1, 1, None, 0, 0], linear(0.0)
+    device, host = (LitEMA(network, 0.7, warms_up) for _ in range(2))
+    for value, skipped in enumerate(skips, 1):
+        set_all(network, float(value))
+        device.step(network, None if skipped is None else torch.tensor(float(skipped)))
+        if not skipped:
+            host.step(network)
+        for name, shadow in host.shadow.items():
+            assert torch.equal(device.shadow[name], shadow)
+    assert device.num_updates == host.num_updates
+    assert device.state_dict()["num_updates"] == host.state_dict()["num_updates"]
+    device.step(network)
+    host.step(network)
+    assert all(torch.equal(device.shadow[name], shadow) for name, shadow in host.shadow.items())
+
+
 def test_num_updates_is_read_only():
     with pytest.raises(AttributeError):
         LitEMA(linear()).num_updates = 3

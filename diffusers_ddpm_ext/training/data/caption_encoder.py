@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -18,6 +19,7 @@ from diffusers_ddpm_ext.models.conditioning import Conditions
 from diffusers_ddpm_ext.models.text_encoder import TextEncoder
 from diffusers_ddpm_ext.training.data.captions import CaptionTable
 from diffusers_ddpm_ext.training.data.posterior import one_by_one
+from diffusers_ddpm_ext.utils.host_reads import reads_are_free
 
 KEPT_BYTES = 2**30
 """Embeddings of captions that are kept in memory."""
@@ -88,15 +90,16 @@ class CaptionEncoder:
             return conditions
         return replace(conditions, captions=None, encoder_hidden_states=self._tokens(conditions.captions))
 
-    def encode_numbers(self, numbers: Tensor) -> Tensor:
+    def encode_numbers(self, numbers: Tensor, check_finite: bool = True) -> Tensor:
         """Tokens of captions (B,) by a frozen encoder: (B, T, width), float32, on its device.
 
         Raises:
-            ConfigError: a token is not finite.
+            ConfigError: a token is not finite, and ``check_finite`` reads that.
         """
         assert self.table is not None
+        encode = partial(self.stage.encode, check_finite=check_finite)
         with as_config_error("--text_encoder"):
-            return torch.cat(one_by_one(self.stage.encode, self.table.input_ids(numbers)))
+            return torch.cat(one_by_one(encode, self.table.input_ids(numbers)))
 
     def _tokens(self, numbers: Tensor) -> Tensor:
         assert self.table is not None
@@ -106,7 +109,9 @@ class CaptionEncoder:
             return self.store.load(numbers).to(self.device, non_blocking=True)
         wanted = numbers.tolist()
         new = [number for number in dict.fromkeys(wanted) if number not in self._kept]
-        encoded = dict(zip(new, self.encode_numbers(torch.tensor(new)).unbind() if new else (), strict=True))
+        check = reads_are_free(self.device)  # on an accelerator the loss is not finite either, and is read later
+        rows = self.encode_numbers(torch.tensor(new), check).unbind() if new else ()
+        encoded = dict(zip(new, rows, strict=True))
         if self.keeps_embeddings:
             self._kept.update(encoded)
         return torch.stack([encoded[number] if number in encoded else self._kept[number] for number in wanted])

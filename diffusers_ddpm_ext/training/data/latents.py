@@ -17,7 +17,9 @@ from diffusers_ddpm_ext.training.data.batches import Batch
 from diffusers_ddpm_ext.training.data.condition_dropout import ConditionDropout
 from diffusers_ddpm_ext.training.data.image_set import ImageSet
 from diffusers_ddpm_ext.training.data.posterior import Posterior, encode_posterior, one_by_one
+from diffusers_ddpm_ext.utils import device_random
 from diffusers_ddpm_ext.utils import random_keys as keys
+from diffusers_ddpm_ext.utils.host_reads import reads_are_free
 from diffusers_ddpm_ext.utils.vocabulary import ConcatThroughVae
 
 KEPT_BYTES = 2**28
@@ -70,15 +72,23 @@ class LatentEncoder:
         posterior = batch.posterior
         if posterior is None:
             posterior = encode_posterior(self.stage, batch.pixels)
-        noise = None
-        if posterior.std is not None and not self.mode:
-            shape = posterior.mean.shape[1:]
-            _, noise = keys.sample_draws(self.seed, batch.step, batch.positions, shape, 1, keys.LATENT)
-        noise_keys = [(keys.LATENT_CONCAT, self.seed, batch.step, place) for place in batch.positions.tolist()]
-        conditions = self.encode_conditions(batch.conditions, noise_keys, batch.concat_is_encoded)
+        shape = posterior.mean.shape[1:]
+        noise = self._noise(batch, shape, keys.LATENT) if posterior.std is not None and not self.mode else None
+        concat_noise: Sequence[Tensor | tuple[str | int, ...]]
+        concat_noise = [(keys.LATENT_CONCAT, self.seed, batch.step, place) for place in batch.positions.tolist()]
+        if self.concat_through_vae == "sample" and not reads_are_free(self.device):
+            concat_noise = self._noise(batch, shape, keys.LATENT_CONCAT).split(1)
+        conditions = self.encode_conditions(batch.conditions, concat_noise, batch.concat_is_encoded)
         if self.concat_dropout is not None:
             conditions = self.concat_dropout.apply(conditions, self.seed, batch.step, batch.positions)
         return replace(batch, pixels=self.scaled(posterior, noise), conditions=conditions)
+
+    def _noise(self, batch: Batch, shape: Sequence[int], stream: str) -> Tensor:
+        """Noise of a batch's posteriors, (b, *shape): drawn on the host where reading is free, else on the device."""
+        if reads_are_free(self.device):
+            return keys.sample_draws(self.seed, batch.step, batch.positions, shape, 1, stream)[1]
+        positions = batch.positions.to(self.device, non_blocking=True)
+        return device_random.normal_draws(self.seed, batch.step, positions, shape, stream)
 
     def scaled(self, posterior: Posterior, noise: Tensor | None) -> Tensor:
         """Scaled latents of posteriors with this noise, or their mode without it: (b, C, h, w), float32."""
@@ -88,13 +98,13 @@ class LatentEncoder:
         return self.stage.normalize(z)
 
     def encode_conditions(
-        self, conditions: Conditions, noise_keys: Sequence[tuple[str | int, ...]], is_encoded: bool = False
+        self, conditions: Conditions, noise: Sequence[Tensor | tuple[str | int, ...]], is_encoded: bool = False
     ) -> Conditions:
         """Conditions on the run's device, with concatenated pictures as the network takes them.
 
         Args:
             conditions: of b samples.
-            noise_keys: (b,), of the noise where pictures are sampled.
+            noise: of each picture, where pictures are sampled: its key, or the noise itself, (1, C, h, w).
             is_encoded: whether the pictures are stored ones, as the network takes them.
         """
         conditions = conditions.to(self.device)
@@ -105,10 +115,12 @@ class LatentEncoder:
         if way is None:
             return replace(conditions, concat_inputs=concat_condition(self.stage, pictures, None))
 
-        def encode(picture: Tensor, key: tuple[str | int, ...]) -> Tensor:
-            return concat_condition(self.stage, picture, way, keys.generator(*key))
+        def encode(picture: Tensor, own: Tensor | tuple[str | int, ...]) -> Tensor:
+            if isinstance(own, Tensor):
+                return concat_condition(self.stage, picture, way, noise=own)
+            return concat_condition(self.stage, picture, way, keys.generator(*own))
 
-        return replace(conditions, concat_inputs=torch.cat(one_by_one(encode, pictures, noise_keys)))
+        return replace(conditions, concat_inputs=torch.cat(one_by_one(encode, pictures, noise)))
 
     @torch.no_grad()
     def decode(self, latents: Tensor, batch_size: int = 16) -> Tensor:

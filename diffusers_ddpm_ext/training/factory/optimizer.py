@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from diffusers_ddpm_ext.utils.dtensor import full_tensor, is_sharded, local_tensor
+from diffusers_ddpm_ext.utils.host_reads import reads_are_free
 from diffusers_ddpm_ext.utils.lr_lambdas import COMPVIS_LAMBDAS, check_lr_schedule
 
 LR_SCHEDULERS = (*(kind.value for kind in SchedulerType), *COMPVIS_LAMBDAS)
@@ -91,13 +92,14 @@ def gradient_norms(parameters: Sequence[nn.Parameter]) -> Tensor:
     for index, parameter in enumerate(parameters):
         if parameter.grad is not None:
             by_sharding[is_sharded(parameter.grad)][index] = parameter.grad
-    norms = torch.zeros(len(parameters), device=local_tensor(parameters[0]).device)
+    norms: dict[int, Tensor] = {}
     for gradients in filter(None, by_sharding.values()):
         group_norms = full_tensor(torch.stack(torch._foreach_norm(list(gradients.values()))))
         if len(gradients) == len(parameters):
             return group_norms
-        norms[list(gradients)] = group_norms.to(norms)
-    return norms
+        norms |= zip(gradients, group_norms.float().unbind(), strict=True)
+    zero = torch.zeros((), device=local_tensor(parameters[0]).device)
+    return torch.stack([norms.get(index, zero) for index in range(len(parameters))])
 
 
 @torch.no_grad()
@@ -115,8 +117,8 @@ def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float, norms: T
     norm = torch.linalg.vector_norm(gradient_norms(parameters) if norms is None else norms)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
-    # Scaling by exactly 1 changes nothing. Reading the scale is free on a CPU, but synchronizes an accelerator.
-    if norm.device.type != "cpu" or scale < 1.0 or not torch.isfinite(scale):
+    # Scaling by exactly 1 changes nothing, which is only worth knowing where it costs nothing to know.
+    if not reads_are_free(norm.device) or scale < 1.0 or not torch.isfinite(scale):
         torch._foreach_mul_([local_tensor(gradient) for gradient in gradients], scale)
     return norm
 

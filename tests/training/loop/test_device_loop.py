@@ -1,0 +1,149 @@
+"""The loop of an accelerator, run on the CPU: it reads nothing between two logging intervals, and follows every rule.
+
+Values of fake tensors do not exist, so that every way of reading one (`item`, `bool`, `tolist`, `numpy`, an output
+whose shape depends on values) raises an error. What is queued for an accelerator is a fake tensor here.
+"""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.accelerate_state import fresh_accelerate, reset_accelerate  # noqa: F401
+from helpers.runs import rows, tiny_run
+from safetensors.torch import load_file
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from diffusers_ddpm_ext.training import trainer
+from diffusers_ddpm_ext.training.loop import nonfinite, step
+from diffusers_ddpm_ext.training.loop.batches import open_batches
+from diffusers_ddpm_ext.training.loop.setup import Setup, build_setup
+from diffusers_ddpm_ext.training.loop.step import train_step
+from diffusers_ddpm_ext.training.loop.verdict import Verdict
+from diffusers_ddpm_ext.training.tracking.step_losses import LossMeter
+from diffusers_ddpm_ext.utils import host_reads
+
+CONDITIONS: dict[str, dict[str, Any]] = {"none": {}, "classes": {"config": "digits_classes"}}
+SAMPLERS = ("uniform", "stratified", "loss_second_moment")
+
+
+@pytest.fixture
+def on_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Treat the CPU as a device on which reads are not free."""
+    monkeypatch.setattr(host_reads, "FREE", frozenset())
+
+
+def steps_without_values(setup: Setup, count: int = 2) -> None:
+    """Take steps in which no value exists, as between two logging intervals."""
+    batches = iter(list(itertools.islice(open_batches(setup, 0), count * setup.plan.accumulation)))
+    meter = LossMeter()
+    setup.task.train()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for number in range(count):
+            meter.add(train_step(setup, number, batches))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("rule", ["stop", "skip", "rollback"])
+@pytest.mark.parametrize("learn_logvar", [False, True])
+def test_a_step_reads_nothing(sampler, rule, learn_logvar, tmp_path, on_device):
+    options = {"timestep_sampler": sampler, "on_nonfinite": rule, "learn_logvar": learn_logvar}
+    options |= {"gradient_accumulation_steps": 2, "ema_every": "micro_batch" if learn_logvar else "step"}
+    steps_without_values(build_setup(tiny_run(tmp_path / "run", **options)))
+
+
+@pytest.mark.parametrize(
+    "options", [{"on_nonfinite": "skip"}, {"timestep_sampler": "loss_second_moment"}, {"max_grad_norm": 1.0}]
+)
+def test_a_read_would_be_noticed(options, tmp_path):
+    """The loop of a CPU reads verdicts, losses of a learning sampler and norms."""
+    with pytest.raises((DataDependentOutputException, RuntimeError)):
+        steps_without_values(build_setup(tiny_run(tmp_path / "run", **options)))
+
+
+OPTIONS = {"max_train_steps": 7, "checkpointing_steps": 3, "validation_steps": 0, "seed": 5, "logging_steps": 3}
+
+
+def run_once(folder: Path, **options: Any) -> None:
+    reset_accelerate()
+    trainer.train(tiny_run(folder, **(OPTIONS | options)))
+
+
+def break_steps(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
+    """Make a gradient of the network infinite in some steps, counted from 1."""
+    real_step, real_norms, at = trainer.train_step, step.gradient_norms, {"step": 0}
+
+    def recording(setup: Any, number: int, batches: Any) -> Any:
+        at["step"] = number + 1
+        return real_step(setup, number, batches)
+
+    def norms(parameters: list[torch.nn.Parameter]) -> torch.Tensor:
+        if at["step"] in steps and len(parameters) > 1:
+            parameters[0].grad[0] = float("inf")
+        return real_norms(parameters)
+
+    monkeypatch.setattr(trainer, "train_step", recording)
+    monkeypatch.setattr(step, "gradient_norms", norms)
+
+
+def read_each_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the host know each verdict at once, as on a CPU."""
+    real = step.judge
+
+    def judged(*arguments: Any) -> Verdict:
+        verdict = real(*arguments)
+        assert verdict.skipped is not None, "only the device knows"
+        return Verdict(applied=not bool(verdict.skipped))
+
+    monkeypatch.setattr(step, "judge", judged)
+
+
+def state(folder: Path) -> dict[str, torch.Tensor]:
+    files = ("model", "ema", "optimizer")
+    tensors = {name: load_file(folder / "checkpoint-7" / f"{name}.safetensors") for name in files}
+    return {f"{name}/{key}": value for name in files for key, value in tensors[name].items()}
+
+
+@pytest.mark.parametrize("rule", ["skip", "rollback"])
+def test_verdicts_read_late_give_the_run_of_verdicts_read_at_once(rule, tmp_path, monkeypatch, on_device, capsys):
+    """Two broken steps, one in the middle of a logging interval, one at its end."""
+    options = {"on_nonfinite": rule, "timestep_sampler": "loss_second_moment", "num_train_timesteps": 4}
+    options |= {"resolution": 8, "ddpm_num_inference_steps": 4}
+    messages = []
+    for folder in ("late", "at once"):
+        with monkeypatch.context() as patch:
+            break_steps(patch, 2, 6)
+            if folder == "at once":
+                read_each_verdict(patch)
+            run_once(tmp_path / folder, **options)
+        messages.append([line.split(", see")[0] for line in capsys.readouterr().err.splitlines() if "non" in line])
+    assert messages[0] == messages[1]
+    assert len(messages[0]) == 2
+    late, once = state(tmp_path / "late"), state(tmp_path / "at once")
+    assert late.keys() == once.keys()
+    assert all(torch.equal(late[name], once[name]) for name in late)
+    assert rows(tmp_path / "late") == rows(tmp_path / "at once")
+    assert sorted(p.name for p in (tmp_path / "late" / "crash").iterdir()) == ["step-2", "step-6"]
+    numbers = [(tmp_path / folder / "checkpoint-7" / "state.json").read_text() for folder in ("late", "at once")]
+    assert numbers[0].split('"progress"')[0] == numbers[1].split('"progress"')[0]
+
+
+def test_skips_in_a_row_end_the_run_though_they_are_read_late(tmp_path, monkeypatch, on_device):
+    monkeypatch.setattr(nonfinite, "MAX_SKIPS_IN_A_ROW", 1)
+    break_steps(monkeypatch, 4, 5)
+    with pytest.raises(Exception, match="1 before it in a row"):
+        run_once(tmp_path / "run", on_nonfinite="skip")
+
+
+def test_the_draws_of_a_device_are_the_same_for_every_split(tmp_path, on_device):
+    """1 x 8 against 4 micro-batches of 2: the same losses up to the order of additions."""
+    losses = []
+    for batch, accumulation in ((8, 1), (2, 4)):
+        options = {"train_batch_size": batch, "gradient_accumulation_steps": accumulation, "max_train_steps": 3}
+        run_once(tmp_path / str(batch), **options, timestep_sampler="stratified")
+        losses.append([row["train/loss"] for row in rows(tmp_path / str(batch)) if "train/loss" in row])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert len(losses[0]) == 3
