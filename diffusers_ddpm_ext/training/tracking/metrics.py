@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ from diffusers_ddpm_ext.training.tracking.trackers import log_images_and_losses
 from diffusers_ddpm_ext.utils.files import METRICS
 
 TIMING = "timing.jsonl"
+MAX_RECENT_LOSSES = 10_000
+"""Losses of single steps in a histogram, at most: a run may never draw the images that it is logged with."""
 
 
 def _mean(rows: list[dict[str, float]]) -> dict[str, float]:
@@ -64,7 +67,7 @@ class MetricsLogger:
         stopwatch: seconds of training.
         pending: bytes by file that could not be written yet.
         tracker_failed: whether a tracker failed; nothing is sent to the trackers any more.
-        recent_losses: losses of single steps since the last images.
+        recent_losses: losses of single steps since the last images, the last ``MAX_RECENT_LOSSES`` of them.
     """
 
     folder: Path
@@ -76,7 +79,7 @@ class MetricsLogger:
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
     pending: dict[str, bytes] = field(default_factory=dict)
     tracker_failed: bool = False
-    recent_losses: list[float] = field(default_factory=list)
+    recent_losses: deque[float] = field(default_factory=lambda: deque(maxlen=MAX_RECENT_LOSSES))
 
     def trim_files(self, step: int, validation_pending: bool = False) -> None:
         """Leave the rows up to the step that a run resumes from, none at step 0, and warn of rows that are lost.
@@ -128,7 +131,7 @@ class MetricsLogger:
         timing = {"step": last.step, "seconds": round(self.stopwatch.seconds, 3), "images_per_second": round(speed, 2)}
         seen = {"samples": last.step * self.images_per_step} if self.is_stream else {}
         self._append(TIMING, [timing | seen])
-        self.recent_losses += [record.loss_simple for record in records if record.applied]
+        self.recent_losses += (record.loss_simple for record in records if record.applied)
         mean = _mean([row for row, record in zip(rows, records, strict=True) if record.applied])
         self.log_to_trackers(mean | {"lr": last.learning_rate, "images_per_second": speed} | seen, last.step)
         images = f"{seen['samples']:,} images, " if seen else ""
@@ -146,7 +149,8 @@ class MetricsLogger:
 
     def log_images(self, trackers: Sequence[Any], images: Mapping[str, Path], step: int) -> None:
         """Log image files by name, and the losses of single steps as a histogram, to trackers that support them."""
-        losses, self.recent_losses = self.recent_losses, []
+        losses = list(self.recent_losses)
+        self.recent_losses.clear()
         if trackers:
             self._call_trackers(lambda: log_images_and_losses(trackers, images, losses, step))
 

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -35,6 +35,29 @@ class TrimmedFile:
     aside: Path | None = None
 
 
+@dataclass
+class StepRuns:
+    """Which steps have rows: runs of successive steps, of which the file of an uninterrupted run has one."""
+
+    runs: list[tuple[int, int]] = field(default_factory=list)
+
+    def add(self, step: int) -> None:
+        """Add a step, which may have been added before."""
+        first, last = self.runs[-1] if self.runs else (step, step)
+        if self.runs and first <= step <= last + 1:
+            self.runs[-1] = (first, max(step, last))
+        else:
+            self.runs.append((step, step))
+
+    def count(self) -> int:
+        """Number of different steps."""
+        total, counted = 0, -1  # steps are 0 or more
+        for first, last in sorted(self.runs):
+            total += max(0, last - max(first - 1, counted))
+            counted = max(counted, last)
+        return total
+
+
 def trim_rows(path: Path, is_kept: Callable[[Row], bool]) -> TrimmedFile:
     """Leave the rows of a ``.jsonl`` file that a run keeps; create the file if it does not exist.
 
@@ -47,7 +70,7 @@ def trim_rows(path: Path, is_kept: Callable[[Row], bool]) -> TrimmedFile:
     if not path.exists():
         path.touch()
         return TrimmedFile(0)
-    steps: set[int] = set()
+    steps = StepRuns()
     aside = None
 
     def write_kept(target: BinaryIO) -> None:
@@ -68,7 +91,7 @@ def trim_rows(path: Path, is_kept: Callable[[Row], bool]) -> TrimmedFile:
 
     write_atomically(path, write_kept, fsync=True)
     fsync_folder(path.parent)
-    return TrimmedFile(len(steps), aside)
+    return TrimmedFile(steps.count(), aside)
 
 
 def _lines(file: BinaryIO) -> Iterator[bytes]:

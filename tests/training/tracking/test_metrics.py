@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from diffusers_ddpm_ext.training.tracking.console import ProgressDisplay
-from diffusers_ddpm_ext.training.tracking.metrics import MetricsLogger, Stopwatch
+from diffusers_ddpm_ext.training.tracking.metrics import MAX_RECENT_LOSSES, MetricsLogger, Stopwatch
 from diffusers_ddpm_ext.training.tracking.step_losses import StepRecord
 
 
@@ -38,3 +38,12 @@ def test_the_stopwatch_excludes_pauses(monkeypatch: pytest.MonkeyPatch):
         pass
     assert watch.lap() == 5.0
     assert watch.seconds == 5.0
+
+
+def test_a_run_without_images_keeps_a_bounded_number_of_losses(tmp_path: Path):
+    """The newest ones are kept for a histogram that may never be drawn."""
+    logger = MetricsLogger(tmp_path, lambda row, step: None, False, 8, ProgressDisplay(2))
+    for _ in range(3):
+        logger.log_training([StepRecord(1, 0.1, 0.0, float(n), 0, 0, 0, 1.0) for n in range(MAX_RECENT_LOSSES // 2)])
+    assert len(logger.recent_losses) == MAX_RECENT_LOSSES
+    assert logger.recent_losses[-1] == MAX_RECENT_LOSSES // 2 - 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 
 from diffusers_ddpm_ext.training.tracking.console import ProgressDisplay
 from diffusers_ddpm_ext.training.tracking.metrics import MetricsLogger
-from diffusers_ddpm_ext.training.tracking.row_files import trim_rows
+from diffusers_ddpm_ext.training.tracking.row_files import StepRuns, trim_rows
 
 STEPS, RESUMED = 9, 6
 
@@ -121,3 +122,19 @@ def test_a_file_that_cannot_be_written_stays_as_it_is(tmp_path: Path, monkeypatc
         trim_rows(tmp_path / "metrics.jsonl", fail)
     assert (tmp_path / "metrics.jsonl").read_bytes() == b"".join(lines)
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_steps_are_counted_in_memory_that_does_not_grow_with_them():
+    """An uninterrupted run is one entry; any order, with repeated steps, is counted as by a set."""
+    found = StepRuns()
+    for step in range(1, 20_001):
+        found.add(step)
+    assert len(found.runs) == 1
+    assert found.count() == 20_000
+    draws = random.Random(0)
+    for _ in range(200):
+        numbers = [draws.randrange(30) for _ in range(draws.randrange(60))]
+        found = StepRuns()
+        for step in numbers:
+            found.add(step)
+        assert found.count() == len(set(numbers)), numbers
