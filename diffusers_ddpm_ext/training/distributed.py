@@ -6,7 +6,7 @@ import ctypes
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
@@ -15,8 +15,9 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, gather_object
-from torch import Tensor
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, ProjectConfiguration, gather_object
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from diffusers_ddpm_ext.errors import ConfigError
 from diffusers_ddpm_ext.training.threads import use_all_cores
@@ -53,7 +54,10 @@ def make_accelerator(mixed_precision: str | None, accumulation: int, trackers: l
             gradient_accumulation_steps=accumulation,
             log_with=trackers or None,
             project_config=ProjectConfiguration(logging_dir="."),  # replaced once the folder is known
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)],
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT),
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),  # gradients are in memory once
+            ],
         )
     except ValueError as error:
         option = "--report_to" if "logging" in str(error).lower() else "--mixed_precision"
@@ -71,6 +75,12 @@ def make_accelerator(mixed_precision: str | None, accumulation: int, trackers: l
         use_all_cores()
         keep_freed_memory()
     return accelerator
+
+
+def keep_own_buffers(task: nn.Module) -> None:
+    """Do not broadcast buffers in every forward pass, as DDP does by default: every process computes the same ones."""
+    if isinstance(task, DistributedDataParallel):
+        task.broadcast_buffers = False  # as an argument it is deprecated, and buffers would also differ at the start
 
 
 def _is_on(variable: str) -> bool:
@@ -140,12 +150,25 @@ def _cpu_group(world: dist.ProcessGroup) -> dist.ProcessGroup:
 
 def max_over_ranks(accelerator: Accelerator, *values: int) -> list[int]:
     """The maximum of each value over the processes. Collective call: every process must make it."""
+    return start_max_over_ranks(accelerator, *values)()
+
+
+def start_max_over_ranks(accelerator: Accelerator, *values: int) -> Callable[[], list[int]]:
+    """Begin `max_over_ranks` without waiting for the other processes. Collective call: every process must make it.
+
+    Returns a function that waits for them, and returns the maxima; it is called once.
+    """
     if accelerator.num_processes == 1:
-        return list(values)
+        return lambda: list(values)
     tensor = torch.tensor(values, dtype=torch.int64)
-    dist.all_reduce(tensor, dist.ReduceOp.MAX, group=_cpu_group(dist.group.WORLD))
-    maxima: list[int] = tensor.tolist()
-    return maxima
+    work = dist.all_reduce(tensor, dist.ReduceOp.MAX, group=_cpu_group(dist.group.WORLD), async_op=True)
+
+    def wait() -> list[int]:
+        work.wait()
+        maxima: list[int] = tensor.tolist()
+        return maxima
+
+    return wait
 
 
 def any_rank(accelerator: Accelerator, flag: bool) -> bool:

@@ -31,6 +31,7 @@ from diffusers_ddpm_ext.training.distributed import (
     any_rank,
     fail_together,
     fsdp_requested,
+    keep_own_buffers,
     make_accelerator,
     sum_over_ranks,
 )
@@ -247,6 +248,7 @@ def build_setup(config: TrainConfig) -> Setup:
         scores = build_sample_scores(config.validation, data, pixels, accelerator.device)
     # Accelerate does not get the scheduler: its wrapper steps once per process and step.
     wrapped, optimizer = accelerator.prepare(task, optimizer)
+    keep_own_buffers(wrapped)
     if isinstance(trained, Parts):
         gather_in_method(accelerator.unwrap_model(wrapped), "predict")
     missing = initial is None and config.start.ckpt_path is not None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from accelerate import Accelerator
 
 from diffusers_ddpm_ext.training.config.options import CheckpointOptions
-from diffusers_ddpm_ext.training.distributed import max_over_ranks
+from diffusers_ddpm_ext.training.distributed import start_max_over_ranks
 from diffusers_ddpm_ext.training.signals import SignalRequests
 
 
@@ -30,6 +31,9 @@ class StopRequest:
 class RequestPoller:
     """Reads the signals in every process, and the time in the main process only.
 
+    Several processes agree while the next step computes: a step waits for no process, and a request is obeyed one step
+    later than by a single process.
+
     Args:
         accelerator: of the run.
         options: section ``checkpoint``, with the time limits.
@@ -45,11 +49,45 @@ class RequestPoller:
         self._signals = signals
         self._start_time = start_time
         self._last_checkpoint = time.monotonic()
+        self._agreement: Callable[[], list[int]] | None = None
+        self._checkpoint_due = False
 
     def poll(self) -> StopRequest:
-        """What is requested now. Collective call: every process must make it after the same step."""
-        own = self._own_request()
-        checkpoint, stop, number = max_over_ranks(self._accelerator, own.checkpoint, own.stop, own.signal)
+        """What is due after the present step, without waiting for other processes.
+
+        Collective call: every process must make it after the same step.
+        """
+        request = self._own_request()
+        if self._accelerator.num_processes > 1:
+            own, request = request, self._read_agreement()
+            if not request.stop:
+                self._start_agreement(own)
+        if self._checkpoint_due:
+            request, self._checkpoint_due = replace(request, checkpoint=True), False
+        return request
+
+    def poll_now(self) -> StopRequest:
+        """Whether any process requests the end now; a checkpoint alone is due after the next step. Collective call."""
+        request = self._own_request()
+        if self._accelerator.num_processes > 1:
+            own, request = request, self._read_agreement()
+            if not request.stop:
+                self._checkpoint_due |= request.checkpoint
+                self._start_agreement(own)
+                request = self._read_agreement()
+        self._checkpoint_due |= request.checkpoint
+        return request
+
+    def _start_agreement(self, own: StopRequest) -> None:
+        if own.checkpoint:
+            self._signals.clear()  # it is announced once
+        self._agreement = start_max_over_ranks(self._accelerator, own.checkpoint, own.stop, own.signal)
+
+    def _read_agreement(self) -> StopRequest:
+        if self._agreement is None:
+            return StopRequest()
+        checkpoint, stop, number = self._agreement()
+        self._agreement = None
         return StopRequest(bool(checkpoint), bool(stop), number)
 
     def _own_request(self) -> StopRequest:

@@ -77,7 +77,7 @@ def run_pending_tasks(run: Run, poller: RequestPoller) -> None:
         task = progress.pending[0]
         if run_task(task, run) and progress.pending[:1] == [task]:
             progress.pending = progress.pending[1:]
-        request = poller.poll()
+        request = poller.poll_now()
         if request.stop:
             raise StopTraining(request.signal, save_checkpoint(run))
 
