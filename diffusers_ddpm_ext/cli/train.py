@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 
 from diffusers_ddpm_ext.cli.extras import TRAIN_MODULES, require_modules
+from diffusers_ddpm_ext.cli.imports import garbage_collector_paused
 from diffusers_ddpm_ext.errors import ConfigError
 from diffusers_ddpm_ext.training.config.checks import tracker_names
 from diffusers_ddpm_ext.training.config.train_config import TrainConfig, parse_train_args
@@ -42,7 +43,8 @@ def run_training_command(argv: Sequence[str], parse: Callable[[Sequence[str]], T
             raise
         time.sleep(SECONDS_BEFORE_EXIT)  # every process finds the same mistake, the main process reports it
         raise SystemExit(2) from None
-    from diffusers_ddpm_ext.training.trainer import train
+    with garbage_collector_paused():
+        from diffusers_ddpm_ext.training.trainer import train
 
     train(config)
     return ""
