@@ -28,7 +28,7 @@ from diffusers_ddpm_ext.training.loop.metrics_logging import log_losses, open_me
 from diffusers_ddpm_ext.training.loop.nonfinite import settle
 from diffusers_ddpm_ext.training.loop.previews import preview_prompts
 from diffusers_ddpm_ext.training.loop.resume import resume
-from diffusers_ddpm_ext.training.loop.run import Run, acquire_folder
+from diffusers_ddpm_ext.training.loop.run import Run, RunProgress, acquire_folder
 from diffusers_ddpm_ext.training.loop.run_batches import RunBatches
 from diffusers_ddpm_ext.training.loop.saving import mark_finished, save_checkpoint
 from diffusers_ddpm_ext.training.loop.setup import Setup, build_setup

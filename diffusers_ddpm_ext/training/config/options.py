@@ -311,8 +311,8 @@ class LoopOptions:
     on_nonfinite: Literal["stop", "skip", "rollback"] = option(
         "stop",
         "For a non-finite loss or gradient: stop; skip the step; or roll back to the weights of the newest checkpoint"
-        " and continue with the next batch. The folder crash/ has a report. An accelerator decides by itself; the report"
-        " comes with the next --logging_steps.",
+        " and continue with the next batch. The folder crash/ has a report. An accelerator decides by itself; the"
+        " report comes with the next --logging_steps.",
     )
     seed: int = option(0, "Random seed of the run.", low=0)
     dry_run: bool = option(False, "Print the plan of the run and exit. Nothing is written but the cache of images.")
