@@ -14,7 +14,8 @@ from pathlib import Path
 from diffusers_ddpm_ext._version import __version__
 from diffusers_ddpm_ext.cli.arguments import LOCAL_FOLDER_HELP
 from diffusers_ddpm_ext.cli.doctor_devices import check_devices
-from diffusers_ddpm_ext.cli.doctor_folder import Finding, Mark, check_folder
+from diffusers_ddpm_ext.cli.doctor_findings import Finding, Mark
+from diffusers_ddpm_ext.cli.doctor_folder import check_folder
 from diffusers_ddpm_ext.cli.extras import INSTALL_EXTRA, TRAIN_MODULES
 from diffusers_ddpm_ext.cli.parser import parse_options
 from diffusers_ddpm_ext.errors import ConfigError, RunError, print_lines, printable
@@ -23,7 +24,8 @@ from diffusers_ddpm_ext.utils.option import option, positional
 
 DOCTOR_EXAMPLES = """examples:
   ddpm-ext doctor
-  ddpm-ext doctor runs/digits      also its pipeline, its checkpoints and its proof
+  ddpm-ext doctor runs/digits           its pipeline, its checkpoints and its proof, in a second
+  ddpm-ext doctor runs/digits --open    also loads its networks and checks the machine
 
 The status is 1 where something is wrong (marked !), 0 where there is at most advice (marked ?). Tokens are never
 printed."""
@@ -42,13 +44,16 @@ LOGIN_TIMEOUT = 5.0
 
 @dataclass(frozen=True)
 class DoctorOptions:
-    """Check this machine, this environment and, if one is named, a trained folder.
+    """Check this machine and this environment, or a trained folder.
 
-    Looks at versions, devices, extras, disk, login at the Hub, and recorded values. Every finding is a line with what
-    to do about it.
+    Looks at versions, devices, extras, disk, login at the Hub, and recorded values. With a folder, which is checked
+    without torch, devices and recorded values are left out. Every finding is a line with what to do about it.
     """
 
     folder: Path | None = positional("FOLDER", LOCAL_FOLDER_HELP, default=None)
+    open: bool = option(
+        False, "Load the networks of the folder, decode and encode with them, and check devices and recorded values."
+    )
     offline: bool = option(False, "Do not ask the Hub who is logged in.")
 
 
@@ -78,6 +83,8 @@ def parse_doctor_args(argv: Sequence[str]) -> DoctorOptions:
         raise ConfigError(
             f"{options.folder} is not a folder: give the output folder of a run, or leave it out{command}"
         )
+    if options.open and options.folder is None:
+        raise ConfigError("--open loads the networks of a folder: name one, or leave it out")
     return options
 
 
@@ -85,15 +92,18 @@ Check = Callable[[], Iterator[Finding]]
 
 
 def _checks(options: DoctorOptions) -> Iterator[tuple[str, Check]]:
+    loads_torch = options.folder is None or options.open
     yield "Packages", _check_packages
-    yield "Devices", check_devices
+    if loads_torch:
+        yield "Devices", check_devices
     yield "Disk", _check_disk
     if not options.offline:
         yield "Hub", _check_login
-    yield "Recorded values", _check_recorded_values
+    if loads_torch:
+        yield "Recorded values", _check_recorded_values
     if options.folder is not None:
         folder = options.folder
-        yield printable(str(folder)), lambda: check_folder(folder)
+        yield printable(str(folder)), lambda: check_folder(folder, options.open)
 
 
 def _findings(check: Check) -> Iterator[Finding]:

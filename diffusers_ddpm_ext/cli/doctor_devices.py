@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from diffusers_ddpm_ext.cli.doctor_folder import Finding, Mark
+from diffusers_ddpm_ext.cli.doctor_findings import Finding, Mark
 
 DRIVER_CARDS = Path("/proc/driver/nvidia/gpus")
 PCI_DEVICES = Path("/sys/bus/pci/devices")

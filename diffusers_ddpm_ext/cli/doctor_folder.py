@@ -1,117 +1,29 @@
-"""Checks of a trained folder for `ddpm-ext doctor`: its pipeline, its encoders, its checkpoints and its proof."""
+"""Checks of a trained folder for `ddpm-ext doctor`: its pipeline or first stage, its checkpoints and its proof."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
-from typing import Any
 
+from diffusers_ddpm_ext.cli.doctor_files import check_first_stage_files, check_pipeline_files
+from diffusers_ddpm_ext.cli.doctor_findings import Finding, Mark
+from diffusers_ddpm_ext.cli.doctor_open import open_first_stage, open_pipeline
 from diffusers_ddpm_ext.errors import ConfigError
 
 
-class Mark(Enum):
-    """How a finding is marked in the output."""
+def check_folder(folder: Path, opens: bool = False) -> Iterator[Finding]:
+    """Check what is in the output folder of a run, or the folder of a pipeline or a first stage.
 
-    FINE = " "
-    ADVICE = "?"
-    WRONG = "!"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Result of one check: its mark, and a line with the remedy."""
-
-    mark: Mark
-    text: str
-
-
-def _check_first_stage(pipeline: Any) -> Iterator[Finding]:
-    """Whether a pipeline of latents has its first stage, and whether that decodes."""
-    stage = pipeline.first_stage
-    if stage is None:
-        if pipeline.config.get("latent_scaling_factor") is not None:
-            text = "its samples are latents of an autoencoder that is not in the folder"
-            yield Finding(Mark.ADVICE, f"{text}: sample with --out FILE.npy, or add the autoencoder as its vae")
-        return
-    yield from _check_stage(stage)
-
-
-def _check_stage(stage: Any) -> Iterator[Finding]:
-    import torch
-
-    size, name = (
-        sum(weight.numel() for weight in stage.autoencoder.parameters()) / 1e6,
-        type(stage.autoencoder).__name__,
-    )
-    side, scale = stage.factor, " to ".join(f"{value:g}" for value in _extremes((1 / stage.scale).flatten().tolist()))
-    latents = f"latents of {stage.latent_channels} channels, {side}x{side} pixels each, scale {scale}"
-    yield Finding(Mark.FINE, f"its first stage can be opened: {name}, {size:.1f} M parameters, {latents}")
-    with torch.no_grad():
-        decoded = stage.decode(torch.zeros(1, stage.latent_channels, 2, 2))
-    if not bool(torch.isfinite(decoded).all()):
-        yield Finding(Mark.WRONG, "its first stage decodes to NaN or infinity: copy its folder again")
-
-
-def _check_text_encoder(pipeline: Any) -> Iterator[Finding]:
-    """Whether the text encoder of a pipeline has its tokenizer, and whether it encodes the empty prompt."""
-    stage = pipeline.text_encoder_stage
-    if stage is None:
-        if "encoder_hidden_states" in pipeline.conditioning.required and pipeline.class_embedder is None:
-            text = "it takes embeddings, and no prompts: if it is a model of text"
-            yield Finding(Mark.ADVICE, f"{text}, sample with --text_encoder and --tokenizer")
-        return
-    size, name = sum(weight.numel() for weight in stage.encoder.parameters()) / 1e6, type(stage.encoder).__name__
-    tokens = f"{stage.max_length} tokens of {stage.width} values"
-    yield Finding(Mark.FINE, f"its text encoder can be opened: {name}, {size:.1f} M parameters, {tokens}")
-    if stage.tokenizer is None:
-        text = "its text encoder has no tokenizer: sample with --tokenizer FOLDER_OR_ID or --input_ids FILE.npy"
-        yield Finding(Mark.ADVICE, text)
-        return
-    try:
-        stage.encode_prompts([""])
-    except ValueError as error:
-        yield Finding(Mark.WRONG, f"its text encoder fails: {' '.join(str(error).split())[:300]}")
-
-
-def _extremes(values: list[float]) -> list[float]:
-    return sorted({min(values), max(values)})
-
-
-def check_folder(folder: Path) -> Iterator[Finding]:
-    """Check what is in the output folder of a run, or the folder of a pipeline or a first stage."""
+    Args:
+        folder: to check.
+        opens: load its networks, with torch, instead of examining their files.
+    """
     from diffusers_ddpm_ext.hub.proof import differences_from_proof, read_proof
-    from diffusers_ddpm_ext.models.first_stage import FirstStage
-    from diffusers_ddpm_ext.models.first_stage_loading import load_first_stage
-    from diffusers_ddpm_ext.pipelines.loading import load_pipeline
     from diffusers_ddpm_ext.training.checkpoints.folders import list_checkpoints
     from diffusers_ddpm_ext.training.checkpoints.manifest import DamagedCheckpoint, verify
 
     checkpoints = list_checkpoints(folder)
-    if (folder / "model_index.json").is_file():
-        try:
-            pipeline = load_pipeline(str(folder), None, "cpu", "float32")
-            size = sum(weight.numel() for weight in pipeline.unet.parameters()) / 1e6
-            scheduler = type(pipeline.scheduler).__name__
-            yield Finding(Mark.FINE, f"its pipeline can be opened: {size:.1f} M parameters, {scheduler}")
-            yield from _check_first_stage(pipeline)
-            yield from _check_text_encoder(pipeline)
-        except ConfigError as error:
-            remedy = (
-                "restore it from a checkpoint (--resume_from_checkpoint latest)" if checkpoints else "copy it again"
-            )
-            yield Finding(Mark.WRONG, f"{' '.join(str(error).split())[:300]}: {remedy}")
-    elif (folder / "config.json").is_file():
-        try:
-            yield from _check_stage(FirstStage(load_first_stage(folder)))
-        except ValueError as error:
-            yield Finding(Mark.WRONG, f"{' '.join(str(error).split())[:300]}: copy it again")
-    elif checkpoints:
-        yield Finding(Mark.ADVICE, "it has no pipeline yet: resume with --resume_from_checkpoint latest")
-    else:
-        text = "it has neither a pipeline (model_index.json) nor checkpoints"
-        yield Finding(Mark.WRONG, f"{text}: is it the right folder?")
+    yield from _check_networks(folder, opens, bool(checkpoints))
     for path in checkpoints:
         try:
             verify(path)
@@ -129,3 +41,29 @@ def check_folder(folder: Path) -> Iterator[Finding]:
         yield Finding(Mark.ADVICE, f"changed since the last push ({changed[0]}): ddpm-ext push {folder}")
     elif proof is not None:
         yield Finding(Mark.FINE, "is what was pushed")
+
+
+def _check_networks(folder: Path, opens: bool, has_checkpoints: bool) -> Iterator[Finding]:
+    """Check the pipeline of a folder, or the first stage that it is."""
+    if (folder / "model_index.json").is_file():
+        check, way_out = (open_pipeline if opens else check_pipeline_files), "copy it again"
+        if has_checkpoints:
+            way_out = "restore it from a checkpoint (--resume_from_checkpoint latest)"
+    elif (folder / "config.json").is_file():
+        check, way_out = (open_first_stage if opens else check_first_stage_files), "copy it again"
+    elif has_checkpoints:
+        yield Finding(Mark.ADVICE, "it has no pipeline yet: resume with --resume_from_checkpoint latest")
+        return
+    else:
+        text = "it has neither a pipeline (model_index.json) nor checkpoints"
+        yield Finding(Mark.WRONG, f"{text}: is it the right folder?")
+        return
+    try:
+        yield from check(folder)
+    except ValueError as error:
+        reason = " ".join(str(error).split())[:300]
+        prefix = "" if opens or not isinstance(error, ConfigError) else f"cannot load the folder {folder}: "
+        yield Finding(Mark.WRONG, f"{prefix}{reason}: {way_out}")
+    else:
+        if not opens:
+            yield Finding(Mark.FINE, "its files were examined; --open also loads its networks (with torch)")

@@ -1,0 +1,130 @@
+"""Checks of the files of a pipeline or a first stage for `ddpm-ext doctor`, without torch: nothing is built of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from diffusers_ddpm_ext.cli.doctor_findings import Finding, Mark
+from diffusers_ddpm_ext.cli.pipeline_facts import PipelineFacts, read_pipeline_facts
+from diffusers_ddpm_ext.errors import ConfigError, printable
+from diffusers_ddpm_ext.utils.first_stage_config import FirstStageConfig
+from diffusers_ddpm_ext.utils.generations import read_one_generation
+from diffusers_ddpm_ext.utils.network_folder import check_network_folder
+from diffusers_ddpm_ext.utils.network_tensors import check_main_tensors
+from diffusers_ddpm_ext.utils.pipeline_files import TOKENIZER_FILES
+from diffusers_ddpm_ext.utils.stored_network import StoredWeights, read_stored_weights
+from diffusers_ddpm_ext.utils.text_encoder_config import TOKENIZER_SLOT, TextEncoderConfig
+from diffusers_ddpm_ext.utils.text_encoder_folder import check_text_encoder_folder
+from diffusers_ddpm_ext.utils.vocabulary import required_conditions
+
+VOCABULARIES = tuple(
+    name for name in TOKENIZER_FILES if not name.endswith(("_config.json", "_map.json", "tokens.json"))
+)
+FIRST_STAGES = ("AutoencoderKL", "VQModel", "AutoencoderTiny", "AutoencoderDC")
+
+
+def check_pipeline_files(folder: Path) -> Iterator[Finding]:
+    """Check configurations and weights of a pipeline's folder.
+
+    Raises:
+        ConfigError: a file is missing or damaged, values are not finite, or weights are not those of their network.
+    """
+    yield from read_one_generation(folder, lambda place: list(_check_generation(place)))
+
+
+def _check_generation(folder: Path) -> Iterator[Finding]:
+    from diffusers_ddpm_ext.losses.logvar_files import read_logvar
+    from diffusers_ddpm_ext.schedulers.resolved_config import read_scheduler_config
+
+    facts = read_pipeline_facts(str(folder))
+    assert facts is not None  # None stands for a Hub id
+    weights = _check_network(folder / "unet", str(facts.index.content["unet"][1]))
+    resolved = read_scheduler_config(folder)
+    read_logvar(folder, len(resolved.schedule))
+    for name in ("class_embedder", "concat_encoder", "image_encoder"):
+        if (folder / name / "config.json").is_file() and any((folder / name).glob("*.safetensors")):
+            read_stored_weights(folder / name)
+    scheduler = facts.index.content["scheduler"][1]
+    yield Finding(Mark.FINE, f"its pipeline is complete: {_size(weights)}, {printable(str(scheduler), 80)}")
+    yield from _check_pickles(weights, "unet")
+    yield from _check_first_stage(folder, facts)
+    yield from _check_text_encoder(folder, facts)
+
+
+def _check_network(folder: Path, class_name: str) -> StoredWeights:
+    """The weights of a network of Diffusers, checked."""
+    config = check_network_folder(folder)
+    weights = read_stored_weights(folder)
+    if weights.tensors:
+        check_main_tensors(weights.tensors, config, class_name)
+    return weights
+
+
+def _check_pickles(weights: StoredWeights, name: str) -> Iterator[Finding]:
+    if weights.not_read:
+        text = f"{name} has {weights.not_read[0]}, which only torch reads"
+        yield Finding(Mark.ADVICE, f"{text}: ddpm-ext doctor --open opens it")
+
+
+def _check_first_stage(folder: Path, facts: PipelineFacts) -> Iterator[Finding]:
+    """Whether a pipeline of latents has its first stage, and whether that is complete."""
+    stage = facts.first_stage
+    if stage is not None:
+        yield from _check_stage(folder / stage.slot, stage)
+    elif facts.index.content.get("latent_scaling_factor") is not None:
+        text = "its samples are latents of an autoencoder that is not in the folder"
+        yield Finding(Mark.ADVICE, f"{text}: sample with --out FILE.npy, or add the autoencoder as its vae")
+
+
+def check_first_stage_files(folder: Path) -> Iterator[Finding]:
+    """Check the folder of a first stage alone; errors as in `check_pipeline_files`."""
+    yield from read_one_generation(folder, lambda place: list(_check_alone(place)))
+
+
+def _check_alone(folder: Path) -> Iterator[Finding]:
+    config = check_network_folder(folder)
+    name = config.string("_class_name")
+    if name not in FIRST_STAGES:
+        known = ", ".join(FIRST_STAGES)
+        raise ConfigError(f"{config.name} is of a {printable(name, 80)}; a first stage is one of {known}")
+    yield from _check_stage(folder, FirstStageConfig("", name, config))
+
+
+def _check_stage(folder: Path, stage: FirstStageConfig) -> Iterator[Finding]:
+    described = stage.describe().partition(": ")[2]
+    weights = _check_network(folder, stage.class_name)
+    name = printable(stage.class_name, 80)
+    yield Finding(Mark.FINE, f"its first stage is complete: {name}, {_size(weights)}, {described}")
+    yield from _check_pickles(weights, "the first stage")
+
+
+def _check_text_encoder(folder: Path, facts: PipelineFacts) -> Iterator[Finding]:
+    """Whether the text encoder of a pipeline is complete, and whether it has its tokenizer."""
+    encoder = facts.text_encoder
+    if encoder is None:
+        needs_tokens = "encoder_hidden_states" in required_conditions(facts.conditioning_key)
+        if needs_tokens and not facts.has_class_embedder:
+            text = "it takes embeddings, and no prompts: if it is a model of text"
+            yield Finding(Mark.ADVICE, f"{text}, sample with --text_encoder and --tokenizer")
+        return
+    check_text_encoder_folder(folder / encoder.slot)
+    weights = read_stored_weights(folder / encoder.slot)
+    yield Finding(Mark.FINE, f"its text encoder is complete: {_describe(encoder)}, {_size(weights)}")
+    yield from _check_pickles(weights, "the text encoder")
+    tokenizer = folder / TOKENIZER_SLOT
+    if not encoder.has_tokenizer:
+        text = "its text encoder has no tokenizer: sample with --tokenizer FOLDER_OR_ID or --input_ids FILE.npy"
+        yield Finding(Mark.ADVICE, text)
+    elif not any((tokenizer / name).is_file() for name in VOCABULARIES):
+        text = f"its tokenizer has no vocabulary (one of {', '.join(VOCABULARIES)}): copy the folder again"
+        yield Finding(Mark.WRONG, text)
+
+
+def _describe(encoder: TextEncoderConfig) -> str:
+    tokens = "tokens" if encoder.positions is None else f"{encoder.positions} tokens"
+    return f"{printable(encoder.class_name, 80)}, {tokens} of {encoder.width} values"
+
+
+def _size(weights: StoredWeights) -> str:
+    return f"{weights.num_parameters / 1e6:.1f} M parameters" if weights.tensors else "weights as pickles"
