@@ -57,6 +57,10 @@ class Conditions:
         moved = {name: value for name, value in self.as_dict().items() if name != "captions"}
         return replace(self, **{name: value.to(device, non_blocking=True) for name, value in moved.items()})
 
+    def pin_memory(self) -> Conditions:
+        """The same in page-locked memory, from which copies to a device do not wait; a data loader calls it."""
+        return replace(self, **{name: value.pin_memory() for name, value in self.as_dict().items()})
+
     def with_class_tokens(self, table: Tensor) -> Conditions:
         """The same with tokens in place of class labels: rows of ``table``, (num_classes, dim), one token a sample."""
         assert self.class_labels is not None

@@ -23,6 +23,7 @@ from diffusers_ddpm_ext.errors import ConfigError
 from diffusers_ddpm_ext.utils.checks import checked_flag, checked_integer, checked_number
 from diffusers_ddpm_ext.utils.dtensor import copy_into, distribute_like, full_tensor, is_sharded, local_tensor, reshard
 from diffusers_ddpm_ext.utils.input_files import check_folder, exists, read_json_object
+from diffusers_ddpm_ext.utils.named_parameters import NamedParameters
 from diffusers_ddpm_ext.utils.wrappers import plain_name, unwrap
 
 MAX_UPDATES = 2**53  # counters are integers in JSON and floats in the decay
@@ -74,6 +75,7 @@ class LitEMA:
         self._num_updates = 0 if use_num_updates else -1
         self._skipped: Tensor | None = None  # of these updates, not read from the device yet
         self._in_scope = False
+        self._names = NamedParameters()
         self.untracked = frozenset(untracked)
         self.shadow: dict[str, Tensor] = {}
         for name, parameter in _named_parameters(module).items():
@@ -130,7 +132,7 @@ class LitEMA:
             raise ValueError(
                 "LitEMA.step() inside scope() would average the EMA weights with themselves; leave it first."
             )
-        named = _named_parameters(module).items()
+        named = self._names.of(_checked_module(module)).items()
         parameters = {name: p for name, p in named if p.requires_grad and name not in self.untracked}
         if parameters.keys() != self.shadow.keys():
             self._refuse_other_names(set(parameters))
@@ -289,14 +291,19 @@ class LitEMA:
         self._num_updates, self._skipped = num_updates, None
 
 
-def _named_parameters(module: Any) -> dict[str, Tensor]:
-    """Parameters of the module under its wrappers, by their plain names."""
+def _checked_module(module: Any) -> nn.Module:
     if not isinstance(module, nn.Module):
         way_out = (
             "use ema.copy_to(network), or `with ema.scope(network):`" if isinstance(module, LitEMA) else "pass it"
         )
         raise ValueError(f"module={type(module).__name__} is not the network (a torch.nn.Module): {way_out}.")
-    return {plain_name(name): parameter for name, parameter in unwrap(module).named_parameters()}
+    return module
+
+
+def _named_parameters(module: Any) -> dict[str, Tensor]:
+    """Parameters of the module under its wrappers, by their plain names."""
+    named = unwrap(_checked_module(module)).named_parameters()
+    return {plain_name(name): parameter for name, parameter in named}
 
 
 def _check_shadow(name: str, loaded: Any, shadow: Tensor) -> None:

@@ -38,7 +38,7 @@ def make_accelerator(mixed_precision: str | None, accumulation: int, trackers: l
     with ``cpu=True``.
 
     Args:
-        mixed_precision: ``no``, ``fp16``, ``bf16``, or None for the launcher's choice.
+        mixed_precision: ``no``, ``fp16``, ``bf16``, or None for `default_precision`.
         accumulation: micro-batches per optimizer step.
         trackers: by their names in Accelerate.
 
@@ -50,7 +50,7 @@ def make_accelerator(mixed_precision: str | None, accumulation: int, trackers: l
     try:
         accelerator = Accelerator(
             cpu=no_accelerator,
-            mixed_precision=mixed_precision,
+            mixed_precision=mixed_precision or default_precision(),
             gradient_accumulation_steps=accumulation,
             log_with=trackers or None,
             project_config=ProjectConfiguration(logging_dir="."),  # replaced once the folder is known
@@ -81,6 +81,13 @@ def keep_own_buffers(task: nn.Module) -> None:
     """Do not broadcast buffers in every forward pass, as DDP does by default: every process computes the same ones."""
     if isinstance(task, DistributedDataParallel):
         task.broadcast_buffers = False  # as an argument it is deprecated, and buffers would also differ at the start
+
+
+def default_precision() -> str | None:
+    """``bf16`` on an NVIDIA GPU that computes in it; None, for Accelerate's choice, elsewhere or after a launcher."""
+    if "ACCELERATE_MIXED_PRECISION" in os.environ or not torch.cuda.is_available():
+        return None
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else None
 
 
 def _is_on(variable: str) -> bool:

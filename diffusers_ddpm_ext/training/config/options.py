@@ -293,13 +293,25 @@ class LoopOptions:
     )
     gradient_accumulation_steps: int = option(1, "Micro-batches per optimizer step.", low=1, high=1_000_000)
     mixed_precision: Literal["no", "fp16", "bf16"] | None = option(
-        None, "Precision of the network; noise and loss stay float32.", unset="that of `accelerate launch`, else no"
+        None,
+        "Precision of the network; noise and loss stay float32.",
+        unset="that of `accelerate launch`, else bf16 on an NVIDIA GPU that computes in it, else no",
+    )
+    channels_last: Literal["auto", "always", "never"] = option(
+        "auto",
+        "Keep the network's weights and activations in memory with the channels last, the order of tensor cores. auto:"
+        " on an NVIDIA GPU in fp16 or bf16, unless FSDP shards the weights.",
     )
     gradient_checkpointing: bool = option(
         False, "Recompute activations in the backward pass: less memory, more time, the same results."
     )
     torch_compile: bool = option(
         False, "Compile the network with `torch.compile`. Saved files are the same; the first steps take minutes."
+    )
+    torch_compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = option(
+        "default",
+        "Mode of --torch_compile. reduce-overhead uses CUDA graphs, for small networks whose kernels take less time"
+        " than their launches; max-autotune also tries several kernels for each operation.",
     )
     num_threads: int | Literal["auto"] = option(
         "auto",

@@ -9,6 +9,7 @@ from accelerate.utils import gather_object
 
 from diffusers_ddpm_ext.errors import printable, warn
 from diffusers_ddpm_ext.training.data.batches import Batch, batch_stream
+from diffusers_ddpm_ext.training.data.copy_stream import copied_beside_steps
 from diffusers_ddpm_ext.training.data.streaming.batches import BatchLayout, stream_batches
 from diffusers_ddpm_ext.training.data.streaming.lanes import LanePlan, LanePosition
 from diffusers_ddpm_ext.training.loop.setup import Setup
@@ -31,11 +32,12 @@ def open_batches(
     accelerator, data = setup.accelerator, setup.data
     layout = layout or run_layout(setup)
     if data.stream is None:
-        return batch_stream(
+        batches = batch_stream(
             data.train, setup.seed, layout.batch, layout.accumulation, layout.rank, layout.world, step, num_workers,
             accelerator.device,
         )  # fmt: skip
-    return stream_batches(
+        return copied_beside_steps(batches, accelerator.device)
+    streamed = stream_batches(
         data.stream.decoder(data.train),
         data.stream.plan(layout.effective_batch),
         layout,
@@ -46,6 +48,7 @@ def open_batches(
         num_workers=num_workers,
         device=accelerator.device,
     )
+    return copied_beside_steps(streamed, accelerator.device)
 
 
 def run_layout(setup: Setup) -> BatchLayout:

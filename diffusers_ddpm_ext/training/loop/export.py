@@ -111,9 +111,12 @@ def gather_logvar(objective: DDPMObjective) -> Tensor | None:
 
 
 def _unshard(tensor: Tensor) -> Tensor:
-    """A sharded tensor as a plain one on the CPU of the main process, empty elsewhere; a plain one as it is."""
+    """A sharded tensor as a plain one on the CPU of the main process, empty elsewhere; a plain one as it is.
+
+    One whose channels are last in memory becomes contiguous, as files hold it.
+    """
     if not is_sharded(tensor):
-        return tensor.detach()
+        return tensor.detach().contiguous()
     gathered = full_tensor(tensor)
     return gathered.cpu() if is_main_process() else gathered.new_empty(0)
 

@@ -233,6 +233,10 @@ def build_setup(config: TrainConfig) -> Setup:
         if isinstance(trained, Parts):
             initial = load_initial_weights(config, trained.denoiser, trained.objective)
         task = trained.make_task().to(accelerator.device)
+        if uses_channels_last(loop.channels_last, accelerator):
+            trained.network.to(
+                memory_format=torch.channels_last
+            )  # before the average and the moments, which follow it
         ema = build_ema(config.ema, trained.network)
         if initial is not None:
             accelerator.print(initial.describe(None if ema is None else initialize_ema(initial, ema, config.start)))
@@ -281,6 +285,16 @@ def setup_warnings(setup: Setup) -> list[str]:
     return [warning for warning in warnings if warning is not None]
 
 
+def uses_channels_last(option: str, accelerator: Accelerator) -> bool:
+    """Whether the network is kept with its channels last in memory; a ConfigError where FSDP cannot shard it so."""
+    sharded = fsdp_requested() and accelerator.device.type != "cpu"
+    if option == "always" and sharded:
+        raise ConfigError("--channels_last always: FSDP shards weights in torch's own order only; use never or auto")
+    if option != "auto":
+        return option == "always"
+    return accelerator.device.type == "cuda" and accelerator.mixed_precision in ("fp16", "bf16") and not sharded
+
+
 def prepare_network(trained: Trainable, options: LoopOptions, plugin: TorchDynamoPlugin) -> None:
     """Enable gradient checkpointing and compilation, in place; a ConfigError where that is not possible.
 
@@ -291,7 +305,7 @@ def prepare_network(trained: Trainable, options: LoopOptions, plugin: TorchDynam
             trained.network.enable_gradient_checkpointing()
     requested = plugin.backend not in (None, DynamoBackend.NO)
     if requested or options.torch_compile:
-        kwargs = plugin.to_kwargs() if requested else {}
+        kwargs = plugin.to_kwargs() if requested else {"mode": options.torch_compile_mode}
         kwargs.pop("use_regional_compilation", None)
         plugin.backend = DynamoBackend.NO
         with as_config_error("--torch_compile"):  # a missing compiler fails here, not in the first step
