@@ -39,7 +39,7 @@ def networks_of(value: float) -> tuple[Any, Any]:
     from helpers.tiny import tiny_unet
 
     from diffusers_ddpm_ext import DDPMExtScheduler
-    from diffusers_ddpm_ext.models.ema import EmaMetadata
+    from diffusers_ddpm_ext.models.ema_metadata import EmaMetadata
     from diffusers_ddpm_ext.training.loop.export import ExportedNetworks
 
     made = []
@@ -86,7 +86,7 @@ def replace_constantly(folder: Path, way: str, turns: int) -> Callable[[], int]:
 def facts_of(folder: Path, way: str) -> set[float]:
     """The values that one reading of a folder found, one if it is of one model."""
     from diffusers_ddpm_ext import DDPMExtPipeline
-    from diffusers_ddpm_ext.models.ema import load_ema_metadata
+    from diffusers_ddpm_ext.models.ema_metadata import load_ema_metadata
     from diffusers_ddpm_ext.utils.generations import read_one_generation
 
     def read(place: Path) -> set[float]:

@@ -24,7 +24,7 @@ from diffusers_ddpm_ext.compvis.schema import (
 )
 from diffusers_ddpm_ext.compvis.state_dict import CheckpointContents
 from diffusers_ddpm_ext.compvis.weights import ConvertedTensor, build_network
-from diffusers_ddpm_ext.models.ema import EmaMetadata
+from diffusers_ddpm_ext.models.ema_metadata import EmaMetadata
 from diffusers_ddpm_ext.pipelines.pipeline_ddpm_ext import DDPMExtPipeline
 from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
 

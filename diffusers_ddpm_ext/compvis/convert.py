@@ -17,7 +17,7 @@ from diffusers_ddpm_ext.compvis.reader.archive import PathLike, read_tensors
 from diffusers_ddpm_ext.compvis.report import Report
 from diffusers_ddpm_ext.compvis.state_dict import SAVED_TABLES
 from diffusers_ddpm_ext.compvis.weights import build_network, strip_prefixes
-from diffusers_ddpm_ext.models.ema import EmaMetadata, load_ema_metadata, save_ema_metadata
+from diffusers_ddpm_ext.models.ema_metadata import EmaMetadata, load_ema_metadata, save_ema_metadata
 from diffusers_ddpm_ext.models.tokenizers import tokenizer_facts
 from diffusers_ddpm_ext.pipelines.pipeline_ddpm_ext import DDPMExtPipeline
 from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler

@@ -38,7 +38,7 @@ from diffusers_ddpm_ext.compvis.weights import (
 from diffusers_ddpm_ext.compvis.wrapper_names import plain_keys
 from diffusers_ddpm_ext.diffusion.schedule import make_betas
 from diffusers_ddpm_ext.losses.logvar import make_logvar
-from diffusers_ddpm_ext.models.ema import EmaMetadata, load_ema_metadata
+from diffusers_ddpm_ext.models.ema_metadata import EmaMetadata, load_ema_metadata
 from diffusers_ddpm_ext.pipelines.pipeline_ddpm_ext import DDPMExtPipeline
 from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
 from diffusers_ddpm_ext.utils.files import write_atomically

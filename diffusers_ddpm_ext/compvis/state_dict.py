@@ -24,7 +24,7 @@ from diffusers_ddpm_ext.compvis.schema import COMPVIS_EMA_DECAY, listed
 from diffusers_ddpm_ext.compvis.weights import EMA_PREFIX, NETWORK_PREFIXES, UNET_PREFIXES, ema_buffer_names, unet_keys
 from diffusers_ddpm_ext.compvis.wrapper_names import plain_keys
 from diffusers_ddpm_ext.diffusion.schedule import TABLE_NAMES, NoiseSchedule
-from diffusers_ddpm_ext.models.ema import EmaMetadata
+from diffusers_ddpm_ext.models.ema_metadata import EmaMetadata
 
 CLASS_EMBEDDING_KEY = "cond_stage_model.embedding.weight"
 EMA_DECAY_KEY, EMA_NUM_UPDATES_KEY = f"{EMA_PREFIX}decay", f"{EMA_PREFIX}num_updates"

@@ -1,4 +1,4 @@
-"""Exponential moving average of a network's weights (LitEMA, as in CompVis), and the metadata saved with it.
+"""Exponential moving average of a network's weights (LitEMA, as in CompVis).
 
 Update k (counted from 1) moves every shadow s towards its parameter p by ``s += (1 - d) (p - s)`` with the decay
 ``d = min(decay, (1 + k) / (10 + k))``, so that the average follows the first steps quickly. The decay is a float32
@@ -7,30 +7,29 @@ number, as in the original: 1 - 0.9999 is then 1.0001659e-4, not 1e-4.
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from diffusers_ddpm_ext.errors import ConfigError
+from diffusers_ddpm_ext.models.ema_metadata import MAX_UPDATES
+from diffusers_ddpm_ext.models.ema_update import update_in_chunks
 from diffusers_ddpm_ext.utils.checks import checked_flag, checked_integer, checked_number
 from diffusers_ddpm_ext.utils.dtensor import copy_into, distribute_like, full_tensor, is_sharded, local_tensor, reshard
-from diffusers_ddpm_ext.utils.input_files import check_folder, exists, read_json_object
 from diffusers_ddpm_ext.utils.named_parameters import NamedParameters
 from diffusers_ddpm_ext.utils.wrappers import plain_name, unwrap
 
-MAX_UPDATES = 2**53  # counters are integers in JSON and floats in the decay
 _NOT_SHARDED = (
     "parameter {name} is not sharded, but its shadow is: fully_shard keeps the weights unsharded after a forward pass "
     "without a backward pass. Call diffusers_ddpm_ext.utils.dtensor.reshard with the outermost sharded module "
     "first."
+)
+_NOT_OFFLOADED = (
+    "the module is sharded, and its average is to stay in main memory (offload=True), which is for modules that are "
+    "not: leave it out, since the average is sharded too."
 )
 
 
@@ -46,6 +45,10 @@ class LitEMA:
     parameter's dtype, but at least float32, and moves with its parameter to another device and to the sharding of
     ``fully_shard``. An update is one fused pass over the local shards, for any dtype of the module.
 
+    Two options save memory of the device. ``dtype=torch.bfloat16`` halves the shadows and rounds stochastically, so
+    that small updates count on average (:mod:`diffusers_ddpm_ext.models.ema_update`). ``offload`` keeps them in main
+    memory, with the same values to the bit, and copies them to the network's device and back for each update.
+
     The methods are collective calls for a sharded module: every process must make them, with the weights sharded as
     after an optimizer step; after a forward pass without a backward pass,
     :func:`diffusers_ddpm_ext.utils.dtensor.reshard` shards them again.
@@ -56,34 +59,62 @@ class LitEMA:
         decay: in [0, 1]; 0.9999 averages over about the last 10,000 steps.
         use_num_updates: whether the decay warms up; without it every update uses ``decay``.
         untracked: names of trainable parameters that are not averaged.
+        dtype: of the shadows: ``torch.bfloat16``; None for at least float32.
+        offload: keep the shadows in main memory (pinned, for a module on CUDA). Not for sharded modules.
 
     Attributes:
         decay: the limit of the decay.
         use_num_updates: whether the decay warms up.
         untracked: names of trainable parameters that are not averaged.
-        shadow: averaged values by parameter name; not copies.
+        dtype: of the shadows, as given.
+        offload: whether the shadows stay in main memory.
 
     Raises:
-        ValueError: ``decay`` is outside [0, 1], or no parameter requires a gradient.
+        ValueError: ``decay`` is outside [0, 1], ``dtype`` is another one, or no parameter requires a gradient.
     """
 
     def __init__(
-        self, module: nn.Module, decay: float = 0.9999, use_num_updates: bool = True, untracked: Collection[str] = ()
+        self,
+        module: nn.Module,
+        decay: float = 0.9999,
+        use_num_updates: bool = True,
+        untracked: Collection[str] = (),
+        dtype: torch.dtype | None = None,
+        offload: bool = False,
     ) -> None:
         self.decay = _checked_decay(decay)
         self.use_num_updates = checked_flag("use_num_updates", use_num_updates)
+        if dtype not in (None, torch.bfloat16):
+            raise ValueError(f"dtype={dtype} must be torch.bfloat16, or None for at least float32.")
+        self.dtype, self.offload = dtype, checked_flag("offload", offload)
         self._num_updates = 0 if use_num_updates else -1
         self._skipped: Tensor | None = None  # of these updates, not read from the device yet
+        self._num_steps = 0
         self._in_scope = False
         self._names = NamedParameters()
+        self._updating: torch.device | None = None
         self.untracked = frozenset(untracked)
-        self.shadow: dict[str, Tensor] = {}
+        self._shadow: dict[str, Tensor] = {}
         for name, parameter in _named_parameters(module).items():
             if parameter.requires_grad and name not in self.untracked:
-                dtype = torch.promote_types(parameter.dtype, torch.float32)
-                self.shadow[name] = parameter.detach().to(dtype, copy=True)
-        if not self.shadow:
+                self._shadow[name] = self._new_shadow(parameter.detach())
+        if not self._shadow:
             raise ValueError("the module has no parameter that requires a gradient, so there is nothing to average.")
+
+    def _new_shadow(self, parameter: Tensor) -> Tensor:
+        dtype = self.dtype or torch.promote_types(parameter.dtype, torch.float32)
+        if not self.offload:
+            return parameter.to(dtype, copy=True)
+        shadow = parameter.to("cpu", dtype, copy=True)
+        return shadow.pin_memory() if parameter.is_cuda else shadow
+
+    @property
+    def shadow(self) -> dict[str, Tensor]:
+        """Averaged values by parameter name; not copies. Waits for an update of shadows in main memory."""
+        if self._updating is not None:
+            torch.cuda.synchronize(self._updating)
+            self._updating = None
+        return self._shadow
 
     @property
     def num_updates(self) -> int:
@@ -92,6 +123,15 @@ class LitEMA:
             self._num_updates -= int(self._skipped)
             self._skipped = None
         return self._num_updates
+
+    @property
+    def scalars(self) -> dict[str, Any]:
+        """State besides the shadows, as JSON: ``decay``, ``use_num_updates`` and ``num_updates``.
+
+        In bfloat16 also ``num_steps``, the number of calls of :meth:`step`, which the rounding follows from.
+        """
+        counts = {} if self.dtype is None else {"num_steps": self._num_steps}
+        return {"decay": self.decay, "use_num_updates": self.use_num_updates, "num_updates": self.num_updates} | counts
 
     @property
     def in_scope(self) -> bool:
@@ -134,24 +174,29 @@ class LitEMA:
             )
         named = self._names.of(_checked_module(module)).items()
         parameters = {name: p for name, p in named if p.requires_grad and name not in self.untracked}
-        if parameters.keys() != self.shadow.keys():
+        if parameters.keys() != self._shadow.keys():
             self._refuse_other_names(set(parameters))
         self._follow(parameters)
-        shadows = [local_tensor(shadow) for shadow in self.shadow.values()]
-        pairs = [(shadow.dtype, local_tensor(parameters[name])) for name, shadow in self.shadow.items()]
-        # A `to` costs time even if it does nothing.
-        sources = [p if p.dtype == dtype else p.to(dtype) for dtype, p in pairs]
+        shadows = [local_tensor(shadow) for shadow in self._shadow.values()]
+        sources = [local_tensor(parameters[name]) for name in self._shadow]
         num_updates = self._num_updates + 1 if self.use_num_updates else self._num_updates
         if skipped is None and self._skipped is not None:
             skipped = torch.zeros_like(self._skipped, dtype=torch.float32)
-        if skipped is None:
-            torch._foreach_lerp_(shadows, sources, self._weight(num_updates))
+        weight = self._weight(num_updates) if skipped is None else self._weight_on_device(num_updates, skipped)
+        device = sources[0].device
+        if self.dtype is not None or shadows[0].device != device:
+            update_in_chunks(shadows, sources, weight, self._num_steps)
+            self._updating = device if device.type == "cuda" and self.offload else None
         else:
-            torch._foreach_lerp_(shadows, sources, [self._weight_on_device(num_updates, skipped)] * len(shadows))
+            # A `to` costs time even if it does nothing.
+            sources = [p if p.dtype == s.dtype else p.to(s.dtype) for p, s in zip(sources, shadows, strict=True)]
+            weights: Any = [weight] * len(shadows) if isinstance(weight, Tensor) else weight
+            torch._foreach_lerp_(shadows, sources, weights)
+        self._num_steps += 1
         self._num_updates = num_updates
 
     def _refuse_other_names(self, trainable: set[str]) -> None:
-        tracked = set(self.shadow)
+        tracked = set(self._shadow)
         frozen, new = tracked - trainable, trainable - tracked
         parts = [f"no longer trainable or present: {_examples(frozen)}"] if frozen else []
         parts += [f"trainable but not tracked: {_examples(new)}"] if new else []
@@ -162,14 +207,16 @@ class LitEMA:
 
     def _follow(self, parameters: Mapping[str, Tensor]) -> None:
         """Move the shadows to the parameters' device and sharding."""
-        for name, shadow in self.shadow.items():
+        for name, shadow in self._shadow.items():
             parameter = parameters[name]
+            if is_sharded(parameter) and self.offload:
+                raise ValueError(_NOT_OFFLOADED)
             if is_sharded(parameter) and not is_sharded(shadow):
-                self.shadow[name] = distribute_like(shadow, parameter, from_main_process=False)
+                self._shadow[name] = distribute_like(shadow, parameter, from_main_process=False)
             elif is_sharded(shadow) and not is_sharded(parameter):
                 raise ValueError(_NOT_SHARDED.format(name=name))
-            elif shadow.device != parameter.device:
-                self.shadow[name] = shadow.to(parameter.device)
+            elif shadow.device != parameter.device and not self.offload:
+                self._shadow[name] = shadow.to(parameter.device)
 
     def _targets(self, module: nn.Module) -> list[Tensor]:
         """The module's tracked parameters in the order of ``shadow``, frozen or not."""
@@ -246,13 +293,8 @@ class LitEMA:
                     copy_into(unsharded, target)
 
     def state_dict(self) -> dict[str, Any]:
-        """A snapshot: ``decay``, ``use_num_updates``, ``num_updates`` and ``shadow``, a dict of unsharded copies."""
-        return {
-            "decay": self.decay,
-            "use_num_updates": self.use_num_updates,
-            "num_updates": self.num_updates,
-            "shadow": {name: full_tensor(shadow).clone() for name, shadow in self.shadow.items()},
-        }
+        """A snapshot: :attr:`scalars`, and ``shadow``, a dict of unsharded copies."""
+        return self.scalars | {"shadow": {name: full_tensor(shadow).clone() for name, shadow in self.shadow.items()}}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -279,7 +321,8 @@ class LitEMA:
             _check_shadow(name, loaded[name], shadow)
         decay, use_num_updates = _checked_decay(state_dict["decay"]), state_dict["use_num_updates"]
         use_num_updates = checked_flag("use_num_updates", use_num_updates)
-        num_updates = _checked_num_updates(state_dict["num_updates"])
+        num_updates = _checked_count("num_updates", state_dict["num_updates"], -1)
+        num_steps = _checked_count("num_steps", state_dict.get("num_steps", 0), 0)
         if use_num_updates != (num_updates >= 0):
             raise ValueError(
                 f"num_updates={num_updates} contradicts use_num_updates={use_num_updates}: it is -1 without a warm-up "
@@ -289,6 +332,7 @@ class LitEMA:
             copy_into(shadow, loaded[name])
         self.decay, self.use_num_updates = decay, use_num_updates
         self._num_updates, self._skipped = num_updates, None
+        self._num_steps = num_steps
 
 
 def _checked_module(module: Any) -> nn.Module:
@@ -316,62 +360,11 @@ def _check_shadow(name: str, loaded: Any, shadow: Tensor) -> None:
         raise ValueError(f"shadow {name} has values that are NaN or infinite.")
 
 
-def _checked_num_updates(num_updates: Any) -> int:
-    """A number of updates, or -1 for an average without a warm-up."""
-    allowed = "an integer: -1 (no warm-up of the decay) or a number of updates"
-    return checked_integer("num_updates", num_updates, allowed, low=-1, high=MAX_UPDATES)
+def _checked_count(name: str, count: Any, low: int) -> int:
+    """A number of updates, or -1 where ``low`` allows it."""
+    allowed = "an integer: " + ("-1 (no warm-up of the decay) or " if low < 0 else "") + "a number of updates"
+    return checked_integer(name, count, allowed, low=low, high=MAX_UPDATES)
 
 
 def _checked_decay(decay: Any) -> float:
     return float(checked_number("decay", decay, "in [0, 1]; the usual value is 0.9999", lambda d: 0 <= d <= 1))
-
-
-EMA_METADATA_NAME = "ema.json"
-EMA_METADATA_FORMAT = 1
-
-
-@dataclass(frozen=True)
-class EmaMetadata:
-    """Metadata of averaged weights, saved in ``ema.json`` of a pipeline's folder.
-
-    Attributes:
-        decay: the limit of the decay.
-        num_updates: number of updates; -1 without a warm-up of the decay, as in the original.
-    """
-
-    decay: float
-    num_updates: int
-
-
-def save_ema_metadata(folder: str | os.PathLike[str], metadata: EmaMetadata) -> None:
-    """Write ``ema.json`` into a pipeline's folder.
-
-    Args:
-        folder: an existing one.
-        metadata: of the average.
-    """
-    content = {"format": EMA_METADATA_FORMAT, "decay": metadata.decay, "num_updates": metadata.num_updates}
-    Path(folder, EMA_METADATA_NAME).write_text(json.dumps(content) + "\n", encoding="utf-8")
-
-
-def load_ema_metadata(folder: str | os.PathLike[str]) -> EmaMetadata | None:
-    """Read ``ema.json`` of a pipeline's folder.
-
-    Args:
-        folder: of a pipeline.
-
-    Returns:
-        Its content; None without such a file.
-
-    Raises:
-        ValueError: the folder does not exist, or the file is damaged or of another format.
-    """
-    path = check_folder(folder) / EMA_METADATA_NAME
-    if not exists(path):
-        return None
-    content = read_json_object(path)
-    if content.integer("format") != EMA_METADATA_FORMAT:
-        raise ConfigError(f'{content.name} must have "format": {EMA_METADATA_FORMAT}; a newer version may read it.')
-    return EmaMetadata(
-        content.number("decay", low=0, high=1), content.integer("num_updates", low=-1, high=MAX_UPDATES)
-    )

@@ -31,6 +31,7 @@ Streams and their coordinates (the name goes first, so that two streams never sh
 ``LATENT_CONCAT``       seed, optimizer step, position in the effective batch
 ``LATENT_CONCAT_SET``   seed, image
 ``LATENT_SCALE``        number of images (no seed: all runs on the same images measure the same scale)
+``EMA_ROUNDING``        update of the average (no seed: it averages any network)
 ``METRICS``             purpose (no seed: all runs are measured alike)
 ``SPLIT``               name of the image (no seed: all runs are validated on the same images)
 ======================  ================================================
@@ -71,6 +72,7 @@ LATENT_SET = "latent/set"
 LATENT_SCALE = "latent/scale"
 LATENT_CONCAT = "latent/concat"
 LATENT_CONCAT_SET = "latent/concat-set"
+EMA_ROUNDING = "ema/rounding"
 METRICS = "metrics"
 SPLIT = "split"
 

@@ -16,7 +16,7 @@ from diffusers_ddpm_ext.compvis.architecture import translate_unet
 from diffusers_ddpm_ext.compvis.convert import convert_compvis
 from diffusers_ddpm_ext.compvis.reader.archive import read_tensors
 from diffusers_ddpm_ext.compvis.weights import export_unet
-from diffusers_ddpm_ext.models.ema import load_ema_metadata
+from diffusers_ddpm_ext.models.ema_metadata import load_ema_metadata
 
 SAVED_TABLE_COUNT = 12
 
@@ -237,7 +237,7 @@ def network_without_resampling_weights():
 
 def test_a_trained_folder_is_saved_with_its_ema(tmp_path):
     """Raw and EMA weights of a run's folder, decay and number of updates."""
-    from diffusers_ddpm_ext.models.ema import EmaMetadata, save_ema_metadata
+    from diffusers_ddpm_ext.models.ema_metadata import EmaMetadata, save_ema_metadata
 
     raw, average = (random_weights(translate_unet(BASE).build(), seed) for seed in (1, 2))
     DDPMExtPipeline(average, DDPMExtScheduler()).save_pretrained(tmp_path / "run")

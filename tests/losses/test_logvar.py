@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from diffusers_ddpm_ext.errors import ConfigError
 from diffusers_ddpm_ext.losses.logvar import ContinuousLogvar, load_continuous, load_logvar, make_logvar, save_logvar
 from diffusers_ddpm_ext.models.class_embedder import load_class_embedder, save_class_embedder
-from diffusers_ddpm_ext.models.ema import load_ema_metadata
+from diffusers_ddpm_ext.models.ema_metadata import load_ema_metadata
 
 WEIGHTS = "logvar/diffusion_pytorch_model.safetensors"
 

@@ -20,7 +20,7 @@ from helpers.paths import PYTHONPATH, TESTS
 from helpers.tiny import tiny_unet
 
 from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtScheduler
-from diffusers_ddpm_ext.models.ema import EmaMetadata, load_ema_metadata, save_ema_metadata
+from diffusers_ddpm_ext.models.ema_metadata import EmaMetadata, load_ema_metadata, save_ema_metadata
 from diffusers_ddpm_ext.training.loop.export import ExportedNetworks, save_pipeline
 from diffusers_ddpm_ext.utils import generations
 from diffusers_ddpm_ext.utils.files import replace_folder

@@ -24,7 +24,7 @@ from helpers.tiny import tiny_autoencoder
 from PIL import Image
 
 from diffusers_ddpm_ext.errors import ConfigError, RunError
-from diffusers_ddpm_ext.models.ema import load_ema_metadata
+from diffusers_ddpm_ext.models.ema_metadata import load_ema_metadata
 from diffusers_ddpm_ext.models.first_stage import FirstStage
 from diffusers_ddpm_ext.models.first_stage_loading import load_first_stage
 from diffusers_ddpm_ext.plotting.sheets import image_grid

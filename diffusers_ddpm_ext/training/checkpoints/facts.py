@@ -147,7 +147,12 @@ def _ema_problem(snapshot: Snapshot, objects: TrainingObjects, options_changed: 
         return f"{STATE_FILE}: numbers.ema.num_updates is {updates}, more than {MOST_EMA_UPDATES}"
     if decay is None or not is_finite(decay) or not 0 <= decay <= 1:
         return f"{STATE_FILE}: numbers.ema.decay is {printable(str(decay), 60)}, outside 0 to 1"
+    steps = state.get("num_steps", 0)
+    if type(steps) is not int or not 0 <= steps <= MOST_EMA_UPDATES:
+        return f"{STATE_FILE}: numbers.ema.num_steps is {printable(str(steps), 60)}"
     ema = objects.ema
+    if ema is not None and not options_changed and (missing := ema.scalars.keys() - state.keys()):
+        return f"{STATE_FILE}: numbers.ema.{min(missing)} is missing"
     if ema is not None and not options_changed:
         for name, own in (("decay", ema.decay), ("use_num_updates", ema.use_num_updates)):
             if state[name] != own:

@@ -29,6 +29,8 @@ MODEL_OPTIONS = (
     "class_column", "concat_column", "context_column", "caption_column", "conditioning_dropout",
     "dataset_weights", "class_balance",
 )  # fmt: skip
+SAME_RESULTS = ("offload_ema",)
+"""Options of these sections that only determine where something is computed or kept."""
 STREAM_OPTIONS = ("streaming", "shuffle_buffer")
 """Options that a stream's order follows from; a run that is not a stream has none of them in its checkpoints."""
 FIRST_STAGE, TEXT_ENCODER = "vae", "text_encoder"
@@ -68,6 +70,7 @@ def run_identity(
     """
     sections = [section for section in MODEL_SECTIONS if section in config.table.sections]
     chosen = {name: value for section in sections for name, value in vars(getattr(config, section)).items()}
+    chosen = {name: value for name, value in chosen.items() if name not in SAME_RESULTS}
     chosen |= {name: value for name, value in config.to_flat_dict().items() if name in MODEL_OPTIONS}
     if config.data.streaming:
         chosen |= {name: getattr(config.data, name) for name in STREAM_OPTIONS}

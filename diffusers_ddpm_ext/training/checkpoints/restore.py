@@ -174,7 +174,10 @@ def _ema_mismatch(snapshot: Snapshot, ema: LitEMA | None, keep_current_options: 
     missing = set(EMA_KEYS) - snapshot.scalars.ema.keys()
     if missing:
         return f"{STATE_FILE}: numbers.ema.{min(missing)} is missing."
-    difference = first_difference(tensor_specs(ema.shadow), tensor_specs(snapshot.ema))
+    own, stored = tensor_specs(ema.shadow), tensor_specs(snapshot.ema)
+    if keep_current_options:  # --ema_dtype may be another one
+        own, stored = ({name: shape for name, (_, shape) in specs.items()} for specs in (own, stored))
+    difference = first_difference(own, stored)
     return f"{EMA_FILE} belongs to another network: {difference}." if difference else ""
 
 

@@ -27,7 +27,7 @@ LR_SCHEDULER_KEYS = ("last_epoch", "_step_count", "base_lrs", "_last_lr")
 """State of a LambdaLR. Its ``state_dict`` also holds the attributes of the lambdas, which may be anything."""
 
 EMA_KEYS = ("decay", "use_num_updates", "num_updates")
-"""State of a LitEMA besides its weights."""
+"""State of every LitEMA besides its weights."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def capture_snapshot(objects: TrainingObjects, progress: Progress, share_memory:
         slots=scalar_slots,
         lr_scheduler={name: getattr(objects.lr_scheduler, name) for name in LR_SCHEDULER_KEYS},
         scaler=None if objects.scaler is None or not objects.scaler.is_enabled() else objects.scaler.state_dict(),
-        ema=None if objects.ema is None else {name: getattr(objects.ema, name) for name in EMA_KEYS},
+        ema=None if objects.ema is None else objects.ema.scalars,
     )
     return Snapshot(model, slots, None if ema is None else ema_weights, scalars, progress)
 

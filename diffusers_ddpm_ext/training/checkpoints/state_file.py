@@ -65,7 +65,7 @@ class ScalarState:
         slots: parameter's name to slot to value, for the optimizer's slots that are not tensors.
         lr_scheduler: step counts, base rates and last rates.
         scaler: of float16's gradient scaler, None if there is none.
-        ema: decay, warm-up and number of updates, None if there is none.
+        ema: decay, warm-up and number of updates (in bfloat16 also of roundings), None if there is none.
     """
 
     groups: list[dict[str, Any]]

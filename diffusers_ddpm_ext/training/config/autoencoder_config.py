@@ -110,6 +110,8 @@ DEPENDENCIES: dict[str, tuple[str, Any]] = {
     "ema_decay": ("use_ema", True),
     "ema_use_num_updates": ("use_ema", True),
     "ema_every": ("use_ema", True),
+    "ema_dtype": ("use_ema", True),
+    "offload_ema": ("use_ema", True),
     "shuffle_buffer": ("streaming", True),
 }
 

@@ -278,6 +278,15 @@ class EmaOptions:
         "Update after every optimizer step, or after every micro-batch, as Lightning and CompVis do with"
         " --gradient_accumulation_steps.",
     )
+    ema_dtype: Literal["float32", "bfloat16"] = option(
+        "float32",
+        "Precision of the EMA. bfloat16 takes half the memory, and rounds stochastically, so that small updates are"
+        " not lost.",
+        answers={"bf16": "use bfloat16", "fp32": "use float32", "float16": "use bfloat16"},
+    )
+    offload_ema: bool = option(
+        False, "Keep the EMA in main memory, and copy it to the device for each update: the same results."
+    )
 
 
 @dataclass(frozen=True)
@@ -303,7 +312,9 @@ class LoopOptions:
         " on an NVIDIA GPU in fp16 or bf16, unless FSDP shards the weights.",
     )
     gradient_checkpointing: bool = option(
-        False, "Recompute activations in the backward pass: less memory, more time, the same results."
+        False,
+        "Recompute activations in the backward pass, also of a text encoder that is trained: less memory, more time,"
+        " the same results.",
     )
     torch_compile: bool = option(
         False, "Compile the network with `torch.compile`. Saved files are the same; the first steps take minutes."

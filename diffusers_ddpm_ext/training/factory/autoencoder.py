@@ -186,6 +186,10 @@ class AutoencoderParts:
         """Encoder and decoder, which are called on their own."""
         return [self.autoencoder.encoder, self.autoencoder.decoder]
 
+    def enable_gradient_checkpointing(self) -> None:
+        """Of the network."""
+        self.autoencoder.enable_gradient_checkpointing()
+
     @property
     def train_metrics(self) -> list[str]:
         """Names of the metrics of each step."""

@@ -15,6 +15,8 @@ from diffusers_ddpm_ext.utils.dtensor import full_tensor, is_sharded, local_tens
 from diffusers_ddpm_ext.utils.host_reads import reads_are_free
 from diffusers_ddpm_ext.utils.lr_lambdas import COMPVIS_LAMBDAS, check_lr_schedule
 
+LEAST_8BIT = 4096
+"""Values of the smallest tensor that bitsandbytes keeps in 8 bits."""
 LR_SCHEDULERS = (*(kind.value for kind in SchedulerType), *COMPVIS_LAMBDAS)
 
 
@@ -47,6 +49,20 @@ def scale_learning_rate(
     The square root keeps the noise scale of Adam's steps.
     """
     return learning_rate * {"none": 1.0, "linear": float(effective_batch), "sqrt": effective_batch**0.5}[scaling]
+
+
+def adam_state_bytes(sizes: Iterable[int], eight_bit: bool) -> int:
+    """Bytes of AdamW's state once every parameter has been updated; float32 parameters of these numbers of values.
+
+    In 8 bits each moment has a scale per 256 values and, once for all, a table of its 256 values. Small tensors stay
+    in 32 bits.
+    """
+    if not eight_bit:
+        return sum(8 * size + 4 for size in sizes)  # two moments, and the number of steps
+    sizes = list(sizes)
+    quantized = [size for size in sizes if size >= LEAST_8BIT]
+    tables = 2 * 4 * 256 if quantized else 0
+    return tables + sum(2 * (size + 4 * -(-size // 256)) if size >= LEAST_8BIT else 8 * size for size in sizes)
 
 
 def adamw_8bit(

@@ -106,6 +106,13 @@ class Parts:
         """The network alone."""
         return [self.denoiser]
 
+    def enable_gradient_checkpointing(self) -> None:
+        """Of the network, and of a text encoder that is trained."""
+        self.denoiser.enable_gradient_checkpointing()
+        if self.captions is not None and self.captions.is_trained:
+            encoder: Any = self.captions.module
+            encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
     @property
     def train_metrics(self) -> list[str]:
         """Names of the metrics of each step."""
@@ -247,4 +254,6 @@ def build_ema(options: EmaOptions, denoiser: torch.nn.Module) -> LitEMA | None:
         return None
     with as_config_error("--ema_decay"):
         untracked = [CLASS_TABLE] if isinstance(denoiser, ClassTokenUNet) else []
-        return LitEMA(denoiser, options.ema_decay, options.ema_use_num_updates, untracked)
+        dtype = torch.bfloat16 if options.ema_dtype == "bfloat16" else None
+        decay, warms_up = options.ema_decay, options.ema_use_num_updates
+        return LitEMA(denoiser, decay, warms_up, untracked, dtype, options.offload_ema)

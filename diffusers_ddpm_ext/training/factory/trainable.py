@@ -50,6 +50,13 @@ class Trainable(Protocol):
     def compiled_modules(self) -> list[nn.Module]:
         """The modules that ``torch_compile`` compiles, in place."""
 
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute activations in the backward pass, of everything that is trained.
+
+        Raises:
+            ValueError: a network cannot do that.
+        """
+
     @property
     def train_metrics(self) -> list[str]:
         """Names of the metrics of each step."""

@@ -28,7 +28,8 @@ from diffusers_ddpm_ext.losses.logvar import load_logvar
 from diffusers_ddpm_ext.losses.objective import DDPMObjective
 from diffusers_ddpm_ext.models.class_embedder import load_class_embedder
 from diffusers_ddpm_ext.models.class_token_unet import CLASS_TABLE, ClassTokenUNet
-from diffusers_ddpm_ext.models.ema import EmaMetadata, LitEMA, load_ema_metadata
+from diffusers_ddpm_ext.models.ema import LitEMA
+from diffusers_ddpm_ext.models.ema_metadata import EmaMetadata, load_ema_metadata
 from diffusers_ddpm_ext.pipelines.guidance import network_config
 from diffusers_ddpm_ext.training.checkpoints.folders import list_checkpoints
 from diffusers_ddpm_ext.training.config.options import StartOptions

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
+from torch import Tensor
+
+from diffusers_ddpm_ext.training.config.options import EmaOptions
 from diffusers_ddpm_ext.training.data.class_table import count_classes, describe_classes
+from diffusers_ddpm_ext.training.factory.optimizer import adam_state_bytes
 from diffusers_ddpm_ext.training.loop.batches import describe_stream, run_layout
 from diffusers_ddpm_ext.training.loop.setup import Setup
 from diffusers_ddpm_ext.training.loop.workload import workload_of
@@ -35,7 +40,6 @@ def describe_run(setup: Setup, folder: Path | None, threads: ThreadChoice | None
     rate = describe_learning_rate(config.optim, plan.effective_batch, logvar_rate)
     device = f"{setup.accelerator.device.type}, {setup.engine}, precision {setup.accelerator.mixed_precision}"
     computing = [name for name in ("gradient_checkpointing", "torch_compile") if getattr(loop, name)]
-    average = f"{ema.ema_decay:g}, every {ema.ema_every.replace('_', '-')}" if ema.use_ema else "off"
     sizes = state_sizes(setup)
     place = str(folder or config.output.output_dir or "a new folder")
     rows = [
@@ -43,7 +47,7 @@ def describe_run(setup: Setup, folder: Path | None, threads: ThreadChoice | None
         *_stream_rows(setup),
         *workload_of(setup).describe(setup),
         ("learning rate", rate),
-        ("EMA", average),
+        ("EMA", describe_average(ema)),
         ("parameters", f"{sum(parameter.numel() for parameter in setup.network_parameters):,}"),
         ("memory", describe_memory(sizes, plan.processes if setup.is_sharded else 1)),
         ("device", ", ".join([device, *computing])),
@@ -65,14 +69,37 @@ def _stream_rows(setup: Setup) -> list[tuple[str, str]]:
     return [("stream", describe_stream(stream.plan(plan.effective_batch), run_layout(setup)))]
 
 
+def describe_average(options: EmaOptions) -> str:
+    """The decay of the EMA, when it is updated, and how it is kept."""
+    if not options.use_ema:
+        return "off"
+    kept: list[str] = [] if options.ema_dtype == "float32" else [options.ema_dtype]
+    kept += ["in main memory"] if options.offload_ema else []
+    return ", ".join([f"{options.ema_decay:g}, every {options.ema_every.replace('_', '-')}", *kept])
+
+
 def state_sizes(setup: Setup) -> StateSizes:
     """Bytes of a run's state, without activations, which depend on the batch."""
     parameters = [*setup.network_parameters, *setup.logvar_parameters]
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
-    eight_bit = setup.config.optim.use_8bit_adam
-    moments = 2 * sum(parameter.numel() for parameter in parameters) if eight_bit else 2 * weights
-    average = 0 if setup.ema is None else sum(s.numel() * s.element_size() for s in setup.ema.shadow.values())
-    return StateSizes(weights, moments, average)
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    modules = [setup.task, *([] if setup.latents is None else [setup.latents.stage.autoencoder])]
+    modules += [] if setup.captions is None else [setup.captions.module]
+    own = set(map(id, parameters))
+    others = {id(t): t for module in modules for t in (*module.parameters(), *module.buffers()) if id(t) not in own}
+    average = [] if setup.ema is None else list(setup.ema.shadow.values())
+    return StateSizes(
+        parameters=sum(parameter.numel() for parameter in parameters),
+        weights=_bytes(parameters),
+        gradients=_bytes(trained),
+        optimizer=adam_state_bytes((p.numel() for p in trained), setup.config.optim.use_8bit_adam),
+        average=_bytes(average),
+        frozen=_bytes(others.values()),
+        is_offloaded=bool(average) and average[0].device != parameters[0].device,
+    )
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def disk_usage(setup: Setup, sizes: StateSizes, folder: Path | None) -> DiskUsage:

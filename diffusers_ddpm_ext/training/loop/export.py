@@ -15,7 +15,8 @@ from torch import Tensor
 from diffusers_ddpm_ext.losses.logvar import ContinuousLogvar
 from diffusers_ddpm_ext.losses.objective import DDPMObjective
 from diffusers_ddpm_ext.models.class_token_unet import CLASS_TABLE, ClassTokenUNet
-from diffusers_ddpm_ext.models.ema import EmaMetadata, LitEMA, save_ema_metadata
+from diffusers_ddpm_ext.models.ema import LitEMA
+from diffusers_ddpm_ext.models.ema_metadata import EmaMetadata, save_ema_metadata
 from diffusers_ddpm_ext.pipelines.pipeline_ddpm_ext import DDPMExtPipeline
 from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
 from diffusers_ddpm_ext.training.factory.parts import Parts
@@ -75,7 +76,7 @@ def export_networks(denoiser: Any, ema: LitEMA | None, objective: DDPMObjective 
     table = raw.pop(CLASS_TABLE, None)
     if ema is None:
         return ExportedNetworks(_network(denoiser, raw), None, None, logvar, logvar_network, table)
-    average = {name: tensor.to(raw[name].dtype) for name, tensor in average.items()}
+    average = {name: tensor.to(raw[name]) for name, tensor in average.items()}
     metadata = EmaMetadata(ema.decay, ema.num_updates)
     default = _network(denoiser, raw | average)
     return ExportedNetworks(default, _network(denoiser, raw), metadata, logvar, logvar_network, table)

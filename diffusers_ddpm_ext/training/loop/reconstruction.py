@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL, VQModel
 from torch import Tensor
 
 from diffusers_ddpm_ext.errors import Interrupted, RunError, printable
-from diffusers_ddpm_ext.models.ema import save_ema_metadata
+from diffusers_ddpm_ext.models.ema_metadata import save_ema_metadata
 from diffusers_ddpm_ext.models.first_stage import FirstStage
 from diffusers_ddpm_ext.plotting.curves import RUN_LOSSES, plot_run_losses
 from diffusers_ddpm_ext.plotting.sheets import save_grid

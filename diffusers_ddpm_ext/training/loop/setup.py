@@ -255,6 +255,8 @@ def build_setup(config: TrainConfig) -> Setup:
     keep_own_buffers(wrapped)
     if isinstance(trained, Parts):
         gather_in_method(accelerator.unwrap_model(wrapped), "predict")
+    with fail_together(accelerator):
+        check_sharding(config, is_sharded=any(map(is_sharded, trained.network.parameters())))
     missing = initial is None and config.start.ckpt_path is not None
     setup = Setup(
         config, accelerator, data, trained, plan, wrapped, optimizer, lr_scheduler, ema, monitor, scores, missing
@@ -263,6 +265,14 @@ def build_setup(config: TrainConfig) -> Setup:
         for warning in setup_warnings(setup):
             warn(warning)
     return setup
+
+
+def check_sharding(config: TrainConfig, is_sharded: bool) -> None:
+    """Refuse what does not work on sharded weights, as a ConfigError."""
+    if is_sharded and config.optim.use_8bit_adam:
+        raise ConfigError("--use_8bit_adam has no sharded state (FSDP2): leave it out, the state is sharded already")
+    if is_sharded and config.ema.offload_ema:
+        raise ConfigError("--offload_ema has no sharded average (FSDP2): leave it out, the EMA is sharded already")
 
 
 def setup_warnings(setup: Setup) -> list[str]:
@@ -280,6 +290,8 @@ def setup_warnings(setup: Setup) -> list[str]:
         warmup_warning(setup.config.optim, setup.plan.steps),
         epochs_warning(setup.plan),
     ]
+    if device == "cpu" and setup.ema is not None and setup.ema.offload:
+        warnings.append("--offload_ema has no effect on a CPU: the EMA is in main memory already, as the network is")
     if fsdp_requested() and not setup.is_sharded:
         warnings.insert(0, f"FSDP was requested, but Accelerate made {setup.engine} of it: it has no FSDP on {device}")
     return [warning for warning in warnings if warning is not None]
@@ -302,7 +314,7 @@ def prepare_network(trained: Trainable, options: LoopOptions, plugin: TorchDynam
     """
     if options.gradient_checkpointing:
         with as_config_error("--gradient_checkpointing"):
-            trained.network.enable_gradient_checkpointing()
+            trained.enable_gradient_checkpointing()
     requested = plugin.backend not in (None, DynamoBackend.NO)
     if requested or options.torch_compile:
         kwargs = plugin.to_kwargs() if requested else {"mode": options.torch_compile_mode}

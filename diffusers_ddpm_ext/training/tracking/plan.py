@@ -183,17 +183,30 @@ def describe_learning_rate(options: OptimOptions, effective_batch: int, logvar_l
 
 @dataclass(frozen=True)
 class StateSizes:
-    """Sizes of a run's state, in bytes.
+    """Sizes of a run's state, in bytes, once it has taken a step.
 
     Attributes:
-        weights: trained parameters; their gradients have the same size.
-        optimizer: two moments.
+        parameters: number of trained values; not bytes.
+        weights: trained parameters.
+        gradients: of these, between the backward pass and the update.
+        optimizer: moments.
         average: EMA weights.
+        frozen: networks that are not trained, and tables.
+        is_offloaded: whether the average is in main memory, and the network elsewhere.
     """
 
+    parameters: int
     weights: int
+    gradients: int
     optimizer: int
     average: int
+    frozen: int
+    is_offloaded: bool
+
+    @property
+    def on_device(self) -> int:
+        """All of it that is on the network's device."""
+        return self.weights + self.gradients + self.optimizer + self.frozen + (self.average, 0)[self.is_offloaded]
 
 
 @dataclass(frozen=True)
@@ -225,12 +238,16 @@ def format_bytes(count: int) -> str:
 
 
 def describe_memory(sizes: StateSizes, shards: int) -> str:
-    """Memory of weights, gradients, optimizer and EMA, in total and per process."""
-    total = 2 * sizes.weights + sizes.optimizer + sizes.average
+    """Memory of weights, gradients, optimizer and EMA, in total, per parameter, and per process."""
+    total = sizes.on_device
     each = f", sharded over {shards} processes: {format_bytes(total // shards)} each" if shards > 1 else ""
-    weights, optimizer, average = map(format_bytes, (sizes.weights, sizes.optimizer, sizes.average))
-    terms = f"{weights} weights + {weights} gradients + {optimizer} optimizer + {average} EMA"
-    return f"{terms} = {format_bytes(total)}{each}, and activations"
+    terms = [("weights", sizes.weights), ("gradients", sizes.gradients), ("optimizer", sizes.optimizer)]
+    terms += [("EMA", sizes.average)] if sizes.average and not sizes.is_offloaded else []
+    terms += [("frozen", sizes.frozen)] if sizes.frozen > total / 1000 else []  # else it is tables alone
+    text = " + ".join(f"{format_bytes(size)} {name}" for name, size in terms)
+    offloaded = f"; {format_bytes(sizes.average)} EMA in main memory" if sizes.is_offloaded else ""
+    per_parameter = f"{total / sizes.parameters:.3g} bytes per parameter"
+    return f"{text} = {format_bytes(total)}{each} ({per_parameter}), and activations{offloaded}"
 
 
 def describe_checkpoints(disk: DiskUsage) -> str:

@@ -18,7 +18,7 @@ from diffusers_ddpm_ext.compvis import save_compvis
 from diffusers_ddpm_ext.compvis.architecture import translate_unet
 from diffusers_ddpm_ext.compvis.weights import export_unet
 from diffusers_ddpm_ext.errors import ConfigError
-from diffusers_ddpm_ext.models.ema import EmaMetadata, save_ema_metadata
+from diffusers_ddpm_ext.models.ema_metadata import EmaMetadata, save_ema_metadata
 from diffusers_ddpm_ext.training import trainer
 from diffusers_ddpm_ext.training.config.train_config import TrainConfig
 from diffusers_ddpm_ext.training.factory.warm_start import fit_weight

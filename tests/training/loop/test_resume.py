@@ -134,6 +134,7 @@ SPECIAL = [
     },
     {"train_batch_size": 700, "random_flip": True},  # a step is half an epoch
     {"gradient_accumulation_steps": 2, "dataloader_num_workers": 1, "ema_every": "micro_batch"},
+    {"ema_dtype": "bfloat16", "offload_ema": True, "ema_use_num_updates": False},
 ]  # fmt: skip
 
 
