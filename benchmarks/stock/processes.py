@@ -61,17 +61,17 @@ class Script:
         env: environment, without the clock's variables.
         folder: for its log and clock.
         steps: per turn.
-        syncs: whether to count operations that wait for the GPU.
+        syncs: step from which operations that wait for the GPU are counted; 0 counts none.
     """
 
     def __init__(
-        self, command: Sequence[str], env: Mapping[str, str], folder: Path, steps: int, syncs: bool = False
+        self, command: Sequence[str], env: Mapping[str, str], folder: Path, steps: int, syncs: int = 0
     ) -> None:
         self.steps, self.lines, self.stopped = steps, 0, 0
         folder.mkdir(parents=True)
         self.clock, self.log = folder / "clock.jsonl", folder / "log.txt"
         variables = {"STEP_CLOCK": str(self.clock), "STEP_CLOCK_TURN": str(steps)}
-        variables |= {"STEP_CLOCK_SYNCS": "1"} if syncs else {}
+        variables |= {"STEP_CLOCK_SYNCS": str(syncs)} if syncs else {}
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 command, env=dict(env) | variables, cwd=folder, stdout=log, stderr=log, start_new_session=True
