@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,12 +23,14 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from diffusers_ddpm_ext import DDPMExtPipeline
-from diffusers_ddpm_ext.errors import RunError
+from diffusers_ddpm_ext.errors import ConfigError, RunError
 from diffusers_ddpm_ext.models.ema import LitEMA
-from diffusers_ddpm_ext.training import trainer
+from diffusers_ddpm_ext.training import distributed, trainer
 from diffusers_ddpm_ext.training.data import batches as stream
 from diffusers_ddpm_ext.training.data import dataset as data
+from diffusers_ddpm_ext.training.factory.acceleration import uses_channels_last
 from diffusers_ddpm_ext.training.loop import step
+from diffusers_ddpm_ext.training.loop.setup import build_setup
 
 SCRIPT = TESTS / "helpers" / "run_list.py"
 MODEL = "unet/diffusion_pytorch_model.safetensors"
@@ -365,3 +368,54 @@ def test_a_tracker_that_is_down_does_not_end_the_run(when, tmp_path, monkeypatch
     assert errors.count("no route to host") == 1
     assert "warning: --report_to" in errors
     assert rows(folder) == rows(straight)
+
+
+@pytest.mark.slow
+def test_channels_last_changes_the_order_in_memory_and_no_file(tmp_path):
+    """Losses up to rounding; the files of either order are alike, and a run resumes bit-exactly."""
+    options: dict[str, Any] = {"max_train_steps": 4, "checkpointing_steps": 2, "validation_steps": 0}
+    plain = train(tmp_path / "plain", **options)
+    options["channels_last"] = "always"
+    ours = train(tmp_path / "ours", **options)
+    setup = build_setup(tiny_run(tmp_path / "x", **options))
+    kernel = setup.denoiser.down_blocks[0].resnets[0].conv1.weight
+    assert kernel.is_contiguous(memory_format=torch.channels_last)
+    assert not kernel.is_contiguous()
+    assert setup.ema.shadow["down_blocks.0.resnets.0.conv1.weight"].stride() == kernel.stride()
+    for name in (MODEL, RAW, "checkpoint-4/model.safetensors", "checkpoint-4/optimizer.safetensors"):
+        close(ours / name, plain / name, 1e-4)
+    broken = train(tmp_path / "broken", **options, max_train_minutes=1e-9)
+    while not (broken / "model_index.json").exists():
+        train(tmp_path / "broken", **options, resume_from_checkpoint="latest")
+    assert equal(broken / "checkpoint-4/optimizer.safetensors", ours / "checkpoint-4/optimizer.safetensors")
+    assert equal(broken / MODEL, ours / MODEL)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "computes_bf16", "launcher", "expected"),
+    [(True, True, None, "bf16"), (True, False, None, None), (True, True, "no", None), (False, True, None, None)],
+)
+def test_bf16_is_the_default_where_a_gpu_computes_in_it(gpu, computes_bf16, launcher, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: computes_bf16)
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    if launcher is not None:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launcher)
+    assert distributed.default_precision() == expected
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "fsdp", "auto"),
+    [("cuda", "bf16", False, True), ("cuda", "fp16", False, True), ("cuda", "no", False, False),
+     ("cuda", "bf16", True, False), ("cpu", "bf16", False, False)],
+)  # fmt: skip
+def test_channels_last_by_rule(device, precision, fsdp, auto, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true" if fsdp else "false")
+    accelerator: Any = SimpleNamespace(device=torch.device(device), mixed_precision=precision)
+    assert uses_channels_last("auto", accelerator) == auto
+    assert not uses_channels_last("never", accelerator)
+    if fsdp:
+        with pytest.raises(ConfigError, match="--channels_last always: FSDP"):
+            uses_channels_last("always", accelerator)
+    else:
+        assert uses_channels_last("always", accelerator)

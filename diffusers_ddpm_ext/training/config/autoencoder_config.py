@@ -103,6 +103,7 @@ class AutoencoderConfig(TrainConfig):
 
 
 DEPENDENCIES: dict[str, tuple[str, Any]] = {
+    "torch_compile_mode": ("torch_compile", True),
     "num_vq_embeddings": ("first_stage_type", "vq"),
     "commitment_weight": ("first_stage_type", "vq"),
     "kl_weight": ("first_stage_type", "kl"),

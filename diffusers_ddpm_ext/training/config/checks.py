@@ -53,6 +53,7 @@ DEPENDENCIES: dict[str, tuple[str, Any]] = {
     "reset_ema": ("use_ema", True),
     "reset_num_ema_updates": ("use_ema", True),
     "shuffle_buffer": ("streaming", True),
+    "torch_compile_mode": ("torch_compile", True),
 }
 MODEL_SIZES = (
     "block_out_channels", "layers_per_block", "attention_levels", "attention_head_dim", "norm_num_groups", "dropout",

@@ -7,6 +7,7 @@ depend neither on the batch nor on whether they were stored.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol
@@ -90,7 +91,7 @@ class CaptionEncoder:
             return conditions
         return replace(conditions, captions=None, encoder_hidden_states=self._tokens(conditions.captions))
 
-    def encode_numbers(self, numbers: Tensor, check_finite: bool = True) -> Tensor:
+    def encode_numbers(self, numbers: Tensor | Sequence[int], check_finite: bool = True) -> Tensor:
         """Tokens of captions (B,) by a frozen encoder: (B, T, width), float32, on its device.
 
         Raises:
@@ -110,7 +111,7 @@ class CaptionEncoder:
         wanted = numbers.tolist()
         new = [number for number in dict.fromkeys(wanted) if number not in self._kept]
         check = reads_are_free(self.device)  # on an accelerator the loss is not finite either, and is read later
-        rows = self.encode_numbers(torch.tensor(new), check).unbind() if new else ()
+        rows = self.encode_numbers(new, check).unbind() if new else ()
         encoded = dict(zip(new, rows, strict=True))
         if self.keeps_embeddings:
             self._kept.update(encoded)

@@ -87,7 +87,7 @@ class CaptionTable:
         Args:
             numbers: (B,), each in [0, len).
         """
-        wanted = torch.as_tensor(numbers).tolist()
+        wanted = numbers.tolist() if isinstance(numbers, Tensor) else [int(number) for number in numbers]
         result = np.empty((len(wanted), self.num_tokens), np.int64)
         for row, number in zip(result, wanted, strict=True):
             own = self.tokens[number]

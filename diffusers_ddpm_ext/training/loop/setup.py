@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DynamoBackend, TorchDynamoPlugin
 from diffusers import UNet2DModel
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -37,6 +36,7 @@ from diffusers_ddpm_ext.training.distributed import (
 )
 from diffusers_ddpm_ext.training.evaluation.processes import Processes
 from diffusers_ddpm_ext.training.evaluation.sample_scores import SampleScores, build_sample_scores
+from diffusers_ddpm_ext.training.factory.acceleration import prepare_network, uses_channels_last
 from diffusers_ddpm_ext.training.factory.autoencoder import AutoencoderParts, build_autoencoder_parts
 from diffusers_ddpm_ext.training.factory.first_stage import build_latent_encoder, data_options
 from diffusers_ddpm_ext.training.factory.optimizer import (
@@ -295,35 +295,6 @@ def setup_warnings(setup: Setup) -> list[str]:
     if fsdp_requested() and not setup.is_sharded:
         warnings.insert(0, f"FSDP was requested, but Accelerate made {setup.engine} of it: it has no FSDP on {device}")
     return [warning for warning in warnings if warning is not None]
-
-
-def uses_channels_last(option: str, accelerator: Accelerator) -> bool:
-    """Whether the network is kept with its channels last in memory; a ConfigError where FSDP cannot shard it so."""
-    sharded = fsdp_requested() and accelerator.device.type != "cpu"
-    if option == "always" and sharded:
-        raise ConfigError("--channels_last always: FSDP shards weights in torch's own order only; use never or auto")
-    if option != "auto":
-        return option == "always"
-    return accelerator.device.type == "cuda" and accelerator.mixed_precision in ("fp16", "bf16") and not sharded
-
-
-def prepare_network(trained: Trainable, options: LoopOptions, plugin: TorchDynamoPlugin) -> None:
-    """Enable gradient checkpointing and compilation, in place; a ConfigError where that is not possible.
-
-    A compiler that Accelerate's configuration requests is applied to the network only, and removed from the plugin.
-    """
-    if options.gradient_checkpointing:
-        with as_config_error("--gradient_checkpointing"):
-            trained.enable_gradient_checkpointing()
-    requested = plugin.backend not in (None, DynamoBackend.NO)
-    if requested or options.torch_compile:
-        kwargs = plugin.to_kwargs() if requested else {"mode": options.torch_compile_mode}
-        kwargs.pop("use_regional_compilation", None)
-        plugin.backend = DynamoBackend.NO
-        with as_config_error("--torch_compile"):  # a missing compiler fails here, not in the first step
-            torch.compile(torch.nn.Identity(), **kwargs)(torch.zeros(2, device=trained.network.device))
-        for module in trained.compiled_modules:
-            module.compile(**kwargs)  # in place: a wrapper's name would be in every checkpoint
 
 
 def make_plan(options: LoopOptions, images: int | None, processes: int) -> Plan:

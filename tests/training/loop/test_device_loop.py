@@ -10,10 +10,13 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers.accelerate_state import fresh_accelerate, reset_accelerate  # noqa: F401
-from helpers.runs import rows, tiny_run
+from helpers.caption_runs import caption_inputs
+from helpers.latent_cases import tiny_first_stage, write_pictures
+from helpers.runs import rows, tiny_run, tiny_vae_run
 from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
@@ -26,8 +29,10 @@ from diffusers_ddpm_ext.training.loop.verdict import Verdict
 from diffusers_ddpm_ext.training.tracking.step_losses import LossMeter
 from diffusers_ddpm_ext.utils import host_reads
 
-CONDITIONS: dict[str, dict[str, Any]] = {"none": {}, "classes": {"config": "digits_classes"}}
-SAMPLERS = ("uniform", "stratified", "loss_second_moment")
+SMALLEST = {"block_out_channels": [4], "attention_levels": [], "norm_num_groups": 4}
+SAMPLERS = ("uniform", "stratified", "loss_second_moment", "log_snr_normal")
+RULES = ("stop", "skip", "rollback")
+CONDITIONS = ("none", "classes", "concat", "tokens", "captions", "latents", "concat through a first stage")
 
 
 @pytest.fixture
@@ -36,32 +41,77 @@ def on_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host_reads, "FREE", frozenset())
 
 
-def steps_without_values(setup: Setup, count: int = 2) -> None:
+def condition_options(kind: str, folder: Path) -> dict[str, Any]:
+    """The options of a run with a kind of conditions, whose files are written into a folder."""
+    if kind in ("none", "classes"):
+        return {} if kind == "none" else {"conditioning_key": "adm"}
+    if kind == "captions":
+        return caption_inputs(folder) | {"attention_levels": [0]}
+    write_pictures(folder / "images", [f"{number}.png" for number in range(12)], (16, 16))
+    options: dict[str, Any] = {"train_data_dir": str(folder / "images"), "validation_fraction": 0.2}
+    if kind in ("concat", "tokens", "concat through a first stage"):
+        column = {"tokens": "context"}.get(kind, "concat")
+        np.save(folder / "images" / "tokens.npy", np.ones((3, 6), np.float32))
+        cell = "tokens.npy" if kind == "tokens" else "{}.png"
+        rows = [f"{number}.png,{cell.format(number)}" for number in range(12)]
+        (folder / "images" / "metadata.csv").write_text("\n".join(["file_name,condition", *rows]))
+        options |= {"conditioning_key": "crossattn" if kind == "tokens" else "concat", f"{column}_column": "condition"}
+    if kind == "tokens":
+        options["attention_levels"] = [0]
+    if "first stage" in kind or kind == "latents":
+        tiny_first_stage().save_pretrained(folder / "stage")
+        options |= {"vae": str(folder / "stage"), "resolution": 16, "scale_factor": 1.0}
+    if "first stage" in kind:
+        options["concat_through_vae"] = "sample"
+    return options
+
+
+def steps_without_values(setup: Setup, count: int = 1) -> None:
     """Take steps in which no value exists, as between two logging intervals."""
-    batches = iter(list(itertools.islice(open_batches(setup, 0), count * setup.plan.accumulation)))
-    meter = LossMeter()
+    batches = list(itertools.islice(open_batches(setup, 0), count * setup.plan.accumulation))
+    if setup.captions is not None:  # an embedding is kept once it was encoded, which reads tokens on the host
+        for batch in batches:
+            setup.captions.encode_conditions(batch.conditions)
+    stream, meter = iter(batches), LossMeter()
     setup.task.train()
     with FakeTensorMode(allow_non_fake_inputs=True):
         for number in range(count):
-            meter.add(train_step(setup, number, batches))
+            meter.add(train_step(setup, number, stream))
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("rule", ["stop", "skip", "rollback"])
-@pytest.mark.parametrize("learn_logvar", [False, True])
-def test_a_step_reads_nothing(sampler, rule, learn_logvar, tmp_path, on_device):
-    options = {"timestep_sampler": sampler, "on_nonfinite": rule, "learn_logvar": learn_logvar}
-    options |= {"gradient_accumulation_steps": 2, "ema_every": "micro_batch" if learn_logvar else "step"}
-    steps_without_values(build_setup(tiny_run(tmp_path / "run", **options)))
+def test_a_step_reads_nothing(tmp_path, on_device):
+    options = {"timestep_sampler": "loss_second_moment", "on_nonfinite": "skip", "learn_logvar": True}
+    steps_without_values(build_setup(tiny_run(tmp_path / "run", **SMALLEST, **options)))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", CONDITIONS)
+def test_no_combination_reads_anything(kind, tmp_path, on_device):
+    """Two steps of two micro-batches, with and without log-variances, and an average of each micro-batch."""
+    inputs = SMALLEST | condition_options(kind, tmp_path)
+    for sampler, rule, learned in itertools.product(SAMPLERS, RULES, (False, True)):
+        options = {"timestep_sampler": sampler, "on_nonfinite": rule, "learn_logvar": learned}
+        options |= {"ema_every": "micro_batch" if learned else "step", "gradient_accumulation_steps": 2}
+        reset_accelerate()
+        setup = build_setup(tiny_run(tmp_path / "run", **inputs | options))
+        steps_without_values(setup, 2)
+
+
+@pytest.mark.slow
+def test_the_autoencoder_reads_nothing(tmp_path, on_device):
+    for kind in ("kl", "vq"):
+        reset_accelerate()
+        steps_without_values(build_setup(tiny_vae_run(tmp_path / kind, first_stage_type=kind, on_nonfinite="skip")))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [{"on_nonfinite": "skip"}, {"timestep_sampler": "loss_second_moment"}, {"max_grad_norm": 1.0}]
 )
 def test_a_read_would_be_noticed(options, tmp_path):
     """The loop of a CPU reads verdicts, losses of a learning sampler and norms."""
     with pytest.raises((DataDependentOutputException, RuntimeError)):
-        steps_without_values(build_setup(tiny_run(tmp_path / "run", **options)))
+        steps_without_values(build_setup(tiny_run(tmp_path / "run", **SMALLEST, **options)))
 
 
 OPTIONS = {"max_train_steps": 7, "checkpointing_steps": 3, "validation_steps": 0, "seed": 5, "logging_steps": 3}
@@ -107,11 +157,12 @@ def state(folder: Path) -> dict[str, torch.Tensor]:
     return {f"{name}/{key}": value for name in files for key, value in tensors[name].items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["skip", "rollback"])
 def test_verdicts_read_late_give_the_run_of_verdicts_read_at_once(rule, tmp_path, monkeypatch, on_device, capsys):
     """Two broken steps, one in the middle of a logging interval, one at its end."""
     options = {"on_nonfinite": rule, "timestep_sampler": "loss_second_moment", "num_train_timesteps": 4}
-    options |= {"resolution": 8, "ddpm_num_inference_steps": 4}
+    options |= {"ddpm_num_inference_steps": 4}
     messages = []
     for folder in ("late", "at once"):
         with monkeypatch.context() as patch:
@@ -131,6 +182,7 @@ def test_verdicts_read_late_give_the_run_of_verdicts_read_at_once(rule, tmp_path
     assert numbers[0].split('"progress"')[0] == numbers[1].split('"progress"')[0]
 
 
+@pytest.mark.slow
 def test_skips_in_a_row_end_the_run_though_they_are_read_late(tmp_path, monkeypatch, on_device):
     monkeypatch.setattr(nonfinite, "MAX_SKIPS_IN_A_ROW", 1)
     break_steps(monkeypatch, 4, 5)
@@ -138,6 +190,7 @@ def test_skips_in_a_row_end_the_run_though_they_are_read_late(tmp_path, monkeypa
         run_once(tmp_path / "run", on_nonfinite="skip")
 
 
+@pytest.mark.slow
 def test_the_draws_of_a_device_are_the_same_for_every_split(tmp_path, on_device):
     """1 x 8 against 4 micro-batches of 2: the same losses up to the order of additions."""
     losses = []
