@@ -1,4 +1,4 @@
-"""Checks of the files of a pipeline or a first stage for `ddpm-ext doctor`, without torch: nothing is built of them."""
+"""Checks of a folder's files for `ddpm-ext doctor`, without torch: nothing is built of them."""
 
 from __future__ import annotations
 
