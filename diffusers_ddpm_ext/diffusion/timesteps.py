@@ -297,4 +297,5 @@ def stratify(u: Tensor, positions: Tensor, order: Tensor) -> Tensor:
         positions: (B,), of the samples in the effective batch of N.
         order: (N,), a permutation: the interval of each position. Over random orders each result is uniform.
     """
-    return (order[positions].double() + u.double()) / len(order)
+    dtype = exact_dtype(u.device)
+    return (order[positions].to(dtype) + u.to(dtype)) / len(order)

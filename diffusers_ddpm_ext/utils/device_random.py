@@ -74,7 +74,7 @@ def normal_draws(seed: int, step: int, positions: Tensor, shape: Sequence[int], 
         radius = ((first.float() + 0.5) * 2.0**-32).log_().mul_(-2).sqrt_()
         angle = second.float() * (2 * math.pi * 2.0**-32)
         pairs += [radius * angle.cos(), radius * angle.sin()]
-    return torch.stack(pairs, -1).flatten(1)[:, :count].reshape(-1, *shape)
+    return torch.stack(pairs, -1).flatten(1)[:, :count].reshape(len(positions), *shape)
 
 
 def uniform_draws(seed: int, step: int, positions: Tensor, stream: str = keys.TIMESTEP) -> Tensor:

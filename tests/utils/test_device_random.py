@@ -49,7 +49,7 @@ def test_each_word_of_a_draw_is_that_of_its_coordinates():
             assert tuple(int(word[row, block]) for word in got) == want
 
 
-@pytest.mark.parametrize("shape", [(1,), (3,), (4,), (1, 5, 7), (3, 8, 8)])
+@pytest.mark.parametrize("shape", [(1,), (3,), (4,), (1, 5, 7), (3, 8, 8), (0, 2, 2)])
 def test_a_sample_depends_on_its_own_coordinates_alone(shape):
     """1 x 8, 2 x 4 and any order of micro-batches have the same noise at the same position."""
     whole = random.normal_draws(3, 11, POSITIONS, shape)
