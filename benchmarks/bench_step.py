@@ -10,7 +10,7 @@ Both work on copies of one network and get the same gradients with a total norm 
 the two alternate in short rounds, and the median of the rounds' ratios is reported, so that a busy machine slows both
 equally.
 
-    python benchmarks/bench_step.py [--rounds 40]
+    python benchmarks/bench_step.py [--seconds 35]
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -41,6 +42,7 @@ from diffusers_ddpm_ext.training.signals import SignalRequests
 from diffusers_ddpm_ext.training.tracking.step_losses import LossMeter, StepTrace
 from diffusers_ddpm_ext.utils import random_keys as keys
 
+MIN_ROUNDS = 3
 STEPS = 10  # per round; our logging interval, so that each round reads the losses once
 MODELS: dict[str, tuple[dict[str, object], int, int]] = {
     "4 M, 64 x 1 x 8 x 8": ({"block_out_channels": [64, 128], "attention_levels": [1]}, 64, 8),
@@ -63,7 +65,7 @@ def peer_step(accelerator: Accelerator, model: UNet2DModel, batch: torch.Tensor)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
     lr_scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=500, num_training_steps=10**6)
     optimizer, lr_scheduler = accelerator.prepare(optimizer, lr_scheduler)
-    bar, count = tqdm(total=10**6), iter(range(1, 10**9))
+    bar, numbers = tqdm(total=10**6), count(1)
     loss = torch.tensor(0.5, requires_grad=True)
 
     def step() -> None:
@@ -76,7 +78,7 @@ def peer_step(accelerator: Accelerator, model: UNet2DModel, batch: torch.Tensor)
         optimizer.zero_grad()
         ema.step(model.parameters())
         bar.update(1)
-        number = next(count)
+        number = next(numbers)
         logs = {"loss": loss.detach().item(), "lr": lr_scheduler.get_last_lr()[0], "step": number}
         logs["ema_decay"] = ema.cur_decay_value
         bar.set_postfix(**logs)
@@ -124,8 +126,8 @@ def timed(step: Callable[[], None], model: UNet2DModel, gradients: list[torch.Te
     return 1000 * total / STEPS
 
 
-def measure(name: str, rounds: int, folder: Path) -> str:
-    """One row of the table."""
+def measure(name: str, seconds: float, folder: Path) -> str:
+    """One row of the table, from as many rounds as fit into the seconds, and at least three."""
     sizes, batch_size, side = MODELS[name]
     options = {"resolution": side, "train_batch_size": batch_size, "max_train_steps": 10**6, "layers_per_block": 2}
     options |= {"lr_scheduler": "cosine", "report_to": "tensorboard", "logging_steps": STEPS, "learning_rate": 1e-4}
@@ -142,25 +144,29 @@ def measure(name: str, rounds: int, folder: Path) -> str:
     for step, model in steps.values():
         timed(step, model, gradients)
     times: dict[str, list[float]] = {"ours": [], "peer": []}
-    for number in range(rounds):
+    end = time.perf_counter() + seconds
+    for number in count():
+        if number >= MIN_ROUNDS and time.perf_counter() > end:
+            break
         for name_of_step in sorted(steps, reverse=bool(number % 2)):
             times[name_of_step].append(timed(*steps[name_of_step], gradients))
-    ratio = statistics.median(peer / ours for ours, peer in zip(times["ours"], times["peer"], strict=True))
+    ratios = [peer / ours for ours, peer in zip(times["ours"], times["peer"], strict=True)]
+    low, ratio, high = statistics.quantiles(ratios, n=4, method="inclusive")
     ours, theirs = statistics.median(times["ours"]), statistics.median(times["peer"])
     millions = sum(parameter.numel() for parameter in peer.parameters()) / 1e6
-    return f"| {name} ({millions:.1f} M) | {theirs:.1f} | {ours:.1f} | {ratio:.2f} |"
+    return f"| {name} ({millions:.1f} M) | {theirs:.1f} | {ours:.1f} | {ratio:.2f} ({low:.2f} to {high:.2f}) |"
 
 
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=40)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--seconds", type=float, default=35, help="of each of the two networks, without its start")
+    seconds = parser.parse_args().seconds
     torch.set_num_threads(1)
     rows = []
     for name in MODELS:
         with tempfile.TemporaryDirectory() as folder:
-            rows.append(measure(name, rounds, Path(folder)))
+            rows.append(measure(name, seconds, Path(folder)))
     print("\n| parts of a step outside forward and backward | reference, ms | ours, ms | reference / ours |")
     print("|---|---|---|---|")
     print("\n".join(rows))

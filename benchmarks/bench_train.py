@@ -77,20 +77,20 @@ def compare_steps(
     job = Job(network, NEVER, images, launcher=(sys.executable,) if threads else LAUNCH)
     commands = {"stock": stock_command(job, script, folder / "stock"), "ours": our_command(job, folder / "ours")}
     times: dict[str, list[Turn]] = {"stock": [], "ours": []}
+    threads_used: list[int] = []
     with ExitStack() as stack:
-        scripts = {
-            name: stack.enter_context(
-                Script(command, environment(threads, name == "stock"), folder / f"{name}-log", steps)
-            )
-            for name, command in commands.items()
-        }
-        for number in range(turns + 1):
+        scripts: dict[str, Script] = {}
+        for name, command in commands.items():
+            env = environment(threads, stock=name == "stock")
+            scripts[name] = stack.enter_context(Script(command, env, folder / f"{name}-log", steps))
+            threads_used.append(scripts[name].turn().threads)  # its start, before the other one's
+        for number in range(turns):
             for name in sorted(scripts, reverse=bool(number % 2)):
                 times[name].append(scripts[name].turn())
-    pairs = list(zip(times["stock"][1:], times["ours"][1:], strict=True))  # the first turn of both is start-up
+    pairs = list(zip(times["stock"], times["ours"], strict=True))
     return {
         "network": network.name,
-        "threads": [times["stock"][0].threads, times["ours"][0].threads],
+        "threads": threads_used,
         "steps": steps,
         "stock_seconds_per_step": [turn.wall / steps for turn, _ in pairs],
         "ours_seconds_per_step": [turn.wall / steps for _, turn in pairs],
