@@ -15,8 +15,9 @@ from helpers.paths import PYTHONPATH, ROOT
 @pytest.mark.slow
 def test_a_choice_is_compared_with_one_thread_and_all_cores(tmp_path: Path):
     name = "tiny, 8 x 1 x 8 x 8"
+    script = ROOT / "benchmarks" / "bench_threads.py"
     done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "bench_threads.py", "--rounds", "2", "--models", name, "--json", "r.json"],
+        [sys.executable, script, "--rounds", "2", "--models", name, "--json", "r.json"],
         env=os.environ | {"PYTHONPATH": PYTHONPATH}, cwd=tmp_path, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
