@@ -42,7 +42,7 @@ class ThreadChoice:
 
     def describe(self) -> str:
         """The choice in the printed plan."""
-        return f"{self.count} of {self.cores} core{'s' if self.cores > 1 else ''} ({self.reason})"
+        return f"{self.count} on {self.cores} core{'s' if self.cores > 1 else ''} ({self.reason})"
 
     def record(self) -> dict[str, int]:
         """The choice in a checkpoint."""

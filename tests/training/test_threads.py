@@ -183,12 +183,12 @@ def test_a_resumed_run_has_the_threads_of_its_checkpoint(monkeypatch, tmp_path: 
     monkeypatch.setattr(loop_threads, "cores_per_process", lambda: 3)
     reset_accelerate()
     trainer.train(tiny_run(tmp_path, **options, num_threads=2))
-    assert "threads        2 of 3 cores (--num_threads)" in capsys.readouterr().out
+    assert "threads        2 on 3 cores (--num_threads)" in capsys.readouterr().out
     torch.set_num_threads(1)
     reset_accelerate()
     again = options | {"max_train_steps": 3, "resume_from_checkpoint": "latest"}
     trainer.train(tiny_run(tmp_path, **again))
-    assert "threads        2 of 3 cores (as in the checkpoint)" in capsys.readouterr().out
+    assert "threads        2 on 3 cores (as in the checkpoint)" in capsys.readouterr().out
     assert json.loads((tmp_path / "environment.json").read_text())["num_threads"] == 2
     state = json.loads((tmp_path / "checkpoint-3" / "state.json").read_text())
     assert state["progress"]["records"]["threads"] == {"count": 2, "cores": 3}

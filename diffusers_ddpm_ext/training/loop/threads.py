@@ -61,9 +61,10 @@ def _choose(setup: Setup, progress: RunProgress, cores: int) -> tuple[int, str]:
         return saved["count"], "as in the checkpoint"
     counts = candidates(cores)
     passes = (setup.plan.steps - progress.step) * setup.plan.accumulation
-    if len(counts) == 1 or passes < LEAST_PASSES_PER_CANDIDATE * len(counts):
-        reason = "all" if len(counts) == 1 else "the run is too short to measure others"
-        return present, reason + _difference(saved, present)
+    if len(counts) == 1:  # a container's quota, of which torch knows nothing, may leave only one
+        return cores, "all" + _difference(saved, cores)
+    if passes < LEAST_PASSES_PER_CANDIDATE * len(counts):
+        return present, "the run is too short to measure others" + _difference(saved, present)
     count = measure_threads(setup, counts)
     names = ", ".join(map(str, reversed(counts)))
     return count, f"the fastest of {names}; --num_threads {count} repeats this run" + _difference(saved, count)
