@@ -26,6 +26,7 @@ bench:  ## comparisons with other implementations; tables in benchmarks/README.m
 	@if [ -n "$(DIFFUSERS)" ]; then $(PYTHON) benchmarks/bench_train.py "$(DIFFUSERS)"; \
 	else echo "bench_train.py is left out: name a clone of huggingface/diffusers, make bench DIFFUSERS=FOLDER"; fi
 	$(PYTHON) benchmarks/bench_threads.py
+	$(PYTHON) benchmarks/bench_overhead.py
 	$(PYTHON) benchmarks/bench_checkpoint.py
 	$(PYTHON) benchmarks/bench_latent_cache.py
 	$(PYTHON) benchmarks/bench_data.py epoch

@@ -8,7 +8,7 @@ and the saved pipeline, and otherwise their own defaults. Where torchvision is n
 gets a stand-in for its transforms (`stock/stand_in`).
 
 Steps: both scripts run at the same time and take turns of a few steps each, while the other one is stopped; a hook of
-torch after each optimizer step is the clock (`stock/site`). So start-up is left out and other load slows both. The
+torch after each optimizer step is the clock (`stock/hooks`). So start-up is left out and other load slows both. The
 ratio is the median over pairs of turns, with its quartiles, in seconds and in seconds of the processor.
 
     equal threads: one thread each, three networks.

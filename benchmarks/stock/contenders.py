@@ -124,6 +124,6 @@ def our_command(job: Job, output: Path, *options: str) -> list[str]:
 def environment(threads: int | None, stock: bool) -> dict[str, str]:
     """Environment of a script: ``threads`` of OpenMP, None for its own choice; no network."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "MKL_"))}
-    kept |= {"PYTHONPATH": str(HERE / "site"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    kept |= {"PYTHONPATH": str(HERE / "hooks"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     kept |= {"STAND_IN": str(HERE / "stand_in")} if stock and not has_torchvision() else {}
     return kept | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})

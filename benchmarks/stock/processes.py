@@ -52,7 +52,7 @@ class Whole:
 
 
 class Script:
-    """A training script that stops itself after each turn, by the clock in ``site/sitecustomize.py``.
+    """A training script that stops itself after each turn, by the clock in ``hooks/sitecustomize.py``.
 
     A context manager, at whose end the processes are killed.
 
