@@ -7,6 +7,7 @@ whose shape depends on values) raises an error. What is queued for an accelerato
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from helpers.runs import rows, tiny_run, tiny_vae_run
 from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from diffusers_ddpm_ext.diffusion.timesteps import make_sampler
 from diffusers_ddpm_ext.training import trainer
 from diffusers_ddpm_ext.training.loop import nonfinite, step
 from diffusers_ddpm_ext.training.loop.batches import open_batches
@@ -32,7 +34,10 @@ from diffusers_ddpm_ext.utils import host_reads
 SMALLEST = {"block_out_channels": [4], "attention_levels": [], "norm_num_groups": 4}
 SAMPLERS = ("uniform", "stratified", "loss_second_moment", "log_snr_normal")
 RULES = ("stop", "skip", "rollback")
-CONDITIONS = ("none", "classes", "concat", "tokens", "captions", "latents", "concat through a first stage")
+CONDITIONS = (
+    "none", "classes", "concat", "tokens", "captions", "latents", "concat through a first stage",
+    "average in bfloat16",
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -43,8 +48,9 @@ def on_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def condition_options(kind: str, folder: Path) -> dict[str, Any]:
     """The options of a run with a kind of conditions, whose files are written into a folder."""
-    if kind in ("none", "classes"):
-        return {} if kind == "none" else {"conditioning_key": "adm"}
+    simple = {"none": {}, "classes": {"conditioning_key": "adm"}, "average in bfloat16": {"ema_dtype": "bfloat16"}}
+    if kind in simple:
+        return simple[kind]
     if kind == "captions":
         return caption_inputs(folder) | {"attention_levels": [0]}
     write_pictures(folder / "images", [f"{number}.png" for number in range(12)], (16, 16))
@@ -66,17 +72,15 @@ def condition_options(kind: str, folder: Path) -> dict[str, Any]:
     return options
 
 
-def steps_without_values(setup: Setup, count: int = 1) -> None:
-    """Take steps in which no value exists, as between two logging intervals."""
-    batches = list(itertools.islice(open_batches(setup, 0), count * setup.plan.accumulation))
+def steps_without_values(setup: Setup, mode: FakeTensorMode | None = None) -> None:
+    """Take a step in which no value exists, as between two logging intervals."""
+    batches = list(itertools.islice(open_batches(setup, 0), setup.plan.accumulation))
     if setup.captions is not None:  # an embedding is kept once it was encoded, which reads tokens on the host
         for batch in batches:
             setup.captions.encode_conditions(batch.conditions)
-    stream, meter = iter(batches), LossMeter()
     setup.task.train()
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        for number in range(count):
-            meter.add(train_step(setup, number, stream))
+    with mode or FakeTensorMode(allow_non_fake_inputs=True):
+        LossMeter().add(train_step(setup, 0, iter(batches)))
 
 
 def test_a_step_reads_nothing(tmp_path, on_device):
@@ -87,14 +91,17 @@ def test_a_step_reads_nothing(tmp_path, on_device):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", CONDITIONS)
 def test_no_combination_reads_anything(kind, tmp_path, on_device):
-    """Two steps of two micro-batches, with and without log-variances, and an average of each micro-batch."""
-    inputs = SMALLEST | condition_options(kind, tmp_path)
-    for sampler, rule, learned in itertools.product(SAMPLERS, RULES, (False, True)):
-        options = {"timestep_sampler": sampler, "on_nonfinite": rule, "learn_logvar": learned}
-        options |= {"ema_every": "micro_batch" if learned else "step", "gradient_accumulation_steps": 2}
+    """Steps of two micro-batches, with and without log-variances, and an average of each micro-batch."""
+    inputs = SMALLEST | condition_options(kind, tmp_path) | {"gradient_accumulation_steps": 2}
+    for learned in (False, True):
+        options = {"learn_logvar": learned, "ema_every": "micro_batch" if learned else "step"}
         reset_accelerate()
         setup = build_setup(tiny_run(tmp_path / "run", **inputs | options))
-        steps_without_values(setup, 2)
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        for sampler, rule in itertools.product(SAMPLERS, RULES):
+            config = replace(setup.config, loop=replace(setup.config.loop, on_nonfinite=rule))
+            trained = replace(setup.parts, sampler=make_sampler(sampler, setup.parts.objective.schedule))
+            steps_without_values(replace(setup, config=config, trained=trained), mode)
 
 
 @pytest.mark.slow
