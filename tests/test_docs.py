@@ -381,12 +381,12 @@ def test_test_files_that_the_pages_name_exist():
 def test_the_pages_build_without_a_warning(tmp_path):
     pytest.importorskip("mkdocs")
     pytest.importorskip("mkdocstrings")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(tmp_path / "hooks")]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(tmp_path / "site")]
     completed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert completed.returncode == 0, completed.stderr[-2000:]
-    for page in (tmp_path / "hooks").rglob("*.html"):
+    for page in (tmp_path / "site").rglob("*.html"):
         for target in re.findall(r'href="([^"#:]+)["#]', page.read_text()):
-            path = tmp_path / "hooks" / target.lstrip("/") if target.startswith("/") else page.parent / target
+            path = tmp_path / "site" / target.lstrip("/") if target.startswith("/") else page.parent / target
             assert path.exists() or page.name == "404.html", f"{page}: {target}"
 
 

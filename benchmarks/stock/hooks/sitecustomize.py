@@ -6,7 +6,7 @@ is loaded before the script loads it. All settings are variables of the environm
 STEP_CLOCK: file that gets one line of JSON per turn: steps done, seconds and processor seconds of the turn, threads.
 STEP_CLOCK_TURN: steps per turn. After each turn the process stops itself (SIGSTOP), so that two scripts can take
     turns on one machine; whoever started it sends SIGCONT.
-STEP_CLOCK_SYNCS: step from which operations that wait for the GPU are counted and added to the lines; without it never.
+STEP_CLOCK_SYNCS: step from which operations that wait for the GPU are counted and added to the lines; 0: never.
 STAND_IN: folder of the package torchvision, for `import torchvision` only: libraries that look for an installed
     torchvision (`importlib.util.find_spec`) find none, as without the stand-in.
 """
