@@ -6,28 +6,23 @@ is left out and listed at the end of the page.
 
 from __future__ import annotations
 
-import base64
 import html
-import os
-import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from diffusers_ddpm_ext.errors import ConfigError, printable, printable_lines
-from diffusers_ddpm_ext.hub.card_facts import BITS_PER_LATENT, METRIC_NAMES, SCORE_NAMES, FolderFacts
-from diffusers_ddpm_ext.plotting.channels import channel_view
+from diffusers_ddpm_ext.cli.report_html import Figures, folded, page_parts, table
+from diffusers_ddpm_ext.cli.report_overview import numbered, overview, preview_note
+from diffusers_ddpm_ext.errors import as_config_error, printable, printable_lines
+from diffusers_ddpm_ext.hub.card_facts import FolderFacts
+from diffusers_ddpm_ext.plotting.row_timesteps import denoising_timesteps, diffusion_timesteps
 from diffusers_ddpm_ext.utils.files import CONFIG, ENVIRONMENT
 from diffusers_ddpm_ext.utils.folder_scan import list_names
-from diffusers_ddpm_ext.utils.input_files import read_bytes
-from diffusers_ddpm_ext.utils.pixel_format import PixelFormat
 from diffusers_ddpm_ext.utils.run_metrics import RunMetrics
 from diffusers_ddpm_ext.utils.vocabulary import SCORES
 
 MAX_GRIDS = 12  # grids of samples on the page, evenly spaced over the run
-MAX_IMAGE_BYTES, MAX_PAGE_IMAGE_BYTES, MAX_PIXELS = 16 * 2**20, 64 * 2**20, 2**26
 MAX_TEXT, MAX_CLASS_ROWS = 2**18, 1000
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PLOTTED_FILES = ("scheduler/scheduler_config.json", "logvar", "variance_fit.json", "evaluation/steps.csv", CONFIG)
 CAPTIONS = {
     "schedule": "Betas and signal-to-noise ratio.",
@@ -36,15 +31,6 @@ CAPTIONS = {
     "timesteps": "The best few steps for the bound.",
     "steps": "The bound's term at each step.",
 }
-STYLE = """
-:root { color-scheme: light dark; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
-h1, h2 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #8885; padding-bottom: .2rem; }
-table { border-collapse: collapse; } td, th { padding: .15rem .8rem .15rem 0; text-align: left; vertical-align: top; }
-img { max-width: 100%; height: auto; background: #fff; } figure { margin: 0; }
-.many { display: grid; grid-template-columns: repeat(auto-fill, minmax(13rem, 1fr)); gap: 1rem; }
-figcaption { font-size: .85em; opacity: .8; } pre { overflow-x: auto; background: #8881; padding: .8rem; }
-"""
 
 
 class ReportPage:
@@ -57,86 +43,84 @@ class ReportPage:
 
     def __init__(self, folder: Path, temporary: Path) -> None:
         self.facts, self.temporary = FolderFacts(folder), temporary
-        self._image_bytes = 0
+        self._figures = Figures()
 
     def parts(self) -> Iterator[str]:
         """The HTML, in pieces."""
         facts = self.facts
         metrics = facts.metrics()
-        name = html.escape(printable(facts.folder.resolve().name))
-        yield f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}</title>\n'
-        yield f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>'
-        yield f"<h1>{name}</h1>\n"
-        yield self._overview(metrics)
-        yield self._classes()
-        prompts = [(str(number), prompt) for number, prompt in enumerate(facts.prompts(), 1) if prompt]
-        yield _section("Prompts of the previews", _table(prompts))
-        final = f"Sampled at the end, with the averaged weights if there are any.{self._preview_note()}"
-        yield _section("Samples", self._figure(facts.file("samples.png"), final))
-        above = "Held-out images above their reconstructions at the end, with the averaged weights if there are any."
-        yield _section("Reconstructions", self._figure(facts.file("reconstructions.png"), above))
-        yield self._curves(metrics)
-        yield self._grids()
-        yield self._plots()
-        yield self._evaluation()
-        yield self._samples()
-        for title, file in (("Every option", CONFIG), ("Environment", ENVIRONMENT)):
-            text = printable_lines(facts.text(file))
-            if len(text) > MAX_TEXT:
-                facts.add_problem(f"{file} after {MAX_TEXT:,} of its {len(text):,} characters")
-            yield _section(title, f"<pre>{html.escape(text[:MAX_TEXT])}</pre>" if text else "")
-        left_out = "".join(f"<li>{html.escape(printable(problem))}</li>" for problem in facts.problems)
-        yield _section("Left out", f"<ul>{left_out}</ul>" if left_out else "")
-        yield "</body></html>\n"
+        intro = table(overview(facts, metrics))
+        sections = [
+            ("Classes", self._classes()),
+            ("Training images", self._inputs()),
+            ("Prompts of the previews", self._prompts()),
+            ("Samples", self._final()),
+            ("Reconstructions", self._reconstructions()),
+            ("Curves", self._curves(metrics)),
+            ("Samples through training", self._grids()),
+            ("Diffusion and denoising", self._rows()),
+            ("Schedule and variances", self._plots()),
+            ("Likelihood of held-out images", self._evaluation()),
+            ("Quality of samples", self._samples()),
+            ("Every option", self._text(CONFIG)),
+            ("Environment", self._text(ENVIRONMENT)),
+        ]
+        problems = table([(problem,) for problem in facts.problems])
+        yield from page_parts(facts.folder.resolve().name, [*sections, ("Left out", problems)], intro)
 
-    def _overview(self, metrics: RunMetrics) -> str:
-        facts, last = self.facts, metrics.last
-        pairs = [("state", "finished" if facts.file("finished.json") else "not finished")] if last else []
-        if "step" in last:
-            pairs.append(("optimizer steps", f"{int(last['step']):,}"))
-        for key in METRIC_NAMES:
-            if key in last:
-                has_least = (
-                    key.startswith("val") and key in metrics.least and "psnr" not in key and key not in SCORE_NAMES
-                )
-                least = f" (least {metrics.least[key]:.5f})" if has_least else ""
-                unit = f" {BITS_PER_LATENT}" if "latent_bpd" in key else ""
-                pairs.append((key, f"{last[key]:.5f}{unit}{least}"))
-        images = facts.images()
-        if images is not None:
-            train = "streamed" if images.train is None else f"{images.train:,}"
-            pairs.append(("images", f"{images.name}: {train} for training, {images.validation:,} held out"))
-        _, pixels = facts.attempt(self._pixels, (0, PixelFormat()))
-        if not pixels.is_8_bit:
-            pairs.append(("values", f"{pixels.dtype} from {pixels.low:g} to {pixels.high:g}"))
-        stage = facts.attempt(lambda: facts.first_stage(facts.pipeline_file("model_index.json")), None)
-        if stage is not None:
-            pairs.append(("first stage", facts.attempt(stage.describe, stage.class_name)))
-        encoder = facts.attempt(lambda: facts.text_encoder(facts.pipeline_file("model_index.json")), None)
-        if encoder is not None:
-            pairs.append(("text encoder", facts.attempt(encoder.describe, encoder.class_name)))
-        checkpoints = _numbered(facts.folder, r"checkpoint-([0-9]+)")
-        if checkpoints:
-            pairs.append(("checkpoints", list_names([path.name for _, path in checkpoints], limit=40)))
-        return _table(pairs)
+    def _text(self, name: str) -> str:
+        text = printable_lines(self.facts.text(name))
+        if len(text) > MAX_TEXT:
+            self.facts.add_problem(f"{name} after {MAX_TEXT:,} of its {len(text):,} characters")
+        return folded(text[:MAX_TEXT], f"{name}, {len(text.splitlines()):,} lines")
 
-    def _pixels(self) -> tuple[int, PixelFormat]:
-        """Channels of an image of the pipeline, 0 without one; dtype and range of the data."""
-        unet, index = (self.facts.pipeline_file(name) for name in ("unet/config.json", "model_index.json"))
-        stage = self.facts.first_stage(index)
-        channels = unet.integer("out_channels", default=0) if stage is None else stage.pixel_channels
-        scheduler = self.facts.pipeline_file("scheduler/scheduler_config.json")
-        if stage is None and scheduler.content.get("variance_type") in ("learned", "learned_range"):
-            channels //= 2
-        if index.content.get("latent_scaling_factor") is not None:
-            channels = 0
-        return channels, self.facts.pixel_format(index, channels)
+    def _prompts(self) -> str:
+        return table([(str(number), prompt) for number, prompt in enumerate(self.facts.prompts(), 1) if prompt])
 
-    def _preview_note(self) -> str:
-        """Which channels pictures show, where these are not all."""
-        channels, pixels = self.facts.attempt(self._pixels, (0, PixelFormat()))
-        caption = channel_view(channels, pixels).caption if channels else ""
-        return f" Shown: {caption}." if caption else ""
+    def _final(self) -> str:
+        caption = f"Sampled at the end, with the averaged weights if there are any.{preview_note(self.facts)}"
+        return self._figure(self.facts.file("samples.png"), caption)
+
+    def _reconstructions(self) -> str:
+        caption = "Held-out images above their reconstructions at the end, with the averaged weights if there are any."
+        return self._figure(self.facts.file("reconstructions.png"), caption)
+
+    def _inputs(self) -> str:
+        """Some training images as the network gets them."""
+        caption = f"Evenly spaced over the training set, resized and cropped.{preview_note(self.facts)}"
+        return self._figure(self.facts.file("samples/inputs.png"), caption)
+
+    def _rows(self) -> str:
+        """An image losing its structure to noise, and noise becoming an image, with the timestep of each column."""
+        facts = self.facts
+        folder = facts.file("samples")
+        rows = [] if folder is None else numbered(folder, r"denoise_row-([0-9]+)\.png")
+        nothing: tuple[list[int], list[int]] = ([], [])
+        diffusion, denoising = facts.attempt(self._row_timesteps, nothing)
+        figures = self._figure(
+            facts.file("samples/diffusion_row.png"),
+            f"Training images with the noise of timestep t = {_listed(diffusion)}.",
+        )
+        if rows:
+            step, path = rows[-1]
+            text = f"Denoising after {step:,} optimizer steps: noise, then the sample after the step at t = "
+            figures += self._figure(facts.file(f"samples/{path.name}"), f"{text}{_listed(denoising)}.")
+        return figures
+
+    def _row_timesteps(self) -> tuple[list[int], list[int]]:
+        """Timesteps of the columns of both rows; empty where the folder does not state them."""
+        from diffusers_ddpm_ext.diffusion.respacing import spaced_timesteps
+        from diffusers_ddpm_ext.schedulers.resolved_config import read_scheduler_config
+
+        if self.facts.file("scheduler/scheduler_config.json") is None:
+            return [], []
+        values = read_scheduler_config(self.facts.folder).values
+        chain = int(values["num_train_timesteps"])
+        count = self.facts.options().get("ddpm_num_inference_steps")
+        count = min(count, chain) if isinstance(count, int) and count > 0 else chain
+        with as_config_error("samples/denoise_row"):
+            steps = spaced_timesteps(count, chain, values["timestep_spacing"], values["steps_offset"])
+        return diffusion_timesteps(chain), denoising_timesteps(steps.tolist())
 
     def _classes(self) -> str:
         facts, images = self.facts, self.facts.images()
@@ -148,7 +132,7 @@ class ReportPage:
         rows = [(name, "" if count is None else f"{count:,} images") for name, count in classes[:MAX_CLASS_ROWS]]
         if len(classes) > MAX_CLASS_ROWS:
             rows.append(("...", f"{len(classes) - MAX_CLASS_ROWS:,} more classes"))
-        return _section("Classes", _table(rows))
+        return table(rows)
 
     def _curves(self, metrics: RunMetrics) -> str:
         from diffusers_ddpm_ext.plotting.curves import plot_run_losses
@@ -161,21 +145,22 @@ class ReportPage:
         for score in (score for scores in SCORES.values() for score in scores):
             figures += self._figure(self.facts.file(f"samples/{score}.png"), f"Of samples: {score}.")
         figures += self._figure(logvar, "The learned log-variance against the measured log loss.")
-        return _section("Curves", figures)
+        return figures
 
     def _grids(self) -> str:
         """Grids of samples during the run, including the first and the last."""
         folder = self.facts.file("samples")
-        numbered = [] if folder is None else _numbered(folder, r"(?:samples|reconstructions)-([0-9]+)\.png")
-        links = [path.name for _, path in numbered if path.is_symlink()]
+        grids = [] if folder is None else numbered(folder, r"(?:samples|reconstructions)-([0-9]+)\.png")
+        links = [path.name for _, path in grids if path.is_symlink()]
         if links:
             self.facts.add_problem(f"links in samples: {list_names(links)}")
-        numbered = [(step, path) for step, path in numbered if not path.is_symlink()]
-        if len(numbered) > MAX_GRIDS:
-            numbered = [numbered[round(i * (len(numbered) - 1) / (MAX_GRIDS - 1))] for i in range(MAX_GRIDS)]
-        figures = "".join(self._figure(path, f"after {step:,} steps") for step, path in numbered)
-        shown = f"<p>{html.escape(self._preview_note())}</p>" if figures and self._preview_note() else ""
-        return _section("Samples through training", f'{shown}<div class="many">{figures}</div>' if figures else "")
+        grids = [(step, path) for step, path in grids if not path.is_symlink()]
+        if len(grids) > MAX_GRIDS:
+            grids = [grids[round(i * (len(grids) - 1) / (MAX_GRIDS - 1))] for i in range(MAX_GRIDS)]
+        figures = "".join(self._figure(path, f"after {step:,} steps") for step, path in grids)
+        note = preview_note(self.facts)
+        shown = f"<p>{html.escape(note)}</p>" if figures and note else ""
+        return f'{shown}<div class="many">{figures}</div>' if figures else ""
 
     def _plots(self) -> str:
         from diffusers_ddpm_ext.cli.plot import draw_plot
@@ -195,7 +180,7 @@ class ReportPage:
         for name, caption in CAPTIONS.items():
             draw = partial(draw_plot, name, facts.folder, scheduler, self.temporary / f"{name}.png")
             figures.append(self._figure(facts.attempt(draw, None), caption))
-        return _section("Schedule and variances", "".join(figures))
+        return "".join(figures)
 
     def _samples(self) -> str:
         samples = self.facts.sample_scores()
@@ -208,7 +193,7 @@ class ReportPage:
             ("loss_gap.png", "The loss of held-out images minus that of training images, at each step."),
         ]
         shown = "".join(self._figure(self.facts.file(f"evaluation/{name}"), text) for name, text in figures)
-        return _section("Quality of samples", _table(pairs) + shown)
+        return table(pairs) + shown
 
     def _evaluation(self) -> str:
         bound = self.facts.bound()
@@ -219,47 +204,11 @@ class ReportPage:
             pairs.append(("interval", f"{bound.low:.4f} to {bound.high:.4f}"))
         pairs += [(name, f"{value:.4f}") for name, value in bound.parts.items()]
         pairs.append(("images", "?" if bound.num_images is None else str(bound.num_images)))
-        return _section("Likelihood of held-out images", _table(pairs))
+        return table(pairs)
 
     def _figure(self, path: Path | None, caption: str) -> str:
-        """A PNG inside the page; empty without a path, and for what is no PNG or beyond the budget."""
-        content = b"" if path is None else self.facts.attempt(lambda: self._read_image(path), b"")
-        if not content:
-            return ""
-        text, data = html.escape(caption), base64.b64encode(content).decode()
-        return f'<figure><img alt="{text}" src="data:image/png;base64,{data}"><figcaption>{text}</figcaption></figure>'
-
-    def _read_image(self, path: Path) -> bytes:
-        content = read_bytes(path, max_bytes=MAX_IMAGE_BYTES)
-        name = printable(str(path))
-        width, height = (int.from_bytes(content[start : start + 4]) for start in (16, 20))
-        if not content.startswith(PNG_SIGNATURE) or content[12:16] != b"IHDR" or len(content) < 33:
-            raise ConfigError(f"{name} is not a PNG")
-        if width * height > MAX_PIXELS:
-            raise ConfigError(f"{name} has {width:,} x {height:,} pixels, more than the {MAX_PIXELS:,} that are shown")
-        if self._image_bytes + len(content) > MAX_PAGE_IMAGE_BYTES:
-            raise ConfigError(f"{name}: the images before it have {self._image_bytes:,} bytes, which is enough")
-        self._image_bytes += len(content)
-        return content
+        return self._figures.figure(self.facts, path, caption)
 
 
-def _numbered(folder: Path, pattern: str) -> list[tuple[int, Path]]:
-    """Entries of a folder with a number in their name, by the number; none where the folder cannot be read."""
-    try:
-        names = os.listdir(folder)
-    except OSError:
-        return []
-    matches = [(match, name) for name in names if (match := re.fullmatch(pattern, name)) and len(match[1]) < 20]
-    return sorted((int(match[1]), folder / name) for match, name in matches)
-
-
-def _section(title: str, content: str) -> str:
-    return f"<section><h2>{html.escape(title)}</h2>{content}</section>\n" if content else ""
-
-
-def _table(pairs: list[tuple[str, str]]) -> str:
-    cells = "".join(
-        f"<tr><th>{html.escape(printable(name, 300))}</th><td>{html.escape(printable(value, 2000))}</td></tr>"
-        for name, value in pairs
-    )
-    return f"<table>{cells}</table>\n" if pairs else ""
+def _listed(timesteps: list[int]) -> str:
+    return ", ".join(map(str, timesteps)) if timesteps else "?"

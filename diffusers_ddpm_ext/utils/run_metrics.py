@@ -57,13 +57,15 @@ class RunMetrics:
 
     Attributes:
         last: newest value of each metric, and of ``step``.
-        least: smallest value of each metric.
+        least: smallest value of each metric, and the first step that has it.
+        most: largest value of each metric, and the first step that has it.
         curves: each metric over the steps.
         problem: what of the file could not be read, as a sentence, or empty; the rest is from the rows before.
     """
 
     last: dict[str, float] = field(default_factory=dict)
-    least: dict[str, float] = field(default_factory=dict)
+    least: dict[str, tuple[float, int]] = field(default_factory=dict)
+    most: dict[str, tuple[float, int]] = field(default_factory=dict)
     curves: dict[str, MetricCurve] = field(default_factory=dict)
     problem: str = ""
 
@@ -102,7 +104,10 @@ def _add_row(metrics: RunMetrics, row: Mapping[str, Any], names: Sequence[str], 
     for key, value in found.items():
         metrics.curves.setdefault(key, MetricCurve()).append(step, float(value))
         if math.isfinite(value):
-            metrics.least[key] = min(value, metrics.least.get(key, math.inf))
+            if key not in metrics.least or value < metrics.least[key][0]:
+                metrics.least[key] = (value, int(step))
+            if key not in metrics.most or value > metrics.most[key][0]:
+                metrics.most[key] = (value, int(step))
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -18,7 +18,7 @@ from helpers.paths import TESTS
 from helpers.tiny import tiny_unet
 
 from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtScheduler, cli
-from diffusers_ddpm_ext.cli import report_page
+from diffusers_ddpm_ext.cli import report_html
 from diffusers_ddpm_ext.plotting import chain, curves
 from diffusers_ddpm_ext.utils.run_metrics import MAX_POINTS, MetricCurve, read_metrics
 
@@ -216,7 +216,7 @@ def test_thousands_of_samples_and_a_budget_of_bytes(folder, capsys, monkeypatch)
     page, err = page_of(folder, capsys)
     assert err == ""
     assert len(page.images) == 17
-    monkeypatch.setattr(report_page, "MAX_PAGE_IMAGE_BYTES", 500)
+    monkeypatch.setattr(report_html, "MAX_PAGE_IMAGE_BYTES", 500)
     page, err = page_of(folder, capsys)
     assert "which is enough" in err
     assert sum(map(len, page.images)) <= 500
@@ -233,16 +233,16 @@ def test_a_long_run_in_bounded_memory(tmp_path):
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "m = read_metrics(sys.argv[1], ['train/loss_simple']); c = m.curves['train/loss_simple']\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, len(c.values), c.steps[-1],\n"
-        "      m.last['step'], sum(c.values) / len(c.values), m.least['train/loss_simple'], m.problem)"
+        "      m.last['step'], sum(c.values) / len(c.values), *m.least['train/loss_simple'], m.problem)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True,
         env=os.environ | {"PYTHONPATH": str(TESTS.parent)},
     )  # fmt: skip
-    kilobytes, points, end, last, mean, least = map(float, done.stdout.split())
+    kilobytes, points, end, last, mean, least, least_step = map(float, done.stdout.split())
     assert kilobytes < 8_000 < path.stat().st_size / 1024
     assert MAX_POINTS / 2 <= points <= MAX_POINTS
-    assert (end, last, mean, least) == (120_000, 120_000, 1.5, 1)
+    assert (end, last, mean, least, least_step) == (120_000, 120_000, 1.5, 1, 2)
 
 
 @pytest.mark.parametrize("count", [1, 2, MAX_POINTS, MAX_POINTS + 1, 2 * MAX_POINTS + 3, 5 * MAX_POINTS])
@@ -261,7 +261,8 @@ def test_rows_before_a_damage_count(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "a": 5, "b": NaN}\n\n{"step": 2, "a": 3}\nnonsense\n{"step": 3, "a": 1}\n')
     metrics = read_metrics(path, ["a", "b"])
-    assert (metrics.last["step"], metrics.last["a"], metrics.least) == (2, 3, {"a": 3})
+    assert (metrics.last["step"], metrics.last["a"], metrics.least) == (2, 3, {"a": (3, 2)})
+    assert metrics.most == {"a": (5, 1)}
     assert "line 4" in metrics.problem
     path.write_text('{"step": 1, "a": 5}\n{"step": 2, "a"')
     assert read_metrics(path, ["a"]).problem == "", "a row that is being written"

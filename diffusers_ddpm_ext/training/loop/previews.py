@@ -6,7 +6,6 @@ i starts from the same noise at every training step, so that one can follow how 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 from diffusers_ddpm_ext.errors import Interrupted, warn
 from diffusers_ddpm_ext.pipelines.pipeline_ddpm_ext import DDPMExtPipeline, DDPMExtPipelineOutput
 from diffusers_ddpm_ext.plotting.curves import RUN_LOSSES, plot_logvar, plot_run_losses
+from diffusers_ddpm_ext.plotting.row_timesteps import column_interval, diffusion_timesteps
 from diffusers_ddpm_ext.plotting.sheets import save_grid
 from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
 from diffusers_ddpm_ext.training.data.image_set import ImageSet
@@ -35,7 +35,6 @@ from diffusers_ddpm_ext.utils.run_metrics import read_metrics
 
 IMAGE_FOLDER = "samples"
 FINAL_SAMPLES = "samples.png"
-COLUMNS = 10  # about this many images per row, for any number of steps
 NUM_INPUTS = 8
 NUM_ROWS = 4
 DRAWS_PER_STEP = 32
@@ -162,11 +161,6 @@ class Preview:
         return self._decoded(torch.cat(samples)), self._decoded(rows)
 
 
-def column_interval(steps: int) -> int:
-    """Number of steps between two images of a row, for about ten columns."""
-    return max(1, math.ceil(steps / COLUMNS))
-
-
 def diffusion_rows(x0: Tensor, scheduler: DDPMExtScheduler, seed: int, log_every_t: int | None = None) -> Tensor:
     """Noise images to the steps 0, n, 2 n, ... and T - 1, with new noise each time (CompVis' ``diffusion_row``).
 
@@ -174,10 +168,8 @@ def diffusion_rows(x0: Tensor, scheduler: DDPMExtScheduler, seed: int, log_every
     about ten columns.
     """
     chain = int(scheduler.config.num_train_timesteps)
-    interval = log_every_t or column_interval(chain)
-    steps = [t for t in range(chain) if t % interval == 0 or t == chain - 1]
     columns = []
-    for t in steps:
+    for t in diffusion_timesteps(chain, log_every_t):
         draw = keys.generator(keys.PREVIEW, seed, "diffusion_row", t)
         noise = torch.empty(x0.shape).normal_(generator=draw)
         columns.append(scheduler.q_sample(x0, torch.full((len(x0),), t), noise))

@@ -19,8 +19,8 @@ from diffusers_ddpm_ext.training.tracking.row_files import trim_rows
 from diffusers_ddpm_ext.training.tracking.step_losses import StepRecord
 from diffusers_ddpm_ext.training.tracking.trackers import log_images_and_losses
 from diffusers_ddpm_ext.utils.files import METRICS
+from diffusers_ddpm_ext.utils.run_timing import TIMING
 
-TIMING = "timing.jsonl"
 MAX_RECENT_LOSSES = 10_000
 """Losses of single steps in a histogram, at most: a run may never draw the images that it is logged with."""
 

@@ -8,11 +8,12 @@ import torch
 from diffusers import UNet2DModel
 from PIL import Image
 
+from diffusers_ddpm_ext.plotting.row_timesteps import column_interval, diffusion_timesteps
 from diffusers_ddpm_ext.plotting.sheets import GAP
 from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
 from diffusers_ddpm_ext.training.data.image_set import ImageSet
 from diffusers_ddpm_ext.training.data.image_store import PackedImages
-from diffusers_ddpm_ext.training.loop.previews import Preview, column_interval, diffusion_rows
+from diffusers_ddpm_ext.training.loop.previews import Preview, diffusion_rows
 
 SIZE = (8, 4)
 
@@ -57,6 +58,7 @@ def test_rows_have_about_ten_columns(steps, columns):
     """CompVis' rule: every t that ``log_every_t`` divides, and the last one."""
     columns_drawn = [t for t in range(steps) if t % column_interval(steps) == 0 or t == steps - 1]
     assert len(columns_drawn) == columns
+    assert diffusion_timesteps(steps) == columns_drawn
 
 
 def test_diffusion_rows_are_the_forward_process():
