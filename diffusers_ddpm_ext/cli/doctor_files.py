@@ -1,4 +1,4 @@
-"""Checks of a folder's files for `ddpm-ext doctor`, without torch: nothing is built of them."""
+"""Checks of a pipeline's or a first stage's files for `ddpm-ext doctor`, without torch: nothing is built of them."""
 
 from __future__ import annotations
 

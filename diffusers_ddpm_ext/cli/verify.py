@@ -29,6 +29,7 @@ VERIFY_EXAMPLES = """examples:
   ddpm-ext verify me/digits                       the newest commit
   ddpm-ext verify me/digits --folder runs/digits  also: is it the last push from that folder?
   ddpm-ext verify runs/digits                     a local folder, pushed or downloaded before
+  ddpm-ext verify runs/digits --no_images         its files alone, in a second
 
 Each finding is a line; the status is 1 if there is any. On another machine images differ by rounding, which is
 allowed for."""
@@ -48,6 +49,7 @@ class VerifyOptions:
     folder: Path | None = option(
         None, "The folder that was pushed: is its last push the newest commit?", metavar="FOLDER"
     )
+    no_images: bool = option(False, "Compare the files alone: do not open the pipeline, draw nothing.")
     device: str = option("cpu", "Device to draw on. The card's images were drawn on cpu.", metavar="NAME")
     timeout: float = option(HUB_TIMEOUT, "How long the Hub may take to answer.", above=0, metavar="SECONDS")
     hub_token: str | None = option(
@@ -70,7 +72,8 @@ def verify_command(argv: Sequence[str]) -> str:
     options = parse_verify_args(argv)  # before the imports, so that --help loads no numpy
     from diffusers_ddpm_ext.hub.proof import PROOF_NAME, differences_from_proof, entries_beside_push, read_proof
 
-    device = select_device(options.device)
+    if options.device != "cpu":
+        select_device(options.device)  # loads torch, which a changed folder does not need
     with _local_copy(options) as (folder, findings):
         own_run = options.is_local and (folder / PUSH_RECORD).is_file()
         try:
@@ -82,8 +85,8 @@ def verify_command(argv: Sequence[str]) -> str:
         if proof is None:
             raise ConfigError(f"{options.source} has no {PROOF_NAME}: it was not pushed by `ddpm-ext push`")
         agreement, beside = "", entries_beside_push(folder, proof) if own_run else []
-        if not findings:  # nothing of a changed folder is opened
-            difference, agreement = _compare_images(folder, device, proof["images"])
+        if not findings and not options.no_images:  # nothing of a changed folder is opened
+            difference, agreement = _compare_images(folder, select_device(options.device), proof["images"])
             findings += difference
     if findings:
         raise RunError(f"{options.source}: {'; '.join(findings)}")

@@ -43,7 +43,8 @@ def _text(content: dict[str, Any]) -> str:
     return json.dumps(content, indent=1, sort_keys=True) + "\n"
 
 
-def _sha256(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -56,7 +57,7 @@ def write_proof(place: Path, settings: dict[str, Any] | None) -> None:
         settings: from `card_draw_settings`; None if there are no images.
     """
     files = {
-        name: {"size": path.stat().st_size, "sha256": _sha256(path)}
+        name: {"size": path.stat().st_size, "sha256": file_digest(path)}
         for name, path in scan_folder(place).files.items()
         if name not in UNPROVEN_FILES
     }
@@ -135,7 +136,7 @@ def differences_from_proof(place: Path, proof: dict[str, Any], own_run: bool = F
         if size != entry["size"]:
             messages.append(f"{printable(name)} has {size:,} bytes instead of {entry['size']:,}")
             continue
-        digests[name] = _sha256(place / name)
+        digests[name] = file_digest(place / name)
         if digests[name] != entry["sha256"]:
             messages.append(f"{printable(name)} was changed (sha256 {digests[name][:12]}, not {entry['sha256'][:12]})")
     for reason in sorted(set(scan.left_out.values())):

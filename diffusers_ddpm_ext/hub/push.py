@@ -7,6 +7,7 @@ import shlex
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from diffusers_ddpm_ext.errors import ConfigError, RunError, warn
 from diffusers_ddpm_ext.hub.upload import (
@@ -83,14 +84,18 @@ def push(options: PushOptions, checkpoint: Path | None = None) -> str:
         os.environ["HF_TOKEN"] = options.hub_token
     target = HubTarget(options.repo_id, options.hub_private_repo or None, options.hub_token, options.timeout)
     try:
+        from diffusers_ddpm_ext.hub.card_reuse import unchanged_card  # not at the top: `--help` loads no numpy
+
         with tempfile.TemporaryDirectory(prefix=".pushing-", dir=options.folder) as name:
             place = Path(name)
             uploads = _copy_one_generation(options.folder, checkpoint, place)
             if uploads.warning:
                 warn(uploads.warning)
-            _check_components(place, options.folder)
+            settings = None if options.no_images else unchanged_card(place)
+            if settings is None:
+                _check_components(place, options.folder)
             target = replace(target, repo_id=create_repo(target, warn))
-            _add_card_and_proof(place, target.repo_id, options.license, not options.no_images)
+            _add_card_and_proof(place, target.repo_id, options.license, not options.no_images, settings)
             result = upload(place, target, options.commit_message, warn)
             _copy_card_and_proof(place, options.folder)
         record_push(options.folder, result)
@@ -134,20 +139,27 @@ def _check_components(place: Path, folder: Path) -> None:
         raise ConfigError(str(error).replace(str(place), str(folder))) from None
 
 
-def _add_card_and_proof(place: Path, repo_id: str, license_name: str | None, draw: bool) -> None:
-    """Write the card and the proof into the folder to upload; never through its links to the run's files."""
+def _add_card_and_proof(
+    place: Path, repo_id: str, license_name: str | None, draw: bool, settings: dict[str, Any] | None = None
+) -> None:
+    """Write the card and the proof into the folder to upload; never through its links to the run's files.
+
+    ``settings`` are those of the card's images where the folder has them already; else ``draw`` says whether to draw
+    them.
+    """
     from diffusers_ddpm_ext.hub.card import CARD_NAME, make_card, may_replace_card
     from diffusers_ddpm_ext.hub.proof import CARD_GRID, CARD_IMAGES, write_proof
 
-    for name in (CARD_IMAGES, CARD_GRID):
-        (place / name).unlink(missing_ok=True)
-    settings = _draw_card(place) if draw else None
+    if settings is None:
+        for name in (CARD_IMAGES, CARD_GRID):
+            (place / name).unlink(missing_ok=True)
+        settings = _draw_card(place) if draw else None
     if may_replace_card(place):
         write_text_atomically(place / CARD_NAME, make_card(place, repo_id, license_name))
     write_proof(place, settings)
 
 
-def _draw_card(place: Path) -> dict[str, object] | None:
+def _draw_card(place: Path) -> dict[str, Any] | None:
     import numpy as np
 
     from diffusers_ddpm_ext.hub.card_facts import FolderFacts
