@@ -1,6 +1,6 @@
 """Several small runs, one after the other, in the processes that `torchrun` started; used by test_engine.py.
 
-python run_list.py '[["FOLDER", {"option": value}], ...]' [sharded | unreadable]
+python run_list.py '[["FOLDER", {"option": value}], ...]' [sharded | unreadable | device]
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from torch.distributed.fsdp import fully_shard
 
 from diffusers_ddpm_ext.training import trainer
 from diffusers_ddpm_ext.training.data import dataset as data
+from diffusers_ddpm_ext.training.loop import run_batches
+from diffusers_ddpm_ext.utils import host_reads
 from helpers.runs import tiny_run
 
 
@@ -35,16 +37,16 @@ def prepare_sharded(accelerator: Accelerator, task: nn.Module, optimizer: torch.
 
 def become_unreadable() -> None:
     """Damage the images that the second process reads once the run has started."""
-    real = trainer.open_batches
+    real = run_batches.open_batches
 
-    def breaking(setup: Any, step: int) -> Any:
+    def breaking(setup: Any, *arguments: Any, **options: Any) -> Any:
         if setup.accelerator.process_index == 1:
             for path in Path(setup.config.data.train_data_dir).iterdir():
                 path.write_bytes(path.read_bytes()[:40])
-        return real(setup, step)
+        return real(setup, *arguments, **options)
 
     data.load_data.__kwdefaults__["memory_limit"] = 0  # decode each time
-    trainer.open_batches = breaking
+    run_batches.open_batches = breaking
 
 
 def main() -> None:
@@ -55,6 +57,8 @@ def main() -> None:
         Accelerator.prepare = prepare_sharded
         # The module is used directly by every process: there is no wrapper to remove.
         Accelerator.unwrap_model = lambda self, model, **_: model
+    if sys.argv[2:] == ["device"]:  # as on an accelerator, where reads are not free
+        host_reads.FREE = frozenset()
     if sys.argv[2:] == ["unreadable"]:
         become_unreadable()
     for folder, options in json.loads(sys.argv[1]):

@@ -32,6 +32,7 @@ from diffusers_ddpm_ext.training import trainer
 from diffusers_ddpm_ext.training.config.autoencoder_config import AutoencoderConfig
 from diffusers_ddpm_ext.training.data.dataset import load_data
 from diffusers_ddpm_ext.training.loop import reconstruction, saving, workload
+from diffusers_ddpm_ext.training.loop.batches import open_batches
 from diffusers_ddpm_ext.training.loop.setup import build_setup
 from diffusers_ddpm_ext.training.loop.step import train_step
 
@@ -282,7 +283,7 @@ def test_a_step_is_the_same_for_every_split(tmp_path):
                 tmp_path / "run", train_batch_size=batch, gradient_accumulation_steps=accumulation, kl_weight=1
             )
         )
-        trace = train_step(setup, 0, trainer.open_batches(setup, 0))
+        trace = train_step(setup, 0, open_batches(setup, 0))
         found.append((trace.norms, torch.stack([output.loss for output in trace.outputs]).mean()))
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-7)
 

@@ -29,8 +29,9 @@ from diffusers_ddpm_ext.training import distributed, trainer
 from diffusers_ddpm_ext.training.data import batches as stream
 from diffusers_ddpm_ext.training.data import dataset as data
 from diffusers_ddpm_ext.training.factory.acceleration import uses_channels_last
-from diffusers_ddpm_ext.training.loop import step
+from diffusers_ddpm_ext.training.loop import run_batches, step
 from diffusers_ddpm_ext.training.loop.setup import build_setup
+from diffusers_ddpm_ext.utils import host_reads
 
 SCRIPT = TESTS / "helpers" / "run_list.py"
 MODEL = "unet/diffusion_pytorch_model.safetensors"
@@ -320,14 +321,14 @@ def test_an_image_that_becomes_unreadable(skip, tmp_path, monkeypatch, capfd):
     """The run stops and names the file, or with ``--skip_bad_images`` the next image replaces it."""
     folder = photos(tmp_path / "photos")
     monkeypatch.setattr(data.load_data, "__kwdefaults__", {"progress": False, "memory_limit": 0})
-    real = trainer.open_batches
+    real = run_batches.open_batches
 
     def breaking(*arguments: Any, **more: Any) -> Any:
         for path in sorted(folder.iterdir())[::3]:
             path.write_bytes(path.read_bytes()[:40])
         return real(*arguments, **more)
 
-    monkeypatch.setattr(trainer, "open_batches", breaking)
+    monkeypatch.setattr(run_batches, "open_batches", breaking)
     options = {
         "train_data_dir": str(folder),
         "skip_bad_images": skip,
@@ -419,3 +420,27 @@ def test_channels_last_by_rule(device, precision, fsdp, auto, monkeypatch):
             uses_channels_last("always", accelerator)
     else:
         assert uses_channels_last("always", accelerator)
+
+
+@pytest.mark.slow
+def test_two_processes_of_an_accelerator_are_one_with_twice_the_micro_batches(tmp_path, monkeypatch):
+    """Noise, stratified steps, the history of a learning sampler and verdicts, none of which the host knows."""
+    runs = {}
+    for sampler in ("stratified", "loss_second_moment"):
+        options = {"max_train_steps": 8, "timestep_sampler": sampler, "num_train_timesteps": 3, "on_nonfinite": "skip"}
+        options |= {"train_batch_size": 4, "validation_steps": 0, "ddpm_num_inference_steps": 3, "seed": 2}
+        runs[sampler] = options
+    on_two_processes([(tmp_path / name / "two", options) for name, options in runs.items()], "device")
+    monkeypatch.setattr(host_reads, "FREE", frozenset())
+    for name, options in runs.items():
+        one = train(tmp_path / name / "one", **options, gradient_accumulation_steps=2)
+        ours, theirs = rows(one), rows(tmp_path / name / "two")
+        assert [row["train/loss"] for row in ours[:8]] == pytest.approx(
+            [row["train/loss"] for row in theirs[:8]], rel=1e-4
+        )
+        history = [load_file(tmp_path / name / kind / "checkpoint-8" / "model.safetensors") for kind in ("one", "two")]
+        if name == "loss_second_moment":
+            assert torch.equal(*(tensors["timestep_sampler.counts"] for tensors in history))
+            losses = [tensors["timestep_sampler.losses"] for tensors in history]
+            torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-6)
+            assert (history[0]["timestep_sampler.counts"] == 10).all()
