@@ -11,10 +11,12 @@ import json
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from diffusers_ddpm_ext.models.evaluation_mode import evaluation_mode
 from diffusers_ddpm_ext.models.plain_operations import ContiguousProducts
@@ -198,6 +200,12 @@ class TextEncoder:
         dtype = torch.promote_types(torch.float32, self.encoder.dtype)
         if self.encoder.dtype != dtype:
             self.encoder.to(dtype)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute activations of the network's layers in its backward pass, with the same gradients to the bit."""
+        layers = next(module for module in self.encoder.modules() if isinstance(module, nn.ModuleList))
+        for layer in layers:  # Transformers' own way has another name in every version, and none for LDMBertModel
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
     def _exact(self, ids: Tensor) -> tuple[AbstractContextManager[Any], ...]:
         """Evaluation mode, without gradients and autocast, and with the products of the original's class."""

@@ -69,6 +69,31 @@ def test_gradients_flow_where_they_are_asked_for(stage):
     assert stage.encoder.get_input_embeddings().weight.grad.abs().sum() > 0
 
 
+def test_recomputed_activations_give_the_same_gradients_to_the_bit(stage):
+    ids = stage.tokenize(["red cat", "dog"])
+    kept = 0
+
+    def count(tensor):
+        nonlocal kept
+        kept += tensor.numel()
+        return tensor
+
+    def gradients():
+        stage.encoder.train().zero_grad()
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            tokens = stage.encode(ids, requires_grad=True)
+        tokens.square().sum().backward()
+        return [tokens, *(weight.grad.clone() for weight in stage.encoder.parameters() if weight.grad is not None)]
+
+    stage.encoder.requires_grad_(True)
+    expected, everything, kept = gradients(), kept, 0
+    stage.enable_gradient_checkpointing()
+    actual = gradients()
+    assert len(actual) == len(expected)
+    assert all(map(torch.equal, actual, expected))
+    assert kept < everything / 4
+
+
 def test_lengths(stage):
     stage.tokenizer.model_max_length = 5
     assert stage.max_length == 5

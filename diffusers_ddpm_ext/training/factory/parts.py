@@ -110,8 +110,7 @@ class Parts:
         """Of the network, and of a text encoder that is trained."""
         self.denoiser.enable_gradient_checkpointing()
         if self.captions is not None and self.captions.is_trained:
-            encoder: Any = self.captions.module
-            encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            self.captions.stage.enable_gradient_checkpointing()
 
     @property
     def train_metrics(self) -> list[str]:
