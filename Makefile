@@ -32,6 +32,7 @@ bench:  ## comparisons with other implementations; tables in benchmarks/README.m
 	$(PYTHON) benchmarks/bench_data.py epoch
 	$(PYTHON) benchmarks/bench_data.py start
 	$(PYTHON) benchmarks/bench_streaming.py
+	@for subject in rows chain images processes parameters; do $(PYTHON) benchmarks/bench_growth.py $$subject; done
 
 torture:  ## guarantees of checkpoints and of hostile input, tested for hours
 	$(PYTHON) benchmarks/torture/faults.py

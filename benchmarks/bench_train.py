@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import statistics
 import sys
 import tempfile
@@ -141,6 +142,7 @@ def whole_rows(result: dict[str, object]) -> list[str]:
 
 def main() -> None:
     """Print the tables."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("error: terminated"))  # the scripts are killed on the way out
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("script", type=Path, metavar="CHECKOUT_OR_SCRIPT")
     parser.add_argument("--quick", action="store_true", help="a tiny network and few turns, to try the script")
@@ -157,7 +159,7 @@ def main() -> None:
             for network, count in zip(networks, steps, strict=True)
         ]
         launched = compare_steps(script, networks[-1], turns, steps[-1], None, folder / "launched")
-        whole = [compare_whole(script, networks[0], count, rounds, folder / f"whole-{count}") for count in (10, 100)]
+        whole = [compare_whole(script, networks[0], count, rounds, folder / f"whole-{count}") for count in (10, 50)]
     report |= {"equal": equal, "launched": launched, "whole": whole}
     if not has_torchvision():
         print("torchvision is not installed: the reference has a stand-in for its transforms.\n")

@@ -28,5 +28,5 @@ part resume 60 &  # its small runs leave the device almost idle
 resume=$!
 part sampling 45
 wait "$resume"
-part rates 105 ${2:+"$2"}
+part rates 145 ${2:+"$2"}
 exec "$python" "$here/gpu/table.py" "$out"

@@ -39,11 +39,9 @@ def device_name() -> str:
 
 
 def write(path: Path, ok: bool, **values: Any) -> None:
-    """Write a part's result, and end with status 1 where a check failed."""
+    """Write a part's result: whether it is complete and its checks hold, and its values."""
     path.write_text(json.dumps({"ok": ok} | values, indent=1) + "\n")
-    print(json.dumps(values)[:2000])
-    if not ok:
-        sys.exit(f"error: {path.stem} found a difference; see {path}")
+    print(f"{path.stem}: {'complete' if ok else 'not complete, or a check failed'}", flush=True)
 
 
 def seconds(run: Callable[[], object], repeats: int) -> list[float]:

@@ -10,12 +10,13 @@ matrix multiplication, measured here, and for known cards the published one.
 
 from __future__ import annotations
 
-import json
+import os
+import signal
 import statistics
 import sys
 import tempfile
+import time
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -41,6 +42,7 @@ NETWORKS = (
     (Network("256 x 256, 16 images", 256, (128, 128, 256, 256, 512, 512), 4, 16), 5),
 )
 TURNS = 4
+START_SECONDS = 90 * int(os.environ.get("GPU_TIME_SCALE", "1"))
 PUBLISHED = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12}
 """Dense bfloat16 FLOP/s of NVIDIA's data sheets (SXM where there are several)."""
 
@@ -72,61 +74,89 @@ def contenders(job: Job, script: Path | None, folder: Path) -> dict[str, list[st
     return commands
 
 
-def measure(stack: ExitStack, networks: tuple[tuple[Network, int], ...], script: Path | None, folder: Path) -> list:
-    """Turns of every script of every network; all are started before the first turn."""
-    started = []
-    for number, (network, steps) in enumerate(networks):
-        place = folder / str(number)
-        save_images(place / "images", network.side, ((TURNS + 3) * steps + 1) * network.batch)
-        job = Job(network, NEVER, place / "images", "bf16")
-        scripts = {
-            name: stack.enter_context(
-                Script(command, environment(1, name == "stock"), place / f"{name}-log", steps, (TURNS + 2) * steps)
-            )
-            for name, command in contenders(job, script, place).items()
-        }
-        started.append((network, steps, scripts))
-    for _, _, scripts in started:
-        for each in scripts.values():
-            each.turn()
-    results = []
-    for network, steps, scripts in started:
-        turns: dict[str, list[Turn]] = {name: [] for name in scripts}
-        for number in range(TURNS + 1):
-            for name in sorted(scripts, reverse=bool(number % 2)):
-                turns[name].append(scripts[name].turn())
-        results.append((network, steps, turns))
-    return results
+def start(stack: ExitStack, network: Network, steps: int, script: Path | None, folder: Path) -> dict[str, Script]:
+    """Start every script of a network."""
+    save_images(folder / "images", network.side, ((TURNS + 3) * steps + 1) * network.batch)
+    job = Job(network, NEVER, folder / "images", "bf16")
+    return {
+        name: stack.enter_context(
+            Script(command, environment(1, name == "stock"), folder / f"{name}-log", steps, (TURNS + 2) * steps)
+        )
+        for name, command in contenders(job, script, folder).items()
+    }
+
+
+def drop_late(scripts: dict[str, Script], end: float) -> list[str]:
+    """Wait for the first turns, which are the scripts' starts; those that are not ready at ``end`` are killed."""
+    late = []
+    for name, script in scripts.items():
+        try:
+            script.turn(max(0.0, end - time.monotonic()))
+        except TimeoutError:
+            script.end()
+            late.append(name)
+    return late
+
+
+def take_turns(scripts: dict[str, Script]) -> dict[str, list[Turn]]:
+    """Timed turns of every script, and a last one that counts waits."""
+    turns: dict[str, list[Turn]] = {name: [] for name in scripts}
+    for number in range(TURNS + 1):
+        for name in sorted(scripts, reverse=bool(number % 2)):
+            turns[name].append(scripts[name].turn())
+    return turns
+
+
+def rows_of(
+    network: Network, steps: int, turns: dict[str, list[Turn]], peak: float, published: float | None
+) -> list[dict[str, object]]:
+    """Rows of the table; None where something was not measured."""
+    flops, rows = flops_per_step(network), []
+    for kind, measured in turns.items():
+        rate = steps / statistics.median(turn.wall for turn in measured[:-1])
+        pairs = zip(turns.get("stock", [])[:-1], measured[:-1], strict=False)
+        ratios = [stock.wall / ours.wall for stock, ours in pairs]
+        rows.append(
+            {
+                "network": network.name,
+                "kind": kind,
+                "steps_per_second": rate,
+                "images_per_second": rate * network.batch,
+                "of_matmul": rate * flops / peak,
+                "of_published": None if published is None else rate * flops / published,
+                "waits_per_step": measured[-1].syncs / steps if torch.cuda.is_available() else None,
+                "ratio_to_stock": statistics.median(ratios) if ratios else None,
+            }
+        )
+    return rows
 
 
 def main() -> None:
-    """Write rates, fractions and waits."""
+    """Write rates, fractions and waits after each network, so that a time limit leaves the smaller ones."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("error: out of time"))  # the scripts are killed on the way out
     args = arguments(__doc__, "script")
     script = None if args.script is None else find_script(args.script)
-    networks = NETWORKS if torch.cuda.is_available() else ((replace(TINY, name="tiny"), 2),)
+    networks = NETWORKS if torch.cuda.is_available() else ((TINY, 2),)
     peak = matmul_rate()
     published = next((rate for name, rate in PUBLISHED.items() if name in device_name()), None)
-    rows = []
-    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
-        for network, steps, turns in measure(stack, networks, script, Path(name)):
-            flops = flops_per_step(network)
-            for kind, measured in turns.items():
-                rate = steps / statistics.median(turn.wall for turn in measured[:-1])
-                rows.append(
-                    {
-                        "network": network.name, "kind": kind, "steps_per_second": rate,
-                        "images_per_second": rate * network.batch, "of_matmul": rate * flops / peak,
-                        "of_published": None if published is None else rate * flops / published,
-                        "waits_per_step": measured[-1].syncs / steps if torch.cuda.is_available() else None,
-                        "ratio_to_stock": None if "stock" not in turns else statistics.median(
-                            theirs.wall / ours.wall
-                            for theirs, ours in zip(turns["stock"][:-1], measured[:-1], strict=True)
-                        ),
-                    }
-                )  # fmt: skip
-    print(json.dumps(rows, indent=1), file=sys.stderr)
     stand_in = script is not None and not has_torchvision()
-    write(args.out, True, rows=rows, matmul_flops=peak, published_flops=published, stand_in=stand_in)
+    rows: list[dict[str, object]] = []
+    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+        started = [
+            (network, steps, start(stack, network, steps, script, Path(name) / str(number)))
+            for number, (network, steps) in enumerate(networks)
+        ]
+        end, left_out = time.monotonic() + START_SECONDS, []
+        for network, _, scripts in started:  # nothing is timed while another script still starts or compiles
+            late = drop_late(scripts, end)
+            left_out += [f"{network.name}, {name}" for name in late]
+            for name in late:
+                del scripts[name]
+        for network, steps, scripts in started:
+            rows += rows_of(network, steps, take_turns(scripts), peak, published)
+            complete = len(rows) == sum(len(others) for _, _, others in started)
+            facts = {"matmul_flops": peak, "published_flops": published, "stand_in": stand_in, "left_out": left_out}
+            write(args.out, complete, rows=rows, **facts)
 
 
 if __name__ == "__main__":

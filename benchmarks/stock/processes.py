@@ -81,16 +81,22 @@ class Script:
         return self
 
     def __exit__(self, *unused: object) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """Kill the script and its children."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
-    def turn(self) -> Turn:
+    def turn(self, limit: float = float("inf")) -> Turn:
         """Let the script take the steps of a turn, from its start for the first one.
 
         Raises:
             SystemExit: it ended before, with the end of its log.
+            TimeoutError: the turn took more than ``limit`` seconds.
         """
+        end = time.monotonic() + limit
         if self.stopped:
             os.kill(self.stopped, signal.SIGCONT)
         while True:
@@ -102,6 +108,8 @@ class Script:
             if self.process.poll() is not None:
                 tail = self.log.read_text(errors="replace")[-3000:]
                 sys.exit(f"error: the script ended with status {self.process.returncode}:\n{tail}")
+            if time.monotonic() > end:
+                raise TimeoutError(f"no turn of {self.process.args} within {limit:.0f} s")
             time.sleep(POLL)
 
     def _stopped_process(self) -> int:
