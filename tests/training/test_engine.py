@@ -26,6 +26,7 @@ from diffusers_ddpm_ext import DDPMExtPipeline
 from diffusers_ddpm_ext.errors import ConfigError, RunError
 from diffusers_ddpm_ext.models.ema import LitEMA
 from diffusers_ddpm_ext.training import distributed, trainer
+from diffusers_ddpm_ext.training.config.train_config import parse_train_args
 from diffusers_ddpm_ext.training.data import batches as stream
 from diffusers_ddpm_ext.training.data import dataset as data
 from diffusers_ddpm_ext.training.factory.acceleration import uses_channels_last
@@ -390,6 +391,13 @@ def test_channels_last_changes_the_order_in_memory_and_no_file(tmp_path):
         train(tmp_path / "broken", **options, resume_from_checkpoint="latest")
     assert equal(broken / "checkpoint-4/optimizer.safetensors", ours / "checkpoint-4/optimizer.safetensors")
     assert equal(broken / MODEL, ours / MODEL)
+
+
+def test_a_mode_of_compilation_is_refused_where_it_has_no_effect(tmp_path):
+    with pytest.raises(ConfigError, match="--torch_compile_mode max-autotune has no effect without --torch_compile"):
+        parse_train_args(["--torch_compile_mode", "max-autotune"])
+    with pytest.raises(ConfigError, match=r"--torch_compile_mode reduce-overhead records CUDA graphs.* on cpu"):
+        build_setup(tiny_run(tmp_path / "run", torch_compile=True, torch_compile_mode="reduce-overhead"))
 
 
 @pytest.mark.parametrize(

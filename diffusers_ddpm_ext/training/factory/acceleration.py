@@ -30,6 +30,11 @@ def prepare_network(trained: Trainable, options: LoopOptions, plugin: TorchDynam
     if options.gradient_checkpointing:
         with as_config_error("--gradient_checkpointing"):
             trained.enable_gradient_checkpointing()
+    device = trained.network.device.type
+    if options.torch_compile_mode == "reduce-overhead" and device != "cuda":
+        raise ConfigError(
+            f"--torch_compile_mode reduce-overhead records CUDA graphs, and this run is on {device}: leave it out"
+        )
     requested = plugin.backend not in (None, DynamoBackend.NO)
     if requested or options.torch_compile:
         kwargs = plugin.to_kwargs() if requested else {}

@@ -59,8 +59,9 @@ def condition_options(kind: str, folder: Path) -> dict[str, Any]:
     options: dict[str, Any] = {"train_data_dir": str(folder / "images"), "validation_fraction": 0.2}
     if kind in ("concat", "tokens", "concat through a first stage"):
         column = {"tokens": "context"}.get(kind, "concat")
-        np.save(folder / "images" / "tokens.npy", np.ones((3, 6), np.float32))
-        cell = "tokens.npy" if kind == "tokens" else "{}.png"
+        (folder / "images" / ".conditions").mkdir()
+        np.save(folder / "images" / ".conditions" / "tokens.npy", np.ones((3, 6), np.float32))
+        cell = ".conditions/tokens.npy" if kind == "tokens" else "{}.png"
         rows = [f"{number}.png,{cell.format(number)}" for number in range(12)]
         (folder / "images" / "metadata.csv").write_text("\n".join(["file_name,condition", *rows]))
         options |= {"conditioning_key": "crossattn" if kind == "tokens" else "concat", f"{column}_column": "condition"}
