@@ -24,7 +24,15 @@ from diffusers_ddpm_ext.training.data.cache_manifest import CacheUnavailable
 from diffusers_ddpm_ext.training.data.decoding import Preprocessing, decode_image
 from diffusers_ddpm_ext.training.data.image_cache_building import ImageCache, build
 from diffusers_ddpm_ext.training.data.image_scan import ImageSource
-from diffusers_ddpm_ext.training.data.image_store import LazyImages, LoadedImages, decode_source
+from diffusers_ddpm_ext.training.data.image_store import (
+    LazyImages,
+    LoadedImages,
+    decode_and_scan,
+    decode_source,
+    lazy_images,
+    loaded_images,
+)
+from diffusers_ddpm_ext.training.data.remembered_check import read_check, write_check
 from diffusers_ddpm_ext.training.data.source_identity import SourceIdentity, identify
 
 OPTION = "--cache_images"
@@ -32,7 +40,8 @@ SUBFOLDER = "ddpm_ext_images"
 FORMAT = 1
 MANY_IMAGES = 10_000
 MANY_BYTES = 2**28
-"""Images, or bytes of their files, that take some ten seconds to decode: these ``auto`` caches."""
+"""Images, or bytes of their files, that take some ten seconds to decode, by all processes of a machine together: these
+``auto`` caches, so that one process decodes and the others map what it wrote."""
 DECODERS = ("pillow", "numpy", "tifffile", "imagecodecs")
 
 
@@ -76,7 +85,27 @@ def load_images(
         if mode == "always":
             raise ConfigError(f"{place}; name another folder by --cache_dir, or use {OPTION} never") from None
         warn(f"{place}; the images are decoded without a cache")
-    return decode_source(source, preprocessing, skip_bad=skip_bad, memory_limit=memory_limit, progress=progress)
+    return _decode_or_remember(parent, source, preprocessing, skip_bad, memory_limit, progress)
+
+
+def _decode_or_remember(
+    parent: Path, source: ImageSource, preprocessing: Preprocessing, skip_bad: bool, memory_limit: int, progress: bool
+) -> LoadedImages:
+    """Decode every image once, or none where an earlier run has, and they do not fit into memory in any case."""
+    identity = None
+    with suppress(CacheUnavailable):
+        identity = identify(source)
+    key = None if identity is None else _key(identity, preprocessing)
+    scan = None if key is None else read_check(parent, key, source)
+    if scan is not None and scan.num_bytes > memory_limit:
+        scan.check(skip_bad)
+        return loaded_images(scan, lazy_images(scan, preprocessing))
+    loaded, scan = decode_and_scan(
+        source, preprocessing, skip_bad=skip_bad, memory_limit=memory_limit, progress=progress
+    )
+    if key is not None and isinstance(loaded.images, LazyImages) and identify(source) == identity:
+        write_check(parent, key, scan)
+    return loaded
 
 
 def _find_cache(
@@ -126,9 +155,15 @@ def _versions() -> dict[str, str]:
 
 def is_worthwhile(cache: ImageCache, memory_limit: int) -> bool:
     """Whether ``auto`` caches these images: they take long to decode, or do not fit into memory."""
-    count = len(cache.source.names)
-    if count >= MANY_IMAGES or cache.identity.num_bytes >= MANY_BYTES:
+    count, processes = len(cache.source.names), local_processes()
+    if count * processes >= MANY_IMAGES or cache.identity.num_bytes * processes >= MANY_BYTES:
         return True
     with suppress(UnreadableImage, ConfigError), warnings.catch_warnings(action="ignore"):  # the pass names faults
         return count * decode_image(cache.source.payload(0), cache.preprocessing).pixels.nbytes > memory_limit
     return False
+
+
+def local_processes() -> int:
+    """Number of processes of this run on this machine, as the launcher says; each would decode all images."""
+    count = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return int(count) if count.isdecimal() and int(count) else 1

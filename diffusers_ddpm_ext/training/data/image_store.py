@@ -182,6 +182,13 @@ def decode_source(
         ConfigError: an image cannot be decoded, has unsupported values, or has other channels or another depth than
             the first one; or no image is left.
     """
+    return decode_and_scan(source, preprocessing, skip_bad=skip_bad, memory_limit=memory_limit, progress=progress)[0]
+
+
+def decode_and_scan(
+    source: ImageSource, preprocessing: Preprocessing, *, skip_bad: bool, memory_limit: int, progress: bool = False
+) -> tuple[LoadedImages, ImageScan]:
+    """`decode_source`, with what the pass has found; the same arguments and errors."""
     scan = ImageScan(source)
     pixels: list[Tensor] | None = []
     for row, decoded in read_images(source, preprocessing, progress=progress):
@@ -193,7 +200,7 @@ def decode_source(
     scan.check(skip_bad)
     images = lazy_images(scan, preprocessing)
     packed = PackedImages(pixels, images.fingerprint, images.pixel_format) if pixels else None
-    return loaded_images(scan, packed or images)
+    return loaded_images(scan, packed or images), scan
 
 
 def lazy_images(scan: ImageScan, preprocessing: Preprocessing) -> LazyImages:
