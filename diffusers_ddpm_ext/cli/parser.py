@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from diffusers_ddpm_ext.errors import ConfigError
 from diffusers_ddpm_ext.training.config.flags import Parser
-from diffusers_ddpm_ext.utils.option import options_of
+from diffusers_ddpm_ext.utils.option import Option, options_of
 
 OptionsType = TypeVar("OptionsType")
 
@@ -39,7 +39,7 @@ def parse_options(
     options = options_of(cls)
     sections = {item.name: item.metadata for item in fields(cls) if "section" in item.metadata}  # type: ignore[arg-type]
     positionals = [each for each in options.values() if each.is_positional]
-    names = [f"[{o.metadata['metavar']}]" if o.has_default else o.metadata["metavar"] for o in positionals]
+    names = [f"[{_placeholder(o)}]" if o.has_default else o.metadata["metavar"] for o in positionals]
     parser = Parser(
         usage=" ".join(["ddpm-ext", command, *names, "[options]"]),
         description=inspect.cleandoc(description or cls.__doc__ or ""),
@@ -57,3 +57,8 @@ def parse_options(
         for name, metadata in sections.items()
     }
     return cls(**typed, **embedded)
+
+
+def _placeholder(option: Option) -> str:
+    """What stands for a positional argument in the usage line; dots where it takes several."""
+    return f"{option.metadata['metavar']} ..." if option.element else str(option.metadata["metavar"])

@@ -22,7 +22,7 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
 h1, h2 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #8885; padding-bottom: .2rem; }
 table { border-collapse: collapse; } td, th { padding: .15rem .8rem .15rem 0; text-align: left; vertical-align: top; }
-td, th { overflow-wrap: anywhere; min-width: 5rem; }
+td { overflow-wrap: anywhere; min-width: 5rem; } tr > th:first-child { white-space: nowrap; }
 img { max-width: 100%; height: auto; background: #fff; } figure { margin: 0 0 1rem; }
 .many { display: grid; grid-template-columns: repeat(auto-fill, minmax(13rem, 1fr)); gap: 1rem; }
 .beside { display: flex; gap: 1rem; overflow-x: auto; } .beside figure { flex: 1 0 12rem; }

@@ -45,6 +45,11 @@ class ReportPage:
         self.facts, self.temporary = FolderFacts(folder), temporary
         self._figures = Figures()
 
+    @property
+    def problems(self) -> list[str]:
+        """What was left out."""
+        return self.facts.problems
+
     def parts(self) -> Iterator[str]:
         """The HTML, in pieces."""
         facts = self.facts

@@ -73,7 +73,10 @@ class Parser(argparse.ArgumentParser):
             ConfigError: a flag does not exist, or a value is not allowed.
             SystemExit: ``--help`` was requested.
         """
-        typed = {k: v for k, v in vars(self.parse_args(self._normalize(argv, explain))).items() if v is not None}
+        # Arguments of one list may stand before and behind a flag: `report A --out page.html B`.
+        has_list = any(option.is_positional and option.element for option in self._declared.values())
+        parse = self.parse_intermixed_args if has_list else self.parse_args
+        typed = {k: v for k, v in vars(parse(self._normalize(argv, explain))).items() if v is not None}
         return {
             name: convert_value(self._declared[name], value, flag or self._declared[name].metadata["metavar"])
             for name, (flag, value) in typed.items()
@@ -127,7 +130,7 @@ class _Store(argparse.Action):
         before = getattr(namespace, self.dest, None)
         if before is not None and before[0] != option_string and before[1] != values:
             raise ConfigError(f"{option_string} contradicts {before[0]}: use one of them")
-        if option_string is not None or values is not None:
+        if option_string is not None or values not in (None, []):
             setattr(namespace, self.dest, (option_string, values))
 
 
@@ -136,9 +139,8 @@ def _settings(option: Option, negatable: bool, several: bool) -> dict[str, Any]:
     default_metavar = "NAME" if str in map(type, option.choices) else _METAVARS.get(option.hint, "N")
     metavar: Any = option.metadata["metavar"] or "|".join([default_metavar, *option.words])
     if option.is_positional:
-        return {"metavar": metavar, "help": option.metadata["help"]} | (
-            {} if not option.has_default else {"nargs": "?"}
-        )
+        optional = {"nargs": "*" if option.element else "?", "default": None}
+        return {"metavar": metavar, "help": option.metadata["help"]} | (optional if option.has_default else {})
     choices = f" One of {', '.join(map(str, option.choices))}." if option.choices else ""
     text = f"{option.metadata['help']}{choices}"
     if option.hint is not bool or negatable:
