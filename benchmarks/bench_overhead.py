@@ -14,6 +14,7 @@ import argparse
 import statistics
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", "Seems like `optimizer.step\\(\\)` has been overridden")  # by the stopwatch
     rows = []
     for name in NETWORKS:
         with tempfile.TemporaryDirectory() as folder:
