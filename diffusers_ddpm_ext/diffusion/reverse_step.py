@@ -137,6 +137,11 @@ def draw_noise(like: Tensor, generator: Generators, scale: float = 1.0) -> Tenso
         # Cheaper than randn, and scaling needs no extra pass. (empty_like would follow the strides of permuted
         # samples, and so give the same draws to other pixels.)
         return like.new_empty(like.shape).normal_(0, scale, generator=generator)
+    drawn_on = generator[0].device if isinstance(generator, list) else generator.device
+    if drawn_on.type == "cpu" and like.device.type == "cuda":
+        # From pinned memory, so that the host does not wait for the steps before this one.
+        noise = randn_tensor(like.shape, generator=generator, device=drawn_on, dtype=like.dtype)
+        return noise.pin_memory().to(like.device, non_blocking=True).mul_(scale)
     return randn_tensor(like.shape, generator=generator, device=like.device, dtype=like.dtype).mul_(scale)
 
 

@@ -13,7 +13,7 @@ from diffusers import SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor, nn
 
-from diffusers_ddpm_ext.diffusion.arguments import check_finite, check_samples
+from diffusers_ddpm_ext.diffusion.arguments import Generators, check_finite, check_generators, check_samples
 from diffusers_ddpm_ext.utils.checks import checked_integer, describe
 from diffusers_ddpm_ext.utils.wrappers import unwrap
 
@@ -120,6 +120,16 @@ def checked_batch_size(value: Any) -> int:
     if size < 1:
         raise ValueError(f"batch_size is {size}; it must be 1 or more.")
     return size
+
+
+def checked_generators(generator: Any, batch_size: int) -> Generators:
+    """The generators of a call; ValueError unless they are none, one for all, or one per image."""
+    if isinstance(generator, list | tuple) and len(generator) != batch_size:
+        raise ValueError(
+            f"generator is a list of {len(generator)}, but batch_size is {batch_size}; give one generator per "
+            "image, or a single generator for all."
+        )
+    return check_generators(generator, batch_size)
 
 
 def checked_scaling_factor(value: Any) -> float | None:

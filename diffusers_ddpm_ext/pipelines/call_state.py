@@ -80,8 +80,8 @@ class StepNoise:
         self._temperature = temperature
         self._step_kwargs = dict(step_kwargs)
 
-    def arguments(self, sampler: SchedulerAdapter, t: Any, sample: Tensor) -> dict[str, Any]:
-        """The keyword arguments of ``step`` at timestep ``t``."""
+    def arguments(self, sampler: SchedulerAdapter, t: float, sample: Tensor) -> dict[str, Any]:
+        """The keyword arguments of ``step`` at timestep ``t``, which is on the host."""
         if self._temperature == 1.0:
             accepts = "generator" in inspect.signature(sampler.scheduler.step).parameters
             return self._step_kwargs | ({"generator": self._generators} if accepts else {})

@@ -301,7 +301,7 @@ class Guidance:
         Raises:
             ValueError: there is guidance, but nothing that stands for no condition.
         """
-        if scale == 1 or not self._in_interval(float(t)):
+        if scale == 1 or not self._in_interval(t):
             return self._call(xt, t, self.positive)
         positive, negative = self.positive.as_dict(), self.negative.as_dict()
         if any(value.shape[1:] != negative[name].shape[1:] for name, value in positive.items()):  # other tokens
@@ -320,8 +320,9 @@ class Guidance:
         arguments = unconditional_arguments(self.negative_arguments, self.model, self.positive)
         return prepare_conditions(arguments, self.model, self.batch_size, "negative_")
 
-    def _in_interval(self, t: float) -> bool:
-        return self.interval is None or self.interval[0] <= t <= self.interval[1]
+    def _in_interval(self, t: Tensor) -> bool:
+        # Without an interval the step is not read: that would wait for the device.
+        return self.interval is None or self.interval[0] <= float(t) <= self.interval[1]
 
     def _call(self, xt: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
         inputs, kwargs = self.model.conditioning(xt, conditions)

@@ -27,11 +27,8 @@ from diffusers import (
     VQModel,
 )
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
-from diffusers_ddpm_ext.diffusion.arguments import check_generators
-from diffusers_ddpm_ext.diffusion.reverse_step import LEARNED_VARIANCES
 from diffusers_ddpm_ext.models.conditioning import Conditioning
 from diffusers_ddpm_ext.models.evaluation_mode import evaluation_mode
 from diffusers_ddpm_ext.models.latent_scale import SLOTS
@@ -45,30 +42,22 @@ from diffusers_ddpm_ext.pipelines.call_arguments import (
     check_network,
     check_scheduler,
     checked_batch_size,
-    checked_latents,
+    checked_generators,
     checked_sample_shape,
     checked_scaling_factor,
     checked_step_kwargs,
-    checked_timesteps,
 )
-from diffusers_ddpm_ext.pipelines.call_state import (
-    SHARED_SCHEDULER,
-    PipelineCall,
-    StepNoise,
-    running_call,
-    scheduler_of_call,
-)
+from diffusers_ddpm_ext.pipelines.call_preparation import CallPreparation
+from diffusers_ddpm_ext.pipelines.call_state import PipelineCall, StepNoise, running_call
 from diffusers_ddpm_ext.pipelines.class_names import read_class_names
 from diffusers_ddpm_ext.pipelines.condition_encoders import ENCODER_COMPONENTS, ConditionEncodersMixin, checked_alias
 from diffusers_ddpm_ext.pipelines.first_stage_mixin import FirstStageMixin, check_concat_through_vae, check_same_scale
-from diffusers_ddpm_ext.pipelines.guidance import ConditionArguments, Guidance, Labels, prepare_guidance
+from diffusers_ddpm_ext.pipelines.guidance import ConditionArguments, Labels, prepare_guidance
 from diffusers_ddpm_ext.pipelines.prompts import Prompts, split_first_argument
+from diffusers_ddpm_ext.pipelines.sampling_loop import Intermediates, SamplingLoop
 from diffusers_ddpm_ext.pipelines.serialization import SavedPipeline
 from diffusers_ddpm_ext.pipelines.stock_layout import needs_guard
 from diffusers_ddpm_ext.pipelines.stock_text import with_stock_offset
-from diffusers_ddpm_ext.schedulers.adapter import SchedulerAdapter, adapt_scheduler, supports_temperature
-from diffusers_ddpm_ext.schedulers.custom_timesteps import with_timesteps
-from diffusers_ddpm_ext.schedulers.named_timesteps import named_timesteps
 from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
 from diffusers_ddpm_ext.utils.checks import checked_integer
 from diffusers_ddpm_ext.utils.pixel_format import PixelFormat
@@ -101,7 +90,7 @@ class DDPMExtPipelineOutput(ImagePipelineOutput):
     pred_x0: list[Tensor] | None = None
 
 
-class DDPMExtPipeline(FirstStageMixin, ConditionEncodersMixin, SavedPipeline):
+class DDPMExtPipeline(CallPreparation, FirstStageMixin, ConditionEncodersMixin, SavedPipeline):
     """Samples images from a diffusion model ([DDPM] algorithm 2), with the steps of CompVis' ``DDPM``.
 
     Args:
@@ -343,7 +332,7 @@ class DDPMExtPipeline(FirstStageMixin, ConditionEncodersMixin, SavedPipeline):
         conditions = self._encoded(ConditionArguments(class_labels, concat_inputs), prompts, concat_images, image)
         negative = self._encoded(ConditionArguments(negative_class_labels, negative_concat_inputs), negative_prompts)
         batch_size, conditions, negative = self._repeated(batch_size, num_images_per_prompt, conditions, negative)
-        generators = _check_generators(generator, batch_size)
+        generators = checked_generators(generator, batch_size)
         callback = StepCallback.checked(callback_on_step_end, callback_on_step_end_tensor_inputs)
         shape = checked_sample_shape(batch_size, self.channels, self._network.config.sample_size)
         self._check_pictures(settings.output_type)
@@ -364,8 +353,8 @@ class DDPMExtPipeline(FirstStageMixin, ConditionEncodersMixin, SavedPipeline):
         sampler = sampler.with_noise_seed(generators)
         call = PipelineCall(settings.guidance_scale, len(steps))
         with running_call(self, call), evaluation_mode(self.unet):
-            intermediates = _Intermediates(settings.log_every_t, len(steps), sample)
-            sample = self._sample(sampler, denoise, steps, sample, noise, callback, intermediates)
+            intermediates = Intermediates(settings.log_every_t, len(steps), sample)
+            sample = SamplingLoop(sampler, denoise, noise, callback, intermediates)(self, call, sample)
         check_finite_samples(sample, "the samples")
         output = DDPMExtPipelineOutput(
             self._as_images(sample, settings.output_type), intermediates.samples, intermediates.pred_x0
@@ -380,156 +369,6 @@ class DDPMExtPipeline(FirstStageMixin, ConditionEncodersMixin, SavedPipeline):
         scheduler = with_stock_offset(self.parts)
         if scheduler is not self.scheduler:
             self.scheduler = scheduler
-
-    def _sampler(self, step_kwargs: Mapping[str, Any], temperature: float) -> SchedulerAdapter:
-        """A copy of the scheduler, adapted to the network: its steps and its state belong to one call."""
-        sampler = adapt_scheduler(scheduler_of_call(self.scheduler), self.trained_scheduler, step_kwargs)
-        if temperature != 1.0 and not sampler.is_ours and not supports_temperature(sampler.scheduler, step_kwargs):
-            raise ValueError(
-                f"temperature is {temperature}, but {type(self.scheduler).__name__} takes no noise as an argument, "
-                "or adds none. Leave it at 1, or use pipeline.scheduler = "
-                "DDPMExtScheduler.from_config(pipeline.scheduler.config)."
-            )
-        return sampler
-
-    def _sample(
-        self,
-        sampler: SchedulerAdapter,
-        denoise: Guidance,
-        steps: Tensor,
-        sample: Tensor,
-        noise: StepNoise,
-        callback: StepCallback,
-        intermediates: _Intermediates,
-    ) -> Tensor:
-        """The loop over the steps."""
-        call, network_dtype = self._call, self._network.dtype
-        # As integers, the timesteps cost our scheduler no read from the device.
-        step_arguments = steps.tolist() if sampler.is_ours else steps
-        for i, t in enumerate(self.progress_bar(steps)):
-            scale = sampler.input_scale(t)
-            model_input = sampler.scheduler.scale_model_input(sample, t)
-            time = sampler.model_timestep(scale, t)
-            model_output = denoise(model_input.to(network_dtype), time, call.guidance_scale).to(sample.dtype)
-            call.num_network_calls += 1
-            if i == 0:
-                check_finite_samples(model_output, "the model's first output")
-                self._check_channels(model_output, sample)
-            model_output = sampler.convert_output(model_output, model_input, scale, t)
-            arguments = noise.arguments(sampler, step_arguments[i], sample)
-            result = sampler.scheduler.step(model_output, step_arguments[i], sample, **arguments)
-            tensors = {"latents": result.prev_sample, "model_output": model_output, "model_input": model_input}
-            sample = callback(self, i, sampler.trained_step(t), tensors)
-            intermediates.add(i, sample, result)
-            if call.interrupt:
-                break
-        return sample
-
-    def chosen_timesteps(
-        self, count: int | None, timesteps: Sequence[int] | np.ndarray | Tensor | str | None, optimal: bool = False
-    ) -> list[int] | None:
-        """The timesteps that arguments of a call choose; None for ``count`` evenly spaced ones.
-
-        Raises:
-            ValueError: two arguments contradict each other, or there are no such timesteps.
-        """
-        name = type(self.scheduler).__name__
-        if optimal and (count is None or timesteps is not None or not isinstance(self.scheduler, DDPMExtScheduler)):
-            raise ValueError(
-                "optimal_timesteps needs num_inference_steps (without timesteps) and a DDPMExtScheduler, whose config "
-                f"holds them; this is a {name}."
-            )
-        timesteps = "bound" if optimal else timesteps
-        if isinstance(timesteps, str):
-            trained = self.trained_scheduler
-            return named_timesteps(timesteps, count, name, trained.config, len(trained))
-        if timesteps is not None and count is not None:
-            raise ValueError("num_inference_steps and timesteps both determine the timesteps; give one of them.")
-        return None if timesteps is None else checked_timesteps(timesteps)
-
-    def _set_timesteps(
-        self, sampler: SchedulerAdapter, count: int | None, timesteps: list[int] | None, device: torch.device
-    ) -> SchedulerAdapter:
-        """Set the timesteps of a call's scheduler, and of the pipeline's for the eyes of callbacks and callers."""
-        scheduler = sampler.scheduler
-        if timesteps is not None:
-            sampler = with_timesteps(sampler, timesteps, device)
-            with SHARED_SCHEDULER:
-                if sampler.kept is None:
-                    self.scheduler.set_timesteps(timesteps=timesteps, device=device)
-                else:
-                    self.scheduler.timesteps = sampler.timesteps
-            return sampler
-        count = scheduler.config.num_train_timesteps if count is None else count
-        count = checked_integer("num_inference_steps", count)
-        if count < 1:
-            raise ValueError(f"num_inference_steps is {count}; it must be 1 or more, or None for all steps.")
-        arguments: dict[str, Any] = {"num_inference_steps": count}
-        if count == scheduler.config.num_train_timesteps and self.is_moved(sampler):
-            if sampler.is_ours:
-                arguments = {"timesteps": list(range(count))[::-1]}  # all of them: an offset has no room
-            else:
-                scheduler.register_to_config(steps_offset=0)  # of the call's copy, with which it steps
-                scheduler.set_timesteps(count, device=device)
-                return sampler
-        scheduler.set_timesteps(**arguments, device=device)
-        with SHARED_SCHEDULER:
-            # Only for the eyes of callbacks and callers: the call steps with its copy.
-            self.scheduler.set_timesteps(**arguments, device=device)
-        return sampler
-
-    def is_moved(self, sampler: SchedulerAdapter) -> bool:
-        """Whether a model with a text encoder has an offset of steps, which only fewer steps than T leave room for."""
-        config = sampler.scheduler.config
-        is_leading = config.get("timestep_spacing", "leading") == "leading" and config.get("steps_offset") == 1
-        return is_leading and self.text_encoder_stage is not None
-
-    def _initial_sample(
-        self,
-        shape: tuple[int, int, int, int],
-        generator: torch.Generator | list[torch.Generator] | None,
-        latents: Tensor | None,
-        sampler: SchedulerAdapter,
-        device: torch.device,
-    ) -> Tensor:
-        """x_T, in float32 or more: only the network runs in half precision."""
-        dtype = torch.promote_types(torch.float32, self._network.dtype)
-        if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-        else:
-            latents = checked_latents(latents, shape)
-        return latents.to(device=device, dtype=dtype) * sampler.scheduler.init_noise_sigma
-
-    def _check_channels(self, model_output: Tensor, sample: Tensor) -> None:
-        channels, outputs = sample.shape[1], model_output.shape[1]
-        learned = self.trained_scheduler.config.variance_type in LEARNED_VARIANCES
-        if outputs != channels and not (learned and outputs == 2 * channels):
-            raise ValueError(
-                f"The model returns {outputs} channels for samples of {channels}. It must return as many, or twice as "
-                f"many when the scheduler's variance_type is one of {', '.join(LEARNED_VARIANCES)} (here: "
-                f"{self.scheduler.config.get('variance_type')})."
-            )
-
-
-class _Intermediates:
-    """CompVis' intermediate results of one call."""
-
-    def __init__(self, log_every_t: int | None, steps: int, start: Tensor) -> None:
-        self.log_every_t = log_every_t
-        self.last = steps - 1
-        self.samples: list[Tensor] | None = None if log_every_t is None else [start]
-        self.pred_x0: list[Tensor] | None = None if log_every_t is None else []
-
-    def add(self, i: int, sample: Tensor, result: Any) -> None:
-        """Record the result of the i-th step, which CompVis counts as K - 1 - i."""
-        if self.samples is None or self.log_every_t is None:
-            return
-        remaining = self.last - i
-        if remaining % self.log_every_t and remaining != self.last:
-            return
-        self.samples.append(sample)
-        x0 = result.get("pred_original_sample")
-        self.pred_x0 = None if x0 is None or self.pred_x0 is None else [*self.pred_x0, x0]
 
 
 def as_ours(scheduler: Any) -> Any:
@@ -554,12 +393,3 @@ def _check_classes(null_class_label: Any, names: Mapping[int, str], num_classes:
             raise ValueError(f"null_class_label is {null}; it must be {allowed}.")
     if names and num_classes is not None and max(names) >= num_classes:
         raise ValueError(f"id2label names class {max(names)}; the model has the classes 0..{num_classes - 1}.")
-
-
-def _check_generators(generator: Any, batch_size: int) -> torch.Generator | list[torch.Generator] | None:
-    if isinstance(generator, list | tuple) and len(generator) != batch_size:
-        raise ValueError(
-            f"generator is a list of {len(generator)}, but batch_size is {batch_size}; give one generator per "
-            "image, or a single generator for all."
-        )
-    return check_generators(generator, batch_size)

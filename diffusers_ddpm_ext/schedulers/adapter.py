@@ -20,6 +20,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -82,11 +83,15 @@ class SchedulerAdapter:
     @property
     def timesteps(self) -> Tensor:
         """``scheduler.timesteps``, as steps of the training chain where the scheduler has one of its own."""
-        return torch.stack([self.trained_step(t) for t in self.scheduler.timesteps])
+        return self.trained_step(self.scheduler.timesteps)
 
     def trained_step(self, t: Tensor) -> Tensor:
-        """An entry of ``scheduler.timesteps``, (), as a step of the training chain."""
-        return t if self.kept is None else torch.tensor(self.kept[int(t)], device=t.device)
+        """Entries of ``scheduler.timesteps``, (...), as steps of the training chain; the device is not read."""
+        return t if self.kept is None else self._kept_steps.to(t.device)[t.long()]
+
+    @cached_property
+    def _kept_steps(self) -> Tensor:
+        return torch.tensor(self.kept, device=self.scheduler.timesteps.device)
 
     def model_timestep(self, model_input_scale: float, t: Tensor) -> Tensor:
         """Timestep for the network, (), converted if the scheduler's timesteps have another unit than the model's.
