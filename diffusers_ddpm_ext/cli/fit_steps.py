@@ -23,6 +23,7 @@ from diffusers_ddpm_ext.cli.pipeline_facts import PipelineFacts, read_pipeline_f
 from diffusers_ddpm_ext.cli.sample_conditions import SampleConditions, check_sample
 from diffusers_ddpm_ext.cli.sample_options import SampleOptions
 from diffusers_ddpm_ext.errors import ConfigError, as_config_error, as_run_error
+from diffusers_ddpm_ext.pipelines.acceleration import accelerate_network, images_per_pass
 from diffusers_ddpm_ext.pipelines.loading import load_pipeline, quiet_diffusers, select_device
 from diffusers_ddpm_ext.utils.files import write_text_atomically
 from diffusers_ddpm_ext.utils.input_files import JsonObject, read_json_object
@@ -76,7 +77,7 @@ class FitStepsOptions:
     )
     reference_steps: int | None = option(None, "The many steps.", low=2, metavar="K", unset="200, or all of fewer")
     seed: int = option(0, "Random seed of the starting noise.", low=0)
-    batch_size: int = option_like(SampleOptions, "batch_size")
+    batch_size: int | None = option_like(SampleOptions, "batch_size")
     class_labels: tuple[str, ...] | None = option_like(SampleOptions, "class_labels")
     concat_inputs: Path | None = option_like(SampleOptions, "concat_inputs")
     concat: Path | None = option_like(SampleOptions, "concat")
@@ -136,6 +137,7 @@ def _fit(folder: Path, options: FitStepsOptions) -> str:
         options.folder, None, select_device(options.device), options.dtype, "", load_encoders(sample_options)
     )
     set_scheduler(pipeline, options.scheduler, options.scheduler_args)
+    accelerate_network(pipeline, None, compiled=False)
     name, started = type(pipeline.scheduler).__name__, time.monotonic()
     try:
         with quiet_diffusers():
@@ -211,10 +213,11 @@ def _search(
         return {**chosen, **guidance}
 
     count, fits = options.num_trajectories, {}
-    batches = -(-count // options.batch_size)
+    batch_size = options.batch_size or images_per_pass(pipeline, count, options.guidance_scale != 1)
+    batches = -(-count // batch_size)
     with tqdm(total=batches * reference_steps + NOISE_CHECK, desc="many steps", unit="step", leave=False) as bar:
         error = SampleError(
-            pipeline, count, options.seed, reference_steps, options.batch_size, arguments, on_step=lambda: bar.update()
+            pipeline, count, options.seed, reference_steps, batch_size, arguments, on_step=lambda: bar.update()
         )
         start = None
         for steps in sorted(options.num_inference_steps):

@@ -18,6 +18,7 @@ from diffusers_ddpm_ext.cli.pipeline_facts import PipelineFacts, facts_of_pipeli
 from diffusers_ddpm_ext.cli.sample_conditions import SampleConditions, check_sample, sample_format
 from diffusers_ddpm_ext.cli.sample_options import ARRAYS, SampleOptions, parse_sample_args
 from diffusers_ddpm_ext.errors import ConfigError
+from diffusers_ddpm_ext.pipelines.acceleration import accelerate_network, images_per_pass
 from diffusers_ddpm_ext.pipelines.loading import load_pipeline, quiet_diffusers, select_device
 from diffusers_ddpm_ext.utils.vocabulary import SAMPLE_TIMESTEPS
 
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 
 # options that change neither the images nor how they are drawn, or whose content is recorded in their place
 NOT_IN_SETTINGS = (
-    *("out", "individual", "num_images", "batch_size", "device", "bit_depth", "format", "preview_channels"),
+    *("out", "individual", "num_images", "bit_depth", "format", "preview_channels"),
+    *("batch_size", "device", "memory_format", "compile"),  # of rounding alone
     *("concat", "concat_resize", "image"),
     *("prompt", "negative_prompt", "prompts", "input_ids", "negative_input_ids", "text_encoder", "tokenizer"),
 )
@@ -58,6 +60,7 @@ def sample_command(argv: Sequence[str]) -> str:
         facts = facts_of_pipeline(options.folder, pipeline)
         conditions = check_sample(options, facts)
     set_scheduler(pipeline, options.scheduler, options.scheduler_args)
+    accelerate_network(pipeline, options.memory_format, options.compile)
     try:
         return _sample(pipeline, options, facts, conditions, processes)
     except ConfigError:
@@ -83,7 +86,9 @@ def _sample(
     with output.locked() if is_main else nullcontext():
         if is_main:
             output.check()
-        draw_missing(Drawing(pipeline, options, read, conditions, calls, output.form), output, processes)
+        batch_size = options.batch_size or images_per_pass(pipeline, read.num_images, options.guidance_scale != 1)
+        drawing = Drawing(pipeline, options, read, conditions, calls, batch_size, output.form)
+        draw_missing(drawing, output, processes)
         if not is_main:
             return ""
         output.finish(read.num_images)
@@ -94,9 +99,11 @@ def _sample(
     note = "; they are latents of an autoencoder that is not in the folder, not images" if what == "latents" else ""
     if facts.has_safety_checker:
         note += "; its safety checker was not run"
+    is_chosen = options.batch_size is None and batch_size < read.num_images
+    at_a_time = f", {batch_size} at a time" if is_chosen else ""
     return (
         f"{read.num_images} {what} of {height}x{width}x{channels}{dtype} written to {options.output_path}"
-        f"{individual} ({calls} calls of the network each){note}"
+        f"{individual} ({calls} calls of the network each){at_a_time}{note}"
     )
 
 

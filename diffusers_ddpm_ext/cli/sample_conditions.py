@@ -297,11 +297,11 @@ def _check_memory(options: SampleOptions, facts: PipelineFacts, num_images: int)
     if facts.image_size is None:
         return
     height, width = facts.image_size
-    batch, limit = min(options.batch_size, num_images), memory_bytes()
+    batch, limit = min(options.batch_size or 1, num_images), memory_bytes()
     values = 2 * facts.channels + (facts.first_width if options.device == "cpu" else 0)
     needed = 4 * batch * height * width * values
     if limit is not None and needed > limit:
         raise ConfigError(
-            f"--batch_size {options.batch_size}: a batch of {batch} images of {height}x{width} takes over "
+            f"--batch_size {options.batch_size or 1}: a batch of {batch} images of {height}x{width} takes over "
             f"{needed / 1e9:.0f} GB of memory, and this machine has {limit / 1e9:.0f}: use a smaller one"
         )

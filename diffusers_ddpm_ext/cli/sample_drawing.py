@@ -39,6 +39,7 @@ class Drawing(NamedTuple):
         read: the conditions as they were read.
         conditions: arguments of the pipeline's call by name, used in turn over the images.
         calls: of the network for each image.
+        batch_size: images per forward pass.
         form: of the values that are drawn.
     """
 
@@ -47,6 +48,7 @@ class Drawing(NamedTuple):
     read: SampleConditions
     conditions: Mapping[str, Any]
     calls: int
+    batch_size: int
     form: SampleFormat
 
 
@@ -54,7 +56,7 @@ def draw_missing(drawing: Drawing, output: OneFile | SampleFolder, processes: Pr
     """Draw the images that the output does not have yet, this process' share of them. Collective call."""
     from tqdm import tqdm
 
-    num_images, batch_size, calls = drawing.read.num_images, drawing.options.batch_size, drawing.calls
+    num_images, batch_size, calls = drawing.read.num_images, drawing.batch_size, drawing.calls
     is_main = processes.rank == 0
     processes.wait()
     existing = output.existing(num_images)
@@ -80,7 +82,10 @@ def draw_missing(drawing: Drawing, output: OneFile | SampleFolder, processes: Pr
 
     with tqdm(total=num_batches * calls, desc="sampling", unit="step", leave=False, disable=hidden) as bar:
         while batch := list(itertools.islice(share, batch_size)):
-            images, frames = _draw_batch(drawing, batch, bar.update)
+            # A last batch of another size would be compiled again, which takes longer than drawing an image twice.
+            is_filled = drawing.options.compile and count > batch_size
+            padding = [batch[-1]] * (batch_size - len(batch)) if is_filled else []
+            images, frames = _draw_batch(drawing, batch + padding, bar.update)
             start()
             for position, index in enumerate(batch):
                 output.put(index, images[position], None if frames is None else frames[position])

@@ -17,6 +17,7 @@ from diffusers_ddpm_ext.cli.measuring import IS_STREAM, image_options, images_of
 from diffusers_ddpm_ext.cli.pipeline_facts import facts_of_pipeline, read_pipeline_facts
 from diffusers_ddpm_ext.cli.sample_metrics_options import DEFAULT_SAMPLES, OTHER_SCHEDULER_STEPS, SampleMetricsOptions
 from diffusers_ddpm_ext.errors import ConfigError, as_config_error, as_run_error, warn
+from diffusers_ddpm_ext.pipelines.acceleration import accelerate_network
 from diffusers_ddpm_ext.pipelines.loading import load_pipeline
 from diffusers_ddpm_ext.training.config.data_options import DataOptions
 from diffusers_ddpm_ext.utils.files import SAMPLE_METRICS_FILE, write_text_atomically
@@ -251,6 +252,7 @@ def _prepare(options: EvaluateOptions, samples_options: SampleMetricsOptions) ->
     pipeline = None
     if samples_options.samples is None or facts is None:
         pipeline = load_pipeline(options.folder, weights_variant(options), processes.device, options.dtype, label)
+        accelerate_network(pipeline, None, compiled=False)
         pipeline.set_progress_bar_config(disable=True)
     if facts is None or data_options is None:
         data_options = _data_options(facts_of_pipeline(options.folder, pipeline), options.data)

@@ -89,14 +89,26 @@ class SampleOptions:
         metavar="K",
         unset=f"all T, or {OTHER_SCHEDULER_STEPS} with --scheduler",
     )
-    batch_size: int = option(64, "Images per forward pass.", low=1)
+    batch_size: int | None = option(
+        None, "Images per forward pass.", low=1, unset="as many as fit into the memory, at most 64; 256 on a GPU"
+    )
     seed: int = option(0, "Random seed.", low=0)
     temperature: float = option(1.0, "Factor on the noise of each step.", low=0)
     variant: str | None = option(
         None, "Variant of the weights; `raw`: without averaging.", metavar="NAME", unset="the default files"
     )
     device: str | None = option(None, DEVICE_HELP, metavar="NAME", unset="the fastest available")
-    dtype: Dtype = option("float32", "Precision of the network.")
+    dtype: Dtype = option("float32", "Precision of the network; samples and scheduler stay in float32.")
+    memory_format: Literal["contiguous", "channels_last"] | None = option(
+        None,
+        "Layout of the network's weights; the images differ by rounding only. channels_last is often faster in"
+        " float32, too.",
+        unset="channels_last in half precision and with --compile, else contiguous",
+    )
+    compile: bool = option(
+        False,
+        "Compile the network with torch.compile, which takes minutes at the first step: for many images or steps.",
+    )
     class_labels: tuple[str, ...] | None = option(
         None,
         "Classes by number or by name, in turn over the images.",

@@ -261,3 +261,27 @@ def test_two_processes_draw_the_same(folder, tmp_path):
     assert done.returncode == 0, done.stderr
     assert np.allclose(np.load(tmp_path / "two.npy"), np.load(tmp_path / "one.npy"), atol=1e-5)
     assert len(list((tmp_path / "two").glob("*.png"))) == 5
+
+
+def test_a_compiled_network_gets_batches_of_one_size(sample, monkeypatch):
+    """The last batch is filled up, and what fills it is not written."""
+    assert sample("--out", "plain.npy", "--batch_size", "2", "--memory_format", "channels_last") == 0
+    compiled, call, sizes = [], DDPMExtPipeline.__call__, []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: compiled.append(type(self).__name__))
+    monkeypatch.setattr(torch, "compile", lambda module: module)
+
+    def counting(self, *args, **kwargs):
+        sizes.append(kwargs["batch_size"])
+        return call(self, *args, **kwargs)
+
+    monkeypatch.setattr(DDPMExtPipeline, "__call__", counting)
+    assert sample("--out", "compiled.npy", "--batch_size", "2", "--compile") == 0
+    assert compiled == ["UNet2DModel"]
+    assert sizes == [2, 2, 2]
+    assert np.array_equal(np.load("compiled.npy"), np.load("plain.npy"))
+
+
+def test_as_many_images_at_a_time_as_fit(sample, monkeypatch, capsys):
+    monkeypatch.setattr("diffusers_ddpm_ext.pipelines.acceleration.free_memory_bytes", lambda device: 0)
+    assert sample("--out", "one.npy", "--num_images", "2") == 0
+    assert "(6 calls of the network each), 1 at a time" in capsys.readouterr().out
