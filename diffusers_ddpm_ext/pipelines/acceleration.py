@@ -17,7 +17,7 @@ MOST_IMAGES = {"cpu": 64}
 MOST_IMAGES_ELSEWHERE = 256
 USABLE = 0.5
 """Of the free memory: the compiler, the convolutions' work space and the decoder of latents need the rest."""
-WORKING_TENSORS = 8
+WORKING_TENSORS = 6
 """Tensors of a level's size that a block holds at a time, beside those that wait for the decoder side."""
 
 
@@ -72,7 +72,7 @@ def activation_bytes(config: Mapping[str, Any], itemsize: int) -> int:
     """Upper estimate of the bytes of a network's activations for one image, without gradients.
 
     The encoder side keeps ``layers_per_block`` + 1 outputs per level for the decoder side, and the largest level has
-    the working tensors of one block.
+    the working tensors of one block of the decoder side.
 
     Args:
         config: of the network; levels that it does not name count as one.
@@ -83,7 +83,9 @@ def activation_bytes(config: Mapping[str, Any], itemsize: int) -> int:
     widths = list(config.get("block_out_channels") or [config.get("in_channels") or 1])
     layers = config.get("layers_per_block") or 1
     layers_of = list(layers) if isinstance(layers, Sequence) else [layers] * len(widths)
-    levels = [channels * max(1, height >> i) * max(1, width >> i) for i, channels in enumerate(widths)]
-    # The first block of the decoder side at a level works on its input and the kept output, concatenated.
-    kept = sum((count + 1) * values for count, values in zip(layers_of, levels, strict=False))
-    return itemsize * (kept + WORKING_TENSORS * max(levels))
+    pixels = [max(1, height >> i) * max(1, width >> i) for i in range(len(widths))]
+    kept = sum((count + 1) * w * area for count, w, area in zip(layers_of, widths, pixels, strict=False))
+    # A block of the decoder side works on the output of the level below, as wide as that, and on a kept one.
+    below = [*widths[1:], widths[-1]]
+    working = max((w + lower) * area for w, lower, area in zip(widths, below, pixels, strict=True))
+    return itemsize * (kept + WORKING_TENSORS * working)

@@ -87,7 +87,8 @@ class SchedulerAdapter:
 
     def trained_step(self, t: Tensor) -> Tensor:
         """Entries of ``scheduler.timesteps``, (...), as steps of the training chain; the device is not read."""
-        return t if self.kept is None else self._kept_steps.to(t.device)[t.long()]
+        # take, since indexing with a tensor of one value would read it.
+        return t if self.kept is None else self._kept_steps.to(t.device).take(t.long())
 
     @cached_property
     def _kept_steps(self) -> Tensor:
