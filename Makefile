@@ -22,6 +22,7 @@ slow:  ## the tests that take minutes
 
 bench:  ## comparisons with other implementations; tables in benchmarks/README.md
 	$(PYTHON) benchmarks/bench_scheduler.py
+	$(PYTHON) benchmarks/bench_sample.py --rounds 3
 	$(PYTHON) benchmarks/bench_step.py
 	@if [ -n "$(DIFFUSERS)" ]; then $(PYTHON) benchmarks/bench_train.py "$(DIFFUSERS)"; \
 	else echo "bench_train.py is left out: name a clone of huggingface/diffusers, make bench DIFFUSERS=FOLDER"; fi
