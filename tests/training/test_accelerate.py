@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -25,6 +27,7 @@ EXPECTED = {
     "one_gpu.yaml": (1, "no", False),
     "bf16.yaml": (1, "bf16", False),
     "multi_gpu.yaml": (2, "no", False),
+    "multi_node.yaml": (64, "bf16", False),
     "fsdp2.yaml": (2, "no", True),
 }
 
@@ -48,6 +51,19 @@ def test_accelerate_reads_the_file_as_intended(name):
     assert int(variables["processes"]) == processes
     assert variables["ACCELERATE_MIXED_PRECISION"] == precision
     assert variables.get("ACCELERATE_USE_FSDP", "false") == str(fsdp).lower()
+
+
+def test_the_command_for_several_machines_starts_one_of_them():
+    """The command of docs/scale.md, as Accelerate reads it: 8 of 64 processes, by machine 3."""
+    text = (ROOT / "docs" / "scale.md").read_text()
+    command = re.search(r"^accelerate launch (.*?)^```", text, re.M | re.S)
+    assert command is not None
+    words = shlex.split(command[1].replace("\\\n", " ").replace("$RANK", "3").replace("$HEAD", "10.0.0.1"))
+    words[1] = str(ROOT / words[1])
+    args, _, _ = _validate_launch_command(launch_command_parser().parse_args(words))
+    prepare_multi_gpu_env(args)
+    assert (args.nnodes, args.nproc_per_node, args.node_rank) == ("8", "8", 3)
+    assert args.rdzv_endpoint == "10.0.0.1:29500"
 
 
 def test_the_fsdp_file_makes_a_plugin_of_the_second_version(monkeypatch):
