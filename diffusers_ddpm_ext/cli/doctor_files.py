@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from diffusers_ddpm_ext.cli.pipeline_facts import PipelineFacts, read_pipeline_f
 from diffusers_ddpm_ext.errors import ConfigError, printable
 from diffusers_ddpm_ext.utils.first_stage_config import FirstStageConfig
 from diffusers_ddpm_ext.utils.generations import read_one_generation
+from diffusers_ddpm_ext.utils.input_files import file_name, read_json_object
 from diffusers_ddpm_ext.utils.network_folder import check_network_folder
 from diffusers_ddpm_ext.utils.network_tensors import check_main_tensors
 from diffusers_ddpm_ext.utils.pipeline_files import TOKENIZER_FILES
@@ -39,6 +41,7 @@ def _check_generation(folder: Path) -> Iterator[Finding]:
 
     facts = read_pipeline_facts(str(folder))
     assert facts is not None  # None stands for a Hub id
+    _check_facts(facts)
     weights = _check_network(folder / "unet", str(facts.index.content["unet"][1]))
     resolved = read_scheduler_config(folder)
     read_logvar(folder, len(resolved.schedule))
@@ -50,6 +53,29 @@ def _check_generation(folder: Path) -> Iterator[Finding]:
     yield from _check_pickles(weights, "unet")
     yield from _check_first_stage(folder, facts)
     yield from _check_text_encoder(folder, facts)
+
+
+def _check_facts(facts: PipelineFacts) -> None:
+    """Raise ConfigError for values of the index that are wrong, or do not belong together."""
+    index, stage = facts.index, facts.first_stage
+    _ = facts.class_names  # raises
+    if facts.concat_through_vae is not None and not facts.takes_concat_inputs:
+        raise ConfigError(
+            f"{index.name}: concat_through_vae is {facts.concat_through_vae!r}, but conditioning_key "
+            f"{facts.conditioning_key} has no concatenated inputs; leave it out"
+        )
+    if stage is None:
+        return
+    entry = index.content[stage.slot]
+    if entry[0] != "diffusers" or entry[1] not in FIRST_STAGES:
+        shown = printable(json.dumps(entry), 80)
+        known = ", ".join(FIRST_STAGES)
+        raise ConfigError(f"{index.name}: {stage.slot} is {shown}; it must be a list of diffusers and one of {known}")
+    if stage.latent_channels != facts.channels:
+        raise ConfigError(
+            f"{stage.slot} has latents of {stage.latent_channels} channels, but the network denoises {facts.channels};"
+            " they are of different models"
+        )
 
 
 def _check_network(folder: Path, class_name: str) -> StoredWeights:
@@ -93,10 +119,30 @@ def _check_alone(folder: Path) -> Iterator[Finding]:
 
 def _check_stage(folder: Path, stage: FirstStageConfig) -> Iterator[Finding]:
     described = stage.describe().partition(": ")[2]
+    _check_statistics(stage)
     weights = _check_network(folder, stage.class_name)
     name = printable(stage.class_name, 80)
     yield Finding(Mark.FINE, f"its first stage is complete: {name}, {_size(weights)}, {described}")
     yield from _check_pickles(weights, "the first stage")
+
+
+def _check_statistics(stage: FirstStageConfig) -> None:
+    """Raise ConfigError for a mean and standard deviation per channel that no latents can have."""
+    config, keys = stage.config, ("latents_mean", "latents_std")
+    given = [key for key in keys if config.content.get(key) is not None]
+    if not given:
+        return
+    if len(given) == 1:
+        raise ConfigError(f"{config.name} has {given[0]} alone: write both of {' and '.join(keys)}, or neither")
+    if config.content.get("shift_factor"):
+        raise ConfigError(f"{config.name} has a shift_factor beside latents_mean: keep one of them")
+    for key in keys:
+        if len(config.numbers(key)) != stage.latent_channels:
+            raise ConfigError(
+                f"{config.name}: {key} must be {stage.latent_channels} numbers, one per channel of a latent"
+            )
+    if min(config.numbers("latents_std")) <= 0:
+        raise ConfigError(f"{config.name}: latents_std must be above 0")
 
 
 def _check_text_encoder(folder: Path, facts: PipelineFacts) -> Iterator[Finding]:
@@ -116,7 +162,13 @@ def _check_text_encoder(folder: Path, facts: PipelineFacts) -> Iterator[Finding]
     if not encoder.has_tokenizer:
         text = "its text encoder has no tokenizer: sample with --tokenizer FOLDER_OR_ID or --input_ids FILE.npy"
         yield Finding(Mark.ADVICE, text)
-    elif not any((tokenizer / name).is_file() for name in VOCABULARIES):
+        return
+    whole = tokenizer / "tokenizer.json"
+    for file in (tokenizer / "tokenizer_config.json", whole if whole.is_file() else tokenizer / "vocab.json"):
+        content = read_json_object(file).content if file.is_file() else {"model": {}}
+        if not content or (file == whole and not isinstance(content.get("model"), dict)):
+            raise ConfigError(f"{file_name(file)} is not of a tokenizer")
+    if not any((tokenizer / name).is_file() for name in VOCABULARIES):
         text = f"its tokenizer has no vocabulary (one of {', '.join(VOCABULARIES)}): copy the folder again"
         yield Finding(Mark.WRONG, text)
 

@@ -114,8 +114,12 @@ def _convolutions(levels: list[_Level]) -> Iterator[Wanted]:
 def _unet_ends(config: Mapping[str, Any], class_name: str, levels: list[_Level]) -> Iterator[Wanted]:
     first = config.get("block_out_channels", DEFAULT_WIDTHS[class_name])[0]
     time_width = config.get("time_embedding_dim") or 4 * first
-    yield "conv_in.weight", (first, config.get("in_channels", UNETS[class_name])), "in_channels"
-    yield "conv_out.weight", (config.get("out_channels", UNETS[class_name]), first), "out_channels"
+    yield "conv_in.weight", (first, config.get("in_channels", UNETS[class_name])), "block_out_channels or in_channels"
+    yield (
+        "conv_out.weight",
+        (config.get("out_channels", UNETS[class_name]), first),
+        "block_out_channels or out_channels",
+    )
     yield "time_embedding.linear_1.weight", (time_width,), "block_out_channels"
     if type(config.get("num_class_embeds")) is int and config.get("class_embed_type") is None:
         yield "class_embedding.weight", (config["num_class_embeds"], time_width), "num_class_embeds"
@@ -124,9 +128,9 @@ def _unet_ends(config: Mapping[str, Any], class_name: str, levels: list[_Level])
 def _autoencoder_ends(config: Mapping[str, Any], class_name: str, levels: list[_Level]) -> Iterator[Wanted]:
     widths = config.get("block_out_channels", DEFAULT_WIDTHS[class_name])
     latents = config.get("latent_channels", AUTOENCODERS[class_name])
-    yield "encoder.conv_in.weight", (widths[0], config.get("in_channels", 3)), "in_channels"
-    yield "decoder.conv_in.weight", (widths[-1], latents), "latent_channels"
-    yield "decoder.conv_out.weight", (config.get("out_channels", 3), widths[0]), "out_channels"
+    yield "encoder.conv_in.weight", (widths[0], config.get("in_channels", 3)), "block_out_channels or in_channels"
+    yield "decoder.conv_in.weight", (widths[-1], latents), "block_out_channels or latent_channels"
+    yield "decoder.conv_out.weight", (config.get("out_channels", 3), widths[0]), "block_out_channels or out_channels"
     if class_name == "VQModel":
         width = config.get("vq_embed_dim") or latents
         yield "quantize.embedding.weight", (config.get("num_vq_embeddings", 256), width), "num_vq_embeddings"
