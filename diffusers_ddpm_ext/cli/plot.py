@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from diffusers_ddpm_ext.cli.arguments import LOCAL_FOLDER_HELP, check_pipeline_folder
 from diffusers_ddpm_ext.cli.extras import TRAIN_MODULES, require_modules
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 PLOT_EXAMPLES = """examples:
   ddpm-ext plot runs/digits                   to runs/digits/plots
   ddpm-ext plot runs/digits --out plots
+  ddpm-ext plot runs/digits --format svg      for a paper or a page: pdf, too
 first, for the plots that need it:
   ddpm-ext fit-variance runs/digits
   ddpm-ext evaluate runs/digits --num_timesteps 20
@@ -45,6 +46,7 @@ class PlotOptions:
 
     folder: Path = positional("FOLDER", LOCAL_FOLDER_HELP)
     out: Path | None = option(None, "Folder of the plots.", metavar="DIR", unset="FOLDER/plots")
+    format: Literal["png", "svg", "pdf"] = option("png", "Format of the plots; svg and pdf have no pixels.")
 
     @property
     def output_folder(self) -> Path:
@@ -81,7 +83,7 @@ def plot(options: PlotOptions) -> str:
     folder, out = options.folder, options.output_folder
     scheduler = read_scheduler_config(folder)
     with as_run_error(out), tempfile.TemporaryDirectory() as temporary:
-        drafts = [draw_plot(name, folder, scheduler, Path(temporary) / f"{name}.png") for name in PLOTS]
+        drafts = [draw_plot(name, folder, scheduler, Path(temporary) / f"{name}.{options.format}") for name in PLOTS]
         paths = [path for path in drafts if path is not None]
         for path in paths:  # all of them, or none
             copy_atomically(path, out / path.name)

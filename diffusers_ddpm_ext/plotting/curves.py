@@ -121,6 +121,8 @@ def plot_logvar(
     if not is_drawable(learned).any():
         raise ValueError("plot_logvar needs a finite learned log-variance.")
     known = is_drawable(measured) & is_drawable(learned)
+    width = len(learned) // 40 | 1
+    is_smoothed = len(learned) >= 100
     distance = np.abs(learned - measured)[known].mean() if known.any() else math.nan
 
     def draw(axes: Axes) -> None:
@@ -128,12 +130,14 @@ def plot_logvar(
         axes.plot(
             *thin(steps[known], measured[known]), ".", color="0.55", markersize=3, label="measured: log of mean loss"
         )
-        axes.plot(
-            *thin(steps, np.where(is_drawable(learned), learned, np.nan)),
-            color=INK["raw"],
-            linewidth=1.6,
-            label="learned log-variance",
-        )
+        values = np.where(is_drawable(learned), learned, np.nan)
+        if is_smoothed:
+            axes.plot(*thin(steps, values), color=INK["raw"], alpha=0.3, linewidth=0.8)
+            known_steps, means = steps[is_drawable(learned)], running_mean(values[is_drawable(learned)], width)
+            label = f"learned log-variance, mean of {width} steps"
+            axes.plot(*thin(known_steps, means), color=INK["raw"], linewidth=1.8, label=label)
+        else:
+            axes.plot(*thin(steps, values), color=INK["raw"], linewidth=1.6, label="learned log-variance")
         axes.set(
             title=f"{title}\nmean distance {distance:.3f}",
             xlabel="timestep t",
@@ -201,7 +205,7 @@ def log_axis(axes: Axes) -> None:
 
 
 def save_figure(path: str | os.PathLike[str], draw: Callable[[Axes], None]) -> Path:
-    """Draw one pair of axes and write it as PNG, without a window or a global figure."""
+    """Draw one pair of axes and write it without a window or a global figure: as PNG, SVG or PDF, by the name."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -209,9 +213,12 @@ def save_figure(path: str | os.PathLike[str], draw: Callable[[Axes], None]) -> P
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     draw(axes)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(framealpha=0.85, edgecolor="none")
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:  # below the axes, where it hides no curve
+        columns = 1 if max(map(len, labels)) > 40 else min(3, len(labels))
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
     axes.grid(color="0.9", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    return write_atomically(path, lambda file: canvas.print_figure(file, format="png", dpi=150))
+    kind = Path(path).suffix.removeprefix(".").lower()
+    return write_atomically(path, lambda file: canvas.print_figure(file, format=kind, dpi=150))

@@ -43,6 +43,5 @@ def plot_gap(
         axes.plot(timesteps, training, color="#4c72b0", linestyle="--", linewidth=1, label="training images")
         axes.plot(timesteps, held_out, color="0.35", linestyle=":", linewidth=1.4, label="held-out images")
         axes.set(title="Loss of training and held-out images", xlabel=STEP, ylabel=f"term of the bound ({BITS})")
-        axes.legend(frameon=False)
 
     return save_figure(path, draw)

@@ -40,6 +40,5 @@ def plot_score(path: Path, metrics: Mapping[str, MetricCurve], score: str, suffi
         axes.fill_between(low.steps, low.values, high.values, color="#2a7f3f", alpha=0.2, linewidth=0)
         axes.plot(value.steps, value.values, color="#2a7f3f", marker="o", markersize=3, label=score)
         axes.set(title=f"{score} of N = {samples:,} samples, with interval", xlabel="optimizer step", ylabel=score)
-        axes.legend(frameon=False)
 
     return save_figure(path, draw)

@@ -8,9 +8,11 @@ import sys
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from diffusers_ddpm_ext.diffusion.schedule import NoiseSchedule
+from diffusers_ddpm_ext.plotting import curves
 from diffusers_ddpm_ext.plotting.chain import plot_schedule, plot_steps, plot_timesteps, plot_variance, plot_weights
 from diffusers_ddpm_ext.plotting.curves import MAX_PLOTTED, Curve, plot_logvar, plot_losses, running_mean, thin
 from diffusers_ddpm_ext.plotting.sheets import CAPTION_HEIGHT, GAP, LINE_HEIGHT, grid_size, image_grid, save_grid
@@ -239,3 +241,46 @@ def test_sheets_need_no_matplotlib(tmp_path):
     )
     subprocess.run([sys.executable, "-c", code], check=True)
     assert (tmp_path / "grid.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("suffix", "start"), [("png", b"\x89PNG\r\n"), ("svg", b"<?xml"), ("pdf", b"%PDF-"), ("SVG", b"<?xml")]
+)
+def test_the_format_is_that_of_the_name(tmp_path, suffix, start):
+    path = plot_losses(tmp_path / f"loss.{suffix}", [Curve("training", [1, 2], [1.0, 2.0])])
+    assert path.read_bytes().startswith(start)
+
+
+def test_the_legend_is_below_the_axes(tmp_path, monkeypatch):
+    """No part of it is over the curves, however many and long its labels are."""
+    figures, original = [], Figure.add_subplot
+    monkeypatch.setattr(Figure, "add_subplot", lambda self: figures.append(self) or original(self))
+    labels = ["training", "validation, raw weights", "a long name of a run, longer than forty characters, to be sure"]
+    for count in (1, 2, 3):
+        plot_losses(tmp_path / "loss.png", [Curve(label, [1, 2], [1.0, 2.0]) for label in labels[:count]])
+        figure = figures.pop()
+        renderer = figure.canvas.get_renderer()
+        (legend,), (axes,) = figure.legends, figure.axes
+        assert legend.get_window_extent(renderer).y1 <= axes.get_tightbbox(renderer).y0 + 1
+        assert legend.get_window_extent(renderer).x0 >= 0
+
+
+def test_a_long_log_variance_has_its_mean(tmp_path, monkeypatch):
+    """1,000 steps of noise around a line: the smoothed line is nearer to it than the values are."""
+    drawn = []
+    monkeypatch.setattr(curves, "save_figure", lambda path, draw: draw(Axes()) or path)
+
+    class Axes:
+        def plot(self, steps, values, *format, **style):
+            drawn.append((np.asarray(values, dtype=float), style.get("label", "")))
+
+        def set(self, **texts):
+            pass
+
+    line = np.linspace(-1, 1, 1000)
+    noisy = line + np.random.default_rng(0).normal(0, 0.2, 1000)
+    plot_logvar(tmp_path / "x.png", noisy, np.full(1000, NAN))
+    *_, (values, _), (means, label) = drawn
+    assert np.array_equal(values, noisy)
+    assert label == "learned log-variance, mean of 25 steps"
+    assert np.abs(means - line).mean() < np.abs(values - line).mean() / 3
