@@ -72,18 +72,22 @@ def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def step_optimizer(accelerator: Accelerator, optimizer: torch.optim.Optimizer, verdict: Verdict) -> None:
-    """Update the weights, unless the step is skipped."""
+    """Update the weights, unless the step is skipped; of a step whose gradients are complete."""
+    if accelerator.scaler is not None:
+        if verdict.applied:
+            optimizer.step()
+        else:
+            accelerator.scaler.update()  # or it would mistake the next step for this one
+        return
+    own = _unwrapped(optimizer)  # Accelerate's wrapper searches for a package at every step
     if verdict.skipped is not None:
-        own = _unwrapped(optimizer)
         own.found_inf = verdict.skipped  # type: ignore[attr-defined]
         try:
-            optimizer.step()
+            own.step()
         finally:
             del own.found_inf  # type: ignore[attr-defined]
     elif verdict.applied:
-        optimizer.step()
-    elif accelerator.scaler is not None:
-        accelerator.scaler.update()  # or it would mistake the next step for this one
+        own.step()
 
 
 def _unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
