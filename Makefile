@@ -34,6 +34,7 @@ bench:  ## comparisons with other implementations; tables in benchmarks/README.m
 	$(PYTHON) benchmarks/bench_data.py start
 	$(PYTHON) benchmarks/bench_streaming.py
 	@for subject in rows chain images processes parameters; do $(PYTHON) benchmarks/bench_growth.py $$subject; done
+	$(PYTHON) benchmarks/bench_memory.py
 
 torture:  ## guarantees of checkpoints and of hostile input, tested for hours
 	$(PYTHON) benchmarks/torture/faults.py
