@@ -19,7 +19,7 @@ from statistics import median
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = {
-    "--version": ["-m", "diffusers_ddpm_ext", "--version"],
+    "version": ["-m", "diffusers_ddpm_ext", "--version"],
     "report --help": ["-m", "diffusers_ddpm_ext", "report", "--help"],
     "report": ["-m", "diffusers_ddpm_ext", "report", "RUN", "--out", "SCRATCH/report.html"],
     "plot": ["-m", "diffusers_ddpm_ext", "plot", "RUN", "--out", "SCRATCH/plots"],
@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("other", type=Path, help="clone of the version to compare with")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--run", type=Path, help="finished run; by default one of 2 steps is made")
-    parser.add_argument("--commands", nargs="*", default=list(COMMANDS), choices=list(COMMANDS))
+    parser.add_argument("--commands", nargs="*", default=list(COMMANDS), choices=list(COMMANDS), metavar="NAME")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
