@@ -7,6 +7,7 @@ import tomllib
 
 import pytest
 from helpers.paths import ROOT
+from packaging.requirements import Requirement
 
 PAGE = (ROOT / "docs/install.md").read_text()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -64,3 +65,14 @@ def test_no_machine_is_claimed_without_a_measurement():
     for title in ("macOS", "Windows"):
         section = re.search(rf"^## {title}\n(.*?)(?=^## )", PAGE, re.M | re.S)[1]
         assert "Not measured" in section, title
+
+
+@pytest.mark.parametrize(
+    ("installed", "stays"),
+    [("2.10.0", True), ("2.10.0+cu128", True), ("2.14.1+rocm7.0", True), ("3.0", True), ("2.9.1", False),
+     ("2.10.0a0+nv25.11", False)],
+)  # fmt: skip
+def test_which_installed_torch_stays(installed, stays):
+    """As pip decides: a local build of a release satisfies the limit, a pre-release of it does not."""
+    (requirement,) = [Requirement(text) for text in PROJECT["dependencies"] if text.startswith("torch>")]
+    assert requirement.specifier.contains(installed, prereleases=True) is stays
