@@ -161,7 +161,7 @@ def run_commands(text: str) -> None:
         assert arguments[0] == "ddpm-ext", f"{line}: state why it is not run"
         if arguments[1] in ("train", "train-vae") and "--dry_run" not in arguments:
             arguments.append("--dry_run")
-        if arguments[1] in ("train", "train-vae"):
+        if arguments[1] in ("train", "train-vae") and "--resume_from_checkpoint" not in arguments:
             arguments.append("--overwrite_output_dir")  # a dry run deletes nothing
         if arguments[1] == "doctor":
             arguments.append("--offline")

@@ -136,12 +136,13 @@ def test_what_report_and_doctor_say_of_the_first_stage(folder, capsys):
     assert cli.main(["report", str(folder)]) == 0
     page = (folder / "report.html").read_text()
     assert f"<td>AutoencoderKL: latents of 4 channels, 2x2 pixels each, scale {scale:.6g}</td>" in page
-    cli.main(["doctor", str(folder), "--offline"])
-    lines = [line for line in capsys.readouterr().out.splitlines() if "first stage" in line]
-    assert len(lines) == 1
-    assert "can be opened: AutoencoderKL, 0.0 M parameters, latents of 4 channels, 2x2 pixels each" in lines[0]
+    for opening, found in (([], "is complete"), (["--open"], "can be opened")):
+        cli.main(["doctor", str(folder), "--offline", *opening])
+        lines = [line for line in capsys.readouterr().out.splitlines() if "first stage" in line]
+        assert len(lines) == 1
+        assert f"{found}: AutoencoderKL, " in lines[0] and "latents of 4 channels, 2x2 pixels each" in lines[0]
     (slot_of(folder) / "config.json").write_text("{")
     assert cli.main(["doctor", str(folder), "--offline"]) == 1
     assert "config.json" in capsys.readouterr().out
     assert cli.main(["report", str(folder)]) == 0
-    assert "config.json" in (folder / "report.html").read_text().split("Left out")[1]
+    assert "config.json" in (folder / "report.html").read_text().split("<h2>Left out")[1]
