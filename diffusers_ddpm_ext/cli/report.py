@@ -13,7 +13,6 @@ from diffusers_ddpm_ext.cli.parser import parse_options
 from diffusers_ddpm_ext.errors import ConfigError, as_run_error, printable, warn
 from diffusers_ddpm_ext.utils.files import METRICS, write_atomically
 from diffusers_ddpm_ext.utils.option import option, positional
-from diffusers_ddpm_ext.utils.option_values import expand_path
 
 MAX_RUNS = 8  # that one page compares
 REPORT_EXAMPLES = """examples:
@@ -41,7 +40,7 @@ class ReportOptions:
     @property
     def folders(self) -> list[Path]:
         """All runs."""
-        return [self.folder, *(Path(expand_path(name)) for name in self.others)]
+        return [self.folder, *map(Path, self.others)]
 
     @property
     def output_file(self) -> Path:

@@ -220,7 +220,7 @@ def _read_texts(option: Option, value: Any) -> tuple[str, ...]:
         check_nesting(list(value), "the value")  # a lone surrogate, from bytes that are not UTF-8
     elif not all(text.strip() for text in value):
         raise ValueError
-    return tuple(value)
+    return tuple(expand_path(text) for text in value) if option.is_path else tuple(value)
 
 
 def _read_tuple(option: Option, value: Any) -> tuple[Any, ...]:

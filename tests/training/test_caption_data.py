@@ -19,8 +19,8 @@ from helpers.paths import PYTHONPATH
 from helpers.runs import TINY, rows, tiny_run
 from helpers.text_models import save_text_model
 
+from diffusers_ddpm_ext.training.loop.batches import open_batches
 from diffusers_ddpm_ext.training.loop.setup import Setup, build_setup
-from diffusers_ddpm_ext.training.trainer import open_batches
 
 
 @pytest.fixture(scope="module")

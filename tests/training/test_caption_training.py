@@ -27,8 +27,8 @@ from diffusers_ddpm_ext.training.config.checks import MODEL_SIZES
 from diffusers_ddpm_ext.training.config.train_config import parse_train_args
 from diffusers_ddpm_ext.training.data import caption_encoder
 from diffusers_ddpm_ext.training.loop import captions as loop_captions
+from diffusers_ddpm_ext.training.loop.batches import open_batches
 from diffusers_ddpm_ext.training.loop.setup import build_setup
-from diffusers_ddpm_ext.training.trainer import open_batches
 
 TOKENIZER = "the tokenizer of the inputs"
 

@@ -24,8 +24,8 @@ from diffusers_ddpm_ext.cli import main
 from diffusers_ddpm_ext.errors import ConfigError
 from diffusers_ddpm_ext.training import trainer
 from diffusers_ddpm_ext.training.loop import latents as loop_latents
+from diffusers_ddpm_ext.training.loop.batches import open_batches
 from diffusers_ddpm_ext.training.loop.setup import build_setup
-from diffusers_ddpm_ext.training.trainer import open_batches
 from diffusers_ddpm_ext.utils import random_keys as keys
 
 KINDS = ("kl", "vq", "tiny", "dc")

@@ -16,13 +16,15 @@ from safetensors.torch import load_file
 
 from diffusers_ddpm_ext import DDPMExtPipeline
 from diffusers_ddpm_ext.errors import ConfigError, RunError
+from diffusers_ddpm_ext.training.loop.batches import open_batches
 from diffusers_ddpm_ext.training.loop.description import describe_run
 from diffusers_ddpm_ext.training.loop.metrics_logging import PROJECT
 from diffusers_ddpm_ext.training.loop.setup import build_setup
+from diffusers_ddpm_ext.training.loop.step import train_step
 from diffusers_ddpm_ext.training.loop.stop_requests import StopRequest
 from diffusers_ddpm_ext.training.loop.tasks import due_after
 from diffusers_ddpm_ext.training.tracking.step_losses import LossMeter
-from diffusers_ddpm_ext.training.trainer import open_batches, train, train_step
+from diffusers_ddpm_ext.training.trainer import train
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 RAW = "unet/diffusion_pytorch_model.raw.safetensors"
@@ -265,14 +267,12 @@ def test_logvar_is_clipped_separately(tmp_path: Path):
         tiny_run(tmp_path / "run", max_grad_norm=0.01, l_simple_weight=0.001, original_elbo_weight=1.0)
     )
     assert setup.learns_logvar
-    step = setup.optimizer.step
 
-    def spy() -> None:
+    def spy(*_) -> None:
         network = torch.nn.utils.get_total_norm([p.grad for p in setup.network_parameters])
         seen.append(torch.stack([setup.parts.objective.logvar.grad.norm(), network]))
-        step()
 
-    setup.optimizer.step = spy
+    setup.optimizer.optimizer.register_step_pre_hook(spy)
     meter = LossMeter()
     meter.add(train_step(setup, 0, open_batches(setup, 0)))
     logvar, network = seen[0].tolist()

@@ -50,9 +50,12 @@ def test_the_home_folder_is_expanded_in_every_path(name, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     for each in every_option():
         if each.name == name and each.is_path:
-            for text in ("~/x", "~", "~/a b/~c"):
-                assert str(convert_value(each, text, "--x")) == text.replace("~", "/home/me", 1)
-            assert str(convert_value(each, "a/~/x", "--x")) == "a/~/x"
+            for text in ("~/x", "~", "~/a b/~c", "a/~/x"):
+                expected = text.replace("~", "/home/me", 1) if text[0] == "~" else text
+                if each.hint == tuple[str, ...]:
+                    assert convert_value(each, [text], "--x") == (expected,)
+                else:
+                    assert str(convert_value(each, text, "--x")) == expected
 
 
 def test_the_home_folder_is_expanded_in_files_and_python(tmp_path, monkeypatch):
