@@ -105,11 +105,11 @@ def test_captions_are_encoded_once_also_after_a_killed_build(inputs, tmp_path, m
     limit = 3
     original = TextEncoder.encode
 
-    def encode(self: TextEncoder, ids: torch.Tensor, *args: Any) -> torch.Tensor:
+    def encode(self: TextEncoder, ids: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
         if len(encoded) == limit:
             raise Killed
         encoded.append(tuple(ids[0].tolist()))
-        return original(self, ids, *args)
+        return original(self, ids, *args, **options)
 
     setup = setup_of(tmp_path / "run", inputs)
     monkeypatch.setattr("diffusers_ddpm_ext.training.data.text_cache.CAPTIONS_PER_CHUNK", 1)
