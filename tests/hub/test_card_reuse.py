@@ -6,9 +6,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers.tiny import tiny_unet
+from helpers.pushed_folders import save_pushed_folder
 
-from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtScheduler
 from diffusers_ddpm_ext.hub import card_reuse
 from diffusers_ddpm_ext.hub.card_reuse import unchanged_card
 from diffusers_ddpm_ext.hub.proof import CARD_IMAGES, read_proof
@@ -17,11 +16,7 @@ from diffusers_ddpm_ext.hub.push import _add_card_and_proof
 
 @pytest.fixture(scope="module")
 def pushed(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pushed") / "digits"
-    DDPMExtPipeline(tiny_unet(1), DDPMExtScheduler(3)).save_pretrained(folder)
-    (folder / "metrics.jsonl").write_text('{"step": 7}\n')
-    _add_card_and_proof(folder, "alice/digits", None, True)
-    return folder
+    return save_pushed_folder(tmp_path_factory.mktemp("pushed") / "digits", 3)
 
 
 @pytest.fixture

@@ -12,22 +12,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.tiny import tiny_unet
+from helpers.pushed_folders import save_pushed_folder
 
-from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtScheduler, cli
+from diffusers_ddpm_ext import cli
 from diffusers_ddpm_ext.hub.proof import read_proof, write_proof
-from diffusers_ddpm_ext.hub.push import _add_card_and_proof
 from diffusers_ddpm_ext.hub.upload import PUSH_RECORD
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """What a push brings to the Hub, in a folder, with its card's images."""
-    folder = tmp_path_factory.mktemp("pushed") / "digits"
-    DDPMExtPipeline(tiny_unet(1), DDPMExtScheduler(20)).save_pretrained(folder)
-    (folder / "metrics.jsonl").write_text('{"step": 7}\n')
-    _add_card_and_proof(folder, "alice/digits", None, True)
-    return folder
+    return save_pushed_folder(tmp_path_factory.mktemp("pushed") / "digits", 20)
 
 
 @pytest.fixture
