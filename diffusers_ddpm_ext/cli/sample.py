@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 # options that change neither the images nor how they are drawn, or whose content is recorded in their place
 NOT_IN_SETTINGS = (
     *("out", "individual", "num_images", "bit_depth", "format", "preview_channels"),
-    *("batch_size", "device", "memory_format", "compile"),  # of rounding alone
+    *("batch_size", "device", "memory_format", "compile", "fast_attention"),  # of rounding alone
     *("concat", "concat_resize", "image"),
     *("prompt", "negative_prompt", "prompts", "input_ids", "negative_input_ids", "text_encoder", "tokenizer"),
 )
@@ -60,7 +60,7 @@ def sample_command(argv: Sequence[str]) -> str:
         facts = facts_of_pipeline(options.folder, pipeline)
         conditions = check_sample(options, facts)
     set_scheduler(pipeline, options.scheduler, options.scheduler_args)
-    accelerate_network(pipeline, options.memory_format, options.compile)
+    accelerate_network(pipeline, options.memory_format, options.compile, options.fast_attention == "auto")
     try:
         return _sample(pipeline, options, facts, conditions, processes)
     except ConfigError:

@@ -105,6 +105,11 @@ class SampleOptions:
         " float32, too.",
         unset="channels_last in half precision and with --compile, else contiguous",
     )
+    fast_attention: Literal["auto", "never"] = option(
+        "auto",
+        "Compute attention on an x86 CPU by oneDNN and, with heads of 8 channels, a few heads at a time (auto), or by"
+        " PyTorch's kernel (never); the images differ by rounding only.",
+    )
     compile: bool = option(
         False,
         "Compile the network with torch.compile, which takes minutes at the first step: for many images or steps.",

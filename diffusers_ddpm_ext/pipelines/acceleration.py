@@ -21,7 +21,9 @@ WORKING_TENSORS = 6
 """Tensors of a level's size that a block holds at a time, beside those that wait for the decoder side."""
 
 
-def accelerate_network(pipeline: Any, memory_format: MemoryFormat | None, compiled: bool) -> None:
+def accelerate_network(
+    pipeline: Any, memory_format: MemoryFormat | None, compiled: bool, fast_attention: bool = True
+) -> None:
     """Lay out and compile the network of a pipeline, in place: its class and the names of its weights stay.
 
     Args:
@@ -29,11 +31,14 @@ def accelerate_network(pipeline: Any, memory_format: MemoryFormat | None, compil
         memory_format: of the weights, which the activations follow. None: channels_last in half precision and for the
             compiler; in float32 contiguous, which keeps the numbers of earlier versions.
         compiled: whether to compile the network. It is compiled at the first step, once per batch size.
+        fast_attention: whether to compute attention by :mod:`diffusers_ddpm_ext.models.fast_attention` on a CPU.
 
     Raises:
         ConfigError: there is no compiler.
     """
     import torch
+
+    from diffusers_ddpm_ext.models.fast_attention import use_fast_attention
 
     network = pipeline.unet
     if memory_format is None:
@@ -41,6 +46,8 @@ def accelerate_network(pipeline: Any, memory_format: MemoryFormat | None, compil
         memory_format = "channels_last" if is_half or compiled else "contiguous"
     if memory_format == "channels_last":
         network.to(memory_format=torch.channels_last)
+    if fast_attention and pipeline.device.type == "cpu":
+        use_fast_attention(network)
     if compiled:
         with as_config_error("--compile"):  # a missing compiler fails here, not at the first step
             torch.compile(torch.nn.Identity())(torch.zeros(2, device=pipeline.device))

@@ -20,6 +20,7 @@ from diffusers_ddpm_ext.training.checkpoints.output_dir import run_name
 from diffusers_ddpm_ext.training.config.train_config import TrainConfig
 from diffusers_ddpm_ext.training.data.class_table import count_classes
 from diffusers_ddpm_ext.training.distributed import fail_together
+from diffusers_ddpm_ext.training.loop.attention import settle_attention
 from diffusers_ddpm_ext.training.loop.captions import open_text_cache
 from diffusers_ddpm_ext.training.loop.description import describe_run
 from diffusers_ddpm_ext.training.loop.hub_publisher import Publisher, move_token_to_environment
@@ -68,6 +69,7 @@ def train(config: TrainConfig) -> Path | None:
     accelerator, pushes = setup.accelerator, config.hub.push_to_hub
     if config.loop.dry_run:
         settle_scale(setup, None)
+        settle_attention(setup, RunProgress())
         accelerator.print(printable_lines(describe_run(setup, None, settle_threads(setup, RunProgress()))))
         accelerator.print(describe_trial(run_trial(setup), setup.plan))
         end_training(accelerator, config.output.report_to)
@@ -80,6 +82,7 @@ def train(config: TrainConfig) -> Path | None:
         progress = resume(setup, folder)
         if progress is not None:
             settle_scale(setup, progress.latent_scale)
+            settle_attention(setup, progress)
             with handle_signals() as signals:
                 threads = settle_threads(setup, progress)
                 with fail_together(accelerator):

@@ -166,8 +166,9 @@ def _progress_problem(progress: Progress) -> str:
     for name in ("metrics_size", "recoveries"):
         if type(records.get(name, 0)) is not int or records.get(name, 0) < 0:
             return f"progress.records.{name} is {printable(repr(records[name]), 60)}, not a number of 0 or more"
-    if type(records.get("stopped_early", False)) is not bool:
-        return "progress.records.stopped_early is not true or false"
+    for name in ("stopped_early", "fast_attention"):
+        if type(records.get(name, False)) is not bool:
+            return f"progress.records.{name} is not true or false"
     pending = records.get("todo", [])
     if not isinstance(pending, list) or not all(isinstance(name, str) for name in pending):
         return "progress.records.todo is not a list of names"

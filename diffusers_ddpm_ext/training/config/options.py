@@ -311,6 +311,11 @@ class LoopOptions:
         "Keep the network's weights and activations in memory with the channels last, the order of tensor cores. auto:"
         " on an NVIDIA GPU in fp16 or bf16, unless FSDP shards the weights.",
     )
+    fast_attention: Literal["auto", "never"] = option(
+        "auto",
+        "Compute attention on an x86 CPU by oneDNN and, with heads of 8 channels, a few heads at a time: other rounding"
+        " than PyTorch's kernel, which `never` keeps. auto: in new runs, and in resumed ones whose checkpoint has it.",
+    )
     gradient_checkpointing: bool = option(
         False,
         "Recompute activations in the backward pass, also of a text encoder that is trained: less memory, more time,"

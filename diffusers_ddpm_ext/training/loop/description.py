@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from diffusers_ddpm_ext.models.fast_attention import fast_attention_layers
 from diffusers_ddpm_ext.training.config.options import EmaOptions
 from diffusers_ddpm_ext.training.data.class_table import count_classes, describe_classes
 from diffusers_ddpm_ext.training.factory.optimizer import adam_state_bytes
@@ -51,6 +52,7 @@ def describe_run(setup: Setup, folder: Path | None, threads: ThreadChoice | None
         ("parameters", f"{sum(parameter.numel() for parameter in setup.network_parameters):,}"),
         ("memory", describe_memory(sizes, plan.processes if setup.is_sharded else 1)),
         ("device", ", ".join([device, *computing])),
+        *_attention_rows(setup),
         *([] if threads is None else [("threads", threads.describe())]),
         ("output", place),
         ("checkpoints", describe_checkpoints(disk_usage(setup, sizes, folder))),
@@ -59,6 +61,13 @@ def describe_run(setup: Setup, folder: Path | None, threads: ThreadChoice | None
     if classes := count_classes(setup.data):
         tables.append(describe_classes(classes))
     return "\n".join([*tables, describe_plan(plan, rows)])
+
+
+def _attention_rows(setup: Setup) -> list[tuple[str, str]]:
+    """How many attention layers are faster than PyTorch's, as a row of the plan; none without any."""
+    count = fast_attention_layers(setup.trained.network)
+    layers = f"{count} layer{'s' * (count > 1)}"
+    return [("attention", f"{layers} by oneDNN (--fast_attention never: PyTorch's kernel)")] if count else []
 
 
 def _stream_rows(setup: Setup) -> list[tuple[str, str]]:

@@ -252,6 +252,7 @@ def saved_progress(setup: Setup, progress: RunProgress, metrics_size: int) -> Pr
             "todo": [task.value for task in progress.pending],
             "stopped_early": progress.stopped_early,
             "recoveries": progress.recoveries,
+            "fast_attention": bool(progress.fast_attention),
         }
         | ({} if setup.latents is None else {"latent_scale": scale_settings(setup.latents.stage)})
         | ({} if stream is None else {"stream": stream})
@@ -274,4 +275,5 @@ def restore_progress(saved: Progress, monitor: Monitor | None) -> RunProgress:
         stopped_early=bool(saved.records.get("stopped_early", False)),
         recoveries=int(saved.records.get("recoveries", 0)),
         threads=saved.records.get("threads", {}),
+        fast_attention=saved.records.get("fast_attention", False),
     )
