@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from diffusers_ddpm_ext.training.config.train_config import TrainConfig
+from diffusers_ddpm_ext.training.loop.attention import settle_attention
 from diffusers_ddpm_ext.training.loop.metrics_logging import log_losses, open_metrics_logger
 from diffusers_ddpm_ext.training.loop.run import Run, RunProgress
 from diffusers_ddpm_ext.training.loop.run_batches import RunBatches
@@ -62,6 +63,7 @@ def open_run(folder: Path, options: dict[str, Any]) -> Run:
     """A run of the digits without checkpoints, images and validation."""
     sizes = {"resolution": 8, "max_train_steps": 10**6, "logging_steps": 10, "report_to": "none", "num_threads": 1}
     setup, progress = build_setup(TrainConfig.from_flat(sizes | options)), RunProgress()
+    settle_attention(setup, progress)
     logger = open_metrics_logger(setup, folder, progress)
     return Run(setup, folder, None, None, SignalRequests(), LossMeter(), logger, progress)
 

@@ -26,9 +26,12 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
+from diffusers_ddpm_ext.cli.dispatch import SPINS
 from diffusers_ddpm_ext.training.config.train_config import TrainConfig
 from diffusers_ddpm_ext.training.data.batches import Batch
+from diffusers_ddpm_ext.training.loop.attention import settle_attention
 from diffusers_ddpm_ext.training.loop.batches import open_batches
+from diffusers_ddpm_ext.training.loop.run import RunProgress
 from diffusers_ddpm_ext.training.loop.setup import Setup, build_setup
 from diffusers_ddpm_ext.training.loop.step import train_step
 from diffusers_ddpm_ext.training.loop.threads import measure_threads
@@ -72,6 +75,7 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
     GradientState._reset_state()
     defaults = {"report_to": "none", "max_train_steps": 10**6, "output_dir": "bench_threads"}
     setup = build_setup(TrainConfig.from_flat(defaults | MODELS[name]))
+    settle_attention(setup, RunProgress())
     counts = candidates(cores())
     start_time = time.perf_counter()
     choices = [measure_threads(setup, counts) for _ in range(rounds)]
@@ -114,8 +118,8 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    if "OMP_WAIT_POLICY" not in os.environ:  # as `ddpm-ext` does; torch reads it on import
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"OMP_WAIT_POLICY": "PASSIVE"})
+    if "GOMP_SPINCOUNT" not in os.environ:  # as `ddpm-ext` does; torch reads it on import
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"GOMP_SPINCOUNT": SPINS})
     print(f"{cores()} cores, load {os.getloadavg()[0]:.1f} before")
     results = [measure(name, args.rounds) for name in args.models]
     print(f"load {os.getloadavg()[0]:.1f} after\n")

@@ -36,6 +36,8 @@ COMMANDS = {
     "convert-config": "a CompVis YAML file to a configuration of `ddpm-ext train`",
     "doctor": "check this machine, this environment or a folder: what is wrong, and how to fix it",
 }
+SPINS = "2000"
+"""Rounds that a waiting thread of GNU OpenMP spins before it sleeps."""
 SYNONYMS = {"generate": "sample", "inference": "sample", "upload": "push", "fit": "fit-variance", "check": "doctor"}
 USAGE = """usage: ddpm-ext COMMAND [options]
 
@@ -84,13 +86,14 @@ def _discard_output() -> None:
 
 
 def _set_wait_policy() -> None:
-    """Let OpenMP threads that wait for each other sleep, unless the user chose otherwise; torch reads it on import.
+    """Let OpenMP threads that wait for each other soon sleep, unless the user chose otherwise; torch reads it at once.
 
-    GNU OpenMP's threads spin while they wait. With other programs on the machine, a spinning thread occupies the core
-    that the awaited thread needs: small networks then train ten times slower.
+    GNU OpenMP's threads spin for milliseconds while they wait. With other programs on the machine, a spinning thread
+    occupies the core that the awaited thread needs: small networks then train ten times slower. Threads that sleep at
+    once must be woken for every operation: two then do no more than one. `SPINS` is a fraction of a millisecond.
     """
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
-        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.environ |= {"GOMP_SPINCOUNT": SPINS} if sys.platform == "linux" else {"OMP_WAIT_POLICY": "PASSIVE"}
 
 
 def _report_error(error: object, status: int) -> int:

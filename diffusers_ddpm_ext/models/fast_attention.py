@@ -135,11 +135,11 @@ def has_onednn() -> bool:
 
 def _project(layer: nn.Module, inputs: Tensor) -> Tensor:
     """Apply a linear layer, by oneDNN in float32 if nothing but its weight and bias is in it."""
-    plain = type(layer) is nn.Linear and not layer._forward_hooks and not layer._forward_pre_hooks
-    in_float32 = inputs.dtype == torch.float32 == layer.weight.dtype and not torch.is_autocast_enabled("cpu")
-    if plain and in_float32 and not is_sharded(layer.weight):
-        result: Tensor = OneDnnLinear.apply(inputs, layer.weight, layer.bias)
-        return result
+    if type(layer) is nn.Linear and not layer._forward_hooks and not layer._forward_pre_hooks:
+        in_float32 = inputs.dtype == torch.float32 == layer.weight.dtype and not torch.is_autocast_enabled("cpu")
+        if in_float32 and not is_sharded(layer.weight):
+            result: Tensor = OneDnnLinear.apply(inputs, layer.weight, layer.bias)
+            return result
     projected: Tensor = layer(inputs)
     return projected
 
@@ -152,7 +152,7 @@ def _pays(query: Tensor, tokens: int) -> bool:
     return halved and query.requires_grad and width <= WIDEST and tokens <= MOST_TOKENS
 
 
-class FastAttnProcessor(AttnProcessor2_0):  # type: ignore[misc]
+class FastAttnProcessor(AttnProcessor2_0):
     """Diffusers' `AttnProcessor2_0`, faster on a CPU; the same elsewhere, with masks and in a compiler."""
 
     def __call__(

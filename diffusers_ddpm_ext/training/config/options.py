@@ -313,8 +313,8 @@ class LoopOptions:
     )
     fast_attention: Literal["auto", "never"] = option(
         "auto",
-        "Compute attention on an x86 CPU by oneDNN and, with heads of 8 channels, a few heads at a time: other rounding"
-        " than PyTorch's kernel, which `never` keeps. auto: in new runs, and in resumed ones whose checkpoint has it.",
+        "Compute attention on an x86 CPU by oneDNN and, with heads of 8 channels, a few heads at a time. `never` keeps"
+        " PyTorch's kernel and its rounding. auto: in new runs, and in resumed ones whose checkpoint has it.",
     )
     gradient_checkpointing: bool = option(
         False,
