@@ -21,6 +21,7 @@ import argparse
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
 from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtScheduler, DDPMObjective
+from diffusers_ddpm_ext.diffusion.reverse_step import LEARNED_VARIANCES
 from diffusers_ddpm_ext.training.config.data_options import DataOptions
 from diffusers_ddpm_ext.training.data.dataset import load_data
 from diffusers_ddpm_ext.training.data.image_set import ImageSet
@@ -119,7 +121,8 @@ def print_logvar_error(folder: Path, logvar: torch.Tensor, training: ImageSet, d
     variant = "raw" if (folder / "unet" / "diffusion_pytorch_model.raw.safetensors").is_file() else None
     denoiser = UNet2DModel.from_pretrained(folder, subfolder="unet", variant=variant)
     scheduler = DDPMExtScheduler.from_pretrained(folder, subfolder="scheduler")
-    task = DenoisingTask(denoiser, DDPMObjective(scheduler))
+    loss_type: Any = "hybrid" if scheduler.config.variance_type in LEARNED_VARIANCES else "l2"  # same simple loss
+    task = DenoisingTask(denoiser, DDPMObjective(scheduler, loss_type=loss_type))
     alone = Processes(0, 1, torch.device("cpu"), lambda tensor: tensor)
     timesteps = torch.arange(len(logvar)).repeat(draws)
     off = np.abs(log_loss_per_step(task, training, 1, timesteps, 256, alone) - logvar.numpy())

@@ -29,7 +29,7 @@ def accelerate_network(
     Args:
         pipeline: on its device, in its precision.
         memory_format: of the weights, which the activations follow. None: channels_last in half precision and for the
-            compiler; in float32 contiguous, which keeps the numbers of earlier versions.
+            compiler; contiguous in float32.
         compiled: whether to compile the network. It is compiled at the first step, once per batch size.
         fast_attention: whether to compute attention by :mod:`diffusers_ddpm_ext.models.fast_attention` on a CPU.
 
