@@ -25,8 +25,8 @@ SCORES = 2**18
 """Scores that are computed at a time: 1 MiB, about a core's second cache."""
 NARROW = 8
 """Channels of a head up to which it pays in float32, and without gradients."""
-FEWEST_TOKENS = 64
-"""Tokens from which it pays there in float32."""
+FEWEST_SCORES = 2**16
+"""Scores of a layer from which it pays there in float32."""
 WIDEST, MOST_TOKENS = 32, 600
 """Channels and tokens up to which it pays in bfloat16 with gradients."""
 
@@ -148,7 +148,7 @@ def _pays(query: Tensor, tokens: int) -> bool:
     """Whether blockwise attention of (B, N, H, D) queries to that many tokens is faster than PyTorch's."""
     width, halved = query.shape[-1], query.dtype == torch.bfloat16
     if width <= NARROW:
-        return halved or tokens >= FEWEST_TOKENS
+        return halved or query.shape[:-1].numel() * tokens >= FEWEST_SCORES
     return halved and query.requires_grad and width <= WIDEST and tokens <= MOST_TOKENS
 
 
@@ -174,6 +174,7 @@ class FastAttnProcessor(AttnProcessor2_0):
         states = hidden_states.flatten(2).transpose(1, 2) if hidden_states.ndim == 4 else hidden_states
         if attn.group_norm is not None:
             states = attn.group_norm(states.transpose(1, 2)).transpose(1, 2)
+        states = states.contiguous()  # once, not in each projection and its backward pass
         context = states if encoder_hidden_states is None else encoder_hidden_states
         if encoder_hidden_states is not None and attn.norm_cross:
             context = attn.norm_encoder_hidden_states(context)

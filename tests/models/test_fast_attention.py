@@ -84,6 +84,9 @@ def test_frozen_parameters_get_no_gradient():
     assert weight.grad is None
 
 
+pays = fast_attention._pays
+
+
 def layer_of(**options):
     torch.manual_seed(0)
     settings = {"query_dim": 16, "heads": 2, "dim_head": 8, "bias": True} | options
@@ -94,22 +97,22 @@ def layer_of(**options):
 
 
 CASES = {
-    "tokens": ({}, (2, 70, 16), {}),
+    "tokens": ({}, (2, 140, 16), {}),
     "few tokens": ({}, (2, 9, 16), {}),
-    "picture": ({}, (2, 16, 8, 9), {}),
-    "group norm": ({"norm_num_groups": 4, "eps": 1e-3}, (2, 16, 8, 8), {}),
-    "residual and factor": ({"residual_connection": True, "rescale_output_factor": 1.7}, (2, 16, 8, 8), {}),
-    "cross": ({"cross_attention_dim": 12}, (2, 70, 16), {"encoder_hidden_states": (2, 77, 12)}),
+    "picture": ({}, (2, 16, 12, 13), {}),
+    "group norm": ({"norm_num_groups": 4, "eps": 1e-3}, (2, 16, 12, 12), {}),
+    "residual and factor": ({"residual_connection": True, "rescale_output_factor": 1.7}, (2, 16, 12, 12), {}),
+    "cross": ({"cross_attention_dim": 12}, (2, 140, 16), {"encoder_hidden_states": (2, 130, 12)}),
     "cross, norm": (
         {"cross_attention_dim": 12, "cross_attention_norm": "layer_norm"},
-        (2, 70, 16),
-        {"encoder_hidden_states": (2, 77, 12)},
+        (2, 140, 16),
+        {"encoder_hidden_states": (2, 130, 12)},
     ),
-    "wide heads": ({"heads": 1, "dim_head": 40}, (2, 70, 16), {}),
-    "no bias": ({"bias": False, "out_bias": False}, (2, 70, 16), {}),
-    "query norm": ({"qk_norm": "layer_norm"}, (2, 70, 16), {}),
-    "mask": ({}, (2, 70, 16), {"attention_mask": (2, 1, 70)}),
-    "temb": ({"query_dim": 32, "spatial_norm_dim": 5}, (2, 32, 8, 8), {"temb": (2, 5, 4, 4)}),
+    "wide heads": ({"heads": 1, "dim_head": 40}, (2, 140, 16), {}),
+    "no bias": ({"bias": False, "out_bias": False}, (2, 140, 16), {}),
+    "query norm": ({"qk_norm": "layer_norm"}, (2, 140, 16), {}),
+    "mask": ({}, (2, 140, 16), {"attention_mask": (2, 1, 140)}),
+    "temb": ({"query_dim": 32, "spatial_norm_dim": 5}, (2, 32, 12, 12), {"temb": (2, 5, 4, 4)}),
 }
 
 
@@ -173,7 +176,7 @@ def test_a_network_and_its_saved_files_are_the_same(precision, tmp_path):
 
 
 def test_autocast_rounds_as_diffusers_does():
-    layer, inputs = layer_of(), random(2, 70, 16)
+    layer, inputs = layer_of(), random(2, 140, 16)
     exact = layer(inputs)
     errors = []
     for processor in (AttnProcessor2_0(), FastAttnProcessor()):
@@ -201,7 +204,7 @@ def test_a_hook_of_a_projection_is_called():
     layer, calls = layer_of(), []
     layer.set_processor(FastAttnProcessor())
     layer.to_q.register_forward_hook(lambda *_: calls.append(1))
-    layer(random(2, 70, 16))
+    layer(random(2, 140, 16))
     assert calls == [1]
 
 
@@ -211,3 +214,15 @@ def test_second_derivatives_are_refused():
     (gradient,) = torch.autograd.grad(BlockwiseAttention.apply(*inputs).sum(), inputs[:1], create_graph=True)
     with pytest.raises(RuntimeError):
         gradient.sum().backward()
+
+
+def test_the_cases_reach_blockwise_attention_but_for_wide_heads(monkeypatch):
+    reached = []
+    monkeypatch.setattr(fast_attention, "_pays", lambda *arguments: reached.append(pays(*arguments)) or False)
+    for name, (options, shape, more) in CASES.items():
+        if name in ("query norm", "mask", "temb"):
+            continue
+        layer = layer_of(**options)
+        layer.set_processor(FastAttnProcessor())
+        layer(random(*shape), **{key: random(*each) for key, each in more.items()})
+        assert reached.pop() == (name not in ("few tokens", "wide heads")), name
