@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from helpers.paths import ROOT
+from helpers.tiny import EXACT
 from PIL import Image
 
 from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtScheduler, __version__, cli
@@ -51,7 +52,7 @@ def drawn(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def draw(name: str, *flags: str) -> np.ndarray:
-        assert cli.main(["sample", str(folder / name), "--out", "drawn.npy", "--device", "cpu", *flags]) == 0
+        assert cli.main(["sample", str(folder / name), "--out", "drawn.npy", "--device", "cpu", *EXACT, *flags]) == 0
         return np.load("drawn.npy")
 
     return draw

@@ -12,10 +12,11 @@ import pytest
 import torch
 from diffusers import EulerAncestralDiscreteScheduler
 from helpers.paths import ROOT
-from helpers.tiny import tiny_unet
+from helpers.tiny import EXACT, tiny_unet
 from PIL import Image
 
 from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtScheduler, cli
+from diffusers_ddpm_ext.models import fast_attention
 from diffusers_ddpm_ext.utils.random_keys import generator
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -33,7 +34,18 @@ def sample(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def command(*flags: str) -> int:
-        line = ["sample", str(folder), "--device", "cpu", "--num_inference_steps", "6", "--num_images", "5", *flags]
+        line = [
+            "sample",
+            str(folder),
+            "--device",
+            "cpu",
+            *EXACT,
+            "--num_inference_steps",
+            "6",
+            "--num_images",
+            "5",
+            *flags,
+        ]
         return cli.main(line)
 
     return command
@@ -285,3 +297,16 @@ def test_as_many_images_at_a_time_as_fit(sample, monkeypatch, capsys):
     monkeypatch.setattr("diffusers_ddpm_ext.pipelines.acceleration.free_memory_bytes", lambda device: 0)
     assert sample("--out", "one.npy", "--num_images", "2") == 0
     assert "(6 calls of the network each), 1 at a time" in capsys.readouterr().out
+
+
+def test_fast_attention_changes_images_by_rounding_only(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    line = ["sample", str(folder), "--device", "cpu", "--num_inference_steps", "6", "--num_images", "2"]
+    calls: list[str] = []
+    project = fast_attention._project
+    monkeypatch.setattr(fast_attention, "_project", lambda *inputs: calls.append("fast") or project(*inputs))
+    assert cli.main([*line, "--out", "never.npy", *EXACT]) == 0
+    assert not calls
+    assert cli.main([*line, "--out", "auto.npy"]) == 0
+    assert bool(calls) == fast_attention.has_onednn()
+    np.testing.assert_allclose(np.load("auto.npy"), np.load("never.npy"), atol=1e-4)

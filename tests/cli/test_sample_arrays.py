@@ -10,7 +10,7 @@ import imagecodecs
 import numpy as np
 import pytest
 import tifffile
-from helpers.tiny import tiny_unet
+from helpers.tiny import EXACT, tiny_unet
 from PIL import Image
 
 from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtScheduler, cli
@@ -47,7 +47,7 @@ def sample(root, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def command(name: str, *flags: str, count: int = 3) -> int:
-        return cli.main(["sample", str(root / name), "--device", "cpu", "--num_images", str(count), *flags])
+        return cli.main(["sample", str(root / name), "--device", "cpu", *EXACT, "--num_images", str(count), *flags])
 
     return command
 

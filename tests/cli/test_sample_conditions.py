@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from diffusers import UNet2DConditionModel, UNet2DModel
 from helpers.paths import ROOT
-from helpers.tiny import tiny_unet
+from helpers.tiny import EXACT, tiny_unet
 from PIL import Image
 
 from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtScheduler, cli
@@ -47,7 +47,17 @@ def sample(folders, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
     def command(name: str, *flags: str) -> tuple[int, str]:
-        line = ["sample", str(folders / name), "--device", "cpu", "--num_inference_steps", "2", "--num_images", "3"]
+        line = [
+            "sample",
+            str(folders / name),
+            "--device",
+            "cpu",
+            *EXACT,
+            "--num_inference_steps",
+            "2",
+            "--num_images",
+            "3",
+        ]
         before = sorted(os.listdir())
         status = cli.main([*line, "--out", "each", *flags])
         error = capsys.readouterr().err

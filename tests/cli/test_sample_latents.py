@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.latent_cases import latent_pipeline, write_pictures
-from helpers.tiny import tiny_unet
+from helpers.tiny import EXACT, tiny_unet
 from PIL import Image
 
 from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtScheduler, cli
@@ -42,7 +42,7 @@ def sample(folders, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
     def command(name: str, *flags: str) -> tuple[int, str]:
-        line = ["sample", str(folders / name), "--device", "cpu", "--num_inference_steps", "2", *flags]
+        line = ["sample", str(folders / name), "--device", "cpu", *EXACT, "--num_inference_steps", "2", *flags]
         before = sorted(os.listdir())
         status = cli.main(line)
         printed = capsys.readouterr()

@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers.prompt_cases import text_pipeline, tiny_conditional_unet
 from helpers.text_models import save_text_model, tiny_text_encoder, tiny_tokenizer
+from helpers.tiny import EXACT
 from PIL import Image
 
 from diffusers_ddpm_ext import DDPMExtPipeline, cli
@@ -43,7 +44,9 @@ def sample(folders, tmp_path, monkeypatch, capsys):
 
     def command(name: str, *flags: str) -> tuple[int, str]:
         before = sorted(os.listdir())
-        status = cli.main(["sample", str(folders / name), "--device", "cpu", "--num_inference_steps", "2", *flags])
+        status = cli.main(
+            ["sample", str(folders / name), "--device", "cpu", *EXACT, "--num_inference_steps", "2", *flags]
+        )
         printed = capsys.readouterr()
         if status:
             assert status == 2

@@ -67,3 +67,7 @@ def tiny_autoencoder(kind: str = "kl", channels: int = 3, latent_channels: int =
         if kind == "vq":  # codes that random latents choose among, not all of them nearly zero
             torch.nn.init.normal_(model.quantize.embedding.weight)
     return model.eval().requires_grad_(False)
+
+
+EXACT = ("--fast_attention", "never")
+"""Flags with which `ddpm-ext sample` rounds as a call of the pipeline does."""
