@@ -147,6 +147,8 @@ def _project(layer: nn.Module, inputs: Tensor) -> Tensor:
 def _pays(query: Tensor, tokens: int) -> bool:
     """Whether blockwise attention of (B, N, H, D) queries to that many tokens is faster than PyTorch's."""
     width, halved = query.shape[-1], query.dtype == torch.bfloat16
+    if query.dtype == torch.float64:  # computed in float32, it would lose its precision
+        return False
     if width <= NARROW:
         return halved or query.shape[:-1].numel() * tokens >= FEWEST_SCORES
     return halved and query.requires_grad and width <= WIDEST and tokens <= MOST_TOKENS

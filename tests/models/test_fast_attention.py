@@ -19,7 +19,7 @@ from diffusers_ddpm_ext.models.fast_attention import (
     use_fast_attention,
 )
 
-pytestmark = pytest.mark.skipif(not fast_attention.has_onednn(), reason="no x86 CPU with oneDNN")
+needs_onednn = pytest.mark.skipif(not fast_attention.has_onednn(), reason="no x86 CPU with oneDNN")
 
 
 def random(*shape, dtype=torch.float32):
@@ -65,6 +65,7 @@ def test_bfloat16_is_computed_in_float32():
     assert bool(((output.double() - exact).abs() <= exact.abs() / 256 + 1e-4).all())
 
 
+@needs_onednn
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(5, 6), (2, 3, 6), (1, 1, 6)])
 def test_linear_layers_are_torchs(shape, bias):
@@ -77,6 +78,7 @@ def test_linear_layers_are_torchs(shape, bias):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+@needs_onednn
 def test_frozen_parameters_get_no_gradient():
     weight = torch.ones(4, 6)
     output = OneDnnLinear.apply(random(2, 6), weight, None)
@@ -116,6 +118,7 @@ CASES = {
 }
 
 
+@needs_onednn
 @pytest.mark.parametrize("name", CASES)
 def test_a_layer_is_as_with_diffusers_processor(name):
     options, shape, more = CASES[name]
@@ -141,6 +144,7 @@ def test_a_layer_is_as_with_diffusers_processor(name):
         torch.testing.assert_close(ours, stock, rtol=2e-5, atol=1e-6 * largest)
 
 
+@needs_onednn
 def test_only_the_default_processor_is_replaced():
     network = tiny_unet()
     layers = [module for module in network.modules() if isinstance(module, Attention)]
@@ -157,6 +161,7 @@ def test_another_machine_is_left_alone(monkeypatch):
     assert use_fast_attention(network) == fast_attention_layers(network) == 0
 
 
+@needs_onednn
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 def test_a_network_and_its_saved_files_are_the_same(precision, tmp_path):
     torch.manual_seed(0)
@@ -175,6 +180,7 @@ def test_a_network_and_its_saved_files_are_the_same(precision, tmp_path):
         assert (tmp_path / "ours" / file).read_bytes() == (tmp_path / "stock" / file).read_bytes()
 
 
+@needs_onednn
 def test_autocast_rounds_as_diffusers_does():
     layer, inputs = layer_of(), random(2, 140, 16)
     exact = layer(inputs)
@@ -190,6 +196,7 @@ def test_autocast_rounds_as_diffusers_does():
     assert layer.to_q.weight.grad.dtype == torch.float32
 
 
+@needs_onednn
 def test_the_middle_of_an_autoencoder():
     torch.manual_seed(0)
     vae = AutoencoderKL(block_out_channels=(8, 16), norm_num_groups=4, down_block_types=("DownEncoderBlock2D",) * 2,
@@ -200,6 +207,7 @@ def test_the_middle_of_an_autoencoder():
     torch.testing.assert_close(vae(images).sample, stock, rtol=0, atol=1e-5)
 
 
+@needs_onednn
 def test_a_hook_of_a_projection_is_called():
     layer, calls = layer_of(), []
     layer.set_processor(FastAttnProcessor())
@@ -216,6 +224,7 @@ def test_second_derivatives_are_refused():
         gradient.sum().backward()
 
 
+@needs_onednn
 def test_the_cases_reach_blockwise_attention_but_for_wide_heads(monkeypatch):
     reached = []
     monkeypatch.setattr(fast_attention, "_pays", lambda *arguments: reached.append(pays(*arguments)) or False)
@@ -226,3 +235,11 @@ def test_the_cases_reach_blockwise_attention_but_for_wide_heads(monkeypatch):
         layer.set_processor(FastAttnProcessor())
         layer(random(*shape), **{key: random(*each) for key, each in more.items()})
         assert reached.pop() == (name not in ("few tokens", "wide heads")), name
+
+
+def test_double_precision_stays_double():
+    layer, inputs = layer_of().double(), random(2, 140, 16).double()
+    layer.set_processor(AttnProcessor2_0())
+    expected = layer(inputs)
+    layer.set_processor(FastAttnProcessor())
+    torch.testing.assert_close(layer(inputs), expected, rtol=1e-12, atol=1e-12)
