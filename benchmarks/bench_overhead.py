@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from diffusers_ddpm_ext.cli.process import tune_process
 from diffusers_ddpm_ext.training.config.train_config import TrainConfig
 from diffusers_ddpm_ext.training.loop.attention import settle_attention
 from diffusers_ddpm_ext.training.loop.metrics_logging import log_losses, open_metrics_logger
@@ -111,6 +112,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=9)
     parser.add_argument("--steps", type=int, default=10)
     args = parser.parse_args()
+    tune_process()  # as `ddpm-ext train` does
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", "Seems like `optimizer.step\\(\\)` has been overridden")  # by the stopwatch
     rows = []

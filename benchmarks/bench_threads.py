@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
-from diffusers_ddpm_ext.cli.dispatch import SPINS
+from diffusers_ddpm_ext.cli.process import SPINS
 from diffusers_ddpm_ext.training.config.train_config import TrainConfig
 from diffusers_ddpm_ext.training.data.batches import Batch
 from diffusers_ddpm_ext.training.loop.attention import settle_attention

@@ -16,6 +16,7 @@ from importlib.util import find_spec
 
 from diffusers_ddpm_ext._version import __version__
 from diffusers_ddpm_ext.cli.failures import describe_failure
+from diffusers_ddpm_ext.cli.process import tune_process
 from diffusers_ddpm_ext.errors import ConfigError, print_error, print_lines, printable
 from diffusers_ddpm_ext.utils.next_command import next_command
 
@@ -36,8 +37,6 @@ COMMANDS = {
     "convert-config": "a CompVis YAML file to a configuration of `ddpm-ext train`",
     "doctor": "check this machine, this environment or a folder: what is wrong, and how to fix it",
 }
-SPINS = "2000"
-"""Rounds that a waiting thread of GNU OpenMP spins before it sleeps."""
 SYNONYMS = {"generate": "sample", "inference": "sample", "upload": "push", "fit": "fit-variance", "check": "doctor"}
 USAGE = """usage: ddpm-ext COMMAND [options]
 
@@ -61,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0; 2 for a mistake in the input; 1 for a run that could not continue; 130 after an interrupt;
         141 if the output was closed, as by ``| head``.
     """
-    _set_wait_policy()
+    tune_process()
     if sys.stdout is None:  # closed by the shell
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     try:
@@ -83,17 +82,6 @@ def _discard_output() -> None:
     """Let what is still to be written go nowhere: Python flushes at its exit."""
     with suppress(OSError, ValueError):  # not a file, in a test
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _set_wait_policy() -> None:
-    """Let OpenMP threads that wait for each other soon sleep, unless the user chose otherwise; torch reads it at once.
-
-    GNU OpenMP's threads spin for milliseconds while they wait. With other programs on the machine, a spinning thread
-    occupies the core that the awaited thread needs: small networks then train ten times slower. Threads that sleep at
-    once must be woken for every operation: two then do no more than one. `SPINS` is a fraction of a millisecond.
-    """
-    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
-        os.environ |= {"GOMP_SPINCOUNT": SPINS} if sys.platform == "linux" else {"OMP_WAIT_POLICY": "PASSIVE"}
 
 
 def _report_error(error: object, status: int) -> int:

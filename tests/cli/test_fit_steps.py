@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
 from helpers.latent_cases import latent_pipeline
-from helpers.tiny import tiny_unet
+from helpers.tiny import EXACT, tiny_unet
 
 from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtScheduler, cli
 
@@ -64,7 +64,7 @@ def test_fit_sample_and_undo(folder, capsys):
     assert records["format"] == 1
     fits = records["fits"]["DDIMScheduler"]
     assert all(fits[count]["error"] <= fits[count]["error_even"] for count in ("2", "3"))
-    line = ["sample", "pipe", "--num_images", "2", "--device", "cpu", "--scheduler", "DDIMScheduler"]
+    line = ["sample", "pipe", "--num_images", "2", "--device", "cpu", "--scheduler", "DDIMScheduler", *EXACT]
     assert cli.main([*line, "--num_inference_steps", "3", "--timesteps", "samples", "--out", "a.npy"]) == 0
     assert "3 calls of the network each" in capsys.readouterr().out
     pipe = DDPMExtPipeline.from_pretrained(folder)
