@@ -1,10 +1,12 @@
-"""Sampling: the layout channels_last, bfloat16 and the quality of its samples, compared with contiguous float32.
+"""Sampling: our layouts and bfloat16, compared with stock Diffusers, and the quality of samples in bfloat16.
 
     python benchmarks/bench_sample.py [--rounds 5] [--quality FOLDER --num_samples 512] [--quick]
 
-The reference is stock Diffusers' `DDPMPipeline` with the same network in contiguous float32, beside our pipeline with
-it. All take turns of the same steps, from the same noise, in one process and with one thread; the ratio is the median
-over the turns, in seconds of the processor, with its quartiles. So a busy machine slows all equally.
+The reference is stock Diffusers' `DDPMPipeline` with the same network in float32. Our pipeline has the network as
+`ddpm-ext sample` prepares it: in float32 with `--memory_format contiguous` and with its default, channels_last, and in
+bfloat16. Each has a process of its own, with the settings that a script or the command has there, and one thread. All
+take turns of the same steps; a ratio is the median over the turns, in seconds of the processor, with its quartiles. So
+a busy machine slows all equally.
 
 Quality (`--quality`, a trained pipeline, e.g. of the digits): the kernel distance of samples in bfloat16 to samples in
 float32 of another seed, beside that of samples in float32 to the same ones, and both intervals.
@@ -13,15 +15,22 @@ float32 of another seed, beside that of samples in float32 to the same ones, and
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
+import json
+import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
+from subprocess import DEVNULL, PIPE
 
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtScheduler
+from diffusers_ddpm_ext.cli.process import tune_process
 from diffusers_ddpm_ext.metrics.features import load_feature_extractor
 from diffusers_ddpm_ext.metrics.intervals import Estimate
 from diffusers_ddpm_ext.metrics.kernel_distance import estimate_kernel_distance
@@ -31,15 +40,17 @@ from diffusers_ddpm_ext.training.data.dataset import DIGITS_LEVELS
 from diffusers_ddpm_ext.training.evaluation.samples import LevelImages, to_levels
 from diffusers_ddpm_ext.utils.random_keys import generator
 
-# name -> side, widths, levels with attention, width of an attention head (None: one head)
-NETWORKS: dict[str, tuple[int, tuple[int, ...], tuple[int, ...], int | None]] = {
+# side, widths, levels with attention, width of an attention head (None: one head)
+Shape = tuple[int, tuple[int, ...], tuple[int, ...], int | None]
+NETWORKS: dict[str, Shape] = {
     "14.7 M, 32 x 32": (32, (64, 128, 256), (1,), 8),
     "35.7 M, 32 x 32 (ddpm-cifar10-32)": (32, (128, 256, 256, 256), (1,), None),
     "25.3 M, 64 x 64": (64, (64, 128, 256, 256), (2,), 8),
 }
-QUICK: dict[str, tuple[int, tuple[int, ...], tuple[int, ...], int | None]] = {"tiny, 8 x 8": (8, (32, 32), (1,), 8)}
+QUICK: dict[str, Shape] = {"tiny, 8 x 8": (8, (32, 32), (1,), 8)}
 LAYOUT_BATCHES, PRECISION_BATCH = (1, 4, 16), 16
 STEPS = 50
+THREADS = {"OMP_NUM_THREADS": "1"}
 
 
 def build_network(side: int, widths: Sequence[int], attention: Sequence[int], head: int | None) -> UNet2DModel:
@@ -70,15 +81,49 @@ def stock(network: UNet2DModel) -> DDPMPipeline:
     return pipeline
 
 
-def in_turns(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of the processor of each call, by turns; the first round is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for number in range(rounds + 1):
-        for name in sorted(calls, reverse=bool(number % 2)):
-            start = time.process_time()
-            calls[name]()
-            if number:
-                seconds[name].append(time.process_time() - start)
+STOCK, CONTIGUOUS, LAST, HALF = "stock", "float32, contiguous", "float32", "bfloat16"
+KINDS: dict[str, Callable[[UNet2DModel], DDPMPipeline]] = {
+    STOCK: stock,
+    CONTIGUOUS: lambda network: ours(network, torch.float32, "contiguous"),
+    LAST: lambda network: ours(network, torch.float32, "channels_last"),
+    HALF: lambda network: ours(network, torch.bfloat16, "channels_last"),
+}
+
+
+def serve(kind: str, shape: Shape, batch: int, steps: int) -> None:
+    """Sample once per line of the input, and print the seconds of the processor."""
+    if kind != STOCK:
+        tune_process()
+    torch.set_num_threads(1)
+    pipeline = KINDS[kind](build_network(*shape))
+    for _ in sys.stdin:
+        start = time.process_time()
+        pipeline(batch, torch.Generator().manual_seed(0), num_inference_steps=steps, output_type="np")
+        print(time.process_time() - start, flush=True)
+
+
+def in_turns(kinds: Sequence[str], shape: Shape, batch: int, steps: int, rounds: int) -> dict[str, list[float]]:
+    """Seconds of the processor of each kind, by turns; the first round is not counted."""
+    seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
+    with contextlib.ExitStack() as processes:
+        workers = {}
+        for kind in kinds:
+            words = [sys.executable, __file__, "--serve", json.dumps([kind, shape, batch, steps])]
+            workers[kind] = processes.enter_context(
+                subprocess.Popen(words, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, text=True, env=os.environ | THREADS)
+            )
+        for number in range(rounds + 1):
+            for kind in sorted(kinds, reverse=bool(number % 2)):
+                worker = workers[kind]
+                assert worker.stdin is not None
+                assert worker.stdout is not None
+                worker.stdin.write("\n")
+                worker.stdin.flush()
+                taken = float(worker.stdout.readline())
+                if number:
+                    seconds[kind].append(taken)
+        for worker in workers.values():
+            worker.communicate()
     return seconds
 
 
@@ -89,42 +134,29 @@ def spread(reference: Sequence[float], other: Sequence[float]) -> str:
     return f"{middle:.2f}x ({low:.2f} to {high:.2f})"
 
 
-def compare(network: UNet2DModel, batch: int, steps: int, rounds: int, names: Sequence[str]) -> list[str]:
-    """Seconds per step in float32, and the ratios to it of our pipeline by ``names`` and of stock / ours."""
-    pipelines = {
-        "float32": ours(network, torch.float32, "contiguous"),
-        "float32, channels_last": ours(network, torch.float32, "channels_last"),
-        "bfloat16": ours(network, torch.bfloat16, "contiguous"),
-        "bfloat16, channels_last": ours(network, torch.bfloat16, "channels_last"),
-        "stock": stock(network),
-    }
-    calls: dict[str, Callable[[], object]] = {}
-    for name in ("float32", *names):
-        call = pipelines[name]
-        calls[name] = lambda call=call: call(  # type: ignore[misc]
-            batch, generator=torch.Generator().manual_seed(0), num_inference_steps=steps, output_type="np"
-        )
-    seconds = in_turns(calls, rounds)
-    first = statistics.median(seconds["float32"]) / steps
-    return [f"{1000 * first:.0f}", *(spread(seconds["float32"], seconds[name]) for name in names)]
-
-
-def speed(
-    networks: dict[str, tuple[int, tuple[int, ...], tuple[int, ...], int | None]], rounds: int, steps: int
-) -> None:
+def speed(networks: dict[str, Shape], rounds: int, steps: int) -> None:
     """Print the tables of layouts and precisions."""
-    print("| network | batch | float32, ms/step | channels_last | stock |\n|---|---|---|---|---|")
+    print(
+        "| network | batch | stock, ms/step | stock / contiguous | stock / channels_last |"
+        " contiguous / channels_last |\n|---|---|---|---|---|---|"
+    )
     for name, shape in networks.items():
-        for batch in LAYOUT_BATCHES[: 3 if shape[0] < 64 else 2]:
-            row = compare(
-                build_network(*shape), batch, max(2, 16 // batch), rounds, ["float32, channels_last", "stock"]
-            )
-            print(f"| {name} | {batch} | {' | '.join(row)} |", flush=True)
-    names = ["bfloat16", "bfloat16, channels_last"]
-    print(f"\n| network, {steps} steps | batch | float32, ms/step | {' | '.join(names)} |\n|---|---|---|---|---|")
+        for batch in LAYOUT_BATCHES:
+            count = max(2, 16 // batch)
+            taken = in_turns((STOCK, CONTIGUOUS, LAST), shape, batch, count, rounds)
+            cells = [spread(taken[STOCK], taken[CONTIGUOUS]), spread(taken[STOCK], taken[LAST])]
+            cells.append(spread(taken[CONTIGUOUS], taken[LAST]))
+            first = 1000 * statistics.median(taken[STOCK]) / count
+            print(f"| {name} | {batch} | {first:.0f} | {' | '.join(cells)} |", flush=True)
+    print(
+        f"\n| network, {steps} steps | batch | stock, ms/step | stock / float32 | stock / bfloat16 |"
+        " float32 / bfloat16 |\n|---|---|---|---|---|---|"
+    )
     for name, shape in networks.items():
-        row = compare(build_network(*shape), PRECISION_BATCH, steps, rounds, names)
-        print(f"| {name} | {PRECISION_BATCH} | {' | '.join(row)} |", flush=True)
+        taken = in_turns((STOCK, LAST, HALF), shape, PRECISION_BATCH, steps, rounds)
+        cells = [spread(taken[STOCK], taken[kind]) for kind in (LAST, HALF)] + [spread(taken[LAST], taken[HALF])]
+        first = 1000 * statistics.median(taken[STOCK]) / steps
+        print(f"| {name} | {PRECISION_BATCH} | {first:.0f} | {' | '.join(cells)} |", flush=True)
 
 
 def draw(folder: str, dtype: str, seed: int, count: int, steps: int) -> torch.Tensor:
@@ -169,8 +201,12 @@ def main() -> None:
         "--quality", metavar="FOLDER", help="a trained pipeline of the digits; nothing else is measured"
     )
     parser.add_argument("--num_samples", type=int, default=512)
+    parser.add_argument("--serve", help=argparse.SUPPRESS)
     parser.add_argument("--quick", action="store_true", help="one tiny network")
     options = parser.parse_args()
+    if options.serve:
+        serve(*json.loads(options.serve))
+        return
     torch.set_num_threads(1)
     if options.quality:
         quality(options.quality, options.num_samples, options.steps)

@@ -27,6 +27,8 @@ NARROW = 8
 """Channels of a head up to which it pays in float32, and without gradients."""
 FEWEST_SCORES = 2**16
 """Scores of a layer from which it pays there in float32."""
+LARGE = 2**21
+"""Products in a linear layer, below which calling oneDNN costs more than it saves."""
 WIDEST, MOST_TOKENS = 32, 600
 """Channels and tokens up to which it pays in bfloat16 with gradients."""
 
@@ -134,9 +136,12 @@ def has_onednn() -> bool:
 
 
 def _project(layer: nn.Module, inputs: Tensor) -> Tensor:
-    """Apply a linear layer, by oneDNN in float32 if nothing but its weight and bias is in it."""
+    """Apply a linear layer, by oneDNN in float32 if it is large, and nothing but its weight and bias is in it."""
     if type(layer) is nn.Linear and not layer._forward_hooks and not layer._forward_pre_hooks:
-        in_float32 = inputs.dtype == torch.float32 == layer.weight.dtype and not torch.is_autocast_enabled("cpu")
+        is_large = inputs.numel() * layer.out_features >= LARGE
+        in_float32 = (
+            is_large and inputs.dtype == torch.float32 == layer.weight.dtype and not torch.is_autocast_enabled("cpu")
+        )
         if in_float32 and not is_sharded(layer.weight):
             result: Tensor = OneDnnLinear.apply(inputs, layer.weight, layer.bias)
             return result
@@ -194,7 +199,7 @@ class FastAttnProcessor(AttnProcessor2_0):
             output = output.transpose(1, 2).reshape(hidden_states.shape)
         if attn.residual_connection:
             output = output + hidden_states
-        return output / attn.rescale_output_factor
+        return output if attn.rescale_output_factor == 1 else output / attn.rescale_output_factor
 
     @staticmethod
     def _applies(attn: Attention, hidden_states: Tensor, attention_mask: Tensor | None) -> bool:

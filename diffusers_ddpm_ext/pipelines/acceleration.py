@@ -28,8 +28,9 @@ def accelerate_network(
 
     Args:
         pipeline: on its device, in its precision.
-        memory_format: of the weights, which the activations follow. None: channels_last in half precision and for the
-            compiler; contiguous in float32.
+        memory_format: of the weights, which the activations follow. None: contiguous in float32 on an accelerator and
+            on a CPU without oneDNN, channels_last otherwise. On a CPU with oneDNN, channels_last comes with the layers
+            of :mod:`diffusers_ddpm_ext.models.fast_inference`, unless the network is compiled.
         compiled: whether to compile the network. It is compiled at the first step, once per batch size.
         fast_attention: whether to compute attention by :mod:`diffusers_ddpm_ext.models.fast_attention` on a CPU.
 
@@ -38,15 +39,18 @@ def accelerate_network(
     """
     import torch
 
-    from diffusers_ddpm_ext.models.fast_attention import use_fast_attention
+    from diffusers_ddpm_ext.models.fast_attention import has_onednn, use_fast_attention
+    from diffusers_ddpm_ext.models.fast_inference import use_fast_inference
 
-    network = pipeline.unet
+    network, is_cpu = pipeline.unet, pipeline.device.type == "cpu"
     if memory_format is None:
-        is_half = pipeline.dtype in (torch.bfloat16, torch.float16)
-        memory_format = "channels_last" if is_half or compiled else "contiguous"
+        pays = compiled or pipeline.dtype in (torch.bfloat16, torch.float16) or (is_cpu and has_onednn())
+        memory_format = "channels_last" if pays else "contiguous"
     if memory_format == "channels_last":
         network.to(memory_format=torch.channels_last)
-    if fast_attention and pipeline.device.type == "cpu":
+        if is_cpu and not compiled:
+            use_fast_inference(network)
+    if fast_attention and is_cpu:
         use_fast_attention(network)
     if compiled:
         with as_config_error("--compile"):  # a missing compiler fails here, not at the first step

@@ -69,5 +69,5 @@ def tiny_autoencoder(kind: str = "kl", channels: int = 3, latent_channels: int =
     return model.eval().requires_grad_(False)
 
 
-EXACT = ("--fast_attention", "never")
+EXACT = ("--fast_attention", "never", "--memory_format", "contiguous")
 """Flags with which `ddpm-ext sample` rounds as a call of the pipeline does."""

@@ -11,6 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtScheduler
+from diffusers_ddpm_ext.models import fast_attention
+from diffusers_ddpm_ext.models.fast_attention import has_onednn
 from diffusers_ddpm_ext.pipelines import acceleration
 from diffusers_ddpm_ext.pipelines.acceleration import accelerate_network, activation_bytes, images_per_pass
 from diffusers_ddpm_ext.schedulers.adapter import adapt_scheduler
@@ -37,9 +39,10 @@ def is_channels_last(pipeline):
 @pytest.mark.parametrize(
     ("dtype", "memory_format", "expected"),
     [
-        (torch.float32, None, False),
+        (torch.float32, None, has_onednn()),
         (torch.bfloat16, None, True),
         (torch.float32, "channels_last", True),
+        (torch.float32, "contiguous", False),
         (torch.bfloat16, "contiguous", False),
     ],
 )
@@ -51,6 +54,13 @@ def test_the_layout_of_a_rule_or_an_option(dtype, memory_format, expected):
     after = pipeline.unet.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_a_cpu_without_onednn_keeps_float32_contiguous(monkeypatch):
+    monkeypatch.setattr(fast_attention, "has_onednn", lambda: False)
+    pipeline = make()
+    accelerate_network(pipeline, None, compiled=False)
+    assert not is_channels_last(pipeline)
 
 
 def test_channels_last_changes_images_by_rounding_only():
