@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-import importlib
+import importlib.util
 import inspect
 import json
 import pydoc
@@ -391,6 +391,25 @@ def test_test_files_that_the_pages_name_exist():
         text = (ROOT / page).read_text()
         for path in re.findall(r"((?:tests/)?(?:\w+/)*test_\w+\.py)", text):
             assert (ROOT / "tests" / path.removeprefix("tests/")).is_file() or "_x.py" in path, f"{page}: {path}"
+
+
+def test_the_notebook_is_a_page_with_its_outputs():
+    """Each code cell was run and stored what it printed; pictures have texts, and no path of a machine is in them."""
+    spec = importlib.util.spec_from_file_location("notebook_page", ROOT / "docs/hooks/notebook_page.py")
+    assert spec is not None
+    assert spec.loader is not None
+    hook = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hook)
+    notebook = (ROOT / "docs" / hook.NOTEBOOK).read_text()
+    page, pictures = hook.notebook_to_markdown(notebook)
+    cells = [cell for cell in json.loads(notebook)["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    assert all(cell["outputs"] for cell in cells)
+    assert set(re.findall(r"^!\[[^\]]{20,}\]\((.+)\)$", page, re.M)) == set(pictures) != set()
+    assert all(data.startswith(b"\x89PNG") for data in pictures.values())
+    assert page.count("\n```") % 2 == 0
+    assert not re.search(r"/(tmp|home|work|root|Users)/", page)
+    assert f": {hook.PAGE}\n" in (ROOT / "mkdocs.yml").read_text()
 
 
 @pytest.mark.slow
