@@ -26,6 +26,7 @@ INK = {"train": "#4c72b0", "raw": "#c44e52", "ema": "#2a7f3f"}
 DASH: dict[str, Any] = {"train": "-", "raw": (0, (4, 2)), "ema": "-"}
 MARKER = {"train": "", "raw": "o", "ema": "s"}
 MAX_PLOTTED = 20_000  # points of a curve
+LEGEND_WIDTH = 90  # letters that fit side by side below the axes
 MAX_DRAWN = 1e100  # matplotlib's axes overflow beyond
 RUN_LOSSES: tuple[tuple[str, str, Literal["train", "raw", "ema"]], ...] = (
     ("train/loss_simple", "training", "train"),
@@ -215,7 +216,7 @@ def save_figure(path: str | os.PathLike[str], draw: Callable[[Axes], None]) -> P
     draw(axes)
     handles, labels = axes.get_legend_handles_labels()
     if handles:  # below the axes, where it hides no curve
-        columns = 1 if max(map(len, labels)) > 40 else min(3, len(labels))
+        columns = max(1, min(3, len(labels), LEGEND_WIDTH // (max(map(len, labels)) + 6)))  # 6: line and gaps
         figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
     axes.grid(color="0.9", linewidth=0.8)
     axes.set_axisbelow(True)

@@ -265,6 +265,18 @@ def test_the_legend_is_below_the_axes(tmp_path, monkeypatch):
         assert legend.get_window_extent(renderer).x0 >= 0
 
 
+def test_the_legend_of_a_variance_is_as_wide_as_its_figure_at_most(tmp_path, monkeypatch):
+    """It has the longest labels of all plots; three of them side by side were cut at both margins."""
+    figures, original = [], Figure.add_subplot
+    monkeypatch.setattr(Figure, "add_subplot", lambda self: figures.append(self) or original(self))
+    curves = {"v_posterior": [0.5, 1.0], "v_decoder: of the first step of a chain": [0.5, 1.0]}
+    plot_variance(tmp_path / "variance.png", curves)
+    (figure,) = figures
+    extent = figure.legends[0].get_window_extent(figure.canvas.get_renderer())
+    assert extent.x0 >= 0
+    assert extent.x1 <= figure.bbox.width
+
+
 def test_a_long_log_variance_has_its_mean(tmp_path, monkeypatch):
     """1,000 steps of noise around a line: the smoothed line is nearer to it than the values are."""
     drawn = []
