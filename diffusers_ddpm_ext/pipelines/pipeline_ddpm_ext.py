@@ -74,7 +74,7 @@ OTHER_NAMES = {"vqvae": "vae", "bert": "text_encoder"}
 class DDPMExtPipelineOutput(ImagePipelineOutput):
     """Output of a call of `DDPMExtPipeline`.
 
-    Args:
+    Attributes:
         images: list of PIL images, or an array (B, H, W, C) in [0, 1] for "np", a tensor (B, C, H, W) in [0, 1] for
             "pt", an array (B, H, W, C) in the dtype and range of the training data for "array". For "latent" what the
             network denoises: the first stage's latents, in its scale, or images in data units, unclipped. Of a model
