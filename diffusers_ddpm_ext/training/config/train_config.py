@@ -64,7 +64,7 @@ Without a data option it trains on the 1,797 handwritten digits that ship with s
 the settings are those of the recipe `digits`. Flags are those of Diffusers' train_unconditional.py, or CompVis' names
 where Diffusers has none."""
 TRAIN_EXAMPLES = """first commands:
-  ddpm-ext train                                          the digits, about three minutes on two cores
+  ddpm-ext train                                          the digits, about two minutes on two cores
   ddpm-ext sample runs/digits --num_images 64             draw from the trained pipeline
   ddpm-ext train --train_data_dir photos --dry_run        the plan of a run on your own folder
   ddpm-ext train --train_data_dir photos --resolution 32 --block_out_channels 64 128 128 --prediction_type v_prediction
