@@ -20,6 +20,7 @@ TINY: dict[str, Any] = {
     "train_batch_size": 8,
     "max_train_steps": 6,
     "learning_rate": 2e-3,
+    "lr_scheduler": "cosine",
     "lr_warmup_steps": 2,
     "logging_steps": 4,
     "validation_steps": 3,

@@ -14,6 +14,11 @@ from diffusers_ddpm_ext.training import trainer
 pytestmark = pytest.mark.skipif(not fast_attention.has_onednn(), reason="no x86 CPU with oneDNN")
 
 
+@pytest.fixture(autouse=True)
+def no_layer_is_too_small(monkeypatch):
+    monkeypatch.setattr(fast_attention, "LARGE", 1)
+
+
 def train(folder, **options):
     """Four steps; attention of 64 tokens with heads of 8 channels."""
     reset_accelerate()
