@@ -119,9 +119,11 @@ def in_turns(kinds: Sequence[str], shape: Shape, batch: int, steps: int, rounds:
                 assert worker.stdout is not None
                 worker.stdin.write("\n")
                 worker.stdin.flush()
-                taken = float(worker.stdout.readline())
+                taken = worker.stdout.readline()
+                if not taken:
+                    raise SystemExit(f"error: the process of {kind} ended with status {worker.wait()}")
                 if number:
-                    seconds[kind].append(taken)
+                    seconds[kind].append(float(taken))
         for worker in workers.values():
             worker.communicate()
     return seconds

@@ -10,8 +10,10 @@ from contextlib import suppress
 SPINS = "2000"
 """Rounds that a waiting thread of GNU OpenMP spins before it sleeps."""
 MALLOC_TRIM_THRESHOLD, MALLOC_MMAP_THRESHOLD = -1, -3  # numbers of mallopt(3)
-KEPT, FROM_HEAP = 2**31 - 1, 2**30
-"""Bytes at the end of the heap that are not given back, and the largest piece that comes from the heap."""
+KEPT = 2**31 - 1
+"""Bytes at the end of the heap that are not given back."""
+FROM_HEAP = (2**30, 2**25)
+"""The largest piece that comes from the heap, in bytes; older versions of glibc accept the second number only."""
 
 
 def tune_process() -> None:
@@ -41,5 +43,5 @@ def _keep_freed_memory() -> None:
         with suppress(OSError, AttributeError):  # another C library
             mallopt = ctypes.CDLL(None).mallopt
             # The threshold of pieces first: with only the other one set, small tensors would be returned at once.
-            if mallopt(MALLOC_MMAP_THRESHOLD, FROM_HEAP):
+            if any(mallopt(MALLOC_MMAP_THRESHOLD, size) for size in FROM_HEAP):
                 mallopt(MALLOC_TRIM_THRESHOLD, KEPT)

@@ -24,8 +24,8 @@ from diffusers_ddpm_ext.utils.dtensor import is_sharded
 
 SCORES = 2**18
 """Scores that are computed at a time: 1 MiB, about a core's second cache."""
-LARGEST_POWER = 100
-"""Scores, as powers of two, up to which sums of them and of their reciprocals are far from float32's limits."""
+LARGEST_POWER = 60
+"""Scores, as powers of two, up to which their sums and products with values are far from float32's limits."""
 NARROW = 8
 """Channels of a head up to which it pays in float32, and without gradients."""
 FEWEST_SCORES = 2**16

@@ -42,7 +42,10 @@ def _applies(inputs: Tensor, weight: Tensor) -> bool:
 
 
 class PackedConv2d(nn.Conv2d):
-    """`torch.nn.Conv2d` that keeps its weights in oneDNN's order, too, for as long as they stay the same."""
+    """`torch.nn.Conv2d` that keeps its weights in oneDNN's order, too, for as long as they stay the same.
+
+    Autograd's counter tells of a change in place. It does not see one through ``weight.data``, and neither does this.
+    """
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         pixels = input.numel() // weight.shape[1]
@@ -53,8 +56,9 @@ class PackedConv2d(nn.Conv2d):
         key = (weight.data_ptr(), weight._version, weight.dtype, tuple(input.shape))
         if self.__dict__.get("_packed_key") != key:
             order: Any = torch.ops.mkldnn._reorder_convolution_weight
-            self.__dict__["_packed"] = order(weight.detach(), *geometry, list(input.shape))
-            self.__dict__["_packed_key"] = key
+            source = weight.detach()  # kept, so that no other weights get its address
+            self.__dict__["_packed"] = order(source, *geometry, list(input.shape))
+            self.__dict__ |= {"_packed_key": key, "_packed_source": source}
         packed = self.__dict__["_packed"]
         result: Tensor = torch.ops.mkldnn._convolution_pointwise(input, packed, bias, *geometry, "none", [], "")
         return result

@@ -6,6 +6,7 @@ import ctypes
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -53,6 +54,29 @@ def test_freed_memory_is_kept_unless_somebody_has_set_it():
     """8 MiB are 2,048 pages, which are faults of the process each time that they come anew from the system."""
     assert int(run(FAULTS)) < 2000
     assert int(run(FAULTS, MALLOC_MMAP_THRESHOLD_="131072")) > 20 * 2000
+
+
+@pytest.mark.parametrize(
+    ("accepted", "calls"),
+    [
+        (2**30, [(-3, 2**30), (-1, 2**31 - 1)]),
+        (2**25, [(-3, 2**30), (-3, 2**25), (-1, 2**31 - 1)]),
+        (0, [(-3, 2**30), (-3, 2**25)]),
+    ],
+)
+def test_each_version_of_glibc_gets_a_threshold_that_it_accepts(accepted, calls, monkeypatch):
+    """Without one for pieces the other must stay, too: small tensors would be given back at once."""
+    seen = []
+
+    def mallopt(name, value):
+        seen.append((name, value))
+        return int(name == -1 or value <= accepted)
+
+    monkeypatch.setattr(process.ctypes, "CDLL", lambda name: SimpleNamespace(mallopt=mallopt))
+    monkeypatch.setattr(process.os, "environ", {"GOMP_SPINCOUNT": "1"})
+    monkeypatch.setattr(process.sys, "platform", "linux")
+    process.tune_process()
+    assert seen == calls
 
 
 def test_another_c_library_is_left_alone(monkeypatch):
