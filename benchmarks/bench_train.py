@@ -11,7 +11,7 @@ Steps: both scripts run at the same time and take turns of a few steps each, whi
 torch after each optimizer step is the clock (`stock/hooks`). So start-up is left out and other load slows both. The
 ratio is the median over pairs of turns, with its quartiles, in seconds and in seconds of the processor.
 
-    equal threads: one thread each, three networks.
+    equal threads: one thread each, four networks; the third is that of DDPM for CIFAR-10 (Ho et al. 2020).
     as launched: `accelerate launch SCRIPT` with all cores, each with the threads it chooses, the largest network.
 
 Whole: runs of 10 steps and longer ones from start to end, one after the other in turns: seconds, seconds of the
@@ -49,6 +49,7 @@ from stock.processes import Script, Turn, run_whole
 NETWORKS = (
     Network("4.0 M, 64 x 3 x 8 x 8", 8, (64, 128), 1, 64),
     Network("14.7 M, 8 x 3 x 32 x 32", 32, (64, 128, 256), 1, 8),
+    Network("35.7 M, 4 x 3 x 32 x 32", 32, (128, 256, 256, 256), 1, 4),
     Network("25.3 M, 2 x 3 x 64 x 64", 64, (64, 128, 256, 256), 2, 2),
 )
 QUICK = (Network("0.1 M, 8 x 3 x 8 x 8", 8, (16, 32), 1, 8, layers=1, groups=8),)
@@ -146,20 +147,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("script", type=Path, metavar="CHECKOUT_OR_SCRIPT")
     parser.add_argument("--quick", action="store_true", help="a tiny network and few turns, to try the script")
+    parser.add_argument("--network", help="only steps on one thread, of networks whose name has this text")
     parser.add_argument("--json", type=Path, help="also write every single measurement to this file")
     args = parser.parse_args()
     script = find_script(args.script)
-    networks, turns, rounds = (QUICK, 3, 1) if args.quick else (NETWORKS, 12, 3)
-    steps = (5,) if args.quick else (10, 2, 2)
+    turns, rounds = (3, 1) if args.quick else (12, 3)
+    steps = dict.fromkeys(QUICK, 5) if args.quick else dict(zip(NETWORKS, (10, 2, 2, 2), strict=True))
+    networks = [network for network in steps if (args.network or "") in network.name]
+    if not networks:
+        parser.error(f"--network {args.network}: it is in none of {', '.join(network.name for network in steps)}")
     report: dict[str, object] = {"load": os.getloadavg()[0], "cores": len(os.sched_getaffinity(0))}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         equal = [
-            compare_steps(script, network, turns, count, 1, folder / f"equal-{network.side}")
-            for network, count in zip(networks, steps, strict=True)
+            compare_steps(script, network, turns, steps[network], 1, folder / f"equal-{number}")
+            for number, network in enumerate(networks)
         ]
-        launched = compare_steps(script, networks[-1], turns, steps[-1], None, folder / "launched")
-        whole = [compare_whole(script, networks[0], count, rounds, folder / f"whole-{count}") for count in (10, 50)]
+        launched, whole = [], []
+        if args.network is None:
+            last = networks[-1]
+            launched = [compare_steps(script, last, turns, steps[last], None, folder / "launched")]
+            whole = [
+                compare_whole(script, networks[0], count, rounds, folder / f"whole-{count}") for count in (10, 50)
+            ]
     report |= {"equal": equal, "launched": launched, "whole": whole}
     if not has_torchvision():
         print("torchvision is not installed: the reference has a stand-in for its transforms.\n")
@@ -168,9 +178,10 @@ def main() -> None:
     )
     print("|---|---|---|---|---|---|")
     print("\n".join(map(steps_row, equal)))
-    print(steps_row(launched | {"network": f"{launched['network']}, as launched"}))
-    print("\n| whole run, one thread | | s | CPU s | MiB |\n|---|---|---|---|---|")
-    print("\n".join(row for result in whole for row in whole_rows(result)))
+    print("\n".join(steps_row(result | {"network": f"{result['network']}, as launched"}) for result in launched))
+    if whole:
+        print("\n| whole run, one thread | | s | CPU s | MiB |\n|---|---|---|---|---|")
+        print("\n".join(row for result in whole for row in whole_rows(result)))
     if args.json is not None:
         args.json.write_text(json.dumps(report, indent=1) + "\n")
 
