@@ -1,0 +1,221 @@
+"""Build an entry of the gallery from nothing but packages of public registries: data, training, pictures, numbers.
+
+    python benchmarks/build_gallery.py ENTRY FOLDER [--results DIR] [--scale 1]
+
+The same command goes on where it was interrupted. FOLDER holds everything; ``--results`` (default:
+``benchmarks/gallery/results/ENTRY``) gets what is shown: ``samples.png`` (64 samples, seeds 0 to 63 in order),
+``calls.png`` (the first eight with 5, 10, 25 and 50 calls of three samplers), ``copies.png`` (the samples that are
+most like a training image, beside it), ``loss.png``, and ``results.json`` with every number, the time of each command
+and the sha256 of the weights. ``--scale`` is a factor on all numbers of training steps and samples.
+
+Times are seconds of the processor. A command that was interrupted is counted from its last start only, and
+``results.json`` says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import resource
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from gallery.entries import ENTRIES, QUIET, Entry, Training
+from gallery.features import save_extractor
+from gallery.sheets import save_sheets, save_small
+from PIL import Image
+
+HERE = Path(__file__).resolve().parent / "gallery"
+DDPM_EXT = (sys.executable, "-m", "diffusers_ddpm_ext")
+PACKAGES = ("torch", "diffusers", "numpy", "Pillow")
+
+
+class Stages:
+    """Steps of the work that are done once, with their times; a file remembers them.
+
+    Args:
+        folder: of the entry.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / "stages.json"
+        self.done: dict[str, Any] = json.loads(self.path.read_text("utf-8")) if self.path.exists() else {}
+
+    def run(self, name: str, work: Callable[[], object]) -> None:
+        """Do ``work`` unless it is done; its result is kept if it is a number."""
+        stage = self.done.setdefault(name, {"starts": 0})
+        if "cpu_seconds" in stage:
+            return
+        stage["starts"] += 1
+        self._save()
+        print(f"{name} ...", flush=True)
+        before, started = cpu_seconds(), time.monotonic()
+        value = work()
+        stage |= {"cpu_seconds": cpu_seconds() - before, "seconds": time.monotonic() - started}
+        if isinstance(value, float):
+            stage["value"] = value
+        self._save()
+
+    def _save(self) -> None:
+        temporary = self.path.with_suffix(".new")
+        temporary.write_text(json.dumps(self.done, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(self.path)
+
+
+def cpu_seconds() -> float:
+    """Seconds of the processor of this process and of the commands that it waited for."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def command(*words: str) -> Callable[[], None]:
+    """A command of the package, or another program; an error ends the script."""
+
+    def run() -> None:
+        environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+        status = subprocess.run(words, env=environment).returncode
+        if status:
+            sys.exit(f"error: {shlex.join(words)} ended with status {status}")
+
+    return run
+
+
+def training_words(training: Training, names: dict[str, str], folder: Path, scale: float) -> list[str]:
+    """The training command."""
+    steps = max(2, round(training.steps * scale))
+    options = shlex.split(training.options.format(**names))
+    chosen = QUIET | {"--max_train_steps": str(steps), "--output_dir": str(folder)}
+    return [*DDPM_EXT, training.command, *options, *(word for pair in chosen.items() for word in pair)]
+
+
+def labels_like(folder: Path, count: int) -> list[str]:
+    """Classes of ``count`` samples, in the shares that they have in an image folder; deterministic."""
+    labels = [
+        place.name
+        for place in sorted(folder.iterdir())
+        if place.is_dir()
+        for _ in range(sum(1 for _ in place.iterdir()))
+    ]
+    return [labels[(2 * index + 1) * len(labels) // (2 * count)] for index in range(count)]
+
+
+def build(entry: Entry, folder: Path, scale: float) -> Stages:
+    """Do everything that is not done yet."""
+    stages, data = Stages(folder), folder / "data"
+    names = {"data": str(data), "vae": str(folder / "first-stage")}
+    if entry.data is not None:
+        if "cpu_seconds" not in stages.done.get("data", {}) and data.exists():
+            shutil.rmtree(data)  # of an interrupted start
+        stages.run("data", command(sys.executable, str(HERE / entry.data), str(data)))
+    for training in entry.training:
+        place = folder / training.name.replace(" ", "-")
+        stages.run(training.name, command(*training_words(training, names, place, scale)))
+    model, features = str(folder / "model"), folder / "features.pt"
+    if entry.features == "classes":
+        stages.run("features", lambda: save_extractor(data, features))
+    extractor = (
+        ["--feature_extractor", str(features), "--trust_feature_extractor"]
+        if entry.features == "classes"
+        else ["--feature_extractor", entry.features]
+    )
+    count = max(60, round(entry.num_samples * min(1, scale)))
+    drawing = ["--scheduler", entry.scheduler, "--num_inference_steps", str(entry.calls), "--num_images", str(count)]
+    drawing += ["--scheduler_args", "timestep_spacing=trailing"]
+    drawing += ["--guidance_scale", str(entry.guidance)] if entry.guidance != 1 else []
+    if entry.data is not None:
+        drawing += ["--class_labels", *labels_like(data / "train", count)]
+    samples = folder / "samples.npz"
+    stages.run("samples", command(*DDPM_EXT, "sample", model, *drawing, "--out", str(samples)))
+    metrics = ["--split", "train", "--metrics", "fd", "kid", "prdc", *extractor]
+    evaluate = [*DDPM_EXT, "evaluate", model]
+    out = ["--out", str(folder / "metrics"), "--samples", str(samples)]
+    stages.run("metrics", command(*evaluate, *metrics, *out))
+    if entry.data is not None:
+        out = ["--out", str(folder / "metrics-real"), "--samples", str(data / "held_out")]
+        stages.run("metrics, held-out images", command(*evaluate, *metrics, *out))
+    out = ["--out", str(folder / "copies"), "--samples", str(samples)]
+    stages.run("copies", command(*evaluate, "--memorization", *extractor, *out))
+    if entry.has_bound:
+        bound = ["--num_timesteps", "50" if scale == 1 else "2", "--out", str(folder / "bound")]
+        stages.run("bits per dimension", command(*evaluate, *bound))
+    drawn = (entry.scheduler, entry.calls, entry.guidance, entry.enlarge)
+    stages.run("pictures", lambda: save_sheets(folder / "model", folder, *drawn))
+    return stages
+
+
+def results(entry: Entry, folder: Path, stages: Stages, scale: float) -> dict[str, Any]:
+    """Everything that was measured, for JSON."""
+    import importlib.metadata
+
+    found: dict[str, Any] = {
+        "title": entry.title,
+        "scale": scale,
+        "commands": {
+            training.name: " ".join(
+                ["ddpm-ext", training.command, training.options, f"--max_train_steps {round(training.steps * scale)}"]
+            )
+            for training in entry.training
+        },
+        "sampler": {"scheduler": entry.scheduler, "calls": entry.calls, "guidance_scale": entry.guidance},
+        "stages": stages.done,
+        "machine": {
+            "cores": len(os.sched_getaffinity(0)),
+            "kind": platform.machine(),
+            "python": sys.version.split()[0],
+        },
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+    for name in ("metrics", "metrics-real", "copies"):
+        path = folder / name / "sample_metrics.json"
+        if path.exists():
+            found[name] = json.loads(path.read_text("utf-8"))
+    path = folder / "bound" / "evaluation.json"
+    if path.exists():
+        found["bound"] = json.loads(path.read_text("utf-8"))
+    weights = sorted((folder / "model").glob("*/diffusion_pytorch_model.safetensors"))
+    found["sha256"] = {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in weights
+    }
+    return found
+
+
+def publish(folder: Path, results_of: dict[str, Any], place: Path) -> None:
+    """Copy what the page shows."""
+    place.mkdir(parents=True, exist_ok=True)
+    for name in ("samples.png", "calls.png", "copies/copies.png", "model/samples/loss.png"):
+        with Image.open(folder / name) as sheet:
+            save_small(sheet.convert("RGB"), place / Path(name).name)
+    text = json.dumps(results_of, indent=1).replace(str(folder.resolve()), "FOLDER").replace(str(folder), "FOLDER")
+    (place / "results.json").write_text(text + "\n", encoding="utf-8")
+
+
+def main() -> int:
+    """Build one entry."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("entry", choices=list(ENTRIES))
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--results", type=Path)
+    parser.add_argument("--scale", type=float, default=1.0, help="factor on training steps and samples (default: 1)")
+    options = parser.parse_args()
+    if options.scale <= 0:
+        parser.error(f"--scale {options.scale} must be positive")
+    entry = ENTRIES[options.entry]
+    stages = build(entry, options.folder, options.scale)
+    place = options.results or HERE / "results" / options.entry
+    publish(options.folder, results(entry, options.folder, stages, options.scale), place)
+    print(f"written to {place}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

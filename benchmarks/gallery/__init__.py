@@ -1,0 +1,1 @@
+"""The gallery: its entries, data, features and pictures."""

@@ -1,0 +1,85 @@
+"""Pictures of the gallery: samples of the seeds 0 to 63 in order, and the same seeds with few calls of the network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import diffusers
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from diffusers_ddpm_ext import DDPMExtPipeline
+from diffusers_ddpm_ext.pipelines.acceleration import accelerate_network
+from diffusers_ddpm_ext.plotting.sheets import image_grid
+from diffusers_ddpm_ext.utils.random_keys import generator
+
+GRID, PER_ROW = 64, 8
+CALLS = (5, 10, 25, 50)
+SAMPLERS = {
+    "DDPMExtScheduler": "DDPM, ancestral",
+    "DDIMScheduler": "DDIM",
+    "DPMSolverMultistepScheduler": "DPM-Solver++",
+}
+MARGIN = 20  # pixels above a row, for its caption
+
+
+def open_model(folder: Path) -> DDPMExtPipeline:
+    """A trained pipeline, prepared as `ddpm-ext sample` does."""
+    pipeline = DDPMExtPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    accelerate_network(pipeline, None, compiled=False)
+    return pipeline
+
+
+def draw(pipeline: DDPMExtPipeline, sampler: str, calls: int, count: int, guidance: float) -> Tensor:
+    """Samples (count, C, H, W) in [-1, 1]; sample i has the noise of `ddpm-ext sample --seed 0` and the next class."""
+    original = pipeline.scheduler
+    if sampler != "DDPMExtScheduler":
+        pipeline.scheduler = getattr(diffusers, sampler).from_config(original.config, timestep_spacing="trailing")
+    names = pipeline.class_names
+    parts = []
+    for start in range(0, count, 32):
+        rows = range(start, min(start + 32, count))
+        labels = {"class_labels": [row % len(names) for row in rows], "guidance_scale": guidance} if names else {}
+        output = pipeline(
+            len(rows),
+            [generator("sample", 0, row) for row in rows],
+            num_inference_steps=calls,
+            output_type="pt",
+            **labels,
+        )
+        parts.append(output.images.float() * 2 - 1)
+    pipeline.scheduler = original
+    return torch.cat(parts)
+
+
+def save_small(sheet: Image.Image, path: Path) -> None:
+    """Write a sheet in at most 256 colors: a small file."""
+    sheet.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+
+
+def calls_sheet(rows: Sequence[tuple[str, Tensor]], enlarge: int) -> Image.Image:
+    """Rows of images, each below its caption."""
+    grids = [image_grid(images, columns=PER_ROW, enlarge=enlarge).convert("RGB") for _, images in rows]
+    width, height = grids[0].size
+    sheet = Image.new("RGB", (width, len(grids) * (height + MARGIN)), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    for number, ((caption, _), grid) in enumerate(zip(rows, grids, strict=True)):
+        top = number * (height + MARGIN)
+        pen.text((2, top + 3), caption, fill="black", font=font)
+        sheet.paste(grid, (0, top + MARGIN))
+    return sheet
+
+
+def save_sheets(folder: Path, out: Path, sampler: str, calls: int, guidance: float, enlarge: int) -> None:
+    """Write ``samples.png``, 64 samples, and ``calls.png``, three samplers with 5 to 50 calls, into ``out``."""
+    pipeline = open_model(folder)
+    save_small(image_grid(draw(pipeline, sampler, calls, GRID, guidance), 8, enlarge), out / "samples.png")
+    rows = [
+        (f"{title}, {count} calls", draw(pipeline, name, count, PER_ROW, guidance))
+        for name, title in SAMPLERS.items()
+        for count in CALLS
+    ]
+    save_small(calls_sheet(rows, max(1, enlarge // 2)), out / "calls.png")

@@ -1,0 +1,150 @@
+"""What `benchmarks/build_gallery.py` rests on: its data, features, stages and commands."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from helpers.paths import ROOT
+from PIL import Image
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import build_gallery
+from gallery import brain, features, sheets
+from gallery.entries import ENTRIES
+
+from diffusers_ddpm_ext.training.config.train_config import parse_train_args
+
+
+def nifti(values: np.ndarray, code: int, slope: float) -> bytes:
+    """A NIfTI-1 file, by the layout of its standard."""
+    header = np.zeros(352, np.uint8)
+    header[:4] = np.frombuffer(np.int32(348).tobytes(), np.uint8)
+    header[40:56] = np.frombuffer(np.array([3, *values.shape, 1, 1, 1, 1], "<i2").tobytes(), np.uint8)
+    header[70:72] = np.frombuffer(np.int16(code).tobytes(), np.uint8)
+    header[108:120] = np.frombuffer(np.array([352, slope, 3], "<f4").tobytes(), np.uint8)
+    return header.tobytes() + values.tobytes(order="F")
+
+
+@pytest.mark.parametrize(("code", "dtype"), [(2, "u1"), (4, "<i2"), (16, "<f4"), (64, "<f8")])
+def test_volumes_are_read_by_the_header(code, dtype):
+    values = np.arange(2 * 3 * 4).reshape(2, 3, 4).astype(dtype)
+    np.testing.assert_array_equal(brain.read_nifti(nifti(values, code, 2)), values * 2.0 + 3)
+    np.testing.assert_array_equal(brain.read_nifti(nifti(values, code, 0)), values + 3.0)  # 0: no slope
+
+
+def test_other_files_are_no_volumes():
+    with pytest.raises(ValueError, match="NIfTI"):
+        brain.read_nifti(bytes(400))
+
+
+def test_slices_keep_their_bands_and_are_on_one_side(tmp_path):
+    """Bands of constant levels stay constant inside; no slice is in both parts, and held-out ones come in fours."""
+    shape, inside = (96, 96, 96), np.s_[8:88, 8:88, 8:88]
+    volumes = {band: np.zeros(shape) for band in brain.BANDS}
+    for level, band in enumerate(brain.BANDS):
+        volumes[band][inside] = level + 1
+    report = brain.write_slices(tmp_path, volumes)
+    files = {part: sorted((tmp_path / part).glob("*/*.npy")) for part in ("train", "held_out")}
+    assert {part: len(found) for part, found in files.items()} == report["images"]
+    places = {part: {path.relative_to(tmp_path / part) for path in found} for part, found in files.items()}
+    assert not places["train"] & places["held_out"]
+    assert len(places["train"] | places["held_out"]) == 3 * 80
+    assert {int(path.stem) % 32 for path in files["held_out"]} == {0, 1, 2, 3}
+    image = np.load(files["train"][0])
+    assert (image.shape, image.dtype) == ((64, 64, 3), np.uint16)
+    assert (image == 65535).all()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of TorchScript
+def test_features_are_whitened_and_the_file_computes_them(tmp_path):
+    """Over the training images every feature of the traced file has mean 0 and deviation 1."""
+    draw = np.random.default_rng(0)
+    for part, count in (("train", 40), ("held_out", 8)):
+        for place, red in (("dark", 60), ("light", 200)):
+            folder = tmp_path / part / place
+            folder.mkdir(parents=True)
+            for index in range(count):
+                pixels = draw.integers(0, 50, (64, 64, 3), dtype=np.uint8) + np.array([red, 0, 0], np.uint8)
+                Image.fromarray(pixels).save(folder / f"{index}.png")
+    accuracy = features.save_extractor(tmp_path, tmp_path / "features.pt")
+    assert accuracy > 0.9
+    images, labels, names = features.read_images(tmp_path / "train")
+    assert names == ["dark", "light"]
+    assert labels.tolist() == [0] * 40 + [1] * 40
+    assert float(images.min()) >= -1
+    with torch.no_grad():
+        values = torch.jit.load(str(tmp_path / "features.pt"))(images)
+    torch.testing.assert_close(values.mean(0), torch.zeros(64), atol=1e-4, rtol=0)
+    torch.testing.assert_close(values.std(0), torch.ones(64), atol=1e-3, rtol=0)
+
+
+def test_labels_have_the_shares_of_the_folder(tmp_path):
+    for place, count in (("a", 30), ("b", 10)):
+        (tmp_path / place).mkdir()
+        for index in range(count):
+            (tmp_path / place / str(index)).touch()
+    assert build_gallery.labels_like(tmp_path, 8) == ["a"] * 6 + ["b"] * 2
+
+
+def test_a_stage_is_done_once_and_its_starts_are_counted(tmp_path):
+    calls = []
+
+    def fails() -> float:
+        calls.append("fails")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_gallery.Stages(tmp_path).run("work", fails)
+    for _ in range(2):
+        build_gallery.Stages(tmp_path).run("work", lambda: calls.append("done") or 2.5)
+    stage = json.loads((tmp_path / "stages.json").read_text())["work"]
+    assert calls == ["fails", "done"]
+    assert (stage["starts"], stage["value"]) == (2, 2.5)
+
+
+def test_captions_are_above_their_rows():
+    """Pixels below a caption are the row's images; above them it is black on white."""
+    black = -torch.ones(2, 3, 8, 8)
+    sheet = np.asarray(sheets.calls_sheet([("one", black), ("two", -black)], 2))
+    assert sheet.shape == (2 * (16 + sheets.MARGIN), 2 * 16 + 4, 3)
+    assert (sheet[sheets.MARGIN : sheets.MARGIN + 16, :16] == 0).all()
+    assert (sheet[-16:] == 255).all()
+    assert sheet[: sheets.MARGIN].min() < 128
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_the_options_of_every_entry_exist(name, tmp_path):
+    """Training commands are parsed as they will be run."""
+    for part in ("train", "held_out"):
+        (tmp_path / part / "one").mkdir(parents=True)
+        Image.new("RGB", (64, 64)).save(tmp_path / part / "one" / "0.png")
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").write_text("{}")
+    names = {"data": str(tmp_path), "vae": str(tmp_path / "vae")}
+    for training in ENTRIES[name].training:
+        words = build_gallery.training_words(training, names, tmp_path / "run", 1.0)
+        assert words[3] == training.command
+        if training.command == "train":
+            assert parse_train_args(words[4:]).loop.max_train_steps == training.steps
+
+
+@pytest.mark.slow
+def test_an_entry_is_built_and_resumed(tmp_path):
+    """One command, at a hundredth of the steps; the second start finds everything done."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "build_gallery.py"), "digits", str(tmp_path / "work")]
+    command += ["--scale", "0.01", "--results", str(tmp_path / "results")]
+    for _ in range(2):
+        subprocess.run(command, check=True, capture_output=True)
+        found = json.loads((tmp_path / "results" / "results.json").read_text())
+    assert {stage["starts"] for stage in found["stages"].values()} == {1}
+    assert {"fd", "kid"} <= found["metrics"]["metrics"].keys()
+    assert found["bound"]
+    assert str(tmp_path) not in json.dumps(found)
+    with Image.open(tmp_path / "results" / "samples.png") as sheet:
+        assert sheet.size == (8 * 48 + 7 * 4, 8 * 48 + 7 * 4)
