@@ -72,8 +72,11 @@ def _nearest(name: str) -> str:
 
 
 def replaced_options(layer: OptionLayer) -> dict[str, None]:
-    """Options of earlier layers that a layer replaces by setting an alternative, each with the value None."""
-    replaced: dict[str, None] = {}
+    """Options of earlier layers that a layer replaces by setting an alternative, each with the value None.
+
+    The arguments of a learning-rate schedule belong to the layer that chooses it.
+    """
+    replaced: dict[str, None] = {"lr_scheduler_args": None} if layer.options.get("lr_scheduler") else {}
     for alternatives in ALTERNATIVES:
         chosen = [(names, name) for names in alternatives for name in names if layer.options.get(name) is not None]
         if not chosen:

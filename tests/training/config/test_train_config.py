@@ -124,6 +124,19 @@ def test_alternatives_replace_what_lies_below():
     assert "no end" in refusal("num_epochs: null\nmax_train_steps: null\n")
 
 
+def test_arguments_of_a_schedule_belong_to_the_layer_that_chooses_it():
+    """Another schedule on the command line is not given those of the recipe's or file's."""
+    compvis = ["--config", "compvis", "--train_data_dir", "."]
+    assert parse_train_args(compvis).optim.lr_scheduler_args["f_min"] == [1.0]
+    assert parse_train_args([*compvis, "--lr_scheduler", "cosine"]).optim.lr_scheduler_args is None
+    Path("run.yaml").write_text("lr_scheduler: polynomial\nlr_scheduler_args: {power: 2}\n")
+    from_file = ["--config", "run.yaml"]
+    assert parse_train_args(from_file).optim.lr_scheduler_args == {"power": 2}
+    assert parse_train_args([*from_file, "--lr_scheduler", "linear"]).optim.lr_scheduler_args is None
+    chosen = parse_train_args([*from_file, "--lr_scheduler_args", '{"power": 3}']).optim
+    assert (chosen.lr_scheduler, chosen.lr_scheduler_args) == ("polynomial", {"power": 3})
+
+
 def test_defaults_follow_what_they_depend_on():
     config = written("", "--ddpm_num_steps", "50", "--lr_scheduler", "constant", "--block_out_channels", "8", "8", "8")
     assert config.output.ddpm_num_inference_steps == 50
