@@ -141,8 +141,11 @@ def test_defaults_follow_what_they_depend_on():
     config = written("", "--ddpm_num_steps", "50", "--lr_scheduler", "constant", "--block_out_channels", "8", "8", "8")
     assert config.output.ddpm_num_inference_steps == 50
     assert config.optim.lr_warmup_steps == 0
-    assert config.model.attention_levels == (1,)
-    assert written("", "--block_out_channels", "8").model.attention_levels == (0,)
+    assert config.model.attention_levels == ()  # the recipe's: only the middle block
+    folder = ["--train_data_dir", "."]
+    assert parse_train_args([*folder, "--block_out_channels", "8", "8", "8"]).model.attention_levels == (1,)
+    assert parse_train_args([*folder, "--block_out_channels", "8"]).model.attention_levels == (0,)
+    assert written("attention_levels: [2]", "--block_out_channels", "8").model.attention_levels == (0,)
 
 
 CHOICES = {
