@@ -324,7 +324,7 @@ def test_train_door_and_dry_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["train", "--dry_run"]) == 0
     told = capsys.readouterr().out
-    for words in ("digits", "v_prediction", "1500"):
+    for words in ("digits", "v_prediction", "1800"):
         assert words in told.replace(",", "")
     assert list(tmp_path.iterdir()) == []
 

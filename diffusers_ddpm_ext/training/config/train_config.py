@@ -270,14 +270,13 @@ def _derived_defaults(flat: Mapping[str, Any], explicit: Mapping[str, Any]) -> d
         derived["ddpm_num_inference_steps"] = min(flat["ddpm_num_inference_steps"], steps)
     if "lr_warmup_steps" not in explicit and flat["lr_scheduler"] in WITHOUT_WARMUP:
         derived["lr_warmup_steps"] = 0
-    widths, levels = flat["block_out_channels"], flat["attention_levels"]
+    widths = flat["block_out_channels"]
     if (
         flat["vae"] is not None
         and widths == OPTIONS["block_out_channels"].default
         and not explicit.get("block_out_channels")
     ):
         derived["block_out_channels"] = widths = LATENT_WIDTHS
-    stale = levels is None or (widths and max(levels, default=0) >= len(widths))
-    if widths and stale and explicit.get("attention_levels") is None:
+    if widths and flat["attention_levels"] is None:
         derived["attention_levels"] = (max(len(widths) - 2, 0),)
     return derived

@@ -142,10 +142,11 @@ def test_defaults_follow_what_they_depend_on():
     assert config.output.ddpm_num_inference_steps == 50
     assert config.optim.lr_warmup_steps == 0
     assert config.model.attention_levels == ()  # the recipe's: only the middle block
-    folder = ["--train_data_dir", "."]
+    folder = ["--train_data_dir", ".", "--norm_num_groups", "8"]
     assert parse_train_args([*folder, "--block_out_channels", "8", "8", "8"]).model.attention_levels == (1,)
     assert parse_train_args([*folder, "--block_out_channels", "8"]).model.attention_levels == (0,)
-    assert written("attention_levels: [2]", "--block_out_channels", "8").model.attention_levels == (0,)
+    with pytest.raises(ConfigError, match="attention_levels 2 does not exist"):
+        written("attention_levels: [2]", "--block_out_channels", "8")
 
 
 CHOICES = {
