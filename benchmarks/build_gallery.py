@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.metadata
 import json
+import math
 import os
 import platform
 import resource
@@ -47,7 +49,6 @@ class Stages:
     """
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "stages.json"
         self.done: dict[str, Any] = json.loads(self.path.read_text("utf-8")) if self.path.exists() else {}
 
@@ -98,6 +99,11 @@ def training_words(training: Training, names: dict[str, str], folder: Path, scal
     return [*DDPM_EXT, training.command, *options, *(word for pair in chosen.items() for word in pair)]
 
 
+def place_of(training: Training, folder: Path) -> Path:
+    """Output folder of a training command."""
+    return folder / training.name.replace(" ", "-")
+
+
 def labels_like(folder: Path, count: int) -> list[str]:
     """Classes of ``count`` samples, in the shares that they have in an image folder; deterministic."""
     labels = [
@@ -118,8 +124,8 @@ def build(entry: Entry, folder: Path, scale: float) -> Stages:
             shutil.rmtree(data)  # of an interrupted start
         stages.run("data", command(sys.executable, str(HERE / entry.data), str(data)))
     for training in entry.training:
-        place = folder / training.name.replace(" ", "-")
-        stages.run(training.name, command(*training_words(training, names, place, scale)))
+        words = training_words(training, names, place_of(training, folder), scale)
+        stages.run(training.name, command(*words))
     model, features = str(folder / "model"), folder / "features.pt"
     if entry.features == "classes":
         stages.run("features", lambda: save_extractor(data, features))
@@ -146,7 +152,7 @@ def build(entry: Entry, folder: Path, scale: float) -> Stages:
     out = ["--out", str(folder / "copies"), "--samples", str(samples)]
     stages.run("copies", command(*evaluate, "--memorization", *extractor, *out))
     if entry.has_bound:
-        bound = ["--num_timesteps", "50" if scale == 1 else "2", "--out", str(folder / "bound")]
+        bound = ["--num_timesteps", "50" if scale >= 1 else "2", "--out", str(folder / "bound")]
         stages.run("bits per dimension", command(*evaluate, *bound))
     drawn = (entry.scheduler, entry.calls, entry.guidance, entry.enlarge)
     stages.run("pictures", lambda: save_sheets(folder / "model", folder, *drawn))
@@ -155,14 +161,13 @@ def build(entry: Entry, folder: Path, scale: float) -> Stages:
 
 def results(entry: Entry, folder: Path, stages: Stages, scale: float) -> dict[str, Any]:
     """Everything that was measured, for JSON."""
-    import importlib.metadata
-
+    names = {"data": str(folder / "data"), "vae": str(folder / "first-stage")}
     found: dict[str, Any] = {
         "title": entry.title,
         "scale": scale,
         "commands": {
-            training.name: " ".join(
-                ["ddpm-ext", training.command, training.options, f"--max_train_steps {round(training.steps * scale)}"]
+            training.name: shlex.join(
+                ["ddpm-ext", *training_words(training, names, place_of(training, folder), scale)[len(DDPM_EXT) :]]
             )
             for training in entry.training
         },
@@ -207,9 +212,16 @@ def main() -> int:
     parser.add_argument("--results", type=Path)
     parser.add_argument("--scale", type=float, default=1.0, help="factor on training steps and samples (default: 1)")
     options = parser.parse_args()
-    if options.scale <= 0:
-        parser.error(f"--scale {options.scale} must be positive")
+    if not 0 < options.scale < math.inf:
+        parser.error(f"--scale {options.scale} must be a positive number")
+    if options.folder.exists() and not options.folder.is_dir():
+        parser.error(f"{options.folder} is a file: name a folder")
     entry = ENTRIES[options.entry]
+    begun, chosen = options.folder / "begun.json", {"entry": options.entry, "scale": options.scale}
+    if begun.exists() and json.loads(begun.read_text("utf-8")) != chosen:
+        parser.error(f"{options.folder} has another entry or scale, {begun.read_text('utf-8')}: name another folder")
+    options.folder.mkdir(parents=True, exist_ok=True)
+    begun.write_text(json.dumps(chosen), encoding="utf-8")
     stages = build(entry, options.folder, options.scale)
     place = options.results or HERE / "results" / options.entry
     publish(options.folder, results(entry, options.folder, stages, options.scale), place)

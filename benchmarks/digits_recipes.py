@@ -26,7 +26,7 @@ HERE = Path(__file__).resolve().parent
 LAUNCH = (sys.executable, "-m", "accelerate.commands.launch", str(HERE.parent / "training" / "train.py"))
 FORMER = (
     "--beta_schedule linear --learning_rate 2e-3 --lr_scheduler cosine --ema_decay 0.999 --ema_use_num_updates true "
-    "--max_train_steps 4000 --eval_batch_size 16 --validation_steps 500 --save_images_steps 1000"
+    "--max_train_steps 4000 --eval_batch_size 16 --validation_steps 500 --save_images_steps 1000 --attention_levels 1"
 )
 RECIPES = {"default": "", "former": FORMER}
 MOST_TIME, LEAST_CONFIDENCE, MOST_DISTANCE = 0.42, 0.97, 0.9
@@ -40,6 +40,8 @@ def main() -> int:
     parser.add_argument("--num_images", type=int, default=2997)
     parser.add_argument("--steps", type=int, default=100, help="of sampling")
     options = parser.parse_args()
+    if options.folder.exists() and not options.folder.is_dir():
+        parser.error(f"{options.folder} is a file: name a folder")
     options.folder.mkdir(parents=True, exist_ok=True)
     is_met = True
     for place, seed in enumerate(options.seeds):

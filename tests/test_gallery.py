@@ -15,6 +15,7 @@ from PIL import Image
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import build_gallery
+import digits_recipes
 from gallery import brain, features, sheets
 from gallery.entries import ENTRIES
 
@@ -134,6 +135,16 @@ def test_the_options_of_every_entry_exist(name, tmp_path):
             assert parse_train_args(words[4:]).loop.max_train_steps == training.steps
 
 
+def test_the_former_recipe_of_the_digits_is_complete():
+    """What the default has changed since, and the former recipe's values."""
+    config = parse_train_args(digits_recipes.FORMER.split())
+    former = {"attention_levels": (1,), "max_train_steps": 4000, "learning_rate": 2e-3, "lr_scheduler": "cosine",
+              "beta_schedule": "linear", "ema_decay": 0.999, "eval_batch_size": 16, "train_batch_size": 64,
+              "lr_warmup_steps": 100, "block_out_channels": (32, 64), "adam_beta2": 0.999}  # fmt: skip
+    flat = config.to_flat_dict()
+    assert {name: tuple(flat[name]) if isinstance(flat[name], list) else flat[name] for name in former} == former
+
+
 @pytest.mark.slow
 def test_an_entry_is_built_and_resumed(tmp_path):
     """One command, at a hundredth of the steps; the second start finds everything done."""
@@ -142,6 +153,9 @@ def test_an_entry_is_built_and_resumed(tmp_path):
     for _ in range(2):
         subprocess.run(command, check=True, capture_output=True)
         found = json.loads((tmp_path / "results" / "results.json").read_text())
+    refused = subprocess.run([*command, "--scale", "0.02"], capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert "name another folder" in refused.stderr
     assert {stage["starts"] for stage in found["stages"].values()} == {1}
     assert {"fd", "kid"} <= found["metrics"]["metrics"].keys()
     assert found["bound"]

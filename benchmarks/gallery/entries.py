@@ -78,12 +78,12 @@ FIRST_STAGE = Training(
 )
 ENTRIES = {
     "digits": Entry(
-        "Digits", None, (Training("model", "train", 1500, "--checkpointing_steps 500"),), "digits", enlarge=6
+        "Digits", None, (Training("model", "train", 1800, "--checkpointing_steps 600"),), "digits", enlarge=6
     ),
     "digits-classes": Entry(
         "Digits by class",
         None,
-        (Training("model", "train", 1500, "--config digits_classes --checkpointing_steps 500"),),
+        (Training("model", "train", 1800, "--config digits_classes --checkpointing_steps 600"),),
         "digits",
         enlarge=6,
     ),
