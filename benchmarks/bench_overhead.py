@@ -32,11 +32,11 @@ from diffusers_ddpm_ext.training.loop.step import train_step
 from diffusers_ddpm_ext.training.signals import SignalRequests
 from diffusers_ddpm_ext.training.tracking.step_losses import LossMeter
 
-DIGITS = {"block_out_channels": [64, 128], "attention_levels": [1], "layers_per_block": 2, "norm_num_groups": 32}
+TINY = {"block_out_channels": [64, 128], "attention_levels": [1], "layers_per_block": 2, "norm_num_groups": 32}
 NETWORKS: dict[str, dict[str, Any]] = {
-    "digits' network, batch 64": DIGITS | {"train_batch_size": 64},
-    "digits' network, batch 16": DIGITS | {"train_batch_size": 16},
-    "half as wide, batch 16": DIGITS | {"block_out_channels": [32, 64], "train_batch_size": 16},
+    "4.0 M, 8 x 8, batch 64": TINY | {"train_batch_size": 64},
+    "4.0 M, 8 x 8, batch 16": TINY | {"train_batch_size": 16},
+    "half as wide, batch 16": TINY | {"block_out_channels": [32, 64], "train_batch_size": 16},
 }
 PARTS = ("forward", "backward", "optimizer")
 
