@@ -61,6 +61,7 @@ def work(options: list[str]) -> None:
         "cpu": (time.process_time() - used) / STEPS,
         "parameters": sum(parameter.numel() for parameter in setup.network_parameters),
     }
+    poller.poll_now()  # the last step's agreement may still be under way, and leaving would abort it
     wait()
     if setup.accelerator.is_main_process:
         print(json.dumps(facts), flush=True)
