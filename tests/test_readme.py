@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 
 import pytest
 from helpers.paths import ROOT
@@ -40,6 +41,25 @@ def test_each_install_command_is_one_line_on_the_first_screen():
     assert all(command in first_screen for command in commands)
     for name in re.findall(r"requirements/\S+\.txt", README):
         assert (ROOT / name).is_file()
+
+
+def test_badges_name_the_floors():
+    """Each badge and its text say what the metadata say."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    floors = {re.match(r"[\w-]+", each)[0]: re.search(r">=([\d.]+)", each)[1] for each in project["dependencies"]}
+    expected = {
+        "python": f"Python: {project['requires-python'].removeprefix('>=')} or newer",
+        "torch": f"PyTorch: {floors['torch']} or newer",
+        "diffusers": f"Diffusers: {floors['diffusers']} or newer",
+        "license": f"license: {project['license']}",
+    }
+    badges = {path.stem: path.read_text() for path in (ROOT / "docs/images/badges").iterdir()}
+    assert badges.keys() == expected.keys()
+    for name, text in expected.items():
+        assert f'aria-label="{text}"' in badges[name]
+        label, value = text.split(": ")
+        assert re.findall(r">([^<]+)</text>", badges[name]) == [label, value]
+        assert f"[![{text.replace(':', '')}](docs/images/badges/{name}.svg)]" in README
 
 
 @pytest.mark.parametrize(
