@@ -84,7 +84,7 @@ def mutate(value: Any, chance: random.Random) -> str:
     if kind == "add" and isinstance(holder, dict):
         holder["added"] = new
         return f"add {new!r:.60} to {place[:-1]}"
-    if repr(new) == repr(old):
+    if repr(new) == repr(old) or {repr(new), repr(old)} == {"0.0", "-0.0"}:  # an equal number, with the same results
         return mutate(value, chance)
     holder[place[-1]] = new
     return f"{place}: {old!r:.60} -> {new!r:.60}"
