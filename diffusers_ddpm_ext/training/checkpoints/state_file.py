@@ -21,6 +21,10 @@ STATE_FILE = "state.json"
 MAX_STATE_BYTES = 1 << 26
 MAX_THREADS = 1024  # of --num_threads; a machine may have more cores
 MAX_CORES = 1 << 16
+RECORDS = frozenset(
+    {"metrics_size", "todo", "stopped_early", "recoveries", "fast_attention", "latent_scale", "stream", "threads"}
+)
+"""What a run writes into `Progress.records`; a later version's may mean that more remains to be done."""
 MODEL_FILE, EMA_FILE, OPTIMIZER_FILE = "model.safetensors", "ema.safetensors", "optimizer.safetensors"
 
 TensorSpecs = dict[str, list[Any]]
@@ -39,7 +43,7 @@ class Progress:
         world_size: number of processes that wrote it.
         config: resolved configuration, flat.
         data_fingerprint: of the images and their order.
-        records: size of the metrics file, remaining tasks of the step.
+        records: size of the metrics file, remaining tasks of the step, and others of `RECORDS`.
         monitor: best checkpoints and patience, None if nothing is monitored.
         versions: of the libraries that wrote it.
     """
@@ -163,6 +167,8 @@ def _progress_problem(progress: Progress) -> str:
         return f"progress.samples is {progress.samples}, not {step} steps of {printable(repr(batch), 60)} samples"
     if progress.epoch > progress.samples:
         return f"progress.epoch is {progress.epoch}, more than there are samples ({progress.samples})"
+    if unknown := sorted(records.keys() - RECORDS):
+        return f"progress.records has {printable(repr(unknown[0]), 60)}, which this version does not know"
     for name in ("metrics_size", "recoveries"):
         if type(records.get(name, 0)) is not int or records.get(name, 0) < 0:
             return f"progress.records.{name} is {printable(repr(records[name]), 60)}, not a number of 0 or more"

@@ -85,6 +85,7 @@ STATES = {
     "seed": (put("progress", "seed", value=3), r"progress\.seed is 3"),
     "no processes": (put("progress", "world_size", value=0), r"progress\.world_size is 0"),
     "metrics of no size": (put("progress", "records", "metrics_size", value=-5), r"metrics_size is -5"),
+    "an unknown record": (put("progress", "records", "added", value=1), r"records has 'added', .* does not know"),
     "an unknown task": (put("progress", "records", "todo", value=["dance"]), "dance"),
     "a task 100,000 times": (put("progress", "records", "todo", value=["validation"] * 100_000), "todo"),
     "recoveries": (put("progress", "records", "recoveries", value="many"), r"recoveries is 'many'"),
