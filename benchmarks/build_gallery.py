@@ -3,13 +3,14 @@
     python benchmarks/build_gallery.py ENTRY FOLDER [--results DIR] [--scale 1]
 
 The same command goes on where it was interrupted. FOLDER holds everything; ``--results`` (default:
-``benchmarks/gallery/results/ENTRY``) gets what is shown: ``samples.png`` (64 samples, seeds 0 to 63 in order),
-``calls.png`` (the first eight with 5, 10, 25 and 50 calls of three samplers), ``copies.png`` (the samples that are
-most like a training image, beside it), ``loss.png``, and ``results.json`` with every number, the time of each command
-and the sha256 of the weights. ``--scale`` is a factor on all numbers of training steps and samples.
+``docs/gallery/ENTRY``) gets what is shown: ``samples.png`` (64 samples, seeds 0 to 63 in order), ``calls.png`` (the
+first eight with 5, 10, 25 and 50 calls of three samplers), ``copies.png`` (the samples that are most like a training
+image, beside it), ``denoising.webp`` (the first eight while they are drawn), ``loss.png``, and ``results.json`` with
+every number, the time of each command and the sha256 of the weights. ``--scale`` is a factor on all numbers of
+training steps and samples. ``python benchmarks/gallery/page.py`` then writes the tables of the page.
 
-Times are seconds of the processor. A command that was interrupted is counted from its last start only, and
-``results.json`` says so.
+Times are seconds of the processor, summed over all starts; ``results.json`` has their number. Ctrl-C or SIGTERM stop
+it with a checkpoint; what a `kill -9` ended is not in the sum.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import platform
 import resource
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -31,13 +33,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from gallery.entries import ENTRIES, QUIET, Entry, Training
 from gallery.features import save_extractor
 from gallery.sheets import save_sheets, save_small
 from PIL import Image
+from safetensors import safe_open
+
+from diffusers_ddpm_ext.training.config.data_options import DataOptions
+from diffusers_ddpm_ext.training.data.dataset import load_data
 
 HERE = Path(__file__).resolve().parent / "gallery"
+RESULTS = HERE.parents[1] / "docs" / "gallery"
 DDPM_EXT = (sys.executable, "-m", "diffusers_ddpm_ext")
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 PACKAGES = ("torch", "diffusers", "numpy", "Pillow")
 
 
@@ -54,18 +63,22 @@ class Stages:
 
     def run(self, name: str, work: Callable[[], object]) -> None:
         """Do ``work`` unless it is done; its result is kept if it is a number."""
-        stage = self.done.setdefault(name, {"starts": 0})
-        if "cpu_seconds" in stage:
+        stage = self.done.setdefault(name, {"starts": 0, "cpu_seconds": 0.0, "seconds": 0.0, "is_done": False})
+        if stage["is_done"]:
             return
         stage["starts"] += 1
         self._save()
         print(f"{name} ...", flush=True)
         before, started = cpu_seconds(), time.monotonic()
-        value = work()
-        stage |= {"cpu_seconds": cpu_seconds() - before, "seconds": time.monotonic() - started}
-        if isinstance(value, float):
-            stage["value"] = value
-        self._save()
+        try:
+            value = work()
+            stage["is_done"] = True
+            if isinstance(value, float):
+                stage["value"] = value
+        finally:
+            stage["cpu_seconds"] += cpu_seconds() - before
+            stage["seconds"] += time.monotonic() - started
+            self._save()
 
     def _save(self) -> None:
         temporary = self.path.with_suffix(".new")
@@ -80,11 +93,21 @@ def cpu_seconds() -> float:
 
 
 def command(*words: str) -> Callable[[], None]:
-    """A command of the package, or another program; an error ends the script."""
+    """A command of the package, or another program; an error ends the script.
+
+    Ctrl-C reaches the program as well, and SIGTERM is passed on; training then saves a checkpoint before it ends.
+    """
 
     def run() -> None:
-        environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-        status = subprocess.run(words, env=environment).returncode
+        with subprocess.Popen(words, env=os.environ | {"HF_HUB_OFFLINE": "1"}) as process:
+            previous = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+            status = None
+            while status is None:
+                try:
+                    status = process.wait()
+                except KeyboardInterrupt:
+                    continue
+            signal.signal(signal.SIGTERM, previous)
         if status:
             sys.exit(f"error: {shlex.join(words)} ended with status {status}")
 
@@ -115,12 +138,28 @@ def labels_like(folder: Path, count: int) -> list[str]:
     return [labels[(2 * index + 1) * len(labels) // (2 * count)] for index in range(count)]
 
 
+def save_held_out_digits(path: Path) -> None:
+    """Write the digits that a run holds out by default, (N, 8, 8) in [0, 1]."""
+    held_out = load_data(DataOptions(resolution=(8, 8))).validation
+    levels = np.stack([held_out.images.image(int(row))[0].numpy() for row in held_out.rows])
+    np.savez(path, levels.astype(np.float32) / 16)
+
+
+def processor() -> str:
+    """Name of the processor, as Linux gives it."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text("utf-8").splitlines() if path.exists() else []
+    found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    family = f" (family {found['cpu family']}, model {found['model']})" if "cpu family" in found else ""
+    return found.get("model name", platform.processor() or platform.machine()) + family
+
+
 def build(entry: Entry, folder: Path, scale: float) -> Stages:
     """Do everything that is not done yet."""
     stages, data = Stages(folder), folder / "data"
     names = {"data": str(data), "vae": str(folder / "first-stage")}
     if entry.data is not None:
-        if "cpu_seconds" not in stages.done.get("data", {}) and data.exists():
+        if not stages.done.get("data", {}).get("is_done") and data.exists():
             shutil.rmtree(data)  # of an interrupted start
         stages.run("data", command(sys.executable, str(HERE / entry.data), str(data)))
     for training in entry.training:
@@ -144,11 +183,13 @@ def build(entry: Entry, folder: Path, scale: float) -> Stages:
     stages.run("samples", command(*DDPM_EXT, "sample", model, *drawing, "--out", str(samples)))
     metrics = ["--split", "train", "--metrics", "fd", "kid", "prdc", *extractor]
     evaluate = [*DDPM_EXT, "evaluate", model]
-    out = ["--out", str(folder / "metrics"), "--samples", str(samples)]
-    stages.run("metrics", command(*evaluate, *metrics, *out))
-    if entry.data is not None:
-        out = ["--out", str(folder / "metrics-real"), "--samples", str(data / "held_out")]
-        stages.run("metrics, held-out images", command(*evaluate, *metrics, *out))
+    held_out = data / "held_out"
+    if entry.data is None:
+        held_out = folder / "held_out.npz"
+        save_held_out_digits(held_out)
+    for name, title, path in (("metrics", "metrics", samples), ("metrics-real", "metrics, held-out images", held_out)):
+        out = ["--out", str(folder / name), "--samples", str(path)]
+        stages.run(title, command(*evaluate, *metrics, *out))
     out = ["--out", str(folder / "copies"), "--samples", str(samples)]
     stages.run("copies", command(*evaluate, "--memorization", *extractor, *out))
     if entry.has_bound:
@@ -157,6 +198,12 @@ def build(entry: Entry, folder: Path, scale: float) -> Stages:
     drawn = (entry.scheduler, entry.calls, entry.guidance, entry.enlarge)
     stages.run("pictures", lambda: save_sheets(folder / "model", folder, *drawn))
     return stages
+
+
+def count_parameters(path: Path) -> int:
+    """Number of values in a file of weights."""
+    with safe_open(path, "pt") as weights:
+        return sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
 
 
 def results(entry: Entry, folder: Path, stages: Stages, scale: float) -> dict[str, Any]:
@@ -173,10 +220,10 @@ def results(entry: Entry, folder: Path, stages: Stages, scale: float) -> dict[st
         },
         "sampler": {"scheduler": entry.scheduler, "calls": entry.calls, "guidance_scale": entry.guidance},
         "stages": stages.done,
-        "machine": {
-            "cores": len(os.sched_getaffinity(0)),
-            "kind": platform.machine(),
-            "python": sys.version.split()[0],
+        "machine": {"name": processor(), "cores": len(os.sched_getaffinity(0)), "python": sys.version.split()[0]},
+        "model": {
+            "threads": json.loads((folder / "model" / "environment.json").read_text("utf-8"))["num_threads"],
+            "parameters": count_parameters(folder / "model" / "unet" / WEIGHTS),
         },
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
@@ -187,7 +234,7 @@ def results(entry: Entry, folder: Path, stages: Stages, scale: float) -> dict[st
     path = folder / "bound" / "evaluation.json"
     if path.exists():
         found["bound"] = json.loads(path.read_text("utf-8"))
-    weights = sorted((folder / "model").glob("*/diffusion_pytorch_model.safetensors"))
+    weights = sorted((folder / "model").glob(f"*/{WEIGHTS}"))
     found["sha256"] = {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in weights
     }
@@ -200,6 +247,7 @@ def publish(folder: Path, results_of: dict[str, Any], place: Path) -> None:
     for name in ("samples.png", "calls.png", "copies/copies.png", "model/samples/loss.png"):
         with Image.open(folder / name) as sheet:
             save_small(sheet.convert("RGB"), place / Path(name).name)
+    shutil.copy(folder / "denoising.webp", place)
     text = json.dumps(results_of, indent=1).replace(str(folder.resolve()), "FOLDER").replace(str(folder), "FOLDER")
     (place / "results.json").write_text(text + "\n", encoding="utf-8")
 
@@ -223,7 +271,7 @@ def main() -> int:
     options.folder.mkdir(parents=True, exist_ok=True)
     begun.write_text(json.dumps(chosen), encoding="utf-8")
     stages = build(entry, options.folder, options.scale)
-    place = options.results or HERE / "results" / options.entry
+    place = options.results or RESULTS / options.entry
     publish(options.folder, results(entry, options.folder, stages, options.scale), place)
     print(f"written to {place}")
     return 0

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import time
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from helpers.paths import ROOT
 from PIL import Image
+from sklearn.datasets import load_digits
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import build_gallery
 import digits_recipes
-from gallery import brain, features, sheets
+from gallery import brain, features, page, sheets
 from gallery.entries import ENTRIES
 
+from diffusers_ddpm_ext.training.config.data_options import DataOptions
 from diffusers_ddpm_ext.training.config.train_config import parse_train_args
+from diffusers_ddpm_ext.training.data.dataset import load_data
 
 
 def nifti(values: np.ndarray, code: int, slope: float) -> bytes:
@@ -106,7 +113,43 @@ def test_a_stage_is_done_once_and_its_starts_are_counted(tmp_path):
         build_gallery.Stages(tmp_path).run("work", lambda: calls.append("done") or 2.5)
     stage = json.loads((tmp_path / "stages.json").read_text())["work"]
     assert calls == ["fails", "done"]
-    assert (stage["starts"], stage["value"]) == (2, 2.5)
+    assert (stage["starts"], stage["value"], stage["is_done"]) == (2, 2.5, True)
+
+
+def test_times_are_summed_over_starts(tmp_path, monkeypatch):
+    """Each look at the clock is 3 seconds of the processor after the one before."""
+    clock = iter(range(0, 60, 3))
+    monkeypatch.setattr(build_gallery, "cpu_seconds", lambda: float(next(clock)))
+
+    def fails() -> None:
+        raise SystemExit("error: ended")
+
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            build_gallery.Stages(tmp_path).run("work", fails)
+    build_gallery.Stages(tmp_path).run("work", lambda: None)
+    assert json.loads((tmp_path / "stages.json").read_text())["work"]["cpu_seconds"] == 9.0
+
+
+def test_a_signal_is_passed_on_and_waited_for(tmp_path):
+    """SIGTERM to the script alone: the program ends as it likes, here after it has written a file."""
+    program = (
+        "import pathlib, signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.3), pathlib.Path('saved').touch(), sys.exit(3)))\n"
+        "pathlib.Path('ready').touch()\n"
+        "time.sleep(30)\n"
+    )
+    script = f"from build_gallery import command; import sys; command(sys.executable, '-c', {program!r})()"
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "benchmarks")}
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "ready").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.terminate()
+    assert "ended with status 3" in process.communicate(timeout=30)[1]
+    assert (tmp_path / "saved").exists()
 
 
 def test_captions_are_above_their_rows():
@@ -117,6 +160,89 @@ def test_captions_are_above_their_rows():
     assert (sheet[sheets.MARGIN : sheets.MARGIN + 16, :16] == 0).all()
     assert (sheet[-16:] == 255).all()
     assert sheet[: sheets.MARGIN].min() < 128
+
+
+def test_an_animation_has_the_frames_and_holds_the_last(tmp_path):
+    frames = [torch.full((2, 3, 8, 8), value) for value in (-1.0, 0.0, 1.5)]
+    sheets.save_animation(frames, tmp_path / "strip.webp", 1)
+    with Image.open(tmp_path / "strip.webp") as strip:
+        assert (strip.n_frames, strip.size) == (3, (2 * 8 + 4, 8))
+        first = np.asarray(strip.convert("RGB"))[:, :8]
+        strip.seek(2)
+        last = np.asarray(strip.convert("RGB"))[:, :8]
+        assert strip.info["duration"] == sheets.LAST_FRAME_MS  # known once the frame is decoded
+    assert first.max() < 10
+    assert last.min() > 245
+
+
+def test_held_out_digits_are_those_of_scikit_learn_that_no_run_trains_on(tmp_path):
+    build_gallery.save_held_out_digits(tmp_path / "held_out.npz")
+    held_out = np.load(tmp_path / "held_out.npz")["arr_0"]
+    data = load_data(DataOptions(resolution=(8, 8)))
+    assert len(held_out) + len(data.train) == 1797
+    real = {image.astype(np.float32).tobytes() for image in load_digits().images}
+    assert all((image * 16).tobytes() in real for image in held_out)
+
+
+def results_of(folder: Path, **changes: object) -> dict[str, Any]:
+    """Results of an entry, as `build_gallery.py` writes them."""
+    metric = {"value": 12.3456, "low": 10.0, "high": 1234.5}
+    metrics = {"num_samples": 1000, "num_reference": 383, "metrics": dict.fromkeys(page.METRICS, metric)}
+    rate = {"value": 0.0125, "low": 0.0, "high": 0.03}
+    found = {
+        "metrics": metrics,
+        "metrics-real": metrics | {"num_samples": 55},
+        "copies": {"memorization": {"rate": rate, "chance": rate}},
+        "bound": {"bits_per_dim": 1.25, "low": 1.2, "high": 1.3, "num_images": 55},
+        "stages": {"model": {"starts": 2, "cpu_seconds": 6001.0}, "metrics": {"starts": 2, "cpu_seconds": 61.2}},
+        "commands": {"model": "ddpm-ext train"},
+        "model": {"threads": 1, "parameters": 4_300_000},
+        "machine": {"name": "a processor", "cores": 2, "python": "3.11.7"},
+        "versions": {"torch": "2.13.0"},
+        "sha256": {"model/unet/weights": "aa"},
+    } | changes
+    (folder / "one").mkdir(parents=True)
+    (folder / "one" / "results.json").write_text(json.dumps(found))
+    return found
+
+
+def test_the_page_gets_the_numbers_of_its_entries(tmp_path):
+    """Text outside the marks stays; numbers are those of the file, and a second filling changes nothing."""
+    results_of(tmp_path)
+    text = "# Gallery\n<!-- numbers: one -->\nold\n<!-- end -->\nprose\n"
+    filled = page.fill(text, tmp_path)
+    assert filled.startswith("# Gallery\n<!-- numbers: one -->\n|")
+    assert filled.endswith("<!-- end -->\nprose\n")
+    assert "old" not in filled
+    for expected in (
+        "12.3 (10 to 1234)",
+        "1,000 samples",
+        "55 held-out images",
+        "383 training images",
+        "1.2 % (0.0 to 3.0)",
+        "1.250 (1.200 to 1.300), 55 images",
+        "| model | 1 h 40 min | `ddpm-ext train` |",
+        "| metrics | 61 s | 2 starts |",
+        "4.30 million parameters; one thread of a processor",
+    ):
+        assert expected in filled
+    assert page.fill(filled, tmp_path) == filled
+
+
+def test_a_model_of_latents_has_no_bound(tmp_path):
+    found = results_of(tmp_path)
+    del found["bound"]
+    assert "bits per dimension" not in "\n".join(page.numbers(found))
+
+
+def test_the_gallery_page_has_the_numbers_of_its_results():
+    text = (ROOT / "docs" / "gallery.md").read_text("utf-8")
+    assert page.fill(text, ROOT / "docs" / "gallery") == text
+    shown = {match["entry"] for match in page.BLOCK.finditer(text)}
+    assert shown == {path.parent.name for path in (ROOT / "docs" / "gallery").glob("*/results.json")}
+    assert shown <= ENTRIES.keys()
+    files = [path for path in (ROOT / "docs" / "gallery").rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 6e6
 
 
 @pytest.mark.parametrize("name", ENTRIES)
@@ -160,5 +286,9 @@ def test_an_entry_is_built_and_resumed(tmp_path):
     assert {"fd", "kid"} <= found["metrics"]["metrics"].keys()
     assert found["bound"]
     assert str(tmp_path) not in json.dumps(found)
+    assert found["metrics-real"]["num_samples"] == len(np.load(tmp_path / "work" / "held_out.npz")["arr_0"])
+    assert list(page.numbers(found))
+    with Image.open(tmp_path / "results" / "denoising.webp") as strip:
+        assert strip.n_frames == ENTRIES["digits"].calls + 1
     with Image.open(tmp_path / "results" / "samples.png") as sheet:
-        assert sheet.size == (8 * 48 + 7 * 4, 8 * 48 + 7 * 4)
+        assert sheet.size == (16 * 48 + 15 * 4, 4 * 48 + 3 * 4)

@@ -54,7 +54,7 @@ class Entry:
     training: tuple[Training, ...]
     features: str
     scheduler: str = BEST_SAMPLER
-    calls: int = 50
+    calls: int = 25
     guidance: float = 1.0
     num_samples: int = 1000
     has_bound: bool = True
@@ -64,17 +64,21 @@ class Entry:
 DIFFUSION = (
     "--train_data_dir {data}/train --validation_data_dir {data}/held_out --resolution 64 --conditioning_key adm "
     "--class_column folder --conditioning_dropout '{{\"class_labels\": 0.1}}' --prediction_type v_prediction "
-    "--beta_schedule squaredcos_cap_v2 --lr_scheduler constant_with_warmup --lr_warmup_steps 200 "
-    "--validation_steps 5000 --checkpointing_steps 1000 --ddpm_num_inference_steps 50 --eval_batch_size 32 "
+    "--beta_schedule squaredcos_cap_v2 --learning_rate 1e-3 --lr_scheduler linear --lr_warmup_steps 200 "
+    "--validation_steps 2000 --checkpointing_steps 500 --ddpm_num_inference_steps 50 --eval_batch_size 32 "
+)
+PIXELS = (
+    DIFFUSION + "--block_out_channels 32 64 128 128 --attention_levels 3 --layers_per_block 1 --attention_head_dim 32 "
 )
 FIRST_STAGE = Training(
     "first stage",
     "train-vae",
-    9000,
+    4000,
     "--train_data_dir {data}/train --validation_data_dir {data}/held_out --resolution 64 --compression 4 "
     "--block_out_channels 32 64 128 --norm_num_groups 8 --train_batch_size 8 --reconstruction_loss l2 "
     "--kl_weight 1e-4 --learning_rate 1e-3 --lr_warmup_steps 100 --lr_scheduler cosine --random_flip "
-    "--validation_steps 3000 --checkpointing_steps 1000",
+    "--validation_steps 1000 --checkpointing_steps 500 "
+    "--mixed_precision bf16",
 )
 ENTRIES = {
     "digits": Entry(
@@ -95,43 +99,29 @@ ENTRIES = {
             Training(
                 "model",
                 "train",
-                20000,
-                DIFFUSION + "--vae {vae} --cache_latents --scale_factor data --block_out_channels 96 192 256 "
-                "--layers_per_block 2 --attention_levels 1 2 --attention_head_dim 32 --train_batch_size 16 "
-                "--learning_rate 5e-4 --ema_decay 0.9995",
+                16000,
+                DIFFUSION + "--vae {vae} --cache_latents --scale_factor data --block_out_channels 64 128 256 "
+                "--layers_per_block 1 --attention_levels 1 2 --attention_head_dim 32 --train_batch_size 16 "
+                "--ema_decay 0.9995 --mixed_precision bf16",
             ),
         ),
         "classes",
         guidance=1.5,
+        num_samples=500,
         has_bound=False,
     ),
     "emoji-pixels": Entry(
         "Emoji by group, in pixels",
         "../latents/emoji.py",
-        (
-            Training(
-                "model",
-                "train",
-                9000,
-                DIFFUSION + "--block_out_channels 32 64 128 128 --attention_levels 3 --layers_per_block 1 "
-                "--attention_head_dim 32 --train_batch_size 16 --learning_rate 5e-4 --ema_decay 0.999",
-            ),
-        ),
+        (Training("model", "train", 6800, PIXELS + "--train_batch_size 16 --ema_decay 0.999 --mixed_precision bf16"),),
         "classes",
         guidance=1.5,
+        num_samples=500,
     ),
     "brain": Entry(
         "Slices of a brain, three bands of 16 bits",
         "brain.py",
-        (
-            Training(
-                "model",
-                "train",
-                4000,
-                DIFFUSION + "--block_out_channels 32 64 128 128 --attention_levels 3 --layers_per_block 1 "
-                "--attention_head_dim 32 --train_batch_size 16 --learning_rate 5e-4 --ema_decay 0.998",
-            ),
-        ),
+        (Training("model", "train", 3000, PIXELS + "--train_batch_size 8 --ema_decay 0.998"),),
         "classes",
         num_samples=500,
     ),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import diffusers
@@ -15,13 +15,14 @@ from diffusers_ddpm_ext.pipelines.acceleration import accelerate_network
 from diffusers_ddpm_ext.plotting.sheets import image_grid
 from diffusers_ddpm_ext.utils.random_keys import generator
 
-GRID, PER_ROW = 64, 8
+GRID, COLUMNS, PER_ROW = 64, 16, 8
 CALLS = (5, 10, 25, 50)
 SAMPLERS = {
     "DDPMExtScheduler": "DDPM, ancestral",
     "DDIMScheduler": "DDIM",
     "DPMSolverMultistepScheduler": "DPM-Solver++",
 }
+FRAME_MS, LAST_FRAME_MS = 120, 2500
 MARGIN = 20  # pixels above a row, for its caption
 
 
@@ -33,8 +34,24 @@ def open_model(folder: Path) -> DDPMExtPipeline:
     return pipeline
 
 
-def draw(pipeline: DDPMExtPipeline, sampler: str, calls: int, count: int, guidance: float) -> Tensor:
-    """Samples (count, C, H, W) in [-1, 1]; sample i has the noise of `ddpm-ext sample --seed 0` and the next class."""
+def draw(
+    pipeline: DDPMExtPipeline,
+    sampler: str,
+    calls: int,
+    count: int,
+    guidance: float,
+    every: Callable[[Tensor], None] | None = None,
+) -> Tensor:
+    """Samples (count, C, H, W) in [-1, 1]; sample i has the noise of `ddpm-ext sample --seed 0` and the next class.
+
+    Args:
+        pipeline: a trained one.
+        sampler: class of its scheduler.
+        calls: of the network.
+        count: of samples.
+        guidance: classifier-free guidance scale; for a model of classes.
+        every: is given the noise and what each call leaves, as images; for at most 32 samples.
+    """
     original = pipeline.scheduler
     if sampler != "DDPMExtScheduler":
         pipeline.scheduler = getattr(diffusers, sampler).from_config(original.config, timestep_spacing="trailing")
@@ -48,8 +65,11 @@ def draw(pipeline: DDPMExtPipeline, sampler: str, calls: int, count: int, guidan
             [generator("sample", 0, row) for row in rows],
             num_inference_steps=calls,
             output_type="pt",
+            log_every_t=None if every is None else 1,
             **labels,
         )
+        for left in output.intermediates or () if every is not None else ():
+            every(left if pipeline.vae is None else pipeline.decode_latents(left))
         parts.append(output.images.float() * 2 - 1)
     pipeline.scheduler = original
     return torch.cat(parts)
@@ -73,10 +93,24 @@ def calls_sheet(rows: Sequence[tuple[str, Tensor]], enlarge: int) -> Image.Image
     return sheet
 
 
+def save_animation(frames: Sequence[Tensor], path: Path, enlarge: int) -> None:
+    """Write frames (N, C, H, W) in about [-1, 1], each a row of images, as an animation that holds its last one."""
+    rows = [image_grid(frame.clamp(-1, 1), columns=len(frame), enlarge=enlarge).convert("RGB") for frame in frames]
+    times = [FRAME_MS] * (len(rows) - 1) + [LAST_FRAME_MS]
+    rows[0].save(path, save_all=True, append_images=rows[1:], duration=times, loop=0, quality=80, method=6)
+
+
 def save_sheets(folder: Path, out: Path, sampler: str, calls: int, guidance: float, enlarge: int) -> None:
-    """Write ``samples.png``, 64 samples, and ``calls.png``, three samplers with 5 to 50 calls, into ``out``."""
+    """Write the pictures of a model into ``out``.
+
+    ``samples.png`` has 64 samples, ``calls.png`` three samplers with 5 to 50 calls, and ``denoising.webp`` shows the
+    first eight samples while they are drawn.
+    """
     pipeline = open_model(folder)
-    save_small(image_grid(draw(pipeline, sampler, calls, GRID, guidance), 8, enlarge), out / "samples.png")
+    frames: list[Tensor] = []
+    draw(pipeline, sampler, calls, PER_ROW, guidance, frames.append)
+    save_animation(frames, out / "denoising.webp", max(1, enlarge // 2))
+    save_small(image_grid(draw(pipeline, sampler, calls, GRID, guidance), COLUMNS, enlarge), out / "samples.png")
     rows = [
         (f"{title}, {count} calls", draw(pipeline, name, count, PER_ROW, guidance))
         for name, title in SAMPLERS.items()
