@@ -1,0 +1,116 @@
+"""Write the numbers of the gallery's entries into its page.
+
+    python benchmarks/gallery/page.py [--page docs/gallery.md --results docs/gallery]
+
+Between ``<!-- numbers: ENTRY -->`` and ``<!-- end -->`` the page gets the tables of ``ENTRY/results.json``. The rest
+of the page is written by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+BLOCK = re.compile(r"(<!-- numbers: (?P<entry>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+METRICS = {
+    "fd": "Frechet distance (FD)",
+    "kid": "kernel distance (KID)",
+    "precision": "precision",
+    "recall": "recall",
+    "density": "density",
+    "coverage": "coverage",
+}
+
+
+def interval(metric: dict[str, float], digits: int = 3) -> str:
+    """A value with its interval, in so many significant digits of the value."""
+
+    def text(value: float) -> str:
+        shown = f"{value:.{digits}g}"
+        return f"{value:.0f}" if "e" in shown and abs(value) >= 1 else shown
+
+    return f"{text(metric['value'])} ({text(metric['low'])} to {text(metric['high'])})"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def numbers(found: dict[str, Any]) -> Iterator[str]:
+    """Lines of the tables of one entry."""
+    drawn, real = found["metrics"], found.get("metrics-real")
+    columns = [f"{drawn['num_samples']:,} samples"] + ([f"{real['num_samples']:,} held-out images"] if real else [])
+    yield f"| against {drawn['num_reference']:,} training images | " + " | ".join(columns) + " |"
+    yield "|---" * (1 + len(columns)) + "|"
+    for key, title in METRICS.items():
+        cells = [interval(of["metrics"][key]) for of in (drawn, real) if of]
+        yield f"| {title} | " + " | ".join(cells) + " |"
+    copies = found["copies"]["memorization"]
+    empty = " |" if real else ""
+    yield f"| likely copies of a training image | {percent(copies['rate'])} |{empty}"
+    yield f"| the same rate, if nothing were memorized | {percent(copies['chance'])} |{empty}"
+    if "bound" in found:
+        bound = found["bound"]
+        held = f"{bound['bits_per_dim']:.3f} ({bound['low']:.3f} to {bound['high']:.3f})"
+        yield f"| bits per dimension | | {held}, {bound['num_images']:,} images |"
+    yield ""
+    yield "| work | seconds of the processor | |"
+    yield "|---|---|---|"
+    for name, stage in found["stages"].items():
+        again = "" if stage["starts"] == 1 else f"{stage['starts']} starts"
+        command = f"`{found['commands'][name]}`" if name in found["commands"] else again
+        yield f"| {name} | {duration(stage['cpu_seconds'])} | {command} |"
+    yield ""
+    machine, versions = found["machine"], found["versions"]
+    packages = ", ".join(f"{name} {version}" for name, version in versions.items())
+    threads = found["model"]["threads"]
+    used = "one thread" if threads == 1 else f"{threads} threads"
+    yield (
+        f"{found['model']['parameters'] / 1e6:.2f} million parameters; {used} of {machine['name']}; "
+        f"Python {machine['python']}, {packages}."
+    )
+    for name, digest in found["sha256"].items():
+        yield f"sha256 of `{name}`: `{digest}`."
+
+
+def percent(rate: dict[str, float]) -> str:
+    """A rate with its interval."""
+    return f"{100 * rate['value']:.1f} % ({100 * rate['low']:.1f} to {100 * rate['high']:.1f})"
+
+
+def fill(page: str, results: Path) -> str:
+    """The page with the numbers of its entries.
+
+    Raises:
+        FileNotFoundError: an entry of the page has no results.
+    """
+
+    def block(match: re.Match[str]) -> str:
+        found = json.loads((results / match["entry"] / "results.json").read_text("utf-8"))
+        return match[1] + "\n".join(numbers(found)) + "\n" + match[3]
+
+    return BLOCK.sub(block, page)
+
+
+def main() -> int:
+    """Write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--page", type=Path, default=DOCS / "gallery.md")
+    parser.add_argument("--results", type=Path, default=DOCS / "gallery")
+    options = parser.parse_args()
+    options.page.write_text(fill(options.page.read_text("utf-8"), options.results), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
