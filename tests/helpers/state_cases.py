@@ -33,7 +33,7 @@ class SmallRun:
 
     @property
     def progress(self) -> Progress:
-        return Progress(self.step, 0, self.step * BATCH, 7, 1, {"seed": 7}, "digits", {"lines": self.step})
+        return Progress(self.step, 0, self.step * BATCH, 7, 1, {"seed": 7}, "digits", {"metrics_size": self.step})
 
 
 def small_task(

@@ -19,7 +19,7 @@ from diffusers_ddpm_ext.training.checkpoints.snapshot import Progress, library_v
 from diffusers_ddpm_ext.training.checkpoints.state import TrainingObjects, capture_snapshot
 from diffusers_ddpm_ext.training.factory.optimizer import adamw, lr_schedule
 
-PROGRESS = Progress(3, 1, 48, 7, 1, {"seed": 7}, "abc", {"lines": 3}, {"best": [0.5, float("inf")]})
+PROGRESS = Progress(3, 1, 48, 7, 1, {"seed": 7}, "abc", {"metrics_size": 3}, {"best": [0.5, float("inf")]})
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
