@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.paths import ROOT
+from helpers.tiny import tiny_unet
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -21,12 +22,15 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import build_gallery
 import digits_recipes
+from diffusers import DDIMScheduler, UNet2DModel
 from gallery import brain, features, page, sheets
 from gallery.entries import ENTRIES
 
+from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtScheduler
 from diffusers_ddpm_ext.training.config.data_options import DataOptions
 from diffusers_ddpm_ext.training.config.train_config import parse_train_args
 from diffusers_ddpm_ext.training.data.dataset import load_data
+from diffusers_ddpm_ext.utils.random_keys import generator
 
 
 def nifti(values: np.ndarray, code: int, slope: float) -> bytes:
@@ -271,10 +275,24 @@ def test_the_former_recipe_of_the_digits_is_complete():
     assert {name: tuple(flat[name]) if isinstance(flat[name], list) else flat[name] for name in former} == former
 
 
+def test_samples_are_of_one_class_after_the_other():
+    """A model with the classes 0 and 2, and a null class between them."""
+    unet = UNet2DModel(**tiny_unet(1).config | {"num_class_embeds": 3})
+    pipeline = DDPMExtPipeline(unet, DDPMExtScheduler(), "adm", null_class_label=1)
+    pipeline.set_progress_bar_config(disable=True)
+    images = sheets.draw(pipeline, "DDIMScheduler", 2, 4, 1.0)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
+    for row, label in enumerate((0, 2, 0, 2)):
+        noise = [generator("sample", 0, row)]
+        one = pipeline(1, noise, num_inference_steps=2, output_type="pt", class_labels=[label]).images
+        torch.testing.assert_close(images[row], one[0] * 2 - 1, atol=1e-5, rtol=0)
+
+
 @pytest.mark.slow
-def test_an_entry_is_built_and_resumed(tmp_path):
+@pytest.mark.parametrize("entry", ["digits", "digits-classes"])
+def test_an_entry_is_built_and_resumed(entry, tmp_path):
     """One command, at a hundredth of the steps; the second start finds everything done."""
-    command = [sys.executable, str(ROOT / "benchmarks" / "build_gallery.py"), "digits", str(tmp_path / "work")]
+    command = [sys.executable, str(ROOT / "benchmarks" / "build_gallery.py"), entry, str(tmp_path / "work")]
     command += ["--scale", "0.01", "--results", str(tmp_path / "results")]
     for _ in range(2):
         subprocess.run(command, check=True, capture_output=True)

@@ -55,11 +55,13 @@ def draw(
     original = pipeline.scheduler
     if sampler != "DDPMExtScheduler":
         pipeline.scheduler = getattr(diffusers, sampler).from_config(original.config, timestep_spacing="trailing")
-    names = pipeline.class_names
+    null_class = pipeline.config.get("null_class_label")
+    classes = [label for label in range(pipeline.unet.config.get("num_class_embeds") or 0) if label != null_class]
     parts = []
     for start in range(0, count, 32):
         rows = range(start, min(start + 32, count))
-        labels = {"class_labels": [row % len(names) for row in rows], "guidance_scale": guidance} if names else {}
+        chosen = [classes[row % len(classes)] for row in rows] if classes else None
+        labels = {} if chosen is None else {"class_labels": chosen, "guidance_scale": guidance}
         output = pipeline(
             len(rows),
             [generator("sample", 0, row) for row in rows],
