@@ -64,7 +64,7 @@ def numbers(found: dict[str, Any]) -> Iterator[str]:
         held = f"{bound['bits_per_dim']:.3f} ({bound['low']:.3f} to {bound['high']:.3f})"
         yield f"| bits per dimension | | {held}, {bound['num_images']:,} images |"
     yield ""
-    yield "| work | seconds of the processor | |"
+    yield "| work | time of the processor | |"
     yield "|---|---|---|"
     for name, stage in found["stages"].items():
         again = "" if stage["starts"] == 1 else f"{stage['starts']} starts"
