@@ -36,16 +36,20 @@ from typing import Any
 import numpy as np
 from gallery.entries import ENTRIES, QUIET, Entry, Training
 from gallery.features import save_extractor
-from gallery.sheets import save_sheets, save_small
+from gallery.sheets import SAMPLERS, save_sheets, save_small, side_by_side
 from PIL import Image
 from safetensors import safe_open
 
+from diffusers_ddpm_ext.plotting.sheets import GAP
 from diffusers_ddpm_ext.training.config.data_options import DataOptions
 from diffusers_ddpm_ext.training.data.dataset import load_data
 
 HERE = Path(__file__).resolve().parent / "gallery"
 RESULTS = HERE.parents[1] / "docs" / "gallery"
 DDPM_EXT = (sys.executable, "-m", "diffusers_ddpm_ext")
+SHEETS = ("samples.png", "calls.png", "copies/copies.png", "model/samples/loss.png")
+TALL = {"calls.png": (len(SAMPLERS), 0), "copies/copies.png": (3, GAP)}
+"""Sheets that are shown in so many parts side by side, and the pixels between their rows."""
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PACKAGES = ("torch", "diffusers", "numpy", "Pillow")
 
@@ -244,9 +248,12 @@ def results(entry: Entry, folder: Path, stages: Stages, scale: float) -> dict[st
 def publish(folder: Path, results_of: dict[str, Any], place: Path) -> None:
     """Copy what the page shows."""
     place.mkdir(parents=True, exist_ok=True)
-    for name in ("samples.png", "calls.png", "copies/copies.png", "model/samples/loss.png"):
+    for name in SHEETS:
         with Image.open(folder / name) as sheet:
-            save_small(sheet.convert("RGB"), place / Path(name).name)
+            shown = sheet.convert("RGB")
+            if name in TALL:
+                shown = side_by_side(shown, *TALL[name])
+            save_small(shown, place / Path(name).name)
     shutil.copy(folder / "denoising.webp", place)
     text = json.dumps(results_of, indent=1).replace(str(folder.resolve()), "FOLDER").replace(str(folder), "FOLDER")
     (place / "results.json").write_text(text + "\n", encoding="utf-8")

@@ -166,6 +166,19 @@ def test_captions_are_above_their_rows():
     assert sheet[: sheets.MARGIN].min() < 128
 
 
+def test_tall_sheets_are_shown_side_by_side():
+    """Twelve rows of different gray in three parts; what cannot be cut evenly stays."""
+    rows = np.repeat(np.arange(12, dtype=np.uint8) * 20, 5)[:, None, None] * np.ones((1, 7, 3), np.uint8)
+    sheet = Image.fromarray(rows)
+    wide = np.asarray(sheets.side_by_side(sheet, 3, 0))
+    starts = [0, 7 + sheets.MARGIN, 2 * (7 + sheets.MARGIN)]
+    assert wide.shape == (20, starts[-1] + 7, 3)
+    assert [int(wide[0, start, 0]) for start in starts] == [0, 80, 160]
+    assert sheets.side_by_side(sheet, 7, 0) is sheet
+    without_last = sheet.crop((0, 0, 7, 58))  # rows of three pixels and two between them
+    assert sheets.side_by_side(without_last, 3, 2).size == (starts[-1] + 7, 20)
+
+
 def test_an_animation_has_the_frames_and_holds_the_last(tmp_path):
     frames = [torch.full((2, 3, 8, 8), value) for value in (-1.0, 0.0, 1.5)]
     sheets.save_animation(frames, tmp_path / "strip.webp", 1)

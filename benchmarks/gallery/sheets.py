@@ -23,7 +23,7 @@ SAMPLERS = {
     "DPMSolverMultistepScheduler": "DPM-Solver++",
 }
 FRAME_MS, LAST_FRAME_MS = 120, 2500
-MARGIN = 20  # pixels above a row, for its caption
+MARGIN = 20  # pixels above a row, for its caption, and between parts of a sheet
 
 
 def open_model(folder: Path) -> DDPMExtPipeline:
@@ -93,6 +93,24 @@ def calls_sheet(rows: Sequence[tuple[str, Tensor]], enlarge: int) -> Image.Image
         pen.text((2, top + 3), caption, fill="black", font=font)
         sheet.paste(grid, (0, top + MARGIN))
     return sheet
+
+
+def side_by_side(sheet: Image.Image, parts: int, between: int) -> Image.Image:
+    """A tall sheet of equal rows cut into parts of the same height, from left to right; as it is where they differ.
+
+    Args:
+        sheet: of RGB.
+        parts: into which it is cut.
+        between: white pixels between two rows, which the last one lacks.
+    """
+    height, rest = divmod(sheet.height + between, parts)
+    if rest:
+        return sheet
+    wide = Image.new("RGB", (parts * (sheet.width + MARGIN) - MARGIN, height), "white")
+    for part in range(parts):
+        rows = sheet.crop((0, part * height, sheet.width, min((part + 1) * height, sheet.height)))
+        wide.paste(rows, (part * (sheet.width + MARGIN), 0))
+    return wide
 
 
 def save_animation(frames: Sequence[Tensor], path: Path, enlarge: int) -> None:
