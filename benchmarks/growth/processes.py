@@ -26,12 +26,19 @@ def loopback_bytes() -> int:
 
 
 def work(options: list[str]) -> None:
-    """One process: take steps as the trainer does, and print what they exchanged and took."""
+    """One process: measure, and leave the group when nothing refers to it any more."""
+    from diffusers_ddpm_ext.training.distributed import leave_process_group
+
+    measure(options)
+    leave_process_group()
+
+
+def measure(options: list[str]) -> None:
+    """Take steps as the trainer does, and print what they exchanged and took."""
     import torch
     import torch.distributed as dist
 
     from diffusers_ddpm_ext.training.config.options import CheckpointOptions
-    from diffusers_ddpm_ext.training.distributed import leave_process_group
     from diffusers_ddpm_ext.training.loop.stop_requests import RequestPoller
     from diffusers_ddpm_ext.training.signals import SignalRequests
     from growth.run_setup import make_setup, step_of
@@ -65,7 +72,6 @@ def work(options: list[str]) -> None:
     wait()
     if setup.accelerator.is_main_process:
         print(json.dumps(facts), flush=True)
-    leave_process_group()
 
 
 def launch(processes: int, options: list[str]) -> dict[str, float]:

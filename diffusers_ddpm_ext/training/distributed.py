@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import platform
 import time
@@ -212,6 +213,17 @@ def exit_without_message(status: int) -> NoReturn:
 
 
 def leave_process_group() -> None:
-    """Destroy the default process group, if there is one; otherwise a process may abort while it exits."""
-    if dist.is_available() and dist.is_initialized():
+    """Destroy the process groups of this process, if there are any, and end their threads.
+
+    A thread of gloo that releases the tensors of its last exchange while Python exits aborts the process. The threads
+    end with the last reference to their group: `_cpu_group` has one, and so has every model in
+    DistributedDataParallel, whose references are circular. So the caller should have none of those any more.
+    """
+    if not dist.is_available():
+        return
+    had_groups = dist.is_initialized() or _cpu_group.cache_info().currsize > 0
+    if dist.is_initialized():
         dist.destroy_process_group()
+    if had_groups:
+        _cpu_group.cache_clear()
+        gc.collect()

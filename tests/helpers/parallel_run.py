@@ -6,6 +6,7 @@ python parallel_run.py FOLDER GRADIENTS RANK_THAT_FAILS BATCH ACCUMULATION STEPS
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,9 @@ def main() -> None:
             **options,
         )
     )
+    tasks = Path("/proc/self/task")
+    names = [(task / "comm").read_text().strip() for task in tasks.iterdir()] if tasks.exists() else []
+    gradients.with_name(f"threads-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(names))
 
 
 def processes_rank() -> int:

@@ -102,6 +102,15 @@ def test_two_processes_print_once(runs: dict[str, Finished]):
     assert output.count("draw from it") == 1
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are listed in /proc on Linux only")
+def test_no_thread_of_the_group_is_left(runs: dict[str, Finished]):
+    """One that still releases an exchange while Python exits would abort the process after a finished run."""
+    for rank in (0, 1):
+        names = json.loads((runs["2 x 4"].folder.parent / f"threads-{rank}.json").read_text())
+        assert names
+        assert not [name for name in names if "gloo" in name]
+
+
 def test_a_failing_process_ends_the_others(tmp_path: Path):
     """The second process cannot read its images: the first does not wait for it, and one of them reports why."""
     done = launch(tmp_path, 4, 1, 2, failing=1)
