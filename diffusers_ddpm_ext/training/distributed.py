@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import gc
 import os
@@ -213,17 +214,20 @@ def exit_without_message(status: int) -> NoReturn:
 
 
 def leave_process_group() -> None:
-    """Destroy the process groups of this process, if there are any, and end their threads.
+    """Destroy the default process group, if there is one; otherwise a process may abort while it exits."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@atexit.register
+def end_group_threads() -> None:
+    """End the threads of destroyed process groups, before Python exits.
 
     A thread of gloo that releases the tensors of its last exchange while Python exits aborts the process. The threads
     end with the last reference to their group: `_cpu_group` has one, and so has every model in
-    DistributedDataParallel, whose references are circular. So the caller should have none of those any more.
+    DistributedDataParallel, whose references are circular and unreachable by now. A group that was not destroyed,
+    after an error, stays as it is.
     """
-    if not dist.is_available():
-        return
-    had_groups = dist.is_initialized() or _cpu_group.cache_info().currsize > 0
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    if had_groups:
+    if dist.is_available() and not dist.is_initialized() and _cpu_group.cache_info().currsize:
         _cpu_group.cache_clear()
         gc.collect()

@@ -9,11 +9,9 @@ from __future__ import annotations
 import json
 import signal
 import time
-import traceback
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 
 from diffusers_ddpm_ext.errors import as_run_error, printable_lines, warn
@@ -21,7 +19,7 @@ from diffusers_ddpm_ext.hub.card import environment_versions
 from diffusers_ddpm_ext.training.checkpoints.output_dir import run_name
 from diffusers_ddpm_ext.training.config.train_config import TrainConfig
 from diffusers_ddpm_ext.training.data.class_table import count_classes
-from diffusers_ddpm_ext.training.distributed import fail_together, leave_process_group
+from diffusers_ddpm_ext.training.distributed import fail_together
 from diffusers_ddpm_ext.training.loop.attention import settle_attention
 from diffusers_ddpm_ext.training.loop.captions import open_text_cache
 from diffusers_ddpm_ext.training.loop.description import describe_run
@@ -65,19 +63,6 @@ def train(config: TrainConfig) -> Path | None:
         RunError: the run had started and cannot continue.
         SystemExit: a signal requested the end, with its status; a checkpoint has been written.
     """
-    try:
-        folder = train_and_end(config)
-    except SystemExit as stop:
-        if not dist.is_initialized():  # its end is complete
-            traceback.clear_frames(stop.__traceback__)
-            leave_process_group()
-        raise
-    leave_process_group()
-    return folder
-
-
-def train_and_end(config: TrainConfig) -> Path | None:
-    """As `train`, which then ends the threads of the process group; they live as long as what is local here."""
     start_time = time.monotonic()
     config = move_token_to_environment(config)
     setup = build_setup(config)

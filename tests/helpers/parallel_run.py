@@ -5,6 +5,7 @@ python parallel_run.py FOLDER GRADIENTS RANK_THAT_FAILS BATCH ACCUMULATION STEPS
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import sys
@@ -28,6 +29,9 @@ def main() -> None:
     options = json.loads(sys.argv[7])
     torch.set_num_threads(1)
     processes.EXIT_DELAY = 2
+    atexit.unregister(processes.end_group_threads)
+    atexit.register(write_threads, gradients.with_name(f"threads-{os.environ.get('RANK', '0')}.json"))
+    atexit.register(processes.end_group_threads)  # what is registered last runs first
 
     def remember(parameters: list[torch.nn.Parameter], max_norm: float, *norms: torch.Tensor) -> torch.Tensor:
         if not gradients.exists() and len(parameters) > 1 and processes_rank() == 0:
@@ -52,9 +56,13 @@ def main() -> None:
             **options,
         )
     )
+
+
+def write_threads(path: Path) -> None:
+    """Write the names of this process's threads, where the system lists them."""
     tasks = Path("/proc/self/task")
     names = [(task / "comm").read_text().strip() for task in tasks.iterdir()] if tasks.exists() else []
-    gradients.with_name(f"threads-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(names))
+    path.write_text(json.dumps(names))
 
 
 def processes_rank() -> int:
