@@ -73,7 +73,7 @@ PIXELS = (
 FIRST_STAGE = Training(
     "first stage",
     "train-vae",
-    4000,
+    3500,
     "--train_data_dir {data}/train --validation_data_dir {data}/held_out --resolution 64 --compression 4 "
     "--block_out_channels 32 64 128 --norm_num_groups 8 --train_batch_size 8 --reconstruction_loss l2 "
     "--kl_weight 1e-4 --learning_rate 1e-3 --lr_warmup_steps 100 --lr_scheduler cosine --random_flip "
@@ -99,7 +99,7 @@ ENTRIES = {
             Training(
                 "model",
                 "train",
-                16000,
+                14000,
                 DIFFUSION + "--vae {vae} --cache_latents --scale_factor data --block_out_channels 64 128 256 "
                 "--layers_per_block 1 --attention_levels 1 2 --attention_head_dim 32 --train_batch_size 16 "
                 "--ema_decay 0.9995 --mixed_precision bf16",
@@ -113,7 +113,7 @@ ENTRIES = {
     "emoji-pixels": Entry(
         "Emoji by group, in pixels",
         "../latents/emoji.py",
-        (Training("model", "train", 6800, PIXELS + "--train_batch_size 16 --ema_decay 0.999 --mixed_precision bf16"),),
+        (Training("model", "train", 5700, PIXELS + "--train_batch_size 16 --ema_decay 0.999 --mixed_precision bf16"),),
         "classes",
         guidance=1.5,
         num_samples=500,
