@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
@@ -13,6 +13,7 @@ from typing import Literal
 from diffusers_ddpm_ext.errors import ConfigError, as_run_error, printable
 from diffusers_ddpm_ext.utils.folder_lock import FolderBusy, FolderLock
 from diffusers_ddpm_ext.utils.generations import COMMITTED, finish_replacement
+from diffusers_ddpm_ext.utils.input_files import read_json_object
 from diffusers_ddpm_ext.utils.next_command import next_command
 from diffusers_ddpm_ext.utils.pipeline_files import MODEL_INDEX
 
@@ -118,6 +119,50 @@ def check_output_path(flag: str, path: Path, kind: Literal["file", "folder"]) ->
     place = path if mode is not None and kind == "folder" else path.absolute().parent
     if not os.access(place, os.W_OK | os.X_OK):
         raise ConfigError(f"{label} is not writable: name another place")
+
+
+def check_output_file(flag: str, path: Path, suffixes: Sequence[str]) -> None:
+    """Check that a file of a fixed type can be written at a path.
+
+    A name that ends in anything else is refused: it would promise another type, or be a file of a run or a model.
+
+    Args:
+        flag: the option, for messages.
+        path: its value.
+        suffixes: of which the name must have one, in lower case, each with its dot.
+
+    Raises:
+        ConfigError: it has another suffix, or `check_output_path` refuses it.
+    """
+    if path.suffix.lower() not in suffixes:
+        *others, last = suffixes
+        allowed = f"{', '.join(others)} or {last}" if others else last
+        raise ConfigError(f"{flag} {printable(str(path), 300)} must end in {allowed}")
+    check_output_path(flag, path, "file")
+
+
+def check_result_file(flag: str, path: Path, keys: Sequence[str]) -> None:
+    """Check that numbers can be written to a JSON file, which is new, empty or an earlier result.
+
+    Args:
+        flag: the option, for messages.
+        path: its value.
+        keys: of which every result of the command has one.
+
+    Raises:
+        ConfigError: the file is another one, or `check_output_file` refuses its name.
+    """
+    check_output_file(flag, path, (".json",))
+    if not path.exists() or not path.stat().st_size:
+        return
+    try:
+        content = read_json_object(path)
+        is_result = any(key in content for key in keys)
+    except ConfigError:
+        is_result = False
+    if not is_result:
+        label = f"{flag} {printable(str(path), 300)}"
+        raise ConfigError(f"{label} exists and is not a result of this command: name another file")
 
 
 def check_no_input(flag: str, path: Path, inputs: Mapping[str, str | Path | None]) -> None:

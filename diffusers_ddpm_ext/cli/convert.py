@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from diffusers_ddpm_ext.cli.arguments import check_output_path
+from diffusers_ddpm_ext.cli.arguments import check_no_input, check_output_file, check_output_path
 from diffusers_ddpm_ext.cli.parser import parse_options
 from diffusers_ddpm_ext.compvis.load_options import LoadOptions, ScheduleSource, WeightChoice
 from diffusers_ddpm_ext.errors import ConfigError, RunError
@@ -50,7 +50,7 @@ class ConvertOptions:
     checkpoint: Path | None = option(
         None, "The checkpoint: .ckpt, .pt, .pth, .safetensors, or the index of its shards.", metavar="FILE"
     )
-    config: Path | None = option(None, "compvis: the YAML file that belongs to the checkpoint.", metavar="FILE")
+    config: Path | None = option(None, "compvis: the YAML file that belongs to the checkpoint.", metavar="FILE.yaml")
     model_flags: Path | None = option(
         None, "openai: the flags of the model and its diffusion, a JSON object.", metavar="FILE"
     )
@@ -208,13 +208,15 @@ def _export(options: ConvertOptions) -> CheckpointExport:
     )
     if options.samples:
         raise ConfigError("--samples has no effect with --to compvis: ddpm-ext sample draws from the folder")
-    if options.config_out is not None and options.config_out.exists() and not options.overwrite:
-        raise ConfigError(f"--config_out {options.config_out} exists: name another place, or use --overwrite")
+    if options.config_out is not None:
+        check_output_file("--config_out", options.config_out, (".yaml", ".yml"))
+        if options.config_out.exists() and not options.overwrite:
+            raise ConfigError(f"--config_out {options.config_out} exists: name another place, or use --overwrite")
     if options.base is not None and not options.base.is_file():
         raise ConfigError(f"--base {options.base} does not exist: give the original checkpoint")
-    if options.out is not None and options.out.suffix not in CHECKPOINT_SUFFIXES:
-        raise ConfigError(f"--out {options.out} must end in {', '.join(CHECKPOINT_SUFFIXES)}")
     out = _checked_out(options, "file")
+    check_output_file("--out", out, CHECKPOINT_SUFFIXES)
+    check_no_input("--out", out, {"--base": options.base})
     return CheckpointExport(options.folder, out, options.base, options.config_out, not options.no_ema)
 
 

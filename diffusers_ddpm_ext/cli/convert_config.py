@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffusers_ddpm_ext.cli.arguments import check_output_path
+from diffusers_ddpm_ext.cli.arguments import check_output_file
 from diffusers_ddpm_ext.cli.parser import parse_options
 from diffusers_ddpm_ext.errors import ConfigError, printable
 from diffusers_ddpm_ext.utils.option import option, positional
@@ -32,7 +32,7 @@ class ConvertConfigOptions:
     """Translate a YAML file of CompVis' latent-diffusion, stablediffusion or a fork to one of ddpm-ext train."""
 
     config: Path = positional("FILE", "The YAML file.")
-    out: Path | None = option(None, "YAML file to write.", metavar="FILE", unset="print the table only")
+    out: Path | None = option(None, "YAML file to write.", metavar="FILE.yaml", unset="print the table only")
     overwrite: bool = option(False, "Replace --out.")
     allow_refused: bool = option(False, "Leave out keys that have no counterpart here.")
 
@@ -49,9 +49,7 @@ def parse_convert_config_args(argv: Sequence[str]) -> ConvertConfigOptions:
     if not config.is_file():
         raise ConfigError(f"{config} {'is a folder' if config.is_dir() else 'does not exist'}: give the YAML file")
     if out is not None:
-        if out.suffix not in (".yaml", ".yml"):
-            raise ConfigError(f"--out {out} must end in .yaml or .yml")
-        check_output_path("--out", out, "file")
+        check_output_file("--out", out, (".yaml", ".yml"))
         if out.exists() and out.samefile(config):
             raise ConfigError(f"--out {out} is the input file: name another")
         if out.exists() and not options.overwrite:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from diffusers_ddpm_ext.cli.arguments import check_output_path
+from diffusers_ddpm_ext.cli.arguments import check_output_file, check_result_file
 from diffusers_ddpm_ext.cli.extras import require_modules
 from diffusers_ddpm_ext.cli.parser import parse_options
 from diffusers_ddpm_ext.errors import ConfigError, RunError, as_run_error, print_lines, printable
@@ -71,7 +71,7 @@ class InspectOptions:
         unset="all",
         metavar="N",
     )
-    json: Path | None = option(None, "Also write all numbers to this file, as JSON.", metavar="FILE")
+    json: Path | None = option(None, "Also write all numbers to this file, as JSON.", metavar="FILE.json")
     out: Path | None = option(None, "The picture.", metavar="FILE.png", unset="NAME-data.png in the current folder")
 
     @property
@@ -122,10 +122,12 @@ def parse_data_args(argv: Sequence[str]) -> InspectOptions:
     if options.data_range is not None and not options.data_range[0] < options.data_range[1]:
         low, high = options.data_range
         raise ConfigError(f"--data_range {low:g} {high:g}: the first number must be smaller than the second")
+    check_output_file("--out", options.picture, (".png",))
+    if options.json is not None:
+        check_result_file("--json", options.json, ("suggestions",))
     for flag, path in (("--out", options.picture), ("--json", options.json)):
         if path is None:
             continue
-        check_output_path(flag, path, "file")
         for folder in (options.folder, options.validation_data_dir):
             if (
                 folder is not None
@@ -135,10 +137,6 @@ def parse_data_args(argv: Sequence[str]) -> InspectOptions:
                 raise ConfigError(
                     f"{flag} {printable(str(path), 300)} is in the folder of images: name a place outside of it"
                 )
-    if options.picture.suffix.lower() != ".png":
-        raise ConfigError(f"--out {printable(str(options.picture), 300)} must end in .png")
-    if options.json is not None and options.json.absolute() == options.picture.absolute():
-        raise ConfigError("--json and --out name one file: give two")
     return options
 
 

@@ -18,6 +18,7 @@ from diffusers_ddpm_ext.cli.arguments import (
     check_not_locked,
     check_output_path,
     check_pipeline_source,
+    check_result_file,
     lock_output_folder,
 )
 from diffusers_ddpm_ext.cli.extras import TRAIN_MODULES, require_modules
@@ -41,7 +42,6 @@ from diffusers_ddpm_ext.cli.sample_options import check_timesteps_options
 from diffusers_ddpm_ext.errors import ConfigError, RunError, as_config_error, as_run_error, printable
 from diffusers_ddpm_ext.pipelines.loading import load_pipeline
 from diffusers_ddpm_ext.utils.folder_lock import FolderLock
-from diffusers_ddpm_ext.utils.input_files import read_json_object
 from diffusers_ddpm_ext.utils.option import embedded, option, options_of, positional
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class EvaluateOptions(MeasuringOptions):
     confidence: float = option(0.95, "Confidence of the interval.", above=0, below=1, metavar="P")
     clip_denoised: bool = option(False, "Clip the predicted image to [-1, 1], as sampling may.")
     dtype: Literal["float32", "float64", "bfloat16", "float16"] = option("float32", "Precision of the network.")
-    json: Path | None = option(None, "Also write the result to this file.", metavar="FILE")
+    json: Path | None = option(None, "Also write the result to this file.", metavar="FILE.json")
     out: Path | None = option(None, "Folder of the result.", metavar="DIR", unset="FOLDER/evaluation")
     sample_metrics: dict[str, Any] = embedded(SampleMetricsOptions, SAMPLES_HELP)
 
@@ -129,8 +129,7 @@ def parse_evaluate_args(argv: Sequence[str]) -> EvaluateOptions:
     check_no_input("--out", options.output_folder, data_inputs(options.data))
     check_not_locked("--out", FolderLock(options.output_folder))
     if options.json is not None:
-        check_output_path("--json", options.json, "file")
-        _check_json_target(options.json)
+        check_result_file("--json", options.json, ("bits_per_dim", "features"))
     return options
 
 
@@ -149,19 +148,6 @@ def _check_sample_metrics(options: EvaluateOptions, samples_options: SampleMetri
         check_no_input("--out", options.output_folder, {"--samples": samples_options.samples})
     if samples_options.feature_cache is not None:
         check_output_path("--feature_cache", samples_options.feature_cache, "folder")
-
-
-def _check_json_target(path: Path) -> None:
-    """Refuse to replace a file that is neither empty nor an earlier result."""
-    if not path.exists() or not path.stat().st_size:
-        return
-    try:
-        content = read_json_object(path)
-        is_result = "bits_per_dim" in content or "features" in content
-    except ConfigError:
-        is_result = False
-    if not is_result:
-        raise ConfigError(f"--json {path} exists and is not a result of this command: name another file")
 
 
 def evaluate(options: EvaluateOptions) -> str:

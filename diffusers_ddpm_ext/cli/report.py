@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffusers_ddpm_ext.cli.arguments import LOCAL_FOLDER_HELP, check_output_path, check_pipeline_folder
+from diffusers_ddpm_ext.cli.arguments import LOCAL_FOLDER_HELP, check_output_file, check_pipeline_folder
 from diffusers_ddpm_ext.cli.extras import TRAIN_MODULES, require_modules
 from diffusers_ddpm_ext.cli.parser import parse_options
 from diffusers_ddpm_ext.errors import ConfigError, as_run_error, printable, warn
@@ -34,7 +34,7 @@ class ReportOptions:
     folder: Path = positional("FOLDER", LOCAL_FOLDER_HELP)
     others: tuple[str, ...] = positional("FOLDER", "Other runs, to compare with the first.", default=(), path=True)
     out: Path | None = option(
-        None, "The page.", metavar="FILE", unset="FOLDER/report.html, or comparison.html of several"
+        None, "The page.", metavar="FILE.html", unset="FOLDER/report.html, or comparison.html of several"
     )
 
     @property
@@ -69,7 +69,7 @@ def parse_report_args(argv: Sequence[str]) -> ReportOptions:
     twice = next((folder for folder in options.folders if resolved.count(folder.resolve()) > 1), None)
     if twice is not None:
         raise ConfigError(f"{printable(str(twice), 300)} is given twice: name each folder once")
-    check_output_path("--out", options.output_file, "file")
+    check_output_file("--out", options.output_file, (".html", ".htm"))
     return options
 
 
