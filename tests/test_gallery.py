@@ -207,11 +207,16 @@ def results_of(folder: Path, **changes: object) -> dict[str, Any]:
     metrics = {"num_samples": 1000, "num_reference": 383, "metrics": dict.fromkeys(page.METRICS, metric)}
     rate = {"value": 0.0125, "low": 0.0, "high": 0.03}
     found = {
+        "title": "One",
         "metrics": metrics,
         "metrics-real": metrics | {"num_samples": 55},
         "copies": {"memorization": {"rate": rate, "chance": rate}},
         "bound": {"bits_per_dim": 1.25, "low": 1.2, "high": 1.3, "num_images": 55},
-        "stages": {"model": {"starts": 2, "cpu_seconds": 6001.0}, "metrics": {"starts": 2, "cpu_seconds": 61.2}},
+        "stages": {
+            "model": {"starts": 2, "cpu_seconds": 6001.0},
+            "samples": {"starts": 1, "cpu_seconds": 30.0},
+            "metrics": {"starts": 2, "cpu_seconds": 61.2},
+        },
         "commands": {"model": "ddpm-ext train"},
         "model": {"threads": 1, "parameters": 4_300_000},
         "machine": {"name": "a processor", "cores": 2, "python": "3.11.7"},
@@ -246,6 +251,20 @@ def test_the_page_gets_the_numbers_of_its_entries(tmp_path):
     assert page.fill(filled, tmp_path) == filled
 
 
+def test_two_entries_are_compared(tmp_path):
+    """Training is the sum over the commands alone; each column is of its own entry."""
+    found = results_of(tmp_path)
+    slow = found | {"title": "Two", "stages": found["stages"] | {"model": {"starts": 1, "cpu_seconds": 240.0}}}
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / "results.json").write_text(json.dumps(slow))
+    filled = page.fill("<!-- compared: one two -->\n<!-- end -->\n", tmp_path)
+    assert "| | One | Two |" in filled
+    assert "| time of the processor, training | 1 h 40 min | 4 min |" in filled
+    assert "| the same, 1,000 samples | 30 s | 30 s |" in filled
+    assert filled.count("| 12.3 (10 to 1234) | 12.3 (10 to 1234) |") == len(page.METRICS)
+    assert page.fill(filled, tmp_path) == filled
+
+
 def test_a_model_of_latents_has_no_bound(tmp_path):
     found = results_of(tmp_path)
     del found["bound"]
@@ -255,7 +274,7 @@ def test_a_model_of_latents_has_no_bound(tmp_path):
 def test_the_gallery_page_has_the_numbers_of_its_results():
     text = (ROOT / "docs" / "gallery.md").read_text("utf-8")
     assert page.fill(text, ROOT / "docs" / "gallery") == text
-    shown = {match["entry"] for match in page.BLOCK.finditer(text)}
+    shown = {match["entries"] for match in page.BLOCK.finditer(text) if match["kind"] == "numbers"}
     assert shown == {path.parent.name for path in (ROOT / "docs" / "gallery").glob("*/results.json")}
     assert shown <= ENTRIES.keys()
     files = [path for path in (ROOT / "docs" / "gallery").rglob("*") if path.is_file()]

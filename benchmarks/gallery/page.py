@@ -2,8 +2,8 @@
 
     python benchmarks/gallery/page.py [--page docs/gallery.md --results docs/gallery]
 
-Between ``<!-- numbers: ENTRY -->`` and ``<!-- end -->`` the page gets the tables of ``ENTRY/results.json``. The rest
-of the page is written by hand.
+Between ``<!-- numbers: ENTRY -->`` and ``<!-- end -->`` the page gets the tables of ``ENTRY/results.json``, and after
+``<!-- compared: ENTRY ENTRY -->`` one table of both. The rest of the page is written by hand.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-BLOCK = re.compile(r"(<!-- numbers: (?P<entry>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- (?P<kind>numbers|compared): (?P<entries>[\w -]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 METRICS = {
     "fd": "Frechet distance (FD)",
     "kid": "kernel distance (KID)",
@@ -83,6 +83,27 @@ def numbers(found: dict[str, Any]) -> Iterator[str]:
         yield f"sha256 of `{name}`: `{digest}`."
 
 
+def compared(entries: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Lines of one table of several entries of the same data: what they cost and how good they are."""
+    count = entries[0]["metrics"]["num_samples"]
+    rows: dict[str, Callable[[dict[str, Any]], str]] = {
+        "time of the processor, training": lambda found: duration(
+            sum(found["stages"][name]["cpu_seconds"] for name in found["commands"])
+        ),
+        f"the same, {count:,} samples": lambda found: duration(found["stages"]["samples"]["cpu_seconds"]),
+        "parameters of the network, millions": lambda found: f"{found['model']['parameters'] / 1e6:.2f}",
+        **{
+            title: lambda found, key=key: interval(found["metrics"]["metrics"][key])  # type: ignore[misc]
+            for key, title in METRICS.items()
+        },
+        "likely copies of a training image": lambda found: percent(found["copies"]["memorization"]["rate"]),
+    }
+    yield "| | " + " | ".join(found["title"] for found in entries) + " |"
+    yield "|---" * (1 + len(entries)) + "|"
+    for title, cell in rows.items():
+        yield f"| {title} | " + " | ".join(map(cell, entries)) + " |"
+
+
 def percent(rate: dict[str, float]) -> str:
     """A rate with its interval."""
     return f"{100 * rate['value']:.1f} % ({100 * rate['low']:.1f} to {100 * rate['high']:.1f})"
@@ -96,8 +117,11 @@ def fill(page: str, results: Path) -> str:
     """
 
     def block(match: re.Match[str]) -> str:
-        found = json.loads((results / match["entry"] / "results.json").read_text("utf-8"))
-        return match[1] + "\n".join(numbers(found)) + "\n" + match[3]
+        entries = [
+            json.loads((results / name / "results.json").read_text("utf-8")) for name in match["entries"].split()
+        ]
+        lines = numbers(entries[0]) if match["kind"] == "numbers" else compared(entries)
+        return match[1] + "\n".join(lines) + "\n" + match[4]
 
     return BLOCK.sub(block, page)
 
