@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -393,13 +394,31 @@ def test_test_files_that_the_pages_name_exist():
             assert (ROOT / "tests" / path.removeprefix("tests/")).is_file() or "_x.py" in path, f"{page}: {path}"
 
 
-def test_the_notebook_is_a_page_with_its_outputs():
-    """Each code cell was run and stored what it printed; pictures have texts, and no path of a machine is in them."""
-    spec = importlib.util.spec_from_file_location("notebook_page", ROOT / "docs/hooks/notebook_page.py")
+def load_hook(name: str) -> ModuleType:
+    """A module that the site's builder calls."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / "hooks" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     hook = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(hook)
+    return hook
+
+
+def test_the_site_links_to_its_source_where_the_address_is_known(monkeypatch):
+    hook = load_hook("source_link")
+    monkeypatch.delenv("REPO_URL", raising=False)
+    assert hook.on_config(SimpleNamespace(extra={})).extra == {}
+    monkeypatch.setenv("REPO_URL", "https://github.com/me/it")
+    (link,) = hook.on_config(SimpleNamespace(extra={})).extra["social"]
+    assert (link["link"], link["icon"]) == ("https://github.com/me/it", "fontawesome/brands/github")
+    monkeypatch.setenv("REPO_URL", "javascript:alert()")
+    with pytest.raises(ValueError, match="https"):
+        hook.on_config(SimpleNamespace(extra={}))
+
+
+def test_the_notebook_is_a_page_with_its_outputs():
+    """Each code cell was run and stored what it printed; pictures have texts, and no path of a machine is in them."""
+    hook = load_hook("notebook_page")
     notebook = (ROOT / "docs" / hook.NOTEBOOK).read_text()
     page, pictures = hook.notebook_to_markdown(notebook)
     cells = [cell for cell in json.loads(notebook)["cells"] if cell["cell_type"] == "code"]

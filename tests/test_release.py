@@ -84,7 +84,8 @@ def test_tags_are_published_with_what_make_release_checked():
     workflow = yaml.safe_load((ROOT / ".github/workflows/publish.yml").read_text())
     assert workflow[True] == {"push": {"tags": ["v*"]}}  # YAML 1.1 reads the key `on` as true
     build, publish = workflow["jobs"]["build"], workflow["jobs"]["publish"]
-    assert [step["run"] for step in build["steps"] if "run" in step] == ['make release TAG="$GITHUB_REF_NAME"']
+    (line,) = [step["run"] for step in build["steps"] if "run" in step]
+    assert line == 'REPO_URL="$GITHUB_SERVER_URL/$GITHUB_REPOSITORY" make release TAG="$GITHUB_REF_NAME"'
     assert publish["needs"] == "build"
     assert publish["environment"]["name"] == "pypi"
     (stored,) = [step["with"] for step in build["steps"] if "upload-artifact" in step.get("uses", "")]
@@ -106,3 +107,38 @@ def test_issue_forms_have_what_github_requires():
         assert all(field["attributes"]["label"] for field in fields)
         assert len({field["id"] for field in fields}) == len(fields)
         assert any(field.get("validations", {}).get("required") for field in fields)
+
+
+def absolute_links(text: str, folder: Path) -> str:
+    """What `.ci/absolute_links` makes of a Markdown file."""
+    path = folder / "page.md"
+    path.write_text(text)
+    subprocess.run([ROOT / ".ci" / "absolute_links", path, "https://host/me/it/", "v1.0.0"], check=True)
+    return path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[a](docs/a.md#b)", "[a](https://host/me/it/blob/v1.0.0/docs/a.md#b)"),
+        ("![a b](c.svg)", "![a b](https://host/me/it/raw/v1.0.0/c.svg)"),
+        ("[![a](b.svg)](c.md)", "[![a](https://host/me/it/raw/v1.0.0/b.svg)](https://host/me/it/blob/v1.0.0/c.md)"),
+        ("[`x[0]`](c.md)", "[`x[0]`](https://host/me/it/blob/v1.0.0/c.md)"),
+        ("[a](#b) [c](https://d/e) [m](mailto:f)", "[a](#b) [c](https://d/e) [m](mailto:f)"),
+        ("`[a](b.md)`\n```\n[a](b.md)\n```\n", "`[a](b.md)`\n```\n[a](b.md)\n```\n"),
+    ],
+)
+def test_links_are_made_absolute(text, expected, tmp_path):
+    assert absolute_links(text, tmp_path) == expected
+    assert absolute_links(expected, tmp_path) == expected
+
+
+def test_every_link_of_the_readme_can_be_absolute(tmp_path):
+    """Each leads to a file of this repository, pictures to their bytes; nothing else changes."""
+    readme = (ROOT / "README.md").read_text()
+    text = absolute_links(readme, tmp_path)
+    leading = re.findall(r"\]\(https://host/me/it/(blob|raw)/v1.0.0/([^)#]+)", text)
+    assert all((ROOT / path).exists() for _, path in leading)
+    assert {kind == "raw" for kind, path in leading if path.endswith((".png", ".svg", ".webp"))} == {True}
+    assert not re.search(r"\]\((?!https?://|#)", re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S))
+    assert re.sub(r"https://host/me/it/(blob|raw)/v1.0.0/", "", text) == readme
