@@ -5,9 +5,10 @@
 The same command goes on where it was interrupted. FOLDER holds everything; ``--results`` (default:
 ``docs/gallery/ENTRY``) gets what is shown: ``samples.png`` (64 samples, seeds 0 to 63 in order), ``calls.png`` (the
 first eight with 5, 10, 25 and 50 calls of three samplers), ``copies.png`` (the samples that are most like a training
-image, beside it), ``denoising.webp`` (the first eight while they are drawn), ``loss.png``, and ``results.json`` with
-every number, the time of each command and the sha256 of the weights. ``--scale`` is a factor on all numbers of
-training steps and samples. ``python benchmarks/gallery/page.py`` then writes the tables of the page.
+image, beside it), ``denoising.webp`` (the first eight while they are drawn), ``loss.png``, ``reconstructions.png`` (of
+a first stage), and ``results.json`` with every number, the time of each command and the sha256 of the weights.
+``--scale`` is a factor on all numbers of training steps and samples. ``python benchmarks/gallery/page.py`` then writes
+the tables of the page.
 
 Times are seconds of the processor, summed over all starts; ``results.json`` has their number. Ctrl-C or SIGTERM stop
 it with a checkpoint; what a `kill -9` ended is not in the sum.
@@ -47,7 +48,8 @@ from diffusers_ddpm_ext.training.data.dataset import load_data
 HERE = Path(__file__).resolve().parent / "gallery"
 RESULTS = HERE.parents[1] / "docs" / "gallery"
 DDPM_EXT = (sys.executable, "-m", "diffusers_ddpm_ext")
-SHEETS = ("samples.png", "calls.png", "copies/copies.png", "model/samples/loss.png")
+RECONSTRUCTIONS = "first-stage/reconstructions.png"
+SHEETS = ("samples.png", "calls.png", "copies/copies.png", "model/samples/loss.png", RECONSTRUCTIONS)
 TALL = {"calls.png": (len(SAMPLERS), 0), "copies/copies.png": (3, GAP)}
 """Sheets that are shown in so many parts side by side, and the pixels between their rows."""
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -235,6 +237,9 @@ def results(entry: Entry, folder: Path, stages: Stages, scale: float) -> dict[st
         path = folder / name / "sample_metrics.json"
         if path.exists():
             found[name] = json.loads(path.read_text("utf-8"))
+    if len(entry.training) > 1:
+        rows = map(json.loads, (folder / "first-stage" / "metrics.jsonl").read_text("utf-8").splitlines())
+        found["first stage"] = [row for row in rows if "val/psnr_ema" in row][-1]
     path = folder / "bound" / "evaluation.json"
     if path.exists():
         found["bound"] = json.loads(path.read_text("utf-8"))
@@ -249,6 +254,8 @@ def publish(folder: Path, results_of: dict[str, Any], place: Path) -> None:
     """Copy what the page shows."""
     place.mkdir(parents=True, exist_ok=True)
     for name in SHEETS:
+        if name == RECONSTRUCTIONS and not (folder / name).exists():
+            continue  # a model of pixels
         with Image.open(folder / name) as sheet:
             shown = sheet.convert("RGB")
             if name in TALL:

@@ -192,6 +192,25 @@ def test_an_animation_has_the_frames_and_holds_the_last(tmp_path):
     assert last.min() > 245
 
 
+@pytest.mark.parametrize("has_first_stage", [False, True])
+def test_what_is_shown_is_copied_without_names_of_folders(has_first_stage, tmp_path):
+    """Pictures keep their pixels; tall ones are cut; the folder's name is in no text."""
+    folder, place = tmp_path / "work", tmp_path / "results"
+    for name in build_gallery.SHEETS:
+        if has_first_stage or name != build_gallery.RECONSTRUCTIONS:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (40, 60), (200, 10, 0)).save(folder / name)
+    (folder / "denoising.webp").write_bytes(b"frames")
+    build_gallery.publish(folder, {"command": f"train --out {folder}/model"}, place)
+    shown = {Path(name).name for name in build_gallery.SHEETS if has_first_stage or "reconstructions" not in name}
+    assert {path.name for path in place.iterdir()} == shown | {"denoising.webp", "results.json"}
+    with Image.open(place / "samples.png") as sheet:
+        assert (np.asarray(sheet.convert("RGB")) == (200, 10, 0)).all()
+    with Image.open(place / "calls.png") as sheet:
+        assert sheet.size == (3 * 40 + 2 * sheets.MARGIN, 20)
+    assert json.loads((place / "results.json").read_text()) == {"command": "train --out FOLDER/model"}
+
+
 def test_held_out_digits_are_those_of_scikit_learn_that_no_run_trains_on(tmp_path):
     build_gallery.save_held_out_digits(tmp_path / "held_out.npz")
     held_out = np.load(tmp_path / "held_out.npz")["arr_0"]
@@ -268,7 +287,10 @@ def test_two_entries_are_compared(tmp_path):
 def test_a_model_of_latents_has_no_bound(tmp_path):
     found = results_of(tmp_path)
     del found["bound"]
-    assert "bits per dimension" not in "\n".join(page.numbers(found))
+    found["first stage"] = {"val/psnr_ema": 28.04}
+    lines = "\n".join(page.numbers(found))
+    assert "bits per dimension" not in lines
+    assert "| first stage: PSNR of reconstructions | | 28.0 dB |" in lines
 
 
 def test_the_gallery_page_has_the_numbers_of_its_results():

@@ -59,6 +59,8 @@ def numbers(found: dict[str, Any]) -> Iterator[str]:
     empty = " |" if real else ""
     yield f"| likely copies of a training image | {percent(copies['rate'])} |{empty}"
     yield f"| the same rate, if nothing were memorized | {percent(copies['chance'])} |{empty}"
+    if "first stage" in found:
+        yield f"| first stage: PSNR of reconstructions | | {found['first stage']['val/psnr_ema']:.1f} dB |"
     if "bound" in found:
         bound = found["bound"]
         held = f"{bound['bits_per_dim']:.3f} ({bound['low']:.3f} to {bound['high']:.3f})"
