@@ -179,6 +179,17 @@ def test_tall_sheets_are_shown_side_by_side():
     assert sheets.side_by_side(without_last, 3, 2).size == (starts[-1] + 7, 20)
 
 
+def test_sheets_keep_their_colors_unless_they_are_large(tmp_path, monkeypatch):
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    for largest, colors in ((400_000, 1600), (2000, 256)):
+        monkeypatch.setattr(sheets, "MAX_BYTES", largest)
+        sheets.save_small(Image.fromarray(pixels), tmp_path / "sheet.png")
+        with Image.open(tmp_path / "sheet.png") as sheet:
+            shown = np.asarray(sheet.convert("RGB"))
+        assert (shown == pixels).all() == (colors == 1600)
+        assert len(np.unique(shown.reshape(-1, 3), axis=0)) <= colors
+
+
 def test_an_animation_has_the_frames_and_holds_the_last(tmp_path):
     frames = [torch.full((2, 3, 8, 8), value) for value in (-1.0, 0.0, 1.5)]
     sheets.save_animation(frames, tmp_path / "strip.webp", 1)

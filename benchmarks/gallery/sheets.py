@@ -23,6 +23,7 @@ SAMPLERS = {
     "DPMSolverMultistepScheduler": "DPM-Solver++",
 }
 FRAME_MS, LAST_FRAME_MS = 120, 2500
+MAX_BYTES = 400_000
 MARGIN = 20  # pixels above a row, for its caption, and between parts of a sheet
 
 
@@ -78,8 +79,10 @@ def draw(
 
 
 def save_small(sheet: Image.Image, path: Path) -> None:
-    """Write a sheet in at most 256 colors: a small file."""
-    sheet.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+    """Write a sheet with all its colors, or with 256 of them if the file would be larger than `MAX_BYTES`."""
+    sheet.save(path, optimize=True)
+    if path.stat().st_size > MAX_BYTES:
+        sheet.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def calls_sheet(rows: Sequence[tuple[str, Tensor]], enlarge: int) -> Image.Image:
