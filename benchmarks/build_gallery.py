@@ -6,7 +6,8 @@ The same command goes on where it was interrupted. FOLDER holds everything; ``--
 ``docs/gallery/ENTRY``) gets what is shown: ``samples.png`` (64 samples, seeds 0 to 63 in order), ``calls.png`` (the
 first eight with 5, 10, 25 and 50 calls of three samplers), ``copies.png`` (the samples that are most like a training
 image, beside it), ``denoising.webp`` (the first eight while they are drawn), ``loss.png``, ``reconstructions.png`` (of
-a first stage), and ``results.json`` with every number, the time of each command and the sha256 of the weights.
+a first stage), ``card.md``, and ``results.json`` with every number, the time of each command and the sha256 of the
+weights.
 ``--scale`` is a factor on all numbers of training steps and samples. ``python benchmarks/gallery/page.py`` then writes
 the tables of the page.
 
@@ -35,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gallery.cards import model_card
 from gallery.entries import ENTRIES, QUIET, Entry, Training
 from gallery.features import save_extractor
 from gallery.sheets import SAMPLERS, save_sheets, save_small, side_by_side
@@ -212,10 +214,11 @@ def count_parameters(path: Path) -> int:
         return sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
 
 
-def results(entry: Entry, folder: Path, stages: Stages, scale: float) -> dict[str, Any]:
+def results(name: str, folder: Path, stages: Stages, scale: float) -> dict[str, Any]:
     """Everything that was measured, for JSON."""
-    names = {"data": str(folder / "data"), "vae": str(folder / "first-stage")}
+    entry, names = ENTRIES[name], {"data": str(folder / "data"), "vae": str(folder / "first-stage")}
     found: dict[str, Any] = {
+        "name": name,
         "title": entry.title,
         "scale": scale,
         "commands": {
@@ -262,8 +265,12 @@ def publish(folder: Path, results_of: dict[str, Any], place: Path) -> None:
                 shown = side_by_side(shown, *TALL[name])
             save_small(shown, place / Path(name).name)
     shutil.copy(folder / "denoising.webp", place)
-    text = json.dumps(results_of, indent=1).replace(str(folder.resolve()), "FOLDER").replace(str(folder), "FOLDER")
-    (place / "results.json").write_text(text + "\n", encoding="utf-8")
+    for name, text in (
+        ("results.json", json.dumps(results_of, indent=1) + "\n"),
+        ("card.md", model_card(results_of["name"], folder, place)),
+    ):
+        shown = text.replace(str(folder.resolve()), "FOLDER").replace(str(folder), "FOLDER")
+        (place / name).write_text(shown, encoding="utf-8")
 
 
 def main() -> int:
@@ -286,7 +293,7 @@ def main() -> int:
     begun.write_text(json.dumps(chosen), encoding="utf-8")
     stages = build(entry, options.folder, options.scale)
     place = options.results or RESULTS / options.entry
-    publish(options.folder, results(entry, options.folder, stages, options.scale), place)
+    publish(options.folder, results(options.entry, options.folder, stages, options.scale), place)
     print(f"written to {place}")
     return 0
 

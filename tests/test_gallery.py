@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -212,14 +213,20 @@ def test_what_is_shown_is_copied_without_names_of_folders(has_first_stage, tmp_p
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (40, 60), (200, 10, 0)).save(folder / name)
     (folder / "denoising.webp").write_bytes(b"frames")
-    build_gallery.publish(folder, {"command": f"train --out {folder}/model"}, place)
+    DDPMExtPipeline(tiny_unet(1), DDPMExtScheduler()).save_pretrained(folder / "model")
+    Image.new("RGB", (8, 8)).save(folder / "model" / "samples" / "logvar.png")
+    build_gallery.publish(folder, {"name": "one", "command": f"train --out {folder}/model"}, place)
     shown = {Path(name).name for name in build_gallery.SHEETS if has_first_stage or "reconstructions" not in name}
-    assert {path.name for path in place.iterdir()} == shown | {"denoising.webp", "results.json"}
+    assert {path.name for path in place.iterdir()} == shown | {"denoising.webp", "results.json", "card.md"}
+    card = (place / "card.md").read_text()
+    assert "\n# one\n" in card
+    assert re.findall(r"\]\((.*png)\)", card) == ["loss.png"]
+    assert str(tmp_path) not in card
     with Image.open(place / "samples.png") as sheet:
         assert (np.asarray(sheet.convert("RGB")) == (200, 10, 0)).all()
     with Image.open(place / "calls.png") as sheet:
         assert sheet.size == (3 * 40 + 2 * sheets.MARGIN, 20)
-    assert json.loads((place / "results.json").read_text()) == {"command": "train --out FOLDER/model"}
+    assert json.loads((place / "results.json").read_text()) == {"name": "one", "command": "train --out FOLDER/model"}
 
 
 def test_held_out_digits_are_those_of_scikit_learn_that_no_run_trains_on(tmp_path):
@@ -310,6 +317,7 @@ def test_the_gallery_page_has_the_numbers_of_its_results():
     shown = {match["entries"] for match in page.BLOCK.finditer(text) if match["kind"] == "numbers"}
     assert shown == {path.parent.name for path in (ROOT / "docs" / "gallery").glob("*/results.json")}
     assert shown <= ENTRIES.keys()
+    assert all(f"](gallery/{name}/card.md)" in text for name in shown)
     files = [path for path in (ROOT / "docs" / "gallery").rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 6e6
 
