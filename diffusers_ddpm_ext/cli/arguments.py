@@ -134,11 +134,11 @@ def check_output_file(flag: str, path: Path, suffixes: Sequence[str]) -> None:
     Raises:
         ConfigError: it has another suffix, or `check_output_path` refuses it.
     """
+    check_output_path(flag, path, "file")
     if path.suffix.lower() not in suffixes:
         *others, last = suffixes
         allowed = f"{', '.join(others)} or {last}" if others else last
         raise ConfigError(f"{flag} {printable(str(path), 300)} must end in {allowed}")
-    check_output_path(flag, path, "file")
 
 
 def check_result_file(flag: str, path: Path, keys: Sequence[str]) -> None:
