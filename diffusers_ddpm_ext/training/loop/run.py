@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -99,15 +100,32 @@ def acquire_folder(config: TrainConfig, accelerator: Accelerator) -> tuple[Path,
     """Create the run's folder, or use the one to resume in, and lock it in the main process. Collective call.
 
     Raises:
-        ConfigError: the folder cannot be used; in the main process.
+        ConfigError: the folder cannot be used, or the run to resume cannot be downloaded; in the main process. A
+            folder that was created for it is removed, if nothing is in it.
     """
     names: list[str | None] = [None]
     lock: FolderLock | None = None
     with fail_together(accelerator):
         if accelerator.is_main_process:
+            place, repository = config.output.output_dir, config.hub.resume_from_hub
+            is_new = place is None or not Path(place).exists()
             folder, lock = acquire_output_dir(config.data, config.output, config.resumes, config.folder_suffix)
-            if config.hub.resume_from_hub is not None:
-                accelerator.print(download_run(config.hub.resume_from_hub, folder))
+            if repository is not None:
+                with _given_back_on_error(lock, folder if is_new else None):
+                    accelerator.print(download_run(repository, folder))
             names = [str(folder)]
     broadcast_object_list(names)
     return Path(str(names[0])), lock
+
+
+@contextmanager
+def _given_back_on_error(lock: FolderLock, created: Path | None) -> Iterator[None]:
+    """After an error, release the lock, and remove a folder that was created for the run if nothing is in it."""
+    try:
+        yield
+    except BaseException:
+        lock.release()
+        if created is not None:
+            with suppress(OSError):  # a part was downloaded, from which the next try goes on
+                created.rmdir()
+        raise

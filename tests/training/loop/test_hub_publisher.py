@@ -11,11 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers.hub_server import Fault, LoopbackHub
+from helpers.hub_server import Fault, LoopbackHub, Repo
 from helpers.paths import TESTS
 from helpers.runs import rows, tiny_flags
+from helpers.tiny import tiny_unet
 
-from diffusers_ddpm_ext import cli
+from diffusers_ddpm_ext import DDPMExtPipeline, DDPMExtScheduler, cli
 
 TOKEN = "hf_secretsecretsecret"
 SMALL = {
@@ -157,14 +158,16 @@ def test_a_token_in_a_config_file_is_refused(where, tmp_path, capsys):
 
 
 def test_resuming_from_a_repository_without_checkpoints_is_refused(call, hub, tmp_path):
-    assert (
-        call("train", *tiny_flags(**SMALL | {"max_train_steps": 2}, output_dir="run", push_to_hub=True)).returncode
-        == 0
-    )
+    DDPMExtPipeline(tiny_unet(1), DDPMExtScheduler()).save_pretrained(tmp_path / "run")
+    files = {path.relative_to(tmp_path / "run"): path for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    hub.repos["alice/run"] = Repo("alice/run")
+    hub.repos["alice/run"].add({str(name): hub.store(path.read_bytes()) for name, path in files.items()}, "a model")
     done = call("train", *tiny_flags(**SMALL, output_dir="new", resume_from_hub="alice/run"))
     assert done.returncode == 2
     assert "--resume_from_hub alice/run holds no checkpoint" in done.stderr
-    done = call("train", *tiny_flags(**SMALL, output_dir="new2", resume_from_hub="alice/nothing"))
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "mine").mkdir()
+    done = call("train", *tiny_flags(**SMALL, output_dir="mine", resume_from_hub="alice/nothing"))
     assert done.returncode == 2
     assert "--resume_from_hub alice/nothing cannot be loaded" in done.stderr
-    assert rows(tmp_path / "run")
+    assert list((tmp_path / "mine").iterdir()) == []
