@@ -159,8 +159,11 @@ def run_commands(text: str) -> None:
         if not arguments:
             continue
         assert arguments[0] == "ddpm-ext", f"{line}: state why it is not run"
-        if arguments[1] in ("train", "train-vae") and "--dry_run" not in arguments:
-            arguments.append("--dry_run")
+        if arguments[1] in ("train", "train-vae"):
+            arguments += [] if "--dry_run" in arguments else ["--dry_run"]
+            arguments += [] if "--train_batch_size" in arguments else ["--train_batch_size", "2"]  # of its timed steps
+        if arguments[1] == "sample" and "--num_inference_steps" not in arguments:
+            arguments += ["--num_inference_steps", "4"]
         if arguments[1] in ("train", "train-vae") and "--resume_from_checkpoint" not in arguments:
             arguments.append("--overwrite_output_dir")  # a dry run deletes nothing
         if arguments[1] == "doctor":
@@ -201,9 +204,7 @@ def test_every_block_runs_or_states_why_not(page, workspace, monkeypatch, capsys
                 for size, small in SMALLER.items():
                     assert size in text
                     text = text.replace(size, small)
-            run_commands(
-                text.replace("runs/digits --out grid.png", "runs/digits --num_inference_steps 4 --out grid.png")
-            )
+            run_commands(text)
 
 
 def test_examples_of_contributing_are_short():

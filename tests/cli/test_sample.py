@@ -248,6 +248,7 @@ def test_torchsde_is_asked_for(folder, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_two_processes_draw_the_same(folder, tmp_path):
     code = [
         "-m",

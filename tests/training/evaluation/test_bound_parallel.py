@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 import torch
 from helpers.paths import ROOT
 from helpers.runs import tiny_flags, tiny_run
@@ -38,6 +39,7 @@ def test_unequal_batches_give_the_same_loss_history_on_all_processes(tmp_path):
         assert all(torch.equal(state[name], tensor) for name, tensor in alone.state_dict().items())
 
 
+@pytest.mark.slow
 def test_training_is_the_same_on_two_processes(tmp_path):
     """One process with batches of 16 and two with 8: the same steps, and losses to rounding."""
     options = {"timestep_sampler": "loss_second_moment", "num_train_timesteps": 5, "max_train_steps": 8}
