@@ -106,7 +106,7 @@ ENTRIES = {
             ),
         ),
         "classes",
-        guidance=1.5,
+        guidance=3.0,
         num_samples=500,
         has_bound=False,
     ),
@@ -115,7 +115,7 @@ ENTRIES = {
         "../latents/emoji.py",
         (Training("model", "train", 5700, PIXELS + "--train_batch_size 16 --ema_decay 0.999 --mixed_precision bf16"),),
         "classes",
-        guidance=1.5,
+        guidance=3.0,
         num_samples=500,
     ),
     "brain": Entry(
