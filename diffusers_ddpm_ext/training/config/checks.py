@@ -307,6 +307,12 @@ def check_run_length(flat: Flat) -> None:
 
 def check_resume(flat: Flat, typed: Set[str]) -> None:
     """Check what the run resumes from; see `check_options`."""
+    repository = flat.get("resume_from_hub")  # which a first stage has not
+    if repository is not None and flat["overwrite_output_dir"]:
+        raise ConfigError(
+            f"--overwrite_output_dir deletes the folder's run before that of --resume_from_hub {repository} is there:"
+            " leave it out, or name a new --output_dir"
+        )
     source = flat["resume_from_checkpoint"]
     if source is None:
         if "allow_config_change" in typed and flat["allow_config_change"]:

@@ -58,6 +58,10 @@ TYPED: dict[str, tuple[list[str], list[str]]] = {
         ["--resume_from_hub", "a/b", "--resume_from_checkpoint", "latest"],
         ["--resume_from_checkpoint", "--resume_from_hub", "contradict"],
     ),
+    "a run deleted for one that may not come": (
+        ["--resume_from_hub", "a/b", "--output_dir", "run", "--overwrite_output_dir"],
+        ["--overwrite_output_dir", "--resume_from_hub a/b", "new --output_dir"],
+    ),
     "stock's other average": (["--ema_power", "0.75"], ["--ema_power", "--ema_decay"]),
     "no value": (["--learning_rate"], ["--learning_rate", "argument"]),
     "text for a number": (["--learning_rate", "fast"], ["--learning_rate", "'fast'", "a number"]),
