@@ -26,7 +26,7 @@ def run_script(tmp_path, *options):
 
 
 def test_some_of_every_kind_of_text_and_array(tmp_path):
-    assert "| all | 16 |" in run_script(tmp_path, "--place", *QUICK_PLACES, "--sample", "16")
+    assert "| all | 30 |" in run_script(tmp_path, "--place", *QUICK_PLACES, "--sample", "30")
 
 
 @pytest.mark.slow

@@ -214,8 +214,9 @@ def _export(options: ConvertOptions) -> CheckpointExport:
             raise ConfigError(f"--config_out {options.config_out} exists: name another place, or use --overwrite")
     if options.base is not None and not options.base.is_file():
         raise ConfigError(f"--base {options.base} does not exist: give the original checkpoint")
+    if options.out is not None:
+        check_output_file("--out", options.out, CHECKPOINT_SUFFIXES)
     out = _checked_out(options, "file")
-    check_output_file("--out", out, CHECKPOINT_SUFFIXES)
     check_no_input("--out", out, {"--base": options.base})
     return CheckpointExport(options.folder, out, options.base, options.config_out, not options.no_ema)
 
