@@ -24,6 +24,7 @@ SAMPLERS = {
 }
 FRAME_MS, LAST_FRAME_MS = 120, 2500
 MAX_BYTES = 400_000
+QUALITIES = (80, 60, 40, 20)  # of an animation, as WebP counts
 MARGIN = 20  # pixels above a row, for its caption, and between parts of a sheet
 
 
@@ -117,10 +118,16 @@ def side_by_side(sheet: Image.Image, parts: int, between: int) -> Image.Image:
 
 
 def save_animation(frames: Sequence[Tensor], path: Path, enlarge: int) -> None:
-    """Write frames (N, C, H, W) in about [-1, 1], each a row of images, as an animation that holds its last one."""
+    """Write frames (N, C, H, W) in about [-1, 1], each a row of images, as an animation that holds its last one.
+
+    Its quality is the best of `QUALITIES` with which the file is not larger than `MAX_BYTES`, or else the last one.
+    """
     rows = [image_grid(frame.clamp(-1, 1), columns=len(frame), enlarge=enlarge).convert("RGB") for frame in frames]
     times = [FRAME_MS] * (len(rows) - 1) + [LAST_FRAME_MS]
-    rows[0].save(path, save_all=True, append_images=rows[1:], duration=times, loop=0, quality=80, method=6)
+    for quality in QUALITIES:
+        rows[0].save(path, save_all=True, append_images=rows[1:], duration=times, loop=0, quality=quality, method=6)
+        if path.stat().st_size <= MAX_BYTES:
+            break
 
 
 def save_sheets(folder: Path, out: Path, sampler: str, calls: int, guidance: float, enlarge: int) -> None:
