@@ -7,9 +7,8 @@ The same command goes on where it was interrupted. FOLDER holds everything; ``--
 first eight with 5, 10, 25 and 50 calls of three samplers), ``copies.png`` (the samples that are most like a training
 image, beside it), ``denoising.webp`` (the first eight while they are drawn), ``loss.png``, ``reconstructions.png`` (of
 a first stage), ``card.md``, and ``results.json`` with every number, the time of each command and the sha256 of the
-weights.
-``--scale`` is a factor on all numbers of training steps and samples. ``python benchmarks/gallery/page.py`` then writes
-the tables of the page.
+weights. ``--scale`` is a factor on all numbers of training steps and samples. ``python benchmarks/gallery/page.py``
+then writes the tables of the page.
 
 Times are seconds of the processor, summed over all starts; ``results.json`` has their number. Ctrl-C or SIGTERM stop
 it with a checkpoint; what a `kill -9` ended is not in the sum.

@@ -229,6 +229,16 @@ def test_what_is_shown_is_copied_without_names_of_folders(has_first_stage, tmp_p
     assert json.loads((place / "results.json").read_text()) == {"name": "one", "command": "train --out FOLDER/model"}
 
 
+def test_large_animations_are_written_with_less_quality(tmp_path, monkeypatch):
+    frames = [torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(seed)) * 2 - 1 for seed in range(3)]
+    sizes = []
+    for largest in (400_000, 0):
+        monkeypatch.setattr(sheets, "MAX_BYTES", largest)
+        sheets.save_animation(frames, tmp_path / "strip.webp", 1)
+        sizes.append((tmp_path / "strip.webp").stat().st_size)
+    assert sizes[1] < sizes[0] / 1.5
+
+
 def test_held_out_digits_are_those_of_scikit_learn_that_no_run_trains_on(tmp_path):
     build_gallery.save_held_out_digits(tmp_path / "held_out.npz")
     held_out = np.load(tmp_path / "held_out.npz")["arr_0"]
@@ -349,9 +359,15 @@ def test_the_former_recipe_of_the_digits_is_complete():
 
 
 def test_samples_are_of_one_class_after_the_other():
-    """A model with the classes 0 and 2, and a null class between them."""
+    """A model with the classes 0 and 2, and a null class between them.
+
+    It predicts v: a predicted epsilon is divided by sqrt(alphas_cumprod), 0.006 at the first of two steps, and so is
+    the rounding, which differs between batches of one and of four.
+    """
+    torch.manual_seed(0)
     unet = UNet2DModel(**tiny_unet(1).config | {"num_class_embeds": 3})
-    pipeline = DDPMExtPipeline(unet, DDPMExtScheduler(), "adm", null_class_label=1)
+    scheduler = DDPMExtScheduler(prediction_type="v_prediction")
+    pipeline = DDPMExtPipeline(unet, scheduler, "adm", null_class_label=1)
     pipeline.set_progress_bar_config(disable=True)
     images = sheets.draw(pipeline, "DDIMScheduler", 2, 4, 1.0)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
