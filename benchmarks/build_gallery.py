@@ -129,6 +129,11 @@ def training_words(training: Training, names: dict[str, str], folder: Path, scal
     return [*DDPM_EXT, training.command, *options, *(word for pair in chosen.items() for word in pair)]
 
 
+def names_in(folder: Path) -> dict[str, str]:
+    """What the options of a training command may name."""
+    return {"folder": str(folder), "data": str(folder / "data"), "vae": str(folder / "first-stage")}
+
+
 def place_of(training: Training, folder: Path) -> Path:
     """Output folder of a training command."""
     return folder / training.name.replace(" ", "-")
@@ -164,7 +169,7 @@ def processor() -> str:
 def build(entry: Entry, folder: Path, scale: float) -> Stages:
     """Do everything that is not done yet."""
     stages, data = Stages(folder), folder / "data"
-    names = {"data": str(data), "vae": str(folder / "first-stage")}
+    names = names_in(folder)
     if entry.data is not None:
         if not stages.done.get("data", {}).get("is_done") and data.exists():
             shutil.rmtree(data)  # of an interrupted start
@@ -215,7 +220,7 @@ def count_parameters(path: Path) -> int:
 
 def results(name: str, folder: Path, stages: Stages, scale: float) -> dict[str, Any]:
     """Everything that was measured, for JSON."""
-    entry, names = ENTRIES[name], {"data": str(folder / "data"), "vae": str(folder / "first-stage")}
+    entry, names = ENTRIES[name], names_in(folder)
     found: dict[str, Any] = {
         "name": name,
         "title": entry.title,

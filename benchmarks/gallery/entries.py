@@ -23,7 +23,7 @@ class Training:
         name: of its folder, and in the table.
         command: `train` or `train-vae`.
         steps: optimizer steps, at full scale.
-        options: all others; ``{data}`` is the folder of the set, ``{vae}`` that of the first stage.
+        options: all others; ``{folder}`` is that of the entry, ``{data}`` of the set, ``{vae}`` of the first stage.
     """
 
     name: str
@@ -80,6 +80,11 @@ FIRST_STAGE = Training(
     "--validation_steps 1000 --checkpointing_steps 500 "
     "--mixed_precision bf16",
 )
+LATENTS = (
+    DIFFUSION + "--vae {vae} --cache_latents --scale_factor data --block_out_channels 64 128 256 "
+    "--layers_per_block 1 --attention_levels 1 2 --attention_head_dim 32 --train_batch_size 16 "
+    "--ema_decay 0.9995 --mixed_precision bf16"
+)
 ENTRIES = {
     "digits": Entry(
         "Digits", None, (Training("model", "train", 1800, "--checkpointing_steps 600"),), "digits", enlarge=6
@@ -94,16 +99,19 @@ ENTRIES = {
     "emoji-latents": Entry(
         "Emoji by group, in latents",
         "../latents/emoji.py",
+        (FIRST_STAGE, Training("model", "train", 14000, LATENTS)),
+        "classes",
+        guidance=3.0,
+        num_samples=500,
+        has_bound=False,
+    ),
+    "emoji-latents-longer": Entry(
+        "Emoji by group, in latents, trained longer",
+        "../latents/emoji.py",
         (
             FIRST_STAGE,
-            Training(
-                "model",
-                "train",
-                14000,
-                DIFFUSION + "--vae {vae} --cache_latents --scale_factor data --block_out_channels 64 128 256 "
-                "--layers_per_block 1 --attention_levels 1 2 --attention_head_dim 32 --train_batch_size 16 "
-                "--ema_decay 0.9995 --mixed_precision bf16",
-            ),
+            Training("first half", "train", 14000, LATENTS),
+            Training("model", "train", 14000, LATENTS + " --ckpt_path {folder}/first-half"),
         ),
         "classes",
         guidance=3.0,
