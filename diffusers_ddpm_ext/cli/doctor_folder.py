@@ -23,14 +23,20 @@ def check_folder(folder: Path, opens: bool = False) -> Iterator[Finding]:
     from diffusers_ddpm_ext.training.checkpoints.manifest import DamagedCheckpoint, verify
 
     checkpoints = list_checkpoints(folder)
-    yield from _check_networks(folder, opens, bool(checkpoints))
+    damage: dict[Path, str] = {}
     for path in checkpoints:
         try:
             verify(path)
-            yield Finding(Mark.FINE, f"{path.name} is intact")
         except DamagedCheckpoint as error:
-            remedy = "--resume_from_checkpoint latest sets it aside and uses the one before"
-            yield Finding(Mark.WRONG, f"{error}: {remedy}")
+            damage[path] = str(error)
+    yield from _check_networks(folder, opens, len(damage) < len(checkpoints), bool(checkpoints))
+    remedy = "--resume_from_checkpoint latest sets it aside and uses the newest intact one"
+    if len(damage) == len(checkpoints):
+        remedy = "no checkpoint is intact: copy one from a backup, or begin again in another folder"
+    for path in checkpoints:
+        is_damaged = path in damage
+        text = f"{damage[path]}: {remedy}" if is_damaged else f"{path.name} is intact"
+        yield Finding(Mark.WRONG if is_damaged else Mark.FINE, text)
     try:
         proof = read_proof(folder)
     except ValueError as error:
@@ -43,16 +49,17 @@ def check_folder(folder: Path, opens: bool = False) -> Iterator[Finding]:
         yield Finding(Mark.FINE, "is what was pushed")
 
 
-def _check_networks(folder: Path, opens: bool, has_checkpoints: bool) -> Iterator[Finding]:
+def _check_networks(folder: Path, opens: bool, can_resume: bool, has_checkpoints: bool) -> Iterator[Finding]:
     """Check the pipeline of a folder, or the first stage that it is."""
     if (folder / "model_index.json").is_file():
         check, way_out = (open_pipeline if opens else check_pipeline_files), "copy it again"
-        if has_checkpoints:
+        if can_resume:
             way_out = "restore it from a checkpoint (--resume_from_checkpoint latest)"
     elif (folder / "config.json").is_file():
         check, way_out = (open_first_stage if opens else check_first_stage_files), "copy it again"
     elif has_checkpoints:
-        yield Finding(Mark.ADVICE, "it has no pipeline yet: resume with --resume_from_checkpoint latest")
+        if can_resume:
+            yield Finding(Mark.ADVICE, "it has no pipeline yet: resume with --resume_from_checkpoint latest")
         return
     else:
         text = "it has neither a pipeline (model_index.json) nor checkpoints"

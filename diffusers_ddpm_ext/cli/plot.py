@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import re
+import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,12 +17,13 @@ from diffusers_ddpm_ext.cli.extras import TRAIN_MODULES, require_modules
 from diffusers_ddpm_ext.cli.fit_variance import FIT_RECORD
 from diffusers_ddpm_ext.cli.parser import parse_options
 from diffusers_ddpm_ext.errors import ConfigError, as_config_error, as_run_error, printable
-from diffusers_ddpm_ext.hub.card_facts import BITS_PER_DIM, BITS_PER_LATENT
-from diffusers_ddpm_ext.utils.files import CONFIG, EVALUATION, copy_atomically
-from diffusers_ddpm_ext.utils.input_files import exists, file_name, read_csv_rows, read_json_object
+from diffusers_ddpm_ext.hub.card_facts import BITS_PER_DIM, BITS_PER_LATENT, MAX_CONFIG_BYTES, load_config_text
+from diffusers_ddpm_ext.utils.files import CONFIG, EVALUATION
+from diffusers_ddpm_ext.utils.input_files import exists, file_name, read_csv_rows, read_json_object, read_text
 from diffusers_ddpm_ext.utils.option import option, positional
 
 if TYPE_CHECKING:
+    from diffusers_ddpm_ext.diffusion.schedule import NoiseSchedule
     from diffusers_ddpm_ext.schedulers.resolved_config import ResolvedConfig
 
 PLOT_EXAMPLES = """examples:
@@ -68,6 +71,9 @@ def parse_plot_args(argv: Sequence[str]) -> PlotOptions:
     out = options.output_folder
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out} is a file: name a folder")
+    folder = next((path for name in PLOTS if (path := out / f"{name}.{options.format}").is_dir()), None)
+    if folder is not None:
+        raise ConfigError(f"{folder} is a folder, in the place of a plot: name another --out, or move it away")
     return options
 
 
@@ -85,9 +91,17 @@ def plot(options: PlotOptions) -> str:
     with as_run_error(out), tempfile.TemporaryDirectory() as temporary:
         drafts = [draw_plot(name, folder, scheduler, Path(temporary) / f"{name}.{options.format}") for name in PLOTS]
         paths = [path for path in drafts if path is not None]
-        for path in paths:  # all of them, or none
-            copy_atomically(path, out / path.name)
+        _place(paths, out)
     return f"{', '.join(path.name for path in paths)} written to {out}"
+
+
+def _place(paths: Sequence[Path], out: Path) -> None:
+    """Copy files into a folder: all of them, or none where the disk is full."""
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".plots-", dir=out) as beside:
+        copies = [Path(shutil.copyfile(path, Path(beside) / path.name)) for path in paths]
+        for copy in copies:
+            os.replace(copy, out / copy.name)
 
 
 def draw_plot(name: str, folder: Path, scheduler: ResolvedConfig, path: Path) -> Path | None:
@@ -103,23 +117,43 @@ def _plot_schedule(folder: Path, scheduler: ResolvedConfig, path: Path) -> Path 
 
 
 def _plot_weights(folder: Path, scheduler: ResolvedConfig, path: Path) -> Path | None:
-    import numpy as np
-
-    from diffusers_ddpm_ext.diffusion.weighting import elbo_weights, weight_table
+    from diffusers_ddpm_ext.diffusion.weighting import elbo_weights
     from diffusers_ddpm_ext.plotting.chain import plot_weights
-    from diffusers_ddpm_ext.training.config.layers import read_config
 
     schedule = scheduler.schedule
-    weights: dict[str, Any] = {}
-    file = folder / CONFIG
-    if file.is_file():
-        run = read_config(str(file)).options
-        p2 = (run.get("p2_k", 1.0), run.get("p2_gamma", 1.0))
-        name, table = weight_table(schedule, run.get("loss_weighting", "simple"), run.get("snr_gamma"), *p2)
-        weights[f"this run: {name}"] = np.ones(len(schedule)) if table is None else table
+    weights = _run_weights(schedule, _run_options(folder))
     weights["the bound's (elbo)"] = elbo_weights(schedule)
     weights["the published code's (compvis_elbo)"] = elbo_weights(schedule, "compvis")
     return plot_weights(path, weights, schedule.prediction_type)
+
+
+def _run_options(folder: Path) -> dict[str, Any]:
+    """The options of the run by name; empty where no configuration states them."""
+    from diffusers_ddpm_ext.training.config.layers import convert_options
+
+    file = folder / CONFIG
+    if not file.is_file():
+        return {}
+    return convert_options(load_config_text(read_text(file, max_bytes=MAX_CONFIG_BYTES)), CONFIG).options
+
+
+def _run_weights(schedule: NoiseSchedule, run: Mapping[str, Any]) -> dict[str, Any]:
+    """Weight of each step in the loss of a run, before a learned log-variance divides it; empty without options."""
+    import numpy as np
+
+    from diffusers_ddpm_ext.diffusion.weighting import elbo_weights, weight_table
+
+    if not run or run.get("loss_type") == "vlb":  # vlb: the bound alone
+        return {}
+    p2 = (run.get("p2_k", 1.0), run.get("p2_gamma", 1.0))
+    name, table = weight_table(schedule, run.get("loss_weighting", "simple"), run.get("snr_gamma"), *p2)
+    simple, bound = run.get("l_simple_weight", 1.0), run.get("original_elbo_weight", 0.0)
+    total = simple * (np.ones(len(schedule)) if table is None else table)
+    parts = [name if simple == 1 else f"{simple:g} x {name}"] if simple else []
+    if bound:
+        total = total + bound * elbo_weights(schedule, run.get("elbo_weights", "exact"))
+        parts.append(f"{bound:g} x the bound's")
+    return {f"this run: {' + '.join(parts)}": total}
 
 
 def _plot_logvar(folder: Path, scheduler: ResolvedConfig, path: Path) -> Path | None:
@@ -132,6 +166,8 @@ def _plot_logvar(folder: Path, scheduler: ResolvedConfig, path: Path) -> Path | 
     table = read_logvar(folder)
     if table is None:
         return None
+    if len(table) != len(scheduler.schedule):
+        raise ConfigError(f"logvar has {len(table):,} values, and the chain {len(scheduler.schedule):,} steps")
     measured = np.full(len(table), np.nan)
     record = folder / FIT_RECORD
     if exists(record):

@@ -52,6 +52,20 @@ def overview(facts: FolderFacts, metrics: RunMetrics) -> list[tuple[str, str]]:
     return pairs
 
 
+def measured(facts: FolderFacts) -> list[tuple[str, str]]:
+    """Names and values of what was evaluated after the training: the bound, and metrics of samples."""
+    pairs = []
+    bound = facts.bound()
+    if bound is not None:
+        interval = "" if bound.low is None or bound.high is None else f" ({bound.low:.4f} to {bound.high:.4f})"
+        pairs.append((bound.label, f"{bound.bits_per_dim:.4f}{interval}"))
+    samples = facts.sample_scores()
+    if samples is not None:
+        pairs += [(score.name, score.text) for score in samples.scores]
+        pairs.append(("of", f"{samples.conditions}; {samples.confidence:.0%} intervals"))
+    return pairs
+
+
 def best_of(key: str, metrics: RunMetrics) -> tuple[float, int] | None:
     """The best value of a validation metric and its first step; None of a training metric, which is noise."""
     best = metrics.most if any(word in key for word in LARGE_IS_GOOD) else metrics.least
@@ -59,17 +73,21 @@ def best_of(key: str, metrics: RunMetrics) -> tuple[float, int] | None:
 
 
 def count_parameters(facts: FolderFacts) -> int:
-    """Parameters of the pipeline's network, from the headers of its default weight files; 0 without them.
+    """Parameters of the pipeline's network, or of an autoencoder, from the headers of its default weight files.
+
+    Returns:
+        Their number; 0 without files.
 
     Raises:
         ConfigError: a file is damaged.
     """
     pattern = r"diffusion_pytorch_model(-[0-9]+-of-[0-9]+)?\.safetensors"
+    place = "unet" if (facts.folder / "unet").is_dir() else "."
     try:
-        names = sorted(name for name in os.listdir(facts.folder / "unet") if re.fullmatch(pattern, name))
+        names = sorted(name for name in os.listdir(facts.folder / place) if re.fullmatch(pattern, name))
     except OSError:
         return 0
-    files = [path for name in names if (path := facts.file(f"unet/{name}")) is not None]
+    files = [path for name in names if (path := facts.file(f"{place}/{name}")) is not None]
     return sum(tensor.count for path in files for tensor in read_tensor_headers(path).values())
 
 

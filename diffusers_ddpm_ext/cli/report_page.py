@@ -26,7 +26,7 @@ MAX_TEXT, MAX_CLASS_ROWS = 2**18, 1000
 PLOTTED_FILES = ("scheduler/scheduler_config.json", "logvar", "variance_fit.json", "evaluation/steps.csv", CONFIG)
 CAPTIONS = {
     "schedule": "Betas and signal-to-noise ratio.",
-    "weights": "The weight of each step in the loss.",
+    "weights": "The weight of each step in the loss, before a learned log-variance divides it.",
     "variance": "The variance of each reverse step, between that of the posterior (0) and beta (1).",
     "timesteps": "The best few steps for the bound.",
     "steps": "The bound's term at each step.",

@@ -144,7 +144,7 @@ class FolderFacts:
         text = self.text(CONFIG)
         flat: dict[Any, Any] = {}
         options: dict[Any, Any] = {}
-        for key, value in self.attempt(lambda: _load(text), options).items():
+        for key, value in self.attempt(lambda: load_config_text(text), options).items():
             flat |= value if isinstance(value, dict) else {key: value}
         return flat
 
@@ -203,7 +203,8 @@ class FolderFacts:
         return self.attempt(lambda: read_sample_scores(record), None) if record.content else None
 
 
-def _load(text: str) -> dict[Any, Any]:
+def load_config_text(text: str) -> dict[Any, Any]:
+    """The content of a run's ``config.yaml``; ConfigError, which names it, where that is no YAML of options."""
     try:
         return load_options(text)
     except ConfigError as error:

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from diffusers_ddpm_ext.plotting.curves import MAX_DRAWN, is_drawable, log_axis, running_mean, save_figure, thin
+from diffusers_ddpm_ext.plotting.curves import (
+    MAX_DRAWN,
+    is_drawable,
+    legend_label,
+    log_axis,
+    running_mean,
+    save_figure,
+    thin,
+)
 from diffusers_ddpm_ext.utils.run_metrics import MetricCurve
 
 if TYPE_CHECKING:
@@ -47,7 +55,7 @@ def plot_comparison(path: Path, metric: str, curves: Mapping[str, MetricCurve]) 
             means = running_mean(values, max(5, len(values) // 40)) if is_noisy and len(values) >= 50 else values
             marker = "o" if len(means) < 50 else ""
             style: dict[str, Any] = {"color": INKS[number], "linestyle": DASHES[number % len(DASHES)]}
-            axes.plot(steps, means, marker=marker, markersize=3, linewidth=1.4, label=label, **style)
+            axes.plot(steps, means, marker=marker, markersize=3, linewidth=1.4, label=legend_label(label), **style)
             shown.append(means)
         together = np.concatenate(shown)
         if together.min() > 1 / MAX_DRAWN and together.max() / 5 > together.min():

@@ -6,9 +6,9 @@ without changing the settings of a program that has its own plots.
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,6 +27,7 @@ DASH: dict[str, Any] = {"train": "-", "raw": (0, (4, 2)), "ema": "-"}
 MARKER = {"train": "", "raw": "o", "ema": "s"}
 MAX_PLOTTED = 20_000  # points of a curve
 LEGEND_WIDTH = 90  # letters that fit side by side below the axes
+LEGEND_LINE = 0.18  # inches that a line of it takes; the first three have their place
 MAX_DRAWN = 1e100  # matplotlib's axes overflow beyond
 RUN_LOSSES: tuple[tuple[str, str, Literal["train", "raw", "ema"]], ...] = (
     ("train/loss_simple", "training", "train"),
@@ -102,11 +103,7 @@ def plot_run_losses(metrics: Mapping[str, MetricCurve], path: Path, loss_type: s
 
 
 def plot_logvar(
-    path: str | os.PathLike[str],
-    logvar: ArrayLike,
-    log_loss: ArrayLike,
-    *,
-    title: str = "Learned log-variance and measured log loss",
+    path: str | os.PathLike[str], logvar: ArrayLike, log_loss: ArrayLike, *, title: str | None = None
 ) -> Path:
     """Plot the learned log-variance of each step and the measured log of the mean loss, which it estimates.
 
@@ -114,7 +111,7 @@ def plot_logvar(
         path: PNG to write.
         logvar: learned table, (T,), natural log.
         log_loss: log of the mean unweighted loss at each step, (T,), natural log; NaN if it was not measured.
-        title: of the plot; the mean distance of the two is added.
+        title: of the plot; the mean distance of the two is added. By default it says what is drawn.
     """
     learned, measured = np.asarray(logvar, dtype=float), np.asarray(log_loss, dtype=float)
     if learned.shape != measured.shape or learned.ndim != 1:
@@ -124,13 +121,16 @@ def plot_logvar(
     known = is_drawable(measured) & is_drawable(learned)
     width = len(learned) // 40 | 1
     is_smoothed = len(learned) >= 100
-    distance = np.abs(learned - measured)[known].mean() if known.any() else math.nan
+    heading = title or "Learned log-variance"
+    if known.any():
+        heading = title or "Learned log-variance and measured log loss"
+        heading += f"\nmean distance {np.abs(learned - measured)[known].mean():.3f}"
 
     def draw(axes: Axes) -> None:
         steps = np.arange(len(learned))
-        axes.plot(
-            *thin(steps[known], measured[known]), ".", color="0.55", markersize=3, label="measured: log of mean loss"
-        )
+        if known.any():
+            points = thin(steps[known], measured[known])
+            axes.plot(*points, ".", color="0.55", markersize=3, label="measured: log of mean loss")
         values = np.where(is_drawable(learned), learned, np.nan)
         if is_smoothed:
             axes.plot(*thin(steps, values), color=INK["raw"], alpha=0.3, linewidth=0.8)
@@ -139,11 +139,7 @@ def plot_logvar(
             axes.plot(*thin(known_steps, means), color=INK["raw"], linewidth=1.8, label=label)
         else:
             axes.plot(*thin(steps, values), color=INK["raw"], linewidth=1.6, label="learned log-variance")
-        axes.set(
-            title=f"{title}\nmean distance {distance:.3f}",
-            xlabel="timestep t",
-            ylabel="natural log of the loss (squared data units)",
-        )
+        axes.set(title=heading, xlabel="timestep t", ylabel="natural log of the loss (squared data units)")
 
     return save_figure(path, draw)
 
@@ -189,10 +185,29 @@ def _draw_curve(axes: Axes, curve: Curve, steps: NDArray[Any], values: NDArray[A
         axes.plot(steps, values, color=ink, alpha=0.25, linewidth=0.8)
         values = running_mean(values, max(5, len(values) // 40))
     few = "." if len(values) < 50 and not MARKER[curve.kind] else MARKER[curve.kind]
-    label = f"{curve.label} (running mean)" if noisy else curve.label
+    label = legend_label(f"{curve.label} (running mean)" if noisy else curve.label)
     axes.plot(
         steps, values, color=ink, linestyle=DASH[curve.kind], marker=few, markersize=4, linewidth=1.4, label=label
     )
+
+
+def legend_label(text: str) -> str:
+    """A label that matplotlib shows: it leaves out those that start with an underscore."""
+    return f" {text}" if text.startswith("_") else text
+
+
+def drawable_text(text: str) -> str:
+    """A text with the characters that the font does not have, such as Chinese ones, escaped as in Python's source."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    font = get_font(findfont(FontProperties()))
+
+    def shown(characters: str) -> Iterator[str]:
+        for character in characters:
+            is_known = character == "\n" or font.get_char_index(ord(character))
+            yield character if is_known else character.encode("unicode_escape").decode("ascii")
+
+    return "".join(shown(text))
 
 
 def log_axis(axes: Axes) -> None:
@@ -215,9 +230,16 @@ def save_figure(path: str | os.PathLike[str], draw: Callable[[Axes], None]) -> P
     axes = figure.add_subplot()
     draw(axes)
     handles, labels = axes.get_legend_handles_labels()
+    shown = [axes.title, axes.xaxis.label, *(other.yaxis.label for other in figure.axes)]
     if handles:  # below the axes, where it hides no curve
+        labels = ["\n".join(textwrap.wrap(drawable_text(label), LEGEND_WIDTH - 6) or [""]) for label in labels]
         columns = max(1, min(3, len(labels), LEGEND_WIDTH // (max(map(len, labels)) + 6)))  # 6: line and gaps
-        figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
+        lines = -(-sum(label.count("\n") + 1 for label in labels) // columns)
+        figure.set_figheight(4.5 + LEGEND_LINE * max(0, lines - 3))
+        shown += figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False).get_texts()
+    for text in shown:
+        text.set_parse_math(False)  # names may have dollar signs
+        text.set_text(drawable_text(text.get_text()))
     axes.grid(color="0.9", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

@@ -98,7 +98,7 @@ def _add_row(metrics: RunMetrics, row: Mapping[str, Any], names: Sequence[str], 
     if not found:
         return
     if "step" not in found or not 0 <= found["step"] < MAX_STEP:
-        raise ConfigError(f"{name}: step is {found.get('step', 'missing')}; it must be 0 or more.")
+        raise ConfigError(f"{name}: step is {found.get('step', 'missing')}; it must be 0 or more, and less than 2^63.")
     metrics.last |= found
     step = float(found.pop("step"))
     for key, value in found.items():

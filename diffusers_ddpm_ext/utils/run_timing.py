@@ -35,16 +35,20 @@ class RunTiming:
 def read_timing(path: Path) -> RunTiming:
     """Read the time of a run; a missing file has none.
 
-    A resumed run counts its seconds from 0 again, after the last row of the process before it.
+    A resumed run counts its seconds from 0 again; its rows state the step that it began after (``start_step``). In
+    files of earlier versions, whose rows do not, a process begins where the seconds fall.
     """
     if not exists(path):
         return RunTiming()
-    last_step, last_seconds, steps, seconds = 0.0, 0.0, 0.0, 0.0
+    last_step, last_seconds, start, steps, seconds = 0.0, 0.0, 0.0, 0.0, 0.0
     try:
         for number, row in enumerate(iter_json_rows(path), 1):
-            step, now = (
-                _number(row.get(key), f"{file_name(path)}, row {number:,}: {key}") for key in ("step", "seconds")
+            step, now, began = (
+                _number(row.get(key, unless), f"{file_name(path)}, row {number:,}: {key}")
+                for key, unless in (("step", None), ("seconds", None), ("start_step", start))
             )
+            if began != start:
+                last_step, last_seconds, start = began, 0.0, began
             since = now - last_seconds if now >= last_seconds else now
             steps, seconds = steps + max(step - last_step, 0.0), seconds + since
             last_step, last_seconds = step, now

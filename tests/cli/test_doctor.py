@@ -142,6 +142,18 @@ def test_a_torn_checkpoint(capsys, folder):
     one(findings(capsys, str(folder), status=1), "! ", "checkpoint-3", "sets it aside")
 
 
+def test_no_intact_checkpoint(capsys, folder):
+    """Nothing advises to resume from one."""
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    for path in folder.glob("checkpoint-*/model.safetensors"):
+        path.write_bytes(path.read_bytes()[:-1])
+    lines = findings(capsys, str(folder), status=1)
+    one(lines, "! cannot load", "copy it again")
+    assert all("no checkpoint is intact" in line for line in lines if "checkpoint-" in line)
+    assert not [line for line in lines if "--resume_from_checkpoint" in line]
+
+
 def test_the_wrong_folder(capsys, tmp_path):
     one(findings(capsys, str(tmp_path), status=1), "! it has neither a pipeline", "right folder")
 

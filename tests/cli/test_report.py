@@ -151,6 +151,11 @@ def test_speed_and_time(tmp_path):
     (tmp_path / "timing.jsonl").write_text("".join(f'{{"step": {a}, "seconds": {b}}}\n' for a, b in rows))
     timing = read_timing(tmp_path / "timing.jsonl")
     assert (timing.steps, timing.seconds, timing.steps_per_second, timing.problem) == (30, 6, 5, "")
+    rows = [(10, 2.0, 0), (20, 3.0, 10), (40, 5.0, 20), (40, 2.0, 30)]  # a slow first step; nothing falls
+    lines = [f'{{"step": {a}, "seconds": {b}, "start_step": {c}}}\n' for a, b, c in rows]
+    (tmp_path / "timing.jsonl").write_text("".join(lines))
+    timing = read_timing(tmp_path / "timing.jsonl")
+    assert (timing.steps, timing.seconds) == (50, 12)
     (tmp_path / "timing.jsonl").write_text('{"step": 10, "seconds": 2}\n{"step": "x", "seconds": 3}\n')
     timing = read_timing(tmp_path / "timing.jsonl")
     assert timing.steps_per_second == 5

@@ -56,11 +56,64 @@ def test_two_runs(runs, tmp_path, capsys):
 
 
 def test_what_cannot_be_compared_is_said(runs, tmp_path, capsys):
-    add_run(tmp_path / "c", [1.0], seed=1, prediction_type="epsilon", learning_rate=1e-3, vae=None)
-    assert cli.main(["report", *runs, "c", "--out", "page.html"]) == 0
+    add_run(
+        tmp_path / "c" / "digits", [1.0], seed=1, prediction_type="sample", huber_c=0.1, learning_rate=1e-3, vae=None
+    )
+    assert cli.main(["report", *runs, "c/digits", "--out", "page.html"]) == 0
     text = Page(Path("page.html").read_text()).text
-    assert "not the same quantity: prediction_type differ" in text
-    assert "different noise" in text
+    assert "not the same quantity: prediction_type differ." in text, "an option that is not stated has its default"
+    assert "validation losses are of other images or other noise: seed differ." in text
+    assert "Seeds: 0: a/digits, b/digits; 1: c/digits." in text
+
+
+def test_of_a_run_without_options_nothing_is_claimed(runs, tmp_path):
+    (add_run(tmp_path / "c" / "digits", [1.0]) / "config.yaml").unlink()
+    assert cli.main(["report", *runs, "c/digits", "--out", "page.html"]) == 0
+    text = Page(Path("page.html").read_text()).text
+    assert "Whether losses are the same quantity is not known: c/digits has no options." in text
+    assert "differ." not in text
+    assert "Seeds: 0: a/digits, b/digits; not known: c/digits." in text
+
+
+def test_reconstructions_are_beside_each_other(runs):
+    for number, run in enumerate(runs, 5):
+        gray = Image.fromarray(np.full((9, 9), number, dtype=np.uint8))
+        gray.save(f"{run}/reconstructions.png")
+        gray.save(f"{run}/samples/reconstructions-10.png")
+    assert cli.main(["report", *runs]) == 0
+    page = Page(Path("comparison.html").read_text())
+    pictures = [Image.open(io.BytesIO(base64.b64decode(data))) for data in page.images]
+    assert [np.asarray(picture).flat[0] for picture in pictures if picture.size == (9, 9)] == [5, 6, 5, 6]
+    assert page.headings[-1] == "Reconstructions"
+
+
+def test_what_was_evaluated_is_beside_each_other(runs):
+    for number, run in enumerate(runs):
+        Path(run, "evaluation").mkdir()
+        Path(run, "evaluation/evaluation.json").write_text(
+            json.dumps({"bits_per_dim": 2.5 + number, "low": 2, "high": 4})
+        )
+        kid = {"metrics": {"kid": {"value": 0.5 + number, "low": 0.25, "high": 2}}, "samples": {}, "num_samples": 7}
+        text = json.dumps(kid | {"features": {"name": "digits"}, "split": "train", "confidence": 0.95})
+        Path(run, "evaluation/sample_metrics.json").write_text(text)
+    assert cli.main(["report", *runs]) == 0
+    text = Path("comparison.html").read_text()
+    assert "<td>2.5000 (2.0000 to 4.0000)</td><td>3.5000 (2.0000 to 4.0000)</td>" in text
+    assert "<th>kernel distance</th><td>0.5 (0.25 to 2)</td><td>1.5 (0.25 to 2)</td>" in text
+
+
+def test_eight_runs_with_long_names_are_all_named(tmp_path, monkeypatch):
+    """Names that differ in the middle of 200 letters, and in the first and last word of a caption."""
+    monkeypatch.chdir(tmp_path)
+    runs = [
+        add_run(tmp_path / f"{'r' * 110}{letter * 20}{'s' * 110}", [1.0 + n]) for n, letter in enumerate("abcdefgh")
+    ]
+    assert cli.main(["report", *map(str, runs)]) == 0
+    text = Page(Path("comparison.html").read_text()).text
+    caption = text[text.index("Best of") :]
+    for number in range(1, 9):
+        assert f"{number}: rrr" in caption
+        assert f"{number}.00000 at step 10" in caption
 
 
 def test_a_damaged_run_does_not_hide_the_others(runs, capsys):

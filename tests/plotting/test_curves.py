@@ -14,8 +14,10 @@ from PIL import Image
 from diffusers_ddpm_ext.diffusion.schedule import NoiseSchedule
 from diffusers_ddpm_ext.plotting import curves
 from diffusers_ddpm_ext.plotting.chain import plot_schedule, plot_steps, plot_timesteps, plot_variance, plot_weights
+from diffusers_ddpm_ext.plotting.comparison import plot_comparison
 from diffusers_ddpm_ext.plotting.curves import MAX_PLOTTED, Curve, plot_logvar, plot_losses, running_mean, thin
 from diffusers_ddpm_ext.plotting.sheets import CAPTION_HEIGHT, GAP, LINE_HEIGHT, grid_size, image_grid, save_grid
+from diffusers_ddpm_ext.utils.run_metrics import MetricCurve
 
 
 def test_a_sheet_by_hand():
@@ -43,6 +45,55 @@ def test_channels_become_the_mode(channels, mode):
     for which in range(2):
         tile = pixels[:, 3 * which : 3 * which + 3].transpose(2, 0, 1)
         np.testing.assert_allclose(tile / 127.5 - 1, images[which].numpy(), atol=1 / 255)
+
+
+@pytest.fixture
+def figures(monkeypatch) -> list[Figure]:
+    """Every figure that is written."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    found: list[Figure] = []
+    write = FigureCanvasAgg.print_figure
+    monkeypatch.setattr(
+        FigureCanvasAgg, "print_figure", lambda self, *a, **k: (found.append(self.figure), write(self, *a, **k))
+    )
+    return found
+
+
+@pytest.mark.filterwarnings("error")  # of glyphs that the font does not have
+def test_every_name_is_in_the_legend_as_it_is(tmp_path, figures):
+    """Dollar signs are no formulas, an underscore hides nothing, and other scripts are told apart."""
+    names = {"lr$1e-3$": "lr$1e-3$", "cost_$5": "cost_$5", "_hidden": " _hidden", "a$x_{$": "a$x_{$",
+             "\u6f22": "\\u6f22", "\u5b57": "\\u5b57", "\u00fcn\u00ef": "\u00fcn\u00ef"}  # fmt: skip
+    curves_ = {name: MetricCurve() for name in names}
+    for curve in curves_.values():
+        curve.append(1, 2.0)
+    plot_comparison(tmp_path / "all.png", "val/loss", curves_)
+    assert [text.get_text() for text in figures[0].legends[0].get_texts()] == list(names.values())
+    plot_losses(tmp_path / "one.png", [Curve("$_{$", [1], [1.0])], quantity="loss ($x_{$)")
+    assert figures[1].axes[0].get_ylabel() == "loss ($x_{$)"
+
+
+def test_long_names_stay_on_the_picture(tmp_path, figures):
+    """Eight names of 190 letters: nothing is left out, the legend is inside, and the curves keep their place."""
+    curves_ = {f"{number} {'word ' * 37}end": MetricCurve() for number in range(8)}
+    for curve in curves_.values():
+        curve.append(1, 2.0)
+    plot_comparison(tmp_path / "all.png", "val/loss", curves_)
+    legend, axes = figures[0].legends[0], figures[0].axes[0]
+    assert [text.get_text().replace("\n", " ") for text in legend.get_texts()] == list(curves_)
+    box, picture = legend.get_window_extent(), figures[0].bbox
+    assert picture.x0 <= box.x0 < box.x1 <= picture.x1
+    assert picture.y0 <= box.y0 < box.y1 <= axes.get_window_extent().y0
+    assert axes.get_window_extent().height > 200
+
+
+def test_a_log_variance_that_was_not_measured_is_drawn_alone(tmp_path, figures):
+    plot_logvar(tmp_path / "a.png", np.zeros(20), np.full(20, np.nan))
+    assert figures[0].axes[0].get_title() == "Learned log-variance"
+    assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["learned log-variance"]
+    plot_logvar(tmp_path / "b.png", np.zeros(20), np.full(20, 0.5))
+    assert figures[1].axes[0].get_title() == "Learned log-variance and measured log loss\nmean distance 0.500"
 
 
 @pytest.mark.parametrize(("shape", "enlarged"), [((1, 8, 8), 96), ((3, 32, 32), 96), ((3, 128, 128), 128)])

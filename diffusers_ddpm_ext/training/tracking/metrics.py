@@ -65,6 +65,7 @@ class MetricsLogger:
         progress_bar: shows the last loss.
         is_stream: whether the images are a stream, whose samples are counted in place of epochs.
         stopwatch: seconds of training.
+        start_step: optimizer steps that were done when this process began.
         pending: bytes by file that could not be written yet.
         tracker_failed: whether a tracker failed; nothing is sent to the trackers any more.
         recent_losses: losses of single steps since the last images, the last ``MAX_RECENT_LOSSES`` of them.
@@ -77,6 +78,7 @@ class MetricsLogger:
     progress_bar: ProgressDisplay
     is_stream: bool = False
     stopwatch: Stopwatch = field(default_factory=Stopwatch)
+    start_step: int = 0
     pending: dict[str, bytes] = field(default_factory=dict)
     tracker_failed: bool = False
     recent_losses: deque[float] = field(default_factory=lambda: deque(maxlen=MAX_RECENT_LOSSES))
@@ -88,6 +90,8 @@ class MetricsLogger:
             step: optimizer steps done.
             validation_pending: whether the validation of ``step`` is repeated, so that its rows go, too.
         """
+
+        self.start_step = step
 
         def is_kept(row: Mapping[str, Any]) -> bool:
             return row["step"] < step or (row["step"] == step and ("lr" in row or not validation_pending))
@@ -128,7 +132,12 @@ class MetricsLogger:
         rows = [record.row(self.learned_logvar) for record in records]
         self._append(METRICS, rows)
         speed = len(records) * self.images_per_step / max(seconds, 1e-9)
-        timing = {"step": last.step, "seconds": round(self.stopwatch.seconds, 3), "images_per_second": round(speed, 2)}
+        timing = {
+            "step": last.step,
+            "seconds": round(self.stopwatch.seconds, 3),
+            "images_per_second": round(speed, 2),
+            "start_step": self.start_step,
+        }
         seen = {"samples": last.step * self.images_per_step} if self.is_stream else {}
         self._append(TIMING, [timing | seen])
         self.recent_losses += (record.loss_simple for record in records if record.applied)

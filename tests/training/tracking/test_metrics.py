@@ -27,7 +27,11 @@ def test_files_and_tracker(tmp_path: Path):
     assert tracked[0][0]["lr"] == 0.2
     assert tracked == [(tracked[0][0], 2), ({"val/loss": 5.0}, 2)]
     timing = json.loads((tmp_path / "timing.jsonl").read_text())
-    assert set(timing) == {"step", "seconds", "images_per_second"}
+    assert set(timing) == {"step", "seconds", "images_per_second", "start_step"}
+    assert timing["start_step"] == 0
+    logger.trim_files(2)
+    logger.log_training([StepRecord(3, 0.1, 1, 1, 1, 0, 0, math.nan)])
+    assert json.loads((tmp_path / "timing.jsonl").read_text().splitlines()[-1])["start_step"] == 2
 
 
 def test_the_stopwatch_excludes_pauses(monkeypatch: pytest.MonkeyPatch):
