@@ -157,6 +157,20 @@ def save_held_out_digits(path: Path) -> None:
     np.savez(path, levels.astype(np.float32) / 16)
 
 
+def array_of(path: Path) -> tuple[str, np.ndarray]:
+    """Name and values of the array of a .npz file that has one."""
+    with np.load(path) as arrays:
+        (name,) = arrays.files
+        return name, arrays[name]
+
+
+def save_evenly(samples: Path, path: Path, count: int) -> None:
+    """Write ``count`` of the samples, evenly spaced, so that classes keep their shares; all, if there are fewer."""
+    name, images = array_of(samples)
+    count = min(count, len(images))
+    np.savez(path, **{name: images[(2 * np.arange(count) + 1) * len(images) // (2 * count)]})
+
+
 def processor() -> str:
     """Name of the processor, as Linux gives it."""
     path = Path("/proc/cpuinfo")
@@ -199,7 +213,16 @@ def build(entry: Entry, folder: Path, scale: float) -> Stages:
     if entry.data is None:
         held_out = folder / "held_out.npz"
         save_held_out_digits(held_out)
-    for name, title, path in (("metrics", "metrics", samples), ("metrics-real", "metrics, held-out images", held_out)):
+        num_held_out = len(array_of(held_out)[1])
+    else:
+        num_held_out = sum(1 for _ in held_out.glob("*/*"))
+    fewer = folder / "samples-fewer.npz"
+    save_evenly(samples, fewer, num_held_out)
+    for name, title, path in (
+        ("metrics", "metrics", samples),
+        ("metrics-fewer", "metrics, as many samples as held-out images", fewer),
+        ("metrics-real", "metrics, held-out images", held_out),
+    ):
         out = ["--out", str(folder / name), "--samples", str(path)]
         stages.run(title, command(*evaluate, *metrics, *out))
     out = ["--out", str(folder / "copies"), "--samples", str(samples)]
@@ -240,7 +263,7 @@ def results(name: str, folder: Path, stages: Stages, scale: float) -> dict[str, 
         },
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
-    for name in ("metrics", "metrics-real", "copies"):
+    for name in ("metrics", "metrics-fewer", "metrics-real", "copies"):
         path = folder / name / "sample_metrics.json"
         if path.exists():
             found[name] = json.loads(path.read_text("utf-8"))

@@ -417,6 +417,15 @@ def test_the_site_links_to_its_source_where_the_address_is_known(monkeypatch):
         hook.on_config(SimpleNamespace(extra={}))
 
 
+def test_pages_with_wide_tables_have_no_contents_beside_them():
+    hook = load_hook("wide_pages")
+    for name, meta in [*((name, {"hide": ["toc"]}) for name in hook.WIDE), ("index.md", {})]:
+        assert (ROOT / "docs" / name).is_file()
+        page = SimpleNamespace(file=SimpleNamespace(src_uri=name), meta={})
+        assert hook.on_page_markdown("text", page, config=None) == "text"
+        assert page.meta == meta
+
+
 def test_the_notebook_is_a_page_with_its_outputs():
     """Each code cell was run and stored what it printed; pictures have texts, and no path of a machine is in them."""
     hook = load_hook("notebook_page")

@@ -248,6 +248,14 @@ def test_held_out_digits_are_those_of_scikit_learn_that_no_run_trains_on(tmp_pat
     assert all((image * 16).tobytes() in real for image in held_out)
 
 
+def test_fewer_samples_keep_the_shares_of_classes(tmp_path):
+    """Of six samples of one class and three of another, every third; no more than there are."""
+    np.savez(tmp_path / "all.npz", np.repeat([1, 2], [6, 3]))
+    for count, expected in ((3, [1, 1, 2]), (20, [1] * 6 + [2] * 3)):
+        build_gallery.save_evenly(tmp_path / "all.npz", tmp_path / "fewer.npz", count)
+        assert np.load(tmp_path / "fewer.npz")["arr_0"].tolist() == expected
+
+
 def results_of(folder: Path, **changes: object) -> dict[str, Any]:
     """Results of an entry, as `build_gallery.py` writes them."""
     metric = {"value": 12.3456, "low": 10.0, "high": 1234.5}
@@ -256,6 +264,7 @@ def results_of(folder: Path, **changes: object) -> dict[str, Any]:
     found = {
         "title": "One",
         "metrics": metrics,
+        "metrics-fewer": metrics | {"num_samples": 54},
         "metrics-real": metrics | {"num_samples": 55},
         "copies": {"memorization": {"rate": rate, "chance": rate}},
         "bound": {"bits_per_dim": 1.25, "low": 1.2, "high": 1.3, "num_images": 55},
@@ -264,7 +273,7 @@ def results_of(folder: Path, **changes: object) -> dict[str, Any]:
             "samples": {"starts": 1, "cpu_seconds": 30.0},
             "metrics": {"starts": 2, "cpu_seconds": 61.2},
         },
-        "commands": {"model": "ddpm-ext train"},
+        "commands": {"model": "ddpm-ext train --one 1 --two '" + "2" * 90 + "'"},
         "model": {"threads": 1, "parameters": 4_300_000},
         "machine": {"name": "a processor", "cores": 2, "python": "3.11.7"},
         "versions": {"torch": "2.13.0"},
@@ -285,13 +294,13 @@ def test_the_page_gets_the_numbers_of_its_entries(tmp_path):
     assert "old" not in filled
     for expected in (
         "12.3 (10 to 1234)",
-        "1,000 samples",
-        "55 held-out images",
+        "1,000 samples | 54 samples | 55 held-out images",
         "383 training images",
         "1.2 % (0.0 to 3.0)",
         "1.250 (1.200 to 1.300), 55 images",
-        "| model | 1 h 40 min | `ddpm-ext train` |",
-        "| metrics | 61 s | 2 starts |",
+        "| model | 1 h 40 min in 2 starts |",
+        "| metrics | 61 s in 2 starts |",
+        "```\nddpm-ext train --one 1 \\\n  --two '" + "2" * 90 + "'\n```",
         "4.30 million parameters; one thread of a processor",
     ):
         assert expected in filled
@@ -318,7 +327,7 @@ def test_a_model_of_latents_has_no_bound(tmp_path):
     found["first stage"] = {"val/psnr_ema": 28.04}
     lines = "\n".join(page.numbers(found))
     assert "bits per dimension" not in lines
-    assert "| first stage: PSNR of reconstructions | | 28.0 dB |" in lines
+    assert "| first stage: PSNR of reconstructions | | | 28.0 dB |" in lines
 
 
 def test_the_gallery_page_has_the_numbers_of_its_results():
@@ -335,12 +344,15 @@ def test_the_gallery_page_has_the_numbers_of_its_results():
 @pytest.mark.parametrize("name", ENTRIES)
 def test_the_options_of_every_entry_exist(name, tmp_path):
     """Training commands are parsed as they will be run."""
+    names = build_gallery.names_in(tmp_path)
     for part in ("train", "held_out"):
-        (tmp_path / part / "one").mkdir(parents=True)
-        Image.new("RGB", (64, 64)).save(tmp_path / part / "one" / "0.png")
-    (tmp_path / "vae").mkdir()
-    (tmp_path / "vae" / "config.json").write_text("{}")
-    names = {"data": str(tmp_path), "vae": str(tmp_path / "vae")}
+        place = Path(names["data"]) / part / "one"
+        place.mkdir(parents=True)
+        Image.new("RGB", (64, 64)).save(place / "0.png")
+    for training in ENTRIES[name].training:
+        build_gallery.place_of(training, tmp_path).mkdir()
+    if "{vae}" in ENTRIES[name].training[-1].options:
+        (Path(names["vae"]) / "config.json").write_text("{}")
     for training in ENTRIES[name].training:
         words = build_gallery.training_words(training, names, tmp_path / "run", 1.0)
         assert words[3] == training.command
@@ -393,6 +405,7 @@ def test_an_entry_is_built_and_resumed(entry, tmp_path):
     assert {"fd", "kid"} <= found["metrics"]["metrics"].keys()
     assert found["bound"]
     assert str(tmp_path) not in json.dumps(found)
+    assert found["metrics-fewer"]["num_samples"] == 60 < found["metrics-real"]["num_samples"]
     assert found["metrics-real"]["num_samples"] == len(np.load(tmp_path / "work" / "held_out.npz")["arr_0"])
     assert list(page.numbers(found))
     with Image.open(tmp_path / "results" / "denoising.webp") as strip:

@@ -18,6 +18,8 @@ from typing import Any
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 BLOCK = re.compile(r"(<!-- (?P<kind>numbers|compared): (?P<entries>[\w -]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+MEASURED = {"metrics": "samples", "metrics-fewer": "samples", "metrics-real": "held-out images"}
+LINE = 100  # characters of a command's line
 METRICS = {
     "fd": "Frechet distance (FD)",
     "kid": "kernel distance (KID)",
@@ -43,35 +45,39 @@ def duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def numbers(found: dict[str, Any]) -> Iterator[str]:
     """Lines of the tables of one entry."""
-    drawn, real = found["metrics"], found.get("metrics-real")
-    columns = [f"{drawn['num_samples']:,} samples"] + ([f"{real['num_samples']:,} held-out images"] if real else [])
-    yield f"| against {drawn['num_reference']:,} training images | " + " | ".join(columns) + " |"
+    measured = [found[name] for name in MEASURED]
+    columns = [f"{of['num_samples']:,} {title}" for of, title in zip(measured, MEASURED.values(), strict=True)]
+    yield f"| against {measured[0]['num_reference']:,} training images | " + " | ".join(columns) + " |"
     yield "|---" * (1 + len(columns)) + "|"
     for key, title in METRICS.items():
-        cells = [interval(of["metrics"][key]) for of in (drawn, real) if of]
+        cells = [interval(of["metrics"][key]) for of in measured]
         yield f"| {title} | " + " | ".join(cells) + " |"
     copies = found["copies"]["memorization"]
-    empty = " |" if real else ""
-    yield f"| likely copies of a training image | {percent(copies['rate'])} |{empty}"
-    yield f"| the same rate, if nothing were memorized | {percent(copies['chance'])} |{empty}"
+    yield f"| likely copies of a training image | {percent(copies['rate'])} | | |"
+    yield f"| the same rate, if nothing were memorized | {percent(copies['chance'])} | | |"
     if "first stage" in found:
-        yield f"| first stage: PSNR of reconstructions | | {found['first stage']['val/psnr_ema']:.1f} dB |"
+        yield f"| first stage: PSNR of reconstructions | | | {found['first stage']['val/psnr_ema']:.1f} dB |"
     if "bound" in found:
         bound = found["bound"]
         held = f"{bound['bits_per_dim']:.3f} ({bound['low']:.3f} to {bound['high']:.3f})"
-        yield f"| bits per dimension | | {held}, {bound['num_images']:,} images |"
+        yield f"| bits per dimension | | | {held}, {bound['num_images']:,} images |"
     yield ""
-    yield "| work | time of the processor | |"
-    yield "|---|---|---|"
+    yield "| work | time of the processor |"
+    yield "|---|---|"
     for name, stage in found["stages"].items():
-        again = "" if stage["starts"] == 1 else f"{stage['starts']} starts"
-        command = f"`{found['commands'][name]}`" if name in found["commands"] else again
-        yield f"| {name} | {duration(stage['cpu_seconds'])} | {command} |"
+        again = "" if stage["starts"] == 1 else f" in {stage['starts']} starts"
+        yield f"| {name} | {duration(stage['cpu_seconds'])}{again} |"
+    yield ""
+    yield "```"
+    for command in found["commands"].values():
+        yield " \\\n  ".join(lines_of(command))
+    yield "```"
+    yield "<!-- not run here: what `build_gallery.py` runs -->"
     yield ""
     machine, versions = found["machine"], found["versions"]
     packages = ", ".join(f"{name} {version}" for name, version in versions.items())
@@ -83,6 +89,18 @@ def numbers(found: dict[str, Any]) -> Iterator[str]:
     )
     for name, digest in found["sha256"].items():
         yield f"sha256 of `{name}`: `{digest}`."
+
+
+def lines_of(command: str) -> Iterator[str]:
+    """A command cut before options, into lines of a length that fits the page."""
+    line = ""
+    for part in re.split(r" (?=--)", command):
+        if line and len(line) + 1 + len(part) > LINE:
+            yield line
+            line = part
+        else:
+            line += f" {part}" if line else part
+    yield line
 
 
 def compared(entries: Sequence[dict[str, Any]]) -> Iterator[str]:
