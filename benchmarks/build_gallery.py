@@ -23,6 +23,7 @@ import json
 import math
 import os
 import platform
+import re
 import resource
 import shlex
 import shutil
@@ -51,8 +52,10 @@ RESULTS = HERE.parents[1] / "docs" / "gallery"
 DDPM_EXT = (sys.executable, "-m", "diffusers_ddpm_ext")
 RECONSTRUCTIONS = "first-stage/reconstructions.png"
 SHEETS = ("samples.png", "calls.png", "copies/copies.png", "model/samples/loss.png", RECONSTRUCTIONS)
-TALL = {"calls.png": (len(SAMPLERS), 0), "copies/copies.png": (3, GAP)}
-"""Sheets that are shown in so many parts side by side, and the pixels between their rows."""
+TALL = {"calls.png": ((len(SAMPLERS),), 0), "copies/copies.png": ((3, 2), GAP)}
+"""Sheets that are shown in parts side by side: into how many they may be cut, and the pixels between their rows."""
+MAX_WIDTH = 1100
+"""Pixels; in a wider sheet nobody could read the captions, since a page shows it smaller."""
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PACKAGES = ("torch", "diffusers", "numpy", "Pillow")
 
@@ -124,7 +127,7 @@ def command(*words: str) -> Callable[[], None]:
 def training_words(training: Training, names: dict[str, str], folder: Path, scale: float) -> list[str]:
     """The training command."""
     steps = max(2, round(training.steps * scale))
-    options = shlex.split(training.options.format(**names))
+    options = [option.format(**names) for option in shlex.split(training.options)]
     chosen = QUIET | {"--max_train_steps": str(steps), "--output_dir": str(folder)}
     return [*DDPM_EXT, training.command, *options, *(word for pair in chosen.items() for word in pair)]
 
@@ -280,6 +283,15 @@ def results(name: str, folder: Path, stages: Stages, scale: float) -> dict[str, 
     return found
 
 
+def without_place(text: str, folder: Path) -> str:
+    """A text with FOLDER in place of the path of the entry's folder, where it is a path or the start of one."""
+    for path in (str(folder.resolve()), str(folder)):
+        text = re.sub(rf"(?<![\w./-]){re.escape(path)}(?=/)", "FOLDER", text)
+        if os.path.isabs(path):
+            text = re.sub(rf"(?<![\w./-]){re.escape(path)}(?![\w./-])", "FOLDER", text)
+    return text
+
+
 def publish(folder: Path, results_of: dict[str, Any], place: Path) -> None:
     """Copy what the page shows."""
     place.mkdir(parents=True, exist_ok=True)
@@ -289,15 +301,15 @@ def publish(folder: Path, results_of: dict[str, Any], place: Path) -> None:
         with Image.open(folder / name) as sheet:
             shown = sheet.convert("RGB")
             if name in TALL:
-                shown = side_by_side(shown, *TALL[name])
+                choices, between = TALL[name]
+                shown = side_by_side(shown, next((n for n in choices if n * shown.width < MAX_WIDTH), 1), between)
             save_small(shown, place / Path(name).name)
     shutil.copy(folder / "denoising.webp", place)
     for name, text in (
         ("results.json", json.dumps(results_of, indent=1) + "\n"),
         ("card.md", model_card(results_of["name"], folder, place)),
     ):
-        shown = text.replace(str(folder.resolve()), "FOLDER").replace(str(folder), "FOLDER")
-        (place / name).write_text(shown, encoding="utf-8")
+        (place / name).write_text(without_place(text, folder), encoding="utf-8")
 
 
 def main() -> int:
@@ -312,6 +324,9 @@ def main() -> int:
         parser.error(f"--scale {options.scale} must be a positive number")
     if options.folder.exists() and not options.folder.is_dir():
         parser.error(f"{options.folder} is a file: name a folder")
+    place = options.results or RESULTS / options.entry
+    if place.exists() and not place.is_dir():
+        parser.error(f"--results {place} is a file: name a folder")
     entry = ENTRIES[options.entry]
     begun, chosen = options.folder / "begun.json", {"entry": options.entry, "scale": options.scale}
     if begun.exists() and json.loads(begun.read_text("utf-8")) != chosen:
@@ -319,7 +334,6 @@ def main() -> int:
     options.folder.mkdir(parents=True, exist_ok=True)
     begun.write_text(json.dumps(chosen), encoding="utf-8")
     stages = build(entry, options.folder, options.scale)
-    place = options.results or RESULTS / options.entry
     publish(options.folder, results(options.entry, options.folder, stages, options.scale), place)
     print(f"written to {place}")
     return 0

@@ -426,6 +426,19 @@ def test_pages_with_wide_tables_have_no_contents_beside_them():
         assert page.meta == meta
 
 
+def test_code_breaks_where_a_reader_expects_it():
+    """Names in tables after their dots and underscores, options nowhere, code blocks as they are."""
+    change = load_hook("readable_code").on_page_content
+    option = '<span class="option">--loss_type</span>'
+    assert change("<p><code>a.b_c --loss_type l2</code></p>") == f"<p><code>a.b_c {option} l2</code></p>"
+    table = "<table><td><code>a.b_c::d/e --loss_type &amp; 0.5</code></td></table>"
+    broken = f"<code>a.<wbr>b_<wbr>c::<wbr>d/<wbr>e {option} &amp; 0.5</code>"
+    assert change(table) == f"<table><td>{broken}</td></table>"
+    block = "<pre><code>a.b_c --loss_type l2</code></pre>"
+    assert change(block) == block
+    assert re.sub(r"<[^>]+>", "", change(table)) == re.sub(r"<[^>]+>", "", table), "nothing is added to copied text"
+
+
 def test_the_notebook_is_a_page_with_its_outputs():
     """Each code cell was run and stored what it printed; pictures have texts, and no path of a machine is in them."""
     hook = load_hook("notebook_page")

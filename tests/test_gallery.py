@@ -97,6 +97,36 @@ def test_features_are_whitened_and_the_file_computes_them(tmp_path):
     torch.testing.assert_close(values.std(0), torch.ones(64), atol=1e-3, rtol=0)
 
 
+@pytest.mark.parametrize("name", ["digits", "d", "my runs/it's", "."])
+def test_only_paths_become_the_word_folder(name, tmp_path, monkeypatch):
+    """A folder whose name is a word, a letter or a dot: names, numbers and keys stay."""
+    monkeypatch.chdir(tmp_path)
+    folder = Path(name)
+    text = '{"name": "digits", "commands": "0.5 d ./x digits of scikit-learn", "a": "%s", "b": "%s"}'
+    filled = text % (folder / "model" / "unet", folder.resolve() / "data")
+    shown = build_gallery.without_place(filled, folder)
+    first = "FOLDER/model/unet" if name != "." else "model/unet"
+    assert shown.replace("FOLDER/x", "./x") == text % (first, "FOLDER/data")
+    assert build_gallery.without_place(f"in {folder.resolve()}.", Path(name)) == f"in {folder.resolve()}."
+    assert build_gallery.without_place(f"'{folder.resolve()}'", Path(name)) == "'FOLDER'"
+
+
+def test_paths_with_spaces_and_quotes_are_one_option(tmp_path):
+    names = build_gallery.names_in(Path("my runs/it's"))
+    words = build_gallery.training_words(ENTRIES["emoji-latents"].training[1], names, tmp_path, 1.0)
+    assert words[words.index("--train_data_dir") + 1] == "my runs/it's/data/train"
+    assert json.loads(words[words.index("--conditioning_dropout") + 1]) == {"class_labels": 0.1}
+
+
+def test_a_file_in_the_place_of_the_results_is_refused_before_the_work(tmp_path):
+    (tmp_path / "file").touch()
+    command = [sys.executable, str(ROOT / "benchmarks" / "build_gallery.py"), "digits", str(tmp_path / "work")]
+    done = subprocess.run([*command, "--results", str(tmp_path / "file")], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "is a file: name a folder" in done.stderr
+    assert not (tmp_path / "work").exists()
+
+
 def test_labels_have_the_shares_of_the_folder(tmp_path):
     for place, count in (("a", 30), ("b", 10)):
         (tmp_path / place).mkdir()

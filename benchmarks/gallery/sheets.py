@@ -139,11 +139,11 @@ def save_sheets(folder: Path, out: Path, sampler: str, calls: int, guidance: flo
     pipeline = open_model(folder)
     frames: list[Tensor] = []
     draw(pipeline, sampler, calls, PER_ROW, guidance, frames.append)
-    save_animation(frames, out / "denoising.webp", max(1, enlarge // 2))
+    save_animation(frames, out / "denoising.webp", enlarge)
     save_small(image_grid(draw(pipeline, sampler, calls, GRID, guidance), COLUMNS, enlarge), out / "samples.png")
     rows = [
         (f"{title}, {count} calls", draw(pipeline, name, count, PER_ROW, guidance))
         for name, title in SAMPLERS.items()
         for count in CALLS
     ]
-    save_small(calls_sheet(rows, max(1, enlarge // 2)), out / "calls.png")
+    save_small(calls_sheet(rows, enlarge), out / "calls.png")

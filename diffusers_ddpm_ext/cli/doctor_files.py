@@ -11,7 +11,7 @@ from diffusers_ddpm_ext.cli.pipeline_facts import PipelineFacts, read_pipeline_f
 from diffusers_ddpm_ext.errors import ConfigError, printable
 from diffusers_ddpm_ext.utils.first_stage_config import FirstStageConfig
 from diffusers_ddpm_ext.utils.generations import read_one_generation
-from diffusers_ddpm_ext.utils.input_files import file_name, read_json_object
+from diffusers_ddpm_ext.utils.input_files import JsonObject, file_name, read_json_object
 from diffusers_ddpm_ext.utils.network_folder import check_network_folder
 from diffusers_ddpm_ext.utils.network_tensors import check_main_tensors
 from diffusers_ddpm_ext.utils.pipeline_files import TOKENIZER_FILES
@@ -42,17 +42,26 @@ def _check_generation(folder: Path) -> Iterator[Finding]:
     facts = read_pipeline_facts(str(folder))
     assert facts is not None  # None stands for a Hub id
     _check_facts(facts)
-    weights = _check_network(folder / "unet", str(facts.index.content["unet"][1]))
+    weights = _check_network(folder / "unet", _class_name(facts.index, "unet"))
+    scheduler = _class_name(facts.index, "scheduler")
     resolved = read_scheduler_config(folder)
     read_logvar(folder, len(resolved.schedule))
     for name in ("class_embedder", "concat_encoder", "image_encoder"):
         if (folder / name / "config.json").is_file() and any((folder / name).glob("*.safetensors")):
             read_stored_weights(folder / name)
-    scheduler = facts.index.content["scheduler"][1]
-    yield Finding(Mark.FINE, f"its pipeline is complete: {_size(weights)}, {printable(str(scheduler), 80)}")
+    yield Finding(Mark.FINE, f"its pipeline is complete: {_size(weights)}, {printable(scheduler, 80)}")
     yield from _check_pickles(weights, "unet")
     yield from _check_first_stage(folder, facts)
     yield from _check_text_encoder(folder, facts)
+
+
+def _class_name(index: JsonObject, component: str) -> str:
+    """Class of a component, of an entry such as ["diffusers", "UNet2DModel"]."""
+    entry = index.content.get(component)
+    if not isinstance(entry, list) or len(entry) != 2 or not all(isinstance(name, str) for name in entry):
+        shown = printable(json.dumps(entry), 80)
+        raise ConfigError(f"{index.name}: {component} is {shown}; it must be a list of a library and a class")
+    return str(entry[1])
 
 
 def _check_facts(facts: PipelineFacts) -> None:

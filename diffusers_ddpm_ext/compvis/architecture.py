@@ -5,7 +5,7 @@
     UNet2DExtModel         a number of heads at several widths, different heads in the up blocks, projected labels,
                            scaled timesteps, and concatenated inputs, which stock Diffusers would sample incorrectly
 
-The inverse is in :mod:`diffusers_ddpm_ext.compvis.unet_params`.
+The inverse is in `diffusers_ddpm_ext.compvis.unet_params`.
 """
 
 from __future__ import annotations

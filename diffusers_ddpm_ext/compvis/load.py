@@ -1,4 +1,4 @@
-"""Loading of original checkpoints: `load_compvis`. The inverse is :mod:`diffusers_ddpm_ext.compvis.save`.
+"""Loading of original checkpoints: `load_compvis`. The inverse is `diffusers_ddpm_ext.compvis.save`.
 
 Defects of the original's loading are fixed: a learned logvar is loaded, the configuration's schedule wins over the
 file's (with a warning if they differ), `load_only_unet` works for every class, prefixes in `ignore_keys` may overlap,

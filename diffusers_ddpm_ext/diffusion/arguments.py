@@ -23,13 +23,16 @@ from diffusers_ddpm_ext.utils.vocabulary import FROM_COMPVIS_ARGUMENT, FROM_COMP
 Generators = torch.Generator | list[torch.Generator] | None
 Constructor = TypeVar("Constructor", bound=Callable[..., None])
 
+UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
+"""Integers for which torch has few operations."""
+
 
 def steps_tensor(t: Any, name: str = "t") -> Tensor:
     """Steps as an integer tensor: an int, a list, array or tensor of integers; else ValueError."""
     if isinstance(t, Tensor):
         if t.dtype == torch.bool or t.is_floating_point() or t.is_complex():
             raise ValueError(f"{name} must hold integers, got {t.dtype}.")
-        return t
+        return t.long() if t.dtype in UNSIGNED else t
     try:
         values = np.asarray(t)
     except (TypeError, ValueError):  # rows of different lengths

@@ -56,7 +56,7 @@ class Gaussian:
 def check_steps(t: Any, like: Tensor, num_train_timesteps: int) -> None:
     """Raise ValueError unless ``t`` is one integer per sample of ``like`` (or one for all) in [0, T).
 
-    See :func:`~diffusers_ddpm_ext.diffusion.arguments.as_steps`, which also converts them.
+    See `as_steps`, which also converts them.
     """
     as_steps(t, like, num_train_timesteps)
 
@@ -115,7 +115,7 @@ def q_sample(schedule: NoiseSchedule, x0: Tensor, eps: Tensor, t: Steps) -> Tens
 
 
 def q_mean_variance(schedule: NoiseSchedule, x0: Tensor, t: Steps) -> Gaussian:
-    """Distribution of xt given x0 ([DDPM] eq. 4); arguments and errors as in :func:`q_sample`."""
+    """Distribution of xt given x0 ([DDPM] eq. 4); arguments and errors as in `q_sample`."""
     check_samples(x0=x0)
     return Gaussian(
         mean=at_step(_tables(schedule).sqrt_alphas_cumprod, t, x0) * x0,
@@ -125,7 +125,7 @@ def q_mean_variance(schedule: NoiseSchedule, x0: Tensor, t: Steps) -> Gaussian:
 
 
 def posterior(schedule: NoiseSchedule, x0: Tensor, xt: Tensor, t: Steps) -> Gaussian:
-    """Exact reverse step: the distribution of x_{t-1} given x0 and xt; arguments and errors as in :func:`q_sample`.
+    """Exact reverse step: the distribution of x_{t-1} given x0 and xt; arguments and errors as in `q_sample`.
 
     The mean blends x0 and xt ([DDPM] eqs. 6 and 7); at t = 0 it is x0. The variance is the schedule's
     ``posterior_variance``, which ``v_posterior`` interpolates between the two choices of [DDPM] section 3.2.
@@ -146,7 +146,7 @@ def _rotate(schedule: NoiseSchedule, first: Tensor, second: Tensor, t: Steps, si
 
 
 def velocity(schedule: NoiseSchedule, x0: Tensor, eps: Tensor, t: Steps) -> Tensor:
-    """v of a clean sample and its noise ([PD] appendix D); shapes as in :func:`q_sample`."""
+    """v of a clean sample and its noise ([PD] appendix D); shapes as in `q_sample`."""
     check_samples(x0=x0, eps=eps)
     return _rotate(schedule, eps, x0, t, -1)
 
@@ -216,13 +216,14 @@ def predict_x0(
     if prediction_type == "v_prediction":
         return x0_from_v(schedule, xt, output, t)
     check_samples(output=output, xt=xt)
+    check_steps(t, xt, len(_tables(schedule)))
     return output
 
 
 def predict_eps(
     schedule: NoiseSchedule, prediction_type: PredictionType, output: Tensor, xt: Tensor, t: Steps
 ) -> Tensor:
-    """Noise implied by a network's output; arguments and errors as in :func:`predict_x0`."""
+    """Noise implied by a network's output; arguments and errors as in `predict_x0`."""
     check_prediction_type(prediction_type)
     output = network_output(output, "output")
     if prediction_type == "sample":
@@ -230,6 +231,7 @@ def predict_eps(
     if prediction_type == "v_prediction":
         return eps_from_v(schedule, xt, output, t)
     check_samples(output=output, xt=xt)
+    check_steps(t, xt, len(_tables(schedule)))
     return output
 
 
@@ -238,10 +240,11 @@ def training_target(
 ) -> Tensor:
     """Target of a network with input ``q_sample(schedule, x0, eps, t)``: (B, ...), data units.
 
-    Arguments and errors are those of :func:`q_sample` and :func:`predict_x0`.
+    Arguments and errors are those of `q_sample` and `predict_x0`.
     """
     check_prediction_type(prediction_type)
     if prediction_type == "v_prediction":
         return velocity(schedule, x0, eps, t)
     check_samples(x0=x0, eps=eps)
+    check_steps(t, x0, len(_tables(schedule)))
     return eps if prediction_type == "epsilon" else x0

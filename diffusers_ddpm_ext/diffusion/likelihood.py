@@ -2,7 +2,7 @@
 
 Symbols, on the chain in use (all T steps, or the K steps of ``set_timesteps``):
 
-    x0, xt, eps, A   as in :mod:`diffusers_ddpm_ext.diffusion.gaussian`
+    x0, xt, eps, A   as in `diffusers_ddpm_ext.diffusion.gaussian`
     small, large     variance of the exact posterior, and beta
     S                variance of the model's reverse step
 
@@ -128,7 +128,7 @@ def normal_kl(
         logvar2: natural log of its variance.
     """
     tensors = [value for value in (mean1, logvar1, mean2, logvar2) if isinstance(value, Tensor)]
-    like = tensors[0] if tensors else torch.zeros((), dtype=torch.float64)
+    like = next(filter(torch.is_floating_point, tensors), torch.zeros((), dtype=torch.float64))
     m1, l1, m2, l2 = (
         torch.as_tensor(v, dtype=like.dtype, device=like.device) if not isinstance(v, Tensor) else v
         for v in (mean1, logvar1, mean2, logvar2)
@@ -158,13 +158,21 @@ def discretized_gaussian_log_likelihood(
         Nats, of the shape and precision of ``x`` (at least float32); computed in float64.
 
     Raises:
-        ValueError: ``decoder`` is unknown, or ``bin_width`` is not a number in (0, 2].
+        ValueError: ``decoder`` is unknown, ``bin_width`` is not a number in (0, 2], x and mean are not floating or of
+            other shapes, or ``log_scale`` does not broadcast to them.
     """
     check_decoder(decoder, bin_width)
+    check_samples(x=x, mean=mean)
     dtype = torch.promote_types(x.dtype, torch.float32)
     exact = exact_dtype(x.device)
     x, mean = x.to(exact), mean.to(exact)
     log_scale = torch.as_tensor(log_scale, device=x.device).to(exact)
+    if log_scale.ndim > x.ndim or any(
+        a not in (1, b) for a, b in zip(log_scale.shape[::-1], x.shape[::-1], strict=False)
+    ):
+        raise ValueError(
+            f"log_scale has shape {tuple(log_scale.shape)}; it must broadcast to that of x, {tuple(x.shape)}."
+        )
     centred = x - mean
     if decoder == "continuous":
         return (-0.5 * (centred * torch.exp(-log_scale)) ** 2 - log_scale - 0.5 * math.log(2 * math.pi)).to(dtype)
@@ -325,7 +333,7 @@ class ReverseTransition:
         decoder: Decoder = "exact",
         bin_width: float = EIGHT_BITS,
     ) -> BoundTerms:
-        """See :func:`bound_terms`."""
+        """See `bound_terms`."""
         check_decoder(decoder, bin_width)
         model_output = network_output(model_output)
         check_samples(x0=x0, xt=xt)
@@ -367,7 +375,7 @@ def bound_terms(
         xt: the samples, noised to their steps.
         t: steps of the full chain, integers in the chain in use: (B,), a list, or one int for all.
         clip_denoised: whether the predicted x0 is clipped to [-1, 1].
-        decoder: see :func:`discretized_gaussian_log_likelihood`.
+        decoder: see `discretized_gaussian_log_likelihood`.
         bin_width: see there.
 
     Returns:
@@ -422,7 +430,7 @@ def bits_per_dim(
         generator: of the noise, drawn for the complete batch step by step, ascending in t.
         noise: standard normal, (K, B, C, ...), ascending in t, to use instead.
         clip_denoised: whether the predicted x0 is clipped to [-1, 1].
-        decoder: see :func:`discretized_gaussian_log_likelihood`.
+        decoder: see `discretized_gaussian_log_likelihood`.
         bin_width: see there.
         rows: network inputs per call; as many complete steps as fit, at least one.
 

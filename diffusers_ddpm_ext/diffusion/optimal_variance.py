@@ -72,7 +72,7 @@ def x0_error_of_logvar(schedule: NoiseSchedule, logvar: Table) -> Table:
 
 
 def log_loss_of_x0_error(schedule: NoiseSchedule, x0_error: Table) -> Table:
-    """The inverse of :func:`x0_error_of_logvar`: log of the prediction's mean squared error, (T,)."""
+    """The inverse of `x0_error_of_logvar`: log of the prediction's mean squared error, (T,)."""
     error = np.log(_checked_error(schedule, x0_error))
     if schedule.prediction_type == "v_prediction":
         return error - np.log1p(-schedule.alphas_cumprod)

@@ -2,7 +2,7 @@
 
 Symbols, on the chain of the steps in use:
 
-    x0, xt           as in :mod:`diffusers_ddpm_ext.diffusion.gaussian`
+    x0, xt           as in `diffusers_ddpm_ext.diffusion.gaussian`
     c0, ct           posterior_mean_coef1, posterior_mean_coef2: the posterior mean is ``c0 x0 + ct xt``
     sigma            square root of posterior_variance
     small, large     variance of the exact posterior, and beta, between which ``v_posterior`` interpolates

@@ -228,13 +228,13 @@ class NoiseSchedule:
 
     Attributes:
         num_train_timesteps: number of steps of this chain; also ``len(schedule)``.
-        timesteps: int64, (K,), ascending: steps of the full chain in this one (all of them, unless :meth:`respaced`).
+        timesteps: int64, (K,), ascending: steps of the full chain in this one (all of them, unless `respaced`).
         zero_terminal_snr: whether no signal is left after the last step.
         alphas: ``1 - betas``.
         snr: ``A / (1 - A)``, the signal-to-noise ratio of variances.
         betas, alphas_cumprod, ..., lvlb_weights: the tables of ``TABLE_NAMES``, float64, (K,), read-only.
             ``lvlb_weights`` follows the published code, in its float32 operation order, so that it reproduces its
-            values; exact weights of the bound are in :mod:`diffusers_ddpm_ext.diffusion.weighting`.
+            values; exact weights of the bound are in `diffusers_ddpm_ext.diffusion.weighting`.
 
     Raises:
         ValueError: an argument is out of its range; the message names it and what is allowed.

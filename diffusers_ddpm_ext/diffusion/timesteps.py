@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from diffusers_ddpm_ext.diffusion.arguments import as_steps
 from diffusers_ddpm_ext.diffusion.device_tables import table_tensor
 from diffusers_ddpm_ext.diffusion.likelihood import exact_dtype
 from diffusers_ddpm_ext.diffusion.schedule import LARGEST_LOG_SNR, NoiseSchedule, Table, log_snr
@@ -63,6 +64,28 @@ class _Quantiles:
         return places, weights[places]
 
 
+def _checked_probabilities(probabilities: Any, num_train_timesteps: int) -> Table:
+    table: Table = np.asarray(probabilities, dtype=np.float64)
+    if (
+        table.shape != (num_train_timesteps,)
+        or not (table > 0).all()
+        or not math.isclose(table.sum(), 1, rel_tol=1e-6)
+    ):
+        raise ValueError(
+            f"probabilities={describe(probabilities)} must be {num_train_timesteps:,} numbers above 0 whose sum is 1."
+        )
+    return table
+
+
+def _check_numbers(u: Any) -> None:
+    if not isinstance(u, Tensor) or not u.is_floating_point() or u.ndim != 1:
+        raise ValueError(f"u={describe(u)} must be a floating tensor of shape (B,), with numbers in [0, 1).")
+    if u.numel() and reads_are_free(u.device):
+        low, high = (float(end) for end in u.aminmax())
+        if not 0 <= low <= high < 1:
+            raise ValueError(f"u must be in [0, 1), got {low:g} to {high:g}.")
+
+
 class TimestepSampler(nn.Module):
     """Draws steps with fixed probabilities.
 
@@ -70,10 +93,16 @@ class TimestepSampler(nn.Module):
         probabilities: of the T steps, (T,), float64, above 0, of sum 1; None for equal ones.
         num_train_timesteps: T.
         stratified: whether a batch has one step in each of N equal intervals of the chain.
+
+    Raises:
+        ValueError: ``probabilities`` are not T positive numbers of sum 1.
     """
 
     def __init__(self, probabilities: Table | None, num_train_timesteps: int, stratified: bool = False) -> None:
         super().__init__()
+        checked_integer("num_train_timesteps", num_train_timesteps, "1 or more", 1)
+        if probabilities is not None:
+            probabilities = _checked_probabilities(probabilities, num_train_timesteps)
         self.num_train_timesteps = num_train_timesteps
         self.stratified = stratified
         self._fixed = probabilities
@@ -102,7 +131,12 @@ class TimestepSampler(nn.Module):
         Returns:
             Steps (B,), int64, and their weights 1 / (T p), (B,), of the dtype of ``u``; None if all are 1. Both on the
             device of ``u``, where nothing is read.
+
+        Raises:
+            ValueError: ``u`` is not a floating tensor (B,) of numbers in [0, 1); their range is not checked on an
+                accelerator.
         """
+        _check_numbers(u)
         quantiles, u = self._quantiles(), u.to(exact_dtype(u.device))
         return (self._uniform(u), None) if quantiles is None else quantiles.draw(u)
 
@@ -116,6 +150,10 @@ class TimestepSampler(nn.Module):
         """Record the losses (N,) of a batch at its steps (N,), if the sampler learns from them.
 
         The losses are without the weights of `draw`, in an order that is the same on every rank.
+
+        Raises:
+            ValueError: a step is not in [0, T), which is not checked on an accelerator, or steps and losses are not as
+                many.
         """
 
 
@@ -183,6 +221,7 @@ class LossSecondMomentSampler(TimestepSampler):
 
     def draw(self, u: Tensor) -> tuple[Tensor, Tensor | None]:
         """As in `TimestepSampler`; on an accelerator there always are weights, of 1 while the steps are uniform."""
+        _check_numbers(u)
         if reads_are_free(u.device):
             return super().draw(u)
         root = self.losses.square().mean(1).sqrt()
@@ -205,6 +244,7 @@ class LossSecondMomentSampler(TimestepSampler):
     @torch.no_grad()
     def update(self, timesteps: Tensor, losses: Tensor) -> None:
         """See `TimestepSampler.update`. Several losses of one step follow each other in the order of the batch."""
+        as_steps(timesteps, losses, len(self.losses), "timesteps")
         self._last = None
         if not reads_are_free(self.losses.device):
             self._update_on_device(timesteps.to(self.counts), losses.to(self.losses))

@@ -1,6 +1,6 @@
 """Variance fitting: measures each step's prediction error and decoder cost on data.
 
-Symbols as in :mod:`diffusers_ddpm_ext.diffusion.optimal_variance`. The decoder of a chain whose first step is t has
+Symbols as in `diffusers_ddpm_ext.diffusion.optimal_variance`. The decoder of a chain whose first step is t has
 the predicted x0 as its mean and the variance ``v (1 - A)``: the cost of every candidate first step follows from the
 same predictions as M, on a grid of v whose minimum is then refined.
 """

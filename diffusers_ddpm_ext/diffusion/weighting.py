@@ -6,7 +6,7 @@ Symbols, with t counted from 0 to T-1:
     S            posterior_variance, the variance of the model's reverse step
     SNR          A / (1 - A)
 
-By the algebra of :mod:`diffusers_ddpm_ext.diffusion.gaussian`, an error of the prediction is an error of x0:
+By the algebra of `diffusers_ddpm_ext.diffusion.gaussian`, an error of the prediction is an error of x0:
 
     |x0 error|^2  =  |eps error|^2 / SNR  =  (1 - A) |v error|^2
 

@@ -23,6 +23,7 @@ from diffusers_ddpm_ext.plotting.channels import channel_view, is_picture
 from diffusers_ddpm_ext.utils.files import CONFIG, ENVIRONMENT
 from diffusers_ddpm_ext.utils.input_files import JsonObject, read_bytes
 from diffusers_ddpm_ext.utils.pixel_format import PixelFormat
+from diffusers_ddpm_ext.utils.vocabulary import REQUIRED_CONDITIONS, required_conditions
 
 CARD_NAME = "README.md"
 CARD_MARKER = "<!-- made by ddpm-ext: without this line, your own text is kept -->"
@@ -45,6 +46,11 @@ STOCK_PIPELINES = {
     "UNet2DConditionModel": ("StableDiffusionPipeline", "LDMTextToImagePipeline"),
 }
 """Class of the network -> classes of stock Diffusers that sample it."""
+CONDITION_WORDS = {
+    "class_labels": "classes",
+    "encoder_hidden_states": "sequences of embeddings",
+    "concat_inputs": "images beside the input",
+}
 MAX_CLASS_ROWS, MAX_PACKAGES, MAX_CONFIG_CHARACTERS = 200, 50, 2**16
 
 
@@ -230,8 +236,6 @@ class _Card:
         targets = {"epsilon": "the noise", "sample": "the clean image", "v_prediction": "the velocity v"}
         predicts = targets.get(self.scheduler.string("prediction_type", "epsilon"), "?")
         steps = self.scheduler.integer("num_train_timesteps", default=1000)
-        conditioned = f" It is conditioned ({inline_text(self.key)})." if self.key else ""
-        conditioned = " It draws what a prompt says." if self.takes_prompts else conditioned
         name = inline_text(self.dataset_name) if self.dataset or self.images else self.dataset_name
         size, stage, pixels = _size_text(*self.shape), self.first_stage, self.pixels
         images = f"{size} latents of images" if self.lacks_first_stage else f"{size} images"
@@ -239,8 +243,19 @@ class _Card:
         latents = "" if stage is None else f", drawn as {_size_text(*self.sample_shape)} latents"
         return (
             f"A diffusion model of {images} ({name}){latents}, which predicts {predicts} on a chain of {steps} steps,"
-            f" trained with [diffusers-ddpm-ext](https://pypi.org/project/diffusers-ddpm-ext/).{conditioned}"
+            f" trained with [diffusers-ddpm-ext](https://pypi.org/project/diffusers-ddpm-ext/).{self._conditioned()}"
         )
+
+    def _conditioned(self) -> str:
+        """A sentence on what the model is given, after a space; empty if nothing."""
+        if self.takes_prompts:
+            return " It draws what a prompt says."
+        if not self.key:
+            return ""
+        known = self.key in REQUIRED_CONDITIONS
+        names = required_conditions(self.key, bool(self.class_names)) if known else ()
+        given = " and ".join(CONDITION_WORDS[name] for name in names) or inline_text(self.key)
+        return f" It is conditioned on {given}."
 
     def _classes(self) -> str:
         counted = self.images.classes if self.images else []

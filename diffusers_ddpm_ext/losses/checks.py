@@ -104,6 +104,21 @@ def check_bound(loss_type: str, variance_type: VarianceType, learn_logvar: bool)
         raise ValueError("learn_logvar has no effect with loss_type='vlb': use 'hybrid' or 'l2', or leave it out.")
 
 
+def check_bound_alone(loss_weighting: str, l_simple_weight: float, original_elbo_weight: float) -> None:
+    """Raise ValueError if an option weighs a part of the loss that ``vlb`` does not have."""
+    unused = {
+        f"loss_weighting={loss_weighting!r}": loss_weighting != "simple",
+        f"l_simple_weight={l_simple_weight:g}": l_simple_weight != 1,
+        f"original_elbo_weight={original_elbo_weight:g}": original_elbo_weight != 0,
+    }
+    option = next((option for option, is_set in unused.items() if is_set), None)
+    if option is not None:
+        raise ValueError(
+            f"{option} has no effect with loss_type='vlb', which is the bound alone, times vlb_weight: leave it "
+            "out, or use loss_type='hybrid'."
+        )
+
+
 def checked_features(loss_type: str, features: Distance | None) -> Distance | None:
     """The feature distance, which ``perceptual`` needs and no other loss may have."""
     if loss_type == "perceptual" and not callable(features):

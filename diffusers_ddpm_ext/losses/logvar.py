@@ -73,7 +73,7 @@ class ContinuousLogvar(nn.Module):
     Called as ``logvar(log_snr)``, natural log, any shape, float32; the same network serves any schedule.
 
     Args:
-        log_snr: of the T steps of :meth:`table`, (T,), float64.
+        log_snr: of the T steps of `table`, (T,), float64.
         init: initial value everywhere.
         channels: number of features.
         seed: of the features.
@@ -154,7 +154,7 @@ def save_logvar(
 
 
 def load_logvar(folder: str | os.PathLike[str], num_train_timesteps: int | None = None) -> Tensor | None:
-    """Read a table that :func:`save_logvar` wrote. No pickle is opened.
+    """Read a table that `save_logvar` wrote. No pickle is opened.
 
     Args:
         folder: the pipeline's folder, the parent of ``logvar/``.
@@ -172,7 +172,7 @@ def load_logvar(folder: str | os.PathLike[str], num_train_timesteps: int | None 
 
 
 def load_continuous(folder: str | os.PathLike[str], log_snr: Tensor) -> ContinuousLogvar | None:
-    """Read the continuous log-variance that :func:`save_logvar` wrote, on the CPU.
+    """Read the continuous log-variance that `save_logvar` wrote, on the CPU.
 
     Args:
         folder: of the pipeline.

@@ -6,7 +6,7 @@ Symbols, for a sample of step t:
     lv    logvar[t]
     w     weight of step t (``loss_weighting``), 1 for ``simple``
     e     weight of step t in the variational bound
-    k     term of step t in the bound, bits per dimension (:mod:`diffusers_ddpm_ext.diffusion.likelihood`)
+    k     term of step t in the bound, bits per dimension (`diffusers_ddpm_ext.diffusion.likelihood`)
     u     1 / (T p) for a step drawn with probability p, 1 if steps are drawn uniformly
 
     loss_simple = mean(u d)        loss_vlb = mean(u e d)        loss_gamma = mean(u (d / exp(lv) + lv))
@@ -48,6 +48,7 @@ from diffusers_ddpm_ext.losses.checks import (
     LossType,
     ObservedConfig,
     check_bound,
+    check_bound_alone,
     checked_features,
     checked_schedule,
     checked_share,
@@ -114,12 +115,12 @@ class DDPMObjective(nn.Module):
         logvar_init: log-variance at the start, one number or a (T,) tensor.
         snr_gamma: gamma of ``min_snr`` and ``soft_min_snr`` (5 is usual). On its own it means ``min_snr``.
         huber_c: the ``c`` of ``huber``.
-        loss_weighting: weight of each step, see :func:`~diffusers_ddpm_ext.diffusion.weighting.loss_weights`.
+        loss_weighting: weight of each step, see `loss_weights`.
         p2_k: k of ``p2``.
         p2_gamma: gamma of ``p2``.
         logvar_kind: ``table``, one value per step, or ``continuous``, a small network of the log-SNR.
         vlb_weight: weight of the bound in ``hybrid`` and ``vlb``.
-        decoder: of the bound, see :func:`~diffusers_ddpm_ext.likelihood.discretized_gaussian_log_likelihood`.
+        decoder: of the bound, see `discretized_gaussian_log_likelihood`.
         bin_width: distance of two levels of the data, for the bound.
         features: for ``perceptual``: ``features(pred_x0, x0) -> (B,)``, a distance of images.
         perceptual_weight: of ``features``, in [0, 1]; ``l2`` has the rest.
@@ -127,7 +128,7 @@ class DDPMObjective(nn.Module):
     Attributes:
         logvar: (T,), a parameter if learned, else a buffer, ``logvar`` in the state dict in both cases. It stays
             float32 when the module is cast to half precision (``.double()`` makes it float64). Only of the ``table``
-            kind; :meth:`log_variances` returns both.
+            kind; `log_variances` returns both.
         logvar_network: of the ``continuous`` kind, else None.
         schedule: the tables in use.
         prediction_type: of the network.
@@ -190,6 +191,8 @@ class DDPMObjective(nn.Module):
         self.elbo_table = make_elbo_weights(self.schedule, elbo_weights)
         weights = weight_table(self.schedule, loss_weighting, snr_gamma, p2_k, p2_gamma)
         self.loss_weighting, self.weight_table = weights
+        if self.loss_type == "vlb":
+            check_bound_alone(self.loss_weighting, self.l_simple_weight, self.original_elbo_weight)
         for table in (self.elbo_table, self.weight_table):
             if table is not None:
                 table.flags.writeable = False  # so that it is transferred to a device once

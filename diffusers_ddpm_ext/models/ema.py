@@ -46,12 +46,12 @@ class LitEMA:
     ``fully_shard``. An update is one fused pass over the local shards, for any dtype of the module.
 
     Two options save memory of the device. ``dtype=torch.bfloat16`` halves the shadows and rounds stochastically, so
-    that small updates count on average (:mod:`diffusers_ddpm_ext.models.ema_update`). ``offload`` keeps them in main
+    that small updates count on average (`diffusers_ddpm_ext.models.ema_update`). ``offload`` keeps them in main
     memory, with the same values to the bit, and copies them to the network's device and back for each update.
 
     The methods are collective calls for a sharded module: every process must make them, with the weights sharded as
     after an optimizer step; after a forward pass without a backward pass,
-    :func:`diffusers_ddpm_ext.utils.dtensor.reshard` shards them again.
+    `diffusers_ddpm_ext.utils.dtensor.reshard` shards them again.
 
     Args:
         module: the module to average. Names are those of the module under its wrappers (DDP, ``torch.compile``), and
@@ -70,7 +70,8 @@ class LitEMA:
         offload: whether the shadows stay in main memory.
 
     Raises:
-        ValueError: ``decay`` is outside [0, 1], ``dtype`` is another one, or no parameter requires a gradient.
+        ValueError: ``decay`` is outside [0, 1], ``dtype`` is another one, ``untracked`` is one text, or no parameter
+            requires a gradient.
     """
 
     def __init__(
@@ -93,6 +94,8 @@ class LitEMA:
         self._in_scope = False
         self._names = NamedParameters()
         self._updating: torch.device | None = None
+        if isinstance(untracked, str):
+            raise ValueError(f"untracked={untracked!r} must be several names: write [{untracked!r}].")
         self.untracked = frozenset(untracked)
         self._shadow: dict[str, Tensor] = {}
         for name, parameter in _named_parameters(module).items():
@@ -128,14 +131,14 @@ class LitEMA:
     def scalars(self) -> dict[str, Any]:
         """State besides the shadows, as JSON: ``decay``, ``use_num_updates`` and ``num_updates``.
 
-        In bfloat16 also ``num_steps``, the number of calls of :meth:`step`, which the rounding follows from.
+        In bfloat16 also ``num_steps``, the number of calls of `step`, which the rounding follows from.
         """
         counts = {} if self.dtype is None else {"num_steps": self._num_steps}
         return {"decay": self.decay, "use_num_updates": self.use_num_updates, "num_updates": self.num_updates} | counts
 
     @property
     def in_scope(self) -> bool:
-        """Whether a module has the EMA weights at the moment, in :meth:`scope`."""
+        """Whether a module has the EMA weights at the moment, in `scope`."""
         return self._in_scope
 
     def _weight(self, num_updates: int) -> float:
@@ -165,8 +168,8 @@ class LitEMA:
                 module's device, from which it is not read. None: it was not skipped.
 
         Raises:
-            ValueError: the trainable parameters are not the tracked ones, or the module has the EMA weights at the
-                moment (:meth:`scope`).
+            ValueError: the trainable parameters are not the tracked ones, in name or shape, or the module has the EMA
+                weights at the moment (`scope`).
         """
         if self._in_scope:
             raise ValueError(
@@ -209,6 +212,11 @@ class LitEMA:
         """Move the shadows to the parameters' device and sharding."""
         for name, shadow in self._shadow.items():
             parameter = parameters[name]
+            if parameter.shape != shadow.shape:
+                raise ValueError(
+                    f"{name} has shape {tuple(parameter.shape)}, but LitEMA tracks {tuple(shadow.shape)}; "
+                    "give it a module of the same architecture."
+                )
             if is_sharded(parameter) and self.offload:
                 raise ValueError(_NOT_OFFLOADED)
             if is_sharded(parameter) and not is_sharded(shadow):
@@ -255,7 +263,7 @@ class LitEMA:
         lost.
 
         Args:
-            module: as in :meth:`copy_to`.
+            module: as in `copy_to`.
 
         Yields:
             The same module.
@@ -293,15 +301,15 @@ class LitEMA:
                     copy_into(unsharded, target)
 
     def state_dict(self) -> dict[str, Any]:
-        """A snapshot: :attr:`scalars`, and ``shadow``, a dict of unsharded copies."""
+        """A snapshot: `scalars`, and ``shadow``, a dict of unsharded copies."""
         return self.scalars | {"shadow": {name: full_tensor(shadow).clone() for name, shadow in self.shadow.items()}}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restore a :meth:`state_dict`: shadows, number of updates, decay and warm-up.
+        """Restore a `state_dict`: shadows, number of updates, decay and warm-up.
 
         Args:
-            state_dict: what :meth:`state_dict` returned, tensors of any device.
+            state_dict: what `state_dict` returned, tensors of any device.
 
         Raises:
             ValueError: entries are missing, or names or shapes differ from the tracked ones; then nothing is changed.

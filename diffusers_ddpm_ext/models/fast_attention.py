@@ -241,7 +241,7 @@ def use_fast_attention(network: nn.Module) -> int:
     """Give a network's attention layers `FastAttnProcessor`, in place.
 
     Weights, their names and the saved configuration stay. Layers with another processor than Diffusers' default keep
-    theirs. On another machine than one of :func:`has_onednn` nothing is changed.
+    theirs. On another machine than one of `has_onednn` nothing is changed.
 
     Args:
         network: of Diffusers, any device.

@@ -98,7 +98,7 @@ def use_fast_inference(network: nn.Module) -> int:
 
     Weights, their names and the saved configuration stay. Training, other devices and layouts than channels_last run
     as before. On another machine than one of
-    :func:`~diffusers_ddpm_ext.models.fast_attention.has_onednn` nothing is changed.
+    `has_onednn` nothing is changed.
 
     Args:
         network: of Diffusers, any device.

@@ -30,9 +30,9 @@ def accelerate_network(
         pipeline: on its device, in its precision.
         memory_format: of the weights, which the activations follow. None: contiguous in float32 on an accelerator and
             on a CPU without oneDNN, channels_last otherwise. On a CPU with oneDNN, channels_last comes with the layers
-            of :mod:`diffusers_ddpm_ext.models.fast_inference`, unless the network is compiled.
+            of `diffusers_ddpm_ext.models.fast_inference`, unless the network is compiled.
         compiled: whether to compile the network. It is compiled at the first step, once per batch size.
-        fast_attention: whether to compute attention by :mod:`diffusers_ddpm_ext.models.fast_attention` on a CPU.
+        fast_attention: whether to compute attention by `diffusers_ddpm_ext.models.fast_attention` on a CPU.
 
     Raises:
         ConfigError: there is no compiler.

@@ -89,7 +89,7 @@ def _layout(count: int, height: int, width: int) -> tuple[int, int]:
 
 
 def grid_size(count: int, height: int, width: int, captions: Sequence[str] = (), note: str = "") -> tuple[int, int]:
-    """Height and width, in pixels, of the sheet that :func:`image_grid` makes by default.
+    """Height and width, in pixels, of the sheet that `image_grid` makes by default.
 
     Args:
         count: number of images.
@@ -108,9 +108,9 @@ def grid_size(count: int, height: int, width: int, captions: Sequence[str] = (),
 
 
 def save_grid(images: ArrayLike, path: str | os.PathLike[str], **options: Any) -> Path:
-    """Write the sheet of :func:`image_grid` to a file, atomically; its suffix is the format.
+    """Write the sheet of `image_grid` to a file, atomically; its suffix is the format.
 
-    ``options`` are further arguments of :func:`image_grid`.
+    ``options`` are further arguments of `image_grid`.
     """
     sheet = image_grid(images, **options)
     image_format = Image.registered_extensions().get(Path(path).suffix.lower(), "PNG")

@@ -2,7 +2,7 @@
 
 Symbols:
 
-    x0, eps, v, A    as in :mod:`diffusers_ddpm_ext.diffusion.gaussian`; x_t = sqrt(A) x0 + sqrt(1 - A) eps
+    x0, eps, v, A    as in `diffusers_ddpm_ext.diffusion.gaussian`; x_t = sqrt(A) x0 + sqrt(1 - A) eps
     sigma            sqrt((1 - A) / A), the noise of x_t / sqrt(A), the coordinate of Euler-like schedulers
     s, m             standard deviation and mean of the Gaussian of the trial
 

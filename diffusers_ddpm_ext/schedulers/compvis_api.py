@@ -1,7 +1,7 @@
 """CompVis' names for the forward process: the tables and methods of its ``DDPM`` class.
 
 Shapes: ``x_start, x_t, noise, v`` are (B, ...), floating; ``t`` is (B,), integer, a list, or one for all, on the
-chain of all T steps. Results are at least float32. The maths is in :mod:`diffusers_ddpm_ext.diffusion.gaussian`.
+chain of all T steps. Results are at least float32. The maths is in `diffusers_ddpm_ext.diffusion.gaussian`.
 """
 
 from __future__ import annotations

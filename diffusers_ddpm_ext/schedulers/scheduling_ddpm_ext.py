@@ -2,7 +2,7 @@
 
 Symbols, on the chain in use (all T steps, or the K steps of ``set_timesteps``):
 
-    x0, xt, eps, v   as in :mod:`diffusers_ddpm_ext.diffusion.gaussian`
+    x0, xt, eps, v   as in `diffusers_ddpm_ext.diffusion.gaussian`
     c0, ct           posterior_mean_coef1, posterior_mean_coef2: the posterior mean is ``c0 x0 + ct xt``
     sigma            square root of posterior_variance
     small, large     variance of the exact posterior, and beta, between which ``v_posterior`` interpolates
@@ -47,6 +47,7 @@ from diffusers_ddpm_ext.schedulers.config_warnings import leave_out
 from diffusers_ddpm_ext.schedulers.live_config import LiveConfig, constructor_defaults
 from diffusers_ddpm_ext.schedulers.resolved_config import resolve_config
 from diffusers_ddpm_ext.utils.checks import check_one_of, checked_flag, checked_integer, describe
+from diffusers_ddpm_ext.utils.quantiles import row_quantiles
 from diffusers_ddpm_ext.utils.vocabulary import (
     FROM_COMPVIS_BETA_SCHEDULE,
     SAMPLE_TIMESTEPS,
@@ -83,7 +84,7 @@ class DDPMExtScheduler(LiveConfig, CompVisAPI, SchedulerMixin, ConfigMixin):
         clip_sample_range: data units.
         sample_max_value: upper limit of the dynamic threshold.
         timestep_spacing: ``leading``, ``linspace`` or ``trailing``; see
-            :func:`~diffusers_ddpm_ext.diffusion.respacing.spaced_timesteps`.
+            `spaced_timesteps`.
         steps_offset: added to the steps of ``leading``.
         rescale_betas_zero_snr: whether the betas are rescaled to zero terminal SNR; sampling then needs a network that
             predicts v or the sample.
@@ -97,7 +98,7 @@ class DDPMExtScheduler(LiveConfig, CompVisAPI, SchedulerMixin, ConfigMixin):
             ``set_timesteps(K, optimal=True)``; ``ddpm-ext fit-variance`` finds them.
 
     Attributes:
-        schedule: the :class:`~diffusers_ddpm_ext.diffusion.schedule.NoiseSchedule` of all T steps.
+        schedule: the `NoiseSchedule` of all T steps.
         kept: the schedule of the steps in use; the same until ``set_timesteps``.
         timesteps: int64, (K,), descending, the steps in use.
         betas, alphas_cumprod, ..., lvlb_weights: CompVis' 13 tables of all T steps (and ``alphas``), float32, CPU.
@@ -439,8 +440,8 @@ class DDPMExtScheduler(LiveConfig, CompVisAPI, SchedulerMixin, ConfigMixin):
 
     def _threshold_sample(self, x0: Tensor) -> Tensor:
         """Dynamic thresholding ([Imagen] section 2.3): clip to a quantile of ``|x0|``, at least 1; divide by it."""
-        flat = x0.flatten(1)
-        limit = torch.quantile(flat.abs(), self.config.dynamic_thresholding_ratio, dim=1, keepdim=True)
+        flat = x0.flatten(1) if x0.ndim > 1 else x0[:, None]
+        limit = row_quantiles(flat.abs(), self.config.dynamic_thresholding_ratio)
         limit = limit.clamp(min=1, max=self.config.sample_max_value)
         return (flat.clamp(-limit, limit) / limit).reshape(x0.shape)
 
@@ -467,7 +468,7 @@ class DDPMExtScheduler(LiveConfig, CompVisAPI, SchedulerMixin, ConfigMixin):
         return gaussian.q_sample(self.schedule, original_samples, noise, t).to(original_samples.dtype)
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Velocity of samples x0 and their noise; shapes, precision and errors as in :meth:`add_noise`."""
+        """Velocity of samples x0 and their noise; shapes, precision and errors as in `add_noise`."""
         check_samples(sample=sample, noise=noise)
         t = per_sample_timesteps(timesteps, sample)
         return gaussian.velocity(self.schedule, sample, noise, t).to(sample.dtype)

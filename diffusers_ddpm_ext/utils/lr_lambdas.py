@@ -168,7 +168,7 @@ class LambdaLinearScheduler(LambdaWarmUpCosineScheduler2):
 
     The line runs over the complete cycle, ``f_min + (f_max - f_min) (L - n) / L``, so after a warm-up of w steps it
     starts at ``(L - w) / L`` of the way and ``f_max`` is never reached, as in the original. Arguments and errors are
-    those of :class:`LambdaWarmUpCosineScheduler2`.
+    those of `LambdaWarmUpCosineScheduler2`.
     """
 
     def _decayed(self, n: float, cycle: int) -> float:

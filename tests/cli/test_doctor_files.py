@@ -57,6 +57,9 @@ LATENT = {
     "deviation 0": (lambda f: config(stage_of(f), latents_mean=[0.0] * 4, latents_std=[0.0] * 4), "above 0"),
     "another model": (lambda f: tiny_first_stage("kl", latent_channels=3).save_pretrained(stage_of(f)), "3 channels"),
     "an unknown class": (lambda f: index(f, **{stage_of(f).name: ["diffusers", "AutoencoderX"]}), "AutoencoderX"),
+    "no network": (lambda f: index(f, unet=[None, None]), "unet is [null, null]"),
+    "half a scheduler": (lambda f: index(f, scheduler=["diffusers", {}]), "a list of a library and a class"),
+    "an empty scheduler": (lambda f: index(f, scheduler=[]), "scheduler is []"),
     "conditions": (lambda f: index(f, concat_through_vae="mode"), "concat_through_vae"),
     "one tensor less": (
         lambda f: weights(stage_of(f) / WEIGHTS, lambda t: t.pop("decoder.conv_in.weight")),

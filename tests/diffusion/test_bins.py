@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from scipy.stats import norm
 
-from diffusers_ddpm_ext.diffusion.likelihood import choose_bins, discretized_gaussian_log_likelihood
+from diffusers_ddpm_ext.diffusion.likelihood import choose_bins, discretized_gaussian_log_likelihood, normal_kl
 from diffusers_ddpm_ext.training.data.pixel_values import full_range, to_pixels
 
 
@@ -54,3 +56,25 @@ def test_floats_have_a_density_unless_bins_are_given():
     for decoder in ("exact", "improved_diffusion"):
         with pytest.raises(ValueError, match="floats have no levels: use continuous"):
             choose_bins(decoder, None, None)
+
+
+@pytest.mark.parametrize(
+    ("x", "mean", "log_scale", "match"),
+    [
+        (torch.zeros(4, 1, 8), torch.zeros(4, 8), -1.0, "shapes must be equal"),
+        (torch.zeros(4), torch.zeros(4), torch.zeros(4, 1), r"log_scale has shape \(4, 1\)"),
+        (torch.zeros(4, 3), torch.zeros(4, 3), torch.zeros(2), r"log_scale has shape \(2,\)"),
+        (torch.zeros(4, dtype=torch.uint8), torch.zeros(4), -1.0, "floating"),
+        (0.5, 0.5, -1.0, "x must be a tensor"),
+    ],
+)
+def test_likelihoods_of_other_shapes_are_refused(x, mean, log_scale, match):
+    """What would broadcast is the likelihood of nothing."""
+    with pytest.raises(ValueError, match=match):
+        discretized_gaussian_log_likelihood(x, mean, log_scale)
+
+
+def test_a_divergence_of_integers_and_numbers():
+    """KL of N(0, e^0.5) and N(0.5, 1), in closed form: the integer does not round the others."""
+    expected = 0.5 * (math.exp(0.5) - 1 - 0.5 + 0.25)
+    assert float(normal_kl(torch.tensor(0), 0.5, 0.5, 0.0)) == pytest.approx(expected, rel=1e-12)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from diffusers_ddpm_ext import DDPMExtScheduler
 from diffusers_ddpm_ext.diffusion import gaussian
 from diffusers_ddpm_ext.diffusion.schedule import NoiseSchedule
 
@@ -134,3 +135,23 @@ def test_shapes_that_would_broadcast_are_refused():
         gaussian.q_sample(SCHEDULE, torch.zeros(2, 3), torch.zeros(2, 1), torch.tensor([0, 1]))
     with pytest.raises(ValueError, match="prediction_type"):
         gaussian.predict_x0(SCHEDULE, "x0", torch.zeros(2), torch.zeros(2), torch.tensor([0, 1]))
+
+
+@pytest.mark.parametrize("t", [100, -1, [[1], [2]], [1.5, 2.5], [1, 2, 3]])
+def test_steps_are_checked_where_they_are_not_needed(t):
+    schedule, x = DDPMExtScheduler(100).schedule, torch.zeros(2, 3)
+    for call in (
+        lambda: gaussian.training_target(schedule, "epsilon", x, x, t),
+        lambda: gaussian.training_target(schedule, "sample", x, x, t),
+        lambda: gaussian.predict_x0(schedule, "sample", x, x, t),
+        lambda: gaussian.predict_eps(schedule, "epsilon", x, x, t),
+    ):
+        with pytest.raises(ValueError, match="t must"):
+            call()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int16])
+def test_steps_of_any_integers(dtype):
+    schedule, x = DDPMExtScheduler(100).schedule, torch.ones(2, 3)
+    expected = gaussian.q_sample(schedule, x, x, [3, 99])
+    assert torch.equal(gaussian.q_sample(schedule, x, x, torch.tensor([3, 99]).to(dtype)), expected)

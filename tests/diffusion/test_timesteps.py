@@ -215,3 +215,28 @@ def test_weighted_gradients_are_those_of_uniform_steps(name):
     u = torch.rand(count, generator=source, dtype=torch.float64)
     got = gradients(*sampler.draw(u))
     assert abs(float(got.mean() - even)) < 4 * float(got.std()) / count**0.5
+
+
+@pytest.mark.parametrize("u", [[-0.5], [1.0], [float("nan")], [0.5, 2.0]])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_quantiles_out_of_range_are_refused(name, u):
+    """A number below 0 would become a step counted from the end."""
+    sampler = make_sampler(name, DDPMExtScheduler(100).schedule)
+    with pytest.raises(ValueError, match=r"\[0, 1\)"):
+        sampler.draw(torch.tensor(u, dtype=torch.float64))
+    with pytest.raises(ValueError, match="floating tensor"):
+        sampler.draw([0.5])
+
+
+@pytest.mark.parametrize(("steps", "losses"), [([-1], [5.0]), ([100], [5.0]), ([1, 2], [5.0]), ([1.5], [5.0])])
+def test_losses_of_steps_that_do_not_exist_are_refused(steps, losses):
+    sampler = make_sampler("loss_second_moment", DDPMExtScheduler(100).schedule)
+    with pytest.raises(ValueError, match="timesteps must"):
+        sampler.update(torch.tensor(steps), torch.tensor(losses))
+    assert int(sampler.counts.sum()) == 0
+
+
+@pytest.mark.parametrize("probabilities", [[1.0, -1.0, 1.0], [0.5, 0.5], [0.5, 0.5, 0.5], [0.5, 0.5, 0.0]])
+def test_probabilities_are_those_of_the_steps(probabilities):
+    with pytest.raises(ValueError, match="3 numbers above 0 whose sum is 1"):
+        TimestepSampler(np.array(probabilities), 3)

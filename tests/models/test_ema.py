@@ -432,3 +432,23 @@ def test_what_is_no_network_is_named(wrong):
             call()
     with pytest.raises(ValueError, match="is not the network"), ema.scope(wrong):
         pass
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 3), (4, 1), (5, 3)])
+def test_a_step_with_other_shapes_is_refused(shape, dtype):
+    """Shapes that would broadcast, too; nothing is averaged."""
+    network = nn.Linear(3, 4)
+    ema = LitEMA(network, dtype=dtype)
+    before = {name: value.clone() for name, value in ema.shadow.items()}
+    other = nn.Linear(3, 4)
+    other.weight = nn.Parameter(torch.ones(shape))
+    with pytest.raises(ValueError, match=r"weight has shape .* LitEMA tracks \(4, 3\)"):
+        ema.step(other)
+    assert all(torch.equal(value, before[name]) for name, value in ema.shadow.items())
+    assert ema.num_updates == 0
+
+
+def test_untracked_is_several_names():
+    with pytest.raises(ValueError, match=r"write \['bias'\]"):
+        LitEMA(nn.Linear(3, 4), untracked="bias")

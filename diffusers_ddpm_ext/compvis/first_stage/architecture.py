@@ -5,7 +5,7 @@
     attn_type none      mid_block_add_attention=False
     embed_dim (VQ)      vq_embed_dim
 
-The inverse is in :mod:`diffusers_ddpm_ext.compvis.first_stage.arguments`.
+The inverse is in `diffusers_ddpm_ext.compvis.first_stage.arguments`.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@
     shards of any of these       by their *.index.json
 
 Tensors are mapped, not copied, so that memory grows only with the tensors that are used; optimizer states are not
-loaded. Nothing is ever executed (:mod:`diffusers_ddpm_ext.compvis.reader.unpickle`).
+loaded. Nothing is ever executed (`diffusers_ddpm_ext.compvis.reader.unpickle`).
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ DICT_CLASSES = {("collections", name) for name in ("OrderedDict", "defaultdict",
 
 
 class PickleMachine:
-    """Stack machine that the instructions of :mod:`~diffusers_ddpm_ext.compvis.reader.opcodes` operate on.
+    """Stack machine that the instructions of `opcodes` operate on.
 
     Args:
         data: bytes with the pickle.

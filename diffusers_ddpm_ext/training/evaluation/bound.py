@@ -2,7 +2,7 @@
 
 Rows of several images share a forward pass. The draws of a row depend on the seed, its image and its step alone, so
 the result depends neither on the number of processes nor on what was evaluated before. Unlike
-:func:`~diffusers_ddpm_ext.diffusion.likelihood.bits_per_dim`, which draws one batch's noise from a generator, this
+`bits_per_dim`, which draws one batch's noise from a generator, this
 reads images in turn, with their conditions, and can resume.
 """
 

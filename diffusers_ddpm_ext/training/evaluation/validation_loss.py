@@ -95,7 +95,7 @@ def compute_validation_losses(
     Args:
         task: not wrapped by DDP; its training mode is restored afterwards.
         images: the validation set.
-        draws: from :func:`validation_draws`.
+        draws: from `validation_draws`.
         batch_size: images in one forward pass.
         processes: that share the batches.
     """

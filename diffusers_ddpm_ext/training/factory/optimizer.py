@@ -87,7 +87,7 @@ def adamw(
     """AdamW, fused where the device supports it (on a CPU three times as fast as torch's default).
 
     Args:
-        groups: from :func:`parameter_groups`, on their final device.
+        groups: from `parameter_groups`, on their final device.
         learning_rate: peak learning rate of the network.
         betas: decay rates of the two moments.
         epsilon: added to the root of the second moment.

@@ -49,7 +49,7 @@ class RunProgress:
         threads: CPU threads and cores of the checkpoint, empty in one of an earlier version; then those of the run.
             None without a checkpoint, and on an accelerator.
         fast_attention: whether the network's attention is the checkpoint's, or then the run's,
-            :class:`~diffusers_ddpm_ext.models.fast_attention.FastAttnProcessor`; None without a checkpoint.
+            `FastAttnProcessor`; None without a checkpoint.
         lanes: of a stream, where those of this process are, by number; None before the first step or without one.
         latent_scale: scale of the latents in the checkpoint that the run resumed from; None where it must be settled.
     """

@@ -133,7 +133,7 @@ class Monitor:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], last_step: int | None = None) -> None:
-        """Load the result of :meth:`state_dict`.
+        """Load the result of `state_dict`.
 
         The state of another metric or mode is ignored. ``save_top_k`` may be smaller than when it was saved.
 
