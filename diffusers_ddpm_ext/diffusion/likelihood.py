@@ -476,17 +476,22 @@ def bits_per_dim(
 
 def _check_bound_inputs(denoiser: Any, x0: Any, noise: Any, count: int) -> None:
     """Refuse what is not a network, clean samples, or noise for ``count`` steps of them."""
-    if not callable(denoiser):
-        scope = " (averaged weights: `with ema.scope(network): ...`)" if hasattr(denoiser, "scope") else ""
-        raise ValueError(f"denoiser={describe(denoiser)} is not a network: pass one that is called as (xt, t){scope}.")
-    check_samples(x0=x0)
-    if x0.ndim < 2 or len(x0) == 0:
-        raise ValueError(f"x0 must be floating, (B, C, ...), got {x0.dtype} of shape {tuple(x0.shape)}.")
-    check_finite("x0", x0)
+    check_denoiser(denoiser, x0)
     if noise is not None:
         check_samples(noise=noise)
     if noise is not None and noise.shape != (count, *x0.shape):
         raise ValueError(f"noise must be {(count, *x0.shape)}, one sample per step, got {tuple(noise.shape)}.")
+
+
+def check_denoiser(denoiser: Any, x0: Any) -> None:
+    """Raise ValueError unless these are a network and its finite clean samples, (B, C, ...)."""
+    if not callable(denoiser):
+        scope = " (averaged weights: `with ema.scope(network): ...`)" if hasattr(denoiser, "scope") else ""
+        raise ValueError(f"denoiser={describe(denoiser)} is not a network: pass one that is called as (xt, t){scope}.")
+    check_samples(x0=x0)
+    if x0.ndim < 2 or x0.numel() == 0:
+        raise ValueError(f"x0 must be floating, (B, C, ...), got {x0.dtype} of shape {tuple(x0.shape)}.")
+    check_finite("x0", x0)
 
 
 def run_denoiser(denoiser: Denoiser, xt: Tensor, t: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from diffusers_ddpm_ext.diffusion.likelihood import (
     Denoiser,
     SchedulerLike,
     check_decoder,
+    check_denoiser,
     discretized_gaussian_log_likelihood,
     exact_dtype,
     normal_like,
@@ -37,6 +38,7 @@ from diffusers_ddpm_ext.diffusion.optimal_variance import (
 )
 from diffusers_ddpm_ext.diffusion.reverse_step import LEARNED_VARIANCES
 from diffusers_ddpm_ext.diffusion.schedule import NoiseSchedule, Table
+from diffusers_ddpm_ext.utils.checks import checked_integer, describe
 from diffusers_ddpm_ext.utils.vocabulary import Decoder
 
 DRAWS = 64
@@ -184,9 +186,13 @@ def measure_errors(
     Raises:
         ValueError: an option is invalid, or the scheduler's variance is learned.
     """
+    if not isinstance(getattr(scheduler, "schedule", None), NoiseSchedule):
+        raise ValueError(f"scheduler={describe(scheduler)} has no NoiseSchedule: pass a DDPMExtScheduler.")
     check_fixed_variance(scheduler)
-    if draws < 1 or num_images == 0:
-        raise ValueError(f"draws={draws} must be 1 or more, and there must be an image.")
+    checked_integer("draws", draws, "an integer of 1 or more", low=1)
+    checked_integer("rows", rows, "an integer of 1 or more", low=1)
+    if num_images == 0:
+        raise ValueError("there must be an image.")
     schedule = scheduler.schedule
     meter = VarianceMeter(schedule, decoder, bin_width)
     for t, images in measurement_batches(len(schedule), draws, num_images, rows):
@@ -216,6 +222,7 @@ def fit_logvar(
     ``denoiser(xt, t)`` returns (R, ...), a tensor or a Diffusers output, without a variance; ``generator`` is that of
     the noise. Other arguments and errors are those of `measure_errors`.
     """
+    check_denoiser(denoiser, x0)
 
     def draw(images: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         clean = x0[images]

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from diffusers import DDPMScheduler
 
 from diffusers_ddpm_ext import DDPMExtScheduler
 from diffusers_ddpm_ext.diffusion.likelihood import bits_per_dim
@@ -109,3 +110,24 @@ def test_what_cannot_be_fitted():
         fit_logvar(lambda x, t: x * float("nan"), plain, images(2), draws=1)
     with pytest.raises(ValueError, match="decoder"):
         fit_logvar(lambda x, t: x, plain, images(2), draws=1, decoder="tanh")
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"draws": 1.5}, "draws=1.5 must be an integer"),
+        ({"draws": "4"}, "draws='4'"),
+        ({"rows": 0}, "rows=0 must be"),
+        ({"rows": 2.5}, "rows=2.5"),
+        ({"x0": torch.zeros(4, 1, 2, 2, dtype=torch.uint8)}, "floating"),
+        ({"x0": torch.zeros(4)}, r"x0 must be floating, \(B, C"),
+        ({"x0": torch.zeros(4, 0)}, r"x0 must be floating, \(B, C"),
+        ({"scheduler": None}, "has no NoiseSchedule"),
+        ({"scheduler": DDPMScheduler()}, "has no NoiseSchedule"),
+        ({"denoiser": None}, "is not a network"),
+    ],
+)
+def test_wrong_arguments_are_named(changes, match):
+    arguments = {"denoiser": lambda x, t: x, "scheduler": DDPMExtScheduler(10), "x0": torch.zeros(4, 1, 2, 2)}
+    with pytest.raises(ValueError, match=match):
+        fit_logvar(**(arguments | changes))
