@@ -37,7 +37,7 @@ from typing import Any
 
 import numpy as np
 from gallery.cards import model_card
-from gallery.entries import ENTRIES, QUIET, Entry, Training
+from gallery.entries import ENTRIES, OWN_SAMPLER, QUIET, Entry, Training
 from gallery.features import save_extractor
 from gallery.sheets import SAMPLERS, save_sheets, save_small, side_by_side
 from PIL import Image
@@ -203,8 +203,9 @@ def build(entry: Entry, folder: Path, scale: float) -> Stages:
         else ["--feature_extractor", entry.features]
     )
     count = max(60, round(entry.num_samples * min(1, scale)))
-    drawing = ["--scheduler", entry.scheduler, "--num_inference_steps", str(entry.calls), "--num_images", str(count)]
-    drawing += ["--scheduler_args", "timestep_spacing=trailing"]
+    drawing = ["--num_inference_steps", str(entry.calls), "--num_images", str(count)]
+    if entry.scheduler != OWN_SAMPLER:
+        drawing += ["--scheduler", entry.scheduler, "--scheduler_args", "timestep_spacing=trailing"]
     drawing += ["--guidance_scale", str(entry.guidance)] if entry.guidance != 1 else []
     if entry.data is not None:
         drawing += ["--class_labels", *labels_like(data / "train", count)]

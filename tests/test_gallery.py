@@ -234,6 +234,33 @@ def test_an_animation_has_the_frames_and_holds_the_last(tmp_path):
     assert last.min() > 245
 
 
+def test_a_long_animation_shows_its_frames_evenly(tmp_path):
+    """Frame i of 101 has brightness i / 100: the 26 shown ones are every fourth."""
+    frames = [torch.full((1, 3, 8, 8), index / 50 - 1) for index in range(101)]
+    sheets.save_animation(frames, tmp_path / "strip.webp", 1)
+    with Image.open(tmp_path / "strip.webp") as strip:
+        assert strip.n_frames == 26
+        for number in range(26):
+            strip.seek(number)
+            assert np.asarray(strip.convert("L")).mean() == pytest.approx(number * 4 / 100 * 255, abs=4)
+
+
+@pytest.mark.parametrize("width", [300, 400, 600])
+def test_sheets_stay_narrow_enough_to_read(width, tmp_path):
+    """Three parts beside each other up to 1,100 pixels, else two of what may be cut in two, else one."""
+    folder = tmp_path / "work"
+    for name in build_gallery.SHEETS[:4]:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (width, 6 * 20 - (4 if "copies" in name else 0))).save(folder / name)
+    (folder / "denoising.webp").write_bytes(b"frames")
+    DDPMExtPipeline(tiny_unet(1), DDPMExtScheduler()).save_pretrained(folder / "model")
+    build_gallery.publish(folder, {"name": "one"}, tmp_path / "results")
+    parts = {300: (3, 3), 400: (1, 2), 600: (1, 1)}[width]
+    for name, count in zip(("calls.png", "copies.png"), parts, strict=True):
+        with Image.open(tmp_path / "results" / name) as sheet:
+            assert sheet.width == count * width + (count - 1) * sheets.MARGIN, name
+
+
 @pytest.mark.parametrize("has_first_stage", [False, True])
 def test_what_is_shown_is_copied_without_names_of_folders(has_first_stage, tmp_path):
     """Pictures keep their pixels; tall ones are cut; the folder's name is in no text."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 BEST_SAMPLER = "DPMSolverMultistepScheduler"
+OWN_SAMPLER = "DDPMExtScheduler"
+"""The scheduler that a model is saved with: the ancestral one."""
 QUIET = {
     "--report_to": "none",
     "--seed": "0",
@@ -106,7 +108,7 @@ ENTRIES = {
         has_bound=False,
     ),
     "emoji-latents-longer": Entry(
-        "Emoji by group, in latents, trained longer",
+        "Emoji by group, in latents, trained longer, 100 calls",
         "../latents/emoji.py",
         (
             FIRST_STAGE,
@@ -114,6 +116,8 @@ ENTRIES = {
             Training("model", "train", 14000, LATENTS + " --ckpt_path {folder}/first-half"),
         ),
         "classes",
+        scheduler=OWN_SAMPLER,
+        calls=100,
         guidance=3.0,
         num_samples=500,
         has_bound=False,

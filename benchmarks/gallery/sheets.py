@@ -14,16 +14,13 @@ from diffusers_ddpm_ext import DDPMExtPipeline
 from diffusers_ddpm_ext.pipelines.acceleration import accelerate_network
 from diffusers_ddpm_ext.plotting.sheets import image_grid
 from diffusers_ddpm_ext.utils.random_keys import generator
+from gallery.entries import OWN_SAMPLER
 
 GRID, COLUMNS, PER_ROW = 64, 16, 8
 CALLS = (5, 10, 25, 50)
-SAMPLERS = {
-    "DDPMExtScheduler": "DDPM, ancestral",
-    "DDIMScheduler": "DDIM",
-    "DPMSolverMultistepScheduler": "DPM-Solver++",
-}
+SAMPLERS = {OWN_SAMPLER: "DDPM, ancestral", "DDIMScheduler": "DDIM", "DPMSolverMultistepScheduler": "DPM-Solver++"}
 FRAME_MS, LAST_FRAME_MS = 120, 2500
-MAX_BYTES = 400_000
+MAX_BYTES, MAX_FRAMES = 400_000, 26
 QUALITIES = (80, 60, 40, 20)  # of an animation, as WebP counts
 MARGIN = 20  # pixels above a row, for its caption, and between parts of a sheet
 
@@ -55,7 +52,7 @@ def draw(
         every: is given the noise and what each call leaves, as images; for at most 32 samples.
     """
     original = pipeline.scheduler
-    if sampler != "DDPMExtScheduler":
+    if sampler != OWN_SAMPLER:
         pipeline.scheduler = getattr(diffusers, sampler).from_config(original.config, timestep_spacing="trailing")
     null_class = pipeline.config.get("null_class_label")
     classes = [label for label in range(pipeline.unet.config.get("num_class_embeds") or 0) if label != null_class]
@@ -120,8 +117,11 @@ def side_by_side(sheet: Image.Image, parts: int, between: int) -> Image.Image:
 def save_animation(frames: Sequence[Tensor], path: Path, enlarge: int) -> None:
     """Write frames (N, C, H, W) in about [-1, 1], each a row of images, as an animation that holds its last one.
 
-    Its quality is the best of `QUALITIES` with which the file is not larger than `MAX_BYTES`, or else the last one.
+    Of more than `MAX_FRAMES` so many are shown, evenly spaced, first and last among them. Its quality is the best of
+    `QUALITIES` with which the file is not larger than `MAX_BYTES`, or else the last one.
     """
+    if len(frames) > MAX_FRAMES:
+        frames = [frames[round(index * (len(frames) - 1) / (MAX_FRAMES - 1))] for index in range(MAX_FRAMES)]
     rows = [image_grid(frame.clamp(-1, 1), columns=len(frame), enlarge=enlarge).convert("RGB") for frame in frames]
     times = [FRAME_MS] * (len(rows) - 1) + [LAST_FRAME_MS]
     for quality in QUALITIES:
