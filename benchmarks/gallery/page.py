@@ -19,7 +19,7 @@ from typing import Any
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 BLOCK = re.compile(r"(<!-- (?P<kind>numbers|compared): (?P<entries>[\w -]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 MEASURED = {"metrics": "samples", "metrics-fewer": "samples", "metrics-real": "held-out images"}
-LINE = 100  # characters of a command's line
+LINE = 76  # characters of a line of a command, which fit a page of the site
 METRICS = {
     "fd": "Frechet distance (FD)",
     "kid": "kernel distance (KID)",

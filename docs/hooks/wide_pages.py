@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mkdocs.structure.pages import Page
 
-WIDE = ("comparison.md", "released-models.md", "samplers.md")
+WIDE = ("coming-from-compvis.md", "comparison.md", "released-models.md", "samplers.md")
 
 
 def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
