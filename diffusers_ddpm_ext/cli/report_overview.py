@@ -8,6 +8,7 @@ from pathlib import Path
 
 from diffusers_ddpm_ext.compvis.schema import REPORT_FILE
 from diffusers_ddpm_ext.hub.card_facts import BITS_PER_LATENT, METRIC_NAMES, FolderFacts
+from diffusers_ddpm_ext.hub.sample_scores import SampleScores
 from diffusers_ddpm_ext.plotting.channels import channel_view
 from diffusers_ddpm_ext.utils.folder_scan import list_names
 from diffusers_ddpm_ext.utils.pixel_format import PixelFormat
@@ -60,10 +61,13 @@ def measured(facts: FolderFacts) -> list[tuple[str, str]]:
         interval = "" if bound.low is None or bound.high is None else f" ({bound.low:.4f} to {bound.high:.4f})"
         pairs.append((bound.label, f"{bound.bits_per_dim:.4f}{interval}"))
     samples = facts.sample_scores()
-    if samples is not None:
-        pairs += [(score.name, score.text) for score in samples.scores]
-        pairs.append(("of", f"{samples.conditions}; {samples.confidence:.0%} intervals"))
-    return pairs
+    return pairs if samples is None else pairs + score_pairs(samples)
+
+
+def score_pairs(samples: SampleScores) -> list[tuple[str, str]]:
+    """Names and values of the metrics of samples, and what they are of."""
+    pairs = [(score.name, score.text) for score in samples.scores]
+    return [*pairs, ("of", f"{samples.conditions}; {samples.confidence:.0%} intervals")]
 
 
 def best_of(key: str, metrics: RunMetrics) -> tuple[float, int] | None:

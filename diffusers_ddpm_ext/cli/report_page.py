@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from diffusers_ddpm_ext.cli.report_html import Figures, folded, page_parts, table
-from diffusers_ddpm_ext.cli.report_overview import numbered, overview, preview_note
+from diffusers_ddpm_ext.cli.report_overview import numbered, overview, preview_note, score_pairs
 from diffusers_ddpm_ext.errors import as_config_error, printable, printable_lines
 from diffusers_ddpm_ext.hub.card_facts import FolderFacts
 from diffusers_ddpm_ext.plotting.row_timesteps import denoising_timesteps, diffusion_timesteps
@@ -191,14 +191,12 @@ class ReportPage:
         samples = self.facts.sample_scores()
         if samples is None:
             return ""
-        pairs = [(score.name, score.text) for score in samples.scores]
-        pairs.append(("of", f"{samples.conditions}; {samples.confidence:.0%} intervals"))
         figures = [
             ("copies.png", "Samples most like a training image: sample, nearest, second, nearest by pixels."),
             ("loss_gap.png", "The loss of held-out images minus that of training images, at each step."),
         ]
         shown = "".join(self._figure(self.facts.file(f"evaluation/{name}"), text) for name, text in figures)
-        return table(pairs) + shown
+        return table(score_pairs(samples)) + shown
 
     def _evaluation(self) -> str:
         bound = self.facts.bound()
