@@ -202,7 +202,7 @@ def _check_recorded_values() -> Iterator[Finding]:
     """Compare with recorded values: schedule tables in float64, a decoder term, a sampler, a layer in float32."""
     import torch
 
-    from diffusers_ddpm_ext.diffusion.likelihood import discretized_gaussian_log_likelihood
+    from diffusers_ddpm_ext.diffusion.levels import discretized_gaussian_log_likelihood
     from diffusers_ddpm_ext.diffusion.schedule import NoiseSchedule
     from diffusers_ddpm_ext.schedulers.scheduling_ddpm_ext import DDPMExtScheduler
 

@@ -163,7 +163,7 @@ def evaluate(options: EvaluateOptions) -> str:
     import torch
 
     from diffusers_ddpm_ext.cli.measured_latents import as_samples, describe_first_stage
-    from diffusers_ddpm_ext.diffusion.likelihood import choose_bins
+    from diffusers_ddpm_ext.diffusion.levels import choose_bins
     from diffusers_ddpm_ext.diffusion.likelihood_estimate import step_table
     from diffusers_ddpm_ext.training.distributed import leave_process_group
     from diffusers_ddpm_ext.training.evaluation.bound import BoundEvaluation

@@ -172,7 +172,7 @@ def _measure(options: FitVarianceOptions, pipeline: Any, data: ImageData, reques
     from tqdm import tqdm
 
     from diffusers_ddpm_ext.cli.measured_latents import as_samples
-    from diffusers_ddpm_ext.diffusion.likelihood import choose_bins
+    from diffusers_ddpm_ext.diffusion.levels import choose_bins
     from diffusers_ddpm_ext.diffusion.variance_fit import measure_errors
     from diffusers_ddpm_ext.utils import random_keys as keys
 

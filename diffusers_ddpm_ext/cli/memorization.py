@@ -11,7 +11,7 @@ from torch import Tensor
 from diffusers_ddpm_ext.cli.measured_latents import as_samples
 from diffusers_ddpm_ext.cli.measuring import ConditionedUNet, caption_encoder, images_of_split
 from diffusers_ddpm_ext.cli.sample_metrics import Measurement
-from diffusers_ddpm_ext.diffusion.likelihood import choose_bins
+from diffusers_ddpm_ext.diffusion.levels import choose_bins
 from diffusers_ddpm_ext.diffusion.likelihood_estimate import Strata
 from diffusers_ddpm_ext.errors import as_config_error, as_run_error
 from diffusers_ddpm_ext.metrics.copies import CopyRate, estimate_copies

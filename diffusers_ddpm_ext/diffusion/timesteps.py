@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from diffusers_ddpm_ext.diffusion.arguments import as_steps
 from diffusers_ddpm_ext.diffusion.device_tables import table_tensor
-from diffusers_ddpm_ext.diffusion.likelihood import exact_dtype
+from diffusers_ddpm_ext.diffusion.levels import exact_dtype
 from diffusers_ddpm_ext.diffusion.schedule import LARGEST_LOG_SNR, NoiseSchedule, Table, log_snr
 from diffusers_ddpm_ext.utils.checks import check_one_of, checked_integer, checked_number, describe
 from diffusers_ddpm_ext.utils.host_reads import reads_are_free

@@ -17,15 +17,17 @@ from torch import Tensor
 
 from diffusers_ddpm_ext.diffusion.arguments import check_finite
 from diffusers_ddpm_ext.diffusion.gaussian import predict_x0, q_sample
-from diffusers_ddpm_ext.diffusion.likelihood import (
+from diffusers_ddpm_ext.diffusion.levels import (
     EIGHT_BITS,
+    check_decoder,
+    discretized_gaussian_log_likelihood,
+    exact_dtype,
+)
+from diffusers_ddpm_ext.diffusion.likelihood import (
     ROWS,
     Denoiser,
     SchedulerLike,
-    check_decoder,
     check_denoiser,
-    discretized_gaussian_log_likelihood,
-    exact_dtype,
     normal_like,
     run_denoiser,
 )

@@ -37,7 +37,8 @@ from torch import Tensor, nn
 
 from diffusers_ddpm_ext.diffusion.arguments import as_steps, check_samples, explain_compvis_names, network_output
 from diffusers_ddpm_ext.diffusion.gaussian import Steps, at_step, predict_x0, q_sample, training_target
-from diffusers_ddpm_ext.diffusion.likelihood import EIGHT_BITS, ReverseTransition, SchedulerLike, check_decoder
+from diffusers_ddpm_ext.diffusion.levels import EIGHT_BITS, check_decoder
+from diffusers_ddpm_ext.diffusion.likelihood import ReverseTransition, SchedulerLike
 from diffusers_ddpm_ext.diffusion.reverse_step import LEARNED_VARIANCES, split_variance
 from diffusers_ddpm_ext.diffusion.schedule import log_snr
 from diffusers_ddpm_ext.diffusion.weighting import ElboKind, LossWeighting, weight_table

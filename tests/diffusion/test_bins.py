@@ -9,7 +9,8 @@ import pytest
 import torch
 from scipy.stats import norm
 
-from diffusers_ddpm_ext.diffusion.likelihood import choose_bins, discretized_gaussian_log_likelihood, normal_kl
+from diffusers_ddpm_ext.diffusion.levels import choose_bins, discretized_gaussian_log_likelihood
+from diffusers_ddpm_ext.diffusion.likelihood import normal_kl
 from diffusers_ddpm_ext.training.data.pixel_values import full_range, to_pixels
 
 

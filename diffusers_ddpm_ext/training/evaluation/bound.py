@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from diffusers_ddpm_ext.diffusion.gaussian import q_sample
-from diffusers_ddpm_ext.diffusion.likelihood import EIGHT_BITS, ChainScheduler, bound_terms, exact_dtype, prior_bits
+from diffusers_ddpm_ext.diffusion.levels import EIGHT_BITS, exact_dtype
+from diffusers_ddpm_ext.diffusion.likelihood import ChainScheduler, bound_terms, prior_bits
 from diffusers_ddpm_ext.diffusion.likelihood_estimate import Strata
 from diffusers_ddpm_ext.models.conditioning import Conditions
 from diffusers_ddpm_ext.training.data.latents import SampleSet

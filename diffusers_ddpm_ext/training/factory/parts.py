@@ -13,7 +13,7 @@ import torch
 from diffusers import UNet2DModel
 from torch import nn
 
-from diffusers_ddpm_ext.diffusion.likelihood import choose_bins
+from diffusers_ddpm_ext.diffusion.levels import choose_bins
 from diffusers_ddpm_ext.diffusion.timesteps import TimestepSampler, make_sampler
 from diffusers_ddpm_ext.errors import as_config_error
 from diffusers_ddpm_ext.losses.checks import BOUND_LOSSES

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from diffusers_ddpm_ext.diffusion.likelihood import exact_dtype
+from diffusers_ddpm_ext.diffusion.levels import exact_dtype
 from diffusers_ddpm_ext.diffusion.timesteps import TimestepSampler
 from diffusers_ddpm_ext.training.data.batches import Batch
 from diffusers_ddpm_ext.training.distributed import gather_rows
